@@ -1,0 +1,1 @@
+"""The learning half of rzen: prompts, backbone, objective, training, soups, evaluation."""
