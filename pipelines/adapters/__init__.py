@@ -1,0 +1,1 @@
+"""Raw layouts turned into samples: one function per layout, each yielding `RawSample`."""

@@ -1,0 +1,49 @@
+"""Queries for pages that nobody captioned: a passage of the page's own text layer."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+_PASSAGE_WORDS = range(8, 41)
+_MIN_PAGE_WORDS = 3
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")
+_HYPHENATED = re.compile(r"(?<=[a-z])-\n(?=[a-z])")
+_WORD = re.compile(r"[^\W\d_]{3,}")
+
+
+def choose_passages(pages: list[str]) -> list[str]:
+    """For each page of a document, the passage of 8 to 40 words that tells it best from the other pages, "" for a page
+    with hardly any text.
+
+    Best is the largest sum, over its different words, of 1 / (pages that hold the word), so that running heads and
+    tables of numbers lose. Pages with fewer than 8 words are their own passage. Our choice.
+    """
+    pages = [_HYPHENATED.sub("", page) for page in pages]
+    vocabularies = [_words(page) for page in pages]
+    pages_with = Counter(word for vocabulary in vocabularies for word in vocabulary)
+
+    def worth(passage: str) -> float:
+        return sum(1 / pages_with[word] for word in sorted(_words(passage)))
+
+    return [
+        max(_passages(page), key=worth) if len(vocabulary) >= _MIN_PAGE_WORDS else ""
+        for page, vocabulary in zip(pages, vocabularies, strict=True)
+    ]
+
+
+def _words(text: str) -> set[str]:
+    return set(_WORD.findall(text.lower()))
+
+
+def _passages(page: str) -> list[str]:
+    """Sentences, the short ones joined to the next and the long ones cut; the whole page where it is shorter."""
+    passages: list[str] = []
+    words: list[str] = []
+    for sentence in _SENTENCE_END.split(page):
+        words += sentence.split()
+        if len(words) >= _PASSAGE_WORDS.start:
+            cuts = [words[i : i + _PASSAGE_WORDS[-1]] for i in range(0, len(words), _PASSAGE_WORDS[-1])]
+            passages += [" ".join(cut) for cut in cuts if len(cut) in _PASSAGE_WORDS]
+            words = []
+    return passages or [" ".join(words)]

@@ -1,0 +1,96 @@
+"""Members of a sample to pixels: `decode_sample` in this process, or through `Decoder` in a killable child."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from pipelines.config import MediaConfig
+from pipelines.errors import BadMedia
+from pipelines.media.documents import render_page
+from pipelines.media.images import decode_image
+from pipelines.media.sandbox import Sandbox
+from pipelines.media.videos import decode_video
+from pipelines.samples import DecodedSample, DecodedSide, MediaKind, Sample, Side, UInt8Array, Visual
+
+
+def decode_pixels(kind: MediaKind, data: bytes, config: MediaConfig) -> UInt8Array:
+    """RGB frames `[T, H, W, 3]` of one member; T is 1 for an image and for the page of a one-page document."""
+    match kind:
+        case "image":
+            return decode_image(data, config)[None]
+        case "document":
+            return render_page(data, 0, config)[None]
+        case "video":
+            return decode_video(data, config)
+
+
+def decode_member(kind: MediaKind, data: bytes, config: MediaConfig) -> Visual:
+    """One member in this process. Raises `BadMedia`: empty_file, too_many_bytes, and the reasons of its decoder."""
+    _check_bytes(data, config)
+    return Visual(kind, decode_pixels(kind, data, config))
+
+
+def decode_sample(sample: Sample, members: dict[str, bytes], config: MediaConfig, instructions: bool) -> DecodedSample:
+    """All sides of a sample, `members` holding the bytes of every medium it names.
+
+    With `instructions`, the query carries the sample's instruction and the positive and negatives its target
+    instruction; without, all are empty. Raises `BadMedia`: missing_member, and the reasons of `decode_member`.
+    """
+    return _decode_sides(sample, members, instructions, lambda kind, data: decode_member(kind, data, config))
+
+
+class Decoder:
+    """Decodes for one worker: in process for files one trusts, in a sandbox with `isolated`, and always for decord."""
+
+    def __init__(self, config: MediaConfig, isolated: bool = False) -> None:
+        self._config = config
+        self._isolated = isolated
+        self._sandbox = Sandbox(config)
+
+    def member(self, kind: MediaKind, data: bytes) -> Visual:
+        """As `decode_member`; the sandbox adds the reasons decoder_cpu_limit, decoder_memory_limit,
+        decoder_time_limit and decoder_crashed.
+        """
+        if not (self._isolated or (kind == "video" and self._config.video_backend == "decord")):
+            return decode_member(kind, data, self._config)
+        _check_bytes(data, self._config)
+        return Visual(kind, self._sandbox.call(decode_pixels, kind, data, self._config))
+
+    def sample(self, sample: Sample, members: dict[str, bytes], instructions: bool) -> DecodedSample:
+        """As `decode_sample`."""
+        return _decode_sides(sample, members, instructions, self.member)
+
+    def close(self) -> None:
+        """Ends the child, if one was started."""
+        self._sandbox.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+def _decode_sides(
+    sample: Sample, members: dict[str, bytes], instructions: bool, decode: Callable[[MediaKind, bytes], Visual]
+) -> DecodedSample:
+    def decoded(side: Side, instruction: str) -> DecodedSide:
+        missing = [media.member for media in side.media if media.member not in members]
+        if missing:
+            raise BadMedia("missing_member", missing[0])
+        visuals = tuple(decode(media.kind, members[media.member]) for media in side.media)
+        return DecodedSide(side.text, visuals, instruction if instructions else "")
+
+    return DecodedSample(
+        sample=sample,
+        query=decoded(sample.query, sample.instruction),
+        positive=decoded(sample.positive, sample.target_instruction),
+        negatives=tuple(decoded(negative, sample.target_instruction) for negative in sample.negatives),
+    )
+
+
+def _check_bytes(data: bytes, config: MediaConfig) -> None:
+    if len(data) > config.max_bytes:
+        raise BadMedia("too_many_bytes", f"{len(data)} > {config.max_bytes}")

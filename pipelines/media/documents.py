@@ -1,0 +1,190 @@
+"""Visual documents: PDF bytes to pages, pixels and text. Two back ends, pymupdf (AGPL or commercial) and pypdfium2
+(BSD/Apache). Neither is thread-safe, and no timeout inside the process stops either: strangers' files go through
+`pipelines.media.sandbox`. Pages are counted from zero.
+
+Every function raises `BadMedia`: empty_file, not_a_pdf, encrypted_pdf, corrupt_pdf, too_many_pages; those that take a
+page also no_such_page.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+
+from pipelines.config import MediaConfig
+from pipelines.errors import BadMedia
+from pipelines.media.images import check_aspect
+from pipelines.samples import UInt8Array
+
+# Readers accept the marks of begin and end this far into the file (ISO 32000-1 Annex H of Adobe's edition, notes 13
+# and 18). Without the first, pymupdf renders HTML as a page; without the second it silently repairs half a file.
+_MARK_WINDOW_BYTES = 1024
+
+
+def count_pages(data: bytes, config: MediaConfig) -> int:
+    """Pages of the document, at least one."""
+    with _opened(data, config) as pdf:
+        return pdf.count
+
+
+def render_page(data: bytes, page: int, config: MediaConfig) -> UInt8Array:
+    """One page `[H, W, 3]` on white with about `config.page_pixels` pixels in its own aspect ratio, however large or
+    small its box. Raises `BadMedia("extreme_aspect_ratio")` too.
+    """
+    with _opened(data, config, page) as pdf:
+        width, height = pdf.size(page)
+        check_aspect(width, height, config)
+        return pdf.render(page, math.sqrt(config.page_pixels / (width * height)))
+
+
+def extract_page(data: bytes, page: int, config: MediaConfig) -> bytes:
+    """A PDF that holds this page alone. Equal input gives equal bytes: it carries neither dates nor a random ID."""
+    with _opened(data, config, page) as pdf:
+        return pdf.extract(page)
+
+
+def page_text(data: bytes, page: int, config: MediaConfig) -> str:
+    """The text layer of one page, empty where it has none (a scan)."""
+    with _opened(data, config, page) as pdf:
+        return pdf.text(page)
+
+
+def page_texts(data: bytes, config: MediaConfig) -> list[str]:
+    """The text layers of all pages, with the document opened once."""
+    with _opened(data, config) as pdf:
+        return [pdf.text(page) for page in range(pdf.count)]
+
+
+class _Pdf(Protocol):
+    """An open document. `size` is in points after the page's own rotation; `render` scales points to pixels."""
+
+    count: int
+    errors: tuple[type[Exception], ...]
+
+    def size(self, page: int) -> tuple[float, float]: ...
+    def render(self, page: int, scale: float) -> UInt8Array: ...
+    def text(self, page: int) -> str: ...
+    def extract(self, page: int) -> bytes: ...
+    def close(self) -> None: ...
+
+
+@contextmanager
+def _opened(data: bytes, config: MediaConfig, page: int = 0) -> Iterator[_Pdf]:
+    if not data:
+        raise BadMedia("empty_file")
+    if b"%PDF-" not in data[:_MARK_WINDOW_BYTES]:
+        raise BadMedia("not_a_pdf", f"begins with {data[:8]!r}")
+    if b"%%EOF" not in data[-_MARK_WINDOW_BYTES:]:
+        raise BadMedia("corrupt_pdf", "the end is missing")
+    pdf = _Mupdf(data) if config.document_backend == "pymupdf" else _Pdfium(data)
+    try:
+        if pdf.count < 1:
+            raise BadMedia("corrupt_pdf", "no pages")
+        if pdf.count > config.max_pages:
+            raise BadMedia("too_many_pages", f"{pdf.count} > {config.max_pages}")
+        if not 0 <= page < pdf.count:
+            raise BadMedia("no_such_page", f"page {page} of {pdf.count}")
+        yield pdf
+    except pdf.errors as error:
+        raise _bad(error) from error
+    finally:
+        pdf.close()
+
+
+def _bad(error: Exception) -> Exception:
+    """MuPDF reports an allocation refused by the sandbox's limit like any broken file."""
+    return MemoryError(str(error)) if "malloc" in str(error) else BadMedia("corrupt_pdf", str(error))
+
+
+class _Mupdf:
+    """pymupdf, the default."""
+
+    def __init__(self, data: bytes) -> None:
+        import pymupdf
+
+        # The library writes to stderr, once per damaged object.
+        pymupdf.TOOLS.mupdf_display_errors(False)
+        pymupdf.TOOLS.mupdf_display_warnings(False)
+        self._mu: Any = pymupdf
+        self.errors: tuple[type[Exception], ...] = (RuntimeError, ValueError, IndexError, pymupdf.mupdf.FzErrorBase)
+        try:
+            self._document = pymupdf.open(stream=data, filetype="pdf")
+            if not self._document.is_pdf:
+                raise BadMedia("not_a_pdf")
+            if self._document.needs_pass:
+                raise BadMedia("encrypted_pdf")
+            self.count: int = self._document.page_count
+        except self.errors as error:
+            raise _bad(error) from error
+
+    def size(self, page: int) -> tuple[float, float]:
+        box = self._document[page].rect
+        return box.width, box.height
+
+    def render(self, page: int, scale: float) -> UInt8Array:
+        pixmap = self._document[page].get_pixmap(
+            matrix=self._mu.Matrix(scale, scale), colorspace=self._mu.csRGB, alpha=False
+        )
+        return np.frombuffer(bytearray(pixmap.samples_mv), np.uint8).reshape(pixmap.height, pixmap.width, 3)
+
+    def text(self, page: int) -> str:
+        return str(self._document[page].get_text("text"))
+
+    def extract(self, page: int) -> bytes:
+        with self._mu.open() as single:
+            single.insert_pdf(self._document, from_page=page, to_page=page, links=False)
+            return bytes(single.tobytes(garbage=3, deflate=True, no_new_id=True))
+
+    def close(self) -> None:
+        self._document.close()
+
+
+class _Pdfium:
+    """pypdfium2: permissive licence, faster to import and to render."""
+
+    def __init__(self, data: bytes) -> None:
+        import pypdfium2
+
+        self._pdfium: Any = pypdfium2
+        self.errors: tuple[type[Exception], ...] = (pypdfium2.PdfiumError,)
+        try:
+            self._document = pypdfium2.PdfDocument(data)
+        except pypdfium2.PdfiumError as error:
+            locked = error.err_code == pypdfium2.raw.FPDF_ERR_PASSWORD
+            raise BadMedia("encrypted_pdf" if locked else "corrupt_pdf", str(error)) from error
+        self.count = len(self._document)
+
+    def size(self, page: int) -> tuple[float, float]:
+        width, height = self._document[page].get_size()
+        return float(width), float(height)
+
+    def render(self, page: int, scale: float) -> UInt8Array:
+        bitmap = self._document[page].render(scale=scale, rev_byteorder=True)
+        return np.array(bitmap.to_numpy()[:, :, :3])
+
+    def text(self, page: int) -> str:
+        return str(self._document[page].get_textpage().get_text_range())
+
+    def extract(self, page: int) -> bytes:
+        single, buffer = self._pdfium.PdfDocument.new(), io.BytesIO()
+        single.import_pages(self._document, pages=[page])
+        single.save(buffer)
+        single.close()
+        return _without_stamps(buffer.getvalue())
+
+    def close(self) -> None:
+        self._document.close()
+
+
+def _without_stamps(data: bytes) -> bytes:
+    """Overwrites PDFium's creation date and file ID with constants of the same length: offsets in the file stay."""
+    data = re.sub(rb"/CreationDate\(D:[^)]*\)(?=/Creator\(PDFium\))", lambda found: b" " * len(found[0]), data)
+    body, mark, trailer = data.rpartition(b"/ID[<")
+    ids, bracket, end = trailer.partition(b"]")
+    return body + mark + re.sub(rb"[0-9A-F]", b"0", ids) + bracket + end

@@ -1,0 +1,98 @@
+"""Still images: file bytes to uint8 RGB. Pure, in process; PIL, because cv2 resamples and decodes differently from the
+image processors of the backbones.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import struct
+import zlib
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from pipelines.config import MediaConfig
+from pipelines.errors import BadMedia
+from pipelines.samples import UInt8Array
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\x00", b"MM\x00*")
+# What PIL's parsers raise on damaged files, besides their documented OSError.
+_DAMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    EOFError,
+    struct.error,
+    zlib.error,
+)
+
+
+def decode_image(data: bytes, config: MediaConfig, target_pixels: int | None = None) -> UInt8Array:
+    """Upright RGB pixels `[H, W, 3]` of an image file; the first frame of an animation, transparency on white.
+
+    `target_pixels` is what the caller will shrink the image to: a JPEG at least twice as wide and high is then decoded
+    at 1/2, 1/4 or 1/8 of its size, which is cheaper and never goes below the target.
+
+    Raises `BadMedia`: empty_file, unsupported_format, corrupt_image, too_many_pixels, extreme_aspect_ratio.
+    """
+    if not data:
+        raise BadMedia("empty_file")
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            check_size(image.width, image.height, config)
+            if target_pixels is not None:
+                _draft(image, target_pixels)
+            return _rgb(ImageOps.exif_transpose(image))
+    except Image.DecompressionBombError as error:
+        raise BadMedia("too_many_pixels", str(error)) from error
+    except UnidentifiedImageError as error:
+        # PIL does not identify a file either when its first bytes are right and the rest of the header is missing.
+        known = data.startswith(_SIGNATURES)
+        raise BadMedia("corrupt_image" if known else "unsupported_format", f"begins with {data[:8]!r}") from error
+    except _DAMAGE as error:
+        raise BadMedia("corrupt_image", str(error)) from error
+
+
+def check_size(width: float, height: float, config: MediaConfig) -> None:
+    """Raises `BadMedia` for more than `max_pixels` or a side ratio above `max_aspect_ratio`; any unit for the ratio."""
+    if width * height > config.max_pixels:
+        raise BadMedia("too_many_pixels", f"{width} x {height} > {config.max_pixels}")
+    check_aspect(width, height, config)
+
+
+def check_aspect(width: float, height: float, config: MediaConfig) -> None:
+    """Raises `BadMedia("extreme_aspect_ratio")` where one side is more than `max_aspect_ratio` times the other."""
+    if max(width, height) > config.max_aspect_ratio * min(width, height):
+        raise BadMedia("extreme_aspect_ratio", f"{width:g} x {height:g}, limit {config.max_aspect_ratio:g}")
+
+
+def _draft(image: Image.Image, target_pixels: int) -> None:
+    scale = math.sqrt(target_pixels / (image.width * image.height))
+    if image.format in ("JPEG", "MPO") and scale <= 0.5:
+        image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
+
+
+def _rgb(image: Image.Image) -> UInt8Array:
+    if image.mode.startswith("I;16"):
+        # convert("RGB") would clip everything above 255 to white.
+        return _grey(np.asarray(image).astype(np.float64) / 257)
+    if image.mode in ("I", "F"):
+        values = np.asarray(image).astype(np.float64)
+        low, high = float(values.min()), float(values.max())
+        # Our choice: scientific values have no agreed white, so they are stretched from their own darkest to brightest.
+        return _grey((values - low) * (255 / (high - low) if high > low else 0))
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return np.array(image.convert("RGB"))
+
+
+def _grey(values: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> UInt8Array:
+    if not np.isfinite(values).all():
+        raise ValueError("pixels that are not numbers")
+    return np.repeat(np.rint(values).astype(np.uint8)[:, :, None], 3, axis=2)

@@ -1,0 +1,221 @@
+"""A killable child process for strangers' files: nothing inside a process can stop a decoder that never returns.
+
+    parent                                   child (`python -m pipelines.media.sandbox`)
+    Sandbox.call(f, *args) --pickle-->       limits CPU and memory, runs f(*args)
+          result or BadMedia <--raw data--   answers with bytes or JSON, which the parent never unpickles
+
+One child serves many files, so that starting it (0.3 s, 2 s with pymupdf) is paid once; it is replaced after every
+broken limit. It is started by `subprocess`, neither forked nor multiprocessing, which is safe inside Ray workers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import resource
+import select
+import signal
+import struct
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, BinaryIO, Self, TypeVar
+
+import numpy as np
+
+from pipelines.config import MediaConfig
+from pipelines.errors import BadMedia, UserError
+
+Result = TypeVar("Result")
+_INSIDE = "RZEN_MEDIA_SANDBOX"
+_LENGTHS = struct.Struct("<QQ")
+_WALL_PER_CPU_S = 4.0  # a child that waits instead of computing, or is starved by its neighbours, is given this much
+_START_S = 60.0
+_READY = b"!"
+_CHUNK_BYTES = 1 << 20
+
+
+def inside() -> bool:
+    """Whether this process is a sandbox child."""
+    return _INSIDE in os.environ
+
+
+class Sandbox:
+    """Runs module-level functions in a child under `max_cpu_s` per call and `max_memory_bytes`. Not thread-safe.
+
+    `wall_s` bounds a call by the clock; four times `max_cpu_s` where not given (our choice).
+    """
+
+    def __init__(self, config: MediaConfig, wall_s: float | None = None) -> None:
+        self._config = config
+        self._wall_s = wall_s if wall_s is not None else _WALL_PER_CPU_S * config.max_cpu_s
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def call(self, function: Callable[..., Result], *args: Any) -> Result:
+        """`function(*args)`, computed in the child. Arguments must pickle; the result is a uint8 array, bytes, or JSON.
+
+        Raises what the function raises if that is `BadMedia` or `UserError`, `RuntimeError` with the child's traceback
+        for any other exception, and `BadMedia` decoder_cpu_limit, decoder_memory_limit, decoder_time_limit or
+        decoder_crashed.
+        """
+        request = pickle.dumps((function, args, self._config.max_cpu_s))
+        child = self._child = self._child or _start(self._config.max_memory_bytes)
+        try:
+            header, payload = _exchange(child, request, time.monotonic() + self._wall_s)
+        except TimeoutError as error:
+            self.close()
+            raise BadMedia("decoder_time_limit", f"no answer in {self._wall_s:g} s") from error
+        except (EOFError, BrokenPipeError) as error:
+            raise _death(self._end()) from error
+        except BaseException:
+            # An answer left unread would be taken for that of the next call.
+            self.close()
+            raise
+        if header.get("reason") == "decoder_memory_limit":
+            self.close()
+        result: Result = _value(header, payload)
+        return result
+
+    def close(self) -> None:
+        """Kills the child. The next call starts another."""
+        if self._child is not None:
+            self._end()
+
+    def _end(self) -> int:
+        """Exit status of the child; one that already ended keeps its own."""
+        assert self._child is not None
+        child, self._child = self._child, None
+        child.kill()
+        for pipe in (child.stdin, child.stdout):
+            assert pipe is not None
+            pipe.close()
+        return child.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+def _start(max_memory_bytes: int) -> subprocess.Popen[bytes]:
+    one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    # sys.path and not the inherited variable: Ray adds a job's working directory to the path inside the process.
+    environment = os.environ | one_thread | {"PYTHONPATH": os.pathsep.join(sys.path), _INSIDE: "1"}
+    child = subprocess.Popen(
+        [sys.executable, "-m", "pipelines.media.sandbox", str(max_memory_bytes)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        bufsize=0,
+        env=environment,
+    )
+    try:
+        assert child.stdout is not None
+        _receive(child.stdout.fileno(), len(_READY), time.monotonic() + _START_S)
+    except (EOFError, TimeoutError) as error:
+        child.kill()
+        raise RuntimeError(f"the decoding child did not start: exit status {child.wait()}") from error
+    return child
+
+
+def _exchange(child: subprocess.Popen[bytes], request: bytes, deadline_s: float) -> tuple[dict[str, Any], bytearray]:
+    assert child.stdin is not None
+    assert child.stdout is not None
+    # The child reads a whole request before it does anything else, so that writing cannot block on its work.
+    child.stdin.write(_LENGTHS.pack(len(request), 0))
+    unsent = memoryview(request)
+    while unsent:
+        unsent = unsent[child.stdin.write(unsent) :]
+    header_bytes, payload_bytes = _LENGTHS.unpack(_receive(child.stdout.fileno(), _LENGTHS.size, deadline_s))
+    header = json.loads(_receive(child.stdout.fileno(), header_bytes, deadline_s))
+    return header, _receive(child.stdout.fileno(), payload_bytes, deadline_s)
+
+
+def _receive(descriptor: int, num_bytes: int, deadline_s: float) -> bytearray:
+    received = bytearray()
+    while len(received) < num_bytes:
+        ready, _, _ = select.select([descriptor], [], [], max(0.0, deadline_s - time.monotonic()))
+        if not ready:
+            raise TimeoutError
+        chunk = os.read(descriptor, min(_CHUNK_BYTES, num_bytes - len(received)))
+        if not chunk:
+            raise EOFError
+        received += chunk
+    return received
+
+
+def _value(header: dict[str, Any], payload: bytearray) -> Any:
+    if "reason" in header:
+        raise BadMedia(header["reason"], header["detail"])
+    if "user_error" in header:
+        raise UserError(*header["user_error"])
+    if "traceback" in header:
+        raise RuntimeError(f"in the sandbox child:\n{header['traceback']}")
+    if "shape" in header:
+        return np.frombuffer(payload, np.uint8).reshape(header["shape"])
+    return bytes(payload) if "bytes" in header else header["json"]
+
+
+def _death(returncode: int) -> BadMedia:
+    if returncode == -signal.SIGXCPU:
+        return BadMedia("decoder_cpu_limit")
+    return BadMedia("decoder_crashed", f"exit status {returncode}")
+
+
+def _answer(request: bytes) -> tuple[dict[str, Any], bytes | memoryview]:
+    try:
+        function, args, max_cpu_s = pickle.loads(request)
+        _limit_cpu(max_cpu_s)
+        result = function(*args)
+    except BadMedia as error:
+        return {"reason": error.reason, "detail": error.detail}, b""
+    except UserError as error:
+        return {"user_error": error.args}, b""
+    except MemoryError as error:
+        return {"reason": "decoder_memory_limit", "detail": str(error)}, b""
+    except Exception:  # noqa: BLE001  whatever a decoder raises belongs to the parent
+        return {"traceback": traceback.format_exc()}, b""
+    if isinstance(result, np.ndarray):
+        assert result.dtype == np.uint8
+        return {"shape": result.shape}, np.ascontiguousarray(result).reshape(-1).data
+    return ({"bytes": True}, result) if isinstance(result, bytes) else ({"json": result}, b"")
+
+
+def _limit_cpu(max_cpu_s: int) -> None:
+    """SIGXCPU kills the process after this many more seconds: the limit counts from its start, so it moves."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    soft = math.ceil(used.ru_utime + used.ru_stime) + max_cpu_s
+    resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
+
+
+def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
+    answers.write(_READY)
+    answers.flush()
+    while lengths := requests.read(_LENGTHS.size):
+        request_bytes, _ = _LENGTHS.unpack(lengths)
+        header, payload = _answer(requests.read(request_bytes))
+        encoded = json.dumps(header).encode()
+        answers.write(_LENGTHS.pack(len(encoded), len(payload)) + encoded)
+        answers.write(payload)
+        answers.flush()
+
+
+def _main() -> None:
+    max_memory_bytes = int(sys.argv[1])
+    resource.setrlimit(resource.RLIMIT_AS, (max_memory_bytes, max_memory_bytes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # Decoders print to descriptor 1: the answers go through a private copy of it.
+    with os.fdopen(os.dup(1), "wb") as answers:
+        os.dup2(2, 1)
+        _serve(sys.stdin.buffer, answers)
+
+
+if __name__ == "__main__":
+    _main()
