@@ -1,0 +1,204 @@
+"""The demo's corpus: an ordinary folder of images, PDFs and clips with the captions that are true of them.
+
+    captions.jsonl                    one sample a line, paths relative to the folder, pages from zero
+    images/00000.jpg                  a scene (every eighth is a PNG)
+    images/edit-00000-before.jpg      the reference of a composed query and
+    images/edit-00000-after.jpg       its target
+    documents/0000.pdf                a report; each page is a sample
+    clips/00000.mp4                   a short video
+    .complete                         fingerprint of the settings, written last (`.building` until then)
+
+Within a kind of sample no two share all attributes, so that any held-out part asks for combinations never trained on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
+from pathlib import Path, PurePosixPath
+from random import Random
+from typing import TypeVar
+
+from pipelines.errors import UserError
+from pipelines.synthetic.clips import Clip, all_clips, draw_clip, encode_clip
+from pipelines.synthetic.config import CorpusConfig
+from pipelines.synthetic.documents import Page, all_pages, draw_document
+from pipelines.synthetic.scenes import Scene, all_scenes, draw_scene, edit_into, encode_image
+
+COMPLETE, BUILDING, CAPTIONS = ".complete", ".building", "captions.jsonl"
+
+_FOLDERS = ("images", "documents", "clips")
+# Part of the fingerprint: raised whenever equal settings come to mean other files.
+_GENERATION = 1
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """One thing to write: its lines of `captions.jsonl`, and for each file the function that makes the bytes."""
+
+    lines: list[dict[str, str | int]]
+    files: dict[str, Callable[[], bytes]] = field(default_factory=dict)
+
+
+def make_corpus(
+    folder: Path, config: CorpusConfig, on_progress: Callable[[int, int], None] | None = None
+) -> dict[str, int]:
+    """Write the corpus into `folder` and return the number of samples by source, as the folder adapter names them.
+
+    A finished corpus of the same settings is left as it is; an interrupted one is continued; one of other settings is
+    replaced. Equal settings give equal bytes with equal versions of the libraries. `on_progress(done, total)` is called
+    after each item. One writer at a time.
+
+    Raises `UserError` when the folder holds anything else, or when more combinations are asked for than exist.
+    """
+    if _is_complete(folder, config):
+        return num_samples(config)
+    items = list(_items(config))
+    _prepare(folder, config)
+    for done, item in enumerate(items, start=1):
+        for name, make_bytes in item.files.items():
+            _write_once(folder / name, make_bytes)
+        if on_progress:
+            on_progress(done, len(items))
+    lines = (json.dumps(line, ensure_ascii=False) + "\n" for item in items for line in item.lines)
+    (folder / CAPTIONS).write_text("".join(lines), encoding="utf-8")
+    (folder / BUILDING).replace(folder / COMPLETE)
+    return num_samples(config)
+
+
+def num_samples(config: CorpusConfig) -> dict[str, int]:
+    """Samples by source."""
+    return {
+        "text_image": config.num_images,
+        "image_text_image": config.num_composed,
+        "text_page": config.num_documents * config.pages_per_document,
+        "text_video": config.num_clips,
+        "text_text": config.num_texts,
+    }
+
+
+def fingerprint(config: CorpusConfig) -> str:
+    """SHA-256 of everything that decides what is written, in hex."""
+    return hashlib.sha256(f"{_GENERATION} {config.model_dump_json()}".encode()).hexdigest()
+
+
+def _is_complete(folder: Path, config: CorpusConfig) -> bool:
+    marker = folder / COMPLETE
+    return marker.is_file() and marker.read_text() == fingerprint(config)
+
+
+def _prepare(folder: Path, config: CorpusConfig) -> None:
+    """Leave a folder that holds `.building` with our fingerprint, and no file of other settings.
+
+    The marker of an older corpus stays until its files are gone: at every moment the folder is known to be ours.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(str(folder), "is not a folder", "name one that is empty or does not exist")
+    folder.mkdir(parents=True, exist_ok=True)
+    building, complete = folder / BUILDING, folder / COMPLETE
+    if complete.exists():
+        complete.replace(building)
+    if not building.exists() and any(folder.iterdir()):
+        raise UserError(str(folder), "holds files that are not a synthetic corpus", "name an empty folder")
+    if not building.exists() or building.read_text() != fingerprint(config):
+        for name in _FOLDERS:
+            shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / CAPTIONS).unlink(missing_ok=True)
+        building.write_text(fingerprint(config))
+    for name in _FOLDERS:
+        (folder / name).mkdir(exist_ok=True)
+
+
+def _write_once(path: Path, make_bytes: Callable[[], bytes]) -> None:
+    """Whole or not at all, so that a file that exists need not be made again."""
+    if not path.exists():
+        part = path.with_name(f".{path.name}.part")
+        part.write_bytes(make_bytes())
+        part.replace(path)
+
+
+def _items(config: CorpusConfig) -> Iterator[_Item]:
+    """Everything there is to write, in the order of the captions. Nothing is drawn until its bytes are asked for."""
+    edits, texts = config.num_images, config.num_images + config.num_composed  # where their scenes begin
+    pages_each = config.pages_per_document
+    scenes = _distinct(all_scenes(), texts + config.num_texts, config, "num_images + num_composed + num_texts")
+    pages = _distinct(all_pages(), config.num_documents * pages_each, config, "num_documents * pages_per_document")
+    clips = _distinct(all_clips(), config.num_clips, config, "num_clips")
+    reports = [pages[start : start + pages_each] for start in range(0, len(pages), pages_each)]
+    return chain(
+        (_image_item(config, number, scene) for number, scene in enumerate(scenes[:edits])),
+        (_composed_item(config, number, target) for number, target in enumerate(scenes[edits:texts])),
+        (_document_item(config, number, report) for number, report in enumerate(reports)),
+        (_clip_item(config, number, clip) for number, clip in enumerate(clips)),
+        (_text_item(config, number, scene) for number, scene in enumerate(scenes[texts:])),
+    )
+
+
+def _distinct(space: Iterable[_T], count: int, config: CorpusConfig, setting: str) -> list[_T]:
+    everything = list(space)
+    if count > len(everything):
+        raise UserError(setting, f"{count} different ones are asked for, {len(everything)} exist", "ask for fewer")
+    return _rng(config, setting).sample(everything, count)
+
+
+def _rng(config: CorpusConfig, purpose: str) -> Random:
+    """One generator for each purpose: what is drawn for a file does not depend on what was drawn before."""
+    return Random(f"{config.seed} {purpose}")
+
+
+def _image_item(config: CorpusConfig, number: int, scene: Scene) -> _Item:
+    name = f"images/{number:05d}{'.png' if number % 8 == 7 else '.jpg'}"
+    caption = _rng(config, f"caption of {name}").choice(scene.wordings())
+    return _Item([{"file": name, "caption": caption}], {name: partial(_image_bytes, config, name, scene)})
+
+
+def _composed_item(config: CorpusConfig, number: int, target: Scene) -> _Item:
+    """Targets are distinct; paper, sizes and exact places differ between both images, so that only content counts."""
+    before, after = (f"images/edit-{number:05d}-{end}.jpg" for end in ("before", "after"))
+    reference, instruction = edit_into(target, _rng(config, f"edit into {after}"))
+    return _Item(
+        [{"query_file": before, "query": instruction, "file": after}],
+        {
+            before: partial(_image_bytes, config, before, reference),
+            after: partial(_image_bytes, config, after, target),
+        },
+    )
+
+
+def _document_item(config: CorpusConfig, number: int, pages: Sequence[Page]) -> _Item:
+    name = f"documents/{number:04d}.pdf"
+    rng = _rng(config, f"captions of {name}")
+    return _Item(
+        [{"file": name, "page": i, "caption": rng.choice(page.wordings())} for i, page in enumerate(pages)],
+        {name: partial(_document_bytes, config, name, pages)},
+    )
+
+
+def _clip_item(config: CorpusConfig, number: int, clip: Clip) -> _Item:
+    name = f"clips/{number:05d}.mp4"
+    caption = _rng(config, f"caption of {name}").choice(clip.wordings())
+    return _Item([{"file": name, "caption": caption}], {name: partial(_clip_bytes, config, name, clip)})
+
+
+def _text_item(config: CorpusConfig, number: int, scene: Scene) -> _Item:
+    query, positive = _rng(config, f"text {number}").sample(scene.wordings(), 2)
+    return _Item([{"query": query, "positive": positive}])
+
+
+def _image_bytes(config: CorpusConfig, name: str, scene: Scene) -> bytes:
+    return encode_image(draw_scene(scene, config.image_px, _rng(config, name)), PurePosixPath(name).suffix)
+
+
+def _document_bytes(config: CorpusConfig, name: str, pages: Sequence[Page]) -> bytes:
+    return draw_document(pages, f"Report {PurePosixPath(name).stem}", _rng(config, name))
+
+
+def _clip_bytes(config: CorpusConfig, name: str, clip: Clip) -> bytes:
+    return encode_clip(draw_clip(clip, config.image_px, config.clip_frames, _rng(config, name)))

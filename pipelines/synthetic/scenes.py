@@ -1,0 +1,111 @@
+"""Still images: two things side by side or one above the other, what is said of them, and edits of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from io import BytesIO
+from random import Random
+from typing import Literal
+
+from PIL import Image
+
+from pipelines.synthetic.shapes import COLOURS, RGB, SHAPES, Point, Thing, a, all_pairs, paint
+
+Relation = Literal["above", "left of"]
+RELATIONS: tuple[Relation, ...] = ("above", "left of")
+
+# Where the two cells of a scene lie across the image, and how far a thing strays from the middle of its cell.
+NEAR, MIDDLE, FAR = 0.26, 0.5, 0.74
+SIZES = (0.38, 0.44)
+_STRAY_ALONG, _STRAY_ACROSS = 0.015, 0.1
+
+_WORDINGS: dict[Relation, tuple[str, ...]] = {
+    "above": (
+        "{first} above {second}",
+        "{second} below {first}",
+        "there is {first} on top of {second}",
+        "{first} at the top and {second} at the bottom",
+    ),
+    "left of": (
+        "{first} to the left of {second}",
+        "{second} to the right of {first}",
+        "there is {first} on the left of {second}",
+        "{first} on the left and {second} on the right",
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """Two things that differ in shape and in colour. "Below" and "right of" are the same scenes told from the end."""
+
+    first: Thing
+    second: Thing
+    relation: Relation
+
+    def wordings(self) -> list[str]:
+        """All captions of the scene. Each tells the whole of it."""
+        return [wording.format(first=self.first, second=self.second) for wording in _WORDINGS[self.relation]]
+
+
+def all_scenes() -> Iterator[Scene]:
+    """Every scene once: 8 * 7 * 8 * 7 pairs in 2 relations."""
+    for first, second in all_pairs():
+        for relation in RELATIONS:
+            yield Scene(first, second, relation)
+
+
+def edit_into(target: Scene, rng: Random) -> tuple[Scene, str]:
+    """A scene and the instruction that turns it into `target` by one change: of a colour, of a shape, or of places."""
+    if rng.randrange(3) == 0:
+        wording = rng.choice(("swap the positions", "let the two objects trade places"))
+        return Scene(target.second, target.first, target.relation), wording
+    changed, kept = rng.choice(((target.first, target.second), (target.second, target.first)))
+    old, instruction = rng.choice((_recolour, _replace))(changed, kept, rng)
+    if changed is target.first:
+        return replace(target, first=old), instruction
+    return replace(target, second=old), instruction
+
+
+def _recolour(new: Thing, kept: Thing, rng: Random) -> tuple[Thing, str]:
+    colour = rng.choice([name for name in COLOURS if name not in (new.colour, kept.colour)])
+    wording = rng.choice(("make the {shape} {colour}", "change the colour of the {shape} to {colour}"))
+    return replace(new, colour=colour), wording.format(shape=new.shape, colour=new.colour)
+
+
+def _replace(new: Thing, kept: Thing, rng: Random) -> tuple[Thing, str]:
+    shape = rng.choice([name for name in SHAPES if name not in (new.shape, kept.shape)])
+    wording = rng.choice(("replace the {old} with {new}", "turn the {old} into {new}"))
+    return replace(new, shape=shape), wording.format(old=shape, new=a(new.shape))
+
+
+def draw_scene(scene: Scene, image_px: int, rng: Random) -> Image.Image:
+    """RGB image, `image_px` squared. Shade of the paper, places and sizes vary a little."""
+    image = Image.new("RGB", (image_px, image_px), paper(rng))
+    paint(image, scene.first, stray(scene.relation, NEAR, rng), rng.uniform(*SIZES))
+    paint(image, scene.second, stray(scene.relation, FAR, rng), rng.uniform(*SIZES))
+    return image
+
+
+def paper(rng: Random) -> RGB:
+    """A light background: grey with a faint tint."""
+    lightness = rng.randint(226, 250)
+    return (lightness - rng.randint(0, 8), lightness - rng.randint(0, 8), lightness - rng.randint(0, 8))
+
+
+def stray(relation: Relation, along: float, rng: Random) -> Point:
+    """Centre of a thing near its place `along` the direction of the relation."""
+    along += rng.uniform(-_STRAY_ALONG, _STRAY_ALONG)
+    across = MIDDLE + rng.uniform(-_STRAY_ACROSS, _STRAY_ACROSS)
+    return (across, along) if relation == "above" else (along, across)
+
+
+def encode_image(image: Image.Image, suffix: str) -> bytes:
+    """The bytes of a `.jpg` (quality 90, colour at full resolution) or a `.png` file."""
+    buffer = BytesIO()
+    if suffix == ".png":
+        image.save(buffer, "PNG")
+    else:
+        image.save(buffer, "JPEG", quality=90, subsampling=0)
+    return buffer.getvalue()
