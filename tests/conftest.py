@@ -1,0 +1,47 @@
+"""What the tests share: one S3 server and one local Ray for the whole session."""
+
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import pytest  # noqa: E402
+
+from tests.s3 import CREDENTIALS, free_port, s3_server  # noqa: E402
+
+# Before anything imports Ray or a maths library; Ray's workers inherit them.
+os.environ |= {
+    "AUTOSCALER_METRIC_PORT": str(free_port()),  # the defaults are fixed and taken by any other Ray on the host
+    "DASHBOARD_METRIC_PORT": str(free_port()),
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+    "RAY_AUTH_MODE": "disabled",
+}
+for name, value in CREDENTIALS.items():
+    os.environ.setdefault(name, value)
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """URL of an S3 server. Name a bucket of your own for every test."""
+    with s3_server() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """The one local Ray of the session, with four logical CPUs."""
+    import ray.data
+
+    folder = tempfile.mkdtemp(prefix="rz", dir="/tmp")  # sockets lie in it, and their paths must be short
+    ray.init(num_cpus=4, include_dashboard=False, object_store_memory=512 << 20, _temp_dir=folder)
+    logging.getLogger("ray.data").setLevel(logging.WARNING)  # or pages of it drown every failing test
+    yield
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,285 @@
+"""Raw files to shards on a real local Ray: accounting, splits, byte identity, planted faults, both stores."""
+
+import io
+import json
+import subprocess
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import av
+import numpy as np
+import pymupdf
+import pytest
+from PIL import Image
+
+from pipelines.config import MediaConfig
+from pipelines.errors import UserError
+from pipelines.ingest import IngestReport, ingest, plan_blocks
+from pipelines.samples import FileRef, Media, MediaKind, RawSample, Rejected, Sample, Side
+from pipelines.shards import Members, read_index, read_manifest, read_samples, target_sha256, verify
+from pipelines.storage import Store, open_store
+from tests.s3 import free_port
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+MEDIA = MediaConfig(frames=2, page_pixels=40_000)
+
+
+def text_to(kind: MediaKind, path: Path, text: str, source: str = "cars", page: int | None = None) -> RawSample:
+    member = f"p0{path.suffix}"
+    sample = Sample("", source, "t2i", Side(text), Side("", (Media(kind, member),)), origin=path.name)
+    return RawSample(sample, {member: FileRef(str(path), page)})
+
+
+def write_images(folder: Path, count: int, start: int = 0) -> list[RawSample]:
+    folder.mkdir(parents=True, exist_ok=True)
+    raws = []
+    for n in range(start, start + count):
+        pixels = np.random.default_rng(n).integers(0, 255, (24, 32, 3), np.uint8)
+        path = folder / f"{n:04d}.jpg"
+        Image.fromarray(pixels).save(path)
+        raws.append(text_to("image", path, f"picture {n}"))
+    return raws
+
+
+def write_video(path: Path) -> None:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=5)
+        stream.width, stream.height, stream.pix_fmt = 32, 24, "yuv420p"
+        for shade in range(0, 200, 20):
+            frame = av.VideoFrame.from_ndarray(np.full((24, 32, 3), shade, np.uint8), "rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def write_pdf(path: Path, pages: int) -> None:
+    with pymupdf.open() as document:
+        for number in range(pages):
+            document.new_page(width=200, height=100).insert_text((20, 50), f"page {number}")
+        document.save(path)
+
+
+def run(raw: list[RawSample | Rejected], out: Store, **changes: object) -> IngestReport:
+    settings: dict[str, object] = {"media": MEDIA, "held_out_fraction": 0.2, "seed": 5, "samples_per_shard": 4}
+    return ingest(raw, out, **(settings | changes))  # type: ignore[arg-type]
+
+
+def stored(out: Store, split: str) -> list[tuple[Sample, Members]]:
+    manifest = read_manifest(out, split)
+    samples = []
+    for source, info in manifest.sources.items():
+        for row in read_index(out, manifest, source).to_pylist():
+            samples += read_samples(out, info.shards[row["shard"]].path, row["offset"], row["length"])
+    return samples
+
+
+def snapshot(out: Store) -> dict[str, bytes]:
+    return {path: out.read(path) for path in out.list() if path != "report.json"}
+
+
+def test_every_medium_arrives_whole(tmp_path: Path) -> None:
+    raws = write_images(tmp_path / "raw", 3)
+    write_video(tmp_path / "raw/clip.mp4")
+    write_pdf(tmp_path / "raw/paper.pdf", 3)
+    raws.append(text_to("video", tmp_path / "raw/clip.mp4", "a clip", "clips"))
+    raws += [text_to("document", tmp_path / "raw/paper.pdf", f"about {n}", "papers", page=n) for n in (0, 2)]
+    raws.append(RawSample(Sample("", "words", "t2t", Side("left"), Side("right"), (Side("wrong"),))))
+    out = open_store(str(tmp_path / "out"))
+    progress: list[tuple[int, int]] = []
+    report = run(raws, out, held_out_fraction=0.0, on_progress=lambda done, total: progress.append((done, total)))
+    assert report.accepted == {"train": {"cars": 3, "clips": 1, "papers": 2, "words": 1}, "held_out": {}}
+    assert (report.seen, report.rejected) == (7, {})
+    assert sorted(done for done, _ in progress) == [done for done, _ in progress]
+    assert progress[-1] == (7, 7)
+    found = {sample.query.text: (sample, members) for sample, members in stored(out, "train")}
+    for raw in raws:
+        sample, members = found[raw.sample.query.text]
+        assert sample.target_sha256 == target_sha256(sample.positive, members)
+        assert replace(sample, key="", target_sha256="") == raw.sample
+        whole = {name: Path(ref.path).read_bytes() for name, ref in raw.files.items() if ref.page is None}
+        assert {name: members[name] for name in whole} == whole
+    for number in (0, 2):
+        with pymupdf.open(stream=found[f"about {number}"][1]["p0.pdf"], filetype="pdf") as document:
+            assert [page.get_text().strip() for page in document] == [f"page {number}"]
+    assert verify(out, "train") == verify(out, "held_out") == []
+    assert json.loads(out.read("report.json")) == json.loads(report.to_json())
+    assert read_manifest(out, "train").settings["media"] == MEDIA.model_dump()
+
+
+def plant(folder: Path) -> Iterator[tuple[RawSample, str]]:
+    """One bad file after another, each with the reasons under which it may be counted."""
+    picture = io.BytesIO()
+    Image.fromarray(np.random.default_rng(1).integers(0, 255, (64, 64, 3), np.uint8)).save(picture, "JPEG")
+    write_video(folder / "good.mp4")
+    write_pdf(folder / "good.pdf", 2)
+    contents: dict[str, tuple[MediaKind, bytes]] = {
+        "cut.jpg": ("image", picture.getvalue()[:900]),
+        "zero.jpg": ("image", b""),
+        "text.png": ("image", b"this is not a picture"),
+        "cut.mp4": ("video", (folder / "good.mp4").read_bytes()[:500]),
+        "zero.mp4": ("video", b""),
+        "picture.mp4": ("video", b"\x89PNG\r\n\x1a\n" + bytes(100)),
+        "cut.pdf": ("document", (folder / "good.pdf").read_bytes()[:300]),
+        "page.pdf": ("document", b"<html><body>hello</body></html>"),
+    }
+    for name, (kind, data) in contents.items():
+        (folder / name).write_bytes(data)
+        yield text_to(kind, folder / name, name), name
+    yield text_to("document", folder / "good.pdf", "page 9", page=9), "good.pdf"
+    yield text_to("image", folder / "absent.jpg", "absent"), "absent.jpg"
+    yield text_to("image", folder, "a folder"), folder.name
+    (folder / "large.jpg").write_bytes(picture.getvalue() + bytes(200_000))
+    yield text_to("image", folder / "large.jpg", "large"), "large.jpg"
+    nameless = Sample("", "cars", "t2i", Side("nameless"), Side("", (Media("image", "p0.jpg"),)), origin="nameless")
+    yield RawSample(nameless), "nameless"
+
+
+def test_planted_faults_are_counted_and_nothing_is_lost(tmp_path: Path) -> None:
+    good = write_images(tmp_path / "raw", 9)
+    planted = list(plant(tmp_path / "raw"))
+    early = [Rejected("notes.txt", "unknown_extension", ".txt")]
+    raws = [*good, *(raw for raw, _ in planted), good[3], *early]
+    out = open_store(str(tmp_path / "out"))
+    report = run(raws, out, held_out_fraction=0.0, media=MEDIA.model_copy(update={"max_bytes": 200_000}))
+    assert report.seen == 9 + 13 + 1 + 1
+    assert report.accepted["train"] == {"cars": 9}
+    assert report.num_rejected == 15
+    certain = {"duplicate": 1, "unknown_extension": 1, "missing_file": 2, "unreadable_file": 1, "too_many_bytes": 1}
+    assert {reason: report.rejected[reason] for reason in certain} == certain
+    assert report.rejected["no_such_page"] == 1
+    assert report.rejected["not_a_pdf"] == 1
+    assert "decoder_error" not in report.rejected
+    told = "\n".join(line for lines in report.examples.values() for line in lines)
+    assert all(name in told for _, name in planted)
+    assert {sample.query.text for sample, _ in stored(out, "train")} == {f"picture {n}" for n in range(9)}
+    assert verify(out, "train") == []
+
+
+def test_a_rerun_gives_the_same_bytes_wherever_the_raw_data_lies(tmp_path: Path) -> None:
+    outs = []
+    for place in ("first", "second/deeper"):
+        raws = write_images(tmp_path / place, 11)
+        write_pdf(tmp_path / place / "paper.pdf", 3)
+        # The PDF itself carries a random ID; both runs shall read the same one.
+        (tmp_path / place / "paper.pdf").write_bytes((tmp_path / "first/paper.pdf").read_bytes())
+        raws += [text_to("document", tmp_path / place / "paper.pdf", f"{n}", "papers", page=n) for n in range(3)]
+        outs.append(open_store(str(tmp_path / f"out {place}")))
+        run(raws if place == "first" else raws[::-1], outs[-1])
+    once = snapshot(outs[0])
+    assert once == snapshot(outs[1])
+    run(raws, outs[1])
+    assert once == snapshot(outs[1])
+    run(raws, outs[1], seed=6)
+    assert once != snapshot(outs[1])
+
+
+def test_a_smaller_rerun_leaves_no_orphans(tmp_path: Path) -> None:
+    raws = write_images(tmp_path / "raw", 13)
+    out = open_store(str(tmp_path / "out"))
+    out.write("train/notes.txt", b"not ours")
+    run(raws, out)
+    run(raws[:5], out)
+    assert verify(out, "train") == ["train/notes.txt: not in the manifest"]
+    assert read_manifest(out, "train").num_samples == 4
+
+
+def test_s3_holds_the_same_bytes_as_a_disk(tmp_path: Path, s3_endpoint: str) -> None:
+    raws = write_images(tmp_path / "raw", 7)
+    local, remote = open_store(str(tmp_path / "out")), open_store(f"s3://b{uuid.uuid4().hex[:12]}/x", s3_endpoint)
+    run(raws, local)
+    run(raws, remote)
+    assert snapshot(local) == snapshot(remote)
+    assert verify(remote, "train") == []
+
+
+def test_nothing_usable_is_told(tmp_path: Path) -> None:
+    (tmp_path / "zero.jpg").write_bytes(b"")
+    out = open_store(str(tmp_path / "out"))
+    with pytest.raises(UserError, match="none of 0 samples can be used"):
+        run([], out)
+    with pytest.raises(UserError, match=r"none of 2 samples can be used for training \(.*unknown_extension 1"):
+        run([text_to("image", tmp_path / "zero.jpg", "x"), Rejected("a.txt", "unknown_extension")], out)
+    assert json.loads(out.read("report.json"))["seen"] == 2
+    with pytest.raises(UserError, match="there is no such manifest"):
+        read_manifest(out, "train")
+
+
+def test_a_run_without_raw_data_leaves_what_is_there(tmp_path: Path) -> None:
+    out = open_store(str(tmp_path / "out"))
+    run(write_images(tmp_path / "raw", 5), out)
+    before = snapshot(out)
+    with pytest.raises(UserError, match="none of 0 samples"):
+        run([], out)
+    assert snapshot(out) == before
+
+
+def test_an_unreachable_store_is_told_within_seconds(tmp_path: Path) -> None:
+    raws = write_images(tmp_path / "raw", 3)
+    start_s = time.monotonic()
+    with pytest.raises(UserError, match="no proper answer"):
+        run(raws, open_store("s3://b/x", f"http://127.0.0.1:{free_port()}"))
+    assert time.monotonic() - start_s < 15
+
+
+def test_a_full_disk_in_a_task_is_told(tmp_path: Path) -> None:
+    raws = write_images(tmp_path / "raw", 90)
+    (tmp_path / "small").mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path / "small")]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("may not mount a small tmpfs here")
+    try:
+        out = open_store(str(tmp_path / "small"))
+        with pytest.raises(UserError, match="No space left on device; free some space") as caught:
+            run(raws, out, samples_per_shard=20)
+        assert caught.value.place.startswith(str(tmp_path / "small/train/cars/cars-0"))
+        with pytest.raises(UserError, match="there is no such manifest"):
+            read_manifest(out, "train")
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path / "small")], check=True)
+
+
+def test_plan_splits_by_target_and_cuts_evenly(tmp_path: Path) -> None:
+    raws = [text_to("image", tmp_path / f"{n}.jpg", f"picture {n}") for n in range(53)]
+    blocks = plan_blocks(raws, 0.1, seed=1, samples_per_shard=10)
+    sizes = {split: [len(b.samples) for b in blocks if b.split == split] for split in ("train", "held_out")}
+    assert sizes == {"train": [10, 10, 10, 10, 8], "held_out": [5]}
+    assert [b.path for b in blocks][3:] == [
+        "train/cars/cars-000003.tar",
+        "train/cars/cars-000004.tar",
+        "held_out/cars/cars-000000.tar",
+    ]
+    train = [raw.sample.key for b in blocks if b.split == "train" for raw in b.samples]
+    assert train == [f"{n:08d}" for n in range(48)]
+    texts = [raw.sample.query.text for b in blocks for raw in b.samples]
+    assert sorted(texts) == sorted(raw.sample.query.text for raw in raws)
+    assert texts[:48] != sorted(texts[:48])
+
+
+def test_samples_of_one_target_are_never_split(tmp_path: Path) -> None:
+    raws = [text_to("image", tmp_path / f"{n % 12}.jpg", f"question {n}") for n in range(60)]
+    blocks = plan_blocks(raws, 0.25, seed=1, samples_per_shard=7)
+    splits_of: dict[str, set[str]] = {}
+    for block in blocks:
+        for raw in block.samples:
+            splits_of.setdefault(raw.files["p0.jpg"].path, set()).add(block.split)
+    assert {len(splits) for splits in splits_of.values()} == {1}
+    assert sum(len(block.samples) for block in blocks if block.split == "held_out") == 15
+
+
+@pytest.mark.parametrize(("count", "held_out"), [(1, 0), (2, 0), (3, 1), (4, 2), (10, 5)])
+def test_small_sources_keep_two_samples_to_train(count: int, held_out: int, tmp_path: Path) -> None:
+    raws = [text_to("image", tmp_path / f"{n}.jpg", f"picture {n}") for n in range(count)]
+    blocks = plan_blocks(raws, 0.5, seed=0, samples_per_shard=3)
+    assert Counter(block.split for block in blocks for _ in block.samples)["held_out"] == held_out
+
+
+def test_sources_that_cannot_be_are_told(tmp_path: Path) -> None:
+    raw = text_to("image", tmp_path / "a.jpg", "a")
+    out = open_store(str(tmp_path / "out"))
+    with pytest.raises(UserError, match="has samples of the tasks 't2i' and 'i2t'"):
+        run([raw, replace(raw, sample=replace(raw.sample, task="i2t"))], out)
+    with pytest.raises(UserError, match="is no folder name"):
+        run([replace(raw, sample=replace(raw.sample, source="../x"))], out)

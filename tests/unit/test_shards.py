@@ -1,0 +1,250 @@
+"""Shards: bytes, index, manifest, and the readers of other projects."""
+
+import hashlib
+import itertools
+import json
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import ray.data
+import webdataset
+
+from pipelines.errors import BadMedia, UserError
+from pipelines.samples import Media, Sample, Side
+from pipelines.shards import (
+    Manifest,
+    Members,
+    ShardInfo,
+    SourceInfo,
+    index_path,
+    publish_manifest,
+    read_index,
+    read_manifest,
+    read_samples,
+    target_sha256,
+    verify,
+    write_shard,
+)
+from pipelines.storage import Store, open_store
+
+
+def make_samples(count: int) -> list[tuple[Sample, Members]]:
+    samples = []
+    for n in range(count):
+        members = {"p0.png": bytes([n]) * (n * 300), "n0.png": b"negative", "q0.mp4": b"q" * 512}
+        sides = {"query": Side("ü?", (Media("video", "q0.mp4"),)), "positive": Side("", (Media("image", "p0.png"),))}
+        sample = Sample(f"{n:08d}", "cars", "t2i", negatives=(Side("", (Media("image", "n0.png"),)),), **sides)
+        samples.append((replace(sample, target_sha256=target_sha256(sample.positive, members)), members))
+    return samples
+
+
+def make_split(root: Path, counts: tuple[int, ...] = (5, 3)) -> tuple[Store, Manifest]:
+    """Writes `train` with one source and a shard for each count."""
+    samples = make_samples(sum(counts))
+    shards: list[ShardInfo] = []
+    for ordinal, count in enumerate(counts):
+        path = f"train/cars/cars-{ordinal:06d}.tar"
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        start = sum(counts[:ordinal])
+        shards.append(replace(write_shard(root / path, samples[start : start + count]), path=path))
+    manifest = Manifest("train", {"cars": SourceInfo("t2i", sum(counts), tuple(shards))}, {"seed": 7})
+    store = open_store(str(root))
+    publish_manifest(store, manifest)
+    return store, manifest
+
+
+def test_equal_samples_give_equal_bytes(tmp_path: Path) -> None:
+    first = write_shard(tmp_path / "a.tar", make_samples(5))
+    shuffled = [(sample, dict(reversed(members.items()))) for sample, members in make_samples(5)]
+    second = write_shard(tmp_path / "b.tar", shuffled)
+    assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
+    assert (tmp_path / "a.idx.parquet").read_bytes() == (tmp_path / "b.idx.parquet").read_bytes()
+    assert replace(first, path="") == replace(second, path="")
+
+
+def test_shard_info_tells_the_bytes(tmp_path: Path) -> None:
+    info = write_shard(tmp_path / "a.tar", make_samples(5))
+    data = (tmp_path / "a.tar").read_bytes()
+    assert info == ShardInfo(
+        "a.tar",
+        5,
+        len(data),
+        hashlib.sha256(data).hexdigest(),
+        hashlib.sha256((tmp_path / "a.idx.parquet").read_bytes()).hexdigest(),
+    )
+
+
+def test_tar_is_plain_and_ordered(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.tar", make_samples(2))
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        entries = tar.getmembers()
+    assert [entry.name for entry in entries] == [
+        f"{key}.{name}" for key in ("00000000", "00000001") for name in ("json", "n0.png", "p0.png", "q0.mp4")
+    ]
+    assert {(e.mtime, e.mode, e.uid, e.gid, e.uname, e.gname) for e in entries} == {(0, 0o644, 0, 0, "", "")}
+
+
+def test_index_cuts_between_samples(tmp_path: Path) -> None:
+    samples = make_samples(5)
+    write_shard(tmp_path / "a.tar", samples)
+    rows = pq.read_table(tmp_path / "a.idx.parquet").to_pylist()
+    assert [row["key"] for row in rows] == ["00000000", "00000001", "00000002", "00000003", "00000004"]
+    assert {row["num_members"] for row in rows} == {3}
+    assert rows[0]["offset"] == 0
+    for row, following in itertools.pairwise(rows):
+        assert row["offset"] + row["length"] == following["offset"]
+    assert rows[-1]["offset"] + rows[-1]["length"] + 1024 == (tmp_path / "a.tar").stat().st_size
+    assert [row["target_sha256"] for row in rows] == [sample.target_sha256 for sample, _ in samples]
+
+
+def test_one_range_gives_one_sample_or_several(tmp_path: Path) -> None:
+    samples = make_samples(5)
+    write_shard(tmp_path / "a.tar", samples)
+    rows = pq.read_table(tmp_path / "a.idx.parquet").to_pylist()
+    store = open_store(str(tmp_path))
+    assert read_samples(store, "a.tar", rows[3]["offset"], rows[3]["length"]) == [samples[3]]
+    assert read_samples(store, "a.tar", rows[1]["offset"], sum(r["length"] for r in rows[1:4])) == samples[1:4]
+
+
+@pytest.mark.parametrize("where", ["header", "cut", "middle", "json"])
+def test_damage_is_told_and_loses_nothing_in_silence(where: str, tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.tar", make_samples(4))
+    rows = pq.read_table(tmp_path / "a.idx.parquet").to_pylist()
+    data = bytearray((tmp_path / "a.tar").read_bytes())
+    offset, length = rows[1]["offset"], rows[1]["length"] + rows[2]["length"]
+    if where == "header":
+        data[rows[2]["offset"] + 20] ^= 0xFF
+    elif where == "json":
+        data[rows[2]["offset"] + 512] ^= 0xFF
+    elif where == "cut":
+        length -= 600
+    else:
+        offset, length = offset + 1024, length - 1024
+    (tmp_path / "a.tar").write_bytes(data)
+    with pytest.raises(BadMedia) as caught:
+        read_samples(open_store(str(tmp_path)), "a.tar", offset, length)
+    assert caught.value.reason == "damaged_shard"
+
+
+def test_target_sha256_is_that_of_text_and_bytes() -> None:
+    side = Side("a", (Media("image", "p0.png"), Media("image", "p1.png")))
+    base = target_sha256(side, {"p0.png": b"xy", "p1.png": b"z"})
+    assert base == target_sha256(side, {"p0.png": b"xy", "p1.png": b"z", "q0.png": b"other"})
+    assert base != target_sha256(side, {"p0.png": b"x", "p1.png": b"yz"})
+    assert base != target_sha256(replace(side, text="b"), {"p0.png": b"xy", "p1.png": b"z"})
+
+
+@pytest.mark.parametrize("key", ["", "a.b", "a/b"])
+def test_keys_that_webdataset_would_split_are_refused(key: str, tmp_path: Path) -> None:
+    sample, members = make_samples(1)[0]
+    with pytest.raises(ValueError, match="key"):
+        write_shard(tmp_path / "a.tar", [(replace(sample, key=key), members)])
+
+
+def test_webdataset_reads_it(tmp_path: Path) -> None:
+    samples = make_samples(5)
+    write_shard(tmp_path / "a.tar", samples)
+    read = list(webdataset.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False))
+    assert [item["__key__"] for item in read] == [sample.key for sample, _ in samples]
+    for item, (sample, members) in zip(read, samples, strict=True):
+        assert Sample.from_json(item["json"]) == sample
+        assert {name: item[name] for name in members} == members
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_ray_data_reads_it(tmp_path: Path) -> None:
+    samples = make_samples(5)
+    write_shard(tmp_path / "a.tar", samples)
+    rows = ray.data.read_webdataset(str(tmp_path / "a.tar"), decoder=None).take_all()
+    assert [row["__key__"] for row in rows] == [sample.key for sample, _ in samples]
+    assert Sample.from_json(rows[4]["json"]) == samples[4][0]
+    assert rows[4]["p0.png"] == samples[4][1]["p0.png"]
+
+
+def test_manifest_survives_json_and_its_fingerprint_is_the_content(tmp_path: Path) -> None:
+    store, manifest = make_split(tmp_path)
+    assert read_manifest(store, "train") == manifest
+    assert manifest.num_samples == 8
+    assert json.loads(manifest.to_json())["fingerprint"] == manifest.fingerprint
+    assert replace(manifest, settings={"seed": 8}).fingerprint != manifest.fingerprint
+
+
+def test_bad_manifests_are_told(tmp_path: Path) -> None:
+    store, manifest = make_split(tmp_path)
+    with pytest.raises(UserError, match="there is no such manifest; run an ingest job"):
+        read_manifest(store, "held_out")
+    store.write("train/manifest.json", manifest.to_json().replace(b'"seed": 7', b'"seed": 8'))
+    with pytest.raises(UserError, match="fingerprint"):
+        read_manifest(store, "train")
+    store.write("train/manifest.json", manifest.to_json().replace(b'"format_version": 1', b'"format_version": 2'))
+    with pytest.raises(UserError, match="format version 2, this program reads 1"):
+        read_manifest(store, "train")
+    for damaged in (b"{", b"[]", b"{}", b'{"format_version": 1}'):
+        store.write("train/manifest.json", damaged)
+        with pytest.raises(UserError, match="cannot be read"):
+            read_manifest(store, "train")
+
+
+def test_index_of_a_source_leads_to_its_samples(tmp_path: Path) -> None:
+    store, manifest = make_split(tmp_path, (5, 3))
+    table = read_index(store, manifest, "cars")
+    assert table["shard"].to_pylist() == [0, 0, 0, 0, 0, 1, 1, 1]
+    row = table.slice(6, 1).to_pylist()[0]
+    shard = manifest.sources["cars"].shards[row["shard"]]
+    assert read_samples(store, shard.path, row["offset"], row["length"]) == [make_samples(8)[6]]
+    with pytest.raises(UserError, match="has no source 'boats'; its sources: cars"):
+        read_index(store, manifest, "boats")
+
+
+def test_a_foreign_or_missing_index_is_told(tmp_path: Path) -> None:
+    store, manifest = make_split(tmp_path)
+    first, second = (index_path(shard.path) for shard in manifest.sources["cars"].shards)
+    store.write(first, store.read(second))
+    with pytest.raises(UserError, match="not the index that the manifest names"):
+        read_index(store, manifest, "cars")
+    store.delete(first)
+    with pytest.raises(UserError, match="missing"):
+        read_index(store, manifest, "cars")
+
+
+def test_verify_finds_what_was_planted(tmp_path: Path) -> None:
+    store, manifest = make_split(tmp_path, (2, 2, 2, 2))
+    assert verify(store, "train") == []
+    paths = [shard.path for shard in manifest.sources["cars"].shards]
+    changed = bytearray(store.read(paths[0]))
+    changed[700] ^= 1
+    store.write(paths[0], bytes(changed))
+    store.write(paths[1], store.read(paths[1])[:-1])
+    store.delete(paths[2])
+    store.write(index_path(paths[3]), b"not parquet")
+    store.write("train/cars/stray.tar", b"")
+    num_bytes = manifest.sources["cars"].shards[1].num_bytes
+    assert verify(store, "train") == [
+        "train/cars/cars-000002.tar: missing",
+        "train/cars/stray.tar: not in the manifest",
+        "train/cars/cars-000000.tar: its bytes have changed",
+        f"train/cars/cars-000001.tar: {num_bytes - 1} bytes, the manifest says {num_bytes}",
+        "train/cars/cars-000003.idx.parquet: is not the index that the manifest names",
+    ]
+
+
+def test_verify_finds_wrong_counts(tmp_path: Path) -> None:
+    store, manifest = make_split(tmp_path, (2, 3))
+    source = manifest.sources["cars"]
+    wrong = replace(source, num_samples=6, shards=(replace(source.shards[0], num_samples=1), source.shards[1]))
+    publish_manifest(store, replace(manifest, sources={"cars": wrong}))
+    assert verify(store, "train") == [
+        "train/cars: 6 samples, its shards hold another number",
+        "train/cars/cars-000000.tar: 2 indexed samples, the manifest says 1",
+    ]
+
+
+def test_an_empty_shard_is_a_readable_tar(tmp_path: Path) -> None:
+    info = write_shard(tmp_path / "a.tar", [])
+    assert info.num_samples == 0
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        assert tar.getmembers() == []

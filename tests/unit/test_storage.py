@@ -1,0 +1,288 @@
+"""The same promises for both stores, then the faults of each."""
+
+import os
+import pickle
+import resource
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from pipelines.errors import UserError
+from pipelines.storage import LocalStore, Store, localize, open_store
+from tests.s3 import FaultyProxy, free_port
+
+
+@pytest.fixture(params=["local", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    if request.param == "local":
+        return open_store(str(tmp_path / "data"))
+    store = open_store(f"s3://b{uuid.uuid4().hex[:12]}/some/folder", request.getfixturevalue("s3_endpoint"))
+    store.ensure_bucket()
+    return store
+
+
+@pytest.fixture
+def bucket_url(s3_endpoint: str) -> str:
+    url = f"s3://b{uuid.uuid4().hex[:12]}"
+    open_store(url, s3_endpoint).ensure_bucket()
+    return url
+
+
+@pytest.fixture
+def proxy(s3_endpoint: str) -> Iterator[FaultyProxy]:
+    proxy = FaultyProxy(s3_endpoint)
+    yield proxy
+    proxy.close()
+
+
+def test_what_is_written_is_read(store: Store) -> None:
+    store.write("a/b.bin", b"0123456789")
+    store.write("a/b.bin", b"9876543210")
+    assert store.read("a/b.bin") == b"9876543210"
+    assert store.read_range("a/b.bin", 3, 4) == b"6543"
+    assert store.read_range("a/b.bin", 3, 0) == b""
+    assert store.child("a").read("b.bin") == b"9876543210"
+    assert open_store(store.url, getattr(store, "endpoint", None)) == store
+
+
+def test_list_holds_whole_folders_only_and_is_sorted(store: Store) -> None:
+    for path in ("run/b", "run/a/c", "run1/x", "run", "z"):
+        if path != "run" or not isinstance(store, LocalStore):  # a disk cannot have a file and a folder of one name
+            store.write(path, b"")
+    assert store.list("run") == store.list("run/") == ["run/a/c", "run/b"]
+    assert store.child("run").list() == ["a/c", "b"]
+    assert [path for path in store.list() if path != "run"] == ["run/a/c", "run/b", "run1/x", "z"]
+    assert store.list("absent") == []
+
+
+def test_delete_removes_one_and_delete_tree_a_folder(store: Store) -> None:
+    for path in ("a/1", "a/2/3", "ab", "c"):
+        store.write(path, b"x")
+    store.delete("c")
+    store.delete("c")
+    store.delete_tree("a")
+    store.delete_tree("a")
+    assert store.list() == ["ab"]
+    assert store.exists("ab")
+    assert not store.exists("c")
+    assert not store.exists("a")
+
+
+def test_tags_change_with_the_content(store: Store) -> None:
+    store.write("same", b"1")
+    store.write("other", b"1")
+    before = store.tags()
+    store.write("other", b"22")
+    assert store.tags()["same"] == before["same"]
+    assert store.tags()["other"] != before["other"]
+
+
+def test_missing_objects_are_file_not_found(store: Store, tmp_path: Path) -> None:
+    for attempt in (
+        lambda: store.read("absent"),
+        lambda: store.read_range("absent", 0, 1),
+        lambda: store.download("absent", tmp_path / "copy"),
+        lambda: store.download_tree("absent", tmp_path / "copies"),
+    ):
+        with pytest.raises(FileNotFoundError):
+            attempt()
+    assert not (tmp_path / "copy").exists()
+
+
+def test_a_range_past_the_end_is_told(store: Store) -> None:
+    store.write("short", b"abc")
+    with pytest.raises(UserError, match="ends early"):
+        store.read_range("short", 1, 3)
+    with pytest.raises(UserError, match="ends early"):
+        store.read_range("short", 10, 2)
+
+
+def test_paths_cannot_leave_the_store(store: Store) -> None:
+    for path in ("../x", "a/../../x", "/etc/passwd"):
+        with pytest.raises(UserError, match="leaves its store"):
+            store.read(path)
+
+
+def test_one_of_many_writers_creates(store: Store) -> None:
+    with ThreadPoolExecutor(6) as pool:
+        results = list(pool.map(lambda n: store.write_if_absent("lease", str(n).encode()), range(12)))
+    assert results.count(True) == 1
+    assert store.read("lease") == str(results.index(True)).encode()
+    assert store.list() == ["lease"]
+
+
+def test_trees_travel_whole(store: Store, tmp_path: Path) -> None:
+    for name, size in (("m.bin", 9_000_001), ("sub/n.txt", 0)):  # the first takes two parts
+        (tmp_path / "from" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "from" / name).write_bytes(os.urandom(size))
+    store.upload_tree(tmp_path / "from", "tree")
+    assert store.list() == ["tree/m.bin", "tree/sub/n.txt"]
+    store.download_tree("tree", tmp_path / "to")
+    assert (tmp_path / "to/m.bin").read_bytes() == (tmp_path / "from/m.bin").read_bytes()
+    assert (tmp_path / "to/sub/n.txt").read_bytes() == b""
+
+
+def test_pickled_stores_work_in_another_process(store: Store) -> None:
+    store.write("x", b"from here")
+    code = "import pickle, sys; store = pickle.load(sys.stdin.buffer); sys.stdout.buffer.write(store.read('x'))"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_ENDPOINT")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=pickle.dumps(store), capture_output=True, check=True, env=environment
+    )
+    assert done.stdout == b"from here"
+
+
+def test_arrow_reads_the_same_folder(store: Store) -> None:
+    store.write("t/x.bin", b"0123456789")
+    filesystem, path = store.arrow_filesystem()
+    with filesystem.open_input_file(f"{path}/t/x.bin") as file:
+        assert file.read_at(3, 5) == b"567"
+
+
+def test_urls_are_checked() -> None:
+    assert open_store("file:///a%20b/c") == LocalStore(Path("/a b/c"))
+    assert open_store("some/where") == LocalStore(Path.cwd() / "some/where")
+    assert open_store("s3://s3/x/").url == "s3://s3/x"
+    with pytest.raises(UserError, match="unknown scheme gs://"):
+        open_store("gs://b/c")
+    with pytest.raises(UserError, match="names no bucket"):
+        open_store("s3:///c")
+
+
+def test_the_endpoint_is_taken_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://general")
+    assert open_store("s3://b").endpoint == "http://general"  # type: ignore[attr-defined]
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://special")
+    assert open_store("s3://b").endpoint == "http://special"  # type: ignore[attr-defined]
+    assert open_store("s3://b", "http://given").endpoint == "http://given"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("fault", ["slow_down", "reset", "truncate"])
+def test_passing_faults_are_survived(fault: str, bucket_url: str, proxy: FaultyProxy) -> None:
+    store = open_store(bucket_url, proxy.url)
+    data = os.urandom(100_003)
+    store.write("x", data)
+    proxy.faults = [fault, fault, fault]  # type: ignore[list-item]
+    assert store.read_range("x", 11, 90_001) == data[11:90_012]
+    assert proxy.faults == []
+
+
+def test_a_lasting_fault_ends_with_a_user_error(
+    bucket_url: str, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.s3._PAUSES_S", (0.01, 0.01))
+    store = open_store(bucket_url, proxy.url)
+    store.write("x", b"0123456789")
+    proxy.faults = ["truncate"] * 50
+    with pytest.raises(UserError, match="ends early: 4 of 8 bytes"):
+        store.read_range("x", 1, 8)
+    proxy.faults = ["slow_down"] * 50
+    with pytest.raises(UserError, match="SlowDown"):
+        store.read("x")
+
+
+def test_an_unreachable_endpoint_is_told_within_seconds() -> None:
+    start_s = time.monotonic()
+    with pytest.raises(UserError, match=r"s3://b/x: no proper answer from http://127.0.0.1:\d+ .*check the URL"):
+        open_store("s3://b", f"http://127.0.0.1:{free_port()}").read("x")
+    assert time.monotonic() - start_s < 15
+
+
+def test_a_silent_endpoint_is_told_within_seconds() -> None:
+    # Nobody accepts, and the queue of one is full: connecting hangs until the client's own limit.
+    with socket.socket() as listener, socket.socket() as first, socket.socket() as second:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for filler in (first, second):
+            filler.setblocking(False)
+            filler.connect_ex(listener.getsockname())
+        start_s = time.monotonic()
+        with pytest.raises(UserError, match="no proper answer"):
+            open_store("s3://b", f"http://127.0.0.1:{listener.getsockname()[1]}").list()
+        assert time.monotonic() - start_s < 15
+
+
+def test_a_missing_bucket_is_told(s3_endpoint: str) -> None:
+    store = open_store("s3://never-made-bucket-of-rzen/x", s3_endpoint)
+    for attempt in (lambda: store.read("x"), lambda: store.write("x", b""), store.list, lambda: store.exists("x")):
+        with pytest.raises(UserError, match="there is no such bucket"):
+            attempt()
+
+
+def test_missing_credentials_are_told(s3_endpoint: str, tmp_path: Path) -> None:
+    code = (
+        "from pipelines.storage import open_store; from pipelines.errors import UserError\n"
+        f"try: open_store('s3://b', {s3_endpoint!r}).read('x')\n"
+        "except UserError as error: raise SystemExit(str(error))"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    environment |= {"AWS_EC2_METADATA_DISABLED": "true", "HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.stderr.startswith("s3://b/x: no credentials for the object store; set AWS_ACCESS_KEY_ID")
+
+
+def test_an_impossible_endpoint_is_told() -> None:
+    with pytest.raises(UserError, match="write the endpoint as http://host:port"):
+        open_store("s3://b", "not an address").read("x")
+
+
+def test_a_full_disk_is_told_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("may not mount a small tmpfs here")
+    try:
+        store = open_store(str(tmp_path))
+        store.write("kept", b"old")
+        with pytest.raises(UserError, match="No space left on device; free some space"):
+            store.write("kept", bytes(200_000))
+        assert store.read("kept") == b"old"
+        assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_file_size_limit_is_told(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(UserError, match="File too large"):
+            open_store(str(tmp_path)).write("x", bytes(200_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_localize_takes_local_paths_as_they_are(tmp_path: Path) -> None:
+    assert localize(str(tmp_path), tmp_path / "cache") == tmp_path
+    assert not (tmp_path / "cache").exists()
+
+
+def test_localize_downloads_once_for_all_processes(
+    bucket_url: str, proxy: FaultyProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    open_store(f"{bucket_url}/model").write("a/w.bin", b"weights")
+    code = (
+        "import pathlib, sys; from pipelines.storage import localize\n"
+        "print(localize(sys.argv[1], pathlib.Path(sys.argv[2])))"
+    )
+    command = [sys.executable, "-c", code, f"{bucket_url}/model", str(tmp_path / "cache")]
+    before = proxy.num_requests
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    folders = {process.communicate()[0].strip() for process in processes}
+    assert len(folders) == 1
+    folder = Path(folders.pop())
+    assert (folder / "a/w.bin").read_bytes() == b"weights"
+    # Three listings, and one of: listing for the download, HEAD, GET.
+    assert proxy.num_requests - before <= 6
+    open_store(f"{bucket_url}/model").write("a/w.bin", b"newer")
+    assert (localize(f"{bucket_url}/model", tmp_path / "cache") / "a/w.bin").read_bytes() == b"newer"
+    with pytest.raises(FileNotFoundError):
+        localize(f"{bucket_url}/absent", tmp_path / "cache")
