@@ -1,0 +1,141 @@
+"""Settings of the learning half, each documented where it is declared, importable without torch.
+
+Defaults are the recipe of RzenEmbed (arXiv 2510.27350v1) where it gives one; our choices say so.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from pipelines.config import Config, Fraction, NonNegativeInt, PositiveFloat, PositiveInt
+
+PromptName = Literal["rzen_paper", "rzen_release", "plain"]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+
+
+class TinyBackbone(Config):
+    """A small, randomly initialised backbone of the real Qwen2-VL class, for machines without weights."""
+
+    hidden: PositiveInt = 64
+    """Width of the language model."""
+    layers: PositiveInt = 2
+    """Layers of the language model."""
+    heads: PositiveInt = 4
+    """Attention heads; half as many key-value heads."""
+    vision_width: PositiveInt = 64
+    """Width of the vision tower."""
+    vision_depth: PositiveInt = 2
+    """Blocks of the vision tower."""
+    vocabulary: PositiveInt = 2048
+    """Size of the byte-level BPE trained on the captions of the data, special tokens apart."""
+    init_std: PositiveFloat = 0.1
+    """Standard deviation of the initial weights; at this width the usual 0.02 does not start to learn."""
+    seed: NonNegativeInt = 0
+    """Seed of the initial weights."""
+
+
+class PromptConfig(Config):
+    """How a side becomes a token sequence. Part of a model's identity: it is saved with every checkpoint."""
+
+    template: PromptName = "rzen_paper"
+    """Named template (README of rzen/). Published RzenEmbed weights expect `rzen_release`."""
+    max_text_tokens: PositiveInt = 2000
+    """Text of a side (instruction included) is cut to this many tokens (as the released script)."""
+    min_visual_tokens: PositiveInt = 4
+    """Smaller images are enlarged to at least this many tokens. Our choice."""
+    max_visual_tokens: PositiveInt = 1280
+    """At most this many tokens for an image, and for all frames of a video together (paper, section 4)."""
+
+
+class LoraConfig(Config):
+    """Low-rank adapters on every linear layer of the vision tower and the language model (paper, section 4)."""
+
+    rank: PositiveInt = 64
+    """Rank (paper)."""
+    alpha: PositiveInt | None = None
+    """Scale numerator; twice the rank where not given. Our choice, the paper is silent."""
+    dropout: Fraction = 0.0
+    """Our choice, the paper is silent."""
+
+
+class ModelConfig(Config):
+    """Backbone, what of it is trained, and how it reads its input."""
+
+    backbone: str | TinyBackbone
+    """A checkpoint directory (path or s3:// URL), a hub name, or a `TinyBackbone` to be built from the data."""
+    tune: Literal["lora", "full"] = "lora"
+    """`lora` trains adapters on all linear layers; `full` trains every weight."""
+    lora: LoraConfig = LoraConfig()
+    """Used when `tune` is `lora`."""
+    prompt: PromptConfig = PromptConfig()
+    """Prompt template and token budgets."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Compute type (paper: bf16). CPUs want float32."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention implementation of transformers."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass: less memory, about a third more time (paper)."""
+
+
+class TemperatureConfig(Config):
+    """tau_t = exp(theta_t), one learnable theta per task (paper, section 3); it always divides the similarity."""
+
+    initial: PositiveFloat = 0.02
+    """Start (as VLM2Vec-V2; the paper is silent)."""
+    minimum: PositiveFloat = 0.005
+    """Lower clamp. Our choice."""
+    maximum: PositiveFloat = 0.5
+    """Upper clamp. Our choice."""
+    learnable: bool = True
+    """Off keeps `initial` for every task."""
+    lr_scale: NonNegativeFloat = 5.0
+    """Learning rate of theta relative to the model's. Our choice; theta has no weight decay."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> TemperatureConfig:
+        if not self.minimum <= self.initial <= self.maximum:
+            raise ValueError(f"initial={self.initial} must lie in [minimum={self.minimum}, maximum={self.maximum}]")
+        return self
+
+
+class FalseNegativeConfig(Config):
+    """False-negative elimination: negative i is dropped where cos(k_i, k+) exceeds the threshold (paper, section 3)."""
+
+    threshold: Annotated[float, Field(gt=-1, le=1)] = 0.95
+    """Cosine above which a negative counts as a copy of the positive (paper)."""
+    warmup_steps: NonNegativeInt = 100
+    """Steps before the rule applies: an untrained model finds every pair alike and would drop them all. Our choice."""
+    max_dropped_fraction: Fraction = 0.5
+    """At most this share of a query's negatives is dropped, the most similar first. Our choice."""
+
+
+class ObjectiveConfig(Config):
+    """InfoNCE with the recipe's three additions. Raw loss values are not comparable across `hardness_alpha`."""
+
+    hardness_alpha: NonNegativeFloat = 9.0
+    """Weight exp(alpha * s) on each negative, detached; 0 turns it off (paper: 9 in stage 2)."""
+    false_negatives: FalseNegativeConfig | None = FalseNegativeConfig()
+    """`null` turns the rule off."""
+    temperature: TemperatureConfig = TemperatureConfig()
+    """One learnable temperature per task."""
+
+
+class OptimConfig(Config):
+    """AdamW with warm-up and cosine decay (paper, section 4)."""
+
+    lr: PositiveFloat = 2.0e-4
+    """Peak learning rate (paper)."""
+    weight_decay: NonNegativeFloat = 0.05
+    """On matrices only, never on temperatures, norms and biases (paper: 0.05)."""
+    warmup_fraction: Fraction = 0.03
+    """Share of the steps with linearly rising rate. Our choice."""
+    final_lr_fraction: Fraction = 0.0
+    """Rate at the last step relative to the peak."""
+    betas: list[Fraction] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
+    """AdamW moments."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Global gradient norm is clipped to this. Our choice."""
+    zero_stage: Literal[1, 2] = 1
+    """DeepSpeed ZeRO stage. Stage 3 cannot yet be resumed on another number of workers and is refused."""

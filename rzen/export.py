@@ -1,0 +1,90 @@
+"""One ordinary checkpoint directory for serving: adapter folded into the base, tokenizer, preprocessor and prompt.
+
+`rzen.json` in it holds what a transformers checkpoint does not: prompt, pooling and descent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from pipelines.errors import UserError
+from rzen.backbone import checkpoint_dir, checkpoint_sha256, load_backbone
+from rzen.config import ModelConfig, PromptConfig
+from rzen.embedder import Embedder
+from rzen.lora import IDENTITY, WEIGHTS, load_adapter
+from rzen.processor import Processor
+
+Dtype = Literal["float32", "bfloat16"]
+COMPANIONS = ("*.txt", "*.jinja", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
+
+
+def export_model(base_dir: str, adapter_dir: Path | None, out_dir: Path, prompt: PromptConfig, dtype: Dtype) -> None:
+    """Write the base with the adapter merged in fp32 and rounded once to `dtype`. Appears complete or not at all.
+
+    Raises `UserError` where `out_dir` exists, the adapter does not fit the base, or was trained with another prompt.
+    """
+    if out_dir.exists():
+        raise UserError(str(out_dir), "exists already", "name a new directory for the model")
+    base = checkpoint_dir(base_dir)
+    identity: dict[str, Any] = {
+        "prompt": prompt.model_dump(),
+        "pooling": "last_token",
+        "normalize": True,
+        "dtype": dtype,
+        "lineage": {"base": base_dir, "base_sha256": checkpoint_sha256(base)},
+    }
+    model = load_backbone(str(base), _plain(base_dir, prompt, "float32"))
+    if adapter_dir is not None:
+        expected = {"prompt": prompt.model_dump(), "base_sha256": identity["lineage"]["base_sha256"]}
+        _check_identity(adapter_dir, expected)
+        model = load_adapter(model, adapter_dir).merge_and_unload(safe_merge=True)
+        identity["lineage"] |= {"adapter": str(adapter_dir), "adapter_sha256": _sha256(adapter_dir / WEIGHTS)}
+
+    partial = out_dir.with_name(f"{out_dir.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.to(getattr(torch, dtype)).save_pretrained(partial)
+    for pattern in (*COMPANIONS, "preprocessor_config.json"):
+        for path in base.glob(pattern):
+            shutil.copyfile(path, partial / path.name)
+    (partial / IDENTITY).write_text(json.dumps(identity, indent=2, sort_keys=True) + "\n")
+    partial.rename(out_dir)
+
+
+def load_encoder(model_dir: str, dtype: Dtype | None = None) -> tuple[Processor, Embedder]:
+    """Processor and frozen embedder of an exported model, on the CPU; `dtype` replaces the stored one.
+
+    Raises `UserError` where the directory is no exported model.
+    """
+    path = Path(model_dir) / IDENTITY
+    if not path.is_file():
+        raise UserError(str(path), "does not exist", "name a directory written by export")
+    identity = json.loads(path.read_text())
+    prompt = PromptConfig.model_validate(identity["prompt"])
+    processor = Processor(model_dir, prompt)
+    backbone = load_backbone(model_dir, _plain(model_dir, prompt, dtype or identity["dtype"]))
+    return processor, Embedder(backbone, processor.layout).requires_grad_(False).eval()
+
+
+def _plain(base_dir: str, prompt: PromptConfig, dtype: Dtype) -> ModelConfig:
+    return ModelConfig(backbone=base_dir, tune="full", prompt=prompt, dtype=dtype, gradient_checkpointing=False)
+
+
+def _check_identity(adapter_dir: Path, expected: dict[str, Any]) -> None:
+    """An adapter that says what it was trained with must say the same; one from elsewhere says nothing."""
+    path = adapter_dir / IDENTITY
+    trained = json.loads(path.read_text()) if path.is_file() else {}
+    for key, value in expected.items():
+        if key in trained and trained[key] != value:
+            problem = f"the adapter was trained with {trained[key]}, not {value}"
+            raise UserError(f"{path} {key}", problem, "export it with the base and prompt of its training")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,110 @@
+"""Named prompt templates: how text and visuals become one sequence in Qwen's chat format.
+
+    <|im_start|>system\\n{system}<|im_end|>\\n<|im_start|>user\\n{vision}{instruction text}{suffix}<|im_end|>\\n
+    <|im_start|>assistant\\n<|endoftext|>                 (one line; the embedding is pooled at the last token)
+
+A sequence is handled in pieces, so that special tokens come from here only, never from a user's text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from rzen.config import PromptName
+
+IM_START, IM_END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
+VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
+IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
+
+VisionKind = Literal["image", "video"]
+PADS: dict[VisionKind, str] = {"image": IMAGE_PAD, "video": VIDEO_PAD}
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """Fixed texts of a prompt. An empty `system` leaves the system turn out.
+
+    Where `frame_tokens` is given, every frame of a video is fed as an image of (at least, at most) that many tokens.
+    """
+
+    system: str
+    text_suffix: str = ""
+    visual_suffix: str = ""
+    frame_tokens: tuple[int, int] | None = None
+
+
+TEMPLATES: dict[PromptName, Template] = {
+    # RzenEmbed (arXiv 2510.27350v1), sections 3.4.4 and 4.4. What stands between text and suffix is our choice.
+    "rzen_paper": Template(
+        system=(
+            "Given an image, summarize the provided image in one word. Given only text, describe the text in one word."
+        ),
+        text_suffix="Represent the given text in one word.",
+        visual_suffix="Represent the given image in one word.",
+    ),
+    # The inference script released with the weights of RzenEmbed.
+    "rzen_release": Template(system="You are a helpful assistant.", frame_tokens=(160, 180)),
+    "plain": Template(system=""),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of a sequence: one `special` token `count` times, a `fixed` text of ours, or a `user` text."""
+
+    kind: Literal["special", "fixed", "user"]
+    text: str
+    count: int = 1
+
+
+def user_text(instruction: str, text: str) -> str:
+    """Instruction and text, stripped, with a space between them."""
+    return " ".join(part for part in (instruction.strip(), text.strip()) if part)
+
+
+def side_pieces(name: PromptName, text: str, visuals: Sequence[tuple[VisionKind, int]]) -> list[Piece]:
+    """The sequence of one side: `text` comes from `user_text`, `visuals` are (kind, number of tokens) in order."""
+    template = TEMPLATES[name]
+    suffix = template.visual_suffix if visuals else template.text_suffix
+    pieces = _turn("system", [Piece("fixed", template.system)]) if template.system else []
+    content = [piece for kind, tokens in visuals for piece in _vision(kind, tokens)]
+    if text:
+        content.append(Piece("user", text))
+    if suffix:
+        # A space, not a line break: ".\n" may be one token, and pieces must give the ids of the rendered text.
+        content.append(Piece("fixed", f" {suffix}" if text else suffix))
+    return [*pieces, *_turn("user", content), Piece("special", IM_START), Piece("fixed", "assistant\n"), _END]
+
+
+def render(pieces: Iterable[Piece]) -> str:
+    """The sequence as one string, for people and for tokenizers that parse special tokens."""
+    return "".join(piece.text * piece.count for piece in pieces)
+
+
+def fixed_texts() -> list[str]:
+    """Every text of ours as it stands in text, visual and fused sides: what a tokenizer is trained on."""
+    image: list[tuple[VisionKind, int]] = [("image", 0)]
+    pieces = [
+        piece
+        for name in TEMPLATES
+        for text, visuals in (("x", []), ("", image), ("x", image))
+        for piece in side_pieces(name, text, visuals)
+    ]
+    return [piece.text for piece in pieces if piece.kind == "fixed"]
+
+
+_END = Piece("special", END_OF_TEXT)
+
+
+def _turn(role: str, content: Sequence[Piece]) -> list[Piece]:
+    first, *rest = content or [Piece("fixed", "")]
+    header = f"{role}\n"
+    # Fixed text joins the header, as a tokenizer sees them in one stretch.
+    start = [Piece("fixed", header + first.text)] if first.kind == "fixed" else [Piece("fixed", header), first]
+    return [Piece("special", IM_START), *start, *rest, Piece("special", IM_END), Piece("fixed", "\n")]
+
+
+def _vision(kind: VisionKind, tokens: int) -> list[Piece]:
+    return [Piece("special", VISION_START), Piece("special", PADS[kind], tokens), Piece("special", VISION_END)]

@@ -1,0 +1,53 @@
+"""A tiny real backbone and a few sides of every kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from pipelines.samples import DecodedSide, MediaKind, Visual
+from rzen.backbone import build_tiny
+from rzen.config import ModelConfig, PromptConfig, TinyBackbone
+
+TEXTS = (
+    "a red circle left of a blue square",
+    "a green star above a yellow triangle",
+    "the pink moon moves from left to right",
+    "Which page shows the grey cross? Find it, please.",
+    "Ein grüner Kreis, naïve café, 12 × 3 = 36",
+)
+TINY = TinyBackbone(vocabulary=640)
+PROMPT = PromptConfig(max_visual_tokens=24)
+
+
+def tiny_checkpoint(folder: Path, config: TinyBackbone = TINY) -> str:
+    """Build the backbone in `folder` and return its path."""
+    build_tiny(folder, config, TEXTS)
+    return str(folder)
+
+
+def tiny_model(model_dir: str, prompt: PromptConfig = PROMPT) -> ModelConfig:
+    """Settings for a tiny backbone on a CPU."""
+    return ModelConfig(backbone=model_dir, prompt=prompt, dtype="float32", gradient_checkpointing=False)
+
+
+def noise(kind: MediaKind, frames: int, height_px: int, width_px: int, seed: int = 0) -> Visual:
+    """A visual of random pixels."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (frames, height_px, width_px, 3), dtype=np.uint8)
+    return Visual(kind, pixels)
+
+
+def mixed_sides() -> list[DecodedSide]:
+    """Text, image, page, video (odd number of frames), and fused sides, with sizes that divide nothing."""
+    image, page, video = noise("image", 1, 61, 97), noise("document", 1, 120, 85, 1), noise("video", 5, 59, 83, 2)
+    return [
+        DecodedSide(text=TEXTS[0]),
+        DecodedSide(visuals=(image,)),
+        DecodedSide(text=TEXTS[3], instruction="Find the page that answers the question."),
+        DecodedSide(visuals=(page,), instruction="Represent the page."),
+        DecodedSide(visuals=(video,)),
+        DecodedSide(text=TEXTS[2], visuals=(video, image), instruction="Find the video."),
+        DecodedSide(text="x"),
+        DecodedSide(text=TEXTS[1], visuals=(image, page)),
+    ]

@@ -1,0 +1,66 @@
+import pytest
+
+from rzen.prompts import TEMPLATES, Piece, render, side_pieces, user_text
+
+SYSTEM = "Given an image, summarize the provided image in one word. Given only text, describe the text in one word."
+
+
+def test_paper_prompt_of_text() -> None:
+    assert render(side_pieces("rzen_paper", "a red cat", [])) == (
+        f"<|im_start|>system\n{SYSTEM}<|im_end|>\n"
+        "<|im_start|>user\na red cat Represent the given text in one word.<|im_end|>\n"
+        "<|im_start|>assistant\n<|endoftext|>"
+    )
+
+
+def test_paper_prompt_of_an_image_and_a_video_with_text() -> None:
+    assert render(side_pieces("rzen_paper", "find it", [("image", 3), ("video", 2)])) == (
+        f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
+        "<|vision_start|><|image_pad|><|image_pad|><|image_pad|><|vision_end|>"
+        "<|vision_start|><|video_pad|><|video_pad|><|vision_end|>"
+        "find it Represent the given image in one word.<|im_end|>\n"
+        "<|im_start|>assistant\n<|endoftext|>"
+    )
+
+
+def test_paper_suffix_follows_a_visual_without_a_space() -> None:
+    assert "<|vision_end|>Represent the given image in one word.<|im_end|>" in render(
+        side_pieces("rzen_paper", "", [("image", 1)])
+    )
+
+
+def test_release_prompt_has_its_system_text_and_no_suffix() -> None:
+    assert render(side_pieces("rzen_release", "a red cat", [("image", 1)])) == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>a red cat<|im_end|>\n"
+        "<|im_start|>assistant\n<|endoftext|>"
+    )
+
+
+def test_plain_prompt_has_no_system_turn() -> None:
+    assert render(side_pieces("plain", "a red cat", [])) == (
+        "<|im_start|>user\na red cat<|im_end|>\n<|im_start|>assistant\n<|endoftext|>"
+    )
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_every_prompt_ends_with_the_pooled_token(name: str) -> None:
+    assert side_pieces(name, "a", [])[-1] == Piece("special", "<|endoftext|>")  # type: ignore[arg-type]
+
+
+def test_user_text_is_one_piece_apart_from_ours() -> None:
+    pieces = side_pieces("rzen_paper", "<|im_end|>", [("image", 1)])
+    assert [piece.text for piece in pieces if piece.kind == "user"] == ["<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("instruction", "text", "joined"),
+    [
+        ("Find it: ", " a cat\n", "Find it: a cat"),
+        ("", "a cat", "a cat"),
+        ("Find it.", "", "Find it."),
+        (" ", "\n", ""),
+    ],
+)
+def test_instruction_and_text_are_stripped_and_joined(instruction: str, text: str, joined: str) -> None:
+    assert user_text(instruction, text) == joined
