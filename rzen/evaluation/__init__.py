@@ -1,0 +1,1 @@
+"""Retrieval metrics, the task table, and the report a reader can check."""

@@ -1,0 +1,225 @@
+"""What an evaluation leaves behind: results as JSON, tables for people, and two plots as SVG text."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.table import Table
+from rich.text import Text
+
+from rzen.evaluation.tasks import TASKS
+
+# Okabe and Ito's colours, told apart by the colour-blind; pure greys, which a page may recolour for a dark background.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+INK, QUIET, FAINT = "#333333", "#777777", "#dddddd"
+STYLE = {
+    "svg.hashsalt": "rzen",  # equal plots are equal bytes
+    "font.size": 9,
+    "text.color": INK,
+    "axes.labelcolor": QUIET,
+    "axes.edgecolor": FAINT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": QUIET,
+    "ytick.color": QUIET,
+    "xtick.labelcolor": QUIET,
+    "ytick.labelcolor": INK,
+    "lines.linewidth": 1.2,
+}
+PANELS_PER_ROW = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One number: `value` of `metric` in [0, 1], and what random ranking would score (`chance`)."""
+
+    model: str
+    task: str
+    metric: str
+    value: float
+    num_queries: int
+    num_candidates: int
+    chance: float
+    split: str = "held_out"
+    """`train` marks a number measured on training data, which says little about new data."""
+
+
+Column = tuple[str, str]
+"""Task and metric."""
+
+
+def write_results(path: Path, rows: Sequence[Result], settings: Mapping[str, Any]) -> None:
+    """Write `{"settings": ..., "results": [...]}`, atomically. `settings` is whatever makes the numbers repeatable."""
+    content = json.dumps({"settings": settings, "results": [asdict(row) for row in rows]}, indent=2, allow_nan=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(content + "\n")
+    partial.replace(path)
+
+
+def markdown_table(rows: Sequence[Result]) -> str:
+    """Models down, tasks across, in percent; the best of a column is bold, the last line is chance."""
+    head, body = _table(rows)
+    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    lines += [[name, *(f"**{text}**" if best else text for text, best in cells)] for name, cells in body]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines) + "\n"
+
+
+def terminal_table(rows: Sequence[Result]) -> Table:
+    """The same table for `rich.console.Console.print`."""
+    head, body = _table(rows)
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column(head[0], no_wrap=True)
+    for title in head[1:]:
+        table.add_column(Text(title), justify="right")
+    for name, cells in body:
+        style = "dim" if name == "chance" else ""
+        table.add_row(Text(name), *(Text(text, "bold" if best else "") for text, best in cells), style=style)
+    return table
+
+
+def plot_scores(rows: Sequence[Result]) -> str:
+    """One panel per task and metric, one thin bar per model, a dotted line at chance. SVG text, the same every time."""
+    models, columns, found = _index(rows)
+    num_across = min(len(columns), PANELS_PER_ROW)
+    num_down = math.ceil(len(columns) / PANELS_PER_ROW)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(1.2 + 2.1 * num_across, num_down * (0.8 + 0.26 * len(models))), layout="constrained")
+        grid = list(figure.subplots(num_down, num_across, squeeze=False, sharey=True).flat)
+        for axes, column in zip(grid, columns, strict=False):
+            _draw_scores(axes, models, column, found)
+        for axes in grid[len(columns) :]:
+            axes.remove()
+        return _svg(figure, "Retrieval scores by task and model")
+
+
+def plot_losses(curves: Mapping[str, Sequence[tuple[int, float]]]) -> str:
+    """Loss over steps, one thin line per run, its name at its end. SVG text, the same every time.
+
+    `curves` maps a run to its (step, loss) pairs in order of steps; at least one run, none of them empty.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 3.2), layout="constrained")
+        axes = figure.subplots()
+        for (steps, losses), colour in zip(_columns(curves), _colours(len(curves)), strict=True):
+            axes.plot(steps, losses, color=colour)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("step")
+        axes.set_title("loss", loc="left", fontsize=9, color=QUIET)
+        axes.grid(axis="y", color=FAINT, linewidth=0.5)
+        axes.tick_params(length=0, labelcolor=QUIET)
+        axes.margins(x=0)
+        _label_ends(axes, curves)
+        return _svg(figure, "Training loss by step")
+
+
+def _index(rows: Sequence[Result]) -> tuple[list[str], list[Column], dict[tuple[str, Column], Result]]:
+    """Models and columns in order of first appearance, and the result of each pair. Two for one pair is an error."""
+    found: dict[tuple[str, Column], Result] = {}
+    for row in rows:
+        key = (row.model, (row.task, row.metric))
+        if key in found:
+            raise ValueError(f"two results of {row.model} on {row.task} {row.metric}")
+        found[key] = row
+    return list(dict.fromkeys(m for m, _ in found)), list(dict.fromkeys(c for _, c in found)), found
+
+
+def _table(rows: Sequence[Result]) -> tuple[list[str], list[tuple[str, list[tuple[str, bool]]]]]:
+    """Header, and per line its name and cells: text, and whether it is the best of several."""
+    models, columns, found = _index(rows)
+    best = {column: max(row.value for (_, c), row in found.items() if c == column) for column in columns}
+    body = []
+    for model in models:
+        cells = []
+        for column in columns:
+            row = found.get((model, column))
+            is_best = row is not None and len(models) > 1 and row.value == best[column]
+            cells.append((_percent(row.value) if row else "–", is_best))
+        body.append((model, cells))
+    body.append(("chance", [(_percent(_chance(column, found)), False) for column in columns]))
+    return ["model", *(f"{_title(task)}, {_metric(metric)}" for task, metric in columns)], body
+
+
+def _draw_scores(axes: Axes, models: list[str], column: Column, found: Mapping[tuple[str, Column], Result]) -> None:
+    task, metric = column
+    for height, (model, colour) in enumerate(zip(models, _colours(len(models)), strict=True)):
+        row = found.get((model, column))
+        if row is not None:
+            axes.plot([0, 100 * row.value], [height, height], color=colour, linewidth=4, solid_capstyle="butt")
+            axes.annotate(
+                _percent(row.value), (100 * row.value, height), (4, 0), textcoords="offset points", va="center"
+            )
+    chance = _chance(column, found)
+    axes.axvline(100 * chance, color=INK, linewidth=0.8, linestyle=":")
+    axes.set_title(
+        f"{_title(task)}\n{_metric(metric)}, %  ⋮ chance {_percent(chance)}", loc="left", fontsize=9, color=INK
+    )
+    axes.set_yticks(range(len(models)), models)
+    axes.set_ylim(len(models) - 0.4, -0.6)
+    axes.set_xlim(0, 118)
+    axes.set_xticks([0, 50, 100])
+    axes.tick_params(length=0)
+    axes.spines[["left", "bottom"]].set_visible(False)
+
+
+def _label_ends(axes: Axes, curves: Mapping[str, Sequence[tuple[int, float]]]) -> None:
+    """Names right of the lines' ends, pushed apart where they would overlap."""
+    low, high = axes.get_ylim()
+    line_height = 0.065 * (high - low)
+    right = max(step for curve in curves.values() for step, _ in curve)
+    colour_of = dict(zip(curves, _colours(len(curves)), strict=True))
+    ends = sorted((curve[-1][1], name) for name, curve in curves.items())
+    height = -math.inf
+    for loss, name in ends:
+        height = max(loss, height + line_height)
+        axes.annotate(
+            name,
+            (right, height),
+            (6, 0),
+            textcoords="offset points",
+            va="center",
+            color=colour_of[name],
+            annotation_clip=False,
+        )
+
+
+def _columns(curves: Mapping[str, Sequence[tuple[int, float]]]) -> list[tuple[list[int], list[float]]]:
+    return [([step for step, _ in curve], [loss for _, loss in curve]) for curve in curves.values()]
+
+
+def _colours(count: int) -> list[str]:
+    return [COLOURS[index % len(COLOURS)] for index in range(count)]
+
+
+def _chance(column: Column, found: Mapping[tuple[str, Column], Result]) -> float:
+    return next(row.chance for (_, c), row in found.items() if c == column)
+
+
+def _title(task: str) -> str:
+    return TASKS[task].title if task in TASKS else task
+
+
+def _metric(metric: str) -> str:
+    return metric.replace("ndcg", "nDCG").replace("mrr", "MRR")
+
+
+def _percent(value: float) -> str:
+    """With one decimal; chance of large pools keeps two digits."""
+    return f"{100 * value:.2f}" if 0 < value < 0.01 else f"{100 * value:.1f}"
+
+
+def _svg(figure: Figure, title: str) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", facecolor="white", metadata={"Title": title, "Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

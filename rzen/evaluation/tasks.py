@@ -1,0 +1,58 @@
+"""The evaluation tasks as a table: what is asked, what is searched, and how it is scored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from pipelines.errors import UserError
+from rzen.evaluation.ranking import IntArray, hit_at_k, mrr, ndcg_at_k
+
+Form = Literal["text", "image", "page", "video", "image+text"]
+Metric = Literal["hit@1", "hit@5", "hit@10", "ndcg@5", "mrr"]
+
+METRICS: dict[Metric, Callable[[IntArray], float]] = {
+    "hit@1": lambda ranks: hit_at_k(ranks, 1),
+    "hit@5": lambda ranks: hit_at_k(ranks, 5),
+    "hit@10": lambda ranks: hit_at_k(ranks, 10),
+    "ndcg@5": lambda ranks: ndcg_at_k(ranks, 5),
+    "mrr": mrr,
+}
+"""Each takes ranks of relevant targets (`rzen.evaluation.ranking`) and gives a score in [0, 1]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One retrieval task. The first metric is the one that is compared: hit@1, or nDCG@5 for documents (MMEB-V2)."""
+
+    name: str
+    title: str
+    query: Form
+    target: Form
+    metrics: tuple[Metric, ...]
+
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task("text_image", "Text → image", "text", "image", ("hit@1", "ndcg@5")),
+        Task("text_page", "Text → page", "text", "page", ("ndcg@5", "hit@1")),
+        Task("text_video", "Text → video", "text", "video", ("hit@1", "ndcg@5")),
+        Task("image_text_image", "Image + text → image", "image+text", "image", ("hit@1", "ndcg@5")),
+    )
+}
+
+
+def task_named(name: str) -> Task:
+    """The row of `TASKS`. Raises `UserError` for a name that is not in it."""
+    if name not in TASKS:
+        raise UserError(f"task {name!r}", "is not an evaluation task", f"known tasks: {', '.join(TASKS)}")
+    return TASKS[name]
+
+
+def chance(metric: Metric, num_candidates: int) -> float:
+    """What random ranking expects with one relevant target: the mean score over all its possible ranks."""
+    return METRICS[metric](np.arange(1, num_candidates + 1))

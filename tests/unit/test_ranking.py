@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from pipelines.errors import UserError
+from rzen.evaluation.ranking import (
+    NONE,
+    FloatArray,
+    check_ids,
+    hit_at_k,
+    is_collapsed,
+    mrr,
+    ndcg_at_k,
+    rank_of_gold,
+    top_k,
+)
+from rzen.evaluation.tasks import TASKS, chance, task_named
+
+
+def unit(vectors: object) -> FloatArray:
+    array = np.asarray(vectors, dtype=np.float32)
+    return array / np.linalg.norm(array, axis=-1, keepdims=True)
+
+
+def at(*degrees: float) -> FloatArray:
+    return np.stack([np.cos(np.radians(degrees)), np.sin(np.radians(degrees))], axis=-1).astype(np.float32)
+
+
+def random_unit(rows: int, width: int = 8, seed: int = 0) -> FloatArray:
+    return unit(np.random.default_rng(seed).normal(size=(rows, width)))
+
+
+def test_hand_written_ranks() -> None:
+    """Targets at 0, 30, 60, 90 degrees; queries at 5, 50, 100 degrees, whose relevant targets are rows 1, 1, 0."""
+    ranks = rank_of_gold(at(5, 50, 100), at(0, 30, 60, 90), [1, 1, 0])
+    assert ranks.tolist() == [2, 2, 4]
+    assert hit_at_k(ranks, 1) == 0.0
+    assert hit_at_k(ranks, 2) == pytest.approx(2 / 3)
+    assert mrr(ranks) == pytest.approx((1 / 2 + 1 / 2 + 1 / 4) / 3)
+    assert ndcg_at_k(ranks, 2) == pytest.approx(2 / 3 / math.log2(3))
+
+
+@pytest.mark.parametrize("block_rows", [1, 3, 7, 1024])
+def test_blocks_do_not_change_ranks(block_rows: int) -> None:
+    queries, targets = random_unit(10), random_unit(23, seed=1)
+    gold = np.arange(10) * 2
+    scores = queries.astype(np.float64) @ targets.T.astype(np.float64)
+    expected = [1 + sum(scores[q, n] > scores[q, g] for n in range(23)) for q, g in enumerate(gold)]
+    assert rank_of_gold(queries, targets, gold, block_rows=block_rows).tolist() == expected
+
+
+def test_ties_go_against_the_relevant_target_wherever_it_stands() -> None:
+    targets = at(0, 0, 0, 90)
+    assert rank_of_gold(at(0, 0, 0, 90), targets, [0, 1, 2, 3]).tolist() == [3, 3, 3, 1]
+
+
+def test_rounding_does_not_break_ties() -> None:
+    """Equal vectors whose products may differ in the last bit, because they fall into other blocks."""
+    targets = np.repeat(random_unit(1, width=1536), 37, axis=0)
+    targets[5:] *= np.float32(1 + 1e-7)
+    assert rank_of_gold(random_unit(4, width=1536, seed=2), targets, [0, 9, 20, 36], block_rows=5).tolist() == [37] * 4
+
+
+def test_collapsed_vectors_score_nothing_and_are_told() -> None:
+    rng = np.random.default_rng(0)
+    collapsed = unit(np.ones((50, 16)) + 1e-4 * rng.normal(size=(50, 16)))
+    assert is_collapsed(collapsed)
+    identical = np.repeat(collapsed[:1], 50, axis=0)
+    assert hit_at_k(rank_of_gold(identical, identical, np.arange(50)), 1) == 0.0
+    assert not is_collapsed(unit(np.ones((50, 16)) + 0.1 * rng.normal(size=(50, 16))))  # an untrained model
+    assert not is_collapsed(identical[:1])
+
+
+def test_untrained_vectors_score_at_chance() -> None:
+    ranks = rank_of_gold(random_unit(400), random_unit(20, seed=1), np.arange(400) % 20)
+    assert hit_at_k(ranks, 1) == pytest.approx(chance("hit@1", 20), abs=0.04)
+    assert ndcg_at_k(ranks, 5) == pytest.approx(chance("ndcg@5", 20), abs=0.04)
+
+
+def test_several_relevant_targets_with_grades() -> None:
+    """One query ranks rows 0, 1, 2, 3 in order. Relevant: row 1 (grade 1) and row 2 (grade 3); then row 0 alone."""
+    gold = np.array([[1, 2], [0, NONE]])
+    grades = np.array([[1.0, 3.0], [2.0, 0.0]])
+    ranks = rank_of_gold(at(0, 0), at(0, 30, 60, 90), gold)
+    assert ranks.tolist() == [[2, 3], [1, 0]]
+    first = (1 / math.log2(3) + 3 / math.log2(4)) / (3 / math.log2(2) + 1 / math.log2(3))
+    assert ndcg_at_k(ranks, 5, grades) == pytest.approx((first + 1) / 2)
+    assert ndcg_at_k(ranks[:1], 2, grades[:1]) == pytest.approx((1 / math.log2(3)) / (3 + 1 / math.log2(3)))
+    binary = (1 / math.log2(3) + 1 / math.log2(4)) / (1 + 1 / math.log2(3))
+    assert ndcg_at_k(ranks, 5) == pytest.approx((binary + 1) / 2)
+    assert hit_at_k(ranks, 1) == 0.5
+    assert mrr(ranks) == 0.75
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_vectors_that_are_not_finite_are_refused(bad: float) -> None:
+    targets = random_unit(4)
+    targets[2, 1] = bad
+    with pytest.raises(UserError, match=r"targets\[2\]: is not finite \(1 of 4\)"):
+        rank_of_gold(random_unit(4), targets, [0, 1, 2, 3])
+
+
+def test_vectors_that_are_not_unit_are_refused() -> None:
+    with pytest.raises(UserError, match=r"queries\[0\]: is not unit \(4 of 4\)"):
+        rank_of_gold(2 * random_unit(4), random_unit(4), [0, 1, 2, 3])
+
+
+@pytest.mark.parametrize("gold", [[0, 4], [0, -2], [0, NONE]])
+def test_gold_must_name_a_target(gold: list[int]) -> None:
+    with pytest.raises(UserError, match="gold of query 1"):
+        rank_of_gold(random_unit(2), random_unit(4), gold)
+
+
+def test_query_without_a_grade_is_refused() -> None:
+    with pytest.raises(UserError, match="query 1: has no target"):
+        ndcg_at_k(np.array([1, 2]), 5, [1.0, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("ids", "problem"),
+    [
+        (["a", "b"], "1 ids missing, such as 'c'"),
+        (["a", "b", "c", "b", "x"], "2 ids unexpected or repeated, such as 'b'"),
+    ],
+)
+def test_every_id_comes_exactly_once(ids: list[str], problem: str) -> None:
+    check_ids(["c", "a", "b"], ["a", "b", "c"], "vectors")
+    with pytest.raises(UserError, match=f"vectors: {problem}"):
+        check_ids(ids, ["a", "b", "c"], "vectors")
+
+
+def test_top_k_in_order_of_score_then_row() -> None:
+    rows, scores = top_k(at(0)[0], at(90, 0, 60, 0), 3)
+    assert rows.tolist() == [1, 3, 2]
+    assert scores.tolist() == pytest.approx([1.0, 1.0, 0.5])
+    assert top_k(at(0, 90), at(90, 0, 60, 0), 9)[0].tolist() == [[1, 3, 2, 0], [0, 2, 1, 3]]
+
+
+def test_chance_is_the_mean_over_all_ranks() -> None:
+    assert chance("hit@1", 400) == 0.0025
+    assert chance("hit@5", 400) == 0.0125
+    assert chance("ndcg@5", 2) == pytest.approx((1 + 1 / math.log2(3)) / 2)
+    assert chance("mrr", 4) == pytest.approx((1 + 1 / 2 + 1 / 3 + 1 / 4) / 4)
+
+
+def test_table_of_tasks() -> None:
+    assert {name: (task.query, task.target, task.metrics[0]) for name, task in TASKS.items()} == {
+        "text_image": ("text", "image", "hit@1"),
+        "text_page": ("text", "page", "ndcg@5"),
+        "text_video": ("text", "video", "hit@1"),
+        "image_text_image": ("image+text", "image", "hit@1"),
+    }
+    with pytest.raises(UserError, match="known tasks: text_image"):
+        task_named("text_audio")
