@@ -1,0 +1,58 @@
+"""What a search found, and how a terminal shows it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rich.table import Table
+from rich.text import Text
+
+from pipelines.samples import UInt8Array
+
+Modality = Literal["image", "page", "video", "text"]
+MODALITIES: tuple[Modality, ...] = ("image", "page", "video", "text")
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """One result of a search.
+
+    `rank` counts from 1, `score` is the cosine with the query. `title` is the caption, or the text itself for a text,
+    `origin` the file (and page or line in it). `thumbnails` are uint8 RGB `[H, W, 3]` of any size: one for an image
+    or a page, the frames of a video in order, none for a text.
+    """
+
+    rank: int
+    score: float
+    modality: Modality
+    title: str
+    origin: str
+    thumbnails: list[UInt8Array] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """A query and its hits, best first."""
+
+    query: str
+    hits: list[Hit]
+
+
+def terminal_hits(search: Search) -> Table:
+    """The ranked hits of `search` as a table for `rich.console.Console.print`."""
+    table = Table(title=_plain(search.query), title_justify="left", box=None, pad_edge=False)
+    for name, justify in (("rank", "right"), ("score", "right")):
+        table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    for name in ("modality", "title", "origin"):
+        table.add_column(name, overflow="fold")
+    for hit in search.hits:
+        table.add_row(
+            str(hit.rank), f"{hit.score:.3f}", hit.modality, _plain(hit.title), _plain(hit.origin, style="dim")
+        )
+    return table
+
+
+def _plain(text: str, style: str = "") -> Text:
+    """`text` without rich markup and without control characters, which a terminal would obey."""
+    return Text("".join(char if char.isprintable() else " " for char in text), style=style)
