@@ -1,0 +1,209 @@
+"""The plan on Ray Data: batches are made ahead of the training workers, in order, on whatever CPUs the cluster has.
+
+    schedule   one row, and one block, for each task: (rank, first step, number of steps)
+    task       row -> the rank's `FedBatch`es of these steps, pickled into the same row
+    split      rows go to the ranks in turn: r0 steps 0-3, r1 steps 0-3, r0 steps 4-7, ...
+
+No task changes the number of rows, so that `streaming_split` deals them round robin (tested, not documented by Ray).
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
+
+import pyarrow as pa
+import ray.data
+import ray.train
+from ray import cloudpickle
+from ray.data.block import BlockMetadata
+
+from pipelines.config import FeedConfig
+from pipelines.errors import UserError
+from pipelines.plan import Plan
+from pipelines.reader import FedBatch, Reader
+
+SHARD = "train"
+_MIN_SAMPLES = 1000  # before a share of bad ones means anything
+_NUM_REASONS = 3
+
+
+class PlannedFeed(ray.train.DataConfig):  # type: ignore[misc]
+    """Makes the batches of `plan` for each group of workers, from step `start()` on.
+
+    `start` is called whenever Ray Train starts a group of workers: it names the step after the last checkpoint. It
+    must pickle, as the reader must.
+    """
+
+    def __init__(self, plan: Plan, reader: Reader, start: Callable[[], int], config: FeedConfig) -> None:
+        super().__init__()
+        self._plan = plan
+        self._reader = reader
+        self._start = start
+        self._config = config
+
+    def trainer_arguments(self) -> dict[str, object]:
+        """`datasets` and `dataset_config` of a Ray trainer. The data set is a name only: `configure` replaces it."""
+        return {"datasets": {SHARD: ray.data.range(1)}, "dataset_config": self}
+
+    def configure(
+        self, datasets: Iterable[str], world_size: int, *_: object, **__: object
+    ) -> list[dict[str, ray.data.DataIterator]]:
+        """The hook of Ray Train. Raises `UserError` if the batches cannot be dealt evenly to the workers."""
+        self._plan.check_world_size(world_size)
+        shards = self.shards(world_size)
+        return [dict.fromkeys(datasets, shard) for shard in shards]
+
+    def shards(self, world_size: int) -> list[ray.data.DataIterator]:
+        """One iterator for each rank. All must be consumed at the same time."""
+        context = ray.data.DataContext.get_current().copy()
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        context.max_errored_blocks = 0
+        context.target_max_block_size = 1  # every row is a block of its own, and so a task of its own
+        context.execution_options.preserve_order = True
+        job = cloudpickle.dumps((self._plan, self._reader))
+        with ray.data.DataContext.current(context):
+            schedule = _Schedule(self._spans(world_size), world_size)
+            # Without CPUs, as it mostly waits. With as many as a task has, Ray would fuse everything into one task.
+            rows = ray.data.read_datasource(schedule, num_cpus=0, override_num_blocks=1)
+            fed = rows.map_batches(
+                _make,
+                fn_kwargs={"job": job, "world_size": world_size},
+                batch_size=None,
+                batch_format="pyarrow",
+                num_cpus=self._config.cpus_per_task,
+                compute=ray.data.TaskPoolStrategy(self._config.max_tasks),
+            )
+            return list(fed.streaming_split(world_size, equal=True))
+
+    def _spans(self, world_size: int) -> list[tuple[int, int]]:
+        largest = max(source.batch for source in self._plan.sources) // world_size
+        return step_spans(self._start(), self._plan.num_steps, max(1, self._config.samples_per_task // largest))
+
+
+def step_spans(start: int, stop: int, max_steps: int) -> list[tuple[int, int]]:
+    """(first step, number of steps) of each task of a rank: 1, 2, 4, ... `max_steps`. The first batch comes soon."""
+    spans = []
+    num_steps = 1
+    while start < stop:
+        num_steps = min(num_steps, max_steps, stop - start)
+        spans.append((start, num_steps))
+        start += num_steps
+        num_steps *= 2
+    return spans
+
+
+class _Schedule(ray.data.Datasource):  # type: ignore[misc]
+    """A row for each task, yielded one by one by a single reader: a run may have a million tasks."""
+
+    def __init__(self, spans: list[tuple[int, int]], world_size: int) -> None:
+        super().__init__()
+        self._spans = spans
+        self._world_size = world_size
+
+    def estimate_inmemory_data_size(self) -> None:
+        """Unknown to Ray, and negligible."""
+
+    def get_read_tasks(self, *_: object, **__: object) -> list[ray.data.ReadTask]:
+        """The one reader."""
+        num_rows = len(self._spans) * self._world_size
+        metadata = BlockMetadata(num_rows=num_rows, size_bytes=None, input_files=None, exec_stats=None)
+        return [ray.data.ReadTask(self._rows, metadata)]
+
+    def _rows(self) -> Iterator[pa.Table]:
+        for first, num_steps in self._spans:
+            for rank in range(self._world_size):
+                yield pa.table({"rank": [rank], "first": [first], "num_steps": [num_steps]})
+
+
+def _make(rows: pa.Table, job: bytes, world_size: int) -> pa.Table:
+    """What a task does. A `UserError` travels as a value: Ray would wrap it, retry the task and log tracebacks."""
+    plan, reader = _unpickled(job)
+    answers = []
+    for row in rows.to_pylist():
+        steps = range(row["first"], row["first"] + row["num_steps"])
+        try:
+            answer: list[FedBatch] | UserError = [reader.batch(plan, step, row["rank"], world_size) for step in steps]
+        except UserError as error:
+            answer = error
+        answers.append(pickle.dumps(answer, protocol=5))
+    return pa.table({"answer": pa.array(answers, pa.large_binary())})  # `binary` ends at 2 GB
+
+
+@lru_cache(maxsize=4)
+def _unpickled(job: bytes) -> tuple[Plan, Reader]:
+    """One reader per process and run, with its manifest, indices and decoder."""
+    plan, reader = pickle.loads(job)
+    return plan, reader
+
+
+def batches(
+    shard: ray.data.DataIterator,
+    plan: Plan,
+    *,
+    rank: int,
+    world_size: int,
+    start: int = 0,
+    max_bad_fraction: float = 0.01,
+    prefetch: int = 1,
+) -> Iterator[FedBatch]:
+    """A rank's batches of steps `start` .. `plan.num_steps - 1`, in order, from its shard of a `PlannedFeed`.
+
+    `prefetch` tasks are fetched ahead. Raises the `UserError` of a task, and one if too many samples were bad;
+    `RuntimeError` if the batches are not those of this rank from this step on.
+    """
+    tally = _Tally(max_bad_fraction)
+    step = start
+    for block in shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=prefetch):
+        for answer in block["answer"]:
+            for fed in _received(answer):
+                if (fed.step, fed.rank) != (step, rank):
+                    raise RuntimeError(
+                        f"rank {rank} of {world_size} expected step {step}, the feed gave step {fed.step} of rank"
+                        f" {fed.rank}: does its `start` name the step of the checkpoint?"
+                    )
+                tally.add(fed)
+                yield fed
+                step += 1
+    if step < plan.num_steps:
+        raise RuntimeError(f"the feed of rank {rank} of {world_size} ended at step {step} of {plan.num_steps}")
+
+
+def _received(answer: pa.LargeBinaryScalar) -> list[FedBatch]:
+    received: list[FedBatch] | UserError = pickle.loads(answer.as_buffer())
+    if isinstance(received, UserError):
+        raise received
+    return received
+
+
+class _Tally:
+    """Counts bad samples; the run stops when they are too many."""
+
+    def __init__(self, max_bad_fraction: float) -> None:
+        self._max_bad_fraction = max_bad_fraction
+        self._num_samples = 0
+        self._reasons: Counter[tuple[str, str]] = Counter()  # (source, reason) -> samples
+        self._examples: dict[tuple[str, str], str] = {}
+
+    def add(self, fed: FedBatch) -> None:
+        """Raises `UserError` if there are too many by now."""
+        self._num_samples += fed.num_samples
+        for item in fed.rejected:
+            self._reasons[fed.source, item.reason] += 1
+            self._examples.setdefault((fed.source, item.reason), f"{item.origin}: {item.detail}")
+        num_bad = self._reasons.total()
+        if num_bad > self._max_bad_fraction * max(self._num_samples, _MIN_SAMPLES):
+            raise self._too_many(num_bad)
+
+    def _too_many(self, num_bad: int) -> UserError:
+        worst = self._reasons.most_common(_NUM_REASONS)
+        told = "; ".join(f"{reason} {count} in {source}" for (source, reason), count in worst)
+        return UserError(
+            f"source {worst[0][0][0]}",
+            f"{num_bad} bad samples while {self._num_samples} good ones were read ({told}), for example"
+            f" {self._examples[worst[0][0]]}",
+            "run the ingest job again, or raise data.max_bad_fraction",
+        )

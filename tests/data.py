@@ -1,0 +1,86 @@
+"""A small published data set of text-to-image pairs, written without Ray, with faults where a test wants them."""
+
+import io
+import tempfile
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from pipelines.errors import BadMedia
+from pipelines.samples import DecodedSample, Media, Sample, Side
+from pipelines.shards import (
+    Manifest,
+    Members,
+    ShardInfo,
+    SourceInfo,
+    index_path,
+    publish_manifest,
+    target_sha256,
+    write_shard,
+)
+from pipelines.storage import Store
+
+SAMPLES_PER_SHARD = 8
+
+
+def make_sample(source: str, task: str, number: int, bad: bool) -> tuple[Sample, Members]:
+    """Text to an image of one colour; a `bad` one is no image."""
+    picture = io.BytesIO()
+    Image.new("RGB", (12, 8), (number % 256, number // 256, 7)).save(picture, "PNG")
+    members = {"p0.png": b"no image" if bad else picture.getvalue()}
+    sample = Sample(
+        key=f"{number:08d}",
+        source=source,
+        task=task,
+        query=Side(f"{source} {number}"),
+        positive=Side("", (Media("image", "p0.png"),)),
+        instruction="Find the colour.",
+        origin=f"{number}.png",
+    )
+    return replace(sample, target_sha256=target_sha256(sample.positive, members)), members
+
+
+def publish(
+    store: Store, sources: Mapping[str, tuple[str, int]], bad: Mapping[str, Collection[int]] | None = None
+) -> Manifest:
+    """Writes the split `train`: source -> (task, number of samples), those in `bad` undecodable. Shards hold 8."""
+    store.ensure_bucket()
+    infos = {}
+    for source, (task, count) in sources.items():
+        samples = [make_sample(source, task, n, n in (bad or {}).get(source, ())) for n in range(count)]
+        parts = [samples[start : start + SAMPLES_PER_SHARD] for start in range(0, count, SAMPLES_PER_SHARD)]
+        shards = tuple(_store_shard(store, source, ordinal, part) for ordinal, part in enumerate(parts))
+        infos[source] = SourceInfo(task, count, shards)
+    manifest = Manifest("train", infos)
+    publish_manifest(store, manifest)
+    return manifest
+
+
+def _store_shard(store: Store, source: str, ordinal: int, samples: list[tuple[Sample, Members]]) -> ShardInfo:
+    path = f"train/{source}/{source}-{ordinal:06d}.tar"
+    with tempfile.TemporaryDirectory() as folder:
+        local = Path(folder, "shard.tar")
+        info = write_shard(local, samples)
+        store.upload(local, path)
+        store.upload(Path(index_path(str(local))), index_path(path))
+    return replace(info, path=path)
+
+
+class ColourEncoder:
+    """A sample is its source, its number and the red of its picture; `refused` numbers are bad media."""
+
+    def __init__(self, refused: Collection[int] = ()) -> None:
+        self.refused = refused
+
+    def sample(self, sample: DecodedSample) -> tuple[str, int, int]:
+        number = int(sample.sample.key)
+        if number in self.refused:
+            raise BadMedia("refused", str(number))
+        return sample.sample.source, number, int(sample.positive.visuals[0].frames[0, 0, 0, 0])
+
+    def collate(self, samples: list[tuple[str, int, int]]) -> np.ndarray:
+        """int64 [B, 2]: number and red."""
+        return np.array([sample[1:] for sample in samples])

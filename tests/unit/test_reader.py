@@ -1,0 +1,279 @@
+"""From plan rows to batches: order, ranged reads, reserves for planted damage, and what stops a run."""
+
+import copy
+import itertools
+import pickle
+from collections.abc import Collection
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipelines.config import DataConfig, MixtureConfig
+from pipelines.errors import BadMedia, UserError
+from pipelines.plan import Plan, build_plan
+from pipelines.reader import MAX_RESERVES, FedBatch, Reader, reserves
+from pipelines.samples import DecodedSample, Rejected
+from pipelines.shards import read_index
+from pipelines.storage import LocalStore, open_store
+from tests.data import ColourEncoder, make_sample, publish
+
+CARS = {"cars": ("t2i", 20)}
+
+
+@pytest.fixture
+def ranges(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Paths of all ranged reads, as they happen."""
+    paths: list[str] = []
+    read_range = LocalStore.read_range
+
+    def counting(store: LocalStore, path: str, offset: int, length: int) -> bytes:
+        paths.append(path)
+        return read_range(store, path, offset, length)
+
+    monkeypatch.setattr(LocalStore, "read_range", counting)
+    return paths
+
+
+def make_reader(
+    root: Path,
+    sources: dict[str, tuple[str, int]] = CARS,
+    bad: dict[str, Collection[int]] | None = None,
+    encoder: ColourEncoder | None = None,
+) -> Reader:
+    publish(open_store(str(root)), sources, bad)
+    return Reader(DataConfig(root=str(root)), encoder)
+
+
+def plan_for(reader: Reader, global_batch: int, **changes: object) -> Plan:
+    return build_plan(reader.sizes(), MixtureConfig(run_length=4, **changes), global_batch=global_batch)  # type: ignore[arg-type]
+
+
+def spoil_header(root: Path, number: int) -> None:
+    """Makes sample `number` of cars unreadable, and with it every range that it lies in."""
+    store = open_store(str(root))
+    row = read_index(store, publish(store, CARS), "cars").to_pylist()[number]
+    shard = root / f"train/cars/cars-{row['shard']:06d}.tar"
+    data = bytearray(shard.read_bytes())
+    data[row["offset"] + 20] ^= 0xFF
+    shard.write_bytes(data)
+
+
+def numbers(items: list[DecodedSample | Rejected]) -> list[int | str]:
+    return [item.reason if isinstance(item, Rejected) else int(item.sample.key) for item in items]
+
+
+def test_a_batch_holds_the_rows_of_the_plan_in_order(tmp_path: Path) -> None:
+    reader = make_reader(tmp_path, {"cars": ("t2i", 20), "dogs": ("i2i", 11)}, encoder=ColourEncoder())
+    plan = plan_for(reader, 6)
+    assert {plan.batch(step).source for step in range(plan.num_steps)} == {"cars", "dogs"}
+    for step in range(plan.num_steps):
+        whole = plan.batch(step)
+        for rank in range(3):
+            fed = reader.batch(plan, step, rank, 3)
+            wanted = [index for _, index in whole.of_rank(rank, 3)]
+            assert fed.batch.tolist() == [[number, number] for number in wanted]
+            task = {"cars": "t2i", "dogs": "i2i"}[whole.source]
+            assert (fed.step, fed.rank, fed.source, fed.task, fed.epoch) == (step, rank, whole.source, task, 0)
+            assert (fed.num_samples, fed.rejected) == (2, ())
+
+
+def test_without_an_encoder_a_batch_is_a_list_of_decoded_samples(tmp_path: Path) -> None:
+    reader = make_reader(tmp_path)
+    plan = plan_for(reader, 4)
+    decoded = reader.batch(plan, 0, 0, 1).batch
+    assert [("cars", int(item.sample.key)) for item in decoded] == list(plan.batch(0).rows)
+    assert decoded[0].positive.visuals[0].frames.shape == (1, 8, 12, 3)
+
+
+def test_instructions_are_read_or_left_out(tmp_path: Path) -> None:
+    told = make_reader(tmp_path)
+    silent = Reader(DataConfig(root=str(tmp_path), instructions=False))
+    for reader, instruction in ((told, "Find the colour."), (silent, "")):
+        (item,) = reader.samples("cars", [3])
+        assert isinstance(item, DecodedSample)
+        assert item.query.instruction == instruction
+
+
+def test_sizes_tasks_and_fingerprint_are_those_of_the_manifest(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    manifest = publish(store, {"cars": ("t2i", 20), "dogs": ("i2i", 11), "eels": ("t2i", 9)})
+    reader = Reader(DataConfig(root=str(tmp_path)))
+    assert reader.sizes() == {"cars": 20, "dogs": 11, "eels": 9}
+    assert reader.task_of("dogs") == "i2i"
+    assert reader.tasks(plan_for(reader, 4)) == ("i2i", "t2i")
+    assert reader.fingerprint == manifest.fingerprint
+
+
+@pytest.mark.parametrize(("task", "merged"), [("t2i", "t2i"), ("i2i", "small")])
+def test_merged_sources_share_a_task_or_become_one(task: str, merged: str, tmp_path: Path) -> None:
+    reader = make_reader(tmp_path, {"cars": ("t2i", 9), "dogs": ("t2i", 3), "eels": (task, 3)}, encoder=ColourEncoder())
+    plan = plan_for(reader, 8, merge_small=True)
+    small = next(step for step in range(plan.num_steps) if plan.batch(step).source == "small")
+    fed = reader.batch(plan, small, 0, 1)
+    assert (fed.source, fed.task, fed.num_samples) == ("small", merged, 6)
+    assert fed.batch[:, 0].tolist() == [index for _, index in plan.batch(small).rows]
+    assert reader.tasks(plan) == tuple(sorted({"t2i", merged}))
+
+
+def test_neighbours_in_a_shard_are_read_at_once(tmp_path: Path, ranges: list[str]) -> None:
+    reader = make_reader(tmp_path)
+    assert numbers([*reader.samples("cars", [3, 4, 5, 9, 10, 2, 3])]) == [3, 4, 5, 9, 10, 2, 3]
+    first, second = (f"train/cars/cars-{n:06d}.tar" for n in (0, 1))
+    assert ranges == [first, second, first]
+    ranges.clear()
+    assert numbers([*reader.samples("cars", range(6, 10))]) == [6, 7, 8, 9]  # the first shard ends at 7
+    assert ranges == [first, second]
+    ranges.clear()
+    assert numbers([*reader.samples("cars", [5, 5, 4])]) == [5, 5, 4]
+    assert len(ranges) == 3
+
+
+def test_a_run_of_the_plan_is_one_request(tmp_path: Path, ranges: list[str]) -> None:
+    reader = make_reader(tmp_path)
+    plan = build_plan(reader.sizes(), MixtureConfig(run_length=4), global_batch=20)
+    reader.batch(plan, 0, 0, 1)
+    indices = [index for _, index in plan.batch(0).rows]
+    cuts = [last for last, following in itertools.pairwise(indices) if following != last + 1 or last in (7, 15)]
+    assert len(ranges) == 1 + len(cuts)
+    assert len(cuts) <= 4 + 3  # between five runs; the wrap from 19 to 0 and two borders of shards within runs
+
+
+def test_long_stretches_are_read_in_parts(tmp_path: Path, ranges: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = make_reader(tmp_path)
+    length = read_index(open_store(str(tmp_path)), publish(open_store(str(tmp_path)), CARS), "cars")["length"][
+        0
+    ].as_py()
+    monkeypatch.setattr("pipelines.reader._RANGE_BYTES", 3 * length)
+    assert numbers([*reader.samples("cars", range(8))]) == list(range(8))
+    assert len(ranges) == 3
+
+
+def test_samples_tells_the_bad_ones_in_their_place(tmp_path: Path) -> None:
+    reader = make_reader(tmp_path, bad={"cars": {4, 9}})
+    items = [*reader.samples("cars", range(3, 11))]
+    assert numbers(items) == [3, "unsupported_format", 5, 6, 7, 8, "unsupported_format", 10]
+    assert items[1] == Rejected(
+        f"{tmp_path}/train/cars/cars-000000.tar key 00000004", "unsupported_format", "begins with b'no image'"
+    )
+
+
+def test_damaged_bytes_cost_one_sample_and_not_its_neighbours(tmp_path: Path, ranges: list[str]) -> None:
+    spoil_header(tmp_path, 5)
+    reader = Reader(DataConfig(root=str(tmp_path)))
+    items = [*reader.samples("cars", range(3, 8))]
+    assert numbers(items) == [3, 4, "damaged_shard", 6, 7]
+    assert isinstance(items[2], Rejected)
+    assert items[2].origin == f"{tmp_path}/train/cars/cars-000000.tar key 00000005"
+    assert len(ranges) == 1 + 5
+
+
+def test_raw_gives_files_as_they_were_stored(tmp_path: Path) -> None:
+    reader = make_reader(tmp_path, bad={"cars": {2}})
+    assert [*reader.raw("cars", [2, 1])] == [make_sample("cars", "t2i", 2, True), make_sample("cars", "t2i", 1, False)]
+    spoil_header(tmp_path, 5)
+    with pytest.raises(BadMedia, match=r"damaged_shard: train/cars/cars-000000\.tar at byte"):
+        list(Reader(DataConfig(root=str(tmp_path))).raw("cars", [4, 5]))
+
+
+def all_batches(reader: Reader, plan: Plan, world_size: int) -> list[FedBatch]:
+    return [reader.batch(plan, step, rank, world_size) for step in range(plan.num_steps) for rank in range(world_size)]
+
+
+def test_a_bad_sample_is_replaced_by_a_reserve_of_its_source(tmp_path: Path) -> None:
+    sources = {"cars": ("t2i", 20), "dogs": ("i2i", 11)}
+    reader = make_reader(tmp_path, sources, {"cars": {4}}, ColourEncoder())
+    plan = plan_for(reader, 10)
+    step = next(step for step in range(plan.num_steps) if ("cars", 4) in plan.batch(step).rows)
+    whole = plan.batch(step)
+    fed = reader.batch(plan, step, 0, 1)
+    got = fed.batch[:, 0].tolist()
+    wanted = [index for _, index in whole.rows]
+    position = wanted.index(4)
+    assert (fed.num_samples, [item.reason for item in fed.rejected]) == (10, ["unsupported_format"])
+    assert fed.rejected[0].origin.endswith("cars-000000.tar key 00000004")
+    assert got[:position] + got[position + 1 :] == wanted[:position] + wanted[position + 1 :]
+    assert got[position] not in wanted
+    assert got[position] == reserves(plan, whole, position)[0][1]
+
+
+def test_every_number_of_workers_gets_the_same_reserves(tmp_path: Path) -> None:
+    reader = make_reader(tmp_path, bad={"cars": range(0, 20, 5)}, encoder=ColourEncoder())
+    plan = plan_for(reader, 4)
+    alone, together = all_batches(reader, plan, 1), all_batches(reader, plan, 4)
+    assert np.array_equal(np.concatenate([f.batch for f in alone]), np.concatenate([f.batch for f in together]))
+    assert sum(len(f.rejected) for f in alone) == sum(len(f.rejected) for f in together) >= 4
+    assert not {0, 5, 10, 15} & set(np.concatenate([f.batch for f in alone])[:, 0].tolist())
+
+
+def test_reserves_are_distinct_and_outside_the_batch() -> None:
+    plan = build_plan({"a": 60, "b": 30}, MixtureConfig(weights={"a": 1.0}), global_batch=12, epochs=1, seed=4)
+    batch = plan.batch(0)
+    chosen = reserves(plan, batch, 3)
+    assert len(set(chosen)) == MAX_RESERVES == 16
+    assert not set(chosen) & set(batch.rows)
+    assert {source for source, _ in chosen} == {"a"}
+    assert reserves(plan, batch, 3) == chosen
+    others = [reserves(plan, batch, 4), reserves(plan, plan.batch(1), 3)]
+    assert all(other != chosen for other in others)
+    capped = build_plan({"a": 60}, MixtureConfig(max_samples_per_source=14), global_batch=12)
+    batch = capped.batch(0)
+    assert {*reserves(capped, batch, 0), *batch.rows} == {("a", n) for n in range(14)}
+
+
+def test_bad_reserves_are_passed_over_and_counted(tmp_path: Path) -> None:
+    reader = make_reader(tmp_path, encoder=ColourEncoder())
+    plan = plan_for(reader, 10)
+    whole = plan.batch(0)
+    ranked = [index for _, index in reserves(plan, whole, 7)]
+    bad = [whole.rows[7][1], *ranked[:3]]
+    refusing = Reader(reader.data, ColourEncoder(refused=bad))
+    fed = refusing.batch(plan, 0, 0, 1)
+    assert fed.batch[7, 0] == ranked[3]
+    assert [(item.reason, item.detail) for item in fed.rejected] == [("refused", str(number)) for number in bad]
+
+
+def test_a_source_without_a_good_reserve_stops_the_run(tmp_path: Path) -> None:
+    reader = make_reader(tmp_path, bad={"cars": range(20)}, encoder=ColourEncoder())
+    plan = plan_for(reader, 10)
+    with pytest.raises(
+        UserError, match=r"in step 1; the last failure is unsupported_format of .*key 000000\d\d"
+    ) as error:
+        reader.batch(plan, 1, 0, 2)
+    assert error.value.place == f"{tmp_path}/train/cars"
+
+
+def test_a_batch_of_the_whole_source_has_no_reserves(tmp_path: Path) -> None:
+    reader = make_reader(tmp_path, bad={"cars": {4}}, encoder=ColourEncoder())
+    with pytest.raises(UserError, match=r"train/cars: has no sample left .* unsupported_format of .*key 00000004"):
+        reader.batch(plan_for(reader, 20), 0, 0, 1)
+
+
+def test_missing_data_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"train/manifest\.json: there is no such manifest"):
+        Reader(DataConfig(root=str(tmp_path))).sizes()
+    reader = make_reader(tmp_path)
+    with pytest.raises(UserError, match="has no source 'dogs'; its sources: cars"):
+        list(reader.samples("dogs", [0]))
+    (tmp_path / "train/cars/cars-000001.tar").unlink()
+    with pytest.raises(UserError, match=r"cars-000001\.tar: is named in the manifest but missing"):
+        list(reader.samples("cars", range(20)))
+
+
+def test_a_reader_pickles_as_its_arguments(tmp_path: Path) -> None:
+    reader = make_reader(tmp_path, encoder=ColourEncoder(refused=[3]))
+    fresh = len(pickle.dumps(reader))
+    plan = plan_for(reader, 5)
+    expected = reader.batch(plan, 0, 0, 1)
+    assert len(pickle.dumps(reader)) == fresh
+    for twin in (pickle.loads(pickle.dumps(reader)), copy.deepcopy(reader)):
+        assert np.array_equal(twin.batch(plan, 0, 0, 1).batch, expected.batch)
+        assert twin.encoder.refused == [3]
+
+
+def test_the_endpoint_of_the_driver_travels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    packed = pickle.dumps(Reader(DataConfig(root="s3://bucket/data")))
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    with pytest.raises(UserError, match=r"127\.0\.0\.1:9"):
+        pickle.loads(packed).sizes()
