@@ -160,13 +160,16 @@ def _image_item(config: CorpusConfig, number: int, scene: Scene) -> _Item:
 
 
 def _composed_item(config: CorpusConfig, number: int, target: Scene) -> _Item:
-    """Targets are distinct; paper, sizes and exact places differ between both images, so that only content counts."""
+    """Targets are distinct. Both images differ in sizes and exact places, and references are scenes at night.
+
+    On equal paper an untrained model would find the target by the look of the reference.
+    """
     before, after = (f"images/edit-{number:05d}-{end}.jpg" for end in ("before", "after"))
     reference, instruction = edit_into(target, _rng(config, f"edit into {after}"))
     return _Item(
         [{"query_file": before, "query": instruction, "file": after}],
         {
-            before: partial(_image_bytes, config, before, reference),
+            before: partial(_image_bytes, config, before, reference, at_night=True),
             after: partial(_image_bytes, config, after, target),
         },
     )
@@ -192,8 +195,9 @@ def _text_item(config: CorpusConfig, number: int, scene: Scene) -> _Item:
     return _Item([{"query": query, "positive": positive}])
 
 
-def _image_bytes(config: CorpusConfig, name: str, scene: Scene) -> bytes:
-    return encode_image(draw_scene(scene, config.image_px, _rng(config, name)), PurePosixPath(name).suffix)
+def _image_bytes(config: CorpusConfig, name: str, scene: Scene, *, at_night: bool = False) -> bytes:
+    image = draw_scene(scene, config.image_px, _rng(config, name), at_night=at_night)
+    return encode_image(image, PurePosixPath(name).suffix)
 
 
 def _document_bytes(config: CorpusConfig, name: str, pages: Sequence[Page]) -> bytes:

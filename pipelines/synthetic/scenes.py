@@ -80,9 +80,9 @@ def _replace(new: Thing, kept: Thing, rng: Random) -> tuple[Thing, str]:
     return replace(new, shape=shape), wording.format(old=shape, new=a(new.shape))
 
 
-def draw_scene(scene: Scene, image_px: int, rng: Random) -> Image.Image:
-    """RGB image, `image_px` squared. Shade of the paper, places and sizes vary a little."""
-    image = Image.new("RGB", (image_px, image_px), paper(rng))
+def draw_scene(scene: Scene, image_px: int, rng: Random, *, at_night: bool = False) -> Image.Image:
+    """RGB image, `image_px` squared. Shade of the paper, places and sizes vary a little; `at_night` it is dark."""
+    image = Image.new("RGB", (image_px, image_px), night(rng) if at_night else paper(rng))
     paint(image, scene.first, stray(scene.relation, NEAR, rng), rng.uniform(*SIZES))
     paint(image, scene.second, stray(scene.relation, FAR, rng), rng.uniform(*SIZES))
     return image
@@ -92,6 +92,11 @@ def paper(rng: Random) -> RGB:
     """A light background: grey with a faint tint."""
     lightness = rng.randint(226, 250)
     return (lightness - rng.randint(0, 8), lightness - rng.randint(0, 8), lightness - rng.randint(0, 8))
+
+
+def night(rng: Random) -> RGB:
+    """A dark background of any tint."""
+    return (rng.randint(0, 70), rng.randint(0, 70), rng.randint(0, 70))
 
 
 def stray(relation: Relation, along: float, rng: Random) -> Point:
