@@ -139,13 +139,13 @@ def open_store(url: str, endpoint: str | None = None) -> Store:
     return open_s3(url, endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"))
 
 
-def localize(url: str, cache_dir: Path) -> Path:
+def localize(url: str, cache_dir: Path, endpoint: str | None = None) -> Path:
     """A local folder with the content of `url`: a local path as it is, an s3:// tree downloaded once.
 
     Copies are named by the content listed at the URL, appear in `cache_dir` only when complete, and are shared by
     the processes of a machine: one downloads, the others wait. Raises `FileNotFoundError` if there is nothing.
     """
-    store = open_store(url)
+    store = open_store(url, endpoint)
     if isinstance(store, LocalStore):
         return store.root
     target = cache_dir / hashlib.sha256(repr((store, store.tags())).encode()).hexdigest()[:32]

@@ -2,52 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModel, PreTrainedModel, Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from pipelines.errors import UserError
+from rzen.checkpoints import checkpoint_dir
 from rzen.config import ModelConfig, TinyBackbone
 from rzen.prompts import END_OF_TEXT, IM_END, IM_START, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START, fixed_texts
 
-# `model_type` of the checkpoints whose prompts, patches and positions are tested, and what people call them.
-MODEL_TYPES = {"qwen2_vl": "Qwen2-VL"}
 SPECIAL_TOKENS = (END_OF_TEXT, IM_START, IM_END, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD)
-CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
-
-
-def checkpoint_dir(path_or_hub: str) -> Path:
-    """The directory of a checkpoint; a hub name (`Qwen/Qwen2-VL-2B-Instruct`) is downloaded or found in the cache.
-
-    Raises `UserError` for anything that is not a checkpoint of a supported type.
-    """
-    folder = Path(path_or_hub)
-    if not folder.is_dir():
-        folder = _download(path_or_hub)
-    config = folder / "config.json"
-    if not config.is_file():
-        raise UserError(path_or_hub, "has no config.json", "name the directory of a transformers checkpoint")
-    model_type = json.loads(config.read_text()).get("model_type")
-    if model_type not in MODEL_TYPES:
-        raise UserError(path_or_hub, f"model_type {model_type!r} is not supported", f"use one of {sorted(MODEL_TYPES)}")
-    return folder
-
-
-def checkpoint_sha256(folder: Path) -> str:
-    """Identity of the weights: the hash of all safetensors files in the order of their names. Reads them all."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
 
 
 def load_backbone(path_or_hub: str, model: ModelConfig) -> PreTrainedModel:
@@ -77,15 +45,6 @@ def build_tiny(folder: Path, config: TinyBackbone, texts: Iterable[str]) -> None
     tokenizer.save_pretrained(folder)
     Qwen2VLImageProcessorPil().save_pretrained(folder)
     model.save_pretrained(folder)
-
-
-def _download(name: str) -> Path:
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise UserError(name, "is neither a directory nor a hub name", "name an existing checkpoint directory")
-    try:
-        return Path(snapshot_download(name, allow_patterns=CHECKPOINT_FILES))
-    except (OSError, ValueError) as error:
-        raise UserError(name, f"is no directory and cannot be downloaded ({error})", "check the name") from error
 
 
 def _train_tokenizer(texts: Iterable[str], vocabulary: int) -> Qwen2Tokenizer:

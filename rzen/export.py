@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from transformers import PreTrainedModel
 
 from pipelines.errors import UserError
-from rzen.backbone import checkpoint_dir, checkpoint_sha256, load_backbone
+from rzen.backbone import load_backbone
+from rzen.checkpoints import checkpoint_dir, checkpoint_sha256
 from rzen.config import ModelConfig, PromptConfig
 from rzen.embedder import Embedder
 from rzen.lora import IDENTITY, WEIGHTS, load_adapter
@@ -32,28 +34,42 @@ def export_model(base_dir: str, adapter_dir: Path | None, out_dir: Path, prompt:
     if out_dir.exists():
         raise UserError(str(out_dir), "exists already", "name a new directory for the model")
     base = checkpoint_dir(base_dir)
-    identity: dict[str, Any] = {
-        "prompt": prompt.model_dump(),
-        "pooling": "last_token",
-        "normalize": True,
-        "dtype": dtype,
-        "lineage": {"base": base_dir, "base_sha256": checkpoint_sha256(base)},
-    }
+    lineage = {"base": base_dir, "base_sha256": checkpoint_sha256(base)}
     model = load_backbone(str(base), _plain(base_dir, prompt, "float32"))
     if adapter_dir is not None:
-        expected = {"prompt": prompt.model_dump(), "base_sha256": identity["lineage"]["base_sha256"]}
-        _check_identity(adapter_dir, expected)
+        _check_identity(adapter_dir, {"prompt": prompt.model_dump(), "base_sha256": lineage["base_sha256"]})
         model = load_adapter(model, adapter_dir).merge_and_unload(safe_merge=True)
-        identity["lineage"] |= {"adapter": str(adapter_dir), "adapter_sha256": _sha256(adapter_dir / WEIGHTS)}
+        lineage |= {"adapter": str(adapter_dir), "adapter_sha256": _sha256(adapter_dir / WEIGHTS)}
+    write_model(model, base, out_dir, prompt, dtype, lineage)
 
+
+def write_model(
+    model: PreTrainedModel, base: Path, out_dir: Path, prompt: PromptConfig, dtype: Dtype, lineage: dict[str, str]
+) -> None:
+    """Write a full model, rounded once to `dtype` in place, with the tokenizer and preprocessor of its `base`.
+
+    `lineage` says what it was made from. Appears complete or not at all.
+    """
     partial = out_dir.with_name(f"{out_dir.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.to(getattr(torch, dtype)).save_pretrained(partial)
     for pattern in (*COMPANIONS, "preprocessor_config.json"):
         for path in base.glob(pattern):
             shutil.copyfile(path, partial / path.name)
-    (partial / IDENTITY).write_text(json.dumps(identity, indent=2, sort_keys=True) + "\n")
+    write_identity(partial, prompt, dtype, lineage)
     partial.rename(out_dir)
+
+
+def write_identity(folder: Path, prompt: PromptConfig, dtype: Dtype, lineage: dict[str, str]) -> None:
+    """Write `rzen.json` into a checkpoint directory, for `load_encoder` to open it."""
+    identity = {
+        "prompt": prompt.model_dump(),
+        "pooling": "last_token",
+        "normalize": True,
+        "dtype": dtype,
+        "lineage": lineage,
+    }
+    (folder / IDENTITY).write_text(json.dumps(identity, indent=2, sort_keys=True) + "\n")
 
 
 def load_encoder(model_dir: str, dtype: Dtype | None = None) -> tuple[Processor, Embedder]:

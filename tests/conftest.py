@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT))
 
 import pytest  # noqa: E402
 
-from tests.s3 import CREDENTIALS, free_port, s3_server  # noqa: E402
+from jobs.local_s3 import CREDENTIALS, free_port, s3_server  # noqa: E402
 
 # Before anything imports Ray or a maths library; Ray's workers inherit them.
 os.environ |= {
@@ -29,7 +29,10 @@ for name, value in CREDENTIALS.items():
 
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
-    """URL of an S3 server. Name a bucket of your own for every test."""
+    """URL of an S3 server: moto's, or a real one named by RZEN_TEST_S3_ENDPOINT. Every test names its own bucket."""
+    if external := os.environ.get("RZEN_TEST_S3_ENDPOINT"):
+        yield external
+        return
     with s3_server() as endpoint:
         yield endpoint
 

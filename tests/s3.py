@@ -1,59 +1,15 @@
-"""An S3 server for tests: moto's in a process of its own, or a real store named by RZEN_TEST_S3_ENDPOINT.
-
-`FaultyProxy` stands between client and server and spoils the answers that a test asks it to.
-"""
+"""A proxy between a client and an S3 server that spoils the answers a test asks it to."""
 
 from __future__ import annotations
 
 import http.client
-import os
 import socket
-import subprocess
-import sys
 import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 from urllib.parse import urlsplit
 
 Fault = Literal["slow_down", "reset", "truncate"]
-CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
-_START_S = 60
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@contextmanager
-def s3_server() -> Iterator[str]:
-    """URL of an empty S3 server; it ends with the block."""
-    if external := os.environ.get("RZEN_TEST_S3_ENDPOINT"):
-        yield external
-        return
-    port = free_port()
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        _wait_for(port, server)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        server.wait()
-
-
-def _wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
-    deadline_s = time.monotonic() + _START_S
-    while time.monotonic() < deadline_s:
-        assert server.poll() is None, "moto's server ended: is moto[server] installed?"
-        with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-            return
-        time.sleep(0.1)
-    raise TimeoutError(f"moto's server did not start in {_START_S} s")
 
 
 class FaultyProxy:

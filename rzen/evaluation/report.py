@@ -59,8 +59,8 @@ Column = tuple[str, str]
 
 
 def write_results(path: Path, rows: Sequence[Result], settings: Mapping[str, Any]) -> None:
-    """Write `{"settings": ..., "results": [...]}`, atomically. `settings` is whatever makes the numbers repeatable."""
-    content = json.dumps({"settings": settings, "results": [asdict(row) for row in rows]}, indent=2, allow_nan=False)
+    """Write `{"settings": ..., "rows": [...]}`, atomically. `settings` is whatever makes the numbers repeatable."""
+    content = json.dumps({"settings": settings, "rows": [asdict(row) for row in rows]}, indent=2, allow_nan=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_text(content + "\n")

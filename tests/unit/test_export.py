@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from pipelines.errors import UserError
-from rzen.backbone import build_tiny, checkpoint_dir, checkpoint_sha256, load_backbone
+from rzen.backbone import build_tiny, load_backbone
+from rzen.checkpoints import checkpoint_dir, checkpoint_sha256
 from rzen.config import LoraConfig, PromptConfig, TinyBackbone
 from rzen.embedder import Embedder
 from rzen.export import export_model, load_encoder

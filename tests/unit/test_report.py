@@ -74,7 +74,7 @@ def test_results_are_written_whole(tmp_path: Path) -> None:
     write_results(path, ROWS, {"seed": 7, "template": "rzen_paper"})
     content = json.loads(path.read_text())
     assert content["settings"] == {"seed": 7, "template": "rzen_paper"}
-    assert [Result(**row) for row in content["results"]] == ROWS
+    assert [Result(**row) for row in content["rows"]] == ROWS
     with pytest.raises(ValueError):
         write_results(path, [dataclasses.replace(ROWS[0], value=math.nan)], {})
     assert json.loads(path.read_text()) == content

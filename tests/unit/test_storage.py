@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from jobs.local_s3 import free_port
 from pipelines.errors import UserError
 from pipelines.storage import LocalStore, Store, localize, open_store
-from tests.s3 import FaultyProxy, free_port
+from tests.s3 import FaultyProxy
 
 
 @pytest.fixture(params=["local", "s3"])

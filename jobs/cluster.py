@@ -1,0 +1,139 @@
+"""The Ray under a job: the cluster that submitted it, the one that RAY_ADDRESS names, or one of this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from jobs.progress import Bars
+from jobs.spec import ClusterConfig
+from pipelines.config import FeedConfig
+from pipelines.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+LOCAL: dict[str, Any] = {"include_dashboard": False}
+_POLL_S = 0.3
+_ROUNDING = 1e-9
+
+
+def set_environment() -> None:
+    """What Ray and the maths libraries read from the environment once, when they are imported: call this before."""
+    os.environ |= {"RAY_TQDM": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}  # no bars, no hints among our lines
+    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # the Train page of the dashboard
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if os.environ.get("RAY_ADDRESS"):
+        return
+    # A local Ray listens on all interfaces, so that it asks for a token; one of our own leaves no trace at home.
+    if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    # Fractions of CPUs mean more processes than CPUs, of which Ray would warn every few seconds.
+    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # Ray's processes are new interpreters: they must find this package, and the commands beside this interpreter.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+
+@contextmanager
+def ray_cluster() -> Iterator[None]:
+    """Connects to Ray, or starts one that ends with the block. Within an existing connection, nothing happens."""
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    _quiet()
+    address = os.environ.get("RAY_ADDRESS")
+    try:
+        ray.init(
+            address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **({} if address else LOCAL)
+        )
+    except (ConnectionError, TimeoutError, RuntimeError) as error:
+        if not address:
+            raise
+        raise UserError(f"RAY_ADDRESS={address}", f"no Ray answers ({error})", "start it, or unset it") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _quiet() -> None:
+    import ray.data  # sets its own level when it is imported
+
+    logging.getLogger(ray.data.__name__).setLevel(logging.ERROR)
+
+
+def check_size(cluster: ClusterConfig, feed: FeedConfig) -> None:
+    """Raise `UserError` if a training run and its feed can never run at once: Ray would wait for ever."""
+    import ray
+
+    if cluster.autoscaling:
+        return
+    present = ray.cluster_resources()
+    for what, each, rest, fix in (
+        ("CPU", cluster.cpus_per_worker, feed.cpus_per_task, "cpus_per_worker, cluster.workers or feed.cpus_per_task"),
+        ("GPU", cluster.gpus_per_worker, 0.0, "gpus_per_worker or cluster.workers"),
+    ):
+        needed = cluster.workers * each + rest
+        if needed > present.get(what, 0.0) + _ROUNDING:
+            feed_share = f" + {rest:g} for the feed" if rest else ""
+            raise UserError(
+                f"cluster.{what.lower()}s_per_worker",
+                f"{cluster.workers} workers x {each:g}{feed_share} = {needed:g} {what}s,"
+                f" the cluster has {present.get(what, 0.0):g}",
+                f"lower cluster.{fix}, add nodes, or set cluster.autoscaling: true if it can grow",
+            )
+
+
+def fitting_runs(cluster: ClusterConfig, feed: FeedConfig) -> int:
+    """How many such runs the cluster holds at once, beside one task of a feed; at least one."""
+    import ray
+
+    present = ray.cluster_resources()
+    limits = [(present.get("CPU", 0.0) - feed.cpus_per_task) / (cluster.workers * cluster.cpus_per_worker)]
+    if cluster.gpus_per_worker:
+        limits.append(present.get("GPU", 0.0) / (cluster.workers * cluster.gpus_per_worker))
+    return max(1, int(min(limits) + _ROUNDING))
+
+
+def watch(refs: Mapping[str, Any], board: Any, unit: str = "samples", every: int = 0) -> dict[str, Any]:
+    """Waits for remote work and shows what it posts on `board`; returns the results by name, in the order of `refs`.
+
+    The first failure is raised, as itself if it is a `UserError`, and what still runs is cancelled.
+    """
+    import ray
+
+    waiting = {ref: name for name, ref in refs.items()}
+    results: dict[str, Any] = {}
+    with Bars() as bars:
+        try:
+            while waiting:
+                ready, _ = ray.wait(list(waiting), num_returns=1, timeout=_POLL_S)
+                for name, news in ray.get(board.news.remote()).items():
+                    bars.update(name, news.done, news.total, unit, news.note, every)
+                for ref in ready:
+                    results[waiting.pop(ref)] = ray.get(ref)
+        except BaseException as error:
+            for ref in waiting:
+                ray.cancel(ref, force=True)
+            if isinstance(error, Exception) and (cause := user_error(error)):
+                raise cause from error
+            raise
+    return {name: results[name] for name in refs}
+
+
+def user_error(error: BaseException) -> UserError | None:
+    """The `UserError` inside what Ray made of it: task errors wrap causes, Ray Train lists failures by rank."""
+    if type(error) is UserError:  # Ray's own subclass of it prints a traceback and keeps the original as `cause`
+        return error
+    inside = [error.__cause__, getattr(error, "cause", None), getattr(error, "controller_failure", None)]
+    inside += getattr(error, "worker_failures", {}).values()
+    causes = [user_error(cause) for cause in inside if isinstance(cause, BaseException) and cause is not error]
+    return next((cause for cause in causes if cause), None)

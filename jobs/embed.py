@@ -1,0 +1,159 @@
+"""Job of kind `embed`: a Ray Data job with model actors, from samples in shards to vectors in Parquet.
+
+{out}/parts/{split}-{source}-{start}.parquet    one row a target: where it is, what it is, its vector
+      vectors.json                              parts, model and data, written last: readers trust only this
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter
+from functools import cached_property
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import ray.data
+
+from jobs.cluster import ray_cluster, user_error
+from jobs.models import load_exported
+from jobs.progress import Bars, say
+from jobs.spec import EmbedSpec
+from pipelines.config import DataConfig
+from pipelines.reader import Reader
+from pipelines.samples import DecodedSample, MediaKind, Rejected, Sample
+from pipelines.storage import Store, open_store
+from rzen.embedder import Embedder
+from rzen.evaluation.encode import embed_sides
+from rzen.page.hits import Modality
+from rzen.processor import Processor
+
+MANIFEST, PARTS = "vectors.json", "parts"
+_MODALITIES: dict[MediaKind, Modality] = {"image": "image", "document": "page", "video": "video"}
+
+
+def run(spec: EmbedSpec) -> dict[str, Any]:
+    """Embeds the target of every sample of the splits, and publishes the vectors."""
+    units = _units(spec)
+    total = sum(unit["stop"] - unit["start"] for unit in units)
+    store = open_store(spec.out, spec.endpoint)
+    say(f"  {total:,} targets of {spec.data.root}, model {spec.model}, {spec.actors} actor(s) -> {store.url}")
+    store.ensure_bucket()
+    store.delete(MANIFEST)
+    store.delete_tree(PARTS)
+    parts: list[str] = []
+    skipped: Counter[str] = Counter()
+    with ray_cluster(), Bars() as bars:
+        done = 0
+        for row in _embedded(spec, units):
+            parts.append(row["part"])
+            skipped.update(json.loads(row["skipped"]))
+            done += int(row["num_samples"])
+            bars.update("embed", done, total)
+    content = {
+        "parts": sorted(parts),
+        "num_vectors": total - skipped.total(),
+        "skipped": dict(skipped),
+        "model": spec.model,
+        "dtype": spec.dtype,
+        "data": spec.data.model_dump(mode="json"),
+    }
+    store.write(MANIFEST, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
+    for reason, count in skipped.items():
+        say(f"  skipped: {reason} {count:,}", "yellow")
+    return {"outputs": [spec.out], "vectors": content["num_vectors"], "skipped": dict(skipped)}
+
+
+def _units(spec: EmbedSpec) -> list[dict[str, Any]]:
+    """Stretches of neighbouring samples of one source, one unit of work each."""
+    return [
+        {"split": split, "source": source, "start": start, "stop": min(start + spec.samples_per_task, size)}
+        for split in spec.splits
+        for source, size in Reader(data_of(spec.data, split)).sizes().items()
+        for start in range(0, size, spec.samples_per_task)
+    ]
+
+
+def data_of(data: DataConfig, split: str) -> DataConfig:
+    """The same data, another split."""
+    return data.model_copy(update={"split": split})
+
+
+def _embedded(spec: EmbedSpec, units: list[dict[str, Any]]) -> Any:
+    context = ray.data.DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    with ray.data.DataContext.current(context):
+        rows = ray.data.from_items(units, override_num_blocks=len(units)).map(
+            EmbedTargets,
+            fn_constructor_args=(spec,),
+            compute=ray.data.ActorPoolStrategy(size=spec.actors),
+            num_cpus=spec.cpus_per_actor,
+            num_gpus=spec.gpus_per_actor,
+        )
+        try:
+            yield from rows.iter_rows()
+        except Exception as error:
+            raise user_error(error) or error from error
+
+
+class EmbedTargets:
+    """An actor with the model: embeds one unit of work and stores its part."""
+
+    def __init__(self, spec: EmbedSpec) -> None:
+        self._spec = spec
+        self._readers: dict[str, Reader] = {}
+
+    @cached_property
+    def _model(self) -> tuple[Processor, Embedder]:
+        return load_exported(self._spec.model, self._spec.endpoint, self._spec.dtype)
+
+    @cached_property
+    def _store(self) -> Store:
+        return open_store(self._spec.out, self._spec.endpoint)
+
+    def __call__(self, unit: dict[str, Any]) -> dict[str, Any]:
+        """The name of the part, samples seen, and counts of the skipped ones by reason."""
+        split, source = unit["split"], unit["source"]
+        reader = self._readers.setdefault(split, Reader(data_of(self._spec.data, split)))
+        items = reader.samples(source, range(unit["start"], unit["stop"]))
+        indices = iter(range(unit["start"], unit["stop"]))
+        rows: list[dict[str, Any]] = []
+        skipped: Counter[str] = Counter()
+        while batch := list(islice(items, self._spec.batch_size)):
+            numbered = [(next(indices), item) for item in batch]
+            skipped.update(item.reason for _, item in numbered if isinstance(item, Rejected))
+            rows += self._embed(split, [(i, item) for i, item in numbered if isinstance(item, DecodedSample)])
+        part = f"{PARTS}/{split}-{source}-{unit['start']:09d}.parquet"
+        sink = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(rows), sink, compression="zstd")
+        self._store.write(part, sink.getvalue())
+        return {"part": part, "num_samples": unit["stop"] - unit["start"], "skipped": json.dumps(skipped)}
+
+    def _embed(self, split: str, samples: list[tuple[int, DecodedSample]]) -> list[dict[str, Any]]:
+        if not samples:
+            return []
+        sides = [decoded.positive for _, decoded in samples]
+        processor, embedder = self._model
+        vectors_ND = embed_sides(processor, embedder, sides, self._spec.batch_size)
+        return [
+            _row(split, index, decoded.sample, vector)
+            for (index, decoded), vector in zip(samples, vectors_ND, strict=True)
+        ]
+
+
+def _row(split: str, index: int, sample: Sample, vector: np.ndarray[Any, Any]) -> dict[str, Any]:
+    media = sample.positive.media
+    return {
+        "split": split,
+        "source": sample.source,
+        "index": index,
+        "modality": _MODALITIES[media[0].kind] if media else "text",
+        "title": sample.query.text if media else sample.positive.text,
+        "origin": sample.origin,
+        "target_sha256": sample.target_sha256,
+        "vector": vector.astype(np.float32),
+    }

@@ -1,0 +1,118 @@
+"""Job of kind `evaluate`: one Ray task per model, rows of results.json from each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from pipelines.reader import Reader
+
+from jobs.cluster import ray_cluster, watch
+from jobs.models import load_model
+from jobs.progress import Board, console, say
+from jobs.runs import revision, versions
+from jobs.spec import EvaluateSpec
+from pipelines.errors import UserError
+from pipelines.samples import DecodedSample, Rejected
+from rzen.evaluation.encode import embed_sides
+from rzen.evaluation.ranking import is_collapsed, rank_of_gold
+from rzen.evaluation.report import Result, terminal_table, write_results
+from rzen.evaluation.tasks import METRICS, TASKS, chance
+
+
+def run(spec: EvaluateSpec) -> dict[str, Any]:
+    """Evaluates all models, prints the table and writes the JSON."""
+    reader = Reader(spec.data)
+    sources = _sources(spec, reader)
+    counts = ", ".join(f"{task} {sum(reader.sizes()[s] for s in names):,}" for task, names in sources.items())
+    say(f"  {len(spec.models)} models on {spec.data.root} {spec.data.split}: {counts}")
+    with ray_cluster():
+        board = ray.remote(num_cpus=0)(Board).remote()
+        task = ray.remote(num_cpus=spec.cpus_per_model, num_gpus=spec.gpus_per_model, max_retries=2)(_evaluate)
+        refs = {name: task.remote(spec, name, sources, board) for name in spec.models}
+        rows = [row for rows in watch(refs, board).values() for row in rows]
+    settings = {
+        "data": reader.fingerprint,
+        "spec": spec.model_dump(mode="json"),
+        "versions": versions(),
+        "revision": revision(),
+    }
+    write_results(Path(spec.out), rows, settings)
+    console.print(terminal_table(rows))
+    say(f"  {spec.out}")
+    return {"outputs": [spec.out]}
+
+
+def _sources(spec: EvaluateSpec, reader: Reader) -> dict[str, list[str]]:
+    """Task -> its sources in the data, in the order of the tasks."""
+    sources: dict[str, list[str]] = {}
+    for task in spec.tasks or TASKS:
+        if found := [source for source in reader.sizes() if reader.task_of(source) == task]:
+            sources[task] = found
+        elif spec.tasks:
+            raise UserError(f"{spec.data.root} {spec.data.split}", f"has no samples of task {task!r}", "leave it out")
+    if not sources:
+        problem = f"has no samples of {', '.join(TASKS)}"
+        raise UserError(
+            f"{spec.data.root} {spec.data.split}", problem, "hold some out when ingesting, or evaluate train"
+        )
+    return sources
+
+
+def _evaluate(spec: EvaluateSpec, name: str, sources: dict[str, list[str]], board: Any) -> list[Result]:
+    ref = spec.models[name]
+    processor, embedder = load_model(ref, spec.data.endpoint, spec.prompt, spec.dtype)
+    reader = Reader(spec.data.model_copy(update={"instructions": ref.instructions}))
+    total = sum(reader.sizes()[source] for names in sources.values() for source in names)
+    rows: list[Result] = []
+    done = 0
+    for task, names in sources.items():
+        queries, targets, ids = [], [], []
+        samples = (sample for source in names for sample in _good(reader, source))
+        while batch := list(islice(samples, spec.batch_size)):
+            queries.append(embed_sides(processor, embedder, [sample.query for sample in batch], spec.batch_size))
+            targets.append(embed_sides(processor, embedder, [sample.positive for sample in batch], spec.batch_size))
+            ids += [sample.sample.target_sha256 for sample in batch]
+            done += len(batch)
+            board.post.remote(name, done, total, task)
+        rows += _score(spec, name, task, np.concatenate(queries), np.concatenate(targets), ids)
+    board.post.remote(name, total, total, "")
+    return rows
+
+
+def _good(reader: Reader, source: str) -> Iterator[DecodedSample]:
+    """Samples that can be decoded. Ingest decoded all of them once, so that one that cannot be is a damaged store."""
+    for item in reader.samples(source, range(reader.sizes()[source])):
+        if isinstance(item, Rejected):
+            raise UserError(
+                item.origin, f"{item.reason}: {item.detail}", "the shard was damaged after ingest: repeat it"
+            )
+        yield item
+
+
+def _score(
+    spec: EvaluateSpec, model: str, task: str, queries_QD: Any, targets_QD: Any, target_ids: list[str]
+) -> list[Result]:
+    """Every distinct target is one candidate; samples with equal targets share it."""
+    ids, first, gold = np.unique(target_ids, return_index=True, return_inverse=True)
+    candidates_ND = targets_QD[first]
+    if is_collapsed(candidates_ND):
+        say(f"  {model}: all {len(ids)} candidates of {task} have one vector", "yellow")
+    ranks = rank_of_gold(queries_QD, candidates_ND, gold)
+    return [
+        Result(
+            model=model,
+            task=task,
+            metric=metric,
+            value=METRICS[metric](ranks),
+            num_queries=len(ranks),
+            num_candidates=len(ids),
+            chance=chance(metric, len(ids)),
+            split=spec.data.split,
+        )
+        for metric in spec.metrics or TASKS[task].metrics
+    ]

@@ -1,0 +1,52 @@
+"""Job of kind `finetunes`: fine-tunes side by side, then their soup."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from jobs.load import Document, check, read_document
+from jobs.models import local_folder, publish_folder
+from jobs.progress import say
+from jobs.spec import FinetunesSpec, TrainSpec
+from pipelines.errors import UserError
+from pipelines.storage import open_store
+
+
+def resolve(spec: FinetunesSpec, document: Document) -> dict[str, TrainSpec]:
+    """The spec of each fine-tune; `document` is what `spec` was read from."""
+    stage = read_document(spec.stage, document.folder).overlaid(spec.set, document.place_under("set"))
+    specs: dict[str, TrainSpec] = {}
+    for name, changes in spec.runs.items():
+        place = document.place_under("runs", name)
+        run_document = stage.overlaid({"name": name}, place).overlaid(changes, place)
+        train = check(run_document)
+        if not isinstance(train, TrainSpec):
+            where = run_document.place(("kind",))
+            raise UserError(where, f"kind={train.kind!r} cannot be fine-tuned", "use kind: train")
+        if train.model.tune != "lora":
+            where = run_document.place(("model", "tune"))
+            raise UserError(where, "model.tune: full has no adapters to soup", "set model.tune: lora")
+        specs[name] = train
+    return specs
+
+
+def run(spec: FinetunesSpec, document: Document) -> dict[str, Any]:
+    """Trains all, then writes the adapter that is their exact weighted mean."""
+    from jobs.train import result_url, run_all
+    from rzen.soup import soup_adapters
+
+    specs = resolve(spec, document)
+    run_all(list(specs.values()), spec.max_parallel)
+    weights = spec.soup or dict.fromkeys(specs, 1.0)
+    adapters = [
+        (Path(local_folder(result_url(specs[name]), specs[name].run.endpoint)), weight)
+        for name, weight in weights.items()
+    ]
+    with tempfile.TemporaryDirectory(prefix="rzen-soup-") as scratch:
+        lineage = soup_adapters(adapters, Path(scratch, "adapter"))
+        publish_folder(Path(scratch, "adapter"), open_store(spec.out, spec.endpoint))
+    shares = ", ".join(f"{weight / sum(weights.values()):.3f} {name}" for name, weight in weights.items())
+    say(f"  soup of {shares}, exact, rank {lineage['rank']}: {spec.out}")
+    return {"outputs": [spec.out, *map(result_url, specs.values())]}

@@ -1,0 +1,97 @@
+"""Finding the files of a model on whatever machine asks: a directory, an s3:// URL or a hub name."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from jobs.spec import ModelRef
+from pipelines.errors import UserError
+from pipelines.storage import Store, localize
+from rzen.config import ModelConfig, PromptConfig
+
+if TYPE_CHECKING:
+    from rzen.embedder import Embedder
+    from rzen.processor import Processor
+
+IDENTITY = "rzen.json"
+Dtype = Literal["float32", "bfloat16"]
+
+
+def cache_dir() -> Path:
+    """Where copies of models in object storage are kept: RZEN_CACHE, or the user's cache folder."""
+    return Path(os.environ.get("RZEN_CACHE") or Path.home() / ".cache" / "rzen")
+
+
+def local_folder(url: str, endpoint: str | None) -> str:
+    """A local directory with the files of `url`; a hub name is left as it is. Raises `UserError` if there are none."""
+    if "://" not in url:
+        return url
+    try:
+        return str(localize(url, cache_dir(), endpoint))
+    except FileNotFoundError as error:
+        raise UserError(url, "there is nothing", "check the URL, or run the job that writes it first") from error
+
+
+def checkpoint_folder(url: str, endpoint: str | None) -> str:
+    """As `local_folder`; a hub name is downloaded or found in its cache. Raises `UserError` if it is no checkpoint."""
+    from rzen.checkpoints import checkpoint_dir
+
+    return str(checkpoint_dir(local_folder(url, endpoint)))
+
+
+def prompt_of(folder: str, default: PromptConfig) -> PromptConfig:
+    """The prompt that a model or adapter was trained with, where it says so."""
+    path = Path(folder) / IDENTITY
+    if not path.is_file():
+        return default
+    prompt = json.loads(path.read_text()).get("prompt")
+    return PromptConfig.model_validate(prompt) if prompt else default
+
+
+def load_model(
+    ref: ModelRef, endpoint: str | None, default_prompt: PromptConfig, dtype: Dtype
+) -> tuple[Processor, Embedder]:
+    """Processor and frozen embedder of a checkpoint with or without adapter, on the GPU where there is one."""
+    import torch
+
+    from rzen.backbone import load_backbone
+    from rzen.embedder import Embedder
+    from rzen.lora import load_adapter
+    from rzen.processor import Processor
+
+    base = checkpoint_folder(ref.base, endpoint)
+    adapter = local_folder(ref.adapter, endpoint) if ref.adapter else None
+    prompt = prompt_of(adapter or base, default_prompt)
+    config = ModelConfig(backbone=base, prompt=prompt, dtype=dtype, gradient_checkpointing=False)
+    backbone = load_backbone(base, config)
+    model = load_adapter(backbone, Path(adapter)) if adapter else backbone
+    processor = Processor(base, prompt)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return processor, Embedder(model, processor.layout).requires_grad_(False).eval().to(device)
+
+
+def load_exported(url: str, endpoint: str | None, dtype: Dtype | None) -> tuple[Processor, Embedder]:
+    """Processor and frozen embedder of an exported model, on the GPU where there is one."""
+    import torch
+
+    from rzen.export import load_encoder
+
+    processor, embedder = load_encoder(local_folder(url, endpoint), dtype)
+    return processor, embedder.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def publish_folder(local: Path, store: Store) -> None:
+    """Replaces what is in `store` by a model or adapter folder; `rzen.json` goes last and stands for the whole."""
+    store.ensure_bucket()
+    store.delete(IDENTITY)
+    store.delete_tree("")
+    for file in sorted(local.iterdir(), key=lambda file: (file.name == IDENTITY, file.name)):
+        store.upload(file, file.name)
+
+
+def is_published(store: Store) -> bool:
+    """Whether a model or adapter folder is there, whole."""
+    return store.exists(IDENTITY)

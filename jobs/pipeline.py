@@ -1,0 +1,92 @@
+"""Job of kind `pipeline`: stations one after the other, each of which is done once.
+
+A station is repeated when its resolved settings, any station before it, or the files it starts from have changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from typing import Any
+
+from jobs.cluster import ray_cluster
+from jobs.finetunes import resolve
+from jobs.load import Document, check, read_document, substitute
+from jobs.progress import duration, say
+from jobs.spec import FinetunesSpec, IngestSpec, PipelineSpec, Spec
+from pipelines.errors import UserError
+from pipelines.storage import Store, open_store
+
+
+def resolve_stations(spec: PipelineSpec, document: Document) -> dict[str, tuple[Spec, Document]]:
+    """Checked spec of every station, and what it was read from; `document` is what `spec` was read from."""
+    stations: dict[str, tuple[Spec, Document]] = {}
+    for name, station in spec.stations.items():
+        around = ("stations", name)
+        changes = substitute(station.set, spec.vars, document.place((*around, "set")))
+        changed = read_document(station.spec, document.folder).overlaid(changes, document.place_under(*around, "set"))
+        resolved = check(changed)
+        if isinstance(resolved, PipelineSpec):
+            raise UserError(document.place(around), f"{name} is a pipeline itself", "name a job of another kind")
+        if isinstance(resolved, FinetunesSpec):
+            resolve(resolved, changed)
+        stations[name] = (resolved, changed)
+    return stations
+
+
+def run(spec: PipelineSpec, document: Document) -> dict[str, Any]:
+    """Runs what is not done yet, under one Ray."""
+    from jobs.run import run_spec
+
+    stations = resolve_stations(spec, document)
+    state = open_store(str(substitute(spec.state, spec.vars, "state")), spec.endpoint)
+    state.ensure_bucket()
+    started_s = time.monotonic()
+    key = ""
+    outputs: list[str] = []
+    with ray_cluster():
+        for number, (name, (station, source)) in enumerate(stations.items(), start=1):
+            key = _key(station, source, key)
+            title = f"[{number}/{len(stations)}] {name} ({station.kind})"
+            if _is_done(state, name, key):
+                say(f"{title}: done before", "dim")
+                continue
+            say(title, "bold")
+            begun_s = time.monotonic()
+            state.delete(_record(name))
+            result = run_spec(station, source)
+            outputs = result["outputs"]
+            elapsed_s = round(time.monotonic() - begun_s, 1)
+            record = {"key": key, "elapsed_s": elapsed_s, "result": result}
+            state.write(_record(name), (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
+            say(f"  done in {duration(elapsed_s)}", "dim")
+    say(f"{spec.name} complete in {duration(time.monotonic() - started_s)}", "bold")
+    return {"outputs": outputs}
+
+
+def _record(name: str) -> str:
+    return f"{name}.json"
+
+
+def _key(station: Spec, document: Document, before: str) -> str:
+    """Identity of a station's work: its settings, those of all stations before it, and the raw files it reads."""
+    content: list[Any] = [before, station.model_dump(mode="json")]
+    if isinstance(station, FinetunesSpec):
+        content += [train.model_dump(mode="json") for train in resolve(station, document).values()]
+    if isinstance(station, IngestSpec):
+        content.append(open_store(station.input).tags())
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _is_done(state: Store, name: str, key: str) -> bool:
+    """Done with the same key, and what it made has not been deleted since."""
+    if not state.exists(_record(name)):
+        return False
+    record = json.loads(state.read(_record(name)))
+    return record["key"] == key and all(_exists(url) for url in record["result"]["outputs"])
+
+
+def _exists(url: str) -> bool:
+    parent, _, name = url.rpartition("/")
+    return bool(open_store(url).list()) or open_store(parent or ".").exists(name)

@@ -1,0 +1,149 @@
+"""The folder of a training run in the store: what it was asked, how far it is, what it made.
+
+{root}/{name}/spec.json           resolved spec, versions, fingerprint of the data: what makes two runs the same
+              backbone/           a tiny backbone, where the spec asks for one
+              checkpoints/000200/ trained parameters, moments, and the metrics so far
+              latest.json         the newest complete checkpoint, written after it
+              model/ or adapter/  the result
+              metrics.jsonl       one row a step
+              done.json           written last
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from jobs.spec import TrainSpec
+from pipelines.errors import UserError
+from pipelines.storage import Store, open_store
+
+SPEC, LATEST, DONE, METRICS = "spec.json", "latest.json", "done.json", "metrics.jsonl"
+_PACKAGES = ("ray", "torch", "transformers", "deepspeed", "peft")
+# Settings that change where and how fast a run goes, never what it computes.
+_NOT_SCIENCE = {"run", "feed", "checkpoint", "cluster"}
+
+
+class Run:
+    """One training run in its store. Picklable."""
+
+    def __init__(self, spec: TrainSpec) -> None:
+        self.spec = spec
+        self.store: Store = open_store(spec.run.root, spec.run.endpoint).child(spec.name)
+
+    @property
+    def result(self) -> str:
+        """Folder of the result, below the run."""
+        return "adapter" if self.spec.model.tune == "lora" else "model"
+
+    def begin(self, data_fingerprint: str) -> bool:
+        """Claims the folder for this spec; False if the run is finished already.
+
+        Raises `UserError` if the folder holds a run of other settings or data, unless it may be overwritten.
+        """
+        identity = {"spec": self.spec.model_dump(mode="json"), "data": data_fingerprint}
+        if self.store.exists(SPEC):
+            before = json.loads(self.store.read(SPEC))
+            changes = _changes(_science(before), _science(identity))
+            if not changes:
+                return not self.store.exists(DONE)
+            if not self.spec.run.overwrite:
+                raise UserError(
+                    self.store.url,
+                    f"holds a run with other settings: {'; '.join(changes[:5])}",
+                    "choose another name, or set run.overwrite: true to begin anew",
+                )
+        self.store.ensure_bucket()
+        self.store.delete_tree("")
+        self.store.write(SPEC, _json(identity | {"versions": versions(), "revision": revision()}))
+        return True
+
+    def step(self) -> int:
+        """Of the newest checkpoint; 0 if there is none."""
+        return int(json.loads(self.store.read(LATEST))["step"]) if self.store.exists(LATEST) else 0
+
+    def finish(self, summary: dict[str, Any], metrics: list[dict[str, Any]]) -> None:
+        """Makes the end of the run known. The result is in place by now."""
+        self.store.write(METRICS, _lines(metrics))
+        self.store.write(DONE, _json(summary))
+        self.store.delete_tree("checkpoints")
+        self.store.delete(LATEST)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Rows of a finished run."""
+        return [json.loads(line) for line in self.store.read(METRICS).splitlines()]
+
+
+class Checkpoints:
+    """Checkpoints of a run, as the trainer asks for them: complete ones only, the last few of them.
+
+    `metrics` are the rows of all steps up to the checkpoint that was found, then of the steps since.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._store = run.store
+        self._keep = run.spec.checkpoint.keep
+        self.metrics: list[dict[str, Any]] = []
+
+    def latest(self) -> Path | None:
+        """A local copy of the newest checkpoint, which the process keeps until it ends."""
+        if not self._store.exists(LATEST):
+            return None
+        path = json.loads(self._store.read(LATEST))["path"]
+        folder = Path(tempfile.mkdtemp(prefix="rzen-checkpoint-"))
+        self._store.download_tree(path, folder)
+        self.metrics = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+        return folder
+
+    def publish(self, folder: Path, step: int) -> None:
+        """Uploads a checkpoint with the metrics so far, then names it the latest, then deletes the oldest."""
+        path = f"checkpoints/{step:06d}"
+        (folder / METRICS).write_bytes(_lines(self.metrics))
+        self._store.delete_tree(path)
+        self._store.upload_tree(folder, path)
+        self._store.write(LATEST, _json({"step": step, "path": path}))
+        shutil.rmtree(folder, ignore_errors=True)
+        names = sorted({name.split("/")[1] for name in self._store.list("checkpoints")})
+        for name in names[: -self._keep]:
+            self._store.delete_tree(f"checkpoints/{name}")
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that decide what is computed."""
+    return {name: importlib.metadata.version(name) for name in _PACKAGES}
+
+
+def revision() -> str:
+    """Of the code, where it lies in a git repository; `-dirty` with uncommitted changes."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _science(identity: dict[str, Any]) -> dict[str, Any]:
+    spec = {key: value for key, value in identity["spec"].items() if key not in _NOT_SCIENCE}
+    return {"data fingerprint": identity["data"]} | spec
+
+
+def _changes(before: Any, after: Any, key: str = "") -> list[str]:
+    """`optim.lr 0.0002 -> 0.0001` for every leaf that differs."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = [*before, *(name for name in after if name not in before)]
+        inner = ((name, before.get(name), after.get(name)) for name in keys)
+        return [change for name, old, new in inner for change in _changes(old, new, f"{key}.{name}".lstrip("."))]
+    return [] if before == after else [f"{key} {before!r} -> {after!r}"]
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _lines(rows: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows).encode()

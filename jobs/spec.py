@@ -1,0 +1,338 @@
+"""One strict, typed schema for every job that can be submitted, with the meaning of every field.
+
+Imports neither torch nor Ray, so that a spec is checked in a second on any machine. `jobs/load.py` reads the YAML.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from pipelines.config import (
+    Config,
+    DataConfig,
+    FeedConfig,
+    MediaConfig,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
+from pipelines.synthetic.config import CorpusConfig
+from rzen.config import ModelConfig, ObjectiveConfig, OptimConfig, PromptConfig
+from rzen.evaluation.tasks import TASKS, Metric
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=60)]
+T = TypeVar("T")
+
+
+def _without_none(entries: object) -> object:
+    return {k: v for k, v in entries.items() if v is not None} if isinstance(entries, dict) else entries
+
+
+Named = Annotated[dict[Name, T], BeforeValidator(_without_none)]
+"""Name -> entry. `null` takes out an entry of the file that this one is based on."""
+
+
+class ClusterConfig(Config):
+    """What a training run asks of the cluster."""
+
+    workers: PositiveInt = 1
+    """Ray Train workers, one torch rank each (paper: 16 GPUs)."""
+    cpus_per_worker: PositiveFloat = 1.0
+    """Logical CPUs that a worker reserves. Together they must leave CPUs to the feed."""
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs that a worker reserves; 0 trains on the CPU with gloo."""
+    threads_per_worker: PositiveInt = 1
+    """Threads of torch on the CPU, within a worker."""
+    autoscaling: bool = False
+    """The cluster can grow: skip the check that it is large enough now, which otherwise saves from waiting for ever."""
+    max_restarts: NonNegativeInt = 3
+    """Restarts from the last checkpoint after a worker or node was lost."""
+
+
+class CheckpointConfig(Config):
+    """Checkpoints: trained parameters and optimizer moments. Batches and random numbers follow from the step."""
+
+    every_steps: PositiveInt = 200
+    """A lost run repeats at most this many steps."""
+    keep: PositiveInt = 2
+    """Older checkpoints are deleted."""
+
+
+class RunConfig(Config):
+    """Where a training run lives: `{root}/{name}/`."""
+
+    root: str = "runs"
+    """Directory or s3:// URL."""
+    endpoint: str | None = None
+    """S3 endpoint; the environment's AWS_ENDPOINT_URL where not given."""
+    overwrite: bool = False
+    """A run of this name with other settings is refused (`false`) or deleted and begun anew (`true`)."""
+    log_every_steps: PositiveInt = 10
+    """One line of progress every so many steps, where there is no terminal for a bar."""
+
+
+class ModelRef(Config):
+    """A trained model: a checkpoint, and an adapter on it if it was tuned with LoRA."""
+
+    base: str
+    """Checkpoint directory (path or s3:// URL) or hub name."""
+    adapter: str | None = None
+    """Adapter directory (path or s3:// URL)."""
+    instructions: bool = True
+    """Evaluate with instructions. Models of stage 1 have never seen one."""
+
+
+class CorpusSpec(Config):
+    """Draw the synthetic corpus: real image, PDF and video files with captions."""
+
+    kind: Literal["corpus"]
+    """Draws a corpus."""
+    out: str
+    """Local folder; empty, new, or holding an earlier corpus."""
+    corpus: CorpusConfig = CorpusConfig()
+    """How much of what."""
+
+
+class IngestSpec(Config):
+    """Turn a folder of files into shards, index and manifest."""
+
+    kind: Literal["ingest"]
+    """Ingests a folder."""
+    input: str
+    """Local folder of images, videos and PDFs with captions (README of pipelines/)."""
+    out: str
+    """Directory or s3:// URL of the data set."""
+    endpoint: str | None = None
+    """S3 endpoint; the environment's AWS_ENDPOINT_URL where not given."""
+    held_out_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the samples that is kept for evaluation. Samples with one target stay together."""
+    samples_per_shard: PositiveInt = 1000
+    """Samples of a shard, at most."""
+    seed: NonNegativeInt = 0
+    """Of the split and the order. Equal seeds give equal bytes."""
+    media: MediaConfig = MediaConfig()
+    """Limits within which files are opened."""
+
+
+class TrainSpec(Config):
+    """One stage of training: the plan's global batches, the objective, checkpoints, a model at the end."""
+
+    kind: Literal["train"]
+    """Trains."""
+    name: Name
+    """Of the run: folder below `run.root`, label of its metrics."""
+    run: RunConfig = RunConfig()
+    """Where it lives."""
+    data: DataConfig
+    """What it reads."""
+    feed: FeedConfig = FeedConfig()
+    """How data reach the workers."""
+    model: ModelConfig
+    """What is trained."""
+    init_adapter: str | None = None
+    """Adapter to go on from (directory or s3:// URL), such as that of stage 1. `null` starts a new one."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    """The loss."""
+    optim: OptimConfig = OptimConfig()
+    """The optimizer."""
+    global_batch: Annotated[int, Field(ge=2)] = 768
+    """Samples of one optimizer step over all workers; all are contrasted with all (paper: 768)."""
+    steps: PositiveInt | None = None
+    """Optimizer steps; `null` follows `epochs`."""
+    epochs: PositiveFloat = 1.0
+    """Passes over the data, where `steps` is not given (paper: 1)."""
+    seed: NonNegativeInt = 0
+    """Of the plan, new weights and dropout."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """How often the run can be resumed from."""
+    cluster: ClusterConfig = ClusterConfig()
+    """What it needs."""
+
+    @model_validator(mode="after")
+    def _adapter_needs_lora(self) -> TrainSpec:
+        if self.init_adapter is not None and self.model.tune != "lora":
+            raise ValueError("init_adapter needs model.tune: lora")
+        return self
+
+
+class FinetunesSpec(Config):
+    """Several fine-tunes side by side, then the exact weighted mean of their adapters."""
+
+    kind: Literal["finetunes"]
+    """Fine-tunes and soups."""
+    stage: str
+    """Spec of kind `train` that every fine-tune starts from, relative to this file."""
+    set: dict[str, Any] = Field(default_factory=dict)
+    """What all of them change in it."""
+    runs: Annotated[Named[dict[str, Any]], Field(min_length=1)]
+    """Name of a fine-tune -> what it alone changes, usually `data.mixture.weights`."""
+    max_parallel: PositiveInt = 3
+    """Fine-tunes that run at the same time, or as many as the cluster holds."""
+    soup: Annotated[Named[PositiveFloat], Field(min_length=1)] | None = None
+    """Name of a fine-tune -> its weight in the soup; equal weights where not given."""
+    out: str
+    """Directory or s3:// URL of the soup's adapter."""
+    endpoint: str | None = None
+    """S3 endpoint; the environment's AWS_ENDPOINT_URL where not given."""
+
+    @model_validator(mode="after")
+    def _soup_of_runs(self) -> FinetunesSpec:
+        if unknown := sorted(set(self.soup or {}) - set(self.runs)):
+            raise ValueError(f"soup names {unknown[0]!r}, which is not one of the runs: {', '.join(self.runs)}")
+        return self
+
+
+class EvaluateSpec(Config):
+    """Rank held-out targets for held-out queries, for several models."""
+
+    kind: Literal["evaluate"]
+    """Evaluates."""
+    models: Annotated[Named[ModelRef], Field(min_length=1)]
+    """Name in the table -> model. All of one evaluation share `prompt`, unless they bring their own."""
+    data: DataConfig
+    """What is asked and searched; every target of a task's source is a candidate."""
+    prompt: PromptConfig = PromptConfig()
+    """For models that do not say (`rzen.json`) with which prompt they were trained."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Compute type. CPUs want float32."""
+    tasks: list[str] | None = None
+    """Tasks to score; all of which the data have samples where not given."""
+    metrics: list[Metric] | None = None
+    """Metrics; each task's own where not given (hit@1, and nDCG@5 for pages, as MMEB-V2)."""
+    batch_size: PositiveInt = 32
+    """Samples embedded at once."""
+    cpus_per_model: PositiveFloat = 1.0
+    """Logical CPUs of one model's evaluation; models are evaluated side by side."""
+    gpus_per_model: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs of one model's evaluation."""
+    out: str
+    """Local JSON file to write."""
+
+    @model_validator(mode="after")
+    def _known_tasks(self) -> EvaluateSpec:
+        if unknown := sorted(set(self.tasks or []) - set(TASKS)):
+            raise ValueError(f"tasks names {unknown[0]!r}, which is not one of {', '.join(TASKS)}")
+        return self
+
+
+class ExportSpec(Config):
+    """Fold an adapter into its base: one ordinary checkpoint directory for AutoModel."""
+
+    kind: Literal["export"]
+    """Exports."""
+    model: ModelRef
+    """What is exported."""
+    prompt: PromptConfig = PromptConfig()
+    """For a model that does not say with which prompt it was trained."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type of the stored weights; the sum is taken in fp32 and rounded once."""
+    out: str
+    """Directory or s3:// URL. An earlier export there is replaced."""
+    endpoint: str | None = None
+    """S3 endpoint; the environment's AWS_ENDPOINT_URL where not given."""
+
+
+class EmbedSpec(Config):
+    """Embed the targets of a data set: the corpus that `rzen search` searches."""
+
+    kind: Literal["embed"]
+    """Embeds."""
+    model: str
+    """Exported model (directory or s3:// URL)."""
+    data: DataConfig
+    """`data.split` is ignored: see `splits`."""
+    splits: Annotated[list[Literal["train", "held_out"]], Field(min_length=1)] = Field(default=["train", "held_out"])
+    """Splits to embed."""
+    out: str
+    """Directory or s3:// URL of the vectors (Parquet) and `vectors.json`."""
+    endpoint: str | None = None
+    """S3 endpoint; the environment's AWS_ENDPOINT_URL where not given."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Compute type; that of the export where not given."""
+    batch_size: PositiveInt = 32
+    """Samples embedded at once."""
+    samples_per_task: PositiveInt = 256
+    """Samples of one unit of work."""
+    actors: PositiveInt = 1
+    """Copies of the model."""
+    cpus_per_actor: PositiveFloat = 1.0
+    """Logical CPUs of each."""
+    gpus_per_actor: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs of each."""
+
+
+class SearchSpec(Config):
+    """Search an embedded corpus in words, and write one HTML page."""
+
+    kind: Literal["search"]
+    """Searches."""
+    queries: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+    """What to search for."""
+    vectors: str
+    """Directory or s3:// URL written by a job of kind `embed`."""
+    endpoint: str | None = None
+    """S3 endpoint; the environment's AWS_ENDPOINT_URL where not given."""
+    instruction: str = "Find an image that matches the given caption:"
+    """Put before every query."""
+    modalities: Annotated[list[Literal["image", "page", "video", "text"]], Field(min_length=1)] | None = None
+    """What may be found; everything where not given."""
+    top_k: PositiveInt = 12
+    """Hits of each query."""
+    page: str | None = None
+    """Local HTML file to write."""
+    results: str | None = None
+    """JSON of an evaluation whose table goes onto the page."""
+    curves: Named[str] = Field(default_factory=dict)
+    """Name -> folder of a training run whose loss goes onto the page."""
+
+
+class Station(Config):
+    """One job of a pipeline."""
+
+    spec: str
+    """YAML file of the job, relative to this one."""
+    set: dict[str, Any] = Field(default_factory=dict)
+    """What is changed in it, as nested mappings."""
+
+
+class PipelineSpec(Config):
+    """Jobs one after the other. A finished one is not repeated while its settings and all before it are unchanged."""
+
+    kind: Literal["pipeline"]
+    """Runs a pipeline."""
+    name: Name
+    """For messages."""
+    vars: dict[str, str | int | float | bool | None] = Field(default_factory=dict)
+    """Values for `${name}` in the stations."""
+    state: str
+    """Directory or s3:// URL where finished stations are recorded."""
+    endpoint: str | None = None
+    """S3 endpoint; the environment's AWS_ENDPOINT_URL where not given."""
+    stations: Annotated[Named[Station], Field(min_length=1)]
+    """In order."""
+
+
+Spec = (
+    CorpusSpec
+    | IngestSpec
+    | TrainSpec
+    | FinetunesSpec
+    | EvaluateSpec
+    | ExportSpec
+    | EmbedSpec
+    | SearchSpec
+    | PipelineSpec
+)
+KINDS: dict[str, type[Spec]] = {
+    "corpus": CorpusSpec,
+    "ingest": IngestSpec,
+    "train": TrainSpec,
+    "finetunes": FinetunesSpec,
+    "evaluate": EvaluateSpec,
+    "export": ExportSpec,
+    "embed": EmbedSpec,
+    "search": SearchSpec,
+    "pipeline": PipelineSpec,
+}

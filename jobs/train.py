@@ -1,0 +1,187 @@
+"""Job of kind `train`, the driver's side: check, summarise, launch, restart what was lost.
+
+Each run is a Ray task that calls `TorchTrainer.fit`; several of them make the fine-tunes. A run that lost a worker
+goes on from its last checkpoint, and so does the same command given again.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import traceback
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.train import TrainingFailedError
+
+from jobs.cluster import check_size, fitting_runs, ray_cluster, user_error, watch
+from jobs.encoder import BACKBONE, encoder_of
+from jobs.models import is_published, publish_folder
+from jobs.progress import Board, say
+from jobs.runs import Run
+from jobs.spec import TrainSpec
+from jobs.worker import train_worker
+from pipelines.errors import UserError
+from pipelines.plan import Plan, build_plan
+from pipelines.reader import Reader
+from rzen.config import TinyBackbone
+
+FAILURE = "failure.txt"
+_MAX_TEXTS = 4000  # of a source; what a tiny tokenizer is trained on
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that may start: everything that can be wrong with it has been looked at. Picklable."""
+
+    run: Run
+    plan: Plan
+    tasks: tuple[str, ...]
+
+
+def run(spec: TrainSpec) -> dict[str, Any]:
+    """Trains, or goes on training; a finished run is left as it is."""
+    run_all([spec], max_parallel=1)
+    return {"outputs": [result_url(spec)]}
+
+
+def result_url(spec: TrainSpec) -> str:
+    """Where the trained adapter or model is."""
+    run = Run(spec)
+    return run.store.child(run.result).url
+
+
+def run_all(specs: list[TrainSpec], max_parallel: int) -> None:
+    """Trains all, at most `max_parallel` at once and no more than the cluster holds."""
+    unfinished = [prepared for spec in specs if (prepared := prepare(spec))]
+    if not unfinished:
+        return
+    first = unfinished[0].run.spec
+    with ray_cluster():
+        for prepared in unfinished:
+            check_size(prepared.run.spec.cluster, prepared.run.spec.feed)
+        room = max_parallel if first.cluster.autoscaling else fitting_runs(first.cluster, first.feed)
+        at_once = min(room, max_parallel)
+        if len(unfinished) > 1:
+            say(f"  {len(unfinished)} runs, {min(at_once, len(unfinished))} at once")
+        board = ray.remote(num_cpus=0)(Board).remote()
+        fit_task = ray.remote(num_cpus=0, max_retries=0)(fit)
+        for begin in range(0, len(unfinished), at_once):
+            group = unfinished[begin : begin + at_once]
+            refs = {prepared.run.spec.name: fit_task.remote(prepared, board) for prepared in group}
+            watch(refs, board, unit="steps", every=first.run.log_every_steps)
+
+
+def prepare(spec: TrainSpec) -> Prepared | None:
+    """Looks at everything that needs no workers, and says what is going to happen; None if the run is finished."""
+    reader = Reader(spec.data)
+    plan = build_plan(
+        reader.sizes(),
+        spec.data.mixture,
+        global_batch=spec.global_batch,
+        steps=spec.steps,
+        epochs=spec.epochs,
+        seed=spec.seed,
+    )
+    plan.check_world_size(spec.cluster.workers)
+    run = Run(spec)
+    if not run.begin(f"{reader.fingerprint} {plan.fingerprint()}"):
+        say(f"  {run.store.url}: finished before")
+        return None
+    if isinstance(spec.model.backbone, TinyBackbone) and not is_published(run.store.child(BACKBONE)):
+        _build_backbone(run, spec.model.backbone, reader)
+    _summarise(run, plan)
+    return Prepared(run, plan, reader.tasks(plan))
+
+
+def _build_backbone(run: Run, config: TinyBackbone, reader: Reader) -> None:
+    """From the captions and instructions of the data, which the spec asks for in place of real weights."""
+    from rzen.backbone import build_tiny
+    from rzen.export import write_identity
+
+    texts = []
+    for source, size in reader.sizes().items():
+        for sample, _ in reader.raw(source, range(min(size, _MAX_TEXTS))):
+            texts += [sample.query.text, sample.positive.text, sample.instruction, sample.target_instruction]
+    with tempfile.TemporaryDirectory(prefix="rzen-backbone-") as scratch:
+        build_tiny(Path(scratch), config, [text for text in texts if text])
+        write_identity(Path(scratch), run.spec.model.prompt, "float32", {"base": "random weights"})
+        publish_folder(Path(scratch), run.store.child(BACKBONE))
+
+
+def _summarise(run: Run, plan: Plan) -> None:
+    spec, workers = run.spec, run.spec.cluster.workers
+    per_worker = spec.global_batch // workers
+    backbone = "a tiny random backbone" if isinstance(spec.model.backbone, TinyBackbone) else spec.model.backbone
+    tuning = f"LoRA rank {spec.model.lora.rank}" if spec.model.tune == "lora" else "every weight"
+    say(f"  {spec.name}: {plan.num_steps:,} steps of {spec.global_batch} pairs ({workers} workers x {per_worker})")
+    for line in plan.summary():
+        say(f"    {line}", "dim")
+    say(
+        f"    {backbone}, {tuning}, {spec.model.dtype}; instructions {'on' if spec.data.instructions else 'off'}", "dim"
+    )
+    say(f"    {run.store.url}, checkpoint every {spec.checkpoint.every_steps} steps", "dim")
+    if step := run.step():
+        say(f"    goes on from step {step}")
+
+
+def fit(prepared: Prepared, board: Any) -> None:
+    """One run to its end, in a Ray task of its own. Raises `UserError` for everything that stops it for good."""
+    # Relative paths of a spec mean the folder of the job, on workers too.
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+    run, spec = prepared.run, prepared.run.spec
+    restarts = 0
+    while True:
+        try:
+            _trainer(prepared, board).fit()
+            return
+        except (TrainingFailedError, RayError) as error:
+            if cause := user_error(error):
+                raise cause from None
+            run.store.write(FAILURE, "".join(traceback.format_exception(error)).encode())
+            if restarts == spec.cluster.max_restarts:
+                problem = f"failed {restarts + 1} times, last with {_first_failure(error)}"
+                raise UserError(run.store.url, problem, f"{FAILURE} there holds the traceback") from None
+            restarts += 1
+        note = f"restart {restarts} of {spec.cluster.max_restarts} from step {run.step()}"
+        board.post.remote(spec.name, run.step(), prepared.plan.num_steps, note)
+
+
+def _trainer(prepared: Prepared, board: Any) -> Any:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from pipelines.feed import PlannedFeed
+
+    run, spec = prepared.run, prepared.run.spec
+    cluster = spec.cluster
+    resources = {"CPU": cluster.cpus_per_worker}
+    if cluster.gpus_per_worker:
+        resources["GPU"] = cluster.gpus_per_worker
+    feed = PlannedFeed(prepared.plan, Reader(spec.data, encoder_of(run)), run.step, spec.feed)
+    filesystem, path = run.store.child("ray").arrow_filesystem()
+    return TorchTrainer(
+        train_worker,
+        train_loop_config={"prepared": prepared, "board": board},
+        scaling_config=ScalingConfig(
+            num_workers=cluster.workers, use_gpu=cluster.gpus_per_worker > 0, resources_per_worker=resources
+        ),
+        torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
+        # Restarts are ours: Ray would also repeat what no repetition can mend. Ray resumes runs of one name by itself.
+        run_config=RunConfig(
+            name=f"{spec.name}-{uuid.uuid4().hex[:8]}",
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=0),
+        ),
+        **feed.trainer_arguments(),
+    )
+
+
+def _first_failure(error: BaseException) -> str:
+    failures = getattr(error, "worker_failures", {})
+    return repr(next(iter(failures.values()), error)).splitlines()[0][:300]

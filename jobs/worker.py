@@ -1,0 +1,79 @@
+"""One Ray Train worker: brings the feed, the trainer and the run's folder together."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray.train
+from ray.util.metrics import Gauge
+
+from jobs.encoder import backbone_url
+from jobs.models import checkpoint_folder, local_folder, publish_folder
+from jobs.runs import Checkpoints
+
+if TYPE_CHECKING:
+    from rzen.training.telemetry import Row
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """What Ray Train runs on every worker. `config` holds the prepared run and the board of its driver."""
+    from pipelines.feed import SHARD, batches
+    from rzen.training.telemetry import METRICS
+    from rzen.training.worker import Stage, train_stage
+
+    prepared, board = config["prepared"], config["board"]
+    run, plan, spec = prepared.run, prepared.plan, prepared.run.spec
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    checkpoints = Checkpoints(run)
+    gauges = {name: Gauge(f"rzen_{name}", metric.description, ("run",)) for name, metric in METRICS.items()}
+
+    def on_metrics(row: Row) -> None:
+        checkpoints.metrics.append(row)
+        for name, gauge in gauges.items():
+            gauge.set(float(row[name]), {"run": spec.name})
+        board.post.remote(spec.name, int(row["step"]) + 1, plan.num_steps, _note(row))
+
+    with tempfile.TemporaryDirectory(prefix="rzen-result-") as scratch:
+        output = Path(scratch, "result")
+        train_stage(
+            Stage(
+                model=spec.model,
+                objective=spec.objective,
+                optim=spec.optim,
+                num_steps=plan.num_steps,
+                seed=spec.seed,
+                checkpoint_every_steps=spec.checkpoint.every_steps,
+                plan_fingerprint=plan.fingerprint(),
+            ),
+            backbone_dir=checkpoint_folder(backbone_url(run), spec.run.endpoint),
+            init_adapter=Path(local_folder(spec.init_adapter, spec.run.endpoint)) if spec.init_adapter else None,
+            tasks=prepared.tasks,
+            batches=lambda start: batches(
+                ray.train.get_dataset_shard(SHARD),
+                plan,
+                rank=rank,
+                world_size=world_size,
+                start=start,
+                max_bad_fraction=spec.data.max_bad_fraction,
+                prefetch=spec.feed.prefetch_tasks,
+            ),
+            checkpoints=checkpoints,
+            output=output,
+            on_metrics=on_metrics,
+            num_threads=spec.cluster.threads_per_worker,
+        )
+        if rank == 0:
+            publish_folder(output, run.store.child(run.result))
+            run.finish({"steps": plan.num_steps, "last": checkpoints.metrics[-1]}, checkpoints.metrics)
+
+
+def _note(row: Row) -> str:
+    """The part of a row that one watches."""
+    wait = float(row["feed_wait_s"]) / max(float(row["step_s"]), 1e-9)
+    return (
+        f"loss {row['loss']:.3f}  accuracy {row['accuracy']:.0%}  tau {row['temperature']:.3f}"
+        f"  {row['samples_per_s']:.0f} samples/s  waiting {wait:.0%}  {row['source']}"
+    )

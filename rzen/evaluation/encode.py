@@ -1,0 +1,29 @@
+"""Sides to vectors, for evaluation, embedding and search: no gradients, a batch at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pipelines.samples import DecodedSide
+from rzen.embedder import Embedder
+from rzen.processor import Processor
+
+
+def embed_sides(
+    processor: Processor, embedder: Embedder, sides: Sequence[DecodedSide], batch_size: int
+) -> npt.NDArray[np.float32]:
+    """Unit vectors `[len(sides), D]` in the order given; at least one side.
+
+    Raises `BadMedia` for a side that the backbone cannot take.
+    """
+    encoded = processor.encode(sides)
+    with torch.inference_mode():
+        parts = [
+            embedder(encoded.slice(start, start + batch_size)).cpu().numpy()
+            for start in range(0, len(sides), batch_size)
+        ]
+    return np.concatenate(parts)

@@ -1,0 +1,1 @@
+"""One optimizer step, the loop around it, the Ray Train worker that runs it, and its checkpoints."""

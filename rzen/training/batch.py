@@ -1,0 +1,84 @@
+"""What a training step eats: encoded pairs, built in the feed's tasks and joined into one rank's batch.
+
+Workers that decode media import this module, so that it imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Sized
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from pipelines.errors import UserError
+from pipelines.samples import DecodedSample
+from rzen.processor import EncodedBatch, Processor
+
+
+@dataclass(frozen=True)
+class EncodedPairs:
+    """Pairs ready for the embedder: target b is the positive of query b. Mined negatives are not part of it."""
+
+    queries: EncodedBatch
+    """B query sides."""
+    targets: EncodedBatch
+    """B target sides."""
+    target_ids: npt.NDArray[np.int64]
+    """[B], equal for targets of equal content: the first 8 bytes of `target_sha256`."""
+
+    def __len__(self) -> int:
+        return len(self.target_ids)
+
+
+@dataclass(frozen=True)
+class PairEncoder:
+    """Encodes decoded samples for one checkpoint and prompt. Pickles as the processor does, without its files."""
+
+    processor: Processor
+
+    def sample(self, decoded: DecodedSample) -> EncodedPairs:
+        """One pair. Raises `BadMedia` for a shape that the backbone cannot take, `UserError` without content hash."""
+        sha256 = decoded.sample.target_sha256
+        if not sha256:
+            # With one id for all, every target would count as a copy of every positive, and the loss would be zero.
+            place = f"{decoded.sample.source}/{decoded.sample.key}"
+            raise UserError(place, "has no target_sha256", "ingest its source again")
+        return EncodedPairs(
+            queries=self.processor.encode([decoded.query]),
+            targets=self.processor.encode([decoded.positive]),
+            target_ids=np.array([int.from_bytes(bytes.fromhex(sha256)[:8], signed=True)], np.int64),
+        )
+
+    def collate(self, pairs: Sequence[EncodedPairs]) -> EncodedPairs:
+        """All pairs in order, at least one."""
+        return EncodedPairs(
+            queries=EncodedBatch.concat([pair.queries for pair in pairs]),
+            targets=EncodedBatch.concat([pair.targets for pair in pairs]),
+            target_ids=np.concatenate([pair.target_ids for pair in pairs]),
+        )
+
+
+class Fed(Protocol):
+    """What a step receives from the feed: one rank's share of a global batch, drawn from one source."""
+
+    @property
+    def step(self) -> int:
+        """Number of the global batch."""
+
+    @property
+    def source(self) -> str:
+        """Where all samples of the global batch come from."""
+
+    @property
+    def task(self) -> str:
+        """Which temperature they use."""
+
+    @property
+    def batch(self) -> EncodedPairs:
+        """The own pairs, equally many on every rank."""
+
+    @property
+    def rejected(self) -> Sized:
+        """One entry for each own sample that was bad and has been replaced."""

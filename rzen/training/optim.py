@@ -1,0 +1,73 @@
+"""The optimizer: which parameter decays, the learning rate of a step, and temperatures that stay within bounds."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from rzen.config import OptimConfig
+from rzen.training.step import Learner
+
+
+def lr_at(step: int, num_steps: int, config: OptimConfig) -> float:
+    """Learning rate of step 0 <= step < num_steps: linear warm-up, then half a cosine (paper, section 4: cosine).
+
+    The first step after the warm-up has the peak rate, the last step `final_lr_fraction` of it. A pure function of the
+    step, so that a resumed run needs no state for it.
+    """
+    warmup_steps = int(config.warmup_fraction * num_steps)
+    if step < warmup_steps:
+        return config.lr * (step + 1) / (warmup_steps + 1)
+    progress = (step - warmup_steps) / max(1, num_steps - 1 - warmup_steps)
+    cosine = (1 + math.cos(math.pi * progress)) / 2
+    return config.lr * (config.final_lr_fraction + (1 - config.final_lr_fraction) * cosine)
+
+
+def build_optimizer(learner: Learner, config: OptimConfig) -> AdamW:
+    """AdamW over the trained parameters; temperatures are projected onto their bounds after each step.
+
+    The projection is a hook of this optimizer, so that under DeepSpeed, which hands it the fp32 master copy of each
+    group, it is the master copy that is clamped.
+    """
+    first, second = config.betas
+    optimizer = AdamW(parameter_groups(learner, config), lr=config.lr, betas=(first, second))
+    optimizer.register_step_post_hook(_clamp_temperatures)
+    return optimizer
+
+
+def parameter_groups(learner: Learner, config: OptimConfig) -> list[dict[str, Any]]:
+    """Matrices decay; norms, biases and temperatures do not, and temperatures have a learning rate of their own.
+
+    `lr_scale` multiplies the rate of a group, `bounds` (None or low, high) clamp it. Empty groups are left out.
+    """
+    trained = [p for p in learner.embedder.parameters() if p.requires_grad]
+    theta = [p for p in learner.objective.parameters() if p.requires_grad]
+    lr_scale = learner.objective.config.temperature.lr_scale
+
+    def group(name: str, params: list[nn.Parameter], decay: float, scale: float, bounds: Any) -> dict[str, Any]:
+        return {"name": name, "params": params, "weight_decay": decay, "lr_scale": scale, "bounds": bounds}
+
+    groups = [
+        group("matrices", [p for p in trained if p.ndim >= 2], config.weight_decay, 1.0, None),
+        group("vectors", [p for p in trained if p.ndim < 2], 0.0, 1.0, None),
+        group("temperatures", theta, 0.0, lr_scale, learner.objective.bounds),
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def set_lr(optimizer: Optimizer, lr: float) -> None:
+    """Set the learning rate of every group, each times its `lr_scale`."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+
+
+@torch.no_grad()
+def _clamp_temperatures(optimizer: Optimizer, *_: Any) -> None:
+    for group in optimizer.param_groups:
+        if group["bounds"] is not None:
+            for parameter in group["params"]:
+                parameter.clamp_(*group["bounds"])

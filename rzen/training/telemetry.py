@@ -1,0 +1,77 @@
+"""What training measures, under which name and in which unit: one row per step, equal on all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rzen.training.batch import Fed
+
+Row = dict[str, float | int | str]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number of a row, as dashboards and READMEs show it."""
+
+    description: str
+    unit: str = ""
+
+
+METRICS = {
+    "loss": Metric("InfoNCE, mean over ranks; not comparable across hardness_alpha"),
+    "accuracy": Metric("queries whose positive beats every kept negative of the global batch", "fraction"),
+    "temperature": Metric("tau of the step's task"),
+    "dropped_fraction": Metric("negatives dropped as copies or false negatives", "fraction"),
+    "positive_similarity": Metric("mean cosine of query and positive"),
+    "negative_similarity": Metric("mean cosine of query and negatives, dropped ones included"),
+    "grad_norm": Metric("norm of the averaged gradient, before clipping"),
+    "lr": Metric("learning rate, temperatures apart"),
+    "feed_wait_s": Metric("waiting for the batch, mean over ranks", "s"),
+    "step_s": Metric("the whole step, waiting included, mean over ranks", "s"),
+    "samples_per_s": Metric("pairs of all ranks per second", "1/s"),
+    "bad_samples": Metric("samples of the step, over all ranks, that could not be decoded and were replaced"),
+}
+"""The numbers of a row. Beside them it names its `step`, `source` and `task`."""
+
+
+def step_row(
+    fed: Fed,
+    stats: Mapping[str, Tensor],
+    *,
+    grad_norm: float,
+    lr: float,
+    feed_wait_s: float,
+    step_s: float,
+    device: torch.device,
+) -> Row:
+    """The row of a step. `stats` are the objective's, 0-dim. A collective: one all-reduce of a few numbers."""
+    measured: dict[str, float | Tensor] = {
+        **stats,
+        "feed_wait_s": feed_wait_s,
+        "step_s": step_s,
+        "bad_samples": float(len(fed.rejected)),
+    }
+    means = _mean_over_ranks(measured, device)
+    world_size = dist.get_world_size()
+    return {
+        "step": fed.step,
+        "source": fed.source,
+        "task": fed.task,
+        **means,
+        "grad_norm": grad_norm,
+        "lr": lr,
+        "samples_per_s": world_size * len(fed.batch) / means["step_s"],
+        "bad_samples": round(world_size * means["bad_samples"]),
+    }
+
+
+def _mean_over_ranks(values: Mapping[str, float | Tensor], device: torch.device) -> dict[str, float]:
+    """Every rank must pass the same names in the same order."""
+    means = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=device) for value in values.values()])
+    dist.all_reduce(means)
+    return dict(zip(values, (means / dist.get_world_size()).tolist(), strict=True))

@@ -1,0 +1,250 @@
+"""One rank of a training run: build the learner, resume, run the steps, write the model. Knows DeepSpeed, not Ray.
+
+resume -> for each step:  batch -> seed -> lr -> forward -> backward -> update -> row -> checkpoint  -> model
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from pipelines.errors import UserError
+from rzen.backbone import load_backbone
+from rzen.checkpoints import checkpoint_dir, checkpoint_sha256
+from rzen.config import ModelConfig, ObjectiveConfig, OptimConfig
+from rzen.embedder import Embedder
+from rzen.export import write_model
+from rzen.lora import add_lora, load_adapter, save_adapter
+from rzen.loss import Objective
+from rzen.processor import VisionLayout
+from rzen.training import checkpoint
+from rzen.training.batch import Fed
+from rzen.training.optim import build_optimizer, lr_at, set_lr
+from rzen.training.step import Learner
+from rzen.training.telemetry import Row, step_row
+
+# Gradients sent at once. DeepSpeed's 500 million would be buffers larger than an adapter. Our choice.
+BUCKET_ELEMENTS = 50_000_000
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Everything that decides the weights, apart from the data and the number of workers."""
+
+    model: ModelConfig
+    objective: ObjectiveConfig
+    optim: OptimConfig
+    num_steps: int
+    seed: int
+    """Of new adapters and of dropout."""
+    checkpoint_every_steps: int
+    plan_fingerprint: str
+    """A checkpoint of another plan is refused."""
+
+
+class CheckpointStore(Protocol):
+    """Where checkpoints live. What a folder holds is the business of `rzen.training.checkpoint`."""
+
+    def latest(self) -> Path | None:
+        """Local folder of the newest published checkpoint; the same checkpoint on all ranks of one start."""
+
+    def publish(self, folder: Path, step: int) -> None:
+        """Take over a finished folder, all or nothing for readers. Called on rank 0; may move the folder."""
+
+
+def train_stage(
+    stage: Stage,
+    *,
+    backbone_dir: str,
+    init_adapter: Path | None,
+    tasks: Sequence[str],
+    batches: Callable[[int], Iterator[Fed]],
+    checkpoints: CheckpointStore,
+    output: Path,
+    on_metrics: Callable[[Row], None],
+    num_threads: int | None = None,
+) -> None:
+    """Train from the newest checkpoint, or from the start, to the last step. Every rank calls it.
+
+    `batches(n)` yields this rank's batches of step n, n + 1, ... The model (an adapter directory, or a full one for
+    `load_encoder`) appears in `output` of rank 0's machine, `on_metrics` is called on rank 0 after each step. Uses the
+    process group that exists, and otherwise makes one of one process. `num_threads` of torch on the CPU.
+
+    Raises `UserError` where the loss diverges or a checkpoint does not fit, `RuntimeError` where the batches end early
+    or come out of order.
+    """
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    ensure_process_group()
+    learner = build_learner(stage, backbone_dir, init_adapter, tasks)
+    engine, optimizer = build_engine(learner, stage)
+    newest = checkpoints.latest()
+    start = 0
+    if newest is not None:
+        start = checkpoint.restore(engine, newest, plan_fingerprint=stage.plan_fingerprint)
+
+    engine.train()
+    if start < stage.num_steps:
+        _run_steps(stage, engine, optimizer, start, batches(start), checkpoints, on_metrics)
+    save_model(stage, engine, backbone_dir, output)
+
+
+def _run_steps(
+    stage: Stage,
+    engine: Any,
+    optimizer: torch.optim.Optimizer,
+    start: int,
+    batches: Iterator[Fed],
+    checkpoints: CheckpointStore,
+    on_metrics: Callable[[Row], None],
+) -> None:
+    for step in range(start, stage.num_steps):
+        began_s = _now_s(engine.device)
+        fed = next(batches, None)
+        if fed is None or fed.step != step:
+            raise RuntimeError(f"the feed brought {'nothing' if fed is None else fed.step} for step {step}")
+        arrived_s = _now_s(engine.device)
+
+        seed_step(stage.seed, step)
+        lr = lr_at(step, stage.num_steps, stage.optim)
+        set_lr(optimizer, lr)
+        loss, stats = engine(fed.batch, fed.task, step)
+        engine.backward(loss)
+        engine.step()
+
+        row = step_row(
+            fed,
+            stats,
+            grad_norm=float(engine.get_global_grad_norm()),
+            lr=lr,
+            feed_wait_s=arrived_s - began_s,
+            step_s=_now_s(engine.device) - began_s,
+            device=engine.device,
+        )
+        _refuse_divergence(row)
+        if dist.get_rank() == 0:
+            on_metrics(row)
+        done = step + 1
+        if done % stage.checkpoint_every_steps == 0 or done == stage.num_steps:
+            _checkpoint(stage, engine, done, checkpoints)
+
+
+def ensure_process_group() -> None:
+    """Join the process group that exists, or be a group of one until the process ends."""
+    if not dist.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+
+
+def build_learner(stage: Stage, backbone_dir: str, init_adapter: Path | None, tasks: Sequence[str]) -> Learner:
+    """Backbone, new or given adapter, and one temperature per task, on the CPU. Equal on all ranks.
+
+    Raises `UserError` for a directory that is no checkpoint, or an adapter that does not fit.
+    """
+    model = stage.model
+    backbone = load_backbone(backbone_dir, model)
+    if model.tune == "lora":
+        if init_adapter is None:
+            backbone = add_lora(backbone, model.lora, stage.seed)
+        else:
+            backbone = load_adapter(backbone, init_adapter, trainable=True)
+    elif init_adapter is not None:
+        raise UserError("init_adapter", "needs tune=lora", "export base and adapter, and train the result")
+    layout = VisionLayout.read(str(checkpoint_dir(backbone_dir)))
+    return Learner(Embedder(backbone, layout), Objective(stage.objective, tasks))
+
+
+def build_engine(learner: Learner, stage: Stage) -> tuple[Any, torch.optim.Optimizer]:
+    """DeepSpeed's engine around the learner, and the AdamW within it, whose groups the learning rate is set on.
+
+    On the GPU if the process group has NCCL, else on the CPU. Raises `UserError` for ZeRO stage 3.
+    """
+    on_gpu = "nccl" in dist.get_backend_config()
+    if not on_gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ.setdefault("LOCAL_RANK", str(dist.get_rank()))  # set by launchers; without one, all ranks are here
+    import deepspeed  # only here, for it reads the variables above
+    import deepspeed.ops
+
+    if not on_gpu:
+        # Left alone, it compiles an extension for shared memory; a build that is killed leaves a lock, on which every
+        # later run waits for ever.
+        deepspeed.ops.__compatible_ops__ = {}
+    optimizer = build_optimizer(learner, stage.optim)
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,  # required, unused: batches come from the feed and differ by source
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": stage.optim.max_grad_norm,
+        "bf16": {"enabled": stage.model.dtype == "bfloat16"},
+        # The type of the averages too: bf16 has 8 bits, and adding up many ranks would lose some of them.
+        "communication_data_type": "fp32",
+        "zero_optimization": {
+            "stage": stage.optim.zero_stage,
+            "overlap_comm": on_gpu,
+            "reduce_bucket_size": BUCKET_ELEMENTS,
+            "allgather_bucket_size": BUCKET_ELEMENTS,
+        },
+    }
+    engine, *_ = deepspeed.initialize(model=learner, optimizer=optimizer, config=settings)
+    checkpoint.create_moments(engine)
+    return engine, optimizer
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Make dropout a pure function of (seed, step, rank), so that no random state has to be saved."""
+    digest = hashlib.sha256(f"{seed} {step} {dist.get_rank()}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8]))
+
+
+def save_model(stage: Stage, engine: Any, backbone_dir: str, output: Path) -> None:
+    """Write the trained adapter (fp32) or model (its own type) into the new folder `output`.
+
+    A collective; rank 0 writes. The engine cannot train on: its weights become the fp32 master copies.
+    """
+    weights = checkpoint.full_parameters(engine)
+    if dist.get_rank() != 0:
+        return
+    for name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = weights[name]
+    base, model, prompt = checkpoint_dir(backbone_dir), stage.model, stage.model.prompt
+    name = model.backbone if isinstance(model.backbone, str) else backbone_dir
+    base_sha256 = checkpoint_sha256(base)
+    backbone: Any = engine.module.embedder.backbone
+    if model.tune == "lora":
+        save_adapter(backbone, output, prompt=prompt, base=name, base_sha256=base_sha256)
+    else:
+        write_model(backbone, base, output, prompt, model.dtype, {"base": name, "base_sha256": base_sha256})
+
+
+def _checkpoint(stage: Stage, engine: Any, done: int, checkpoints: CheckpointStore) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / f"step-{done:06d}"
+        checkpoint.save(engine, folder, step=done, plan_fingerprint=stage.plan_fingerprint)
+        if dist.get_rank() == 0:
+            checkpoints.publish(folder, done)
+
+
+def _refuse_divergence(row: Row) -> None:
+    """On all ranks alike: rows are equal on all of them. DeepSpeed reports a gradient that is not finite as inf."""
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(float(row[name])):
+            place = f"step {row['step']}, source {row['source']}, task {row['task']}"
+            fix = "lower optim.lr or raise optim.warmup_fraction, and resume"
+            raise UserError(place, f"{name} is {row[name]}", fix)
+
+
+def _now_s(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,258 @@
+"""Whole stages under DeepSpeed: stopped and resumed, on one and two ranks, with adapters and without."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pipelines.errors import UserError
+from pipelines.samples import DecodedSample, DecodedSide, Rejected, Sample, Side
+from rzen.config import LoraConfig, ModelConfig, ObjectiveConfig, OptimConfig, TemperatureConfig
+from rzen.export import load_encoder
+from rzen.processor import Processor
+from rzen.training.batch import EncodedPairs, PairEncoder
+from rzen.training.telemetry import METRICS
+from rzen.training.worker import Stage, build_learner, train_stage
+from tests.gloo import run_workers
+from tests.tiny import PROMPT, TEXTS, noise, tiny_checkpoint, tiny_model
+
+pytestmark = pytest.mark.slow
+GLOBAL_BATCH, STEPS, EVERY = 6, 4, 2
+LOW, HIGH = 0.02, 0.3
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the feed gives to one rank."""
+
+    step: int
+    source: str
+    task: str
+    batch: EncodedPairs
+    rejected: list[Rejected] = field(default_factory=list)
+
+
+@dataclass
+class Folders:
+    """A store in a local folder that begins with the checkpoint of another run, or with none."""
+
+    root: Path
+    start_from: Path | None = None
+
+    def latest(self) -> Path | None:
+        return self.start_from
+
+    def publish(self, folder: Path, step: int) -> None:
+        assert dist.get_rank() == 0
+        shutil.move(folder, self.root / f"step-{step:06d}")
+
+
+def encode(processor: Processor, step: int, index: int) -> EncodedPairs:
+    """Sample `index` of a step: the first half of a batch is text alone, the second has images on one side."""
+    target = DecodedSide(text=f"{TEXTS[index % 5]} {step}")
+    if index >= GLOBAL_BATCH // 2:
+        target = DecodedSide(visuals=(noise("image", 1, 61, 97, 10 * step + index),))
+    sample = Sample(f"{step}-{index}", "s", "a", Side(), Side(), target_sha256=f"{step:02x}{index:02x}" * 16)
+    query = DecodedSide(text=f"{TEXTS[(index + step) % 5]} {index}")
+    return PairEncoder(processor).sample(DecodedSample(sample, query, target))
+
+
+def batches(processor: Processor, start: int) -> Iterator[Batch]:
+    """The rank's contiguous share of each global batch. Tasks take turns."""
+    # A function of its own, since the group may not exist before the run has begun.
+    share = GLOBAL_BATCH // dist.get_world_size()
+    for step in count(start):
+        mine = range(dist.get_rank() * share, (dist.get_rank() + 1) * share)
+        pairs = PairEncoder(processor).collate([encode(processor, step, index) for index in mine])
+        bad = [Rejected(f"{step}-0", "truncated")] if step == 1 else []
+        yield Batch(step, "scenes", ("a", "b")[step % 2], pairs, bad)
+
+
+def stage_of(model: ModelConfig, zero_stage: int = 1, **changes: Any) -> Stage:
+    optim = OptimConfig.model_validate({"lr": 1e-3, "zero_stage": zero_stage, **changes})
+    temperature = TemperatureConfig(initial=0.1, minimum=LOW, maximum=HIGH)
+    return Stage(model, ObjectiveConfig(temperature=temperature), optim, STEPS, 11, EVERY, "plan-1")
+
+
+def stages(model_dir: str) -> dict[str, Stage]:
+    full = tiny_model(model_dir).model_copy(update={"tune": "full"})
+    lora = tiny_model(model_dir).model_copy(update={"lora": LoraConfig(rank=3, dropout=0.2)})
+    low_precision = lora.model_copy(update={"dtype": "bfloat16", "gradient_checkpointing": True})
+    return {
+        "full": stage_of(full),
+        "lora": stage_of(lora, zero_stage=2),
+        "bf16": stage_of(low_precision),
+    }
+
+
+def train(stage: Stage, folder: Path, checkpoints: Folders | None = None) -> list[dict[str, Any]]:
+    """Train into `folder`; the rows of rank 0."""
+    rows: list[dict[str, Any]] = []
+    backbone_dir = str(stage.model.backbone)
+    processor = Processor(backbone_dir, PROMPT)
+    folder.mkdir(parents=True, exist_ok=True)
+    train_stage(
+        stage,
+        backbone_dir=backbone_dir,
+        init_adapter=None,
+        tasks=["a", "b"],
+        batches=lambda start: batches(processor, start),
+        checkpoints=checkpoints or Folders(folder),
+        output=folder / "model" / os.environ.get("LOCAL_RANK", "0"),
+        on_metrics=rows.append,
+        num_threads=1,
+    )
+    return rows
+
+
+def straight(_rank: int, _world_size: int, root: Path, model_dir: str) -> dict[str, Any]:
+    """Every stage from start to end, and one in which the temperatures race for their upper bound."""
+    rows = {name: train(stage, root / name) for name, stage in stages(model_dir).items()}
+    temperature = TemperatureConfig(initial=0.1, minimum=LOW, maximum=HIGH, lr_scale=1e5)
+    racing = replace(stages(model_dir)["full"], objective=ObjectiveConfig(temperature=temperature), num_steps=3)
+    rows["racing"] = train(racing, root / "racing")
+    return rows
+
+
+def resumed(_rank: int, _world_size: int, root: Path, model_dir: str) -> dict[str, Any]:
+    """Every stage from its checkpoint after two steps, and one with another seed."""
+    chosen = stages(model_dir)
+    chosen["lora-reseeded"] = replace(chosen["lora"], seed=12)
+    return {name: resume(stage, root, name, f"{name}-resumed") for name, stage in chosen.items()}
+
+
+def alone(_rank: int, root: Path, model_dir: str) -> None:
+    """Without a process group: the whole model from the checkpoint of two ranks."""
+    torch.set_num_threads(1)
+    resume(stages(model_dir)["full"], root, "full", "full-alone")
+
+
+def resume(stage: Stage, root: Path, name: str, out: str) -> list[dict[str, Any]]:
+    return train(
+        stage, root / out, Folders(root / out, start_from=root / name.removesuffix("-reseeded") / "step-000002")
+    )
+
+
+@dataclass(frozen=True)
+class Runs:
+    root: Path
+    model_dir: str
+    straight: dict[str, list[dict[str, Any]]]
+    resumed: dict[str, list[dict[str, Any]]]
+
+    def tensors(self, run: str, file: str) -> dict[str, Tensor]:
+        return load_file(self.root / run / file)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    root = tmp_path_factory.mktemp("runs")
+    model_dir = tiny_checkpoint(root / "tiny")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(root / "extensions"))
+        first = run_workers(straight, 2, root, model_dir)
+        second = run_workers(resumed, 2, root, model_dir)
+        mp.spawn(alone, (root, model_dir), nprocs=1)
+    assert first[1] == {name: [] for name in first[0]}  # rows are for rank 0 alone
+    return Runs(root, model_dir, first[0], second[0])
+
+
+WEIGHTS = {"full": "model.safetensors", "lora": "adapter_model.safetensors", "bf16": "adapter_model.safetensors"}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_a_resumed_run_ends_with_the_same_bits(runs: Runs, name: str) -> None:
+    for file in (
+        f"model/0/{WEIGHTS[name]}",
+        "step-000004/parameters.safetensors",
+        "step-000004/moments.safetensors",
+    ):
+        assert (runs.root / f"{name}-resumed" / file).read_bytes() == (runs.root / name / file).read_bytes(), file
+    assert [row["step"] for row in runs.resumed[name]] == [2, 3]
+    losses = [[row["loss"] for row in rows] for rows in (runs.straight[name], runs.resumed[name])]
+    assert losses[0][2:] == losses[1]
+    early, late = (runs.tensors(name, f"step-{step:06d}/parameters.safetensors") for step in (2, 4))
+    assert all(not torch.equal(early[parameter], late[parameter]) for parameter in early)
+
+
+def test_another_seed_draws_other_dropout(runs: Runs) -> None:
+    losses = [runs.resumed[name][0]["loss"] for name in ("lora", "lora-reseeded")]
+    assert abs(losses[0] - losses[1]) > 1e-3
+
+
+def test_one_worker_without_a_group_resumes_what_two_began(runs: Runs) -> None:
+    expected, found = (runs.tensors(run, "step-000004/parameters.safetensors") for run in ("full", "full-alone"))
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        # Biases of keys have no effect on a softmax: their gradients are rounding alone, which Adam enlarges.
+        tolerance = 1e-4 if name.endswith(("k_proj.bias", "attn.qkv.bias")) else 2e-7
+        torch.testing.assert_close(found[name], value, atol=tolerance, rtol=0, msg=name)
+    expected, found = (runs.tensors(run, "step-000004/moments.safetensors") for run in ("full", "full-alone"))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=2e-7, rtol=0, msg=name)
+
+
+def test_temperatures_stop_at_their_bounds(runs: Runs) -> None:
+    """In the master copy, and not only where the objective reads them."""
+    theta = runs.tensors("racing", "step-000003/parameters.safetensors")["objective.theta_T"]
+    torch.testing.assert_close(theta, torch.tensor([HIGH, HIGH]).log(), atol=1e-6, rtol=0)
+    assert runs.straight["racing"][2]["temperature"] == pytest.approx(HIGH)
+
+
+def test_rows_name_every_metric_and_count_over_ranks(runs: Runs) -> None:
+    for rows in runs.straight.values():
+        assert all(set(row) == {"step", "source", "task", *METRICS} for row in rows)
+        assert [row["bad_samples"] for row in rows[:3]] == [0, 2, 0]  # one on each rank
+        assert [row["task"] for row in rows[:3]] == ["a", "b", "a"]
+        assert all(row["samples_per_s"] == pytest.approx(GLOBAL_BATCH / row["step_s"]) for row in rows)
+        assert all(0 < row["feed_wait_s"] < row["step_s"] for row in rows)
+    assert [row["lr"] for row in runs.straight["full"]] == pytest.approx([1e-3, 7.5e-4, 2.5e-4, 0])
+    assert all(row["grad_norm"] > 1 for row in runs.straight["full"])
+
+
+def test_the_model_is_written_once_in_the_form_of_its_kind(runs: Runs) -> None:
+    trained = runs.tensors("full", "step-000004/parameters.safetensors")
+    _, embedder = load_encoder(str(runs.root / "full" / "model" / "0"))
+    for name, parameter in embedder.backbone.named_parameters():
+        assert torch.equal(parameter, trained[f"embedder.backbone.{name}"]), name
+    identity = json.loads((runs.root / "full" / "model" / "0" / "rzen.json").read_text())
+    assert identity["lineage"]["base"] == runs.model_dir
+    for name in ("lora", "bf16"):
+        adapter = runs.tensors(name, "model/0/adapter_model.safetensors")
+        masters = runs.tensors(name, "step-000004/parameters.safetensors")
+        assert len(adapter) == 48 == len(masters) - 1
+        for tensor, value in adapter.items():  # the fp32 master copy, even where bf16 computes
+            assert torch.equal(value, masters[f"embedder.backbone.{tensor.replace('.weight', '.default.weight')}"])
+    rounded = [torch.equal(value, value.bfloat16().float()) for value in adapter.values()]
+    assert not any(rounded)
+    assert not list(runs.root.glob("*/model/1"))
+
+
+def test_training_goes_on_from_an_adapter(runs: Runs) -> None:
+    lora, full = (stages(runs.model_dir)[name] for name in ("lora", "full"))
+    learner = build_learner(lora, runs.model_dir, runs.root / "lora" / "model" / "0", ["a"])
+    trained = {name: value for name, value in learner.named_parameters() if value.requires_grad}
+    expected = runs.tensors("lora", "step-000004/parameters.safetensors")
+    assert set(trained) == set(expected)
+    assert all(torch.equal(value, expected[name]) for name, value in trained.items() if name != "objective.theta_T")
+    with pytest.raises(
+        UserError, match=r"^init_adapter: needs tune=lora; export base and adapter, and train the result$"
+    ):
+        build_learner(full, runs.model_dir, runs.root / "lora" / "model" / "0", ["a"])
+
+
+def test_deepspeed_compiles_nothing(runs: Runs) -> None:
+    assert not (runs.root / "extensions").exists()

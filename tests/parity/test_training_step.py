@@ -1,0 +1,179 @@
+"""One training step on two ranks against one process on the concatenated batch, and the parts of the optimizer."""
+
+from __future__ import annotations
+
+import math
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+from torch import Tensor
+
+from pipelines.errors import UserError
+from pipelines.samples import DecodedSample, DecodedSide, Sample, Side
+from rzen.backbone import load_backbone
+from rzen.config import FalseNegativeConfig, LoraConfig, ObjectiveConfig, OptimConfig, TemperatureConfig
+from rzen.embedder import Embedder
+from rzen.lora import add_lora
+from rzen.loss import Objective
+from rzen.processor import Processor
+from rzen.training.batch import EncodedPairs, PairEncoder
+from rzen.training.optim import build_optimizer, lr_at, parameter_groups, set_lr
+from rzen.training.step import Learner
+from tests.gloo import run_workers
+from tests.tiny import PROMPT, TEXTS, noise, tiny_checkpoint, tiny_model
+
+CONFIG = ObjectiveConfig(
+    false_negatives=FalseNegativeConfig(threshold=0.5, warmup_steps=0, max_dropped_fraction=0.25),
+    temperature=TemperatureConfig(initial=0.1),
+)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+def learner_of(model_dir: str, lora: LoraConfig | None = None) -> Learner:
+    backbone: Any = load_backbone(model_dir, tiny_model(model_dir))
+    if lora is not None:
+        backbone = add_lora(backbone, lora, seed=0)
+    return Learner(Embedder(backbone, Processor(model_dir, PROMPT).layout), Objective(CONFIG, ["b", "a"]))
+
+
+def decoded(query: DecodedSide, target: DecodedSide, sha256: str) -> DecodedSample:
+    sample = Sample("000017", "flickr", "a", Side(), Side(), target_sha256=sha256)
+    return DecodedSample(sample, query, target)
+
+
+def pairs_by_rank(model_dir: str) -> list[EncodedPairs]:
+    """Three pairs of text alone for rank 0, three with visuals for rank 1; one target occurs on both."""
+    encoder = PairEncoder(Processor(model_dir, PROMPT))
+    image, video = noise("image", 1, 61, 97), noise("video", 3, 59, 83, 2)
+    same, others = "ab" * 32, [f"{digit}0" * 32 for digit in range(1, 6)]
+    text = [
+        decoded(DecodedSide(text=TEXTS[0]), DecodedSide(text=TEXTS[1]), same),
+        decoded(DecodedSide(text=TEXTS[2]), DecodedSide(text=TEXTS[3]), others[0]),
+        decoded(DecodedSide(text=TEXTS[4]), DecodedSide(text="x"), others[1]),
+    ]
+    mixed = [
+        decoded(DecodedSide(text=TEXTS[3]), DecodedSide(visuals=(image,)), others[2]),
+        decoded(DecodedSide(text=TEXTS[2], visuals=(image,)), DecodedSide(visuals=(video,)), others[3]),
+        decoded(DecodedSide(visuals=(video,)), DecodedSide(text=TEXTS[1]), same),
+    ]
+    return [encoder.collate([encoder.sample(sample) for sample in samples]) for samples in (text, mixed)]
+
+
+def one_step(learner: Learner, pairs: EncodedPairs) -> dict[str, Tensor]:
+    """Loss, dropped fraction and the gradient of every trained parameter."""
+    loss, stats = learner(pairs, "b", step=0)
+    loss.backward()
+    gradients = {
+        name: p.grad.clone() for name, p in learner.named_parameters() if p.requires_grad and p.grad is not None
+    }
+    return {"loss": loss.detach(), "dropped_fraction": stats["dropped_fraction"], **gradients}
+
+
+def worker(rank: int, world_size: int, model_dir: str) -> dict[str, Tensor]:
+    result = one_step(learner_of(model_dir), pairs_by_rank(model_dir)[rank])
+    # Would fail or hang here, were a gradient missing on the rank without visuals.
+    for value in result.values():
+        dist.all_reduce(value)
+    return {name: value / world_size for name, value in result.items()}
+
+
+def test_two_ranks_of_different_modality_equal_one_process(model_dir: str) -> None:
+    learner = learner_of(model_dir)
+    encoder = PairEncoder(Processor(model_dir, PROMPT))
+    expected = one_step(learner, encoder.collate(pairs_by_rank(model_dir)))
+    assert expected["dropped_fraction"] > 2 / 30  # more than the two copies
+    found = run_workers(worker, 2, model_dir)[0]
+    assert list(found) == list(expected)
+    trained = [name for name, parameter in learner.named_parameters() if parameter.requires_grad]
+    assert list(found) == ["loss", "dropped_fraction", *trained]
+    # Biases of keys have no effect on a softmax: their gradients are rounding alone, hence a scale for all.
+    scale = max(float(expected[name].norm()) for name in trained)
+    for name, value in expected.items():
+        error = float((found[name] - value).norm())
+        assert error < 1e-5 * max(float(value.norm()), 1e-3 * scale), (name, error)
+    assert expected["objective.theta_T"][0] == 0 != expected["objective.theta_T"][1]
+
+
+def test_every_trained_parameter_gets_a_gradient_from_text_alone(model_dir: str) -> None:
+    learner = learner_of(model_dir, LoraConfig(rank=3)).train()
+    one_step(learner, pairs_by_rank(model_dir)[0])
+    visual, language = [], []
+    for name, parameter in learner.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+        if parameter.requires_grad and "lora_B" in name:
+            (visual if ".visual." in name else language).append(bool(parameter.grad.any()))
+    assert len(visual) == 10
+    assert len(language) == 14
+    assert not any(visual)
+    assert all(language)
+
+
+def test_pairs_are_encoded_alone_and_joined_in_order(model_dir: str) -> None:
+    processor = Processor(model_dir, PROMPT)
+    encoder: PairEncoder = pickle.loads(pickle.dumps(PairEncoder(processor)))
+    sides = [DecodedSide(text=TEXTS[0]), DecodedSide(visuals=(noise("image", 1, 61, 97),)), DecodedSide(text="x")]
+    samples = [
+        decoded(sides[0], sides[1], "ffffffffffffffff" + "00" * 24),
+        decoded(sides[1], sides[2], "0000000000000102" + "ff" * 24),
+        decoded(sides[2], sides[0], "7fffffffffffffff" + "00" * 24),
+    ]
+    pairs = encoder.collate([encoder.sample(sample) for sample in samples])
+    assert pairs.target_ids.tolist() == [-1, 258, 2**63 - 1]
+    assert len(pairs) == 3
+    for found, expected in (
+        (pairs.queries, processor.encode(sides)),
+        (pairs.targets, processor.encode([sides[1], sides[2], sides[0]])),
+    ):
+        for name, array in expected.to_arrays().items():
+            np.testing.assert_array_equal(getattr(found, name), array)
+
+
+def test_a_sample_without_content_hash_is_refused(model_dir: str) -> None:
+    encoder = PairEncoder(Processor(model_dir, PROMPT))
+    with pytest.raises(UserError, match=r"^flickr/000017: has no target_sha256; ingest its source again$"):
+        encoder.sample(decoded(DecodedSide(text="x"), DecodedSide(text="y"), ""))
+
+
+def test_the_learning_rate_rises_linearly_and_falls_along_a_cosine() -> None:
+    config = OptimConfig(lr=0.4, warmup_fraction=0.3, final_lr_fraction=0.1)
+    rates = [lr_at(step, 11, config) for step in range(11)]
+    cosine = [0.04 + 0.36 * (1 + math.cos(math.pi * n / 7)) / 2 for n in range(8)]
+    assert rates == pytest.approx([0.1, 0.2, 0.3, *cosine])
+    assert rates[3] == 0.4
+    assert rates[10] == pytest.approx(0.04)
+    assert lr_at(0, 1, OptimConfig(lr=0.4)) == 0.4
+    assert lr_at(499, 1000, OptimConfig(lr=0.4, warmup_fraction=0.0)) == pytest.approx(0.2, abs=1e-3)
+
+
+def test_only_matrices_decay_and_temperatures_have_their_own_rate(model_dir: str) -> None:
+    learner = learner_of(model_dir)
+    config = OptimConfig(weight_decay=0.05)
+    matrices, vectors, temperatures = parameter_groups(learner, config)
+    assert [group["weight_decay"] for group in (matrices, vectors, temperatures)] == [0.05, 0.0, 0.0]
+    assert {parameter.ndim for parameter in vectors["params"]} == {1}
+    assert {parameter.ndim for parameter in matrices["params"]} == {2, 5}  # 5: the patch embedding, a convolution
+    assert temperatures["params"] == [learner.objective.theta_T]
+    counted = sum(len(group["params"]) for group in (matrices, vectors, temperatures))
+    assert counted == len(list(learner.parameters()))
+    optimizer = build_optimizer(learner, config)
+    set_lr(optimizer, 0.01)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.01, 0.01, 0.05])
+    lora = parameter_groups(learner_of(model_dir, LoraConfig(rank=3)), config)
+    assert [(group["name"], len(group["params"])) for group in lora] == [("matrices", 48), ("temperatures", 1)]
+
+
+def test_importing_the_encoder_does_not_import_torch() -> None:
+
+    code = "import sys, rzen.training.batch; print([m for m in ('torch', 'transformers', 'ray') if m in sys.modules])"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path.cwd())
+    assert ran.stdout == "[]\n"

@@ -1,0 +1,173 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobs.load import check, override, read_document, substitute
+from jobs.spec import FinetunesSpec, TrainSpec
+from pipelines.errors import UserError
+from rzen.config import TinyBackbone
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "jobs").rglob("*.yaml"))
+MINIMAL = """\
+kind: train
+name: small
+data:
+  root: data
+model:
+  backbone: some/model
+"""
+
+
+def written(folder: Path, text: str, name: str = "job.yaml") -> str:
+    (folder / name).write_text(text)
+    return str(folder / name)
+
+
+def load(path: str, *overrides: str) -> TrainSpec:
+    spec = check(override(read_document(path), overrides))
+    assert isinstance(spec, TrainSpec)
+    return spec
+
+
+def complaint(path: str, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load(path, *overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", SHIPPED)
+def test_every_shipped_spec_is_valid_executable_and_quick_to_check(path: str) -> None:
+    code = (
+        "import sys; from jobs.cli import main; status = main(['validate', sys.argv[1]]);"
+        "heavy = {'torch', 'ray', 'transformers', 'deepspeed'} & set(sys.modules);"
+        "sys.exit(f'{heavy}' if heavy else status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, path], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    first = (ROOT / path).read_text().splitlines()[0]
+    assert first == "#!/usr/bin/env -S python -m jobs.run"
+    assert (ROOT / path).stat().st_mode & 0o111
+
+
+def test_shipped_stages_carry_the_numbers_of_the_paper() -> None:
+    for name in ("stage1", "stage2"):
+        spec = load(str(ROOT / f"jobs/{name}.yaml"))
+        assert (spec.model.backbone, spec.model.lora.rank, spec.model.prompt.max_visual_tokens) == (
+            "Qwen/Qwen2-VL-2B-Instruct",
+            64,
+            1280,
+        )
+        assert (spec.optim.lr, spec.optim.weight_decay, spec.global_batch, spec.epochs) == (2e-4, 0.05, 768, 1.0)
+    stage1, stage2 = (load(str(ROOT / f"jobs/stage{number}.yaml")) for number in (1, 2))
+    assert (stage1.objective.hardness_alpha, stage1.objective.false_negatives, stage1.data.instructions) == (
+        0,
+        None,
+        False,
+    )
+    assert stage2.objective.false_negatives is not None
+    assert (stage2.objective.hardness_alpha, stage2.objective.false_negatives.threshold) == (9.0, 0.95)
+    assert (stage2.data.instructions, stage2.data.mixture.max_samples_per_source) == (True, 100_000)
+
+
+def test_set_goes_on_top_and_its_values_are_yaml(tmp_path: Path) -> None:
+    path = written(tmp_path, MINIMAL)
+    spec = load(
+        path, "optim.lr=2e-3", "model.backbone={hidden: 32}", "model.tune=full", "steps=7", "data.root=s3://b/x"
+    )
+    assert (spec.optim.lr, spec.steps, spec.data.root) == (0.002, 7, "s3://b/x")
+    assert isinstance(spec.model.backbone, TinyBackbone)
+    assert (spec.model.backbone.hidden, spec.optim.weight_decay) == (32, 0.05)
+
+
+def test_later_set_wins(tmp_path: Path) -> None:
+    assert load(written(tmp_path, MINIMAL), "seed=1", "seed=2").seed == 2
+
+
+def test_base_is_merged_under_a_file_that_knows_where_its_own_lines_are(tmp_path: Path) -> None:
+    written(tmp_path, MINIMAL + "optim:\n  lr: 1e-3\n  weight_decay: 0.1\n", "below.yaml")
+    path = written(tmp_path, "base: below.yaml\nname: above\noptim:\n  lr: 5e-3\n")
+    spec = load(path)
+    assert (spec.name, spec.optim.lr, spec.optim.weight_decay) == ("above", 0.005, 0.1)
+    wrong = written(tmp_path, "base: below.yaml\noptim:\n  lr: -1\n", "wrong.yaml")
+    assert complaint(wrong).startswith(f"{wrong}:3: optim.lr=-1: input should be greater than 0")
+
+
+def test_base_on_itself_is_refused(tmp_path: Path) -> None:
+    written(tmp_path, "base: b.yaml\n", "a.yaml")
+    written(tmp_path, "base: a.yaml\n", "b.yaml")
+    assert "is based on itself" in complaint(str(tmp_path / "a.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("optimm: {}\n", "{path}:7: optimm is not a setting; did you mean 'optim'?"),
+        ("steps: 1.5\n", "{path}:7: steps=1.5: input should be a valid integer"),
+        ("steps: '7'\n", "{path}:7: steps='7': input should be a valid integer"),
+        ("global_batch: 1\n", "{path}:7: global_batch=1: input should be greater than or equal to 2"),
+        ("name: a/b\n", "{path}:7: 'name' is given twice; keep one of them"),
+        ("optim:\n  lr: quick\n", "{path}:8: optim.lr='quick': input should be a valid number"),
+        ("optim:\n  zero_stage: 3\n", "{path}:8: optim.zero_stage=3: input should be 1 or 2"),
+        ("objective:\n  temperature: {initial: 0.9}\n", "{path}:8: objective.temperature: initial=0.9 must lie in"),
+        ("init_adapter: x\nmodel:\n  tune: full\n", "{path}:8: 'model' is given twice"),
+        ("x: [\n", "{path}:8: is not YAML"),
+    ],
+)
+def test_mistakes_are_told_with_line_key_value_and_rule(tmp_path: Path, change: str, expected: str) -> None:
+    path = written(tmp_path, MINIMAL + change)
+    assert complaint(path).startswith(expected.format(path=path))
+
+
+def test_every_mistake_gets_a_line(tmp_path: Path) -> None:
+    path = written(tmp_path, MINIMAL.replace("root: data", "rot: data") + "steps: 0\n")
+    assert complaint(path).splitlines() == [
+        f"{path}:3: data.root is missing; add it",
+        f"{path}:4: data.rot is not a setting; did you mean 'root'?",
+        f"{path}:7: steps=0: input should be greater than or equal to 1; jobs/spec.py documents it",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override_", "expected"),
+    [
+        ("optim.lrr=1", "--set optim.lrr=1: optim.lrr is not a setting; did you mean 'lr'?"),
+        ("steps", "--set steps: is not of the form key=value"),
+        ("a..b=1", "--set a..b=1: is not of the form key=value"),
+        ("model.backbone={hiden: 3}", "--set model.backbone={hiden: 3}: model.backbone.hiden is not a setting"),
+    ],
+)
+def test_mistakes_on_the_command_line_name_it(tmp_path: Path, override_: str, expected: str) -> None:
+    assert complaint(written(tmp_path, MINIMAL), override_).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("kind: trian\n", "kind='trian' is not a kind of job"),
+        ("a: 1\n", "has no `kind`"),
+        ("- 1\n", "is not a mapping"),
+    ],
+)
+def test_what_is_no_job_says_so(tmp_path: Path, text: str, expected: str) -> None:
+    assert expected in complaint(written(tmp_path, text))
+
+
+def test_missing_file_names_the_shipped_ones() -> None:
+    assert "no such file; name a spec of your own, or one of jobs/corpus.yaml" in complaint("nowhere/job.yaml")
+
+
+def test_variables_are_put_in_and_keep_their_type() -> None:
+    data = {"a": "${out}/x", "b": ["${n}"], "c": 1}
+    assert substitute(data, {"out": "runs", "n": 3}, "p") == {"a": "runs/x", "b": [3], "c": 1}
+    with pytest.raises(UserError, match=r"p: '\$\{no\}': there is no variable 'no'; vars has out"):
+        substitute("${no}", {"out": 1}, "p")
+
+
+def test_null_takes_an_entry_out_of_named_ones(tmp_path: Path) -> None:
+    written(tmp_path, "kind: finetunes\nstage: s.yaml\nout: o\nruns: {a: {seed: 1}, b: {seed: 2}}\n", "below.yaml")
+    spec = check(read_document(written(tmp_path, "base: below.yaml\nruns: {a: null, c: {}}\n")))
+    assert isinstance(spec, FinetunesSpec)
+    assert spec.runs == {"b": {"seed": 2}, "c": {}}
