@@ -68,6 +68,8 @@ def _quiet() -> None:
     import ray.data  # sets its own level when it is imported
 
     logging.getLogger(ray.data.__name__).setLevel(logging.ERROR)
+    # It warns that there is no GPU, and sets its own level when it is imported.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno > logging.WARNING)
 
 
 def check_size(cluster: ClusterConfig, feed: FeedConfig) -> None:
