@@ -6,6 +6,7 @@ import argparse
 import json
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from types import FrameType
 
@@ -35,6 +36,7 @@ Interrupted jobs go on where they were: give the same command again.
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 1 a mistake that the message explains, 2 a wrong command line, 130 interrupted."""
     options = _parser().parse_args(arguments)
+    warnings.simplefilter("ignore", FutureWarning)  # libraries announce theirs between our lines
     signal.signal(signal.SIGTERM, _terminate)
     try:
         status: int = options.command(options)
@@ -124,7 +126,7 @@ def _load(path: str, overrides: Sequence[str]) -> tuple[Spec, Document]:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from jobs.run import run_spec
+    from jobs.dispatch import run_spec
 
     run_spec(*_load(options.spec, options.set))
     return 0

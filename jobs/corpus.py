@@ -7,7 +7,7 @@ from typing import Any
 
 from jobs.progress import Bars, say
 from jobs.spec import CorpusSpec
-from pipelines.storage import disk_errors
+from pipelines.store import disk_errors
 from pipelines.synthetic.corpus import make_corpus
 
 

@@ -26,7 +26,8 @@ from jobs.spec import EmbedSpec
 from pipelines.config import DataConfig
 from pipelines.reader import Reader
 from pipelines.samples import DecodedSample, MediaKind, Rejected, Sample
-from pipelines.storage import Store, open_store
+from pipelines.storage import open_store
+from pipelines.store import Store
 from rzen.embedder import Embedder
 from rzen.evaluation.encode import embed_sides
 from rzen.page.hits import Modality

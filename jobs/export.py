@@ -9,7 +9,8 @@ from typing import Any
 from jobs.models import checkpoint_folder, local_folder, prompt_of, publish_folder
 from jobs.progress import say
 from jobs.spec import ExportSpec
-from pipelines.storage import disk_errors, open_store
+from pipelines.storage import open_store
+from pipelines.store import disk_errors
 
 
 def run(spec: ExportSpec) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Literal
 
 from jobs.spec import ModelRef
 from pipelines.errors import UserError
-from pipelines.storage import Store, localize
+from pipelines.storage import localize
+from pipelines.store import Store
 from rzen.config import ModelConfig, PromptConfig
 
 if TYPE_CHECKING:

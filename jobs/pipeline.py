@@ -11,12 +11,14 @@ import time
 from typing import Any
 
 from jobs.cluster import ray_cluster
+from jobs.dispatch import run_spec
 from jobs.finetunes import resolve
 from jobs.load import Document, check, read_document, substitute
 from jobs.progress import duration, say
 from jobs.spec import FinetunesSpec, IngestSpec, PipelineSpec, Spec
 from pipelines.errors import UserError
-from pipelines.storage import Store, open_store
+from pipelines.storage import open_store
+from pipelines.store import Store
 
 
 def resolve_stations(spec: PipelineSpec, document: Document) -> dict[str, tuple[Spec, Document]]:
@@ -37,8 +39,6 @@ def resolve_stations(spec: PipelineSpec, document: Document) -> dict[str, tuple[
 
 def run(spec: PipelineSpec, document: Document) -> dict[str, Any]:
     """Runs what is not done yet, under one Ray."""
-    from jobs.run import run_spec
-
     stations = resolve_stations(spec, document)
     state = open_store(str(substitute(spec.state, spec.vars, "state")), spec.endpoint)
     state.ensure_bucket()

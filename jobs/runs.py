@@ -21,7 +21,8 @@ from typing import Any
 
 from jobs.spec import TrainSpec
 from pipelines.errors import UserError
-from pipelines.storage import Store, open_store
+from pipelines.storage import open_store
+from pipelines.store import Store
 
 SPEC, LATEST, DONE, METRICS = "spec.json", "latest.json", "done.json", "metrics.jsonl"
 _PACKAGES = ("ray", "torch", "transformers", "deepspeed", "peft")
@@ -73,10 +74,6 @@ class Run:
         self.store.write(DONE, _json(summary))
         self.store.delete_tree("checkpoints")
         self.store.delete(LATEST)
-
-    def metrics(self) -> list[dict[str, Any]]:
-        """Rows of a finished run."""
-        return [json.loads(line) for line in self.store.read(METRICS).splitlines()]
 
 
 class Checkpoints:

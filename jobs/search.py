@@ -20,7 +20,8 @@ from pipelines.config import DataConfig
 from pipelines.errors import UserError
 from pipelines.reader import Reader
 from pipelines.samples import DecodedSample, DecodedSide
-from pipelines.storage import Store, open_store
+from pipelines.storage import open_store
+from pipelines.store import Store
 from rzen.evaluation.encode import embed_sides
 from rzen.evaluation.ranking import top_k
 from rzen.evaluation.report import Result, plot_losses, plot_scores

@@ -118,7 +118,9 @@ def _summarise(run: Run, plan: Plan) -> None:
     per_worker = spec.global_batch // workers
     backbone = "a tiny random backbone" if isinstance(spec.model.backbone, TinyBackbone) else spec.model.backbone
     tuning = f"LoRA rank {spec.model.lora.rank}" if spec.model.tune == "lora" else "every weight"
-    say(f"  {spec.name}: {plan.num_steps:,} steps of {spec.global_batch} pairs ({workers} workers x {per_worker})")
+    say(
+        f"  {spec.name}: {plan.num_steps:,} steps of {spec.global_batch} pairs ({workers} worker{'s' * (workers > 1)} x {per_worker})"
+    )
     for line in plan.summary():
         say(f"    {line}", "dim")
     say(

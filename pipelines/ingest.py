@@ -40,7 +40,7 @@ from pipelines.shards import (
     read_manifest,
     write_shard,
 )
-from pipelines.storage import Store, disk_errors
+from pipelines.store import Store, disk_errors
 
 TRAIN, HELD_OUT = "train", "held_out"
 REPORT_PATH = "report.json"

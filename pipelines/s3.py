@@ -27,7 +27,7 @@ from botocore.exceptions import (
 from pyarrow import fs
 
 from pipelines.errors import UserError
-from pipelines.storage import Store, disk_errors, ends_early, inside, replacing
+from pipelines.store import Store, disk_errors, ends_early, inside, replacing
 
 T = TypeVar("T")
 _CONNECT_TIMEOUT_S = 3

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from pipelines.errors import BadMedia, UserError
 from pipelines.samples import Sample, Side
-from pipelines.storage import Store, disk_errors
+from pipelines.store import Store, disk_errors
 
 FORMAT_VERSION = 1
 INDEX_SCHEMA = pa.schema(

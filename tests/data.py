@@ -21,7 +21,7 @@ from pipelines.shards import (
     target_sha256,
     write_shard,
 )
-from pipelines.storage import Store
+from pipelines.store import Store
 
 SAMPLES_PER_SHARD = 8
 

@@ -22,7 +22,8 @@ from pipelines.errors import UserError
 from pipelines.ingest import IngestReport, ingest, plan_blocks
 from pipelines.samples import FileRef, Media, MediaKind, RawSample, Rejected, Sample, Side
 from pipelines.shards import Members, read_index, read_manifest, read_samples, target_sha256, verify
-from pipelines.storage import Store, open_store
+from pipelines.storage import open_store
+from pipelines.store import Store
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 MEDIA = MediaConfig(frames=2, page_pixels=40_000)

@@ -15,7 +15,8 @@ from pipelines.plan import Plan, build_plan
 from pipelines.reader import MAX_RESERVES, FedBatch, Reader, reserves
 from pipelines.samples import DecodedSample, Rejected
 from pipelines.shards import read_index
-from pipelines.storage import LocalStore, open_store
+from pipelines.storage import open_store
+from pipelines.store import LocalStore
 from tests.data import ColourEncoder, make_sample, publish
 
 CARS = {"cars": ("t2i", 20)}

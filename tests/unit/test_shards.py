@@ -28,7 +28,8 @@ from pipelines.shards import (
     verify,
     write_shard,
 )
-from pipelines.storage import Store, open_store
+from pipelines.storage import open_store
+from pipelines.store import Store
 
 
 def make_samples(count: int) -> list[tuple[Sample, Members]]:

@@ -16,7 +16,8 @@ import pytest
 
 from jobs.local_s3 import free_port
 from pipelines.errors import UserError
-from pipelines.storage import LocalStore, Store, localize, open_store
+from pipelines.storage import localize, open_store
+from pipelines.store import LocalStore, Store
 from tests.s3 import FaultyProxy
 
 

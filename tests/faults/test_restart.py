@@ -1,0 +1,104 @@
+"""Lost workers, data that cannot be used, clusters that are too small: what `rzen run` makes of them."""
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from jobs import train
+from jobs.runs import LATEST, Run
+from jobs.spec import TrainSpec
+from pipelines.errors import UserError
+from pipelines.storage import open_store
+from tests.data import publish
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+def make_spec(tmp_path: Path, name: str, **changes: Any) -> TrainSpec:
+    fields: dict[str, Any] = {
+        "kind": "train",
+        "name": name,
+        "run": {"root": str(tmp_path / "runs")},
+        "data": {"root": str(tmp_path / "data")},
+        "feed": {"samples_per_task": 16, "cpus_per_task": 0.5},
+        "model": {
+            "backbone": {"vocabulary": 400},
+            "lora": {"rank": 4, "dropout": 0.1},
+            "prompt": {"max_visual_tokens": 4},
+            "dtype": "float32",
+            "gradient_checkpointing": False,
+        },
+        "objective": {"false_negatives": {"warmup_steps": 5}},
+        "global_batch": 4,
+        "steps": 40,
+        "checkpoint": {"every_steps": 4},
+        "cluster": {"workers": 2, "cpus_per_worker": 0.5},
+    }
+    return TrainSpec.model_validate(fields | changes)
+
+
+def outcome(spec: TrainSpec) -> tuple[list[float], dict[str, bytes]]:
+    """Losses of all steps, and the files of the result."""
+    store = Run(spec).store
+    rows = [json.loads(line) for line in store.read("metrics.jsonl").splitlines()]
+    assert [row["step"] for row in rows] == list(range(40))
+    return [row["loss"] for row in rows], {path: store.read(path) for path in store.list("adapter")}
+
+
+def kill_a_worker_after_the_first_checkpoint(spec: TrainSpec, killed: list[int]) -> None:
+    run = Run(spec)
+    while not run.store.exists(LATEST):
+        time.sleep(0.02)
+    ours = psutil.Process().children(recursive=True)
+    workers = [process.pid for process in ours if "TrainWorker" in " ".join(process.cmdline())]
+    os.kill(workers[-1], signal.SIGKILL)
+    killed.append(run.step())
+
+
+@pytest.mark.timeout(240)
+def test_run_that_loses_a_worker_ends_with_the_same_bytes(tmp_path: Path, ray_cluster: None) -> None:
+    publish(open_store(str(tmp_path / "data")), {"red": ("a", 24), "blue": ("b", 30)})
+    quiet, stormy = make_spec(tmp_path, "quiet"), make_spec(tmp_path, "stormy")
+    train.run(quiet)
+
+    killed: list[int] = []
+    killer = threading.Thread(target=kill_a_worker_after_the_first_checkpoint, args=(stormy, killed), daemon=True)
+    killer.start()
+    train.run(stormy)
+    killer.join()
+
+    assert killed[0] < 40  # it was killed while it trained
+    assert Run(stormy).store.exists(train.FAILURE)
+    (losses, files), (losses_again, files_again) = outcome(quiet), outcome(stormy)
+    assert losses == losses_again
+    assert files == files_again
+    assert {"adapter/adapter_model.safetensors", "adapter/rzen.json"} <= set(files)
+
+    train.run(stormy)  # finished: nothing happens
+    assert outcome(stormy)[1] == files_again
+
+
+def test_source_without_a_usable_sample_stops_the_run_with_one_message(tmp_path: Path, ray_cluster: None) -> None:
+    publish(open_store(str(tmp_path / "data")), {"red": ("a", 24)}, bad={"red": range(24)})
+    with pytest.raises(UserError, match="red: has no sample left to replace a bad one in step 0"):
+        train.run(make_spec(tmp_path, "bad"))
+
+
+def test_cluster_without_cpus_for_the_feed_is_refused_at_once(tmp_path: Path, ray_cluster: None) -> None:
+    publish(open_store(str(tmp_path / "data")), {"red": ("a", 24)})
+    spec = make_spec(tmp_path, "large", cluster={"workers": 4, "cpus_per_worker": 1.0})
+    with pytest.raises(UserError, match=r"4 workers x 1 \+ 0.5 for the feed = 4.5 CPUs, the cluster has 4"):
+        train.run(spec)
+
+
+def test_batch_that_workers_cannot_share_is_refused(tmp_path: Path) -> None:
+    publish(open_store(str(tmp_path / "data")), {"red": ("a", 24)})
+    with pytest.raises(UserError, match="batches of source 'red' have 4 samples, which 3 workers cannot share evenly"):
+        train.prepare(make_spec(tmp_path, "odd", cluster={"workers": 3}))

@@ -1,0 +1,89 @@
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from jobs import progress
+from jobs.cli import main
+from jobs.progress import Bars, duration
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_help_teaches_the_road(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    out = capsys.readouterr().out
+    for word in ("validate", "run", "submit", "ingest", "search", "rzen run jobs/demo.yaml", "--set"):
+        assert word in out
+
+
+@pytest.mark.parametrize("arguments", [[], ["fly"], ["run"], ["search"]])
+def test_wrong_command_line_exits_with_two(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert "usage: rzen" in capsys.readouterr().err
+
+
+def test_invalid_spec_is_one_message_and_exit_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate", str(ROOT / "jobs/stage2.yaml"), "--set", "steps=-1"]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: --set steps=-1: steps=-1: input should be greater than or equal to 1")
+
+
+def test_validate_goes_on_after_a_bad_spec(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("kind: nothing\n")
+    assert main(["validate", str(tmp_path / "bad.yaml"), str(ROOT / "jobs/ingest.yaml")]) == 1
+    assert "ingest.yaml: valid ingest job" in capsys.readouterr().out
+
+
+def test_mistake_deep_in_a_pipeline_names_its_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    text = (ROOT / "jobs/demo.yaml").read_text().replace("steps: 600", "steps: none")
+    for path in (ROOT / "jobs").glob("*.yaml"):
+        (tmp_path / path.name).write_text(text if path.name == "demo.yaml" else path.read_text())
+    line = text.splitlines().index("      steps: none") + 1
+    assert main(["validate", str(tmp_path / "demo.yaml")]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/demo.yaml:{line}: steps='none': input should be")
+
+
+def test_missing_folder_is_one_message(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["ingest", str(tmp_path / "nowhere"), str(tmp_path / "out")]) == 1
+    message = f"error: {tmp_path}/nowhere: does not exist; name a folder of images, videos or PDFs\n"
+    assert capsys.readouterr().err == message
+
+
+def test_search_before_embedding_says_what_is_missing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["search", "a red circle", "--vectors", str(tmp_path)]) == 1
+    assert "vectors.json: does not exist; run a job of kind embed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (59.4, "59 s"), (65, "1:05"), (7389, "2:03:09")])
+def test_durations_read_well(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_logs_get_a_line_every_n_steps_and_one_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    sink = io.StringIO()
+    monkeypatch.setattr(progress, "console", Console(file=sink, width=200, highlight=False))
+    with Bars() as bars:
+        for done in range(26):
+            bars.update("run", done, 25, unit="steps", note="loss 1", every=10)
+    lines = sink.getvalue().splitlines()
+    assert [line.split(" (")[0].strip() for line in lines] == [
+        "run: steps 10/25",
+        "run: steps 20/25",
+        "run: steps 25/25",
+    ]
+    assert all(line.endswith("loss 1") for line in lines)
+
+
+def test_a_continued_run_counts_its_rate_from_where_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    sink = io.StringIO()
+    monkeypatch.setattr(progress, "console", Console(file=sink, width=200, highlight=False))
+    with Bars() as bars:
+        bars.update("run", 500, 1000, unit="steps", every=10)
+        assert sink.getvalue() == ""
+        bars.update("run", 510, 1000, unit="steps", every=10)
+    assert sink.getvalue().startswith("  run: steps 510/1,000 (")

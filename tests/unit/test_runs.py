@@ -1,0 +1,99 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.runs import METRICS, Checkpoints, Run
+from jobs.spec import TrainSpec
+from pipelines.errors import UserError
+
+
+def make_run(root: Path, **changes: Any) -> Run:
+    fields: dict[str, Any] = {
+        "kind": "train",
+        "name": "r",
+        "run": {"root": str(root)},
+        "data": {"root": "data"},
+        "model": {"backbone": "some/model"},
+    }
+    return Run(TrainSpec.model_validate(fields | changes))
+
+
+def publish(checkpoints: Checkpoints, scratch: Path, step: int) -> None:
+    folder = scratch / f"s{step}"
+    folder.mkdir()
+    (folder / "state.json").write_text(str(step))
+    checkpoints.metrics = [{"step": number, "loss": 1.0} for number in range(step)]
+    checkpoints.publish(folder, step)
+
+
+def test_unfinished_run_of_equal_settings_is_continued(tmp_path: Path) -> None:
+    assert make_run(tmp_path).begin("data 1")
+    publish(Checkpoints(make_run(tmp_path)), tmp_path, 3)
+    assert make_run(tmp_path, cluster={"workers": 7}, checkpoint={"keep": 1}).begin("data 1")  # not the science
+    assert make_run(tmp_path).step() == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "data", "told"),
+    [
+        ({"optim": {"lr": 1e-3}}, "data 1", "optim.lr 0.0002 -> 0.001"),
+        ({"seed": 5}, "data 1", "seed 0 -> 5"),
+        ({}, "data 2", "data fingerprint 'data 1' -> 'data 2'"),
+        ({"objective": {"false_negatives": None}}, "data 1", "objective.false_negatives"),
+    ],
+)
+def test_run_of_other_settings_is_refused_and_they_are_named(
+    tmp_path: Path, changes: dict[str, Any], data: str, told: str
+) -> None:
+    make_run(tmp_path).begin("data 1")
+    with pytest.raises(UserError) as caught:
+        make_run(tmp_path, **changes).begin(data)
+    assert told in str(caught.value)
+    assert "choose another name, or set run.overwrite: true" in str(caught.value)
+
+
+def test_overwrite_begins_anew(tmp_path: Path) -> None:
+    make_run(tmp_path).begin("data")
+    publish(Checkpoints(make_run(tmp_path)), tmp_path, 3)
+    changed = make_run(tmp_path, seed=1, run={"root": str(tmp_path), "overwrite": True})
+    assert changed.begin("data")
+    assert changed.step() == 0
+    assert changed.store.list() == ["spec.json"]
+
+
+def test_finished_run_is_left_alone_and_keeps_no_checkpoint(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    run.begin("data")
+    checkpoints = Checkpoints(run)
+    publish(checkpoints, tmp_path, 2)
+    run.finish({"steps": 2}, checkpoints.metrics)
+    assert not make_run(tmp_path).begin("data")
+    assert run.store.list() == ["done.json", METRICS, "spec.json"]
+    assert run.store.read(METRICS) == b'{"loss": 1.0, "step": 0}\n{"loss": 1.0, "step": 1}\n'
+
+
+def test_latest_checkpoint_brings_its_metrics_and_old_ones_go(tmp_path: Path) -> None:
+    run = make_run(tmp_path, checkpoint={"keep": 2})
+    run.begin("data")
+    writer = Checkpoints(run)
+    assert writer.latest() is None
+    for step in (5, 10, 15):
+        publish(writer, tmp_path, step)
+    assert {name.split("/")[1] for name in run.store.list("checkpoints")} == {"000010", "000015"}
+    reader = Checkpoints(run)
+    folder = reader.latest()
+    assert folder is not None
+    assert (folder / "state.json").read_text() == "15"
+    assert [row["step"] for row in reader.metrics] == list(range(15))
+
+
+def test_half_written_checkpoint_is_never_the_latest(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    run.begin("data")
+    publish(Checkpoints(run), tmp_path, 5)
+    run.store.write("checkpoints/000010/parameters.safetensors", b"cut")  # killed before latest.json was written
+    folder = Checkpoints(run).latest()
+    assert run.step() == 5
+    assert folder is not None
+    assert (folder / "state.json").read_text() == "5"
