@@ -8,6 +8,7 @@ import secrets
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,16 @@ from pipelines.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCAL: dict[str, Any] = {"include_dashboard": False}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a worker, task or actor reserves."""
+
+    cpus: float
+    gpus: float
+
+
 _POLL_S = 0.3
 _ROUNDING = 1e-9
 
@@ -55,9 +66,10 @@ def ray_cluster() -> Iterator[None]:
             address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **({} if address else LOCAL)
         )
     except (ConnectionError, TimeoutError, RuntimeError) as error:
-        if not address:
-            raise
-        raise UserError(f"RAY_ADDRESS={address}", f"no Ray answers ({error})", "start it, or unset it") from error
+        reason = str(error).splitlines()[0]
+        if address:
+            raise UserError(f"RAY_ADDRESS={address}", f"no Ray answers ({reason})", "start it, or unset it") from error
+        raise UserError("Ray", f"does not start on this machine: {reason}", "its logs are in /tmp/ray") from error
     try:
         yield
     finally:
@@ -72,25 +84,23 @@ def _quiet() -> None:
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno > logging.WARNING)
 
 
-def check_size(cluster: ClusterConfig, feed: FeedConfig) -> None:
-    """Raise `UserError` if a training run and its feed can never run at once: Ray would wait for ever."""
+def check_size(what: str, count: int, each: Resources, feed: FeedConfig | None = None) -> None:
+    """Raise `UserError` if the cluster can never hold `count` of `what` and one task of a feed at once.
+
+    Ray would wait for ever, without a word.
+    """
     import ray
 
-    if cluster.autoscaling:
-        return
     present = ray.cluster_resources()
-    for what, each, rest, fix in (
-        ("CPU", cluster.cpus_per_worker, feed.cpus_per_task, "cpus_per_worker, cluster.workers or feed.cpus_per_task"),
-        ("GPU", cluster.gpus_per_worker, 0.0, "gpus_per_worker or cluster.workers"),
-    ):
-        needed = cluster.workers * each + rest
-        if needed > present.get(what, 0.0) + _ROUNDING:
+    feed_cpus = feed.cpus_per_task if feed else 0.0
+    for resource, amount, rest in (("CPU", each.cpus, feed_cpus), ("GPU", each.gpus, 0.0)):
+        needed = count * amount + rest
+        if needed > present.get(resource, 0.0) + _ROUNDING:
             feed_share = f" + {rest:g} for the feed" if rest else ""
             raise UserError(
-                f"cluster.{what.lower()}s_per_worker",
-                f"{cluster.workers} workers x {each:g}{feed_share} = {needed:g} {what}s,"
-                f" the cluster has {present.get(what, 0.0):g}",
-                f"lower cluster.{fix}, add nodes, or set cluster.autoscaling: true if it can grow",
+                f"the cluster has {present.get(resource, 0.0):g} {resource}s",
+                f"{count} {what} x {amount:g}{feed_share} need {needed:g}",
+                "ask for less in the spec, add nodes, or set autoscaling: true there if the cluster can grow",
             )
 
 

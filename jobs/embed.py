@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import ray
 import ray.data
 
-from jobs.cluster import ray_cluster, user_error
+from jobs.cluster import Resources, check_size, ray_cluster, user_error
 from jobs.models import load_exported
 from jobs.progress import Bars, say
 from jobs.spec import EmbedSpec
@@ -49,6 +49,8 @@ def run(spec: EmbedSpec) -> dict[str, Any]:
     parts: list[str] = []
     skipped: Counter[str] = Counter()
     with ray_cluster(), Bars() as bars:
+        if not spec.autoscaling:
+            check_size("actors", spec.actors, Resources(spec.cpus_per_actor, spec.gpus_per_actor))
         done = 0
         for row in _embedded(spec, units):
             parts.append(row["part"])

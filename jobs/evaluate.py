@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 import ray
-from pipelines.reader import Reader
 
-from jobs.cluster import ray_cluster, watch
+from jobs.cluster import Resources, check_size, ray_cluster, watch
 from jobs.models import load_model
 from jobs.progress import Board, console, say
 from jobs.runs import revision, versions
 from jobs.spec import EvaluateSpec
 from pipelines.errors import UserError
+from pipelines.reader import Reader
 from pipelines.samples import DecodedSample, Rejected
 from rzen.evaluation.encode import embed_sides
 from rzen.evaluation.ranking import is_collapsed, rank_of_gold
@@ -31,6 +31,8 @@ def run(spec: EvaluateSpec) -> dict[str, Any]:
     counts = ", ".join(f"{task} {sum(reader.sizes()[s] for s in names):,}" for task, names in sources.items())
     say(f"  {len(spec.models)} models on {spec.data.root} {spec.data.split}: {counts}")
     with ray_cluster():
+        if not spec.autoscaling:
+            check_size("model", 1, Resources(spec.cpus_per_model, spec.gpus_per_model))
         board = ray.remote(num_cpus=0)(Board).remote()
         task = ray.remote(num_cpus=spec.cpus_per_model, num_gpus=spec.gpus_per_model, max_retries=2)(_evaluate)
         refs = {name: task.remote(spec, name, sources, board) for name in spec.models}

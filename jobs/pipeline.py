@@ -49,7 +49,7 @@ def run(spec: PipelineSpec, document: Document) -> dict[str, Any]:
         for number, (name, (station, source)) in enumerate(stations.items(), start=1):
             key = _key(station, source, key)
             title = f"[{number}/{len(stations)}] {name} ({station.kind})"
-            if _is_done(state, name, key):
+            if _is_done(state, name, key, spec.endpoint):
                 say(f"{title}: done before", "dim")
                 continue
             say(title, "bold")
@@ -79,14 +79,14 @@ def _key(station: Spec, document: Document, before: str) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _is_done(state: Store, name: str, key: str) -> bool:
+def _is_done(state: Store, name: str, key: str, endpoint: str | None) -> bool:
     """Done with the same key, and what it made has not been deleted since."""
     if not state.exists(_record(name)):
         return False
     record = json.loads(state.read(_record(name)))
-    return record["key"] == key and all(_exists(url) for url in record["result"]["outputs"])
+    return record["key"] == key and all(_exists(url, endpoint) for url in record["result"]["outputs"])
 
 
-def _exists(url: str) -> bool:
+def _exists(url: str, endpoint: str | None) -> bool:
     parent, _, name = url.rpartition("/")
-    return bool(open_store(url).list()) or open_store(parent or ".").exists(name)
+    return bool(open_store(url, endpoint).list()) or open_store(parent or ".", endpoint).exists(name)

@@ -207,6 +207,8 @@ class EvaluateSpec(Config):
     """Logical CPUs of one model's evaluation; models are evaluated side by side."""
     gpus_per_model: Annotated[float, Field(ge=0)] = 0.0
     """GPUs of one model's evaluation."""
+    autoscaling: bool = False
+    """The cluster can grow: skip the check that it is large enough now."""
     out: str
     """Local JSON file to write."""
 
@@ -261,6 +263,8 @@ class EmbedSpec(Config):
     """Logical CPUs of each."""
     gpus_per_actor: Annotated[float, Field(ge=0)] = 0.0
     """GPUs of each."""
+    autoscaling: bool = False
+    """The cluster can grow: skip the check that it is large enough now."""
 
 
 class SearchSpec(Config):

@@ -18,7 +18,7 @@ import ray
 from ray.exceptions import RayError
 from ray.train import TrainingFailedError
 
-from jobs.cluster import check_size, fitting_runs, ray_cluster, user_error, watch
+from jobs.cluster import Resources, check_size, fitting_runs, ray_cluster, user_error, watch
 from jobs.encoder import BACKBONE, encoder_of
 from jobs.models import is_published, publish_folder
 from jobs.progress import Board, say
@@ -62,8 +62,10 @@ def run_all(specs: list[TrainSpec], max_parallel: int) -> None:
         return
     first = unfinished[0].run.spec
     with ray_cluster():
-        for prepared in unfinished:
-            check_size(prepared.run.spec.cluster, prepared.run.spec.feed)
+        for cluster, feed in ((prepared.run.spec.cluster, prepared.run.spec.feed) for prepared in unfinished):
+            if not cluster.autoscaling:
+                each = Resources(cluster.cpus_per_worker, cluster.gpus_per_worker)
+                check_size("workers", cluster.workers, each, feed)
         room = max_parallel if first.cluster.autoscaling else fitting_runs(first.cluster, first.feed)
         at_once = min(room, max_parallel)
         if len(unfinished) > 1:
@@ -114,13 +116,12 @@ def _build_backbone(run: Run, config: TinyBackbone, reader: Reader) -> None:
 
 
 def _summarise(run: Run, plan: Plan) -> None:
-    spec, workers = run.spec, run.spec.cluster.workers
-    per_worker = spec.global_batch // workers
+    spec = run.spec
+    per_worker = spec.global_batch // spec.cluster.workers
+    shares = f"{spec.cluster.workers} x {per_worker}" if spec.cluster.workers > 1 else "1 worker"
     backbone = "a tiny random backbone" if isinstance(spec.model.backbone, TinyBackbone) else spec.model.backbone
     tuning = f"LoRA rank {spec.model.lora.rank}" if spec.model.tune == "lora" else "every weight"
-    say(
-        f"  {spec.name}: {plan.num_steps:,} steps of {spec.global_batch} pairs ({workers} worker{'s' * (workers > 1)} x {per_worker})"
-    )
+    say(f"  {spec.name}: {plan.num_steps:,} steps of {spec.global_batch} pairs ({shares})")
     for line in plan.summary():
         say(f"    {line}", "dim")
     say(
