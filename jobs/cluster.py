@@ -7,6 +7,7 @@ import os
 import secrets
 import sys
 from collections.abc import Iterator, Mapping
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,9 +37,11 @@ _ROUNDING = 1e-9
 def set_environment() -> None:
     """What Ray and the maths libraries read from the environment once, when they are imported: call this before."""
     os.environ |= {"RAY_TQDM": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}  # no bars, no hints among our lines
-    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # the Train page of the dashboard
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # relative paths of a spec mean the folder of the job, on workers too
     if os.environ.get("RAY_ADDRESS"):
+        # The Train page of the dashboard, at the price of an actor of 400 MB. A Ray of our own has no dashboard.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
         return
     # A local Ray listens on all interfaces, so that it asks for a token; one of our own leaves no trace at home.
     if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
@@ -115,30 +118,22 @@ def fitting_runs(cluster: ClusterConfig, feed: FeedConfig) -> int:
     return max(1, int(min(limits) + _ROUNDING))
 
 
-def watch(refs: Mapping[str, Any], board: Any, unit: str = "samples", every: int = 0) -> dict[str, Any]:
-    """Waits for remote work and shows what it posts on `board`; returns the results by name, in the order of `refs`.
+def watch(work: Mapping[str, Future[Any]], board: Any, unit: str = "samples", every: int = 0) -> dict[str, Any]:
+    """Waits for work and shows what it posts on `board`; returns the results by name, in the order of `work`.
 
-    The first failure is raised, as itself if it is a `UserError`, and what still runs is cancelled.
+    The first failure is raised, as itself if it is a `UserError`.
     """
     import ray
 
-    waiting = {ref: name for name, ref in refs.items()}
-    results: dict[str, Any] = {}
+    waiting = set(work.values())
     with Bars() as bars:
-        try:
-            while waiting:
-                ready, _ = ray.wait(list(waiting), num_returns=1, timeout=_POLL_S)
-                for name, news in ray.get(board.news.remote()).items():
-                    bars.update(name, news.done, news.total, unit, news.note, every)
-                for ref in ready:
-                    results[waiting.pop(ref)] = ray.get(ref)
-        except BaseException as error:
-            for ref in waiting:
-                ray.cancel(ref, force=True)
-            if isinstance(error, Exception) and (cause := user_error(error)):
-                raise cause from error
-            raise
-    return {name: results[name] for name in refs}
+        while waiting:
+            done, waiting = wait(waiting, timeout=_POLL_S, return_when=FIRST_EXCEPTION)
+            for name, news in ray.get(board.news.remote()).items():
+                bars.update(name, news.done, news.total, unit, news.note, every)
+            for error in filter(None, (future.exception() for future in done)):
+                raise user_error(error) or error from error
+    return {name: future.result() for name, future in work.items()}
 
 
 def user_error(error: BaseException) -> UserError | None:

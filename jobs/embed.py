@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
-from functools import cached_property
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
@@ -26,12 +26,10 @@ from jobs.spec import EmbedSpec
 from pipelines.config import DataConfig
 from pipelines.reader import Reader
 from pipelines.samples import DecodedSample, MediaKind, Rejected, Sample
-from pipelines.storage import open_store
+from pipelines.storage import open_store, resolve_endpoint
 from pipelines.store import Store
-from rzen.embedder import Embedder
 from rzen.evaluation.encode import embed_sides
 from rzen.page.hits import Modality
-from rzen.processor import Processor
 
 MANIFEST, PARTS = "vectors.json", "parts"
 _MODALITIES: dict[MediaKind, Modality] = {"image": "image", "document": "page", "video": "video"}
@@ -39,7 +37,8 @@ _MODALITIES: dict[MediaKind, Modality] = {"image": "image", "document": "page", 
 
 def run(spec: EmbedSpec) -> dict[str, Any]:
     """Embeds the target of every sample of the splits, and publishes the vectors."""
-    units = _units(spec)
+    readers: dict[str, Reader] = {split: Reader(data_of(spec.data, split)) for split in spec.splits}
+    units = _units(spec, readers)
     total = sum(unit["stop"] - unit["start"] for unit in units)
     store = open_store(spec.out, spec.endpoint)
     say(f"  {total:,} targets of {spec.data.root}, model {spec.model}, {spec.actors} actor(s) -> {store.url}")
@@ -52,7 +51,7 @@ def run(spec: EmbedSpec) -> dict[str, Any]:
         if not spec.autoscaling:
             check_size("actors", spec.actors, Resources(spec.cpus_per_actor, spec.gpus_per_actor))
         done = 0
-        for row in _embedded(spec, units):
+        for row in _embedded(spec, units, readers, store):
             parts.append(row["part"])
             skipped.update(json.loads(row["skipped"]))
             done += int(row["num_samples"])
@@ -71,12 +70,12 @@ def run(spec: EmbedSpec) -> dict[str, Any]:
     return {"outputs": [spec.out], "vectors": content["num_vectors"], "skipped": dict(skipped)}
 
 
-def _units(spec: EmbedSpec) -> list[dict[str, Any]]:
+def _units(spec: EmbedSpec, readers: dict[str, Reader]) -> list[dict[str, Any]]:
     """Stretches of neighbouring samples of one source, one unit of work each."""
     return [
         {"split": split, "source": source, "start": start, "stop": min(start + spec.samples_per_task, size)}
-        for split in spec.splits
-        for source, size in Reader(data_of(spec.data, split)).sizes().items()
+        for split, reader in readers.items()
+        for source, size in reader.sizes().items()
         for start in range(0, size, spec.samples_per_task)
     ]
 
@@ -86,13 +85,15 @@ def data_of(data: DataConfig, split: str) -> DataConfig:
     return data.model_copy(update={"split": split})
 
 
-def _embedded(spec: EmbedSpec, units: list[dict[str, Any]]) -> Any:
+def _embedded(
+    spec: EmbedSpec, units: list[dict[str, Any]], readers: dict[str, Reader], store: Store
+) -> Iterator[dict[str, Any]]:
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     with ray.data.DataContext.current(context):
         rows = ray.data.from_items(units, override_num_blocks=len(units)).map(
             EmbedTargets,
-            fn_constructor_args=(spec,),
+            fn_constructor_args=(spec, resolve_endpoint(spec.endpoint), readers, store),
             compute=ray.data.ActorPoolStrategy(size=spec.actors),
             num_cpus=spec.cpus_per_actor,
             num_gpus=spec.gpus_per_actor,
@@ -106,27 +107,20 @@ def _embedded(spec: EmbedSpec, units: list[dict[str, Any]]) -> Any:
 class EmbedTargets:
     """An actor with the model: embeds one unit of work and stores its part."""
 
-    def __init__(self, spec: EmbedSpec) -> None:
-        self._spec = spec
-        self._readers: dict[str, Reader] = {}
-
-    @cached_property
-    def _model(self) -> tuple[Processor, Embedder]:
-        return load_exported(self._spec.model, self._spec.endpoint, self._spec.dtype)
-
-    @cached_property
-    def _store(self) -> Store:
-        return open_store(self._spec.out, self._spec.endpoint)
+    def __init__(self, spec: EmbedSpec, endpoint: str | None, readers: dict[str, Reader], store: Store) -> None:
+        self._readers = readers
+        self._store = store
+        self._batch_size = spec.batch_size
+        self._processor, self._embedder = load_exported(spec.model, endpoint, spec.dtype)
 
     def __call__(self, unit: dict[str, Any]) -> dict[str, Any]:
         """The name of the part, samples seen, and counts of the skipped ones by reason."""
         split, source = unit["split"], unit["source"]
-        reader = self._readers.setdefault(split, Reader(data_of(self._spec.data, split)))
-        items = reader.samples(source, range(unit["start"], unit["stop"]))
+        items = self._readers[split].samples(source, range(unit["start"], unit["stop"]))
         indices = iter(range(unit["start"], unit["stop"]))
         rows: list[dict[str, Any]] = []
         skipped: Counter[str] = Counter()
-        while batch := list(islice(items, self._spec.batch_size)):
+        while batch := list(islice(items, self._batch_size)):
             numbered = [(next(indices), item) for item in batch]
             skipped.update(item.reason for _, item in numbered if isinstance(item, Rejected))
             rows += self._embed(split, [(i, item) for i, item in numbered if isinstance(item, DecodedSample)])
@@ -140,8 +134,7 @@ class EmbedTargets:
         if not samples:
             return []
         sides = [decoded.positive for _, decoded in samples]
-        processor, embedder = self._model
-        vectors_ND = embed_sides(processor, embedder, sides, self._spec.batch_size)
+        vectors_ND = embed_sides(self._processor, self._embedder, sides, self._batch_size)
         return [
             _row(split, index, decoded.sample, vector)
             for (index, decoded), vector in zip(samples, vectors_ND, strict=True)

@@ -46,4 +46,4 @@ class LocalEncoder:
 
 def encoder_of(run: Run) -> LocalEncoder:
     """What turns decoded samples into the pairs that this run trains on."""
-    return LocalEncoder(backbone_url(run), run.spec.run.endpoint, run.spec.model.prompt)
+    return LocalEncoder(backbone_url(run), run.endpoint, run.spec.model.prompt)

@@ -18,6 +18,7 @@ from jobs.spec import EvaluateSpec
 from pipelines.errors import UserError
 from pipelines.reader import Reader
 from pipelines.samples import DecodedSample, Rejected
+from pipelines.storage import resolve_endpoint
 from rzen.evaluation.encode import embed_sides
 from rzen.evaluation.ranking import is_collapsed, rank_of_gold
 from rzen.evaluation.report import Result, terminal_table, write_results
@@ -35,8 +36,9 @@ def run(spec: EvaluateSpec) -> dict[str, Any]:
             check_size("model", 1, Resources(spec.cpus_per_model, spec.gpus_per_model))
         board = ray.remote(num_cpus=0)(Board).remote()
         task = ray.remote(num_cpus=spec.cpus_per_model, num_gpus=spec.gpus_per_model, max_retries=2)(_evaluate)
-        refs = {name: task.remote(spec, name, sources, board) for name in spec.models}
-        rows = [row for rows in watch(refs, board).values() for row in rows]
+        endpoint = resolve_endpoint(spec.data.endpoint)
+        scores = {name: task.remote(spec, name, reader, endpoint, sources, board).future() for name in spec.models}
+        rows = [row for rows in watch(scores, board).values() for row in rows]
     settings = {
         "data": reader.fingerprint,
         "spec": spec.model_dump(mode="json"),
@@ -65,10 +67,12 @@ def _sources(spec: EvaluateSpec, reader: Reader) -> dict[str, list[str]]:
     return sources
 
 
-def _evaluate(spec: EvaluateSpec, name: str, sources: dict[str, list[str]], board: Any) -> list[Result]:
+def _evaluate(
+    spec: EvaluateSpec, name: str, reader: Reader, endpoint: str | None, sources: dict[str, list[str]], board: Any
+) -> list[Result]:
     ref = spec.models[name]
-    processor, embedder = load_model(ref, spec.data.endpoint, spec.prompt, spec.dtype)
-    reader = Reader(spec.data.model_copy(update={"instructions": ref.instructions}))
+    processor, embedder = load_model(ref, endpoint, spec.prompt, spec.dtype)
+    reader.data = reader.data.model_copy(update={"instructions": ref.instructions})
     total = sum(reader.sizes()[source] for names in sources.values() for source in names)
     rows: list[Result] = []
     done = 0

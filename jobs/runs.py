@@ -21,7 +21,7 @@ from typing import Any
 
 from jobs.spec import TrainSpec
 from pipelines.errors import UserError
-from pipelines.storage import open_store
+from pipelines.storage import open_store, resolve_endpoint
 from pipelines.store import Store
 
 SPEC, LATEST, DONE, METRICS = "spec.json", "latest.json", "done.json", "metrics.jsonl"
@@ -31,11 +31,12 @@ _NOT_SCIENCE = {"run", "feed", "checkpoint", "cluster"}
 
 
 class Run:
-    """One training run in its store. Picklable."""
+    """One training run in its store. Picklable; made by the driver, whose environment may name the S3 endpoint."""
 
     def __init__(self, spec: TrainSpec) -> None:
         self.spec = spec
-        self.store: Store = open_store(spec.run.root, spec.run.endpoint).child(spec.name)
+        self.endpoint = resolve_endpoint(spec.run.endpoint)
+        self.store: Store = open_store(spec.run.root, self.endpoint).child(spec.name)
 
     @property
     def result(self) -> str:
@@ -125,7 +126,9 @@ def revision() -> str:
 
 
 def _science(identity: dict[str, Any]) -> dict[str, Any]:
+    """What decides the weights. Data are known by their fingerprint, wherever they lie."""
     spec = {key: value for key, value in identity["spec"].items() if key not in _NOT_SCIENCE}
+    spec["data"] = {key: value for key, value in spec["data"].items() if key not in ("root", "endpoint")}
     return {"data fingerprint": identity["data"]} | spec
 
 

@@ -1,17 +1,19 @@
 """Job of kind `train`, the driver's side: check, summarise, launch, restart what was lost.
 
-Each run is a Ray task that calls `TorchTrainer.fit`; several of them make the fine-tunes. A run that lost a worker
-goes on from its last checkpoint, and so does the same command given again.
+Each run is a thread that calls `TorchTrainer.fit`; several of them make the fine-tunes. A run that lost a worker goes
+on from its last checkpoint, and so does the same command given again.
 """
 
 from __future__ import annotations
 
-import os
 import tempfile
 import traceback
 import uuid
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import ray
@@ -71,11 +73,14 @@ def run_all(specs: list[TrainSpec], max_parallel: int) -> None:
         if len(unfinished) > 1:
             say(f"  {len(unfinished)} runs, {min(at_once, len(unfinished))} at once")
         board = ray.remote(num_cpus=0)(Board).remote()
-        fit_task = ray.remote(num_cpus=0, max_retries=0)(fit)
-        for begin in range(0, len(unfinished), at_once):
-            group = unfinished[begin : begin + at_once]
-            refs = {prepared.run.spec.name: fit_task.remote(prepared, board) for prepared in group}
-            watch(refs, board, unit="steps", every=first.run.log_every_steps)
+        abandoned = Event()
+        try:
+            for begin in range(0, len(unfinished), at_once):
+                group = unfinished[begin : begin + at_once]
+                fits = {prepared.run.spec.name: _in_thread(fit, prepared, board, abandoned) for prepared in group}
+                watch(fits, board, unit="steps", every=first.run.log_every_steps)
+        finally:
+            abandoned.set()
 
 
 def prepare(spec: TrainSpec) -> Prepared | None:
@@ -132,10 +137,8 @@ def _summarise(run: Run, plan: Plan) -> None:
         say(f"    goes on from step {step}")
 
 
-def fit(prepared: Prepared, board: Any) -> None:
-    """One run to its end, in a Ray task of its own. Raises `UserError` for everything that stops it for good."""
-    # Relative paths of a spec mean the folder of the job, on workers too.
-    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+def fit(prepared: Prepared, board: Any, abandoned: Event) -> None:
+    """One run to its end. Raises `UserError` for everything that stops it for good."""
     run, spec = prepared.run, prepared.run.spec
     restarts = 0
     while True:
@@ -145,6 +148,8 @@ def fit(prepared: Prepared, board: Any) -> None:
         except (TrainingFailedError, RayError) as error:
             if cause := user_error(error):
                 raise cause from None
+            if abandoned.is_set():  # interrupted, or another run has failed: nobody waits for this one
+                raise
             run.store.write(FAILURE, "".join(traceback.format_exception(error)).encode())
             if restarts == spec.cluster.max_restarts:
                 problem = f"failed {restarts + 1} times, last with {_first_failure(error)}"
@@ -152,6 +157,21 @@ def fit(prepared: Prepared, board: Any) -> None:
             restarts += 1
         note = f"restart {restarts} of {spec.cluster.max_restarts} from step {run.step()}"
         board.post.remote(spec.name, run.step(), prepared.plan.num_steps, note)
+
+
+def _in_thread(function: Callable[..., None], *arguments: Any) -> Future[None]:
+    """Like an executor's `submit`, but nobody waits for the thread when the program ends."""
+    future: Future[None] = Future()
+
+    def work() -> None:
+        try:
+            function(*arguments)
+            future.set_result(None)
+        except BaseException as error:  # noqa: BLE001  handed to whoever waits
+            future.set_exception(error)
+
+    Thread(target=work, daemon=True).start()
+    return future
 
 
 def _trainer(prepared: Prepared, board: Any) -> Any:

@@ -48,8 +48,8 @@ def train_worker(config: dict[str, Any]) -> None:
                 checkpoint_every_steps=spec.checkpoint.every_steps,
                 plan_fingerprint=plan.fingerprint(),
             ),
-            backbone_dir=checkpoint_folder(backbone_url(run), spec.run.endpoint),
-            init_adapter=Path(local_folder(spec.init_adapter, spec.run.endpoint)) if spec.init_adapter else None,
+            backbone_dir=checkpoint_folder(backbone_url(run), run.endpoint),
+            init_adapter=Path(local_folder(spec.init_adapter, run.endpoint)) if spec.init_adapter else None,
             tasks=prepared.tasks,
             batches=lambda start: batches(
                 ray.train.get_dataset_shard(SHARD),

@@ -16,8 +16,8 @@ from pipelines.store import PARTIAL, LocalStore, Store, disk_errors
 def open_store(url: str, endpoint: str | None = None) -> Store:
     """Opens a local path, file:// or s3:// URL. Nothing is contacted or created.
 
-    `endpoint` (or AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL) names another object store than AWS; it is resolved here
-    and travels with the store, so that workers need not have the variable. Credentials are each machine's own.
+    `endpoint` names another object store than AWS; `resolve_endpoint` is applied to it, and the result travels with
+    the store. Credentials are each machine's own.
     """
     scheme, separator, rest = url.partition("://")
     if not separator:
@@ -28,7 +28,12 @@ def open_store(url: str, endpoint: str | None = None) -> Store:
         raise UserError(url, f"unknown scheme {scheme}://", "use a local path, file:// or s3://")
     from pipelines.s3 import open_s3  # boto3 is loaded only where it is used
 
-    return open_s3(url, endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"))
+    return open_s3(url, resolve_endpoint(endpoint))
+
+
+def resolve_endpoint(endpoint: str | None) -> str | None:
+    """What was given, or AWS_ENDPOINT_URL_S3, or AWS_ENDPOINT_URL. For drivers: workers need not have the variables."""
+    return endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
 
 
 def localize(url: str, cache_dir: Path, endpoint: str | None = None) -> Path:

@@ -43,8 +43,8 @@ def ray_cluster() -> Iterator[None]:
     import ray.data
 
     folder = tempfile.mkdtemp(prefix="rz", dir="/tmp")  # sockets lie in it, and their paths must be short
-    ray.init(num_cpus=4, include_dashboard=False, object_store_memory=512 << 20, _temp_dir=folder)
-    logging.getLogger("ray.data").setLevel(logging.WARNING)  # or pages of it drown every failing test
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=512 << 20, _temp_dir=folder)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # or pages of it drown every failing test
     yield
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)

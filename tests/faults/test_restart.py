@@ -44,12 +44,12 @@ def make_spec(tmp_path: Path, name: str, **changes: Any) -> TrainSpec:
     return TrainSpec.model_validate(fields | changes)
 
 
-def outcome(spec: TrainSpec) -> tuple[list[float], dict[str, bytes]]:
-    """Losses of all steps, and the files of the result."""
+def outcome(spec: TrainSpec) -> tuple[list[float], bytes]:
+    """Losses of all steps, and the weights they led to."""
     store = Run(spec).store
     rows = [json.loads(line) for line in store.read("metrics.jsonl").splitlines()]
     assert [row["step"] for row in rows] == list(range(40))
-    return [row["loss"] for row in rows], {path: store.read(path) for path in store.list("adapter")}
+    return [row["loss"] for row in rows], store.read("adapter/adapter_model.safetensors")
 
 
 def kill_a_worker_after_the_first_checkpoint(spec: TrainSpec, killed: list[int]) -> None:
@@ -76,13 +76,11 @@ def test_run_that_loses_a_worker_ends_with_the_same_bytes(tmp_path: Path, ray_cl
 
     assert killed[0] < 40  # it was killed while it trained
     assert Run(stormy).store.exists(train.FAILURE)
-    (losses, files), (losses_again, files_again) = outcome(quiet), outcome(stormy)
-    assert losses == losses_again
-    assert files == files_again
-    assert {"adapter/adapter_model.safetensors", "adapter/rzen.json"} <= set(files)
+    assert outcome(quiet) == outcome(stormy)
 
+    tags = Run(stormy).store.tags()
     train.run(stormy)  # finished: nothing happens
-    assert outcome(stormy)[1] == files_again
+    assert Run(stormy).store.tags() == tags
 
 
 def test_source_without_a_usable_sample_stops_the_run_with_one_message(tmp_path: Path, ray_cluster: None) -> None:
