@@ -30,6 +30,7 @@ from jobs.worker import train_worker
 from pipelines.errors import UserError
 from pipelines.plan import Plan, build_plan
 from pipelines.reader import Reader
+from rzen.checkpoints import HUB_NAME, checkpoint_dir
 from rzen.config import TinyBackbone
 
 FAILURE = "failure.txt"
@@ -95,6 +96,7 @@ def prepare(spec: TrainSpec) -> Prepared | None:
         seed=spec.seed,
     )
     plan.check_world_size(spec.cluster.workers)
+    _check_models(spec)
     run = Run(spec)
     if not run.begin(f"{reader.fingerprint} {plan.fingerprint()}"):
         say(f"  {run.store.url}: finished before")
@@ -103,6 +105,16 @@ def prepare(spec: TrainSpec) -> Prepared | None:
         _build_backbone(run, spec.model.backbone, reader)
     _summarise(run, plan)
     return Prepared(run, plan, reader.tasks(plan))
+
+
+def _check_models(spec: TrainSpec) -> None:
+    """Raise `UserError` for a missing local model here, and not on a worker half a minute later."""
+    backbone = spec.model.backbone
+    if isinstance(backbone, str) and "://" not in backbone and not HUB_NAME.fullmatch(backbone):
+        checkpoint_dir(backbone)
+    adapter = spec.init_adapter
+    if adapter and "://" not in adapter and not Path(adapter).is_dir():
+        raise UserError(f"init_adapter {adapter}", "does not exist", "run stage 1 first, or set init_adapter: null")
 
 
 def _build_backbone(run: Run, config: TinyBackbone, reader: Reader) -> None:
@@ -155,8 +167,10 @@ def fit(prepared: Prepared, board: Any, abandoned: Event) -> None:
                 problem = f"failed {restarts + 1} times, last with {_first_failure(error)}"
                 raise UserError(run.store.url, problem, f"{FAILURE} there holds the traceback") from None
             restarts += 1
-        note = f"restart {restarts} of {spec.cluster.max_restarts} from step {run.step()}"
-        board.post.remote(spec.name, run.step(), prepared.plan.num_steps, note)
+            lost = f"lost a worker ({_first_failure(error)}; {run.store.url}/{FAILURE})"
+        say(
+            f"  {spec.name}: {lost}; restart {restarts} of {spec.cluster.max_restarts} from step {run.step()}", "yellow"
+        )
 
 
 def _in_thread(function: Callable[..., None], *arguments: Any) -> Future[None]:
@@ -207,4 +221,4 @@ def _trainer(prepared: Prepared, board: Any) -> Any:
 
 def _first_failure(error: BaseException) -> str:
     failures = getattr(error, "worker_failures", {})
-    return repr(next(iter(failures.values()), error)).splitlines()[0][:300]
+    return str(next(iter(failures.values()), error)).strip().splitlines()[-1][:200]

@@ -16,6 +16,7 @@ from pipelines.errors import UserError
 
 # `model_type` of the checkpoints whose prompts, patches and positions are tested, and what people call them.
 MODEL_TYPES = {"qwen2_vl": "Qwen2-VL"}
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
 
 
@@ -46,7 +47,7 @@ def checkpoint_sha256(folder: Path) -> str:
 
 
 def _download(name: str) -> Path:
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if not HUB_NAME.fullmatch(name):
         raise UserError(name, "is neither a directory nor a hub name", "name an existing checkpoint directory")
     try:
         return Path(snapshot_download(name, allow_patterns=CHECKPOINT_FILES))

@@ -1,0 +1,84 @@
+import os
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+
+from jobs.cluster import set_environment, user_error
+from pipelines.errors import UserError
+
+MISTAKE = UserError("place", "problem", "fix")
+
+
+class TaskError(UserError):
+    """As Ray wraps an error of a task: an instance of its class too, printing a traceback."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__("Traceback", "of many lines")
+        self.cause = cause
+
+
+class WorkersError(Exception):
+    """As Ray Train tells failures by rank."""
+
+    def __init__(self, worker_failures: dict[int, Exception]) -> None:
+        super().__init__("workers failed")
+        self.worker_failures = worker_failures
+
+
+def caused_by(cause: Exception) -> Exception:
+    error = RuntimeError("around")
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MISTAKE,
+        TaskError(MISTAKE),
+        caused_by(TaskError(MISTAKE)),
+        WorkersError({0: RuntimeError("connection reset"), 1: TaskError(MISTAKE)}),
+        caused_by(WorkersError({1: caused_by(MISTAKE)})),
+    ],
+)
+def test_mistake_is_found_in_what_ray_makes_of_it(error: Exception) -> None:
+    assert user_error(error) is MISTAKE
+
+
+def test_other_errors_hold_no_mistake() -> None:
+    assert user_error(caused_by(WorkersError({0: RuntimeError("bug")}))) is None
+
+
+def test_local_ray_gets_a_token_of_its_own_and_a_cluster_keeps_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_TRAIN_ENABLE_STATE_TRACKING"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("PYTHONPATH", "PATH", "RAY_CHDIR_TO_TRIAL_DIR"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    set_environment()
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+    assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
+    set_environment()
+    assert "RAY_AUTH_TOKEN" not in os.environ
+    assert os.environ["RAY_TRAIN_ENABLE_STATE_TRACKING"] == "1"
+    monkeypatch.delenv("RAY_TRAIN_ENABLE_STATE_TRACKING")
+
+
+def test_watch_raises_the_first_failure_as_itself(ray_cluster: None) -> None:
+    import ray
+
+    from jobs.cluster import watch
+    from jobs.progress import Board
+
+    board = ray.remote(num_cpus=0)(Board).remote()
+    good: Future[Any] = Future()
+    bad: Future[Any] = Future()
+    good.set_result(1)
+    bad.set_exception(caused_by(MISTAKE))
+    with pytest.raises(UserError) as caught:
+        watch({"good": good, "bad": bad}, board)
+    assert caught.value is MISTAKE
+    assert watch({"good": good}, board) == {"good": 1}
