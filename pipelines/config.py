@@ -27,6 +27,8 @@ class MediaConfig(Config):
     """`pyav` is right on every container tried; `decord` cannot open AV1 and runs only in a child process."""
     document_backend: Literal["pymupdf", "pypdfium2"] = "pymupdf"
     """pymupdf is AGPL-3.0 or commercial; pypdfium2 is BSD/Apache. Both give the same page within anti-aliasing."""
+    image_pixels: PositiveInt = 1_003_520
+    """A JPEG of more pixels may be decoded at 1/2, 1/4 or 1/8 of its size, never below this: 1280 visual tokens."""
     page_pixels: PositiveInt = 1_003_520
     """Pixels of a rendered page: 1280 visual tokens of 28 x 28 pixels (paper, at most 1280 per image)."""
     max_pixels: PositiveInt = 64_000_000

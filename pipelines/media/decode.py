@@ -19,7 +19,7 @@ def decode_pixels(kind: MediaKind, data: bytes, config: MediaConfig) -> UInt8Arr
     """RGB frames `[T, H, W, 3]` of one member; T is 1 for an image and for the page of a one-page document."""
     match kind:
         case "image":
-            return decode_image(data, config)[None]
+            return decode_image(data, config, config.image_pixels)[None]
         case "document":
             return render_page(data, 0, config)[None]
         case "video":

@@ -17,7 +17,7 @@ from PIL import Image
 from pipelines.config import MediaConfig
 from pipelines.errors import BadMedia, UserError
 from pipelines.media import documents
-from pipelines.media.decode import Decoder, decode_member, decode_sample
+from pipelines.media.decode import Decoder, decode_member, decode_pixels, decode_sample
 from pipelines.media.images import decode_image
 from pipelines.media.videos import decode_video, uniform_indices
 from pipelines.samples import Media, Sample, Side
@@ -459,3 +459,10 @@ def test_isolated_decoding_gives_the_same_pixels_and_reasons():
     for one, other in zip((isolated.query, isolated.positive), (plain.query, plain.positive), strict=True):
         np.testing.assert_array_equal(one.visuals[0].frames, other.visuals[0].frames)
     assert isolated.negatives[0].instruction == "Understand:"
+
+
+def test_large_photo_is_decoded_at_a_fraction_of_its_size_and_a_small_one_whole() -> None:
+    photo = encoded(Image.new("RGB", (800, 400), (200, 30, 30)), "JPEG")
+    config = MediaConfig(image_pixels=200 * 100)
+    assert decode_pixels("image", photo, config).shape == (1, 100, 200, 3)
+    assert decode_pixels("image", photo, CONFIG).shape == (1, 400, 800, 3)
