@@ -60,9 +60,10 @@ def run(spec: EmbedSpec) -> dict[str, Any]:
         "parts": sorted(parts),
         "num_vectors": total - skipped.total(),
         "skipped": dict(skipped),
-        "model": spec.model,
+        # Absolute, where local: whoever searches may be in another folder.
+        "model": open_store(spec.model, spec.endpoint).url,
         "dtype": spec.dtype,
-        "data": spec.data.model_dump(mode="json"),
+        "data": spec.data.model_dump(mode="json") | {"root": open_store(spec.data.root, spec.data.endpoint).url},
     }
     store.write(MANIFEST, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
     for reason, count in skipped.items():

@@ -28,6 +28,8 @@ from rzen.evaluation.report import Result, plot_losses, plot_scores
 from rzen.page.hits import MODALITIES, Hit, Search, terminal_hits
 from rzen.page.write import write_page
 
+_NUM_CAPTIONS = 4
+
 
 def run(spec: SearchSpec) -> dict[str, Any]:
     """Prints the hits of every query; writes the page where one is asked for."""
@@ -35,12 +37,13 @@ def run(spec: SearchSpec) -> dict[str, Any]:
     manifest = _read_manifest(store)
     corpus, vectors_ND = _read_vectors(store, manifest, spec)
     processor, embedder = load_exported(manifest["model"], spec.endpoint, manifest["dtype"])
-    sides = [DecodedSide(text=query, instruction=spec.instruction) for query in spec.queries]
+    queries = spec.queries or _captions(corpus)
+    sides = [DecodedSide(text=query, instruction=spec.instruction) for query in queries]
     rows_QK, scores_QK = top_k(embed_sides(processor, embedder, sides, len(sides)), vectors_ND, spec.top_k)
     data = DataConfig.model_validate(manifest["data"])
     searches = [
         Search(query, _hits(data, corpus.take(rows_K).to_pylist(), scores_K))
-        for query, rows_K, scores_K in zip(spec.queries, rows_QK, scores_QK, strict=True)
+        for query, rows_K, scores_K in zip(queries, rows_QK, scores_QK, strict=True)
     ]
     for search in searches:
         console.print(terminal_hits(search))
@@ -72,6 +75,12 @@ def _read_vectors(store: Store, manifest: dict[str, Any], spec: SearchSpec) -> t
         raise UserError("modalities", f"{store.url} holds none of {', '.join(spec.modalities or [])}", "ask for others")
     table = table.take(kept)
     return table.drop_columns(["vector"]), np.stack(table["vector"].to_numpy(zero_copy_only=False))
+
+
+def _captions(corpus: pa.Table) -> list[str]:
+    """Titles of a few targets, spread over the corpus."""
+    spread = np.linspace(0, len(corpus) - 1, min(_NUM_CAPTIONS, len(corpus)), dtype=int)
+    return list(dict.fromkeys(corpus["title"].take(spread).to_pylist()))
 
 
 def _hits(data: DataConfig, rows: list[dict[str, Any]], scores_K: Any) -> list[Hit]:

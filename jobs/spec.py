@@ -272,8 +272,8 @@ class SearchSpec(Config):
 
     kind: Literal["search"]
     """Searches."""
-    queries: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
-    """What to search for."""
+    queries: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None
+    """What to search for; `null` takes a few captions of the corpus itself."""
     vectors: str
     """Directory or s3:// URL written by a job of kind `embed`."""
     endpoint: str | None = None
