@@ -105,6 +105,12 @@ def test_search_from_the_command_line(road: Any, capsys: pytest.CaptureFixture[s
     assert page.exists()
 
 
+def test_search_without_queries_takes_captions_of_the_corpus(road: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    sets = ["--set", "queries=null", "--set", "vectors=s3://road/demo/vectors", "--set", "page=null"]
+    assert main(["run", str(ROOT / "jobs/search.yaml"), *sets]) == 0
+    assert capsys.readouterr().out.count("rank  score") == 4
+
+
 def test_same_code_trains_from_object_storage_with_the_stage_of_the_recipe(road: Any, s3_endpoint: str) -> None:
     """`rzen run jobs/stage2.yaml --set data.root=s3://...`, with the sizes of this machine."""
     changes = {
