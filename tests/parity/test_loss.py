@@ -254,14 +254,14 @@ def test_temperature_stops_at_its_bounds_and_returns() -> None:
     objective = Objective(config(tau=0.1), ["t"])
     with torch.no_grad():
         objective.theta_T.fill_(math.log(0.001))
-    assert float(objective.temperature("t")) == pytest.approx(0.005)
+    assert objective.temperature("t").item() == pytest.approx(0.005)
     objective.clamp_()
     assert float(objective.theta_T.exp()) == pytest.approx(0.005)
     objective.temperature("t").backward()
     assert float(objective.theta_T.grad) == pytest.approx(0.005)  # d tau / d theta = tau: not cut at the bound
     with torch.no_grad():
         objective.theta_T += 1.0
-    assert float(objective.temperature("t")) == pytest.approx(0.005 * math.e)
+    assert objective.temperature("t").item() == pytest.approx(0.005 * math.e)
 
 
 def test_fixed_temperature_is_not_trained() -> None:
