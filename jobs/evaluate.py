@@ -21,7 +21,7 @@ from pipelines.samples import DecodedSample, Rejected
 from pipelines.storage import resolve_endpoint
 from rzen.evaluation.encode import embed_sides
 from rzen.evaluation.ranking import is_collapsed, rank_of_gold
-from rzen.evaluation.report import Result, terminal_table, write_results
+from rzen.evaluation.report import Result, markdown_table, terminal_table, write_results
 from rzen.evaluation.tasks import METRICS, TASKS, chance
 
 
@@ -46,8 +46,10 @@ def run(spec: EvaluateSpec) -> dict[str, Any]:
         "revision": revision(),
     }
     write_results(Path(spec.out), rows, settings)
+    table = Path(spec.out).with_suffix(".md")
+    table.write_text(markdown_table(rows), encoding="utf-8")
     console.print(terminal_table(rows))
-    say(f"  {spec.out}")
+    say(f"  {spec.out}, {table.name}")
     return {"outputs": [spec.out]}
 
 

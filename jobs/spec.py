@@ -210,7 +210,7 @@ class EvaluateSpec(Config):
     autoscaling: bool = False
     """The cluster can grow: skip the check that it is large enough now."""
     out: str
-    """Local JSON file to write."""
+    """Local JSON file to write, and its table beside it as Markdown."""
 
     @model_validator(mode="after")
     def _known_tasks(self) -> EvaluateSpec:

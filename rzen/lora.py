@@ -11,7 +11,7 @@ import torch
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipelines.errors import UserError
@@ -35,11 +35,6 @@ def add_lora(backbone: PreTrainedModel, config: LoraConfig, seed: int) -> peft.P
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return peft.get_peft_model(backbone, settings)
-
-
-def trainable_state(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters that are trained, by name: the live tensors, detached, not copies."""
-    return {name: value.detach() for name, value in module.named_parameters() if value.requires_grad}
 
 
 def save_adapter(model: peft.PeftModel, folder: Path, *, prompt: PromptConfig, base: str, base_sha256: str) -> None:

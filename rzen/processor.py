@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -48,15 +48,6 @@ class EncodedBatch:
 
     def __len__(self) -> int:
         return len(self.lengths)
-
-    def to_arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """The arrays by field name, as they are."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
-
-    @classmethod
-    def from_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]]) -> EncodedBatch:
-        """Inverse of `to_arrays`; other keys are ignored."""
-        return cls(**{field.name: arrays[field.name] for field in fields(cls)})
 
     @classmethod
     def concat(cls, batches: Sequence[EncodedBatch]) -> EncodedBatch:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor, nn
 
 from pipelines.samples import DecodedSide, MediaKind, Visual
 from rzen.backbone import build_tiny
@@ -30,6 +31,11 @@ def tiny_checkpoint(folder: Path, config: TinyBackbone = TINY) -> str:
 def tiny_model(model_dir: str, prompt: PromptConfig = PROMPT) -> ModelConfig:
     """Settings for a tiny backbone on a CPU."""
     return ModelConfig(backbone=model_dir, prompt=prompt, dtype="float32", gradient_checkpointing=False)
+
+
+def trainable_state(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters that are trained, by name."""
+    return {name: value.detach() for name, value in module.named_parameters() if value.requires_grad}
 
 
 def noise(kind: MediaKind, frames: int, height_px: int, width_px: int, seed: int = 0) -> Visual:

@@ -27,12 +27,6 @@ from pipelines.samples import UInt8Array
 _MARK_WINDOW_BYTES = 1024
 
 
-def count_pages(data: bytes, config: MediaConfig) -> int:
-    """Pages of the document, at least one."""
-    with _opened(data, config) as pdf:
-        return pdf.count
-
-
 def render_page(data: bytes, page: int, config: MediaConfig) -> UInt8Array:
     """One page `[H, W, 3]` on white with about `config.page_pixels` pixels in its own aspect ratio, however large or
     small its box. Raises `BadMedia("extreme_aspect_ratio")` too.
@@ -47,12 +41,6 @@ def extract_page(data: bytes, page: int, config: MediaConfig) -> bytes:
     """A PDF that holds this page alone. Equal input gives equal bytes: it carries neither dates nor a random ID."""
     with _opened(data, config, page) as pdf:
         return pdf.extract(page)
-
-
-def page_text(data: bytes, page: int, config: MediaConfig) -> str:
-    """The text layer of one page, empty where it has none (a scan)."""
-    with _opened(data, config, page) as pdf:
-        return pdf.text(page)
 
 
 def page_texts(data: bytes, config: MediaConfig) -> list[str]:

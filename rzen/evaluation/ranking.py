@@ -8,9 +8,6 @@ Shapes: Q queries, N targets, R relevant targets per query, D embedding width. R
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-
 import numpy as np
 import numpy.typing as npt
 
@@ -111,14 +108,6 @@ def check_vectors(vectors_ND: FloatArray, place: str) -> None:
             raise UserError(
                 f"{place}[{row}]", f"{problem} ({wrong_N.sum()} of {len(wrong_N)})", "check the model that made them"
             )
-
-
-def check_ids(ids: Sequence[str], expected: Sequence[str], place: str) -> None:
-    """Raise `UserError` unless `ids` holds each of `expected` exactly once, in any order."""
-    found, wanted = Counter(ids), Counter(expected)
-    for what, wrong in (("missing", wanted - found), ("unexpected or repeated", found - wanted)):
-        if wrong:
-            raise UserError(place, f"{wrong.total()} ids {what}, such as {min(wrong)!r}", "every id comes exactly once")
 
 
 def _check_gold(gold_QR: IntArray, num_targets: int) -> None:

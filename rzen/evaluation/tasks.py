@@ -8,7 +8,6 @@ from typing import Literal
 
 import numpy as np
 
-from pipelines.errors import UserError
 from rzen.evaluation.ranking import IntArray, hit_at_k, mrr, ndcg_at_k
 
 Form = Literal["text", "image", "page", "video", "image+text"]
@@ -44,13 +43,6 @@ TASKS: dict[str, Task] = {
         Task("image_text_image", "Image + text → image", "image+text", "image", ("hit@1", "ndcg@5")),
     )
 }
-
-
-def task_named(name: str) -> Task:
-    """The row of `TASKS`. Raises `UserError` for a name that is not in it."""
-    if name not in TASKS:
-        raise UserError(f"task {name!r}", "is not an evaluation task", f"known tasks: {', '.join(TASKS)}")
-    return TASKS[name]
 
 
 def chance(metric: Metric, num_candidates: int) -> float:

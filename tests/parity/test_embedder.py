@@ -21,10 +21,10 @@ from pipelines.samples import DecodedSide, Visual
 from rzen.backbone import load_backbone
 from rzen.config import LoraConfig
 from rzen.embedder import Embedder
-from rzen.lora import add_lora, load_adapter, save_adapter, trainable_state
+from rzen.lora import add_lora, load_adapter, save_adapter
 from rzen.processor import Processor
 from rzen.prompts import render
-from tests.tiny import PROMPT, TEXTS, TINY, mixed_sides, noise, tiny_checkpoint, tiny_model
+from tests.tiny import PROMPT, TEXTS, TINY, mixed_sides, noise, tiny_checkpoint, tiny_model, trainable_state
 
 LORA = LoraConfig(rank=3)
 LINEARS = 2 * 4 + 2 + 2 * 7  # vision blocks, merger, language layers
@@ -244,7 +244,7 @@ def test_an_adapter_of_another_backbone_is_refused(model_dir: str, processor: Pr
 
 def test_a_read_only_batch_is_accepted(model_dir: str, processor: Processor) -> None:
     batch = processor.encode([DecodedSide(text=TEXTS[0], visuals=(noise("image", 1, 40, 40),))])
-    for array in batch.to_arrays().values():
+    for array in vars(batch).values():
         array.flags.writeable = False  # as arrays that come from Ray's object store
     with torch.no_grad():
         assert embedder_of(model_dir, processor)(batch).norm(dim=-1).item() == pytest.approx(1.0, abs=1e-6)

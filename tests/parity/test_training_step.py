@@ -134,7 +134,7 @@ def test_pairs_are_encoded_alone_and_joined_in_order(model_dir: str) -> None:
         (pairs.queries, processor.encode(sides)),
         (pairs.targets, processor.encode([sides[1], sides[2], sides[0]])),
     ):
-        for name, array in expected.to_arrays().items():
+        for name, array in vars(expected).items():
             np.testing.assert_array_equal(getattr(found, name), array)
 
 

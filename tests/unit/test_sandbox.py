@@ -16,7 +16,7 @@ import pytest
 from pipelines.config import MediaConfig
 from pipelines.errors import BadMedia
 from pipelines.media import sandbox
-from pipelines.media.documents import page_text, render_page
+from pipelines.media.documents import page_texts, render_page
 from pipelines.media.sandbox import Sandbox
 
 LIMITS = MediaConfig(max_cpu_s=1, max_memory_bytes=2 << 30)
@@ -53,7 +53,7 @@ def test_one_child_serves_many_calls_outside_this_process(shared):
 
 def test_what_the_decoder_says_reaches_the_caller(shared):
     pid = shared.call(os.getpid)
-    assert reason(shared, page_text, b"<html>", 0, LIMITS) == "not_a_pdf"
+    assert reason(shared, page_texts, b"<html>", LIMITS) == "not_a_pdf"
     with pytest.raises(RuntimeError, match=r"invalid literal for int.*'x'"):
         shared.call(int, "x")
     assert shared.call(os.getpid) == pid
