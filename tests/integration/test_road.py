@@ -12,6 +12,7 @@ from transformers import AutoModel
 from jobs.cli import main
 from jobs.models import local_folder
 from pipelines.storage import open_store
+from rzen.evaluation.report import Result, markdown_table
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,6 +51,7 @@ def test_every_model_is_scored_on_every_task(road: Any) -> None:
     }
     assert all(0 <= row["value"] <= 1 and row["num_queries"] == row["num_candidates"] == 8 for row in rows)
     assert list(dict.fromkeys(row["model"] for row in rows)) == MODELS
+    assert (out / "results.md").read_text() == markdown_table([Result(**row) for row in rows])
 
 
 def test_exported_soup_is_a_checkpoint_for_automodel(road: Any, s3_endpoint: str) -> None:
