@@ -221,4 +221,4 @@ def _trainer(prepared: Prepared, board: Any) -> Any:
 
 def _first_failure(error: BaseException) -> str:
     failures = getattr(error, "worker_failures", {})
-    return str(next(iter(failures.values()), error)).strip().splitlines()[-1][:200]
+    return str(next(iter(failures.values()), error)).strip().splitlines()[-1].partition(". ")[0][:200]
