@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
-_LINES = 5  # of a piece of work, where nobody asks for another number
+_LINES = 5  # of a piece of work, where nobody asks for another interval
 
 
 def say(text: str, style: str = "") -> None:
@@ -48,7 +48,7 @@ class Bars:
         self._progress.stop()
 
     def update(self, name: str, done: int, total: int, unit: str = "samples", note: str = "", every: int = 0) -> None:
-        """`done` of `total` so far; `every` so many a line is printed where there is no terminal (0: ten lines)."""
+        """`done` of `total` so far. Without a terminal, a line is printed every `every` (0: every fifth of `total`)."""
         begun_s, begun = self._started_at.setdefault(name, (time.monotonic(), done))
         elapsed_s = time.monotonic() - begun_s
         rate = (done - begun) / elapsed_s if elapsed_s > 0 else 0.0
@@ -62,8 +62,9 @@ class Bars:
         if mark > self._told.setdefault(name, done // (every or max(1, total // _LINES))):
             self._told[name] = mark
             left = f", {duration((total - done) / rate)} left" if rate and done < total else ""
+            speed = f" ({rate:.1f}/s{left})" if rate else ""
             note = f"  {note}" if note else ""
-            say(f"  {name}: {unit} {done:,}/{total:,} ({rate:.1f}/s{left}){note}")
+            say(f"  {name}: {unit} {done:,}/{total:,}{speed}{note}")
 
 
 def duration(seconds: float) -> str:
