@@ -6,6 +6,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path, PurePosixPath
@@ -13,17 +14,19 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import boto3
-from boto3.s3.transfer import S3TransferRetriesExceededError
 from botocore.config import Config as ClientConfig
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
     ConnectionClosedError,
+    FlexibleChecksumError,
     IncompleteReadError,
     NoCredentialsError,
     PartialCredentialsError,
+    ReadTimeoutError,
     ResponseStreamingError,
 )
+from botocore.exceptions import ConnectionError as UnreachableError
 from pyarrow import fs
 
 from pipelines.errors import UserError
@@ -32,11 +35,31 @@ from pipelines.store import Store, disk_errors, ends_early, inside, replacing
 T = TypeVar("T")
 _CONNECT_TIMEOUT_S = 3
 _READ_TIMEOUT_S = 20
-_PAUSES_S = (0.1, 0.3, 1.0, 3.0)  # between attempts on a store that answers, but badly
+_PAUSES_S = (0.1, 0.3, 1.0, 3.0, 6.0, 10.0, 10.0)  # at most, between attempts on a store that answers, but badly
+_PATIENCE_S = 60  # no attempt begins later: one alone may take long
+_UNREACHABLE_PATIENCE_S = 3  # where nothing answers, the address is wrong more often than the store is down
+_MIN_BYTES_PER_S = 16 << 10  # an answer that comes more slowly is asked for again
+_CHUNK_BYTES = 256 << 10  # after each the pace is looked at
+_PART_BYTES = 8 << 20  # of a download
+_NUM_PARTS_AT_ONCE = 10
 
 
-class _ShortError(Exception):
+class _BadAnswerError(Exception):
+    """An answer that cannot be used, while the next one may be whole."""
+
+
+class _ShortError(_BadAnswerError):
     """Fewer bytes than were promised: a cut connection."""
+
+
+_PASSING = (  # beside answers that say so: faults on the way
+    ConnectionClosedError,
+    FlexibleChecksumError,
+    IncompleteReadError,
+    ReadTimeoutError,
+    ResponseStreamingError,
+    _BadAnswerError,
+)
 
 
 def open_s3(url: str, endpoint: str | None) -> S3Store:
@@ -65,11 +88,12 @@ class S3Store(Store):
 
     def _call(self, path: str, operation: Callable[[Any], T]) -> T:
         """One operation, repeated on passing faults; a lasting one becomes `FileNotFoundError` or `UserError`."""
+        start_s = time.monotonic()
         for pause_s in (*_PAUSES_S, None):
             try:
                 return operation(_client(self.endpoint, os.getpid()))
-            except (ClientError, BotoCoreError, S3TransferRetriesExceededError, _ShortError) as error:
-                if pause_s is None or not _passing(error):
+            except (ClientError, BotoCoreError, _BadAnswerError) as error:
+                if pause_s is None or time.monotonic() - start_s >= _patience_s(error):
                     raise _explained(f"{self.url}/{path}", self.endpoint, error) from error
             time.sleep(pause_s * random.uniform(0.5, 1.0))
         raise AssertionError("the last attempt returns or raises")
@@ -81,9 +105,12 @@ class S3Store(Store):
         return self._call(path, lambda client: _body(client.get_object(Bucket=self.bucket, Key=self._key(path))))
 
     def read_range(self, path: str, offset: int, length: int) -> bytes:
+        return self._range(path, offset, length)
+
+    def _range(self, path: str, offset: int, length: int, **conditions: str) -> bytes:
         def get(client: Any) -> bytes:
             span = f"bytes={offset}-{offset + length - 1}"
-            answer = client.get_object(Bucket=self.bucket, Key=self._key(path), Range=span)
+            answer = client.get_object(Bucket=self.bucket, Key=self._key(path), Range=span, **conditions)
             num_bytes = int(answer["ContentRange"].rpartition("/")[2])
             if num_bytes < offset + length:
                 problem = f"the object has {num_bytes} bytes, {length} from offset {offset} were asked for"
@@ -115,11 +142,20 @@ class S3Store(Store):
         self._call(path, put)
 
     def download(self, path: str, local_file: Path) -> None:
-        def get(client: Any) -> None:
-            with disk_errors(local_file), replacing(local_file) as temporary, temporary.open("wb") as file:
-                client.download_fileobj(self.bucket, self._key(path), file)
+        head = self._call(path, lambda client: client.head_object(Bucket=self.bucket, Key=self._key(path)))
+        num_bytes, tag = head["ContentLength"], head["ETag"]
 
-        self._call(path, get)
+        def copy_part(temporary: Path, offset: int) -> None:
+            """A part by itself, so that a fault costs this part only. All are of the object that the tag names."""
+            data = self._range(path, offset, min(_PART_BYTES, num_bytes - offset), IfMatch=tag)
+            with temporary.open("r+b") as file:
+                file.seek(offset)
+                file.write(data)
+
+        with disk_errors(local_file), replacing(local_file) as temporary:
+            temporary.touch()
+            with ThreadPoolExecutor(_NUM_PARTS_AT_ONCE) as pool:
+                list(pool.map(partial(copy_part, temporary), range(0, num_bytes, _PART_BYTES)))
 
     def tags(self, prefix: str = "") -> dict[str, str]:
         folder = f"{self._key(prefix)}/".lstrip("/")
@@ -127,7 +163,7 @@ class S3Store(Store):
 
         def scan(client: Any) -> dict[str, str]:
             pages = client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=folder)
-            found = (entry for page in pages for entry in page.get("Contents", ()))
+            found = (entry for page in pages for entry in _entries(page))
             return dict(sorted((entry["Key"].removeprefix(root), entry["ETag"]) for entry in found))
 
         return self._call(prefix, scan)
@@ -137,7 +173,7 @@ class S3Store(Store):
 
         def look(client: Any) -> bool:  # a HEAD could not tell a missing object from a missing bucket
             answer = client.list_objects_v2(Bucket=self.bucket, Prefix=key, MaxKeys=1)
-            return any(entry["Key"] == key for entry in answer.get("Contents", ()))
+            return any(entry["Key"] == key for entry in _entries(answer))
 
         return self._call(path, look)
 
@@ -179,11 +215,26 @@ class S3Store(Store):
 
 
 def _body(answer: dict[str, Any], length: int | None = None) -> bytes:
-    data: bytes = answer["Body"].read()
     wanted = answer["ContentLength"] if length is None else length
+    last_s = time.monotonic() + _READ_TIMEOUT_S + wanted / _MIN_BYTES_PER_S
+    chunks = []
+    while chunk := answer["Body"].read(_CHUNK_BYTES):
+        chunks.append(chunk)
+        if time.monotonic() > last_s:  # the client's own limit is for silence only
+            answer["Body"].close()
+            raise _BadAnswerError(f"less than {_MIN_BYTES_PER_S} bytes per second")
+    data = b"".join(chunks)
     if len(data) != wanted:
         raise _ShortError(f"{len(data)} of {wanted} bytes")
     return data
+
+
+def _entries(page: dict[str, Any]) -> Sequence[dict[str, Any]]:
+    """Of a listing. One whose content was lost on the way looks like an empty one to the client."""
+    if "IsTruncated" not in page:
+        raise _BadAnswerError("a listing without content")
+    entries: Sequence[dict[str, Any]] = page.get("Contents", ())
+    return entries
 
 
 @cache
@@ -202,12 +253,15 @@ def _client(endpoint: str | None, _process: int) -> Any:
         raise UserError(endpoint or "AWS", str(error), "write the endpoint as http://host:port") from error
 
 
-def _passing(error: Exception) -> bool:
-    """Whether another attempt may help. An endpoint that cannot be reached was already tried twice by the client."""
+def _patience_s(error: Exception) -> float:
+    """For how long another attempt may help; 0 if it cannot."""
     if isinstance(error, ClientError):
         status: int = error.response["ResponseMetadata"]["HTTPStatusCode"]
-        return status >= 500 or status == 429 or error.response["Error"]["Code"] in ("SlowDown", "RequestTimeout")
-    return isinstance(error, ConnectionClosedError | ResponseStreamingError | IncompleteReadError | _ShortError)
+        passing = status >= 500 or status == 429 or error.response["Error"]["Code"] in ("SlowDown", "RequestTimeout")
+        return _PATIENCE_S if passing else 0
+    if isinstance(error, UnreachableError):
+        return _UNREACHABLE_PATIENCE_S
+    return _PATIENCE_S if isinstance(error, _PASSING) else 0
 
 
 def _explained(place: str, endpoint: str | None, error: Exception) -> Exception:

@@ -6,10 +6,12 @@ import resource
 import socket
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from jobs.local_s3 import free_port
 from pipelines.errors import UserError
 from pipelines.storage import localize, open_store
 from pipelines.store import LocalStore, Store
-from tests.s3 import FaultyProxy
+from tests.faults.s3_proxy import Fault, StormyProxy
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -38,10 +40,9 @@ def bucket_url(s3_endpoint: str) -> str:
 
 
 @pytest.fixture
-def proxy(s3_endpoint: str) -> Iterator[FaultyProxy]:
-    proxy = FaultyProxy(s3_endpoint)
-    yield proxy
-    proxy.close()
+def proxy(s3_endpoint: str) -> Iterator[StormyProxy]:
+    with StormyProxy(s3_endpoint) as proxy:
+        yield proxy
 
 
 def test_what_is_written_is_read(store: Store) -> None:
@@ -166,28 +167,110 @@ def test_the_endpoint_is_taken_from_the_environment(monkeypatch: pytest.MonkeyPa
     assert open_store("s3://b", "http://given").endpoint == "http://given"  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("fault", ["slow_down", "reset", "truncate"])
-def test_passing_faults_are_survived(fault: str, bucket_url: str, proxy: FaultyProxy) -> None:
+@pytest.mark.parametrize("fault", ["slow_down", "reset_body", "short"])
+def test_passing_faults_are_survived(fault: Fault, bucket_url: str, proxy: StormyProxy) -> None:
     store = open_store(bucket_url, proxy.url)
     data = os.urandom(100_003)
     store.write("x", data)
-    proxy.faults = [fault, fault, fault]  # type: ignore[list-item]
+    proxy.faults = [fault] * 3
     assert store.read_range("x", 11, 90_001) == data[11:90_012]
     assert proxy.faults == []
 
 
 def test_a_lasting_fault_ends_with_a_user_error(
-    bucket_url: str, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+    bucket_url: str, proxy: StormyProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipelines.s3._PAUSES_S", (0.01, 0.01))
     store = open_store(bucket_url, proxy.url)
     store.write("x", b"0123456789")
-    proxy.faults = ["truncate"] * 50
+    proxy.faults = ["short"] * 50
     with pytest.raises(UserError, match="ends early: 4 of 8 bytes"):
         store.read_range("x", 1, 8)
     proxy.faults = ["slow_down"] * 50
     with pytest.raises(UserError, match="SlowDown"):
         store.read("x")
+
+
+def test_a_whole_object_of_the_wrong_content_is_asked_for_again(bucket_url: str, proxy: StormyProxy) -> None:
+    store = open_store(bucket_url, proxy.url)
+    store.write("x", b"0123456789")  # stored with a checksum
+    proxy.faults = ["short"] * 2
+    assert store.read("x") == b"0123456789"
+    assert proxy.counts["short"] == 2
+
+
+def test_a_silent_answer_is_asked_for_again(
+    bucket_url: str, proxy: StormyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.s3._READ_TIMEOUT_S", 0.2)
+    store = open_store(bucket_url, proxy.url)
+    store.write("x", b"0123456789")
+    proxy.delay_s = 1.0
+    proxy.faults = ["delay"] * 3  # the first attempt is two requests
+    assert store.read_range("x", 2, 5) == b"23456"
+    assert proxy.faults == []
+
+
+def test_an_answer_that_drips_is_given_up(bucket_url: str, proxy: StormyProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.s3._PAUSES_S", (0.01,))
+    monkeypatch.setattr("pipelines.s3._READ_TIMEOUT_S", 1.0)  # longer than the pauses between the drops
+    monkeypatch.setattr("pipelines.s3._MIN_BYTES_PER_S", 10_000_000)
+    store = open_store(bucket_url, proxy.url)
+    data = os.urandom(500_000)
+    store.write("x", data)
+    proxy.delay_s = 2.4
+    proxy.faults = ["trickle"]
+    assert store.read("x") == data
+    proxy.faults = ["trickle"] * 50
+    with pytest.raises(UserError, match=r"no proper answer from .* \(less than 10000000 bytes per second\)"):
+        store.read("x")
+    assert proxy.counts["trickle"] >= 3
+
+
+def test_a_listing_without_content_is_not_an_empty_folder(
+    bucket_url: str, proxy: StormyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.s3._PAUSES_S", (0.01, 0.01))
+    store = open_store(bucket_url, proxy.url)
+    proxy.faults = ["empty"] * 6
+    for look in (store.list, lambda: store.exists("x")):
+        with pytest.raises(UserError, match="a listing without content"):
+            look()
+    assert store.list() == []
+
+
+def test_an_object_that_is_replaced_while_it_is_downloaded_is_told(
+    bucket_url: str, proxy: StormyProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.s3._PART_BYTES", 4)
+    monkeypatch.setattr("pipelines.s3._NUM_PARTS_AT_ONCE", 1)
+    store = open_store(bucket_url, proxy.url)
+    store.write("x", b"0123456789")
+    store.download("x", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == b"0123456789"
+    proxy.delay_s = 2.0
+    proxy.faults = ["delay"] * 2
+    with ThreadPoolExecutor(1) as pool:
+        download = pool.submit(store.download, "x", tmp_path / "copy")
+        while proxy.counts["delay"] < 2:  # then the HEAD is answered, and the first part is not
+            time.sleep(0.01)
+        store.write("x", b"9876543210")
+        with pytest.raises(UserError, match="PreconditionFailed"):
+            download.result()
+    assert (tmp_path / "copy").read_bytes() == b"0123456789"
+    assert len([*tmp_path.iterdir()]) == 1
+
+
+def test_an_endpoint_that_is_away_for_a_moment_is_waited_for(bucket_url: str, s3_endpoint: str) -> None:
+    open_store(bucket_url, s3_endpoint).write("x", b"0123456789")
+    port = free_port()
+    with ExitStack() as stack:
+        late = threading.Timer(1.5, lambda: stack.enter_context(StormyProxy(s3_endpoint, port=port)))
+        late.start()
+        start_s = time.monotonic()
+        assert open_store(bucket_url, f"http://127.0.0.1:{port}").read("x") == b"0123456789"
+        assert time.monotonic() - start_s >= 1.4
+        late.join()
 
 
 def test_an_unreachable_endpoint_is_told_within_seconds() -> None:
@@ -267,7 +350,7 @@ def test_localize_takes_local_paths_as_they_are(tmp_path: Path) -> None:
 
 
 def test_localize_downloads_once_for_all_processes(
-    bucket_url: str, proxy: FaultyProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bucket_url: str, proxy: StormyProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
     open_store(f"{bucket_url}/model").write("a/w.bin", b"weights")
