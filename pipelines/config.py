@@ -22,9 +22,12 @@ class MediaConfig(Config):
     """How files become pixels, and the limits within which strangers' files are opened."""
 
     frames: PositiveInt = 8
-    """Frames per video, uniform over its length. Our choice; the benchmark protocol uses 8."""
+    """Frames per video, uniform over its length; with `fps`, at most this many. The benchmark protocol uses 8."""
+    fps: PositiveFloat | None = None
+    """Frames per second of video, thinned out evenly where these are more than `frames`. `null`: always `frames`."""
     video_backend: Literal["pyav", "decord"] = "pyav"
-    """`pyav` is right on every container tried; `decord` cannot open AV1 and runs only in a child process."""
+    """`pyav` is right on every container tried; `decord` runs only in a child process, and files that it would get
+    wrong (AV1, edit lists, rotation, open groups, transport streams, ...) are rejected as `decord_unsupported`."""
     document_backend: Literal["pymupdf", "pypdfium2"] = "pymupdf"
     """pymupdf is AGPL-3.0 or commercial; pypdfium2 is BSD/Apache. Both give the same page within anti-aliasing."""
     image_pixels: PositiveInt = 1_003_520
@@ -37,6 +40,10 @@ class MediaConfig(Config):
     """Longer or flatter media are rejected as `extreme_aspect_ratio` (the backbone's own limit)."""
     max_bytes: PositiveInt = 1 << 30
     """Larger files are rejected as `too_many_bytes`, unread."""
+    max_video_s: PositiveFloat = 3600.0
+    """Longer videos are rejected as `too_long_video`: one hour."""
+    max_video_frames: PositiveInt = 216_000
+    """Videos of more frames are rejected as `too_many_frames`: an hour at 60 frames per second."""
     max_pages: PositiveInt = 2000
     """Documents with more pages are rejected as `too_many_pages`."""
     max_cpu_s: PositiveInt = 30
@@ -45,16 +52,35 @@ class MediaConfig(Config):
     """Address space of the decoding child."""
 
 
+class ResampleConfig(Config):
+    """Draw sources that converge slowly more often (paper, section 4; the rule is ours)."""
+
+    every_steps: PositiveInt
+    """The weights change at every multiple of this step, where training pauses for the time of a start."""
+    strength: PositiveFloat = 1.0
+    """A source's share grows with (its loss now / its loss in the first `every_steps` steps)^strength."""
+    max_factor: Annotated[float, Field(ge=1)] = 4.0
+    """No share grows or shrinks by more than this, against the mixture without resampling."""
+
+
 class MixtureConfig(Config):
     """What share of the steps each source gets. Every global batch is drawn from one source (paper, section 4)."""
 
     weights: dict[str, PositiveFloat] | None = None
     """Source name -> relative share of the steps; sources not named are left out. `null`: all, by their size."""
+    groups: dict[str, list[str]] = {}
+    """Name -> sources that are merged into one, as the paper does with image classification (section 4). The group
+    takes the place of its members: each batch is drawn from all of them, by their size."""
     max_samples_per_source: PositiveInt = 100_000
-    """At most this many samples of a source are used (paper, section 4)."""
+    """At most this many samples of a source are used (paper, section 4): random runs of neighbours, always the same."""
+    blocks: dict[str, PositiveInt] = {}
+    """Source or group -> samples that are contrasted with each other, fewer than a global batch, which then consists of
+    several blocks of one size, each from one source. Sources not named fill whole global batches (paper)."""
     run_length: PositiveInt = 16
     """Neighbouring samples of a shard that stay together when an epoch is permuted: one range request each.
     Samples are shuffled globally when shards are written, so neighbours are strangers. Our choice."""
+    resample: ResampleConfig | None = None
+    """Change the weights during the run, from the losses so far. The changes are recorded with the run."""
     merge_small: bool = False
     """Sources with fewer samples than a global batch: `false` refuses them, `true` merges them into one source named
     `small`, with a smaller batch if need be. For folders of a few files."""
@@ -64,9 +90,9 @@ class DataConfig(Config):
     """Where samples lie and how they are read."""
 
     root: str
-    """Directory or s3:// URL under which `ingest` published `{split}/manifest.json`."""
+    """Directory or s3:// URL under which `ingest` or `index` published `{split}/manifest.json`."""
     endpoint: str | None = None
-    """S3 endpoint; the environment's AWS_ENDPOINT_URL where not given."""
+    """S3 endpoint, also of indexed shards that lie elsewhere; the environment's AWS_ENDPOINT_URL where not given."""
     split: str = "train"
     """Split to read: `train` or `held_out`."""
     instructions: bool = True

@@ -21,8 +21,8 @@ from pipelines.shards import Members, target_sha256
 def load_sample(raw: RawSample, config: MediaConfig) -> tuple[Sample, Members]:
     """The sample with `target_sha256` filled, and its members, every one decoded in a killable child.
 
-    Raises `BadMedia` for the first bad member: missing_file, unreadable_file, too_many_bytes, decoder_error, and the
-    reasons of `pipelines.media`.
+    Raises `BadMedia` for the first bad member: missing_file, unreadable_file, too_many_bytes, and the reasons of
+    `pipelines.media`.
     """
     members: Members = {}
     for media in (media for side in raw.sample.sides() for media in side.media):
@@ -34,8 +34,6 @@ def load_sample(raw: RawSample, config: MediaConfig) -> tuple[Sample, Members]:
             page = _sandbox(config).call(usable_page, media.kind, data, ref.page, config)
         except BadMedia as error:
             raise BadMedia(error.reason, f"{ref.path}: {error.detail}".removesuffix(": ")) from error
-        except RuntimeError as error:  # an exception that the decoder's own guards did not foresee
-            raise BadMedia("decoder_error", f"{ref.path}: {str(error).strip().splitlines()[-1]}") from error
         members[media.member] = page or data
     return replace(raw.sample, target_sha256=target_sha256(raw.sample.positive, members)), members
 

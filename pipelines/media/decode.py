@@ -50,9 +50,7 @@ class Decoder:
         self._sandbox = Sandbox(config)
 
     def member(self, kind: MediaKind, data: bytes) -> Visual:
-        """As `decode_member`; the sandbox adds the reasons decoder_cpu_limit, decoder_memory_limit,
-        decoder_time_limit and decoder_crashed.
-        """
+        """As `decode_member`, and with the reasons of the sandbox where one is used."""
         if not (self._isolated or (kind == "video" and self._config.video_backend == "decord")):
             return decode_member(kind, data, self._config)
         _check_bytes(data, self._config)

@@ -19,12 +19,16 @@ import numpy as np
 
 from pipelines.config import MediaConfig
 from pipelines.errors import BadMedia
+from pipelines.media import sandbox
 from pipelines.media.images import check_aspect
 from pipelines.samples import UInt8Array
 
 # Readers accept the marks of begin and end this far into the file (ISO 32000-1 Annex H of Adobe's edition, notes 13
 # and 18). Without the first, pymupdf renders HTML as a page; without the second it silently repairs half a file.
 _MARK_WINDOW_BYTES = 1024
+# A newspaper page has some 30,000 characters; a page may hold gigabytes of them, and the caller keeps all pages.
+_MAX_TEXT_CHARS = 50_000
+_NO_MEMORY = re.compile(r"\b(m|c|re)alloc\b.*failed")
 
 
 def render_page(data: bytes, page: int, config: MediaConfig) -> UInt8Array:
@@ -33,6 +37,8 @@ def render_page(data: bytes, page: int, config: MediaConfig) -> UInt8Array:
     """
     with _opened(data, config, page) as pdf:
         width, height = pdf.size(page)
+        if not (0 < width < math.inf and 0 < height < math.inf):
+            raise BadMedia("corrupt_pdf", f"a page of {width:g} x {height:g} points")
         check_aspect(width, height, config)
         return pdf.render(page, math.sqrt(config.page_pixels / (width * height)))
 
@@ -44,9 +50,9 @@ def extract_page(data: bytes, page: int, config: MediaConfig) -> bytes:
 
 
 def page_texts(data: bytes, config: MediaConfig) -> list[str]:
-    """The text layers of all pages, with the document opened once."""
+    """The text layers of all pages, each up to 50,000 characters, with the document opened once."""
     with _opened(data, config) as pdf:
-        return [pdf.text(page) for page in range(pdf.count)]
+        return [pdf.text(page)[:_MAX_TEXT_CHARS] for page in range(pdf.count)]
 
 
 class _Pdf(Protocol):
@@ -87,14 +93,15 @@ def _opened(data: bytes, config: MediaConfig, page: int = 0) -> Iterator[_Pdf]:
 
 def _bad(error: Exception) -> Exception:
     """MuPDF reports an allocation refused by the sandbox's limit like any broken file."""
-    return MemoryError(str(error)) if "malloc" in str(error) else BadMedia("corrupt_pdf", str(error))
+    return MemoryError(str(error)) if _NO_MEMORY.search(str(error)) else BadMedia("corrupt_pdf", str(error))
 
 
 class _Mupdf:
     """pymupdf, the default."""
 
     def __init__(self, data: bytes) -> None:
-        import pymupdf
+        with sandbox.uncounted():
+            import pymupdf
 
         # The library writes to stderr, once per damaged object.
         pymupdf.TOOLS.mupdf_display_errors(False)
@@ -137,7 +144,8 @@ class _Pdfium:
     """pypdfium2: permissive licence, faster to import and to render."""
 
     def __init__(self, data: bytes) -> None:
-        import pypdfium2
+        with sandbox.uncounted():
+            import pypdfium2
 
         self._pdfium: Any = pypdfium2
         self.errors: tuple[type[Exception], ...] = (pypdfium2.PdfiumError,)

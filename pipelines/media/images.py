@@ -80,7 +80,7 @@ def _draft(image: Image.Image, target_pixels: int) -> None:
 def _rgb(image: Image.Image) -> UInt8Array:
     if image.mode.startswith("I;16"):
         # convert("RGB") would clip everything above 255 to white.
-        return _grey(np.asarray(image).astype(np.float64) / 257)
+        return np.repeat(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8)[:, :, None], 3, axis=2)
     if image.mode in ("I", "F"):
         values = np.asarray(image).astype(np.float64)
         low, high = float(values.min()), float(values.max())

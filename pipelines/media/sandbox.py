@@ -6,6 +6,9 @@
 
 One child serves many files, so that starting it (0.3 s, 2 s with pymupdf) is paid once; it is replaced after every
 broken limit. It is started by `subprocess`, neither forked nor multiprocessing, which is safe inside Ray workers.
+
+Reasons of `BadMedia` that the sandbox adds: decoder_cpu_limit, decoder_memory_limit, decoder_time_limit,
+decoder_crashed, and decoder_error for an exception that the decoder's own guards did not foresee.
 """
 
 from __future__ import annotations
@@ -22,7 +25,9 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self, TypeVar
 
@@ -34,10 +39,19 @@ from pipelines.errors import BadMedia, UserError
 Result = TypeVar("Result")
 _INSIDE = "RZEN_MEDIA_SANDBOX"
 _LENGTHS = struct.Struct("<QQ")
-_WALL_PER_CPU_S = 4.0  # a child that waits instead of computing, or is starved by its neighbours, is given this much
+# By the clock: for a child that waits instead of computing, is starved by its neighbours, or loads libraries.
+_WALL_PER_CPU_S = 4.0
+_WALL_EXTRA_S = 15.0
 _START_S = 60.0
 _READY = b"!"
+_PLACE = "the decoding child"
 _CHUNK_BYTES = 1 << 20
+_DISORDER = (struct.error, ValueError)  # of an answer that a decoder gone wild has written over
+_MAYBE_OF_EARLIER_FILES = ("decoder_crashed", "decoder_memory_limit")
+
+
+class _NotImported(UserError):
+    """A library of the child, for want of an installation or of memory."""
 
 
 def inside() -> bool:
@@ -45,41 +59,74 @@ def inside() -> bool:
     return _INSIDE in os.environ
 
 
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """What is done here does not count towards the child's CPU limit: importing pymupdf takes longer than many files.
+
+    Does nothing outside a sandbox child.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    if not inside() or soft == hard:
+        yield
+        return
+    resource.setrlimit(resource.RLIMIT_CPU, (hard, hard))
+    started_s = time.process_time()
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_CPU, (soft + math.ceil(time.process_time() - started_s), hard))
+
+
 class Sandbox:
     """Runs module-level functions in a child under `max_cpu_s` per call and `max_memory_bytes`. Not thread-safe.
 
-    `wall_s` bounds a call by the clock; four times `max_cpu_s` where not given (our choice).
+    `wall_s` bounds a call by the clock; 15 s and four times `max_cpu_s` where not given (our choice).
     """
 
     def __init__(self, config: MediaConfig, wall_s: float | None = None) -> None:
         self._config = config
-        self._wall_s = wall_s if wall_s is not None else _WALL_PER_CPU_S * config.max_cpu_s
+        self._wall_s = wall_s if wall_s is not None else _WALL_EXTRA_S + _WALL_PER_CPU_S * config.max_cpu_s
         self._child: subprocess.Popen[bytes] | None = None
 
     def call(self, function: Callable[..., Result], *args: Any) -> Result:
         """`function(*args)`, computed in the child. Arguments must pickle; the result is a uint8 array, bytes, or JSON.
 
-        Raises what the function raises if that is `BadMedia` or `UserError`, `RuntimeError` with the child's traceback
-        for any other exception, and `BadMedia` decoder_cpu_limit, decoder_memory_limit, decoder_time_limit or
-        decoder_crashed.
+        Raises what the function raises if that is `BadMedia` or `UserError`, `BadMedia` with the reasons above, and
+        `UserError` where no child can be started or a library cannot be imported.
+
+        What becomes of a file depends on that file alone: a child that breaks or runs out of memory may have been
+        spoilt by earlier files, and so the verdict is that of a new one.
         """
         request = pickle.dumps((function, args, self._config.max_cpu_s))
+        is_new = self._child is None
+        try:
+            result: Result = self._attempt(request)
+        except (BadMedia, _NotImported) as error:
+            if is_new or (isinstance(error, BadMedia) and error.reason not in _MAYBE_OF_EARLIER_FILES):
+                raise
+            self.close()
+            result = self._attempt(request)
+        return result
+
+    def _attempt(self, request: bytes) -> Any:
         child = self._child = self._child or _start(self._config.max_memory_bytes)
         try:
-            header, payload = _exchange(child, request, time.monotonic() + self._wall_s)
+            header, payload = _exchange(child, request, time.monotonic() + self._wall_s, self._config.max_memory_bytes)
         except TimeoutError as error:
             self.close()
             raise BadMedia("decoder_time_limit", f"no answer in {self._wall_s:g} s") from error
         except (EOFError, BrokenPipeError) as error:
             raise _death(self._end()) from error
+        except _DISORDER as error:
+            self.close()
+            raise BadMedia("decoder_crashed", f"its answer is in disorder: {error}") from error
         except BaseException:
             # An answer left unread would be taken for that of the next call.
             self.close()
             raise
         if header.get("reason") == "decoder_memory_limit":
             self.close()
-        result: Result = _value(header, payload)
-        return result
+        return _value(header, payload)
 
     def close(self) -> None:
         """Kills the child. The next call starts another."""
@@ -120,11 +167,14 @@ def _start(max_memory_bytes: int) -> subprocess.Popen[bytes]:
         _receive(child.stdout.fileno(), len(_READY), time.monotonic() + _START_S)
     except (EOFError, TimeoutError) as error:
         child.kill()
-        raise RuntimeError(f"the decoding child did not start: exit status {child.wait()}") from error
+        problem = f"did not start: exit status {child.wait()}"
+        raise UserError(_PLACE, problem, f"see that {sys.executable} can import numpy and pipelines") from error
     return child
 
 
-def _exchange(child: subprocess.Popen[bytes], request: bytes, deadline_s: float) -> tuple[dict[str, Any], bytearray]:
+def _exchange(
+    child: subprocess.Popen[bytes], request: bytes, deadline_s: float, max_bytes: int
+) -> tuple[dict[str, Any], bytearray]:
     assert child.stdin is not None
     assert child.stdout is not None
     # The child reads a whole request before it does anything else, so that writing cannot block on its work.
@@ -133,6 +183,8 @@ def _exchange(child: subprocess.Popen[bytes], request: bytes, deadline_s: float)
     while unsent:
         unsent = unsent[child.stdin.write(unsent) :]
     header_bytes, payload_bytes = _LENGTHS.unpack(_receive(child.stdout.fileno(), _LENGTHS.size, deadline_s))
+    if header_bytes + payload_bytes > max_bytes:
+        raise ValueError(f"{header_bytes + payload_bytes} bytes, more than its memory")
     header = json.loads(_receive(child.stdout.fileno(), header_bytes, deadline_s))
     return header, _receive(child.stdout.fileno(), payload_bytes, deadline_s)
 
@@ -155,8 +207,8 @@ def _value(header: dict[str, Any], payload: bytearray) -> Any:
         raise BadMedia(header["reason"], header["detail"])
     if "user_error" in header:
         raise UserError(*header["user_error"])
-    if "traceback" in header:
-        raise RuntimeError(f"in the sandbox child:\n{header['traceback']}")
+    if "import_error" in header:
+        raise _NotImported(_PLACE, header["import_error"], "install it, or raise media.max_memory_bytes")
     if "shape" in header:
         return np.frombuffer(payload, np.uint8).reshape(header["shape"])
     return bytes(payload) if "bytes" in header else header["json"]
@@ -170,7 +222,8 @@ def _death(returncode: int) -> BadMedia:
 
 def _answer(request: bytes) -> tuple[dict[str, Any], bytes | memoryview]:
     try:
-        function, args, max_cpu_s = pickle.loads(request)
+        with uncounted():
+            function, args, max_cpu_s = pickle.loads(request)
         _limit_cpu(max_cpu_s)
         result = function(*args)
     except BadMedia as error:
@@ -179,8 +232,12 @@ def _answer(request: bytes) -> tuple[dict[str, Any], bytes | memoryview]:
         return {"user_error": error.args}, b""
     except MemoryError as error:
         return {"reason": "decoder_memory_limit", "detail": str(error)}, b""
-    except Exception:  # noqa: BLE001  whatever a decoder raises belongs to the parent
-        return {"traceback": traceback.format_exc()}, b""
+    except ImportError as error:
+        return {"import_error": str(error)}, b""
+    except Exception as error:  # noqa: BLE001  a file that nobody foresaw is one bad file, not the end of the job
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{Path(last.filename).name}:{last.lineno}, {last.name}"
+        return {"reason": "decoder_error", "detail": f"{type(error).__name__}: {error} ({place})"}, b""
     if isinstance(result, np.ndarray):
         assert result.dtype == np.uint8
         return {"shape": result.shape}, np.ascontiguousarray(result).reshape(-1).data

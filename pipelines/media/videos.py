@@ -1,8 +1,9 @@
-"""Videos: file bytes to uniformly spaced uint8 RGB frames. PyAV by default; decord on request, in the sandbox only."""
+"""Videos: file bytes to evenly spaced uint8 RGB frames. PyAV by default; decord on request, in the sandbox only."""
 
 from __future__ import annotations
 
 import io
+import math
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import av.error
 import numpy as np
 import numpy.typing as npt
 from av.sidedata.sidedata import Type as SideDataType
+from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 
 from pipelines.config import MediaConfig
@@ -24,23 +26,22 @@ from pipelines.samples import UInt8Array
 
 # Demuxers that read one self-contained file: playlists and scripts could name other files and network addresses.
 _FORMATS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,gif"
+_DECORD_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi", "flv")
 _TRUNCATION_TOLERANCE = 0.03
+_TICK_TOLERANCE = 1e-6  # in sampling intervals: frame times are rounded
 
 
 def decode_video(data: bytes, config: MediaConfig) -> UInt8Array:
-    """`config.frames` frames `[T, H, W, 3]`, uniform over the presentation order, upright by the display matrix.
+    """The frames `[T, H, W, 3]` that `sample_frames` chooses, upright by the display matrix.
 
-    A video with fewer frames than that gives all it has, once each and at least one: repeating frames would cost the
-    model tokens and add nothing.
-
-    Raises `BadMedia`: empty_file, corrupt_video, truncated_video, no_video_stream, too_many_pixels,
-    extreme_aspect_ratio, decord_unsupported; `UserError` for decord outside the sandbox.
+    Raises `BadMedia`: empty_file, corrupt_video, truncated_video, no_video_stream, too_long_video, too_many_frames,
+    too_many_pixels, extreme_aspect_ratio, decord_unsupported; `UserError` for decord outside the sandbox.
     """
     if not data:
         raise BadMedia("empty_file")
     try:
         with _open(data) as container:
-            scan = _scan(container, _video_stream(container, config))
+            scan = _scan(container, _video_stream(container, config), config)
         if config.video_backend == "decord":
             return _decode_decord(data, config, scan)
         return _decode_pyav(data, config, scan)
@@ -49,6 +50,22 @@ def decode_video(data: bytes, config: MediaConfig) -> UInt8Array:
     except (av.error.FFmpegError, IndexError, ValueError) as error:
         # PyAV itself raises IndexError and ValueError on half-written stream headers.
         raise BadMedia("corrupt_video", str(error)) from error
+
+
+def sample_frames(times_s: npt.NDArray[np.float64], config: MediaConfig) -> npt.NDArray[np.int64]:
+    """Which of the frames shown from increasing `times_s` on to take: increasing, distinct positions, at least one.
+
+    Without `config.fps`, `frames` of them, uniform over their order. With it, the frame that is shown at the start and
+    after each 1 / fps seconds, the last one being shown as long as the one before it; if these are more than `frames`,
+    a uniform choice of them. A video with fewer gives all it has, once each: repeating frames would cost the model
+    tokens and add nothing.
+    """
+    candidates = np.arange(len(times_s))
+    if config.fps is not None and len(times_s) > 1:
+        starts_s = np.append(times_s, 2 * times_s[-1] - times_s[-2]) - times_s[0]
+        next_tick = np.ceil(starts_s * config.fps - _TICK_TOLERANCE)  # the first one at which the frame can be seen
+        candidates = np.union1d(0, np.flatnonzero(np.diff(next_tick)))
+    return candidates[uniform_indices(len(candidates), config.frames)]
 
 
 def uniform_indices(num_frames: int, num_wanted: int) -> npt.NDArray[np.int64]:
@@ -62,12 +79,21 @@ def uniform_indices(num_frames: int, num_wanted: int) -> npt.NDArray[np.int64]:
 @dataclass(frozen=True, slots=True)
 class _Scan:
     """What the container says, undecoded. `pts` (shown frames; empty where any is missing) and `keys` (key frames) are
-    increasing stream ticks; `decord_trap` names what decord 0.6 gets wrong in this file.
+    increasing stream ticks of `tick_s` seconds; `frame_s` is the mean time between frames; `decord_trap` names what
+    decord 0.6 gets wrong in this file.
     """
 
     pts: list[int]
     keys: list[int]
+    tick_s: float
+    frame_s: float
     decord_trap: str
+
+    def times_s(self, num_frames: int) -> npt.NDArray[np.float64]:
+        """When each frame is shown; evenly spaced unless the container gives as many times."""
+        if self.pts and len(self.pts) == num_frames:
+            return np.array([(pts - self.pts[0]) * self.tick_s for pts in self.pts])
+        return np.array([i * self.frame_s for i in range(num_frames)])
 
 
 def _open(data: bytes) -> Any:
@@ -76,9 +102,11 @@ def _open(data: bytes) -> Any:
 
 def _video_stream(container: Any, config: MediaConfig) -> Any:
     stream = container.streams.best("video")
-    if stream is None:
+    if stream is None or stream.disposition & Disposition.attached_pic:
         whole = any(other.codec_context for other in container.streams)
         raise BadMedia("no_video_stream" if whole else "corrupt_video", "no pictures inside")
+    if stream.codec_context is None:
+        raise BadMedia("corrupt_video", "no decoder for its pictures")
     # Frame threads change which frames come out after a seek; workers are the parallelism here.
     stream.thread_type = "NONE"
     stream.codec_context.thread_count = 1
@@ -86,34 +114,64 @@ def _video_stream(container: Any, config: MediaConfig) -> Any:
     return stream
 
 
-def _scan(container: Any, stream: Any) -> _Scan:
-    """One pass over all packets. Raises `BadMedia("truncated_video")` where they end before the declared duration."""
-    trap = "" if stream.index_entries else "no index"  # asked before the pass, which builds an index of its own
-    if stream.codec_context.codec.canonical_name == "av1":
-        trap = "AV1"
+def _scan(container: Any, stream: Any, config: MediaConfig) -> _Scan:
+    """One pass over all packets. Raises `BadMedia`: truncated_video where they end before the declared duration,
+    too_long_video, too_many_frames.
+    """
+    trap = _decord_trap(container, stream)  # asked before the pass, which builds an index of its own
     pts: set[int] = set()
     keys: set[int] = set()
     # AVI stores no presentation times, and what FFmpeg makes up for reordered frames is wrong.
     trusted = not (container.format.name == "avi" and stream.codec_context.has_b_frames)
-    end_s = 0.0
+    start_s = end_s = 0.0
+    tick_s, frame_s = float(stream.time_base), 1 / float(stream.average_rate or stream.guessed_rate or 25)
+    num_frames, first_pts, last_key_pts = 0, None, -math.inf
     for packet in container.demux():
         if packet.size == 0:
             continue
-        if packet.pts is not None:
+        if packet.pts is not None and not packet.is_discard:
+            start_s = min(start_s, float(packet.pts * packet.time_base))
             end_s = max(end_s, float((packet.pts + (packet.duration or 0)) * packet.time_base))
         if packet.stream_index != stream.index:
             continue
         if packet.is_discard:
             trap = "edit list"
+        num_frames += 1
+        if num_frames == 1 and not packet.is_keyframe:
+            trap = "begins within a group"
         if packet.pts is None:
             trusted = False
             continue
+        first_pts = packet.pts if first_pts is None else first_pts
+        _check_length(num_frames, (packet.pts - first_pts) * tick_s, config)
         if packet.is_keyframe:
             keys.add(packet.pts)
+            last_key_pts = packet.pts
+        elif packet.pts < last_key_pts:
+            trap = "open GOP"
         if not packet.is_discard:
             pts.add(packet.pts)
-    _check_whole(container, sorted(pts), float(stream.time_base), end_s)
-    return _Scan(sorted(pts) if trusted else [], sorted(keys), trap)
+    _check_length(num_frames, num_frames * frame_s if not trusted else 0.0, config)
+    _check_whole(container, sorted(pts), tick_s, end_s - start_s)
+    if not trusted:
+        trap = trap or "no presentation times"
+    return _Scan(sorted(pts) if trusted else [], sorted(keys), tick_s, frame_s, trap)
+
+
+def _decord_trap(container: Any, stream: Any) -> str:
+    """What the headers tell of decord's problems; `_scan` finds others in the packets."""
+    if container.format.name not in _DECORD_FORMATS:
+        return f"container {container.format.name}"
+    if stream.codec_context.codec.canonical_name == "av1":
+        return "AV1"
+    return "" if stream.index_entries else "no index"
+
+
+def _check_length(num_frames: int, length_s: float, config: MediaConfig) -> None:
+    if num_frames > config.max_video_frames:
+        raise BadMedia("too_many_frames", f"more than {config.max_video_frames}")
+    if length_s > config.max_video_s:
+        raise BadMedia("too_long_video", f"{length_s:.1f} s > {config.max_video_s:g} s")
 
 
 def _check_whole(container: Any, shown: list[int], tick_s: float, end_s: float) -> None:
@@ -121,17 +179,21 @@ def _check_whole(container: Any, shown: list[int], tick_s: float, end_s: float) 
         return
     duration_s = container.duration / av.time_base
     longest_gap_s = max((b - a for a, b in pairwise(shown)), default=0) * tick_s
-    # `end_s` counts from zero and not from the start time: some muxers do so for the duration too, so that a late
-    # start must not read as a missing end.
+    # `end_s` counts from zero and not from a late start: some muxers do so for the duration too, so that a late start
+    # must not read as a missing end. Times before zero, of a transport stream whose clock wraps, do count.
     if duration_s - end_s > max(longest_gap_s, _TRUNCATION_TOLERANCE * duration_s):
         raise BadMedia("truncated_video", f"declares {duration_s:.2f} s, ends at {end_s:.2f} s")
 
 
 def _decode_pyav(data: bytes, config: MediaConfig, scan: _Scan) -> UInt8Array:
-    wanted = [scan.pts[i] for i in uniform_indices(len(scan.pts), config.frames)]
+    wanted = [scan.pts[i] for i in sample_frames(scan.times_s(len(scan.pts)), config)]
     with _open(data) as container:
         frames = _seek_frames(container, _video_stream(container, config), wanted, scan.keys)
-    return _rgb(frames or _all_through(data, config))
+    frames = frames or _all_through(data, config, scan)
+    if any(frame.is_corrupt for frame in frames):
+        # Only what FFmpeg itself admits: most damage is concealed, and its strict mode refuses healthy streams too.
+        raise BadMedia("corrupt_video", "the decoder had to invent parts of a frame")
+    return _rgb(frames)
 
 
 def _seek_frames(container: Any, stream: Any, wanted: list[int], keys: list[int]) -> list[Any]:
@@ -164,13 +226,13 @@ def _seek_frames(container: Any, stream: Any, wanted: list[int], keys: list[int]
     return frames
 
 
-def _all_through(data: bytes, config: MediaConfig) -> list[Any]:
-    """Without an index: decode once to count what can be shown, and again to keep the uniform positions."""
+def _all_through(data: bytes, config: MediaConfig, scan: _Scan) -> list[Any]:
+    """Without an index: decode once to count what can be shown, and again to keep the chosen positions."""
     with _open(data) as container:
         count = sum(1 for _ in container.decode(_video_stream(container, config)))
     if count == 0:
         raise BadMedia("corrupt_video", "no frame can be decoded")
-    wanted = set(uniform_indices(count, config.frames).tolist())
+    wanted = set(sample_frames(scan.times_s(count), config).tolist())
     with _open(data) as container:
         decoded = container.decode(_video_stream(container, config))
         return [frame for position, frame in enumerate(decoded) if position in wanted]
@@ -198,13 +260,17 @@ def _decode_decord(data: bytes, config: MediaConfig, scan: _Scan) -> UInt8Array:
     if not sandbox.inside():
         problem = "decord can hang for ever and decodes only in the killable child"
         raise UserError("media.video_backend=decord", problem, "use Decoder or Sandbox, or the pyav backend")
-    if scan.decord_trap:
-        raise BadMedia("decord_unsupported", scan.decord_trap)
-    import decord
+    with _open(data) as container:
+        first = next(container.decode(_video_stream(container, config)), None)
+    turned = first is not None and SideDataType.DISPLAYMATRIX in first.side_data
+    if trap := scan.decord_trap or ("display matrix" if turned else ""):
+        raise BadMedia("decord_unsupported", trap)
+    with sandbox.uncounted():
+        import decord
 
     try:
         reader = decord.VideoReader(io.BytesIO(data), num_threads=1)
-        frames: UInt8Array = reader.get_batch(uniform_indices(len(reader), config.frames)).asnumpy()
-    except RuntimeError as error:
+        frames: UInt8Array = reader.get_batch(sample_frames(scan.times_s(len(reader)), config)).asnumpy()
+    except (RuntimeError, decord.DECORDError) as error:
         raise BadMedia("corrupt_video", str(error).partition("\n")[0]) from error
     return frames

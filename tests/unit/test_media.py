@@ -3,13 +3,16 @@
 import io
 import tempfile
 import zlib
-from itertools import pairwise
+from bisect import bisect_right
+from fractions import Fraction
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import av
 import numpy as np
 import pymupdf
 import pytest
+from av.stream import Disposition
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -19,7 +22,7 @@ from pipelines.errors import BadMedia, UserError
 from pipelines.media import documents
 from pipelines.media.decode import Decoder, decode_member, decode_pixels, decode_sample
 from pipelines.media.images import decode_image
-from pipelines.media.videos import decode_video, uniform_indices
+from pipelines.media.videos import decode_video, sample_frames, uniform_indices
 from pipelines.samples import Media, Sample, Side
 
 CONFIG = MediaConfig()
@@ -150,7 +153,7 @@ def video(num_frames: int, form="mp4", codec="libx264", size=(64, 48), gop=10, s
         tempfile.NamedTemporaryFile() as file,
         av.open(file.name, "w", format=form, options=options.pop("container", {})) as container,
     ):
-        stream = container.add_stream(codec, rate=10)
+        stream = container.add_stream(codec, rate=10, options=options.pop("codec_options", {}))
         stream.width, stream.height = size
         stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
         stream.codec_context.gop_size = gop
@@ -188,6 +191,56 @@ def test_sampling_is_increasing_inside_and_even(num_frames, num_wanted):
 def test_sampling_positions_are_those_of_the_benchmark():
     assert uniform_indices(23, 8).tolist() == [0, 3, 6, 9, 12, 15, 18, 22]
     assert uniform_indices(23, 8).tolist() == np.linspace(0, 22, 8).astype(int).tolist()
+
+
+@given(
+    st.lists(st.integers(1, 5000), min_size=1, max_size=60),
+    st.integers(1, 1200),
+    st.integers(1, 64),
+    st.integers(0, 99),
+)
+def test_sampling_by_rate_takes_what_is_shown_at_each_tick(gaps_ms, rate_per_minute, num_wanted, start_s):
+    """Against a clock that asks at each tick which frame is on the screen."""
+    starts_ms = [0, *accumulate(gaps_ms)]
+    end_ms = starts_ms[-1] + gaps_ms[-1]
+    on_screen = []
+    tick_ms = Fraction(0)
+    while tick_ms < end_ms:
+        on_screen.append(bisect_right(starts_ms, tick_ms) - 1)
+        tick_ms += Fraction(60_000, rate_per_minute)
+    seen = sorted(set(on_screen))
+    chosen = [seen[i] for i in uniform_indices(len(seen), num_wanted)]
+    times_s = np.array(starts_ms) / 1000 + start_s
+    config = MediaConfig(fps=rate_per_minute / 60, frames=num_wanted)
+    assert sample_frames(times_s, config).tolist() == chosen
+
+
+@pytest.mark.parametrize(
+    ("fps", "frames", "expected"),
+    [
+        (None, 8, [0, 3, 6, 9, 12, 15, 18, 22]),
+        (2.0, 8, [0, 5, 10, 15, 20]),
+        (4.0, 64, [0, 2, 5, 7, 10, 12, 15, 17, 20, 22]),
+        (4.0, 4, [0, 7, 15, 22]),
+        (1000.0, 64, list(range(23))),
+        (0.1, 8, [0]),
+        (0.5, 8, [0, 20]),
+    ],
+)
+def test_sampling_of_23_frames_at_10_a_second(fps, frames, expected):
+    config = MediaConfig(fps=fps, frames=frames)
+    assert sample_frames(np.arange(23) / 10, config).tolist() == expected
+    assert shown(decode_video(video(23), config)) == expected
+    assert shown(decode_video(video(23, "mpegts", shift=37), config)) == expected
+    assert shown(decode_video(video(23, "avi"), config)) == expected  # has no presentation times
+    with Decoder(config.model_copy(update={"video_backend": "decord"})) as decoder:
+        assert shown(decoder.member("video", video(23)).frames) == expected
+
+
+def test_a_video_of_no_frames_has_none_to_sample():
+    for fps in (None, 2.0):
+        assert sample_frames(np.array([]), MediaConfig(fps=fps)).tolist() == []
+        assert sample_frames(np.array([3.7]), MediaConfig(fps=fps)).tolist() == [0]
 
 
 @pytest.mark.parametrize(
@@ -298,10 +351,52 @@ def sound() -> bytes:
         (sound(), CONFIG, "no_video_stream"),
         (video(2), MediaConfig(max_pixels=3000), "too_many_pixels"),
         (video(2, size=(96, 16)), MediaConfig(max_aspect_ratio=5.0), "extreme_aspect_ratio"),
+        (video(23), MediaConfig(max_video_frames=22), "too_many_frames"),
+        (video(23, "avi"), MediaConfig(max_video_frames=22), "too_many_frames"),
+        (video(23), MediaConfig(max_video_s=2.1), "too_long_video"),
+        (video(23, "avi"), MediaConfig(max_video_s=2.1), "too_long_video"),
     ],
 )
 def test_bad_videos_are_named(data, config, expected):
     assert reason(decode_video, data, config) == expected
+
+
+def test_limits_of_length_are_inclusive_and_count_from_the_first_frame():
+    config = MediaConfig(frames=2, max_video_frames=23, max_video_s=2.2)
+    for data in (video(23), video(23, shift=600), video(23, "mpegts", shift=600)):
+        assert shown(decode_video(data, config)) == [0, 22]
+
+
+def test_a_clock_that_wraps_is_neither_a_long_video_nor_a_truncated_one():
+    wrap_frames = 2**33 / 90_000 * 10
+    data = video(23, "mpegts", shift=wrap_frames - 15)
+    assert shown(decode_video(data, MediaConfig(max_video_s=2.2))) == [0, 3, 6, 9, 12, 15, 18, 22]
+
+
+def test_a_cover_picture_is_not_a_video():
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        voice, cover = container.add_stream("aac", rate=16000), container.add_stream("mjpeg", rate=1)
+        cover.width, cover.height, cover.pix_fmt = 64, 48, "yuvj420p"
+        cover.disposition = Disposition.attached_pic
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        silence.sample_rate = 16000
+        picture = av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8))
+        for packet in voice.encode(silence) + voice.encode() + cover.encode(picture) + cover.encode():
+            container.mux(packet)
+    assert reason(decode_video, buffer.getvalue(), CONFIG) == "no_video_stream"
+
+
+def test_a_codec_that_is_unknown_is_corrupt():
+    data = video(3, "matroska").replace(b"V_MPEG4/ISO/AVC", b"V_MPEG4/ISO/XXX")
+    assert reason(decode_video, data, CONFIG) == "corrupt_video"
+
+
+def test_a_frame_larger_than_its_container_tells_is_refused():
+    data = video(2, "matroska", size=(640, 480))
+    lie = data.replace(b"\xb0\x82\x02\x80", b"\xb0\x82\x00\x40", 1)
+    assert lie != data
+    assert reason(decode_video, lie, MediaConfig(max_pixels=64 * 480)) == "too_many_pixels"
 
 
 def test_decord_agrees_with_pyav_in_the_child_and_is_refused_outside_it():
@@ -314,6 +409,12 @@ def test_decord_agrees_with_pyav_in_the_child_and_is_refused_outside_it():
         assert reason(decoder.member, "video", video(9, "mpegts")) == "decord_unsupported"
         assert reason(decoder.member, "video", video(9, codec="libsvtav1")) == "decord_unsupported"
         assert reason(decoder.member, "video", video(9, shift=-5)) == "decord_unsupported"
+        # Files of which decord shows wrong frames, or fails.
+        assert reason(decoder.member, "video", video(9, rotation={"degrees": 90})) == "decord_unsupported"
+        assert reason(decoder.member, "video", video(9, "avi")) == "decord_unsupported"
+        assert reason(decoder.member, "video", video(9, "mpeg", "mpeg2video")) == "decord_unsupported"
+        open_groups = {"codec_options": {"x264-params": "open-gop=1:bframes=3:scenecut=0"}}
+        assert reason(decoder.member, "video", video(23, gop=5, **open_groups)) == "decord_unsupported"
 
 
 # --- documents ------------------------------------------------------------------------------------------------------
@@ -350,6 +451,21 @@ class TestDocuments:
         data = pdf().replace(b"[0 0 300 400]", box)
         height, width, _ = documents.render_page(data, 0, config).shape
         assert abs(height * width / config.page_pixels - 1) < 0.01
+
+    @pytest.mark.parametrize("box", [b"[0 0 0 400]", b"[0 0 0 0]", b"[0 0 1e999 9]", b"[700 0 700 400]"])
+    def test_a_page_box_that_is_none_is_replaced_by_a_letter_or_refused(self, config, box):
+        try:
+            height, width, _ = documents.render_page(pdf().replace(b"[0 0 300 400]", box), 0, config).shape
+            outcome = round(height / width, 2)
+        except BadMedia as bad:
+            outcome = bad.reason
+        assert outcome in (round(792 / 612, 2), "corrupt_pdf", "extreme_aspect_ratio")
+
+    def test_text_without_end_is_cut(self, config):
+        with pymupdf.open() as document:
+            document.new_page(width=3000, height=3000).insert_textbox((0, 0, 3000, 3000), "word " * 20_000, fontsize=4)
+            [text] = documents.page_texts(document.tobytes(), config)
+        assert len(text) == 50_000
 
     def test_a_ribbon_is_refused(self, config):
         data = pdf().replace(b"[0 0 300 400]", b"[0 0 1 100000]")

@@ -1,9 +1,11 @@
 """The killable child: hostile work ends, is named, and leaves the next call unharmed. All work is real."""
 
+import contextlib
 import functools
 import os
 import pickle
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -14,7 +16,7 @@ import pymupdf
 import pytest
 
 from pipelines.config import MediaConfig
-from pipelines.errors import BadMedia
+from pipelines.errors import BadMedia, UserError
 from pipelines.media import sandbox
 from pipelines.media.documents import page_texts, render_page
 from pipelines.media.sandbox import Sandbox
@@ -54,7 +56,7 @@ def test_one_child_serves_many_calls_outside_this_process(shared):
 def test_what_the_decoder_says_reaches_the_caller(shared):
     pid = shared.call(os.getpid)
     assert reason(shared, page_texts, b"<html>", LIMITS) == "not_a_pdf"
-    with pytest.raises(RuntimeError, match=r"invalid literal for int.*'x'"):
+    with pytest.raises(BadMedia, match=r"decoder_error: ValueError: invalid literal for int.*'x'"):
         shared.call(int, "x")
     assert shared.call(os.getpid) == pid
 
@@ -99,11 +101,76 @@ def test_the_child_ends_with_the_sandbox():
         os.kill(pid, 0)
 
 
-def test_a_child_killed_from_outside_is_a_crash_of_that_call_only():
+def test_a_child_killed_from_outside_costs_no_file():
     with Sandbox(LIMITS) as child:
-        os.kill(child.call(os.getpid), signal.SIGKILL)
-        assert reason(child, abs, -7) == "decoder_crashed"
+        pid = child.call(os.getpid)
+        os.kill(pid, signal.SIGKILL)
         assert child.call(abs, -7) == 7
+        assert child.call(os.getpid) != pid
+
+
+HOARD = []
+
+
+def hoard(num_bytes: int) -> int:
+    """As a decoder that leaks."""
+    HOARD.append(bytes(num_bytes))
+    return len(HOARD)
+
+
+def test_memory_that_earlier_files_left_occupied_is_not_blamed_on_the_next():
+    with Sandbox(LIMITS) as child:
+        assert child.call(hoard, 1200 << 20) == 1
+        assert child.call(hoard, 1200 << 20) == 1  # refused by the old child, and done by a new one
+        assert reason(child, hoard, 2200 << 20) == "decoder_memory_limit"
+
+
+def load_slowly() -> float:
+    with sandbox.uncounted():
+        while time.process_time() < 2.5 * LIMITS.max_cpu_s:
+            pass
+    return time.process_time()
+
+
+def load_slowly_and_then_never_return() -> None:
+    load_slowly()
+    while True:
+        pass
+
+
+def test_loading_a_library_does_not_count_and_decoding_after_it_does():
+    with Sandbox(LIMITS, wall_s=30) as child:
+        assert child.call(load_slowly) >= 2.5 * LIMITS.max_cpu_s
+    with Sandbox(LIMITS, wall_s=30) as child:
+        assert reason(child, load_slowly_and_then_never_return) == "decoder_cpu_limit"
+
+
+def import_nothing() -> None:
+    raise ImportError("No module named 'decord'")
+
+
+def test_a_library_that_is_missing_and_a_child_that_cannot_start_are_told_to_the_user(shared, monkeypatch):
+    with pytest.raises(UserError, match=r"No module named 'decord'; install it"):
+        shared.call(import_nothing)
+    assert shared.call(abs, -7) == 7
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with Sandbox(LIMITS) as child, pytest.raises(UserError, match="did not start: exit status 1; see that /bin/false"):
+        child.call(abs, -7)
+
+
+def answer_wildly(answer: bytes) -> None:
+    """As memory that a decoder has written over: to every pipe that may lead to the parent."""
+    for descriptor in range(3, 20):
+        with contextlib.suppress(OSError):
+            os.write(descriptor, answer)
+
+
+@pytest.mark.parametrize(
+    "answer", [struct.pack("<QQ", 1 << 60, 0), struct.pack("<QQ", 0, 1 << 60), struct.pack("<QQ", 5, 0) + b"{'a\xff}"]
+)
+def test_an_answer_in_disorder_is_a_crash(shared, answer):
+    assert reason(shared, answer_wildly, answer) == "decoder_crashed"
+    assert shared.call(abs, -7) == 7
 
 
 def test_the_answer_of_the_child_is_never_unpickled(shared):
