@@ -1,4 +1,4 @@
-"""The command line: `rzen validate | run | submit | ingest | search`."""
+"""The command line: `rzen validate | run | submit | ingest | index | verify | search`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from types import FrameType
+from typing import Any
 
 from jobs.load import Document, check, override, read_document
 from jobs.spec import FinetunesSpec, PipelineSpec, Spec
@@ -24,12 +26,33 @@ EPILOG = """\
 the road, job by job:
   rzen run jobs/demo.yaml                                 all of it, on a corpus made on the spot
   rzen ingest ~/photos s3://bucket/photos                 a folder of files becomes shards
+  rzen index 's3://bucket/laion/{00000..00099}.tar' s3://bucket/data    or: shards of your own stay where they are
+  rzen verify s3://bucket/photos                          is everything still as it was written?
   rzen run jobs/stage1.yaml --set data.root=s3://bucket/photos
   rzen run jobs/stage2.yaml --set data.root=s3://bucket/photos --set optim.lr=1e-4
   rzen submit jobs/finetunes.yaml --address http://head:8265
   rzen search "a red circle above a blue bar chart"
 
 Interrupted jobs go on where they were: give the same command again.
+"""
+
+
+INDEX_SOURCE = "pairs"
+INDEX_DESCRIPTION = """\
+Make a data set of shards that others have written, without copying them. Each tar is read once: an index of its
+samples goes below OUT, and last a manifest that names the tars where they are. What cannot be used is counted by reason
+in OUT/{split}/report.json. Interrupted or repeated, the command reads only what is new or has changed.
+"""
+INDEX_EPILOG = """\
+A SELECTOR names a member by its extension, or a field of a JSON member; with | the first that is there is taken:
+  txt        json:caption        txt | json:caption        left.jpg        json:meta.title
+
+  rzen index /data/laion s3://bucket/data                                 img2dataset: caption -> image
+  rzen index 's3://bucket/clips/{000..499}.tar' runs/data --positive mp4 --task text_video
+  rzen index 'pages-*.tar' runs/data --query json:question --positive pdf --task text_page --source pages
+  rzen run jobs/stage1.yaml --set data.root=s3://bucket/data
+
+Several sources, negatives and texts that come with each sample: jobs/index.yaml.
 """
 
 
@@ -82,6 +105,35 @@ def _parser() -> argparse.ArgumentParser:
     ingest.add_argument("out", help="directory or s3:// URL of the data set")
     ingest.set_defaults(command=_ingest, spec="jobs/ingest.yaml")
 
+    index = commands.add_parser(
+        "index",
+        help="train from webdataset or img2dataset shards of your own, in place",
+        description=INDEX_DESCRIPTION,
+        epilog=INDEX_EPILOG,
+        formatter_class=raw,
+    )
+    index.add_argument("url", nargs="+", help="tars: paths or s3:// URLs, folders, globs, {000..099} (in quotes)")
+    index.add_argument("out", help="directory or s3:// URL of the data set: indices and manifest, no copies")
+    index.add_argument("--source", default=INDEX_SOURCE, help="name of the source (default: %(default)s)")
+    index.add_argument("--task", help="of its samples, which owns a temperature (default: text_image)")
+    index.add_argument("--query", metavar="SELECTOR", help="text of the query (default: 'txt | json:caption')")
+    index.add_argument("--query-media", metavar="SELECTOR", help="file of the query, beside its text or alone")
+    index.add_argument("--positive", metavar="SELECTOR", help="file of the target (default: 'jpg | jpeg | png | webp')")
+    index.add_argument("--positive-text", metavar="SELECTOR", help="text of the target, beside its file or alone")
+    index.add_argument("--instruction", help="put before queries in stages with instructions (default: the task's)")
+    index.add_argument("--split", choices=["train", "held_out"], help="what the shards become (default: train)")
+    index.set_defaults(command=_index, spec="jobs/index.yaml")
+
+    verify = commands.add_parser(
+        "verify",
+        help="compare a data set with its manifest: hashes, counts, missing and left-over files",
+        description="Reads every byte of shards of ours; of indexed shards of others, their tags and indices."
+        " Prints the problems and exits with 1 if there are any.",
+    )
+    verify.add_argument("root", help="directory or s3:// URL of the data set")
+    verify.add_argument("--split", choices=["train", "held_out"], action="append", help="default: those that there are")
+    verify.set_defaults(command=_verify)
+
     search = commands.add_parser("search", help="search an embedded corpus in words")
     search.add_argument("query", nargs="+", help="in quotes, one or several")
     search.add_argument("--vectors", help="written by a job of kind embed (default: that of the demo)")
@@ -92,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--page", help="HTML file to write")
     search.set_defaults(command=_search, spec="jobs/search.yaml")
 
-    for command in (validate, run, submit, ingest, search):
+    for command in (validate, run, submit, ingest, index, search):
         text = "change a setting, such as optim.lr=1e-4 (value in YAML; may be repeated)"
         command.add_argument("--set", action="append", default=[], metavar="A.B=C", help=text)
     return parser
@@ -149,6 +201,51 @@ def _ingest(options: argparse.Namespace) -> int:
     changes = [f"input={json.dumps(options.folder)}", f"out={json.dumps(options.out)}"]
     options.set = [*changes, *options.set]
     return _run(options)
+
+
+def _index(options: argparse.Namespace) -> int:
+    from pipelines.adapters.folder import INSTRUCTIONS
+
+    mapping: dict[str, Any] = read_document(options.spec).data["sources"][INDEX_SOURCE]
+    mapping["urls"] = options.url
+    mapping["task"] = options.task or mapping["task"]
+    mapping["instruction"], mapping["target_instruction"] = INSTRUCTIONS.get(mapping["task"], ("", ""))
+    if options.instruction is not None:
+        mapping["instruction"] = options.instruction
+    if options.query or options.query_media:
+        mapping["query"] = {"text": options.query, "media": options.query_media}
+    if options.positive or options.positive_text:
+        mapping["positive"] = {"text": options.positive_text, "media": options.positive}
+    changes: dict[str, Any] = {"out": options.out}
+    if options.split:
+        changes["split"] = options.split
+    if options.source != INDEX_SOURCE:
+        changes[f"sources.{INDEX_SOURCE}"] = None
+    for key, value in mapping.items():
+        changes[f"sources.{options.source}.{key}"] = value
+    options.set = [*(f"{key}={json.dumps(value)}" for key, value in changes.items()), *options.set]
+    return _run(options)
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from jobs.progress import Bars
+    from pipelines.shards import manifest_path, read_manifest, verify
+    from pipelines.storage import open_store
+
+    store = open_store(options.root)
+    there = [split for split in ("train", "held_out") if store.exists(manifest_path(split))]
+    failed = False
+    for split in options.split or there or ["train"]:
+        with Bars() as bars:
+            problems = verify(store, split, on_progress=partial(bars.update, split, unit="shards"))
+        for problem in problems:
+            print(problem)
+        manifest = read_manifest(store, split)
+        num_shards = sum(len(source.shards) for source in manifest.sources.values())
+        sound = f"{len(problems)} problem(s)" if problems else "sound"
+        print(f"{store.url}/{split}: {manifest.num_samples:,} samples in {num_shards:,} shards, {sound}")
+        failed |= bool(problems)
+    return int(failed)
 
 
 def _search(options: argparse.Namespace) -> int:

@@ -15,10 +15,11 @@ from jobs.dispatch import run_spec
 from jobs.finetunes import resolve
 from jobs.load import Document, check, read_document, substitute
 from jobs.progress import duration, say
-from jobs.spec import FinetunesSpec, IngestSpec, PipelineSpec, Spec
+from jobs.spec import FinetunesSpec, IndexSpec, IngestSpec, PipelineSpec, Spec
 from pipelines.errors import UserError
 from pipelines.storage import open_store
 from pipelines.store import Store
+from pipelines.urls import find_shards
 
 
 def resolve_stations(spec: PipelineSpec, document: Document) -> dict[str, tuple[Spec, Document]]:
@@ -76,6 +77,9 @@ def _key(station: Spec, document: Document, before: str) -> str:
         content += [train.model_dump(mode="json") for train in resolve(station, document).values()]
     if isinstance(station, IngestSpec):
         content.append(open_store(station.input).tags())
+    if isinstance(station, IndexSpec):
+        shards = (found for source in station.sources.values() for found in find_shards(source.urls, station.endpoint))
+        content.append({found.url: found.tag for found in shards})
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

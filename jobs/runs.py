@@ -4,6 +4,7 @@
               backbone/           a tiny backbone, where the spec asks for one
               checkpoints/000200/ trained parameters, moments, and the metrics so far
               latest.json         the newest complete checkpoint, written after it
+              phases.json         changes of the mixture, where the spec asks for resampling
               model/ or adapter/  the result
               metrics.jsonl       one row a step
               done.json           written last
@@ -16,15 +17,17 @@ import json
 import shutil
 import subprocess
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from jobs.spec import TrainSpec
 from pipelines.errors import UserError
+from pipelines.plan import Phase
 from pipelines.storage import open_store, resolve_endpoint
 from pipelines.store import Store
 
-SPEC, LATEST, DONE, METRICS = "spec.json", "latest.json", "done.json", "metrics.jsonl"
+SPEC, LATEST, DONE, METRICS, PHASES = "spec.json", "latest.json", "done.json", "metrics.jsonl", "phases.json"
 _PACKAGES = ("ray", "torch", "transformers", "deepspeed", "peft")
 # Settings that change where and how fast a run goes, never what it computes.
 _NOT_SCIENCE = {"run", "feed", "checkpoint", "cluster"}
@@ -43,12 +46,12 @@ class Run:
         """Folder of the result, below the run."""
         return "adapter" if self.spec.model.tune == "lora" else "model"
 
-    def begin(self, data_fingerprint: str) -> bool:
-        """Claims the folder for this spec; False if the run is finished already.
+    def begin(self, data: dict[str, Any]) -> bool:
+        """Claims the folder for this spec and these `data` (plain, as JSON has it); False if the run is finished.
 
         Raises `UserError` if the folder holds a run of other settings or data, unless it may be overwritten.
         """
-        identity = {"spec": self.spec.model_dump(mode="json"), "data": data_fingerprint}
+        identity = {"spec": self.spec.model_dump(mode="json"), "data": data}
         if self.store.exists(SPEC):
             before = json.loads(self.store.read(SPEC))
             changes = _changes(_science(before), _science(identity))
@@ -68,6 +71,21 @@ class Run:
     def step(self) -> int:
         """Of the newest checkpoint; 0 if there is none."""
         return int(json.loads(self.store.read(LATEST))["step"]) if self.store.exists(LATEST) else 0
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Metrics of every step up to the newest checkpoint."""
+        if not self.store.exists(LATEST):
+            return []
+        path = json.loads(self.store.read(LATEST))["path"]
+        return _rows(self.store.read(f"{path}/{METRICS}"))
+
+    def phases(self) -> list[Phase]:
+        """The changes of the mixture so far."""
+        return [Phase(**fields) for fields in json.loads(self.store.read(PHASES))] if self.store.exists(PHASES) else []
+
+    def record(self, phase: Phase) -> None:
+        """Adds a change of the mixture."""
+        self.store.write(PHASES, _json([asdict(some) for some in (*self.phases(), phase)]))
 
     def finish(self, summary: dict[str, Any], metrics: list[dict[str, Any]]) -> None:
         """Makes the end of the run known. The result is in place by now."""
@@ -95,7 +113,7 @@ class Checkpoints:
         path = json.loads(self._store.read(LATEST))["path"]
         folder = Path(tempfile.mkdtemp(prefix="rzen-checkpoint-"))
         self._store.download_tree(path, folder)
-        self.metrics = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+        self.metrics = _rows((folder / METRICS).read_bytes())
         return folder
 
     def publish(self, folder: Path, step: int) -> None:
@@ -126,10 +144,10 @@ def revision() -> str:
 
 
 def _science(identity: dict[str, Any]) -> dict[str, Any]:
-    """What decides the weights. Data are known by their fingerprint, wherever they lie."""
+    """What decides the weights. Data are known by their fingerprints, wherever they lie."""
     spec = {key: value for key, value in identity["spec"].items() if key not in _NOT_SCIENCE}
     spec["data"] = {key: value for key, value in spec["data"].items() if key not in ("root", "endpoint")}
-    return {"data fingerprint": identity["data"]} | spec
+    return {"plan": identity["data"]} | spec
 
 
 def _changes(before: Any, after: Any, key: str = "") -> list[str]:
@@ -141,8 +159,12 @@ def _changes(before: Any, after: Any, key: str = "") -> list[str]:
     return [] if before == after else [f"{key} {before!r} -> {after!r}"]
 
 
-def _json(content: dict[str, Any]) -> bytes:
+def _json(content: Any) -> bytes:
     return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _rows(lines: bytes) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in lines.splitlines()]
 
 
 def _lines(rows: list[dict[str, Any]]) -> bytes:

@@ -18,6 +18,7 @@ from pipelines.config import (
     PositiveFloat,
     PositiveInt,
 )
+from pipelines.mapping import SourceMapping
 from pipelines.synthetic.config import CorpusConfig
 from rzen.config import ModelConfig, ObjectiveConfig, OptimConfig, PromptConfig
 from rzen.evaluation.tasks import TASKS, Metric
@@ -114,6 +115,34 @@ class IngestSpec(Config):
     """Of the split and the order. Equal seeds give equal bytes."""
     media: MediaConfig = MediaConfig()
     """Limits within which files are opened."""
+
+
+class IndexSource(SourceMapping):
+    """Shards of one source, and how their members become samples."""
+
+    urls: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+    """Tars: local paths, file:// and s3:// URLs; `{000..099}` and `{a,b}` are spelt out, `*` and `?` match within a
+    folder, and a folder stands for all .tar below it."""
+
+
+class IndexSpec(Config):
+    """Make a data set of shards that others have written (webdataset, img2dataset), without copying them."""
+
+    kind: Literal["index"]
+    """Indexes."""
+    sources: Annotated[Named[IndexSource], Field(min_length=1)]
+    """Name of a source -> its shards and mapping."""
+    out: str
+    """Directory or s3:// URL of the data set: indices, report and manifest. The shards' own place is only read."""
+    endpoint: str | None = None
+    """S3 endpoint of the shards and of `out`; the environment's AWS_ENDPOINT_URL where not given."""
+    split: Literal["train", "held_out"] = "train"
+    """Split that the shards become."""
+    decode: bool = False
+    """Decode every file once, in a child process that is killed at a limit, and leave out what cannot be decoded.
+    `rzen evaluate` refuses bad files, training replaces them: worth its time for `held_out`."""
+    media: MediaConfig = MediaConfig()
+    """Limits within which files are opened, where `decode` is on."""
 
 
 class TrainSpec(Config):
@@ -321,6 +350,7 @@ class PipelineSpec(Config):
 Spec = (
     CorpusSpec
     | IngestSpec
+    | IndexSpec
     | TrainSpec
     | FinetunesSpec
     | EvaluateSpec
@@ -332,6 +362,7 @@ Spec = (
 KINDS: dict[str, type[Spec]] = {
     "corpus": CorpusSpec,
     "ingest": IngestSpec,
+    "index": IndexSpec,
     "train": TrainSpec,
     "finetunes": FinetunesSpec,
     "evaluate": EvaluateSpec,

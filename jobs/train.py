@@ -11,7 +11,7 @@ import traceback
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -30,6 +30,7 @@ from jobs.worker import train_worker
 from pipelines.errors import UserError
 from pipelines.plan import Plan, build_plan
 from pipelines.reader import Reader
+from pipelines.resample import due_phase
 from rzen.checkpoints import HUB_NAME, checkpoint_dir
 from rzen.config import TinyBackbone
 
@@ -88,7 +89,7 @@ def prepare(spec: TrainSpec) -> Prepared | None:
     """Looks at everything that needs no workers, and says what is going to happen; None if the run is finished."""
     reader = Reader(spec.data)
     plan = build_plan(
-        reader.sizes(),
+        reader.tables(),
         spec.data.mixture,
         global_batch=spec.global_batch,
         steps=spec.steps,
@@ -98,12 +99,14 @@ def prepare(spec: TrainSpec) -> Prepared | None:
     plan.check_world_size(spec.cluster.workers)
     _check_models(spec)
     run = Run(spec)
-    if not run.begin(f"{reader.fingerprint} {plan.fingerprint()}"):
+    if not run.begin({"data": reader.fingerprints(plan)} | plan.describe()):
         say(f"  {run.store.url}: finished before")
         return None
     if isinstance(spec.model.backbone, TinyBackbone) and not is_published(run.store.child(BACKBONE)):
         _build_backbone(run, spec.model.backbone, reader)
     _summarise(run, plan)
+    for text in reader.unshuffled(plan):
+        say(f"    {text}", "yellow")
     return Prepared(run, plan, reader.tasks(plan))
 
 
@@ -154,9 +157,13 @@ def fit(prepared: Prepared, board: Any, abandoned: Event) -> None:
     run, spec = prepared.run, prepared.run.spec
     restarts = 0
     while True:
+        prepared = _with_phases(prepared)
+        stop = _stop(prepared)
         try:
-            _trainer(prepared, board).fit()
-            return
+            _trainer(prepared, stop, board).fit()
+            if stop == prepared.plan.num_steps:
+                return
+            continue
         except (TrainingFailedError, RayError) as error:
             if cause := user_error(error):
                 raise cause from None
@@ -171,6 +178,33 @@ def fit(prepared: Prepared, board: Any, abandoned: Event) -> None:
         say(
             f"  {spec.name}: {lost}; restart {restarts} of {spec.cluster.max_restarts} from step {run.step()}", "yellow"
         )
+
+
+def _with_phases(prepared: Prepared) -> Prepared:
+    """The plan with all changes of the mixture up to now, the one that is due recorded first."""
+    run, resample = prepared.run, prepared.run.spec.data.mixture.resample
+    if resample is None:
+        return prepared
+    recorded = run.phases()
+    plan = prepared.plan
+    for phase in recorded:
+        if phase.first_step not in plan.phase_starts:
+            plan = plan.with_phase(phase)
+    if due := due_phase(plan, run.rows(), run.step(), resample):
+        run.record(due)
+        plan = plan.with_phase(due)
+        total = sum(due.weights.values())
+        shares = ", ".join(f"{name} {weight / total:.1%}" for name, weight in due.weights.items())
+        say(f"  {run.spec.name}: from step {due.first_step} on {shares}")
+    return replace(prepared, plan=plan)
+
+
+def _stop(prepared: Prepared) -> int:
+    """Where the workers stop: before the mixture changes, or at the end."""
+    resample = prepared.run.spec.data.mixture.resample
+    if resample is None:
+        return prepared.plan.num_steps
+    return min(prepared.plan.num_steps, (prepared.run.step() // resample.every_steps + 1) * resample.every_steps)
 
 
 def _in_thread(function: Callable[..., None], *arguments: Any) -> Future[None]:
@@ -188,7 +222,7 @@ def _in_thread(function: Callable[..., None], *arguments: Any) -> Future[None]:
     return future
 
 
-def _trainer(prepared: Prepared, board: Any) -> Any:
+def _trainer(prepared: Prepared, stop: int, board: Any) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -199,11 +233,11 @@ def _trainer(prepared: Prepared, board: Any) -> Any:
     resources = {"CPU": cluster.cpus_per_worker}
     if cluster.gpus_per_worker:
         resources["GPU"] = cluster.gpus_per_worker
-    feed = PlannedFeed(prepared.plan, Reader(spec.data, encoder_of(run)), run.step, spec.feed)
+    feed = PlannedFeed(prepared.plan.until(stop), Reader(spec.data, encoder_of(run)), run.step, spec.feed)
     filesystem, path = run.store.child("ray").arrow_filesystem()
     return TorchTrainer(
         train_worker,
-        train_loop_config={"prepared": prepared, "board": board},
+        train_loop_config={"prepared": prepared, "stop": stop, "board": board},
         scaling_config=ScalingConfig(
             num_workers=cluster.workers, use_gpu=cluster.gpus_per_worker > 0, resources_per_worker=resources
         ),

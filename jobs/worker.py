@@ -23,7 +23,7 @@ def train_worker(config: dict[str, Any]) -> None:
     from rzen.training.telemetry import METRICS
     from rzen.training.worker import Stage, train_stage
 
-    prepared, board = config["prepared"], config["board"]
+    prepared, stop, board = config["prepared"], config["stop"], config["board"]
     run, plan, spec = prepared.run, prepared.plan, prepared.run.spec
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
@@ -47,13 +47,14 @@ def train_worker(config: dict[str, Any]) -> None:
                 seed=spec.seed,
                 checkpoint_every_steps=spec.checkpoint.every_steps,
                 plan_fingerprint=plan.fingerprint(),
+                stop=stop,
             ),
             backbone_dir=checkpoint_folder(backbone_url(run), run.endpoint),
             init_adapter=Path(local_folder(spec.init_adapter, run.endpoint)) if spec.init_adapter else None,
             tasks=prepared.tasks,
             batches=lambda start: batches(
                 ray.train.get_dataset_shard(SHARD),
-                plan,
+                plan.until(stop),
                 rank=rank,
                 world_size=world_size,
                 start=start,
@@ -65,7 +66,7 @@ def train_worker(config: dict[str, Any]) -> None:
             on_metrics=on_metrics,
             num_threads=spec.cluster.threads_per_worker,
         )
-        if rank == 0:
+        if rank == 0 and stop == plan.num_steps:
             publish_folder(output, run.store.child(run.result))
             run.finish({"steps": plan.num_steps, "last": checkpoints.metrics[-1]}, checkpoints.metrics)
 

@@ -26,6 +26,7 @@ from typing import Any
 import ray.data
 
 from pipelines.config import MediaConfig
+from pipelines.copies import with_copies
 from pipelines.errors import BadMedia, UserError
 from pipelines.members import load_sample
 from pipelines.samples import FileRef, RawSample, Rejected, Sample, Side
@@ -35,6 +36,7 @@ from pipelines.shards import (
     ShardInfo,
     SourceInfo,
     index_path,
+    manifest_files,
     manifest_path,
     publish_manifest,
     read_manifest,
@@ -137,9 +139,10 @@ def ingest(
         reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(report.rejected.items()))
         problem = f"none of {report.seen} samples can be used for training ({reasons or 'there are none'})"
         raise UserError(out.url, problem, f"see {REPORT_PATH} there, and check the paths of the raw data")
+    manifests = [with_copies(out, manifest) for manifest in manifests]
     for manifest in manifests:
         publish_manifest(out, replace(manifest, settings=settings | {"media": media.model_dump()}))
-    for path in sorted(retired - {path for manifest in manifests for path in _files(manifest)}):
+    for path in sorted(retired - {path for manifest in manifests for path in manifest_files(manifest)}):
         out.delete(path)
     return report
 
@@ -297,15 +300,10 @@ def _manifests(blocks: list[Block], outcomes: list[Outcome], report: IngestRepor
     return manifests
 
 
-def _files(manifest: Manifest) -> set[str]:
-    shards = [shard.path for source in manifest.sources.values() for shard in source.shards]
-    return {*shards, *map(index_path, shards)}
-
-
 def _withdraw(out: Store, split: str) -> set[str]:
     """Makes a split unreadable while it is rewritten; returns the files it consisted of."""
     try:
-        files = _files(read_manifest(out, split))
+        files = manifest_files(read_manifest(out, split))
     except UserError:  # none yet, or a damaged one, which this job replaces
         files = set()
     out.delete(manifest_path(split))

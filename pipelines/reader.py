@@ -7,6 +7,7 @@ Knows neither Ray nor torch, so that it is tested and profiled alone; `feed.py` 
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,20 +15,37 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from pipelines.config import DataConfig
+from pipelines.copies import source_table
 from pipelines.errors import BadMedia, UserError
+from pipelines.mapping import SourceMapping
 from pipelines.media.decode import Decoder
-from pipelines.plan import SMALL, GlobalBatch, Plan, PlanSource
+from pipelines.neighbours import SETTING, Likeness, warning
+from pipelines.plan import Plan, PlanSource, Row, SourceTable
 from pipelines.samples import DecodedSample, Rejected, Sample
-from pipelines.shards import Manifest, Members, read_index, read_manifest, read_samples
-from pipelines.storage import open_store
+from pipelines.shards import (
+    Manifest,
+    Members,
+    Parser,
+    ShardIndex,
+    ShardInfo,
+    foreign_parser,
+    own_sample,
+    read_manifest,
+    read_samples,
+    read_shard_index,
+    shard_file,
+    source_info,
+)
+from pipelines.storage import open_store, resolve_endpoint
+from pipelines.store import Store
 
 MAX_RESERVES = 16
 _RANGE_BYTES = 64 << 20  # a longer stretch of neighbours is read in parts
+_SMALL = 10_000  # samples; no global batch is larger, so that no larger source is merged for being small
+_INDEX_BYTES = 256 << 20  # of shard indices that a process keeps in memory
 
-Row = tuple[str, int]
 _Item = tuple[Sample, Members] | BadMedia  # what was read for a row
 
 
@@ -42,32 +60,78 @@ class Encoder(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class FedBatch:
-    """One rank's share of one global batch: `num_samples` good ones; `rejected` tells which others they replace."""
+class FedBlock:
+    """One rank's share of what is contrasted with each other: `num_samples` of one source, with one task."""
 
-    step: int
-    rank: int
     source: str
     task: str
     epoch: int
     num_samples: int
-    batch: Any
-    rejected: tuple[Rejected, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class _Index:
-    """Where the samples of a source lie: `read_index` by column."""
+class FedBatch:
+    """One rank's share of one global batch: good samples, block after block; `rejected` tells which they replace."""
 
-    keys: pa.ChunkedArray
-    paths: tuple[str, ...]  # of the shards
-    shards: npt.NDArray[np.int32]
-    offsets: npt.NDArray[np.int64]
-    lengths: npt.NDArray[np.int64]
+    step: int
+    rank: int
+    blocks: tuple[FedBlock, ...]
+    batch: Any
+    rejected: tuple[Rejected, ...]
+
+    @property
+    def source(self) -> str:
+        """Of all blocks, joined by `+`."""
+        return "+".join(block.source for block in self.blocks)
+
+    @property
+    def num_samples(self) -> int:
+        """Of all blocks."""
+        return sum(block.num_samples for block in self.blocks)
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A source of the manifest. Of S shards, s holds positions `starts[s]` .. `starts[s + 1] - 1` (int64 [S + 1])."""
+
+    shards: tuple[ShardInfo, ...]
+    starts: npt.NDArray[np.int64]
+    parse: Parser
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """Ordinal of the shard that holds a position, and the row within it."""
+        if not 0 <= position < self.starts[-1]:
+            raise IndexError(f"sample {position} is outside 0..{self.starts[-1] - 1}")
+        ordinal = int(np.searchsorted(self.starts, position, side="right")) - 1
+        return ordinal, position - int(self.starts[ordinal])
+
+
+class _Indices:
+    """Shard indices, read when first needed. The least recently used are dropped beyond `_INDEX_BYTES`."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._kept: OrderedDict[str, ShardIndex] = OrderedDict()
+        self.num_bytes = 0
+
+    def of(self, shard: ShardInfo) -> ShardIndex:
+        """Raises `UserError` for an index that is missing or not the manifest's."""
+        if shard.index_path in self._kept:
+            self._kept.move_to_end(shard.index_path)
+            return self._kept[shard.index_path]
+        index = read_shard_index(self._store, shard)
+        self._kept[shard.index_path] = index
+        self.num_bytes += index.num_bytes
+        while self.num_bytes > _INDEX_BYTES and len(self._kept) > 1:
+            _, dropped = self._kept.popitem(last=False)
+            self.num_bytes -= dropped.num_bytes
+        return index
 
 
 class Reader:
-    """Reads one split. Pickles as its arguments: manifest, indices and decoder are made at first use, per process.
+    """Reads one split. Pickles as its arguments: manifest, indices and decoders are made at first use, per process.
+
+    Shards of ours are read from the data root, foreign ones in place, through the same endpoint.
 
     Without an encoder samples stay decoded, and a batch is their list. Every method raises `UserError` for data that
     is missing or out of reach. Not thread-safe.
@@ -76,10 +140,11 @@ class Reader:
     def __init__(self, data: DataConfig, encoder: Encoder | None = None) -> None:
         self.data = data
         self.encoder = encoder
-        self._store = open_store(data.root, data.endpoint)  # resolves the endpoint: workers may lack the variable
+        self._endpoint = resolve_endpoint(data.endpoint)  # here, as workers may lack the variable
+        self._store = open_store(data.root, self._endpoint)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: self.__dict__[name] for name in ("data", "encoder", "_store")}
+        return {name: self.__dict__[name] for name in ("data", "encoder", "_endpoint", "_store")}
 
     @property
     def fingerprint(self) -> str:
@@ -87,8 +152,28 @@ class Reader:
         return self._manifest.fingerprint
 
     def sizes(self) -> dict[str, int]:
-        """Samples of each source of the split: what `build_plan` takes."""
+        """Samples of each source of the split."""
         return {name: source.num_samples for name, source in self._manifest.sources.items()}
+
+    def tables(self) -> dict[str, SourceTable]:
+        """Each source of the split as `build_plan` takes it."""
+        mixture = self.data.mixture
+        grouped = {member for members in mixture.groups.values() for member in members}
+        wanted = set(mixture.weights or self._manifest.sources)
+        wanted |= {member for group in wanted for member in mixture.groups.get(group, ())}
+        tables = {}
+        for name, source in self._manifest.sources.items():
+            if name in wanted:
+                # Sources that are drawn together may hold copies of each other's targets.
+                merged = name in grouped or (mixture.merge_small and source.num_samples < _SMALL)
+                tables[name] = source_table(self._store, self.data.split, name, source, merged=merged)
+            else:
+                tables[name] = SourceTable(source.num_samples)
+        return tables
+
+    def fingerprints(self, plan: Plan) -> dict[str, str]:
+        """Of each source that a plan draws from: equal for byte-identical data."""
+        return {member: self._manifest.sources[member].fingerprint for s in plan.sources for member in s.members}
 
     def task_of(self, source: str) -> str:
         """The task that all samples of a source have."""
@@ -97,6 +182,18 @@ class Reader:
     def tasks(self, plan: Plan) -> tuple[str, ...]:
         """Sorted tasks of all batches that the plan may give: each owns a temperature."""
         return tuple(sorted({self._batch_task(source) for source in plan.sources}))
+
+    def unshuffled(self, plan: Plan) -> list[str]:
+        """A warning for each source of the plan whose neighbours are alike, as its index job has measured."""
+        measured = self._manifest.settings.get(SETTING, {})
+        run_length = self.data.mixture.run_length
+        told = (
+            warning(member, Likeness(**measured[member]), run_length, source.batch)
+            for source in plan.sources
+            for member in source.members
+            if member in measured
+        )
+        return [text for text in told if text]
 
     def raw(self, source: str, indices: Iterable[int]) -> Iterator[tuple[Sample, Members]]:
         """Samples and their files, undecoded, in the order asked for. Raises `BadMedia` (`damaged_shard`)."""
@@ -116,34 +213,36 @@ class Reader:
     def batch(self, plan: Plan, step: int, rank: int, world_size: int) -> FedBatch:
         """One rank's share of global batch `step`, encoded and collated.
 
-        A bad sample is replaced by one of its `reserves`, and told in `rejected`. Raises `UserError` if none is good.
+        A bad sample is replaced by a reserve of the plan, and told in `rejected`. Raises `UserError` if none is good.
         """
-        whole = plan.batch(step)
-        rows = whole.of_rank(rank, world_size)
+        share = plan.batch(step, rank, world_size)
         rejected: list[Rejected] = []
         encoded: list[Any] = []
-        for position, (row, item) in enumerate(self._read(rows), start=rank * len(rows)):
+        sizes = [len(block.rows) for block in share.blocks]
+        starts = np.cumsum([0, *sizes[:-1]]) * world_size + rank * np.array(sizes)  # in the whole batch
+        positions = np.concatenate([start + np.arange(size) for start, size in zip(starts, sizes, strict=True)])
+        for position, (row, item) in zip(positions.tolist(), self._read(share.rows), strict=True):
             try:
                 encoded.append(self._encoded(item))
             except BadMedia as error:
                 rejected.append(self._rejected(row, error))
-                encoded.append(self._replacement(plan, whole, position, rejected))
+                encoded.append(self._replacement(plan, step, position, rejected))
         batch = self.encoder.collate(encoded) if self.encoder else encoded
-        source = next(source for source in plan.sources if source.name == whole.source)
-        task = self._batch_task(source)
-        return FedBatch(step, rank, whole.source, task, whole.epoch, len(rows), batch, tuple(rejected))
+        tasks = {source.name: self._batch_task(source) for source in plan.sources}
+        blocks = [FedBlock(block.source, tasks[block.source], block.epoch, len(block.rows)) for block in share.blocks]
+        return FedBatch(step, rank, tuple(blocks), batch, tuple(rejected))
 
-    def _replacement(self, plan: Plan, whole: GlobalBatch, position: int, rejected: list[Rejected]) -> Any:
+    def _replacement(self, plan: Plan, step: int, position: int, rejected: list[Rejected]) -> Any:
         """The first good reserve, encoded; the bad ones before it are added to `rejected`."""
-        for row, item in self._read(reserves(plan, whole, position)):
+        for row, item in self._read(plan.reserves(step, position, MAX_RESERVES)):
             try:
                 return self._encoded(item)
             except BadMedia as error:
                 rejected.append(self._rejected(row, error))
         last = rejected[-1]
         raise UserError(
-            f"{self._store.url}/{self.data.split}/{whole.rows[position][0]}",
-            f"has no sample left to replace a bad one in step {whole.step}; the last failure is"
+            f"{self._store.url}/{self.data.split}/{plan.batch(step).rows[position][0]}",
+            f"has no sample left to replace a bad one in step {step}; the last failure is"
             f" {last.reason} of {last.origin} ({last.detail})",
             "run the ingest job again, or leave the source out of data.mixture.weights",
         )
@@ -155,7 +254,13 @@ class Reader:
     def _decoded(self, item: _Item) -> DecodedSample:
         if isinstance(item, BadMedia):
             raise item
-        return self._decoder.sample(*item, self.data.instructions)
+        # Ingest has decoded every file of ours in a killable child once; nobody has looked at those of strangers.
+        # Images cannot run away, as their size is limited before they are decoded.
+        sample, members = item
+        kinds = {media.kind for side in sample.sides() for media in side.media}
+        is_foreign = self._manifest.sources[sample.source].mapping is not None
+        decoder = self._isolated_decoder if is_foreign and kinds - {"image"} else self._decoder
+        return decoder.sample(sample, members, self.data.instructions)
 
     def _read(self, rows: Iterable[Row]) -> Iterator[tuple[Row, _Item]]:
         """Each row with what was read for it, in order, holding one stretch of neighbours in memory."""
@@ -175,79 +280,64 @@ class Reader:
 
     def _extends(self, stretch: Sequence[Row], row: Row) -> bool:
         (source, first), (_, last) = stretch[0], stretch[-1]
-        shards = self._index(source).shards
-        if row != (source, last + 1) or shards[last] != shards[last + 1]:
+        if row != (source, last + 1):
             return False
-        _, length = self._span(source, first, last + 1)
+        shard, begin = self._source(source).locate(first)
+        following, end = self._source(source).locate(last + 1)
+        if shard != following:
+            return False
+        _, length = self._indices.of(self._source(source).shards[shard]).span(begin, end)
         return length <= _RANGE_BYTES
 
-    def _span(self, source: str, first: int, last: int) -> tuple[int, int]:
-        """Offset and length, in the shard, of the samples from `first` to `last` inclusive."""
-        index = self._index(source)
-        start = int(index.offsets[first])
-        return start, int(index.offsets[last] + index.lengths[last]) - start
-
-    def _read_stretch(self, stretch: Sequence[Row]) -> list[_Item]:
-        """One ranged read; if its bytes are damaged, one for each sample, so that healthy neighbours are kept."""
-        (source, first), (_, last) = stretch[0], stretch[-1]
-        path, (offset, length) = self._shard_path(source, first), self._span(source, first, last)
+    def _read_stretch(self, stretch: Sequence[Row]) -> Sequence[_Item]:
+        source, first = stretch[0]
+        ordinal, begin = self._source(source).locate(first)
+        shard = self._source(source).shards[ordinal]
+        store, path = shard_file(self._store, shard, self._endpoint)
+        rows = range(begin, begin + len(stretch))
         try:
-            found = read_samples(self._store, path, offset, length)
-            if len(found) != len(stretch):
-                raise BadMedia("damaged_shard", f"{path} at byte {offset}: {len(found)} of {len(stretch)} samples")
-            return [*found]
-        except BadMedia as error:
-            if len(stretch) == 1:
-                return [error]
-            return [item for row in stretch for item in self._read_stretch([row])]
+            return read_samples(store, path, self._indices.of(shard), rows, self._source(source).parse)
         except FileNotFoundError as error:
-            place = f"{self._store.url}/{path}"
-            raise UserError(place, "is named in the manifest but missing", "run the ingest job again") from error
+            fix = "run the index job again" if shard.index else "run the ingest job again"
+            raise UserError(f"{store.url}/{path}", "is named in the manifest but missing", fix) from error
 
     def _rejected(self, row: Row, error: BadMedia) -> Rejected:
         source, position = row
-        origin = f"{self._store.url}/{self._shard_path(source, position)} key {self._index(source).keys[position]}"
+        ordinal, within = self._source(source).locate(position)
+        shard = self._source(source).shards[ordinal]
+        store, path = shard_file(self._store, shard, self._endpoint)
+        origin = f"{store.url}/{path} key {self._indices.of(shard).keys[within]}"
         return Rejected(origin, error.reason, error.detail)
-
-    def _shard_path(self, source: str, position: int) -> str:
-        index = self._index(source)
-        return index.paths[int(index.shards[position])]
 
     def _batch_task(self, source: PlanSource) -> str:
         tasks = {self.task_of(member) for member in source.members}
-        return tasks.pop() if len(tasks) == 1 else SMALL
+        return tasks.pop() if len(tasks) == 1 else source.name
 
-    def _index(self, source: str) -> _Index:
-        if source not in self._indices:
-            table = read_index(self._store, self._manifest, source)
-            shards, offsets, lengths = (table[name].to_numpy() for name in ("shard", "offset", "length"))
-            paths = tuple(shard.path for shard in self._manifest.sources[source].shards)
-            self._indices[source] = _Index(table["key"], paths, shards, offsets, lengths)
-        return self._indices[source]
+    def _source(self, name: str) -> _Source:
+        if name not in self._sources:
+            info = source_info(self._store, self._manifest, name)
+            starts = np.cumsum([0, *(shard.num_samples for shard in info.shards)], dtype=np.int64)
+            mapping = info.mapping
+            parse = own_sample if mapping is None else foreign_parser(name, SourceMapping.model_validate(mapping))
+            self._sources[name] = _Source(info.shards, starts, parse)
+        return self._sources[name]
 
     @cached_property
     def _manifest(self) -> Manifest:
         return read_manifest(self._store, self.data.split)
 
     @cached_property
-    def _indices(self) -> dict[str, _Index]:
+    def _sources(self) -> dict[str, _Source]:
         return {}
+
+    @cached_property
+    def _indices(self) -> _Indices:
+        return _Indices(self._store)
 
     @cached_property
     def _decoder(self) -> Decoder:
         return Decoder(self.data.media)
 
-
-def reserves(plan: Plan, batch: GlobalBatch, position: int) -> list[Row]:
-    """Up to `MAX_RESERVES` samples that may stand in for row `position`, best first: of its source, not in the batch.
-
-    A pure function of the plan's seed, the step and the position, so that every number of workers takes the same.
-    Two bad rows may, rarely, get the same reserve; their equal targets are then no negatives of each other.
-    """
-    source = batch.rows[position][0]
-    sizes = {name: size for group in plan.sources for name, size in zip(group.members, group.sizes, strict=True)}
-    used = [index for name, index in batch.rows if name == source]
-    free = np.setdiff1d(np.arange(sizes[source]), used)
-    rng = np.random.default_rng([plan.seed, 2, batch.step, position])
-    chosen = rng.choice(free, min(MAX_RESERVES, len(free)), replace=False)
-    return [(source, int(index)) for index in chosen]
+    @cached_property
+    def _isolated_decoder(self) -> Decoder:
+        return Decoder(self.data.media, isolated=True)

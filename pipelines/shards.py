@@ -2,61 +2,105 @@
 
 Layout under a data root: `{split}/{source}/{source}-000000.tar`, the same with `.idx.parquet`, and, written last,
 `{split}/manifest.json`. Readers trust only the manifest. Equal samples give equal bytes, so that a hash is a version.
+
+Shards of other people (`pipelines/foreign.py`) stay where they are: the manifest names them by absolute URL, with a
+mapping for each source, and only their indices lie under the data root.
 """
 
 from __future__ import annotations
 
+import binascii
 import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.errors import BadMedia, UserError
+from pipelines.mapping import SampleMapper, SourceMapping
 from pipelines.samples import Sample, Side
-from pipelines.store import Store, disk_errors
+from pipelines.storage import open_store
+from pipelines.store import LocalStore, Store, disk_errors, inside
+from pipelines.tars import BLOCK_BYTES, only_group
 
 FORMAT_VERSION = 1
 INDEX_SCHEMA = pa.schema(
     [
         ("key", pa.string()),
-        ("offset", pa.int64()),  # bytes from the start of the tar to the header of the sample's json
+        ("offset", pa.int64()),  # bytes from the start of the tar to the sample's first header
         ("length", pa.int64()),  # bytes to the end of its last member, padding included
         ("target_sha256", pa.string()),
         ("num_members", pa.int32()),  # the json not counted
     ]
 )
-_BLOCK_BYTES = 512
 _READERS = 8
 
 Members = dict[str, bytes]
 
 
 @dataclass(frozen=True, slots=True)
+class IndexRow:
+    """One sample of a shard: a row of `INDEX_SCHEMA`."""
+
+    key: str
+    offset: int
+    length: int
+    target_sha256: str
+    num_members: int
+
+
+@dataclass(frozen=True, slots=True)
 class ShardInfo:
-    """One shard: `path` relative to the data root (or to its folder, as `write_shard` returns it)."""
+    """One shard: `path` relative to the data root (or to its folder, as `write_shard` returns it).
+
+    A foreign shard's `path` is an absolute URL; its `index` lies below the data root, and `tag` is the store's tag of
+    its content when it was indexed. Both are None for shards of ours.
+    """
 
     path: str
     num_samples: int
     num_bytes: int
     sha256: str
     index_sha256: str
+    index: str | None = None
+    tag: str | None = None
+
+    @property
+    def index_path(self) -> str:
+        """Where its index is, below the data root."""
+        return self.index or index_path(self.path)
 
 
 @dataclass(frozen=True, slots=True)
 class SourceInfo:
-    """The shards of one source in a split; all samples of a source have one task."""
+    """The shards of one source in a split; all samples of a source have one task.
+
+    `mapping`, a `SourceMapping` as plain data, makes samples of foreign shards; None for shards of ours. The hash is
+    that of the file at `copies_path`; None before `pipelines/copies.py` has written it.
+    """
 
     task: str
     num_samples: int
     shards: tuple[ShardInfo, ...]
+    mapping: dict[str, Any] | None = None
+    copies_sha256: str | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Of its content: equal for byte-identical data."""
+        return _fingerprint(_plain(self))
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +120,12 @@ class Manifest:
     @property
     def fingerprint(self) -> str:
         """sha256 of the canonical content: equal fingerprints mean byte-identical data."""
-        canonical = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        return _fingerprint(_plain(self))
 
     def to_json(self) -> bytes:
         """Readable JSON with the fingerprint in it."""
-        content = asdict(self) | {"fingerprint": self.fingerprint}
+        content = _plain(self)
+        content["fingerprint"] = _fingerprint(content)
         return (json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
     @classmethod
@@ -91,18 +135,27 @@ class Manifest:
             fields = json.loads(data)
             if fields["format_version"] != FORMAT_VERSION:
                 raise ValueError(f"format version {fields['format_version']}, this program reads {FORMAT_VERSION}")
-            fingerprint = fields.pop("fingerprint")
+            if fields.pop("fingerprint") != _fingerprint(fields):
+                raise ValueError("its fingerprint is not that of its content")
             sources = {name: _source(source) for name, source in fields.pop("sources").items()}
-            manifest = cls(sources=sources, **fields)
+            return cls(sources=sources, **fields)
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"not a manifest: {error!r}") from error
-        if manifest.fingerprint != fingerprint:
-            raise ValueError("its fingerprint is not that of its content")
-        return manifest
+
+
+def _plain(content: Any) -> dict[str, Any]:
+    """A manifest or a part of it as plain data, without what only some have where there is none."""
+    return asdict(content, dict_factory=lambda items: {name: value for name, value in items if value is not None})
+
+
+def _fingerprint(content: dict[str, Any]) -> str:
+    """Of plain data."""
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def _source(fields: dict[str, Any]) -> SourceInfo:
-    return SourceInfo(fields["task"], fields["num_samples"], tuple(ShardInfo(**shard) for shard in fields["shards"]))
+    return SourceInfo(**fields | {"shards": tuple(ShardInfo(**shard) for shard in fields["shards"])})
 
 
 def manifest_path(split: str) -> str:
@@ -115,7 +168,19 @@ def index_path(shard_path: str) -> str:
     return f"{shard_path.removesuffix('.tar')}.idx.parquet"
 
 
-def target_sha256(positive: Side, members: Members) -> str:
+def copies_path(split: str, source: str) -> str:
+    """Where the samples of a source that share a target are named, below the data root."""
+    return f"{split}/{source}/copies.parquet"
+
+
+def manifest_files(manifest: Manifest) -> set[str]:
+    """What a split consists of below the data root, apart from its manifest."""
+    shards = [shard for source in manifest.sources.values() for shard in source.shards]
+    files = {shard.index_path for shard in shards} | {shard.path for shard in shards if not shard.index}
+    return files | {copies_path(manifest.split, name) for name, info in manifest.sources.items() if info.copies_sha256}
+
+
+def target_sha256(positive: Side, members: Mapping[str, bytes]) -> str:
     """Identity of a target's content: its text and the bytes of its media, in order."""
     digest = hashlib.sha256(hashlib.sha256(positive.text.encode()).digest())
     for media in positive.media:
@@ -129,20 +194,19 @@ def write_shard(local_path: Path, samples: Iterable[tuple[Sample, Members]]) -> 
     Raises `UserError` for a full disk, `ValueError` for a key or member name that WebDataset could not group.
     """
     digest = hashlib.sha256()
-    rows: list[dict[str, Any]] = []
+    rows: list[IndexRow] = []
     offset = 0
     with disk_errors(local_path), local_path.open("wb") as file:
         for sample, members in samples:
             record = _record(sample, members)
             file.write(record)
             digest.update(record)
-            row = {"key": sample.key, "offset": offset, "length": len(record), "num_members": len(members)}
-            rows.append(row | {"target_sha256": sample.target_sha256})
+            rows.append(IndexRow(sample.key, offset, len(record), sample.target_sha256, len(members)))
             offset += len(record)
-        end = bytes(2 * _BLOCK_BYTES)
+        end = bytes(2 * BLOCK_BYTES)
         file.write(end)
         digest.update(end)
-    index = _index_bytes(rows)
+    index = index_bytes(rows)
     with disk_errors(local_path):
         Path(index_path(str(local_path))).write_bytes(index)
     num_bytes = offset + len(end)
@@ -161,53 +225,94 @@ def _record(sample: Sample, members: Members) -> bytes:
 def _entry(name: str, data: bytes) -> tuple[bytes, bytes, bytes]:
     header = tarfile.TarInfo(name)
     header.size, header.mode, header.mtime = len(data), 0o644, 0
-    return header.tobuf(tarfile.USTAR_FORMAT, "utf-8", "strict"), data, bytes(-len(data) % _BLOCK_BYTES)
+    return header.tobuf(tarfile.USTAR_FORMAT, "utf-8", "strict"), data, bytes(-len(data) % BLOCK_BYTES)
 
 
-def _index_bytes(rows: list[dict[str, Any]]) -> bytes:
+def index_bytes(rows: list[IndexRow], metadata: dict[bytes, bytes] | None = None) -> bytes:
+    """The rows as a Parquet file, with `metadata` of the caller's in its schema."""
+    columns = {name: [getattr(row, name) for row in rows] for name in INDEX_SCHEMA.names}
     sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=INDEX_SCHEMA), sink, compression="zstd")
+    pq.write_table(pa.table(columns, INDEX_SCHEMA.with_metadata(metadata)), sink, compression="zstd")
     return sink.getvalue()
 
 
-def read_samples(store: Store, shard_path: str, offset: int, length: int) -> list[tuple[Sample, Members]]:
-    """Samples in a byte range of a shard: one ranged read, of one sample or of several neighbours.
+@dataclass(frozen=True)
+class ShardIndex:
+    """Where the N samples of a shard lie: bytes, int64 [N]. `targets` are sha256 digests, 32 bytes each, or None."""
 
-    Raises `BadMedia` (`damaged_shard`) if the bytes are not whole samples: a tar reader would stop there in silence.
+    keys: pa.StringArray
+    offsets: npt.NDArray[np.int64]
+    lengths: npt.NDArray[np.int64]
+    targets: bytes | None = None
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """Memory that it takes, nearly."""
+        arrays = self.keys.nbytes + self.offsets.nbytes + self.lengths.nbytes
+        return int(arrays) + len(self.targets or b"")
+
+    def span(self, first: int, last: int) -> tuple[int, int]:
+        """Offset and length in bytes of the samples `first` .. `last`, and of what lies between them."""
+        start = int(self.offsets[first])
+        return start, int(self.offsets[last] + self.lengths[last]) - start
+
+    def target_sha256(self, row: int) -> str:
+        """Of a sample, where targets were read."""
+        return (self.targets or b"")[32 * row : 32 * (row + 1)].hex()
+
+
+Parser = Callable[
+    [str, bytes], tuple[Sample, Members]
+]  # key and bytes of one sample -> sample; `ValueError`, `BadMedia`
+
+
+def own_sample(key: str, data: bytes) -> tuple[Sample, Members]:
+    """A sample of ours from its bytes. Raises `ValueError` if they are anything else."""
+    group = only_group(data)
+    members = {name: data[entry.start : entry.start + entry.size] for name, entry in group.members.items()}
+    sample = Sample.from_json(members.pop("json", b""))
+    if not key == sample.key == group.key:
+        raise ValueError(f"the index says {key!r}, the shard {group.key!r} and {sample.key!r}")
+    return sample, members
+
+
+def foreign_parser(source: str, mapping: SourceMapping) -> Parser:
+    """Makes samples of a foreign source from their bytes; only the media that a sample names are its members."""
+    mapper = SampleMapper(source, mapping)
+
+    def parse(key: str, data: bytes) -> tuple[Sample, Members]:
+        group = only_group(data)
+        if group.key != key:
+            raise ValueError(f"the index says {key!r}, the shard {group.key!r}")
+        members = mapper.select(data, group)
+        sample = mapper.sample(key, members, key)
+        return sample, {media.member: members[media.member] for side in sample.sides() for media in side.media}
+
+    return parse
+
+
+def read_samples(
+    store: Store, path: str, index: ShardIndex, rows: range, parse: Parser = own_sample
+) -> list[tuple[Sample, Members] | BadMedia]:
+    """Neighbouring samples of a shard, in one ranged read. Bytes that are no sample are `BadMedia` (`damaged_shard`)
+    in its place, and cost no other. Raises `FileNotFoundError`, and `UserError` if the shard ends earlier.
     """
-    try:
-        return list(_parse(store.read_range(shard_path, offset, length)))
-    except (ValueError, tarfile.HeaderError) as error:
-        raise BadMedia("damaged_shard", f"{shard_path} at byte {offset}: {error}") from error
-
-
-def _parse(data: bytes) -> Iterator[tuple[Sample, Members]]:
-    sample: Sample | None = None
-    members: Members = {}
-    for name, content in _entries(data):
-        key, _, member = name.partition(".")
-        if member == "json":
-            if sample:
-                yield sample, members
-            sample, members = Sample.from_json(content), {}
-        if sample is None or sample.key != key:
-            raise ValueError(f"{name} does not belong to the sample before it")
-        if member != "json":
-            members[member] = content
-    if sample:
-        yield sample, members
-
-
-def _entries(data: bytes) -> Iterator[tuple[str, bytes]]:
-    position = 0
-    while position < len(data):
-        header = tarfile.TarInfo.frombuf(data[position : position + _BLOCK_BYTES], "utf-8", "strict")
-        start = position + _BLOCK_BYTES
-        content = data[start : start + header.size]
-        if len(content) != header.size:
-            raise ValueError(f"{header.name} is cut")
-        yield header.name, content
-        position = start + header.size + -header.size % _BLOCK_BYTES
+    start, length = index.span(rows[0], rows[-1])
+    data = store.read_range(path, start, length)
+    found: list[tuple[Sample, Members] | BadMedia] = []
+    for row in rows:
+        offset, length = index.span(row, row)
+        try:
+            sample, members = parse(index.keys[row].as_py(), data[offset - start : offset - start + length])
+            if index.targets is not None:
+                sample = replace(sample, target_sha256=index.target_sha256(row))
+            found.append((sample, members))
+        except (ValueError, BadMedia) as error:
+            found.append(BadMedia("damaged_shard", f"{path} at byte {offset}: {error}"))
+    return found
 
 
 def publish_manifest(store: Store, manifest: Manifest) -> None:
@@ -221,67 +326,145 @@ def read_manifest(store: Store, split: str) -> Manifest:
     try:
         return Manifest.from_json(store.read(manifest_path(split)))
     except FileNotFoundError as error:
-        raise UserError(place, "there is no such manifest", "run an ingest job that writes here first") from error
+        raise UserError(
+            place, "there is no such manifest", "run a job of kind ingest or index that writes here"
+        ) from error
     except ValueError as error:
-        raise UserError(place, f"cannot be read: {error}", "run the ingest job again") from error
+        raise UserError(place, f"cannot be read: {error}", "run the job again that wrote it") from error
 
 
-def read_index(store: Store, manifest: Manifest, source: str) -> pa.Table:
-    """`INDEX_SCHEMA` plus `shard` (int32, position in the source's shards), in order of shard and offset.
-
-    Raises `UserError` for an unknown source, and for an index that is missing or not the manifest's.
-    """
+def source_info(store: Store, manifest: Manifest, source: str) -> SourceInfo:
+    """A source of a manifest. Raises `UserError` if it has no such source."""
     if source not in manifest.sources:
         known = ", ".join(sorted(manifest.sources)) or "none"
         raise UserError(f"{store.url}/{manifest.split}", f"has no source {source!r}", f"its sources: {known}")
-    shards = manifest.sources[source].shards
-    with ThreadPoolExecutor(_READERS) as pool:
-        tables = list(pool.map(lambda shard: _read_shard_index(store, shard), shards))
-    ordinals = [ordinal for ordinal, table in enumerate(tables) for _ in range(len(table))]
-    return pa.concat_tables(tables).append_column("shard", pa.array(ordinals, pa.int32()))
+    return manifest.sources[source]
 
 
-def _read_shard_index(store: Store, shard: ShardInfo) -> pa.Table:
-    path = index_path(shard.path)
-    fix = "run the ingest job again"
+def read_shard_index(store: Store, shard: ShardInfo) -> ShardIndex:
+    """The index of a shard. Raises `UserError` for one that is missing or not the manifest's."""
+    columns = ["key", "offset", "length", *(["target_sha256"] if shard.index else [])]  # samples of ours have theirs
+    table = read_index_table(store, shard, columns)
+    keys, offsets, lengths = (_column(table, name) for name in ("key", "offset", "length"))
+    targets = _digests(_column(table, "target_sha256")) if shard.index else None
+    return ShardIndex(keys, offsets.to_numpy(), lengths.to_numpy(), targets)
+
+
+def read_index_table(store: Store, shard: ShardInfo, columns: list[str]) -> pa.Table:
+    """Columns of the index of a shard. Raises `UserError` for one that is missing or not the manifest's."""
+    place = f"{store.url}/{shard.index_path}"
+    fix = "run the index job again" if shard.index else "run the ingest job again"
     try:
-        data = store.read(path)
+        data = store.read(shard.index_path)
     except FileNotFoundError as error:
-        raise UserError(f"{store.url}/{path}", "is named in the manifest but missing", fix) from error
-    if hashlib.sha256(data).hexdigest() != shard.index_sha256:
-        raise UserError(f"{store.url}/{path}", "is not the index that the manifest names", fix)
-    return pq.read_table(io.BytesIO(data), schema=INDEX_SCHEMA)
+        raise UserError(place, "is named in the manifest but missing", fix) from error
+    if _sha256(data) != shard.index_sha256:
+        raise UserError(place, "is not the index that the manifest names", fix)
+    table = pq.read_table(io.BytesIO(data), columns=columns).combine_chunks()
+    if len(table) != shard.num_samples:
+        raise UserError(place, f"{len(table)} indexed samples, the manifest says {shard.num_samples}", fix)
+    return table
 
 
-def verify(store: Store, split: str) -> list[str]:
-    """Compares a split with its manifest, reading every byte of it. Returns the problems, none if it is sound."""
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _column(table: pa.Table, name: str) -> pa.Array:
+    column = table[name]
+    return column.chunk(0) if column.num_chunks else pa.array([], column.type)
+
+
+def _digests(hexadecimal: pa.StringArray) -> bytes:
+    """64 characters a row, to 32 bytes a row."""
+    return b"".join(binascii.unhexlify(text) for text in hexadecimal.to_pylist())
+
+
+def shard_file(store: Store, shard: ShardInfo, endpoint: str | None = None) -> tuple[Store, str]:
+    """The store that a shard lies in, and its path there. `endpoint` is that of foreign shards on S3."""
+    if not shard.index:
+        return store, shard.path
+    folder, _, name = shard.path.rpartition("/")
+    return open_store(folder or "/", endpoint), name
+
+
+@contextmanager
+def on_disk(store: Store, path: str) -> Iterator[Path]:
+    """An object as a local file: itself, or a copy for the time of the block. Raises `FileNotFoundError`."""
+    if isinstance(store, LocalStore):
+        yield store.root / inside(path)
+        return
+    with tempfile.TemporaryDirectory(prefix="rzen-shard-") as folder:
+        local = Path(folder, "shard.tar")
+        store.download(path, local)
+        yield local
+
+
+def verify(
+    store: Store,
+    split: str,
+    endpoint: str | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """Compares a split with its manifest. Returns the problems, none if it is sound; memory does not grow with shards.
+
+    Every byte of our own shards is read. Foreign shards, whose `endpoint` may be given, must have the tag that they
+    had when they were indexed. `on_progress` gets (done, all) shards.
+    """
     manifest = read_manifest(store, split)
     shards = [shard for source in manifest.sources.values() for shard in source.shards]
-    expected = {manifest_path(split), *(path for shard in shards for path in (shard.path, index_path(shard.path)))}
-    present = set(store.list(split))
+    expected = {manifest_path(split), *manifest_files(manifest)}
+    present = set(store.list(split)) - {report_path(split)}
     problems = [f"{path}: missing" for path in sorted(expected - present)]
     problems += [f"{path}: not in the manifest" for path in sorted(present - expected)]
     for name, source in sorted(manifest.sources.items()):
         if source.num_samples != sum(shard.num_samples for shard in source.shards):
             problems.append(f"{split}/{name}: {source.num_samples} samples, its shards hold another number")
-    for shard in shards:
-        problems += _verify_shard(store, shard, present)
+        path = copies_path(split, name)
+        if source.copies_sha256 and path in present and _sha256(store.read(path)) != source.copies_sha256:
+            problems.append(f"{path}: its bytes have changed")
+    tags = _foreign_tags(shards, endpoint)
+    with ThreadPoolExecutor(_READERS) as pool:
+        checked = pool.map(lambda shard: _verify_shard(store, shard, present, tags), shards)
+        for done, found in enumerate(checked, start=1):
+            problems += found
+            if on_progress:
+                on_progress(done, len(shards))
     return problems
 
 
-def _verify_shard(store: Store, shard: ShardInfo, present: set[str]) -> list[str]:
-    problems = []
-    if shard.path in present:
-        data = store.read(shard.path)
-        if len(data) != shard.num_bytes:
-            problems.append(f"{shard.path}: {len(data)} bytes, the manifest says {shard.num_bytes}")
-        elif hashlib.sha256(data).hexdigest() != shard.sha256:
-            problems.append(f"{shard.path}: its bytes have changed")
-    if index_path(shard.path) in present:
+def report_path(split: str) -> str:
+    """Where the report of an index job is, below the data root."""
+    return f"{split}/report.json"
+
+
+def _foreign_tags(shards: list[ShardInfo], endpoint: str | None) -> dict[str, str]:
+    """URL of every object in the folders of foreign shards -> its tag."""
+    folders = {shard.path.rpartition("/")[0] or "/" for shard in shards if shard.index}
+    stores = [open_store(folder, endpoint) for folder in sorted(folders)]
+    return {f"{store.url.rstrip('/')}/{path}": tag for store in stores for path, tag in store.tags().items()}
+
+
+def _verify_shard(store: Store, shard: ShardInfo, present: set[str], tags: Mapping[str, str]) -> list[str]:
+    problems = _verify_tag(shard, tags) if shard.index else []
+    if not shard.index and shard.path in present:
+        with on_disk(store, shard.path) as file, file.open("rb") as content:
+            num_bytes = file.stat().st_size
+            if num_bytes != shard.num_bytes:
+                problems.append(f"{shard.path}: {num_bytes} bytes, the manifest says {shard.num_bytes}")
+            elif hashlib.file_digest(content, "sha256").hexdigest() != shard.sha256:
+                problems.append(f"{shard.path}: its bytes have changed")
+    if shard.index_path in present:
         try:
-            num_rows = len(_read_shard_index(store, shard))
+            read_shard_index(store, shard)
         except UserError as error:
-            return [*problems, f"{index_path(shard.path)}: {error.problem}"]
-        if num_rows != shard.num_samples:
-            problems.append(f"{shard.path}: {num_rows} indexed samples, the manifest says {shard.num_samples}")
+            problems.append(f"{shard.index_path}: {error.problem}")
     return problems
+
+
+def _verify_tag(shard: ShardInfo, tags: Mapping[str, str]) -> list[str]:
+    if shard.path not in tags:
+        return [f"{shard.path}: missing"]
+    if tags[shard.path] != shard.tag:
+        return [f"{shard.path}: has changed since it was indexed"]
+    return []

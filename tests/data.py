@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from pipelines.copies import with_copies
 from pipelines.errors import BadMedia
 from pipelines.samples import DecodedSample, Media, Sample, Side
 from pipelines.shards import (
@@ -26,10 +27,11 @@ from pipelines.store import Store
 SAMPLES_PER_SHARD = 8
 
 
-def make_sample(source: str, task: str, number: int, bad: bool) -> tuple[Sample, Members]:
-    """Text to an image of one colour; a `bad` one is no image."""
+def make_sample(source: str, task: str, number: int, bad: bool, colour: int | None = None) -> tuple[Sample, Members]:
+    """Text to an image of one colour, its number's where none is given; a `bad` one is no image."""
     picture = io.BytesIO()
-    Image.new("RGB", (12, 8), (number % 256, number // 256, 7)).save(picture, "PNG")
+    colour = number if colour is None else colour
+    Image.new("RGB", (12, 8), (colour % 256, colour // 256, 7)).save(picture, "PNG")
     members = {"p0.png": b"no image" if bad else picture.getvalue()}
     sample = Sample(
         key=f"{number:08d}",
@@ -44,17 +46,23 @@ def make_sample(source: str, task: str, number: int, bad: bool) -> tuple[Sample,
 
 
 def publish(
-    store: Store, sources: Mapping[str, tuple[str, int]], bad: Mapping[str, Collection[int]] | None = None
+    store: Store,
+    sources: Mapping[str, tuple[str, int]],
+    bad: Mapping[str, Collection[int]] | None = None,
+    copies: Mapping[str, Collection[int]] | None = None,
 ) -> Manifest:
-    """Writes the split `train`: source -> (task, number of samples), those in `bad` undecodable. Shards hold 8."""
+    """Writes the split `train`: source -> (task, number of samples). Those in `bad` cannot be decoded, those in
+    `copies` show what sample 0 shows. Shards hold 8.
+    """
     store.ensure_bucket()
     infos = {}
     for source, (task, count) in sources.items():
-        samples = [make_sample(source, task, n, n in (bad or {}).get(source, ())) for n in range(count)]
+        unusable, same = ((some or {}).get(source, ()) for some in (bad, copies))
+        samples = [make_sample(source, task, n, n in unusable, 0 if n in same else n) for n in range(count)]
         parts = [samples[start : start + SAMPLES_PER_SHARD] for start in range(0, count, SAMPLES_PER_SHARD)]
         shards = tuple(_store_shard(store, source, ordinal, part) for ordinal, part in enumerate(parts))
         infos[source] = SourceInfo(task, count, shards)
-    manifest = Manifest("train", infos)
+    manifest = with_copies(store, Manifest("train", infos))
     publish_manifest(store, manifest)
     return manifest
 

@@ -60,24 +60,36 @@ class PairEncoder:
         )
 
 
-class Fed(Protocol):
-    """What a step receives from the feed: one rank's share of a global batch, drawn from one source."""
-
-    @property
-    def step(self) -> int:
-        """Number of the global batch."""
+class FedBlock(Protocol):
+    """Pairs that are contrasted with each other: one rank's share, of one source."""
 
     @property
     def source(self) -> str:
-        """Where all samples of the global batch come from."""
+        """Where they come from."""
 
     @property
     def task(self) -> str:
         """Which temperature they use."""
 
     @property
+    def num_samples(self) -> int:
+        """Own pairs, equally many on every rank."""
+
+
+class Fed(Protocol):
+    """What a step receives from the feed: one rank's share of a global batch."""
+
+    @property
+    def step(self) -> int:
+        """Number of the global batch."""
+
+    @property
+    def blocks(self) -> Sequence[FedBlock]:
+        """What the batch consists of: usually one block."""
+
+    @property
     def batch(self) -> EncodedPairs:
-        """The own pairs, equally many on every rank."""
+        """The own pairs, block after block."""
 
     @property
     def rejected(self) -> Sized:

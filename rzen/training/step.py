@@ -5,6 +5,7 @@ Shapes: B own pairs, N pairs of all ranks, D width of the vectors.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,25 +30,43 @@ class Learner(nn.Module):
         self.embedder = embedder
         self.objective = objective
 
-    def forward(self, pairs: EncodedPairs, task: str, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, pairs: EncodedPairs, blocks: Sequence[tuple[str, int]], step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean loss of the own queries, 0-dim fp32, and the objective's detached statistics.
 
-        A collective: every rank must bring equally many pairs. Queries and targets go through the backbone one after
-        the other: they differ in length more than among themselves, and padding costs more than a second call.
+        `blocks` are (task, own pairs) in the order of the pairs; each is contrasted with itself alone, across ranks.
+        A collective: every rank must bring the same blocks. Queries and targets go through the backbone one after the
+        other: they differ in length more than among themselves, and padding costs more than a second call.
         """
         queries_BD = self.embedder(pairs.queries)
         targets_BD = self.embedder(pairs.targets)
         ids_B = torch.tensor(pairs.target_ids, device=targets_BD.device)
         rank = dist.get_rank() if dist.is_initialized() else 0
-        loss, stats = self.objective(
-            queries_BD,
-            gather_with_gradient(targets_BD),
-            task,
-            positive_offset=rank * len(pairs),
-            step=step,
-            target_ids_N=gather_ids(ids_B),
-        )
-        return reach_all(loss, self), stats
+        targets_WBD = gather_with_gradient(targets_BD).view(-1, *targets_BD.shape)
+        ids_WB = gather_ids(ids_B).view(-1, len(pairs))
+        sizes = [size for _, size in blocks]
+        losses: list[Tensor] = []
+        stats: list[dict[str, Tensor]] = []
+        parts = (torch.split(queries_BD, sizes), torch.split(targets_WBD, sizes, 1), torch.split(ids_WB, sizes, 1))
+        for (task, size), own_BD, block_WBD, block_ids_WB in zip(blocks, *parts, strict=True):
+            loss, block_stats = self.objective(
+                own_BD,
+                block_WBD.flatten(0, 1),
+                task,
+                positive_offset=rank * size,
+                step=step,
+                target_ids_N=block_ids_WB.flatten(),
+            )
+            losses.append(loss)
+            stats.append(block_stats)
+        shares = torch.tensor(sizes, device=ids_B.device) / len(pairs)
+        means = {name: _mean([some[name] for some in stats], shares) for name in stats[0]}
+        return reach_all(_mean(losses, shares), self), means
+
+
+def _mean(values: Sequence[Tensor], shares: Tensor) -> Tensor:
+    return values[0] if len(values) == 1 else (torch.stack(list(values)) * shares).sum()
 
 
 def reach_all(loss: Tensor, module: nn.Module) -> Tensor:

@@ -36,7 +36,7 @@ METRICS = {
     "samples_per_s": Metric("pairs of all ranks per second", "1/s"),
     "bad_samples": Metric("samples of the step, over all ranks, that could not be decoded and were replaced"),
 }
-"""The numbers of a row. Beside them it names its `step`, `source` and `task`."""
+"""The numbers of a row. Beside them it names its `step`, `source` and `task`, those of several blocks joined by `+`."""
 
 
 def step_row(
@@ -60,8 +60,8 @@ def step_row(
     world_size = dist.get_world_size()
     return {
         "step": fed.step,
-        "source": fed.source,
-        "task": fed.task,
+        "source": "+".join(block.source for block in fed.blocks),
+        "task": "+".join(block.task for block in fed.blocks),
         **means,
         "grad_norm": grad_norm,
         "lr": lr,

@@ -50,6 +50,8 @@ class Stage:
     checkpoint_every_steps: int
     plan_fingerprint: str
     """A checkpoint of another plan is refused."""
+    stop: int | None = None
+    """Pause with a checkpoint after so many steps; a model is written after the last one only. `None`: do not pause."""
 
 
 class CheckpointStore(Protocol):
@@ -74,7 +76,7 @@ def train_stage(
     on_metrics: Callable[[Row], None],
     num_threads: int | None = None,
 ) -> None:
-    """Train from the newest checkpoint, or from the start, to the last step. Every rank calls it.
+    """Train from the newest checkpoint, or from the start, to the last step or `stage.stop`. Every rank calls it.
 
     `batches(n)` yields this rank's batches of step n, n + 1, ... The model (an adapter directory, or a full one for
     `load_encoder`) appears in `output` of rank 0's machine, `on_metrics` is called on rank 0 after each step. Uses the
@@ -93,22 +95,24 @@ def train_stage(
     if newest is not None:
         start = checkpoint.restore(engine, newest, plan_fingerprint=stage.plan_fingerprint)
 
+    stop = stage.num_steps if stage.stop is None else stage.stop
     engine.train()
-    if start < stage.num_steps:
-        _run_steps(stage, engine, optimizer, start, batches(start), checkpoints, on_metrics)
-    save_model(stage, engine, backbone_dir, output)
+    if start < stop:
+        _run_steps(stage, engine, optimizer, range(start, stop), batches(start), checkpoints, on_metrics)
+    if stop == stage.num_steps:
+        save_model(stage, engine, backbone_dir, output)
 
 
 def _run_steps(
     stage: Stage,
     engine: Any,
     optimizer: torch.optim.Optimizer,
-    start: int,
+    steps: range,
     batches: Iterator[Fed],
     checkpoints: CheckpointStore,
     on_metrics: Callable[[Row], None],
 ) -> None:
-    for step in range(start, stage.num_steps):
+    for step in steps:
         began_s = _now_s(engine.device)
         fed = next(batches, None)
         if fed is None or fed.step != step:
@@ -118,7 +122,7 @@ def _run_steps(
         seed_step(stage.seed, step)
         lr = lr_at(step, stage.num_steps, stage.optim)
         set_lr(optimizer, lr)
-        loss, stats = engine(fed.batch, fed.task, step)
+        loss, stats = engine(fed.batch, [(block.task, block.num_samples) for block in fed.blocks], step)
         engine.backward(loss)
         engine.step()
 
@@ -135,7 +139,7 @@ def _run_steps(
         if dist.get_rank() == 0:
             on_metrics(row)
         done = step + 1
-        if done % stage.checkpoint_every_steps == 0 or done == stage.num_steps:
+        if done % stage.checkpoint_every_steps == 0 or done == steps.stop:
             _checkpoint(stage, engine, done, checkpoints)
 
 

@@ -26,7 +26,7 @@ def make_spec(tmp_path: Path, name: str, **changes: Any) -> TrainSpec:
         "kind": "train",
         "name": name,
         "run": {"root": str(tmp_path / "runs")},
-        "data": {"root": str(tmp_path / "data")},
+        "data": {"root": str(tmp_path / "data"), "mixture": {"resample": {"every_steps": 20}}},
         "feed": {"samples_per_task": 16, "cpus_per_task": 0.5},
         "model": {
             "backbone": {"vocabulary": 400},
@@ -62,7 +62,7 @@ def kill_a_worker_after_the_first_checkpoint(spec: TrainSpec, killed: list[int])
     killed.append(run.step())
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(400)
 def test_run_that_loses_a_worker_ends_with_the_same_bytes(tmp_path: Path, ray_cluster: None) -> None:
     publish(open_store(str(tmp_path / "data")), {"red": ("a", 24), "blue": ("b", 30)})
     quiet, stormy = make_spec(tmp_path, "quiet"), make_spec(tmp_path, "stormy")
@@ -77,6 +77,10 @@ def test_run_that_loses_a_worker_ends_with_the_same_bytes(tmp_path: Path, ray_cl
     assert killed[0] < 40  # it was killed while it trained
     assert Run(stormy).store.exists(train.FAILURE)
     assert outcome(quiet) == outcome(stormy)
+    phases = Run(quiet).phases()
+    assert [phase.first_step for phase in phases] == [20]
+    assert phases[0].weights["red"] != phases[0].weights["blue"]
+    assert Run(stormy).phases() == phases
 
     tags = Run(stormy).store.tags()
     train.run(stormy)  # finished: nothing happens

@@ -30,7 +30,7 @@ def make(
 ) -> tuple[Plan, Reader]:
     publish(open_store(root, endpoint), SOURCES, bad)
     reader = Reader(DataConfig(root=root, endpoint=endpoint), ColourEncoder())
-    return build_plan(reader.sizes(), MixtureConfig(run_length=4), global_batch=global_batch), reader
+    return build_plan(reader.tables(), MixtureConfig(run_length=4), global_batch=global_batch), reader
 
 
 @dataclass(frozen=True)

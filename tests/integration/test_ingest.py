@@ -17,11 +17,12 @@ import pytest
 from PIL import Image
 
 from jobs.local_s3 import free_port
-from pipelines.config import MediaConfig
+from pipelines.config import DataConfig, MediaConfig
 from pipelines.errors import UserError
 from pipelines.ingest import IngestReport, ingest, plan_blocks
+from pipelines.reader import Reader
 from pipelines.samples import FileRef, Media, MediaKind, RawSample, Rejected, Sample, Side
-from pipelines.shards import Members, read_index, read_manifest, read_samples, target_sha256, verify
+from pipelines.shards import Members, read_manifest, target_sha256, verify
 from pipelines.storage import open_store
 from pipelines.store import Store
 
@@ -69,12 +70,8 @@ def run(raw: list[RawSample | Rejected], out: Store, **changes: object) -> Inges
 
 
 def stored(out: Store, split: str) -> list[tuple[Sample, Members]]:
-    manifest = read_manifest(out, split)
-    samples = []
-    for source, info in manifest.sources.items():
-        for row in read_index(out, manifest, source).to_pylist():
-            samples += read_samples(out, info.shards[row["shard"]].path, row["offset"], row["length"])
-    return samples
+    reader = Reader(DataConfig(root=out.url, endpoint=getattr(out, "endpoint", None), split=split))
+    return [item for source, size in reader.sizes().items() for item in reader.raw(source, range(size))]
 
 
 def snapshot(out: Store) -> dict[str, bytes]:

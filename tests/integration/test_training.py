@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pipelines.errors import UserError
+from pipelines.reader import FedBlock
 from pipelines.samples import DecodedSample, DecodedSide, Rejected, Sample, Side
 from rzen.config import LoraConfig, ModelConfig, ObjectiveConfig, OptimConfig, TemperatureConfig
 from rzen.export import load_encoder
@@ -39,8 +40,7 @@ class Batch:
     """What the feed gives to one rank."""
 
     step: int
-    source: str
-    task: str
+    blocks: tuple[FedBlock, ...]
     batch: EncodedPairs
     rejected: list[Rejected] = field(default_factory=list)
 
@@ -78,7 +78,7 @@ def batches(processor: Processor, start: int) -> Iterator[Batch]:
         mine = range(dist.get_rank() * share, (dist.get_rank() + 1) * share)
         pairs = PairEncoder(processor).collate([encode(processor, step, index) for index in mine])
         bad = [Rejected(f"{step}-0", "truncated")] if step == 1 else []
-        yield Batch(step, "scenes", ("a", "b")[step % 2], pairs, bad)
+        yield Batch(step, (FedBlock("scenes", ("a", "b")[step % 2], 0, share),), pairs, bad)
 
 
 def stage_of(model: ModelConfig, zero_stage: int = 1, **changes: Any) -> Stage:

@@ -6,6 +6,7 @@ import math
 import pickle
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def decoded(query: DecodedSide, target: DecodedSide, sha256: str) -> DecodedSamp
     return DecodedSample(sample, query, target)
 
 
-def pairs_by_rank(model_dir: str) -> list[EncodedPairs]:
+def pairs_by_rank(model_dir: str) -> list[list[EncodedPairs]]:
     """Three pairs of text alone for rank 0, three with visuals for rank 1; one target occurs on both."""
     encoder = PairEncoder(Processor(model_dir, PROMPT))
     image, video = noise("image", 1, 61, 97), noise("video", 3, 59, 83, 2)
@@ -66,12 +67,14 @@ def pairs_by_rank(model_dir: str) -> list[EncodedPairs]:
         decoded(DecodedSide(text=TEXTS[2], visuals=(image,)), DecodedSide(visuals=(video,)), others[3]),
         decoded(DecodedSide(visuals=(video,)), DecodedSide(text=TEXTS[1]), same),
     ]
-    return [encoder.collate([encoder.sample(sample) for sample in samples]) for samples in (text, mixed)]
+    return [[encoder.sample(sample) for sample in samples] for samples in (text, mixed)]
 
 
-def one_step(learner: Learner, pairs: EncodedPairs) -> dict[str, Tensor]:
+def one_step(
+    learner: Learner, model_dir: str, pairs: list[EncodedPairs], blocks: list[tuple[str, int]]
+) -> dict[str, Tensor]:
     """Loss, dropped fraction and the gradient of every trained parameter."""
-    loss, stats = learner(pairs, "b", step=0)
+    loss, stats = learner(PairEncoder(Processor(model_dir, PROMPT)).collate(pairs), blocks, step=0)
     loss.backward()
     gradients = {
         name: p.grad.clone() for name, p in learner.named_parameters() if p.requires_grad and p.grad is not None
@@ -79,20 +82,24 @@ def one_step(learner: Learner, pairs: EncodedPairs) -> dict[str, Tensor]:
     return {"loss": loss.detach(), "dropped_fraction": stats["dropped_fraction"], **gradients}
 
 
-def worker(rank: int, world_size: int, model_dir: str) -> dict[str, Tensor]:
-    result = one_step(learner_of(model_dir), pairs_by_rank(model_dir)[rank])
+def worker(rank: int, world_size: int, model_dir: str, blocks: list[tuple[str, int]]) -> dict[str, Tensor]:
+    result = one_step(learner_of(model_dir), model_dir, pairs_by_rank(model_dir)[rank], blocks)
     # Would fail or hang here, were a gradient missing on the rank without visuals.
     for value in result.values():
         dist.all_reduce(value)
     return {name: value / world_size for name, value in result.items()}
 
 
-def test_two_ranks_of_different_modality_equal_one_process(model_dir: str) -> None:
+@pytest.mark.parametrize("blocks", [[("b", 3)], [("a", 1), ("b", 2)]])
+def test_two_ranks_of_different_modality_equal_one_process(model_dir: str, blocks: list[tuple[str, int]]) -> None:
     learner = learner_of(model_dir)
-    encoder = PairEncoder(Processor(model_dir, PROMPT))
-    expected = one_step(learner, encoder.collate(pairs_by_rank(model_dir)))
-    assert expected["dropped_fraction"] > 2 / 30  # more than the two copies
-    found = run_workers(worker, 2, model_dir)[0]
+    starts = np.cumsum([0, *(size for _, size in blocks)])
+    parts = [pairs[a:b] for a, b in pairwise(starts) for pairs in pairs_by_rank(model_dir)]
+    whole = [(task, 2 * size) for task, size in blocks]
+    expected = one_step(learner, model_dir, [pair for part in parts for pair in part], whole)
+    if len(blocks) == 1:
+        assert expected["dropped_fraction"] > 2 / 30  # more than the two copies
+    found = run_workers(worker, 2, model_dir, blocks)[0]
     assert list(found) == list(expected)
     trained = [name for name, parameter in learner.named_parameters() if parameter.requires_grad]
     assert list(found) == ["loss", "dropped_fraction", *trained]
@@ -101,12 +108,21 @@ def test_two_ranks_of_different_modality_equal_one_process(model_dir: str) -> No
     for name, value in expected.items():
         error = float((found[name] - value).norm())
         assert error < 1e-5 * max(float(value.norm()), 1e-3 * scale), (name, error)
-    assert expected["objective.theta_T"][0] == 0 != expected["objective.theta_T"][1]
+    used = [task in dict(blocks) for task in "ab"]
+    assert (expected["objective.theta_T"] != 0).tolist() == used
+
+
+def test_blocks_are_contrasted_apart(model_dir: str) -> None:
+    learner, pairs = learner_of(model_dir), pairs_by_rank(model_dir)[1]
+    together = one_step(learner, model_dir, pairs, [("a", 1), ("b", 2)])["loss"]
+    alone = [one_step(learner, model_dir, *part)["loss"] for part in ((pairs[:1], [("a", 1)]), (pairs[1:], [("b", 2)]))]
+    assert float(together) == pytest.approx(float(alone[0]) / 3 + 2 * float(alone[1]) / 3, rel=1e-5)
+    assert float(together) != pytest.approx(float(one_step(learner, model_dir, pairs, [("b", 3)])["loss"]), rel=1e-3)
 
 
 def test_every_trained_parameter_gets_a_gradient_from_text_alone(model_dir: str) -> None:
     learner = learner_of(model_dir, LoraConfig(rank=3)).train()
-    one_step(learner, pairs_by_rank(model_dir)[0])
+    one_step(learner, model_dir, pairs_by_rank(model_dir)[0], [("b", 3)])
     visual, language = [], []
     for name, parameter in learner.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name

@@ -5,8 +5,9 @@ import pytest
 from rich.console import Console
 
 from jobs import progress
-from jobs.cli import main
+from jobs.cli import _load, main
 from jobs.progress import Bars, duration
+from jobs.spec import IndexSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -15,7 +16,17 @@ def test_help_teaches_the_road(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
     out = capsys.readouterr().out
-    for word in ("validate", "run", "submit", "ingest", "search", "rzen run jobs/demo.yaml", "--set"):
+    for word in (
+        "validate",
+        "run",
+        "submit",
+        "ingest",
+        "index",
+        "verify",
+        "search",
+        "rzen run jobs/demo.yaml",
+        "--set",
+    ):
         assert word in out
 
 
@@ -52,6 +63,44 @@ def test_missing_folder_is_one_message(capsys: pytest.CaptureFixture[str], tmp_p
     assert main(["ingest", str(tmp_path / "nowhere"), str(tmp_path / "out")]) == 1
     message = f"error: {tmp_path}/nowhere: does not exist; name a folder of images, videos or PDFs\n"
     assert capsys.readouterr().err == message
+
+
+def test_help_of_index_teaches_selectors(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["index", "--help"])
+    out = capsys.readouterr().out
+    for word in ("json:caption", "img2dataset", "{000..499}", "jobs/index.yaml", "report.json", "--positive mp4"):
+        assert word in out
+
+
+def test_index_fills_in_the_shipped_spec(monkeypatch: pytest.MonkeyPatch) -> None:
+    specs: list[IndexSpec] = []
+    monkeypatch.setattr("jobs.cli._run", lambda options: specs.append(_load(options.spec, options.set)[0]) or 0)
+    given = ["--query-media", "a.jpg", "--task", "text_video", "--positive", "mp4", "--split", "held_out"]
+    assert main(["index", "x.tar", "y", "out", "--source", "clips", *given, "--set", "decode=true"]) == 0
+    assert main(["index", "x.tar", "out", "--query", "json:q", "--positive-text", "json:a", "--instruction", ""]) == 0
+    clips, pairs = specs[0].sources, specs[1].sources
+    assert [*clips] == ["clips"]
+    assert (clips["clips"].urls, clips["clips"].task, specs[0].out) == (["x.tar", "y"], "text_video", "out")
+    assert (clips["clips"].query.text, clips["clips"].query.media, clips["clips"].positive.media) == (
+        None,
+        "a.jpg",
+        "mp4",
+    )
+    assert clips["clips"].instruction == "Find the clip that corresponds to the given text:"
+    assert (specs[0].split, specs[0].decode) == ("held_out", True)
+    assert (pairs["pairs"].query.text, pairs["pairs"].positive.text, pairs["pairs"].positive.media) == (
+        "json:q",
+        "json:a",
+        None,
+    )
+    assert (pairs["pairs"].instruction, specs[1].split) == ("", "train")
+
+
+@pytest.mark.parametrize("selector", ["npy", "json:image", "a/b.jpg"])
+def test_a_wrong_selector_names_its_rule(selector: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["index", "x.tar", "out", "--positive", selector]) == 1
+    assert "sources.pairs.positive" in capsys.readouterr().err
 
 
 def test_search_before_embedding_says_what_is_missing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

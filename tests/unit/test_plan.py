@@ -2,15 +2,22 @@
 
 import pickle
 from collections import Counter
+from functools import reduce
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.config import MixtureConfig
+from pipelines.config import MixtureConfig, ResampleConfig
 from pipelines.errors import UserError
-from pipelines.plan import SMALL, GlobalBatch, Plan, build_plan
+from pipelines.plan import SMALL, Phase, Plan, Row, SourceTable, build_plan
+from pipelines.resample import due_phase
+
+
+def tables(sizes: dict[str, int]) -> dict[str, SourceTable]:
+    return {name: SourceTable(size) for name, size in sizes.items()}
 
 
 def all_rows(plan: Plan) -> list[tuple[str, int]]:
@@ -36,15 +43,15 @@ def runs_in(indices: list[int], num_samples: int) -> list[list[int]]:
     seed=st.integers(0, 2**31),
 )
 def test_no_sample_comes_twice_in_an_epoch(sizes: dict[str, int], run_length: int, epochs: float, seed: int) -> None:
-    plan = build_plan(sizes, MixtureConfig(run_length=run_length), global_batch=6, epochs=epochs, seed=seed)
+    plan = build_plan(tables(sizes), MixtureConfig(run_length=run_length), global_batch=6, epochs=epochs, seed=seed)
     seen: Counter[tuple[str, int, int]] = Counter()
     epochs_of: dict[str, list[int]] = {}
     for step in range(plan.num_steps):
         batch = plan.batch(step)
-        assert {source for source, _ in batch.rows} == {batch.source}
+        assert {source for source, _ in batch.rows} == {batch.blocks[0].source}
         assert len(batch.rows) == 6
-        seen.update((batch.source, batch.epoch, index) for _, index in batch.rows)
-        epochs_of.setdefault(batch.source, []).append(batch.epoch)
+        seen.update((batch.blocks[0].source, batch.blocks[0].epoch, index) for _, index in batch.rows)
+        epochs_of.setdefault(batch.blocks[0].source, []).append(batch.blocks[0].epoch)
     assert set(seen.values()) <= {1}
     assert all(0 <= index < sizes[source] for source, _, index in seen)
     for source, numbers in epochs_of.items():
@@ -55,30 +62,30 @@ def test_no_sample_comes_twice_in_an_epoch(sizes: dict[str, int], run_length: in
 @given(weights=st.dictionaries(st.sampled_from("abcde"), st.floats(0.01, 9), min_size=1), steps=st.integers(1, 90))
 def test_shares_are_exact_to_one_step(weights: dict[str, float], steps: int) -> None:
     sizes = dict.fromkeys("abcde", 20)
-    plan = build_plan(sizes, MixtureConfig(weights=weights), global_batch=4, steps=steps)
+    plan = build_plan(tables(sizes), MixtureConfig(weights=weights), global_batch=4, steps=steps)
     assert plan.num_steps == steps
-    counts = Counter(plan.batch(step).source for step in range(steps))
+    counts = Counter(plan.batch(step).blocks[0].source for step in range(steps))
     for source, weight in weights.items():
         assert abs(counts[source] - steps * weight / sum(weights.values())) < 1
 
 
 def test_shares_hold_all_along_the_run() -> None:
     mixture = MixtureConfig(weights={"a": 3.0, "b": 1.0})
-    plan = build_plan({"a": 40, "b": 40, "left out": 40}, mixture, global_batch=4, steps=80)
+    plan = build_plan(tables({"a": 40, "b": 40, "left out": 40}), mixture, global_batch=4, steps=80)
     for span in range(0, 80, 16):
-        assert 11 <= sum(plan.batch(step).source == "a" for step in range(span, span + 16)) <= 13
+        assert 11 <= sum(plan.batch(step).blocks[0].source == "a" for step in range(span, span + 16)) <= 13
 
 
 def test_without_weights_one_epoch_visits_every_whole_batch_once() -> None:
-    plan = build_plan({"a": 23, "b": 10}, MixtureConfig(run_length=4), global_batch=5)
-    assert Counter(plan.batch(step).source for step in range(plan.num_steps)) == {"a": 4, "b": 2}
+    plan = build_plan(tables({"a": 23, "b": 10}), MixtureConfig(run_length=4), global_batch=5)
+    assert Counter(plan.batch(step).blocks[0].source for step in range(plan.num_steps)) == {"a": 4, "b": 2}
     assert Counter(source for source, _ in set(all_rows(plan))) == {"a": 20, "b": 10}
-    assert build_plan({"a": 23, "b": 10}, MixtureConfig(), global_batch=5, epochs=2.5).num_steps == 15
-    assert build_plan({"a": 23}, MixtureConfig(), global_batch=5, epochs=0.01).num_steps == 1
+    assert build_plan(tables({"a": 23, "b": 10}), MixtureConfig(), global_batch=5, epochs=2.5).num_steps == 15
+    assert build_plan(tables({"a": 23}), MixtureConfig(), global_batch=5, epochs=0.01).num_steps == 1
 
 
 def test_each_epoch_has_an_order_of_its_own() -> None:
-    plan = build_plan({"a": 12}, MixtureConfig(run_length=2), global_batch=12, epochs=3)
+    plan = build_plan(tables({"a": 12}), MixtureConfig(run_length=2), global_batch=12, epochs=3)
     orders = [plan.batch(step).rows for step in range(3)]
     assert len(set(orders)) == 3
     assert {tuple(sorted(order)) for order in orders} == {tuple(("a", n) for n in range(12))}
@@ -86,50 +93,45 @@ def test_each_epoch_has_an_order_of_its_own() -> None:
 
 def test_only_so_many_samples_of_a_source_are_used() -> None:
     mixture = MixtureConfig(max_samples_per_source=9)
-    plan = build_plan({"a": 1000, "b": 7}, mixture, global_batch=3, epochs=4)
+    plan = build_plan(tables({"a": 1000, "b": 7}), mixture, global_batch=3, epochs=4)
     used = set(all_rows(plan))
-    assert max(index for source, index in used if source == "a") == 8
+    assert Counter(source for source, _ in used) == {"a": 9, "b": 7}
     assert plan.summary()[0] == "a: 9 samples, batches of 3, 12 of 20 steps (4.00 epochs)"
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 12])
 def test_every_number_of_workers_sees_the_same_batch(world_size: int) -> None:
-    plan = build_plan({"a": 50, "b": 31}, MixtureConfig(), global_batch=12, seed=3)
+    plan = build_plan(tables({"a": 50, "b": 31}), MixtureConfig(), global_batch=12, seed=3)
     plan.check_world_size(world_size)
     for step in range(plan.num_steps):
         batch = plan.batch(step)
-        shares = [batch.of_rank(rank, world_size) for rank in range(world_size)]
+        shares = [plan.batch(step, rank, world_size).rows for rank in range(world_size)]
         assert {len(share) for share in shares} == {12 // world_size}
         assert tuple(row for share in shares for row in share) == batch.rows
 
 
-def test_ranks_hold_contiguous_shares() -> None:
-    batch = GlobalBatch(0, "a", 0, tuple(("a", n) for n in (4, 5, 0, 1)))
-    assert batch.of_rank(1, 2) == (("a", 0), ("a", 1))
-
-
 def test_a_batch_depends_on_nothing_but_the_plan() -> None:
     def fresh() -> Plan:
-        return build_plan({"a": 40, "b": 30}, MixtureConfig(), global_batch=5, seed=11)
+        return build_plan(tables({"a": 40, "b": 30}), MixtureConfig(), global_batch=5, seed=11)
 
     plan, backwards, copy = fresh(), fresh(), pickle.loads(pickle.dumps(fresh()))
     expected = [plan.batch(step) for step in range(plan.num_steps)]
     assert [backwards.batch(step) for step in reversed(range(plan.num_steps))] == expected[::-1]
     np.random.default_rng(0).random()
     assert [copy.batch(step) for step in range(plan.num_steps)] == expected
-    shuffled = build_plan({"b": 30, "a": 40}, MixtureConfig(), global_batch=5, seed=11)
+    shuffled = build_plan(tables({"b": 30, "a": 40}), MixtureConfig(), global_batch=5, seed=11)
     assert [shuffled.batch(step) for step in range(plan.num_steps)] == expected
 
 
 def test_a_known_plan_does_not_change() -> None:
     """Resuming compares plans of two versions of this program: these rows were written down once."""
-    plan = build_plan({"a": 7, "b": 5}, MixtureConfig(run_length=3), global_batch=2, seed=1)
-    assert [plan.batch(step).source for step in range(5)] == ["a", "b", "a", "b", "a"]
-    assert plan.batch(0).rows + plan.batch(1).rows == (("a", 2), ("a", 3), ("b", 4), ("b", 0))
+    plan = build_plan(tables({"a": 7, "b": 5}), MixtureConfig(run_length=3), global_batch=2, seed=1)
+    assert [plan.batch(step).blocks[0].source for step in range(5)] == ["a", "b", "a", "b", "a"]
+    assert plan.batch(0).rows + plan.batch(1).rows == (("a", 1), ("a", 2), ("b", 2), ("b", 3))
 
 
 def test_steps_outside_the_plan_are_refused() -> None:
-    plan = build_plan({"a": 10}, MixtureConfig(), global_batch=5)
+    plan = build_plan(tables({"a": 10}), MixtureConfig(), global_batch=5)
     for step in (-1, 2):
         with pytest.raises(IndexError, match=r"outside 0\.\.1"):
             plan.batch(step)
@@ -146,7 +148,9 @@ def test_steps_outside_the_plan_are_refused() -> None:
     ],
 )
 def test_runs_of_neighbours_stay_together(run_length: int, num_samples: int, run_sizes: list[int]) -> None:
-    plan = build_plan({"a": num_samples}, MixtureConfig(run_length=run_length), global_batch=num_samples, epochs=5)
+    plan = build_plan(
+        tables({"a": num_samples}), MixtureConfig(run_length=run_length), global_batch=num_samples, epochs=5
+    )
     for step in range(5):
         indices = [index for _, index in plan.batch(step).rows]
         assert sorted(indices) == list(range(num_samples))
@@ -157,7 +161,7 @@ def test_runs_of_neighbours_stay_together(run_length: int, num_samples: int, run
 
 
 def test_the_cuts_between_runs_shift_with_the_epoch() -> None:
-    plan = build_plan({"a": 64}, MixtureConfig(run_length=8), global_batch=64, epochs=6)
+    plan = build_plan(tables({"a": 64}), MixtureConfig(run_length=8), global_batch=64, epochs=6)
     starts = {runs_in([i for _, i in plan.batch(step).rows], 64)[0][0] % 8 for step in range(6)}
     assert len(starts) > 1
 
@@ -167,7 +171,7 @@ def test_the_fingerprint_tells_plans_apart() -> None:
 
     def fingerprint(sizes: dict[str, int] | None = None, **changes: object) -> str:
         settings: dict[str, object] = {"mixture": mixture, "global_batch": 4, "steps": 12, "seed": 0} | changes
-        return build_plan(sizes or {"a": 20, "b": 30}, **settings).fingerprint()  # type: ignore[arg-type]
+        return build_plan(tables(sizes or {"a": 20, "b": 30}), **settings).fingerprint()  # type: ignore[arg-type]
 
     assert fingerprint() == fingerprint({"b": 30, "a": 20, "left out": 5})
     others = [
@@ -184,27 +188,293 @@ def test_the_fingerprint_tells_plans_apart() -> None:
 
 def test_small_sources_are_merged_when_asked() -> None:
     mixture = MixtureConfig(merge_small=True, run_length=2)
-    plan = build_plan({"a": 20, "b": 3, "c": 4}, mixture, global_batch=8, epochs=3)
+    plan = build_plan(tables({"a": 20, "b": 3, "c": 4}), mixture, global_batch=8, epochs=3)
     batches = [plan.batch(step) for step in range(plan.num_steps)]
-    small = [batch for batch in batches if batch.source == SMALL]
+    small = [batch for batch in batches if batch.blocks[0].source == SMALL]
     assert {len(batch.rows) for batch in small} == {6}  # 7 samples: the largest even number
-    assert {len(batch.rows) for batch in batches if batch.source == "a"} == {8}
+    assert {len(batch.rows) for batch in batches if batch.blocks[0].source == "a"} == {8}
     members = {("b", 0), ("b", 1), ("b", 2), ("c", 0), ("c", 1), ("c", 2), ("c", 3)}
     assert all(len(set(batch.rows)) == 6 and set(batch.rows) <= members for batch in small)
     assert {row for batch in small for row in batch.rows} == members
-    assert [batch.epoch for batch in small] == list(range(len(small)))
+    assert [batch.blocks[0].epoch for batch in small] == list(range(len(small)))
 
 
 def test_what_cannot_be_planned_is_told() -> None:
     with pytest.raises(UserError, match=r"data\.mixture\.weights: unknown source 'x'; the data has a, b"):
-        build_plan({"b": 9, "a": 9}, MixtureConfig(weights={"a": 1.0, "x": 1.0}), global_batch=4)
-    with pytest.raises(UserError, match=r"source 'b' has 3 samples, fewer than one global batch of 4; .*merge_small"):
-        build_plan({"a": 9, "b": 3}, MixtureConfig(), global_batch=4)
+        build_plan(tables({"b": 9, "a": 9}), MixtureConfig(weights={"a": 1.0, "x": 1.0}), global_batch=4)
+    with pytest.raises(UserError, match=r"source 'b' has 3 samples, fewer than one batch of 4; .*merge_small"):
+        build_plan(tables({"a": 9, "b": 3}), MixtureConfig(), global_batch=4)
     with pytest.raises(UserError, match="1 training samples are not enough"):
-        build_plan({"a": 1}, MixtureConfig(merge_small=True), global_batch=4)
+        build_plan(tables({"a": 1}), MixtureConfig(merge_small=True), global_batch=4)
     with pytest.raises(UserError, match="0 training samples are not enough"):
-        build_plan({}, MixtureConfig(), global_batch=4)
-    plan = build_plan({"a": 9, "b": 6}, MixtureConfig(merge_small=True), global_batch=8)
+        build_plan(tables({}), MixtureConfig(), global_batch=4)
+    plan = build_plan(tables({"a": 9, "b": 6}), MixtureConfig(merge_small=True), global_batch=8)
     with pytest.raises(UserError, match="batches of source 'small' have 6 samples, which 4 workers cannot share"):
         plan.check_world_size(4)
     plan.check_world_size(2)
+
+
+@st.composite
+def sources_with_copies(draw: st.DrawFn) -> tuple[SourceTable, npt.NDArray[np.int64]]:
+    """A source and the target of each of its samples."""
+    num_samples = draw(st.integers(8, 120))
+    targets = np.array(draw(st.lists(st.integers(0, 60), min_size=num_samples, max_size=num_samples)))
+    return SourceTable(num_samples, np.arange(num_samples), targets), targets
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    source=sources_with_copies(),
+    batch=st.integers(2, 8),
+    run_length=st.integers(1, 20),
+    limit=st.integers(8, 140),
+    seed=st.integers(0, 99),
+)
+def test_copies_of_a_target_are_apart(
+    source: tuple[SourceTable, npt.NDArray[np.int64]], batch: int, run_length: int, limit: int, seed: int
+) -> None:
+    table, targets = source
+    mixture = MixtureConfig(run_length=run_length, max_samples_per_source=limit)
+    plan = build_plan({"a": table}, mixture, global_batch=batch, epochs=2, seed=seed)
+    used = min(table.num_samples, limit)
+    num_batches = used // batch
+    in_use = Counter(targets[list({i for step in range(plan.num_steps) for _, i in plan.batch(step).rows})].tolist())
+    for epoch in range(2):
+        rows = [
+            i
+            for step in range(plan.num_steps)
+            if plan.batch(step).blocks[0].epoch == epoch
+            for _, i in plan.batch(step).rows
+        ]
+        assert len(rows) == len(set(rows)) == num_batches * batch
+    for step in range(plan.num_steps):
+        for target, count in Counter(targets[[i for _, i in plan.batch(step).rows]].tolist()).items():
+            # As few as a batch must have: one, unless the target has more copies than the epoch has batches.
+            assert count <= -(-max(in_use[target], 1) // num_batches)
+
+
+def test_more_copies_than_batches_are_told() -> None:
+    targets = np.array([0] * 9 + list(range(1, 12)))
+    plan = build_plan({"a": SourceTable(20, np.arange(20), targets)}, MixtureConfig(), global_batch=5)
+    assert plan.summary()[1:] == [
+        "a: 1 targets have more copies (up to 9) than an epoch has batches (4): some batches hold copies, which are not"
+        " scored against each other"
+    ]
+
+
+def test_runs_stay_whole_beside_copies() -> None:
+    table = SourceTable(100, np.array([10, 11, 50, 77]), np.array([1, 2, 1, 2]))
+    plan = build_plan({"a": table}, MixtureConfig(run_length=8), global_batch=20)
+    for step in range(plan.num_steps):
+        indices = [index for _, index in plan.batch(step).rows]
+        assert len(runs_in(indices, 100)) <= 20 // 8 + 2 + 4
+
+
+@st.composite
+def sources_with_clusters(draw: st.DrawFn) -> SourceTable:
+    lengths = draw(st.lists(st.tuples(st.integers(0, 9), st.integers(2, 6)), max_size=8))
+    stops = np.cumsum([gap + length for gap, length in lengths], dtype=np.int64)
+    clusters = np.array([(stop - length, stop) for stop, (_, length) in zip(stops, lengths, strict=True)], np.int64)
+    spare = 5 * sum(length for _, length in lengths) + 24  # much more room than clusters: none has to be divided
+    num_samples = int(stops[-1] if len(stops) else 0) + spare
+    copies = draw(st.lists(st.integers(0, num_samples - 1), max_size=6, unique=True))
+    return SourceTable(
+        num_samples, np.sort(np.array(copies, np.int64)), np.arange(len(copies)) // 2, clusters.reshape(-1, 2)
+    )
+
+
+@settings(max_examples=150, deadline=None)
+@given(table=sources_with_clusters(), run_length=st.integers(1, 9), seed=st.integers(0, 99))
+def test_clusters_share_a_batch(table: SourceTable, run_length: int, seed: int) -> None:
+    plan = build_plan({"a": table}, MixtureConfig(run_length=run_length), global_batch=12, seed=seed, epochs=2)
+    target_of = dict(zip(table.copies.tolist(), table.targets.tolist(), strict=True))
+    for epoch in range(2):
+        rows = [plan.batch(step).rows for step in range(plan.num_steps) if plan.batch(step).blocks[0].epoch == epoch]
+        place = {index: (step, position) for step, some in enumerate(rows) for position, (_, index) in enumerate(some)}
+        assert len(place) == sum(map(len, rows)) == 12 * len(rows)
+        inside: set[int] = set()
+        for first, stop in table.clusters.tolist():
+            steps, positions = zip(*(place[index] for index in range(first, stop)), strict=True)
+            assert len(set(steps)) == 1
+            assert list(positions) == list(range(positions[0], positions[0] + stop - first))  # one range request
+            inside.update(range(first, stop))
+        for some in rows:
+            found = Counter(target_of[i] for _, i in some if i in target_of and i not in inside)
+            assert set(found.values()) <= {1}
+
+
+def test_clusters_that_fit_nowhere_are_divided_and_told() -> None:
+    table = SourceTable(12, clusters=np.array([(0, 5), (5, 8), (8, 12)]))
+    plan = build_plan({"a": table}, MixtureConfig(), global_batch=4)
+    assert plan.summary()[1:] == ["a: 1 clusters are larger than a batch (4) and are divided"]
+    batches = [{index for _, index in plan.batch(step).rows} for step in range(3)]
+    assert set().union(*batches) == set(range(12))
+    assert {8, 9, 10, 11} in batches
+    assert any({5, 6, 7} <= batch for batch in batches)
+
+
+def test_groups_are_one_source() -> None:
+    same = SourceTable(30, np.arange(30), np.arange(30))
+    mixture = MixtureConfig(groups={"classes": ["b", "a"]}, run_length=4)
+    plan = build_plan({"a": same, "b": same, "c": SourceTable(20)}, mixture, global_batch=10)
+    batches = [plan.batch(step) for step in range(plan.num_steps)]
+    assert Counter(batch.blocks[0].source for batch in batches) == {"classes": 6, "c": 2}
+    for batch in batches:
+        if batch.blocks[0].source == "classes":  # samples of a and b with one index have one target
+            assert {name for name, _ in batch.rows} == {"a", "b"}
+            assert len({index for _, index in batch.rows}) == 10
+    for weights in ({"classes": 1.0, "c": 1.0}, {"a": 0.5, "b": 0.5, "c": 1.0}):
+        weighted = build_plan(
+            {"a": same, "b": same, "c": SourceTable(20)},
+            MixtureConfig(groups=mixture.groups, weights=weights),
+            global_batch=10,
+            steps=8,
+        )
+        assert Counter(weighted.batch(step).blocks[0].source for step in range(8)) == {"classes": 4, "c": 4}
+    alone = MixtureConfig(groups=mixture.groups, weights={"a": 1.0})
+    only_a = build_plan({"a": same, "b": same}, alone, global_batch=10)
+    assert {name for name, _ in all_rows(only_a)} == {"a"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"groups": {"g": ["a", "x"]}}, r"data\.mixture\.groups: unknown source 'x'; the data has a, b"),
+        ({"groups": {"b": ["a"]}}, r"data\.mixture\.groups: 'b' is a source already"),
+        ({"groups": {"g": ["a"]}, "weights": {"a": 1.0, "g": 1.0}}, "names 'a' and its group"),
+    ],
+)
+def test_groups_that_make_no_sense_are_told(changes: dict[str, object], problem: str) -> None:
+    with pytest.raises(UserError, match=problem):
+        build_plan(tables({"a": 9, "b": 9}), MixtureConfig(**changes), global_batch=4)  # type: ignore[arg-type]
+
+
+@settings(max_examples=60, deadline=None)
+@given(first=st.integers(1, 59), weights=st.tuples(st.floats(0.1, 9), st.floats(0.1, 9)), seed=st.integers(0, 99))
+def test_new_weights_hold_from_their_step_on(first: int, weights: tuple[float, float], seed: int) -> None:
+    def plan_of(*phases: Phase) -> Plan:
+        some = MixtureConfig(weights={"a": 3.0, "b": 1.0}, run_length=3)
+        plan = build_plan(tables({"a": 33, "b": 20}), some, global_batch=4, steps=60, seed=seed)
+        return reduce(Plan.with_phase, phases, plan)
+
+    before, after = plan_of(), plan_of(Phase(first, dict(zip("ab", weights, strict=True))))
+    assert [after.batch(step) for step in range(first)] == [before.batch(step) for step in range(first)]
+    counts = Counter(after.batch(step).blocks[0].source for step in range(first, 60))
+    assert abs(counts["a"] - (60 - first) * weights[0] / sum(weights)) < 1
+    seen = Counter(
+        (batch.blocks[0].source, batch.blocks[0].epoch, row)
+        for batch in map(after.batch, range(60))
+        for row in batch.rows
+    )
+    assert set(seen.values()) == {1}
+    assert after.fingerprint() == before.fingerprint()  # phases are recorded beside the plan
+    assert [after.until(first).batch(step) for step in range(first)] == [after.batch(step) for step in range(first)]
+    assert after.until(first).num_steps == first
+
+
+def test_phases_out_of_order_are_told() -> None:
+    plan = build_plan(tables({"a": 33}), MixtureConfig(), global_batch=4, steps=60).with_phase(Phase(5, {"a": 1.0}))
+    for step in (5, 3, 0, 60):
+        with pytest.raises(UserError, match="phases: begin at steps"):
+            plan.with_phase(Phase(step, {"a": 1.0}))
+
+
+def test_slow_sources_are_drawn_more() -> None:
+    config = ResampleConfig(every_steps=10, strength=2.0, max_factor=3.0)
+    mixture = MixtureConfig(weights={"fast": 1.0, "slow": 1.0, "stuck": 1.0, "unseen": 2.0})
+    plan = build_plan(tables(dict.fromkeys(mixture.weights or {}, 40)), mixture, global_batch=4, steps=60)
+    now = {"fast": 0.1, "slow": 1.4, "stuck": 4.0}
+    rows = [
+        {"step": step, "source": source, "loss": 2.0 if step < 10 else loss}
+        for step, (source, loss) in enumerate(list(now.items()) * 10)
+    ]
+    phase = due_phase(plan, rows, 20, config)
+    assert phase is not None
+    assert phase.first_step == 20
+    assert phase.weights == pytest.approx({"fast": 1 / 3, "slow": 0.7**2, "stuck": 3.0, "unseen": 2.0})
+    assert [due_phase(plan, rows, step, config) for step in (0, 15, 60)] == [None] * 3
+    assert due_phase(plan.with_phase(phase), rows, 20, config) is None
+
+
+def test_another_source_changes_no_order_within_a_source() -> None:
+    def rows_of_a(sizes: dict[str, int]) -> list[object]:
+        plan = build_plan(tables(sizes), MixtureConfig(run_length=3), global_batch=4, epochs=2)
+        return [plan.batch(step).rows for step in range(plan.num_steps) if plan.batch(step).blocks[0].source == "a"]
+
+    assert rows_of_a({"a": 30}) == rows_of_a({"0": 12, "a": 30, "z": 9})
+
+
+def test_only_random_runs_of_a_large_source_are_used() -> None:
+    mixture = MixtureConfig(max_samples_per_source=64, run_length=8)
+    plan = build_plan(tables({"a": 1003}), mixture, global_batch=16, epochs=3)
+    indices = sorted({index for _, index in all_rows(plan)})
+    assert len(indices) == 64
+    assert {len(run) for run in runs_in(indices, 1003)} <= {8, 16, 24}
+    assert indices[0] < 300
+    assert indices[-1] > 700
+    other = build_plan(tables({"a": 1003}), mixture, global_batch=16, epochs=3, seed=1)
+    assert indices != sorted({index for _, index in all_rows(other)})
+
+
+def test_a_plan_describes_what_decides_it() -> None:
+    table = SourceTable(20, np.array([3, 4]), np.array([1, 1]))
+    plans = [build_plan({"a": some}, MixtureConfig(), global_batch=5) for some in (table, SourceTable(20))]
+    first, second = (plan.describe()["sources"]["a"] for plan in plans)
+    assert {key for key in first if first[key] != second[key]} == {"tables"}
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    weights=st.tuples(*[st.floats(0.2, 5)] * 4),
+    seed=st.integers(0, 99),
+    first=st.integers(1, 39),
+    world_size=st.sampled_from([1, 2, 4]),
+)
+def test_blocks_share_a_global_batch(weights: tuple[float, ...], seed: int, first: int, world_size: int) -> None:
+    sizes = dict.fromkeys("abcd", 50)
+    mixture = MixtureConfig(weights=dict(zip("abcd", weights, strict=True)), blocks={"b": 4, "c": 4, "d": 8})
+    plan = build_plan(tables(sizes), mixture, global_batch=16, steps=40, seed=seed)
+    plan.check_world_size(world_size)
+    block_of = {"a": 16, "b": 4, "c": 4, "d": 8}
+    seen: Counter[tuple[str, int, tuple[str, int]]] = Counter()
+    steps_of: dict[str, float] = dict.fromkeys("abcd", 0.0)
+    for step in range(40):
+        batch = plan.batch(step)
+        shares = [plan.batch(step, rank, world_size).blocks for rank in range(world_size)]
+        for number, block in enumerate(batch.blocks):
+            assert len(batch.blocks) * len(block.rows) == 16
+            assert len(block.rows) == block_of[block.source]
+            assert tuple(row for share in shares for row in share[number].rows) == block.rows
+            seen.update((block.source, block.epoch, row) for row in block.rows)
+            steps_of[block.source] += len(block.rows) / 16
+    assert set(seen.values()) == {1}
+    for name, weight in mixture.weights.items() if mixture.weights else ():
+        assert abs(steps_of[name] - 40 * weight / sum(weights)) < (1 if name in "ad" else 1.25)
+    changed = plan.with_phase(Phase(first, {"b": 1.0, "c": 3.0}))
+    assert [changed.batch(step) for step in range(first)] == [plan.batch(step) for step in range(first)]
+    later = Counter(block.source for step in range(first, 40) for block in changed.batch(step).blocks)
+    assert set(later) <= {"b", "c"}
+    assert abs(later["c"] - 0.75 * later.total()) < 1
+
+
+def test_a_source_without_blocks_keeps_its_order_beside_others_with() -> None:
+    def rows_of_a(**changes: object) -> list[tuple[Row, ...]]:
+        mixture = MixtureConfig(run_length=3, **changes)  # type: ignore[arg-type]
+        plan = build_plan(tables({"a": 40, "b": 40}), mixture, global_batch=8, steps=20)
+        blocks = [block for step in range(20) for block in plan.batch(step).blocks]
+        return [block.rows for block in blocks if block.source == "a"][:5]
+
+    assert rows_of_a() == rows_of_a(blocks={"b": 4})
+
+
+@pytest.mark.parametrize(
+    ("blocks", "problem"),
+    [
+        ({"a": 3}, "3 samples of 'a' do not divide a global batch of 8; choose a divisor"),
+        ({"a": 1}, "1 samples of 'a' do not divide"),
+        ({"x": 4}, "unknown source 'x'; it may name a, b"),
+    ],
+)
+def test_blocks_that_make_no_sense_are_told(blocks: dict[str, int], problem: str) -> None:
+    with pytest.raises(UserError, match=f"data.mixture.blocks: {problem}"):
+        build_plan(tables({"a": 40, "b": 40}), MixtureConfig(blocks=blocks), global_batch=8)

@@ -11,13 +11,13 @@ import pytest
 
 from pipelines.config import DataConfig, MixtureConfig
 from pipelines.errors import BadMedia, UserError
-from pipelines.plan import Plan, build_plan
-from pipelines.reader import MAX_RESERVES, FedBatch, Reader, reserves
+from pipelines.plan import Plan, SourceTable, build_plan
+from pipelines.reader import MAX_RESERVES, FedBatch, FedBlock, Reader
 from pipelines.samples import DecodedSample, Rejected
-from pipelines.shards import read_index
+from pipelines.shards import read_shard_index
 from pipelines.storage import open_store
 from pipelines.store import LocalStore
-from tests.data import ColourEncoder, make_sample, publish
+from tests.data import SAMPLES_PER_SHARD, ColourEncoder, make_sample, publish
 
 CARS = {"cars": ("t2i", 20)}
 
@@ -47,17 +47,17 @@ def make_reader(
 
 
 def plan_for(reader: Reader, global_batch: int, **changes: object) -> Plan:
-    return build_plan(reader.sizes(), MixtureConfig(run_length=4, **changes), global_batch=global_batch)  # type: ignore[arg-type]
+    return build_plan(reader.tables(), MixtureConfig(run_length=4, **changes), global_batch=global_batch)  # type: ignore[arg-type]
 
 
 def spoil_header(root: Path, number: int) -> None:
     """Makes sample `number` of cars unreadable, and with it every range that it lies in."""
     store = open_store(str(root))
-    row = read_index(store, publish(store, CARS), "cars").to_pylist()[number]
-    shard = root / f"train/cars/cars-{row['shard']:06d}.tar"
-    data = bytearray(shard.read_bytes())
-    data[row["offset"] + 20] ^= 0xFF
-    shard.write_bytes(data)
+    shard = publish(store, CARS).sources["cars"].shards[number // SAMPLES_PER_SHARD]
+    offset, _ = read_shard_index(store, shard).span(number % SAMPLES_PER_SHARD, number % SAMPLES_PER_SHARD)
+    data = bytearray(store.read(shard.path))
+    data[offset + 20] ^= 0xFF
+    store.write(shard.path, bytes(data))
 
 
 def numbers(items: list[DecodedSample | Rejected]) -> list[int | str]:
@@ -67,15 +67,16 @@ def numbers(items: list[DecodedSample | Rejected]) -> list[int | str]:
 def test_a_batch_holds_the_rows_of_the_plan_in_order(tmp_path: Path) -> None:
     reader = make_reader(tmp_path, {"cars": ("t2i", 20), "dogs": ("i2i", 11)}, encoder=ColourEncoder())
     plan = plan_for(reader, 6)
-    assert {plan.batch(step).source for step in range(plan.num_steps)} == {"cars", "dogs"}
+    assert {plan.batch(step).blocks[0].source for step in range(plan.num_steps)} == {"cars", "dogs"}
     for step in range(plan.num_steps):
         whole = plan.batch(step)
         for rank in range(3):
             fed = reader.batch(plan, step, rank, 3)
-            wanted = [index for _, index in whole.of_rank(rank, 3)]
+            wanted = [index for _, index in plan.batch(step, rank, 3).rows]
             assert fed.batch.tolist() == [[number, number] for number in wanted]
-            task = {"cars": "t2i", "dogs": "i2i"}[whole.source]
-            assert (fed.step, fed.rank, fed.source, fed.task, fed.epoch) == (step, rank, whole.source, task, 0)
+            (block,) = whole.blocks
+            fed_block = FedBlock(block.source, {"cars": "t2i", "dogs": "i2i"}[block.source], 0, 2)
+            assert (fed.step, fed.rank, fed.blocks) == (step, rank, (fed_block,))
             assert (fed.num_samples, fed.rejected) == (2, ())
 
 
@@ -110,9 +111,9 @@ def test_sizes_tasks_and_fingerprint_are_those_of_the_manifest(tmp_path: Path) -
 def test_merged_sources_share_a_task_or_become_one(task: str, merged: str, tmp_path: Path) -> None:
     reader = make_reader(tmp_path, {"cars": ("t2i", 9), "dogs": ("t2i", 3), "eels": (task, 3)}, encoder=ColourEncoder())
     plan = plan_for(reader, 8, merge_small=True)
-    small = next(step for step in range(plan.num_steps) if plan.batch(step).source == "small")
+    small = next(step for step in range(plan.num_steps) if plan.batch(step).blocks[0].source == "small")
     fed = reader.batch(plan, small, 0, 1)
-    assert (fed.source, fed.task, fed.num_samples) == ("small", merged, 6)
+    assert [(block.source, block.task, block.num_samples) for block in fed.blocks] == [("small", merged, 6)]
     assert fed.batch[:, 0].tolist() == [index for _, index in plan.batch(small).rows]
     assert reader.tasks(plan) == tuple(sorted({"t2i", merged}))
 
@@ -132,7 +133,7 @@ def test_neighbours_in_a_shard_are_read_at_once(tmp_path: Path, ranges: list[str
 
 def test_a_run_of_the_plan_is_one_request(tmp_path: Path, ranges: list[str]) -> None:
     reader = make_reader(tmp_path)
-    plan = build_plan(reader.sizes(), MixtureConfig(run_length=4), global_batch=20)
+    plan = build_plan(reader.tables(), MixtureConfig(run_length=4), global_batch=20)
     reader.batch(plan, 0, 0, 1)
     indices = [index for _, index in plan.batch(0).rows]
     cuts = [last for last, following in itertools.pairwise(indices) if following != last + 1 or last in (7, 15)]
@@ -142,9 +143,8 @@ def test_a_run_of_the_plan_is_one_request(tmp_path: Path, ranges: list[str]) -> 
 
 def test_long_stretches_are_read_in_parts(tmp_path: Path, ranges: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     reader = make_reader(tmp_path)
-    length = read_index(open_store(str(tmp_path)), publish(open_store(str(tmp_path)), CARS), "cars")["length"][
-        0
-    ].as_py()
+    store = open_store(str(tmp_path))
+    _, length = read_shard_index(store, publish(store, CARS).sources["cars"].shards[0]).span(0, 0)
     monkeypatch.setattr("pipelines.reader._RANGE_BYTES", 3 * length)
     assert numbers([*reader.samples("cars", range(8))]) == list(range(8))
     assert len(ranges) == 3
@@ -166,7 +166,7 @@ def test_damaged_bytes_cost_one_sample_and_not_its_neighbours(tmp_path: Path, ra
     assert numbers(items) == [3, 4, "damaged_shard", 6, 7]
     assert isinstance(items[2], Rejected)
     assert items[2].origin == f"{tmp_path}/train/cars/cars-000000.tar key 00000005"
-    assert len(ranges) == 1 + 5
+    assert len(ranges) == 1
 
 
 def test_raw_gives_files_as_they_were_stored(tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_a_bad_sample_is_replaced_by_a_reserve_of_its_source(tmp_path: Path) -> 
     assert fed.rejected[0].origin.endswith("cars-000000.tar key 00000004")
     assert got[:position] + got[position + 1 :] == wanted[:position] + wanted[position + 1 :]
     assert got[position] not in wanted
-    assert got[position] == reserves(plan, whole, position)[0][1]
+    assert got[position] == plan.reserves(step, position, 1)[0][1]
 
 
 def test_every_number_of_workers_gets_the_same_reserves(tmp_path: Path) -> None:
@@ -208,25 +208,26 @@ def test_every_number_of_workers_gets_the_same_reserves(tmp_path: Path) -> None:
 
 
 def test_reserves_are_distinct_and_outside_the_batch() -> None:
-    plan = build_plan({"a": 60, "b": 30}, MixtureConfig(weights={"a": 1.0}), global_batch=12, epochs=1, seed=4)
+    tables = {"a": SourceTable(260), "b": SourceTable(30)}
+    plan = build_plan(tables, MixtureConfig(weights={"a": 1.0}), global_batch=12, epochs=1, seed=4)
     batch = plan.batch(0)
-    chosen = reserves(plan, batch, 3)
-    assert len(set(chosen)) == MAX_RESERVES == 16
-    assert not set(chosen) & set(batch.rows)
-    assert {source for source, _ in chosen} == {"a"}
-    assert reserves(plan, batch, 3) == chosen
-    others = [reserves(plan, batch, 4), reserves(plan, plan.batch(1), 3)]
-    assert all(other != chosen for other in others)
-    capped = build_plan({"a": 60}, MixtureConfig(max_samples_per_source=14), global_batch=12)
-    batch = capped.batch(0)
-    assert {*reserves(capped, batch, 0), *batch.rows} == {("a", n) for n in range(14)}
+    chosen = [plan.reserves(0, position, MAX_RESERVES) for position in range(12)]
+    assert {len(set(some)) for some in chosen} == {MAX_RESERVES}
+    assert len({row for some in chosen for row in some}) == 12 * MAX_RESERVES
+    assert not {row for some in chosen for row in some} & set(batch.rows)
+    assert {source for some in chosen for source, _ in some} == {"a"}
+    assert plan.reserves(0, 3, MAX_RESERVES) == chosen[3] != plan.reserves(1, 3, MAX_RESERVES)
+    capped = build_plan(tables, MixtureConfig(max_samples_per_source=14, run_length=2), global_batch=12, epochs=3)
+    used = {index for step in range(capped.num_steps) for name, index in capped.batch(step).rows if name == "a"}
+    first = next(step for step in range(capped.num_steps) if capped.batch(step).blocks[0].source == "a")
+    assert {*capped.reserves(first, 0, MAX_RESERVES), *capped.batch(first).rows} == {("a", index) for index in used}
 
 
 def test_bad_reserves_are_passed_over_and_counted(tmp_path: Path) -> None:
     reader = make_reader(tmp_path, encoder=ColourEncoder())
     plan = plan_for(reader, 10)
     whole = plan.batch(0)
-    ranked = [index for _, index in reserves(plan, whole, 7)]
+    ranked = [index for _, index in plan.reserves(0, 7, 4)]
     bad = [whole.rows[7][1], *ranked[:3]]
     refusing = Reader(reader.data, ColourEncoder(refused=bad))
     fed = refusing.batch(plan, 0, 0, 1)
@@ -248,6 +249,30 @@ def test_a_batch_of_the_whole_source_has_no_reserves(tmp_path: Path) -> None:
     reader = make_reader(tmp_path, bad={"cars": {4}}, encoder=ColourEncoder())
     with pytest.raises(UserError, match=r"train/cars: has no sample left .* unsupported_format of .*key 00000004"):
         reader.batch(plan_for(reader, 20), 0, 0, 1)
+
+
+def test_indices_are_read_when_needed_and_kept_within_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[str] = []
+    read = LocalStore.read
+
+    def counting(store: LocalStore, path: str) -> bytes:
+        reads.append(path)
+        return read(store, path)
+
+    reader = make_reader(tmp_path)  # shards of 8, 8 and 4
+    monkeypatch.setattr(LocalStore, "read", counting)
+    plan_for(reader, 4)
+    assert reads == ["train/manifest.json", "train/cars/copies.parquet"]
+    one_index = 8 * (8 + 8 + 8 + 4)
+    monkeypatch.setattr("pipelines.reader._INDEX_BYTES", 2 * one_index)
+    for position, expected in ((0, [0]), (7, []), (8, [1]), (1, []), (19, [2]), (0, []), (9, [1])):
+        reads.clear()
+        assert numbers([*reader.samples("cars", [position])]) == [position]
+        assert reads == [f"train/cars/cars-{shard:06d}.idx.parquet" for shard in expected], position
+        assert reader._indices.num_bytes <= 2 * one_index
+    for outside in (-1, 20):
+        with pytest.raises(IndexError, match=r"outside 0\.\.19"):
+            list(reader.samples("cars", [outside]))
 
 
 def test_missing_data_is_told(tmp_path: Path) -> None:
@@ -278,3 +303,19 @@ def test_the_endpoint_of_the_driver_travels(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.delenv("AWS_ENDPOINT_URL")
     with pytest.raises(UserError, match=r"127\.0\.0\.1:9"):
         pickle.loads(packed).sizes()
+
+
+def test_blocks_of_a_batch_follow_each_other_on_every_rank(tmp_path: Path) -> None:
+    sources = {"cars": ("t2i", 40), "dogs": ("i2i", 40)}
+    reader = make_reader(tmp_path, sources, {"dogs": range(0, 40, 3)}, ColourEncoder())
+    plan = plan_for(reader, 8, blocks={"cars": 4, "dogs": 4})
+    mixed = next(s for s in range(plan.num_steps) if {b.source for b in plan.batch(s).blocks} == {"cars", "dogs"})
+    alone = reader.batch(plan, mixed, 0, 1)
+    ranks = [reader.batch(plan, mixed, rank, 2) for rank in range(2)]
+    assert [(block.source, block.num_samples) for block in ranks[0].blocks] == [
+        (block.source, 2) for block in plan.batch(mixed).blocks
+    ]
+    joined = np.concatenate([ranks[0].batch[:2], ranks[1].batch[:2], ranks[0].batch[2:], ranks[1].batch[2:]])
+    assert np.array_equal(joined, alone.batch)  # the same reserves too
+    assert sum(len(fed.rejected) for fed in ranks) == len(alone.rejected) > 0
+    assert ranks[0].source in ("cars+dogs", "dogs+cars")

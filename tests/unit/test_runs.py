@@ -6,6 +6,10 @@ import pytest
 from jobs.runs import METRICS, Checkpoints, Run
 from jobs.spec import TrainSpec
 from pipelines.errors import UserError
+from pipelines.plan import Phase
+
+DATA = {"data": "d1", "sources": {"photos": {"members": {"photos": 40}, "tables": "t1"}}}
+OTHER_DATA = {"data": "d1", "sources": {"photos": {"members": {"photos": 39}, "tables": "t1"}}}
 
 
 def make_run(root: Path, **changes: Any) -> Run:
@@ -28,25 +32,25 @@ def publish(checkpoints: Checkpoints, scratch: Path, step: int) -> None:
 
 
 def test_unfinished_run_of_equal_settings_is_continued(tmp_path: Path) -> None:
-    assert make_run(tmp_path).begin("data 1")
+    assert make_run(tmp_path).begin(DATA)
     publish(Checkpoints(make_run(tmp_path)), tmp_path, 3)
-    assert make_run(tmp_path, cluster={"workers": 7}, checkpoint={"keep": 1}).begin("data 1")  # not the science
+    assert make_run(tmp_path, cluster={"workers": 7}, checkpoint={"keep": 1}).begin(DATA)  # not the science
     assert make_run(tmp_path).step() == 3
 
 
 @pytest.mark.parametrize(
     ("changes", "data", "told"),
     [
-        ({"optim": {"lr": 1e-3}}, "data 1", "optim.lr 0.0002 -> 0.001"),
-        ({"seed": 5}, "data 1", "seed 0 -> 5"),
-        ({}, "data 2", "data fingerprint 'data 1' -> 'data 2'"),
-        ({"objective": {"false_negatives": None}}, "data 1", "objective.false_negatives"),
+        ({"optim": {"lr": 1e-3}}, DATA, "optim.lr 0.0002 -> 0.001"),
+        ({"seed": 5}, DATA, "seed 0 -> 5"),
+        ({}, OTHER_DATA, "plan.sources.photos.members.photos 40 -> 39"),
+        ({"objective": {"false_negatives": None}}, DATA, "objective.false_negatives"),
     ],
 )
 def test_run_of_other_settings_is_refused_and_they_are_named(
-    tmp_path: Path, changes: dict[str, Any], data: str, told: str
+    tmp_path: Path, changes: dict[str, Any], data: dict[str, Any], told: str
 ) -> None:
-    make_run(tmp_path).begin("data 1")
+    make_run(tmp_path).begin(DATA)
     with pytest.raises(UserError) as caught:
         make_run(tmp_path, **changes).begin(data)
     assert told in str(caught.value)
@@ -54,28 +58,28 @@ def test_run_of_other_settings_is_refused_and_they_are_named(
 
 
 def test_overwrite_begins_anew(tmp_path: Path) -> None:
-    make_run(tmp_path).begin("data")
+    make_run(tmp_path).begin(DATA)
     publish(Checkpoints(make_run(tmp_path)), tmp_path, 3)
     changed = make_run(tmp_path, seed=1, run={"root": str(tmp_path), "overwrite": True})
-    assert changed.begin("data")
+    assert changed.begin(DATA)
     assert changed.step() == 0
     assert changed.store.list() == ["spec.json"]
 
 
 def test_finished_run_is_left_alone_and_keeps_no_checkpoint(tmp_path: Path) -> None:
     run = make_run(tmp_path)
-    run.begin("data")
+    run.begin(DATA)
     checkpoints = Checkpoints(run)
     publish(checkpoints, tmp_path, 2)
     run.finish({"steps": 2}, checkpoints.metrics)
-    assert not make_run(tmp_path).begin("data")
+    assert not make_run(tmp_path).begin(DATA)
     assert run.store.list() == ["done.json", METRICS, "spec.json"]
     assert run.store.read(METRICS) == b'{"loss": 1.0, "step": 0}\n{"loss": 1.0, "step": 1}\n'
 
 
 def test_latest_checkpoint_brings_its_metrics_and_old_ones_go(tmp_path: Path) -> None:
     run = make_run(tmp_path, checkpoint={"keep": 2})
-    run.begin("data")
+    run.begin(DATA)
     writer = Checkpoints(run)
     assert writer.latest() is None
     for step in (5, 10, 15):
@@ -90,10 +94,22 @@ def test_latest_checkpoint_brings_its_metrics_and_old_ones_go(tmp_path: Path) ->
 
 def test_half_written_checkpoint_is_never_the_latest(tmp_path: Path) -> None:
     run = make_run(tmp_path)
-    run.begin("data")
+    run.begin(DATA)
     publish(Checkpoints(run), tmp_path, 5)
     run.store.write("checkpoints/000010/parameters.safetensors", b"cut")  # killed before latest.json was written
     folder = Checkpoints(run).latest()
     assert run.step() == 5
     assert folder is not None
     assert (folder / "state.json").read_text() == "5"
+
+
+def test_changes_of_the_mixture_are_kept_with_the_run(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    run.begin(DATA)
+    assert (run.phases(), run.rows()) == ([], [])
+    phases = [Phase(3, {"photos": 1.0, "pages": 0.25}), Phase(6, {"photos": 0.5, "pages": 2.0})]
+    for phase in phases:
+        run.record(phase)
+    publish(Checkpoints(make_run(tmp_path)), tmp_path, 3)
+    assert make_run(tmp_path).phases() == phases
+    assert [row["step"] for row in make_run(tmp_path).rows()] == [0, 1, 2]

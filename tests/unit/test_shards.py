@@ -7,6 +7,7 @@ import tarfile
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import ray.data
@@ -21,9 +22,10 @@ from pipelines.shards import (
     SourceInfo,
     index_path,
     publish_manifest,
-    read_index,
     read_manifest,
     read_samples,
+    read_shard_index,
+    source_info,
     target_sha256,
     verify,
     write_shard,
@@ -103,31 +105,36 @@ def test_index_cuts_between_samples(tmp_path: Path) -> None:
 
 def test_one_range_gives_one_sample_or_several(tmp_path: Path) -> None:
     samples = make_samples(5)
-    write_shard(tmp_path / "a.tar", samples)
-    rows = pq.read_table(tmp_path / "a.idx.parquet").to_pylist()
+    index = read_shard_index(open_store(str(tmp_path)), write_shard(tmp_path / "a.tar", samples))
     store = open_store(str(tmp_path))
-    assert read_samples(store, "a.tar", rows[3]["offset"], rows[3]["length"]) == [samples[3]]
-    assert read_samples(store, "a.tar", rows[1]["offset"], sum(r["length"] for r in rows[1:4])) == samples[1:4]
+    assert read_samples(store, "a.tar", index, range(3, 4)) == [samples[3]]
+    assert read_samples(store, "a.tar", index, range(1, 4)) == samples[1:4]
 
 
-@pytest.mark.parametrize("where", ["header", "cut", "middle", "json"])
-def test_damage_is_told_and_loses_nothing_in_silence(where: str, tmp_path: Path) -> None:
-    write_shard(tmp_path / "a.tar", make_samples(4))
-    rows = pq.read_table(tmp_path / "a.idx.parquet").to_pylist()
+@pytest.mark.parametrize("where", ["header", "json", "key", "cut", "middle", "zeros"])
+def test_damage_is_told_and_costs_no_neighbour(where: str, tmp_path: Path) -> None:
+    samples, store = make_samples(4), open_store(str(tmp_path))
+    index = read_shard_index(store, write_shard(tmp_path / "a.tar", samples))
     data = bytearray((tmp_path / "a.tar").read_bytes())
-    offset, length = rows[1]["offset"], rows[1]["length"] + rows[2]["length"]
+    offset, length = index.span(2, 2)
     if where == "header":
-        data[rows[2]["offset"] + 20] ^= 0xFF
+        data[offset + 20] ^= 0xFF
     elif where == "json":
-        data[rows[2]["offset"] + 512] ^= 0xFF
+        data[offset + 512] ^= 0xFF
+    elif where == "zeros":
+        data[offset : offset + length] = bytes(length)
+    elif where == "key":  # the bytes of another sample
+        data[offset : offset + length] = data[: index.lengths[0]].ljust(length, b"\0")
     elif where == "cut":
-        length -= 600
+        index = replace(index, lengths=index.lengths - np.array([0, 0, 600, 0]))
     else:
-        offset, length = offset + 1024, length - 1024
+        later = np.array([0, 0, 1024, 0])
+        index = replace(index, offsets=index.offsets + later, lengths=index.lengths - later)
     (tmp_path / "a.tar").write_bytes(data)
-    with pytest.raises(BadMedia) as caught:
-        read_samples(open_store(str(tmp_path)), "a.tar", offset, length)
-    assert caught.value.reason == "damaged_shard"
+    first, second, third = read_samples(store, "a.tar", index, range(1, 4))
+    assert isinstance(second, BadMedia)
+    assert (second.reason, second.detail.startswith("a.tar at byte ")) == ("damaged_shard", True)
+    assert [first, third] == [samples[1], samples[3]]
 
 
 def test_target_sha256_is_that_of_text_and_bytes() -> None:
@@ -176,7 +183,7 @@ def test_manifest_survives_json_and_its_fingerprint_is_the_content(tmp_path: Pat
 
 def test_bad_manifests_are_told(tmp_path: Path) -> None:
     store, manifest = make_split(tmp_path)
-    with pytest.raises(UserError, match="there is no such manifest; run an ingest job"):
+    with pytest.raises(UserError, match="there is no such manifest; run a job of kind ingest or index"):
         read_manifest(store, "held_out")
     store.write("train/manifest.json", manifest.to_json().replace(b'"seed": 7', b'"seed": 8'))
     with pytest.raises(UserError, match="fingerprint"):
@@ -192,24 +199,24 @@ def test_bad_manifests_are_told(tmp_path: Path) -> None:
 
 def test_index_of_a_source_leads_to_its_samples(tmp_path: Path) -> None:
     store, manifest = make_split(tmp_path, (5, 3))
-    table = read_index(store, manifest, "cars")
-    assert table["shard"].to_pylist() == [0, 0, 0, 0, 0, 1, 1, 1]
-    row = table.slice(6, 1).to_pylist()[0]
-    shard = manifest.sources["cars"].shards[row["shard"]]
-    assert read_samples(store, shard.path, row["offset"], row["length"]) == [make_samples(8)[6]]
+    shard = source_info(store, manifest, "cars").shards[1]
+    index = read_shard_index(store, shard)
+    assert (len(index), index.keys.to_pylist()) == (3, ["00000005", "00000006", "00000007"])
+    assert index.num_bytes == 3 * (8 + 8 + 8 + 4)  # offset, length, key and its end
+    assert read_samples(store, shard.path, index, range(1, 2)) == [make_samples(8)[6]]
     with pytest.raises(UserError, match="has no source 'boats'; its sources: cars"):
-        read_index(store, manifest, "boats")
+        source_info(store, manifest, "boats")
 
 
 def test_a_foreign_or_missing_index_is_told(tmp_path: Path) -> None:
     store, manifest = make_split(tmp_path)
-    first, second = (index_path(shard.path) for shard in manifest.sources["cars"].shards)
-    store.write(first, store.read(second))
-    with pytest.raises(UserError, match="not the index that the manifest names"):
-        read_index(store, manifest, "cars")
-    store.delete(first)
+    shard, other = manifest.sources["cars"].shards
+    store.write(shard.index_path, store.read(other.index_path))
+    with pytest.raises(UserError, match="not the index that the manifest names; run the ingest job again"):
+        read_shard_index(store, shard)
+    store.delete(shard.index_path)
     with pytest.raises(UserError, match="missing"):
-        read_index(store, manifest, "cars")
+        read_shard_index(store, shard)
 
 
 def test_verify_finds_what_was_planted(tmp_path: Path) -> None:
@@ -240,8 +247,15 @@ def test_verify_finds_wrong_counts(tmp_path: Path) -> None:
     publish_manifest(store, replace(manifest, sources={"cars": wrong}))
     assert verify(store, "train") == [
         "train/cars: 6 samples, its shards hold another number",
-        "train/cars/cars-000000.tar: 2 indexed samples, the manifest says 1",
+        "train/cars/cars-000000.idx.parquet: 2 indexed samples, the manifest says 1",
     ]
+
+
+def test_a_manifest_of_ours_says_nothing_about_foreign_shards(tmp_path: Path) -> None:
+    _, manifest = make_split(tmp_path)
+    text = manifest.to_json().decode()
+    assert '"mapping"' not in text
+    assert '"tag"' not in text
 
 
 def test_an_empty_shard_is_a_readable_tar(tmp_path: Path) -> None:
