@@ -1,19 +1,21 @@
-"""What a plan costs at the scale of a billion samples: start, memory, and the next batch of one rank.
+"""What a billion samples in a million shards cost one process: start, memory, and the next batch of one rank.
 
-    python -m tests.benchmarks.plan            prints the table: two minutes, 3 GB
+    python -m tests.benchmarks.plan            prints the table: five minutes, 3 GB
     python -m tests.benchmarks.plan --write    and replaces tests/benchmarks/plan.md
 
-Each repeat is a process of its own, whose peak memory it reports.
+Each repeat is a process of its own, which reads the manifest, builds the plan and walks through it.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -21,33 +23,51 @@ import numpy as np
 
 from pipelines.config import MixtureConfig
 from pipelines.plan import Plan, SourceTable, build_plan
+from pipelines.shards import Manifest, ShardInfo, SourceInfo, publish_manifest, read_manifest
+from pipelines.storage import open_store
 from tests.benchmarks.machine import describe_machine
 
-RANKS, BATCH, REPEATS, STEPS = 4096, 32768, 5, 2000
+RANKS, BATCH, REPEATS, STEPS, SHARDS = 4096, 32768, 5, 2000, 1_000_000
 CASES = {
     # name: (sources, samples of each, of these in copies, samples used of each)
     "100 sources of 10 million, 1% copies": (100, 10_000_000, 100_000, 10_000_000),
     "100 sources of 10 million, 100,000 of each used": (100, 10_000_000, 100_000, 100_000),
     "one source of a billion": (1, 1_000_000_000, 0, 1_000_000_000),
 }
-COLUMNS = {"start": "s", "memory": "MB", "pass over all sources": "s", "next batch": "ms"}
+COLUMNS = {"manifest": "s", "plan": "s", "first pass over all sources": "s", "next batch": "ms", "peak memory": "MB"}
 
 
-def measure(sources: int, size: int, copies: int, used: int) -> dict[str, float]:
+def publish(folder: str, sources: int, size: int) -> None:
+    """A manifest as ingest writes it, without its shards."""
+    infos = {}
+    for source in (f"s{number:03d}" for number in range(sources)):
+        shards = []
+        for number in range(SHARDS // sources):
+            sha256 = hashlib.sha256(f"{source} {number}".encode()).hexdigest()
+            path = f"train/{source}/{source}-{number:06d}.tar"
+            shards.append(ShardInfo(path, size * sources // SHARDS, 300_000_000, sha256, sha256[::-1]))
+        infos[source] = SourceInfo("task", size, tuple(shards), copies_sha256=sha256)
+    publish_manifest(open_store(folder), Manifest("train", infos))
+
+
+def measure(folder: str, sources: int, size: int, copies: int, used: int) -> dict[str, float]:
     """One repeat, in this process: the numbers of `COLUMNS`."""
+    begun_s = time.perf_counter()
+    manifest = read_manifest(open_store(folder), "train")
+    manifest_s = time.perf_counter() - begun_s
     rng = np.random.default_rng(0)
     tables = {}
-    for number in range(sources):
+    for name, source in manifest.sources.items():
         samples = np.unique(rng.integers(0, size, copies))
-        tables[f"s{number:03d}"] = SourceTable(size, samples, rng.integers(0, copies // 3 + 1, len(samples)))
+        tables[name] = SourceTable(source.num_samples, samples, rng.integers(0, copies // 3 + 1, len(samples)))
     begun_s = time.perf_counter()
     plan = build_plan(tables, MixtureConfig(max_samples_per_source=used), global_batch=BATCH, steps=100_000)
     plan.fingerprint()
-    start_s = time.perf_counter() - begun_s
+    plan_s = time.perf_counter() - begun_s
     _, sweep_s = _walk(plan, 0, 10 * sources)  # every process makes the order of each source's epoch once
     each_s, _ = _walk(plan, 10 * sources, 10 * sources + STEPS)
     peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-    return dict(zip(COLUMNS, (start_s, peak_mb, sweep_s, 1e3 * each_s), strict=True))
+    return dict(zip(COLUMNS, (manifest_s, plan_s, sweep_s, 1e3 * each_s, peak_mb), strict=True))
 
 
 def _walk(plan: Plan, first: int, stop: int) -> tuple[float, float]:
@@ -63,18 +83,22 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="replace plan.md beside this file")
-    parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
+    parser.add_argument("--case", nargs=2, metavar=("NAME", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
-        print(json.dumps(measure(*CASES[options.case])))
+        name, folder = options.case
+        print(json.dumps(measure(folder, *CASES[name])))
         return
     found: dict[str, list[dict[str, float]]] = {name: [] for name in CASES}
-    for _ in range(REPEATS):  # interleaved, as the machine is shared
-        for name, rows in found.items():
-            command = [sys.executable, "-m", __spec__.name, "--case", name]
-            rows.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    with tempfile.TemporaryDirectory() as root:
+        for name, (sources, size, *_) in CASES.items():
+            publish(str(Path(root, name)), sources, size)
+        for _ in range(REPEATS):  # interleaved, as the machine is shared
+            for name, rows in found.items():
+                command = [sys.executable, "-m", __spec__.name, "--case", name, str(Path(root, name))]
+                rows.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
     lines = [
-        f"# The plan: one of {RANKS} ranks, global batches of {BATCH}",
+        f"# The plan: {SHARDS:,} shards, one of {RANKS:,} ranks, global batches of {BATCH:,}",
         "",
         f"{describe_machine()}. Median of {REPEATS} (smallest to largest). `python -m tests.benchmarks.plan --write`",
         "",

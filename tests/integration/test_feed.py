@@ -26,11 +26,16 @@ SOURCES = {"cars": ("t2i", 37), "dogs": ("i2i", 21)}
 
 
 def make(
-    root: str, endpoint: str | None = None, bad: dict[str, Collection[int]] | None = None, global_batch: int = 4
+    root: str,
+    endpoint: str | None = None,
+    bad: dict[str, Collection[int]] | None = None,
+    global_batch: int = 4,
+    epochs: float = 1,
 ) -> tuple[Plan, Reader]:
     publish(open_store(root, endpoint), SOURCES, bad)
     reader = Reader(DataConfig(root=root, endpoint=endpoint), ColourEncoder())
-    return build_plan(reader.tables(), MixtureConfig(run_length=4), global_batch=global_batch), reader
+    plan = build_plan(reader.tables(), MixtureConfig(run_length=4), global_batch=global_batch, epochs=epochs)
+    return plan, reader
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ def assert_fed(plan: Plan, reader: Reader, fed: list[list[FedBatch]], start: int
         for got in mine:
             wanted = reader.batch(plan, got.step, rank, len(fed))
             assert np.array_equal(got.batch, wanted.batch)
-            for name in ("rank", "source", "task", "epoch", "num_samples", "rejected"):
+            for name in ("rank", "blocks", "rejected"):
                 assert getattr(got, name) == getattr(wanted, name)
 
 
@@ -91,11 +96,26 @@ def test_a_finished_run_is_fed_nothing_and_an_unfinished_one_notices(tmp_path: P
         consume(plan, reader, 1, start=plan.num_steps, expected=13)
 
 
-def test_s3_feeds_the_same(tmp_path: Path, s3_endpoint: str) -> None:
-    local = make(str(tmp_path))
-    plan, reader = make(f"s3://b{uuid.uuid4().hex[:12]}/x", s3_endpoint)
-    assert plan.fingerprint() == local[0].fingerprint()
-    assert_fed(*local, consume(plan, reader, 2))
+@pytest.fixture(scope="module")
+def stored_twice(tmp_path_factory: pytest.TempPathFactory, s3_endpoint: str) -> list[tuple[Plan, Reader]]:
+    """The same data on a local disk and on S3."""
+    places = [(str(tmp_path_factory.mktemp("data")), None), (f"s3://b{uuid.uuid4().hex[:12]}/x", s3_endpoint)]
+    return [make(*place, global_batch=12, epochs=3) for place in places]
+
+
+@pytest.mark.parametrize(("world_size", "start"), [(1, 0), (2, 7), (3, 0), (3, 1), (4, 0), (4, 11)])
+def test_s3_feeds_any_number_of_workers_the_same_from_any_step(
+    stored_twice: list[tuple[Plan, Reader]], world_size: int, start: int
+) -> None:
+    local, stored = stored_twice
+    assert local[0].num_steps == 12
+    assert stored[0].fingerprint() == local[0].fingerprint()
+    fed = consume(*stored, world_size, start=start)
+    assert_fed(*local, fed, start=start)
+    # The uninterrupted batch of one worker is what all ranks hold together.
+    for offset, step in enumerate(range(start, 12)):
+        whole = local[1].batch(local[0], step, 0, 1).batch
+        assert np.array_equal(np.concatenate([mine[offset].batch for mine in fed]), whole)
 
 
 def test_a_feed_from_another_step_is_refused(tmp_path: Path) -> None:
