@@ -25,6 +25,7 @@ def run(spec: IngestSpec) -> dict[str, Any]:
             held_out_fraction=spec.held_out_fraction,
             seed=spec.seed,
             samples_per_shard=spec.samples_per_shard,
+            materialized=spec.materialized,
             on_progress=lambda done, total: bars.update("ingest", done, total),
         )
     _tell(report)

@@ -113,6 +113,9 @@ class IngestSpec(Config):
     """Samples of a shard, at most."""
     seed: NonNegativeInt = 0
     """Of the split and the order. Equal seeds give equal bytes."""
+    materialized: bool = False
+    """Store the frames of videos (JPEG) and the images of pages (lossless WebP) as `media` chooses them, and not the
+    files: cheaper to read in every epoch, but `frames`, `fps` and `page_pixels` are settled here."""
     media: MediaConfig = MediaConfig()
     """Limits within which files are opened."""
 

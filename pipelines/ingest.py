@@ -116,10 +116,12 @@ def ingest(
     held_out_fraction: float,
     seed: int,
     samples_per_shard: int,
+    materialized: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> IngestReport:
     """Writes the splits `train` and `held_out` and `report.json` below `out`; `on_progress` gets (done, all) samples.
 
+    Videos and pages are stored as they are, or `materialized`: their frames and images, as `media` would decode them.
     A data set that is already there is withdrawn while it is rewritten. A block without one usable sample leaves a gap
     in the numbers of the shards. Raises `UserError` if nothing is usable, or
     for a fault that only the user can mend (full disk, unreachable store); then there is no manifest.
@@ -130,8 +132,13 @@ def ingest(
     blocks = plan_blocks(samples, held_out_fraction, seed, samples_per_shard)
     out.ensure_bucket()
     retired = _withdraw(out, TRAIN) | _withdraw(out, HELD_OUT) if blocks else set()
-    settings = {"held_out_fraction": held_out_fraction, "seed": seed, "samples_per_shard": samples_per_shard}
-    manifests = _manifests(blocks, _run(blocks, out, media, on_progress), report)
+    settings: dict[str, Any] = {
+        "held_out_fraction": held_out_fraction,
+        "seed": seed,
+        "samples_per_shard": samples_per_shard,
+    }
+    settings |= {"materialized": materialized, "media": media.model_dump()}
+    manifests = _manifests(blocks, _run(blocks, out, media, materialized, on_progress), report)
     assert report.num_accepted + report.num_rejected == report.seen
     report.elapsed_s = round(time.monotonic() - started_s, 3)
     out.write(REPORT_PATH, report.to_json())
@@ -141,7 +148,7 @@ def ingest(
         raise UserError(out.url, problem, f"see {REPORT_PATH} there, and check the paths of the raw data")
     manifests = [with_copies(out, manifest) for manifest in manifests]
     for manifest in manifests:
-        publish_manifest(out, replace(manifest, settings=settings | {"media": media.model_dump()}))
+        publish_manifest(out, replace(manifest, settings=settings))
     for path in sorted(retired - {path for manifest in manifests for path in manifest_files(manifest)}):
         out.delete(path)
     return report
@@ -222,7 +229,11 @@ def _with_key(raw: RawSample, key: str) -> RawSample:
 
 
 def _run(
-    blocks: list[Block], out: Store, media: MediaConfig, on_progress: Callable[[int, int], None] | None
+    blocks: list[Block],
+    out: Store,
+    media: MediaConfig,
+    materialized: bool,
+    on_progress: Callable[[int, int], None] | None,
 ) -> list[Outcome]:
     """One Ray task per block. Raises the first `UserError` of a task."""
     if not blocks:
@@ -234,7 +245,7 @@ def _run(
     num_done, num_samples = 0, sum(len(block.samples) for block in blocks)
     with ray.data.DataContext.current(context):
         results = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-            _task, fn_kwargs={"out": out, "media": media}, num_cpus=1
+            _task, fn_kwargs={"out": out, "media": media, "materialized": materialized}, num_cpus=1
         )
         for row in results.iter_rows():
             outcome: Outcome = pickle.loads(row["outcome"])
@@ -247,23 +258,23 @@ def _run(
     return sorted(outcomes, key=lambda outcome: outcome.block_index)
 
 
-def _task(row: dict[str, Any], out: Store, media: MediaConfig) -> dict[str, bytes]:
+def _task(row: dict[str, Any], out: Store, media: MediaConfig, materialized: bool) -> dict[str, bytes]:
     """Errors of the user travel as values: Ray would wrap them, retry the task and log tracebacks."""
     try:
-        outcome = make_shard(row["index"], pickle.loads(row["block"]), out, media)
+        outcome = make_shard(row["index"], pickle.loads(row["block"]), out, media, materialized)
     except UserError as error:
         outcome = Outcome(row["index"], error=error)
     return {"outcome": pickle.dumps(outcome)}
 
 
-def make_shard(block_index: int, block: Block, out: Store, media: MediaConfig) -> Outcome:
+def make_shard(block_index: int, block: Block, out: Store, media: MediaConfig, materialized: bool = False) -> Outcome:
     """Loads, checks and stores the samples of one block, one sample in memory at a time."""
     rejected: list[Rejected] = []
 
     def usable() -> Iterator[tuple[Sample, Members]]:
         for raw in block.samples:
             try:
-                yield load_sample(raw, media)
+                yield load_sample(raw, media, materialized=materialized)
             except BadMedia as error:
                 rejected.append(Rejected(raw.sample.origin or raw.sample.key, error.reason, error.detail))
 

@@ -10,17 +10,20 @@ from pipelines.config import MediaConfig
 from pipelines.errors import BadMedia
 from pipelines.media.documents import render_page
 from pipelines.media.images import decode_image
+from pipelines.media.materialized import is_page_image
 from pipelines.media.sandbox import Sandbox
 from pipelines.media.videos import decode_video
 from pipelines.samples import DecodedSample, DecodedSide, MediaKind, Sample, Side, UInt8Array, Visual
 
 
 def decode_pixels(kind: MediaKind, data: bytes, config: MediaConfig) -> UInt8Array:
-    """RGB frames `[T, H, W, 3]` of one member; T is 1 for an image and for the page of a one-page document."""
+    """RGB frames `[T, H, W, 3]` of one member; T is 1 for an image, and for a document: one page, or its image."""
     match kind:
         case "image":
             return decode_image(data, config, config.image_pixels)[None]
         case "document":
+            if is_page_image(data):
+                return decode_image(data, config, config.image_pixels)[None]
             return render_page(data, 0, config)[None]
         case "video":
             return decode_video(data, config)

@@ -1,0 +1,58 @@
+"""What training decodes, stored in place of what it would be decoded from: chosen frames, rendered pages.
+
+Reading them costs less than decoding the file, in every epoch; the price is that frames per video and pixels per page
+are settled when the data are ingested.
+"""
+
+from __future__ import annotations
+
+import io
+from fractions import Fraction
+
+import av
+from PIL import Image
+
+from pipelines.errors import BadMedia
+from pipelines.samples import MediaKind, UInt8Array
+
+SUFFIX: dict[MediaKind, str] = {"video": "avi", "document": "webp"}
+_JPEG_QUALITY = 90
+
+
+def materialize(kind: MediaKind, frames_THWC: UInt8Array) -> bytes:
+    """Frames `[T, H, W, 3]` as Motion JPEG, a page `[1, H, W, 3]` as lossless WebP. Equal pixels give equal bytes."""
+    if kind == "document":
+        return _page(frames_THWC[0])
+    return _motion_jpeg(frames_THWC)
+
+
+def is_page_image(data: bytes) -> bool:
+    """Whether a document is a rendered page already."""
+    return data[:4] == b"RIFF" and data[8:12] == b"WEBP"
+
+
+def _page(page_HWC: UInt8Array) -> bytes:
+    sink = io.BytesIO()
+    try:
+        Image.fromarray(page_HWC).save(sink, "WEBP", lossless=True, method=2)
+    except ValueError as error:  # the format ends at 16383 pixels a side
+        raise BadMedia("extreme_aspect_ratio", str(error)) from error
+    return sink.getvalue()
+
+
+def _motion_jpeg(frames_THWC: UInt8Array) -> bytes:
+    sink = io.BytesIO()
+    with av.open(sink, "w", format="avi", options={"fflags": "+bitexact"}) as container:
+        stream = container.add_stream("mjpeg", rate=1)
+        stream.height, stream.width = frames_THWC.shape[1:3]
+        stream.pix_fmt = "yuvj420p"
+        for number, frame_HWC in enumerate(frames_THWC):
+            picture = io.BytesIO()
+            Image.fromarray(frame_HWC).save(picture, "JPEG", quality=_JPEG_QUALITY)
+            packet = av.Packet(picture.getvalue())
+            packet.stream = stream
+            packet.time_base = Fraction(1)
+            packet.pts = packet.dts = number
+            packet.is_keyframe = True
+            container.mux(packet)
+    return sink.getvalue()
