@@ -115,7 +115,7 @@ class IngestSpec(Config):
     """Of the split and the order. Equal seeds give equal bytes."""
     materialized: bool = False
     """Store the frames of videos (JPEG) and the images of pages (lossless WebP) as `media` chooses them, and not the
-    files: cheaper to read in every epoch, but `frames`, `fps` and `page_pixels` are settled here."""
+    files. Clips and dense pages are cheaper to read, but `frames`, `fps` and `page_pixels` are settled here."""
     media: MediaConfig = MediaConfig()
     """Limits within which files are opened."""
 

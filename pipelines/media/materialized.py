@@ -1,7 +1,7 @@
 """What training decodes, stored in place of what it would be decoded from: chosen frames, rendered pages.
 
-Reading them costs less than decoding the file, in every epoch; the price is that frames per video and pixels per page
-are settled when the data are ingested.
+Frames cost a fraction of decoding a clip, in every epoch; an image of a page pays where rendering is slow (scans, dense
+pages) and not where a page holds a few lines. Frames per video and pixels per page are settled at ingest.
 """
 
 from __future__ import annotations
