@@ -1,0 +1,343 @@
+"""The ways to feed two consumers that are compared. A run wants a process of its own.
+
+    bare        two processes, each: read a file's bytes out of the tar, decode, forget
+    reader      two processes, each: `Reader.batch` over the steps of the plan; no Ray
+    ray         `PlannedFeed` on a local Ray with two CPUs; two actors receive and count
+    webdataset  webdataset in a torch DataLoader with two workers
+    streaming   MosaicML Streaming in a torch DataLoader with two workers
+
+All decode the same samples to the same pixels. Bare loop, reader and Ray go through them in the order of the plan; the
+other two, for whom it is cheaper, in the order of the files, without a shuffle buffer.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import shutil
+import sys
+import tarfile
+import tempfile
+import time
+import types
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipelines.config import DataConfig, FeedConfig, MixtureConfig
+from pipelines.media.decode import decode_sample
+from pipelines.plan import Plan, build_plan
+from pipelines.reader import Reader
+from pipelines.samples import DecodedSample, Sample
+from pipelines.shards import Members
+
+WORKERS = 2
+MDS = "mds"
+
+Counts = Callable[["Run", int, Any], Iterator[int]]  # (run, rank, argument) -> sizes of batches
+
+
+@dataclass(frozen=True)
+class Run:
+    """What to measure. `root` holds one source, `kind`; `streaming` is a folder of packages for that way alone."""
+
+    way: str
+    root: str
+    kind: str
+    samples_per_worker: int = 32
+    feed: dict[str, Any] = field(default_factory=dict)
+    streaming: str | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """Wall and CPU seconds from the first batch delivered to the last, and the samples that came in between."""
+
+    samples: int
+    wall_s: float
+    cpu_s: float
+    first_batch_s: float
+
+    @property
+    def per_s(self) -> float:
+        return self.samples / self.wall_s
+
+    @property
+    def per_cpu_s(self) -> float:
+        return self.samples / self.cpu_s
+
+
+class Consumer:
+    """Takes batches of (decoded) samples and only counts them."""
+
+    def __init__(self, root_pid: int) -> None:
+        self._root_pid = root_pid
+        self.times_s: list[float] = []
+        self.counts: list[int] = []
+        self.cpu_s: list[float] = []  # at the first and at the last batch
+
+    def consume(self, counts: Iterator[int]) -> Consumer:
+        for count in counts:
+            self.times_s.append(time.monotonic())
+            self.counts.append(count)
+            if len(self.counts) == 1:
+                self.cpu_s.append(tree_cpu_s(self._root_pid))
+        self.cpu_s.append(tree_cpu_s(self._root_pid))
+        return self
+
+
+def result(asked_s: float, consumers: list[Consumer]) -> Result:
+    """The clock runs from the first batch of any consumer to the last of any; that first one is not counted."""
+    first = min(consumers, key=lambda consumer: consumer.times_s[0])
+    last = max(consumers, key=lambda consumer: consumer.times_s[-1])
+    return Result(
+        samples=sum(sum(consumer.counts) for consumer in consumers) - first.counts[0],
+        wall_s=last.times_s[-1] - first.times_s[0],
+        cpu_s=last.cpu_s[-1] - first.cpu_s[0],
+        first_batch_s=first.times_s[0] - asked_s,
+    )
+
+
+def tree_cpu_s(root_pid: int) -> float:
+    """CPU seconds so far of a process and all its descendants, those that ended included."""
+    ticks: dict[int, int] = {}
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                stat = (entry / "stat").read_text()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            fields = stat[stat.rindex(")") + 2 :].split()  # the name before it may hold anything
+            ticks[int(entry.name)] = sum(map(int, fields[11:15]))  # utime, stime, and both of children waited for
+            children.setdefault(int(fields[1]), []).append(int(entry.name))
+    total, tree = 0, [root_pid]
+    while tree:
+        pid = tree.pop()
+        total += ticks.get(pid, 0)
+        tree += children.get(pid, [])
+    return total / os.sysconf("SC_CLK_TCK")
+
+
+def in_processes(run: Run, counts: Counts, argument: Any) -> Result:
+    """Two forked processes, each consuming what it makes itself."""
+    asked_s = time.monotonic()
+    with ProcessPoolExecutor(WORKERS, multiprocessing.get_context("fork")) as pool:
+        made = [pool.submit(_consume_own, os.getpid(), run, counts, rank, argument) for rank in range(WORKERS)]
+        return result(asked_s, [future.result() for future in made])
+
+
+def _consume_own(root_pid: int, run: Run, counts: Counts, rank: int, argument: Any) -> Consumer:
+    return Consumer(root_pid).consume(counts(run, rank, argument))
+
+
+def planned(run: Run) -> tuple[Plan, Reader]:
+    """One epoch."""
+    reader = Reader(DataConfig(root=run.root))
+    return build_plan(reader.tables(), MixtureConfig(), global_batch=WORKERS * run.samples_per_worker), reader
+
+
+def run_bare(run: Run) -> Result:
+    plan, _ = planned(run)
+    stored = [entry for shard in shards(run) for entry in located(shard)]
+    return in_processes(run, _bare_counts, (plan, stored))
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where the one member of a sample lies."""
+
+    path: Path
+    sample: Sample
+    offset: int
+    length: int
+
+
+def located(shard: Path) -> list[Stored]:
+    """Where everything is, found before the clock starts."""
+    stored = []
+    with tarfile.open(shard) as tar:
+        for entry in tar:
+            if entry.name.endswith(".json"):
+                opened = tar.extractfile(entry)
+                assert opened is not None
+                sample = Sample.from_json(opened.read())
+            else:
+                stored.append(Stored(shard, sample, entry.offset_data, entry.size))
+    return stored
+
+
+def _bare_counts(run: Run, rank: int, argument: tuple[Plan, list[Stored]]) -> Iterator[int]:
+    plan, stored = argument
+    config = DataConfig(root=run.root)
+    files = {path: path.open("rb") for path in {entry.path for entry in stored}}
+    for step in range(plan.num_steps):
+        rows = plan.batch(step, rank, WORKERS).rows
+        for _, index in rows:
+            entry = stored[index]
+            file = files[entry.path]
+            file.seek(entry.offset)
+            members = {entry.sample.positive.media[0].member: file.read(entry.length)}
+            decode_sample(entry.sample, members, config.media, config.instructions)
+        yield len(rows)
+
+
+def run_reader(run: Run) -> Result:
+    return in_processes(run, _reader_counts, planned(run))
+
+
+def _reader_counts(run: Run, rank: int, argument: tuple[Plan, Reader]) -> Iterator[int]:
+    from pipelines.feed import keep_freed_memory
+
+    plan, reader = argument
+    keep_freed_memory()  # as the tasks do
+    for step in range(plan.num_steps):
+        yield reader.batch(plan, step, rank, WORKERS).num_samples
+
+
+class Zero:
+    """Where the feed starts."""
+
+    def __call__(self) -> int:
+        return 0
+
+
+def run_ray(run: Run) -> Result:
+    import ray
+
+    from pipelines.feed import PlannedFeed, batches
+
+    folder = tempfile.mkdtemp(prefix="rz", dir="/tmp")  # sockets lie in it, and their paths must be short
+    ray.init(num_cpus=WORKERS, include_dashboard=False, log_to_driver=False, _temp_dir=folder)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+    class Worker:
+        """Stands where a training worker would."""
+
+        def ready(self) -> None:
+            pass
+
+        def consume(self, root_pid: int, shard: Any, plan: Plan, rank: int, prefetch: int) -> Consumer:
+            fed = batches(shard, plan, rank=rank, world_size=WORKERS, prefetch=prefetch)
+            return Consumer(root_pid).consume(batch.num_samples for batch in fed)
+
+    try:
+        workers = [ray.remote(num_cpus=0)(Worker).remote() for _ in range(WORKERS)]
+        ray.get([worker.ready.remote() for worker in workers])
+        plan, reader = planned(run)
+        config = FeedConfig(**run.feed)
+        asked_s = time.monotonic()
+        split = PlannedFeed(plan, reader, Zero(), config).shards(WORKERS)
+        consumed = [
+            worker.consume.remote(os.getpid(), shard, plan, rank, config.prefetch_tasks)
+            for rank, (worker, shard) in enumerate(zip(workers, split, strict=True))
+        ]
+        return result(asked_s, ray.get(consumed))
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def shards(run: Run) -> list[Path]:
+    """The tars, in order."""
+    return sorted(Path(run.root, "train", run.kind).glob("*.tar"))
+
+
+def decoded(record: bytes, members: Members) -> list[Any]:
+    """The pixels of a sample as tensors, which a DataLoader hands over in shared memory and not through a pipe."""
+    import torch
+
+    config = DataConfig(root="")
+    sample = decode_sample(Sample.from_json(record), members, config.media, config.instructions)
+    return [torch.from_numpy(visual.frames) for visual in visuals(sample)]
+
+
+def visuals(sample: DecodedSample) -> list[Any]:
+    """Everything with pixels."""
+    return [visual for side in (sample.query, sample.positive, *sample.negatives) for visual in side.visuals]
+
+
+def as_list(batch: list[Any]) -> list[Any]:
+    """Samples of different sizes cannot be stacked."""
+    return batch
+
+
+def run_webdataset(run: Run) -> Result:
+    import webdataset as wds
+    from torch.utils.data import DataLoader
+
+    def decode(stored: dict[str, Any]) -> list[Any]:
+        return decoded(stored["json"], {name: data for name, data in stored.items() if name.startswith("p")})
+
+    urls = [str(path) for path in shards(run)]
+    dataset = wds.WebDataset(urls, shardshuffle=False).map(decode)
+    dataset = dataset.batched(run.samples_per_worker, collation_fn=as_list, partial=False)
+    asked_s = time.monotonic()
+    loader: DataLoader[Any] = DataLoader(dataset, batch_size=None, num_workers=WORKERS)
+    return result(asked_s, [Consumer(os.getpid()).consume(map(len, loader))])
+
+
+def run_streaming(run: Run) -> Result:
+    from torch.utils.data import DataLoader
+
+    class Mds(_streaming(run).StreamingDataset):  # type: ignore[misc]
+        """The samples as `convert` wrote them."""
+
+        def __getitem__(self, at: Any) -> list[Any]:
+            stored = super().__getitem__(at)
+            return decoded(stored["json"], {stored["member"]: stored["data"]})
+
+    dataset = Mds(local=str(Path(run.root, MDS)), shuffle=False, batch_size=run.samples_per_worker)
+    asked_s = time.monotonic()
+    loader: DataLoader[Any] = DataLoader(
+        dataset, batch_size=run.samples_per_worker, num_workers=WORKERS, collate_fn=as_list
+    )
+    return result(asked_s, [Consumer(os.getpid()).consume(map(len, loader))])
+
+
+def convert(run: Run) -> str | None:
+    """The shards as MDS, uncompressed, unless they are there. The version of Streaming, if it is installed."""
+    try:
+        package = _streaming(run)
+    except ModuleNotFoundError:
+        return None
+    target = Path(run.root, MDS)
+    if not (target / "index.json").exists():
+        columns = {"json": "bytes", "member": "str", "data": "bytes"}
+        with package.MDSWriter(out=str(target), columns=columns) as writer:
+            for shard in shards(run):
+                with tarfile.open(shard) as tar:
+                    contents = [(entry.name, tar.extractfile(entry).read()) for entry in tar]  # type: ignore[union-attr]
+                for (_, record), (name, data) in zip(contents[::2], contents[1::2], strict=True):
+                    writer.write({"json": record, "member": name.partition(".")[2], "data": data})
+    return str(package.__version__)
+
+
+class _Unused(types.ModuleType):
+    """In place of `streaming.vision`, which nothing here needs and which asks for torchvision."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return object
+
+
+def _streaming(run: Run) -> Any:
+    if run.streaming:
+        sys.path.append(run.streaming)  # behind everything else, so that it adds packages and replaces none
+    sys.modules["streaming.vision"] = _Unused("streaming.vision")
+    import streaming  # type: ignore[import-not-found]
+
+    return streaming
+
+
+CONTENDERS: dict[str, Callable[[Run], Result]] = {
+    "bare": run_bare,
+    "reader": run_reader,
+    "ray": run_ray,
+    "webdataset": run_webdataset,
+    "streaming": run_streaming,
+}
