@@ -21,11 +21,12 @@ import tarfile
 import tempfile
 import time
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelines.config import DataConfig, FeedConfig, MixtureConfig
 from pipelines.media.decode import decode_sample
@@ -34,10 +35,13 @@ from pipelines.reader import Reader
 from pipelines.samples import DecodedSample, Sample
 from pipelines.shards import Members
 
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
+
 WORKERS = 2
 MDS = "mds"
 
-Counts = Callable[["Run", int, Any], Iterator[int]]  # (run, rank, argument) -> sizes of batches
+Counts = Callable[["Run", int, Any], Iterator[int]]  # (run, rank, (plan, more)) -> sizes of batches
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Result:
-    """Wall and CPU seconds from the first batch delivered to the last, and the samples that came in between."""
+    """Wall and CPU seconds at steady state, and the samples that came in them; apart, the time to the first batch."""
 
     samples: int
     wall_s: float
@@ -71,33 +75,36 @@ class Result:
 
 
 class Consumer:
-    """Takes batches of (decoded) samples and only counts them."""
+    """Takes batches of (decoded) samples and only counts them. The first quarter of `num_batches` is warm-up."""
 
-    def __init__(self, root_pid: int) -> None:
+    def __init__(self, root_pid: int, num_batches: int) -> None:
         self._root_pid = root_pid
+        self.warm = num_batches // 4
         self.times_s: list[float] = []
         self.counts: list[int] = []
-        self.cpu_s: list[float] = []  # at the first and at the last batch
+        self.cpu_s: list[float] = []  # when warm, and at the last batch
 
     def consume(self, counts: Iterator[int]) -> Consumer:
-        for count in counts:
+        for position, count in enumerate(counts):
             self.times_s.append(time.monotonic())
             self.counts.append(count)
-            if len(self.counts) == 1:
+            if position == self.warm:
                 self.cpu_s.append(tree_cpu_s(self._root_pid))
         self.cpu_s.append(tree_cpu_s(self._root_pid))
         return self
 
 
 def result(asked_s: float, consumers: list[Consumer]) -> Result:
-    """The clock runs from the first batch of any consumer to the last of any; that first one is not counted."""
-    first = min(consumers, key=lambda consumer: consumer.times_s[0])
+    """The clock runs from when one consumer is warm to the last batch of any."""
+    first = min(consumers, key=lambda consumer: consumer.times_s[consumer.warm])
     last = max(consumers, key=lambda consumer: consumer.times_s[-1])
+    start_s = first.times_s[first.warm]
+    delivered = [item for consumer in consumers for item in zip(consumer.times_s, consumer.counts, strict=True)]
     return Result(
-        samples=sum(sum(consumer.counts) for consumer in consumers) - first.counts[0],
-        wall_s=last.times_s[-1] - first.times_s[0],
+        samples=sum(count for time_s, count in delivered if time_s > start_s),
+        wall_s=last.times_s[-1] - start_s,
         cpu_s=last.cpu_s[-1] - first.cpu_s[0],
-        first_batch_s=first.times_s[0] - asked_s,
+        first_batch_s=min(consumer.times_s[0] for consumer in consumers) - asked_s,
     )
 
 
@@ -122,7 +129,7 @@ def tree_cpu_s(root_pid: int) -> float:
     return total / os.sysconf("SC_CLK_TCK")
 
 
-def in_processes(run: Run, counts: Counts, argument: Any) -> Result:
+def in_processes(run: Run, counts: Counts, argument: tuple[Plan, Any]) -> Result:
     """Two forked processes, each consuming what it makes itself."""
     asked_s = time.monotonic()
     with ProcessPoolExecutor(WORKERS, multiprocessing.get_context("fork")) as pool:
@@ -130,8 +137,8 @@ def in_processes(run: Run, counts: Counts, argument: Any) -> Result:
         return result(asked_s, [future.result() for future in made])
 
 
-def _consume_own(root_pid: int, run: Run, counts: Counts, rank: int, argument: Any) -> Consumer:
-    return Consumer(root_pid).consume(counts(run, rank, argument))
+def _consume_own(root_pid: int, run: Run, counts: Counts, rank: int, argument: tuple[Plan, Any]) -> Consumer:
+    return Consumer(root_pid, argument[0].num_steps).consume(counts(run, rank, argument))
 
 
 def planned(run: Run) -> tuple[Plan, Reader]:
@@ -222,7 +229,7 @@ def run_ray(run: Run) -> Result:
 
         def consume(self, root_pid: int, shard: Any, plan: Plan, rank: int, prefetch: int) -> Consumer:
             fed = batches(shard, plan, rank=rank, world_size=WORKERS, prefetch=prefetch)
-            return Consumer(root_pid).consume(batch.num_samples for batch in fed)
+            return Consumer(root_pid, plan.num_steps).consume(batch.num_samples for batch in fed)
 
     try:
         workers = [ray.remote(num_cpus=0)(Worker).remote() for _ in range(WORKERS)]
@@ -250,6 +257,7 @@ def decoded(record: bytes, members: Members) -> list[Any]:
     """The pixels of a sample as tensors, which a DataLoader hands over in shared memory and not through a pipe."""
     import torch
 
+    warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # and nothing writes
     config = DataConfig(root="")
     sample = decode_sample(Sample.from_json(record), members, config.media, config.instructions)
     return [torch.from_numpy(visual.frames) for visual in visuals(sample)]
@@ -277,7 +285,12 @@ def run_webdataset(run: Run) -> Result:
     dataset = dataset.batched(run.samples_per_worker, collation_fn=as_list, partial=False)
     asked_s = time.monotonic()
     loader: DataLoader[Any] = DataLoader(dataset, batch_size=None, num_workers=WORKERS)
-    return result(asked_s, [Consumer(os.getpid()).consume(map(len, loader))])
+    return _loaded(run, asked_s, loader)
+
+
+def _loaded(run: Run, asked_s: float, loader: DataLoader[Any]) -> Result:
+    num_batches = WORKERS * planned(run)[0].num_steps
+    return result(asked_s, [Consumer(os.getpid(), num_batches).consume(map(len, loader))])
 
 
 def run_streaming(run: Run) -> Result:
@@ -295,7 +308,7 @@ def run_streaming(run: Run) -> Result:
     loader: DataLoader[Any] = DataLoader(
         dataset, batch_size=run.samples_per_worker, num_workers=WORKERS, collate_fn=as_list
     )
-    return result(asked_s, [Consumer(os.getpid()).consume(map(len, loader))])
+    return _loaded(run, asked_s, loader)
 
 
 def convert(run: Run) -> str | None:

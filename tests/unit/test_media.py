@@ -48,7 +48,7 @@ def test_image_is_height_width_rgb_uint8():
     pixels = decode_image(encoded(Image.new("RGB", (37, 23), (10, 20, 30)), "PNG"), CONFIG)
     assert pixels.shape == (23, 37, 3)
     assert pixels.dtype == np.uint8
-    assert pixels.flags.writeable
+    assert pixels.flags.c_contiguous
     assert (pixels == (10, 20, 30)).all()
 
 
