@@ -12,6 +12,8 @@ other two, for whom it is cheaper, in the order of the files, without a shuffle 
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import logging
 import multiprocessing
 import os
@@ -22,11 +24,11 @@ import tempfile
 import time
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 from pipelines.config import DataConfig, FeedConfig, MixtureConfig
 from pipelines.media.decode import decode_sample
@@ -35,13 +37,10 @@ from pipelines.reader import Reader
 from pipelines.samples import DecodedSample, Sample
 from pipelines.shards import Members
 
-if TYPE_CHECKING:
-    from torch.utils.data import DataLoader
-
 WORKERS = 2
 MDS = "mds"
 
-Counts = Callable[["Run", int, Any], Iterator[int]]  # (run, rank, (plan, more)) -> sizes of batches
+Counts = Callable[["Run", int, Any], Iterator[int]]  # (run, rank, argument) -> sizes of batches
 
 
 @dataclass(frozen=True)
@@ -74,71 +73,51 @@ class Result:
         return self.samples / self.cpu_s
 
 
-class Consumer:
-    """Takes batches of (decoded) samples and only counts them. The first quarter of `num_batches` is warm-up."""
+class Delivered(NamedTuple):
+    """A batch, when it is there."""
 
-    def __init__(self, root_pid: int, num_batches: int) -> None:
-        self._root_pid = root_pid
-        self.warm = num_batches // 4
-        self.times_s: list[float] = []
-        self.counts: list[int] = []
-        self.cpu_s: list[float] = []  # when warm, and at the last batch
-
-    def consume(self, counts: Iterator[int]) -> Consumer:
-        for position, count in enumerate(counts):
-            self.times_s.append(time.monotonic())
-            self.counts.append(count)
-            if position == self.warm:
-                self.cpu_s.append(tree_cpu_s(self._root_pid))
-        self.cpu_s.append(tree_cpu_s(self._root_pid))
-        return self
+    time_s: float
+    cpu_s: float  # of the whole machine
+    samples: int
 
 
-def result(asked_s: float, consumers: list[Consumer]) -> Result:
-    """The clock runs from when one consumer is warm to the last batch of any."""
-    first = min(consumers, key=lambda consumer: consumer.times_s[consumer.warm])
-    last = max(consumers, key=lambda consumer: consumer.times_s[-1])
-    start_s = first.times_s[first.warm]
-    delivered = [item for consumer in consumers for item in zip(consumer.times_s, consumer.counts, strict=True)]
+def consume(counts: Iterable[int]) -> list[Delivered]:
+    """Takes batches of (decoded) samples and only counts them."""
+    return [Delivered(time.monotonic(), machine_cpu_s(), count) for count in counts]
+
+
+def result(asked_s: float, consumers: list[list[Delivered]]) -> Result:
+    """What is delivered between the first and the last quarter of the samples.
+
+    Before the first the pipeline fills, after the last it drains, which would count samples made at other times.
+    """
+    delivered = sorted(itertools.chain.from_iterable(consumers))
+    total = list(itertools.accumulate(batch.samples for batch in delivered))
+    begin, end = (bisect.bisect_left(total, total[-1] * share) for share in (0.25, 0.75))
     return Result(
-        samples=sum(count for time_s, count in delivered if time_s > start_s),
-        wall_s=last.times_s[-1] - start_s,
-        cpu_s=last.cpu_s[-1] - first.cpu_s[0],
-        first_batch_s=min(consumer.times_s[0] for consumer in consumers) - asked_s,
+        samples=total[end] - total[begin],
+        wall_s=delivered[end].time_s - delivered[begin].time_s,
+        cpu_s=delivered[end].cpu_s - delivered[begin].cpu_s,
+        first_batch_s=delivered[0].time_s - asked_s,
     )
 
 
-def tree_cpu_s(root_pid: int) -> float:
-    """CPU seconds so far of a process and all its descendants, those that ended included."""
-    ticks: dict[int, int] = {}
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                stat = (entry / "stat").read_text()
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            fields = stat[stat.rindex(")") + 2 :].split()  # the name before it may hold anything
-            ticks[int(entry.name)] = sum(map(int, fields[11:15]))  # utime, stime, and both of children waited for
-            children.setdefault(int(fields[1]), []).append(int(entry.name))
-    total, tree = 0, [root_pid]
-    while tree:
-        pid = tree.pop()
-        total += ticks.get(pid, 0)
-        tree += children.get(pid, [])
-    return total / os.sysconf("SC_CLK_TCK")
+def machine_cpu_s() -> float:
+    """CPU seconds of all processes so far. Summed by process, those of a Ray worker that ends would be lost."""
+    user, nice, system, _, _, irq, softirq, *_ = map(int, Path("/proc/stat").read_text().split(maxsplit=9)[1:9])
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
 
 
-def in_processes(run: Run, counts: Counts, argument: tuple[Plan, Any]) -> Result:
+def in_processes(run: Run, counts: Counts, argument: Any) -> Result:
     """Two forked processes, each consuming what it makes itself."""
     asked_s = time.monotonic()
     with ProcessPoolExecutor(WORKERS, multiprocessing.get_context("fork")) as pool:
-        made = [pool.submit(_consume_own, os.getpid(), run, counts, rank, argument) for rank in range(WORKERS)]
+        made = [pool.submit(_consume_own, run, counts, rank, argument) for rank in range(WORKERS)]
         return result(asked_s, [future.result() for future in made])
 
 
-def _consume_own(root_pid: int, run: Run, counts: Counts, rank: int, argument: tuple[Plan, Any]) -> Consumer:
-    return Consumer(root_pid, argument[0].num_steps).consume(counts(run, rank, argument))
+def _consume_own(run: Run, counts: Counts, rank: int, argument: Any) -> list[Delivered]:
+    return consume(counts(run, rank, argument))
 
 
 def planned(run: Run) -> tuple[Plan, Reader]:
@@ -227,9 +206,9 @@ def run_ray(run: Run) -> Result:
         def ready(self) -> None:
             pass
 
-        def consume(self, root_pid: int, shard: Any, plan: Plan, rank: int, prefetch: int) -> Consumer:
+        def consume(self, shard: Any, plan: Plan, rank: int, prefetch: int) -> list[Delivered]:
             fed = batches(shard, plan, rank=rank, world_size=WORKERS, prefetch=prefetch)
-            return Consumer(root_pid, plan.num_steps).consume(batch.num_samples for batch in fed)
+            return consume(batch.num_samples for batch in fed)
 
     try:
         workers = [ray.remote(num_cpus=0)(Worker).remote() for _ in range(WORKERS)]
@@ -239,7 +218,7 @@ def run_ray(run: Run) -> Result:
         asked_s = time.monotonic()
         split = PlannedFeed(plan, reader, Zero(), config).shards(WORKERS)
         consumed = [
-            worker.consume.remote(os.getpid(), shard, plan, rank, config.prefetch_tasks)
+            worker.consume.remote(shard, plan, rank, config.prefetch_tasks)
             for rank, (worker, shard) in enumerate(zip(workers, split, strict=True))
         ]
         return result(asked_s, ray.get(consumed))
@@ -285,12 +264,7 @@ def run_webdataset(run: Run) -> Result:
     dataset = dataset.batched(run.samples_per_worker, collation_fn=as_list, partial=False)
     asked_s = time.monotonic()
     loader: DataLoader[Any] = DataLoader(dataset, batch_size=None, num_workers=WORKERS)
-    return _loaded(run, asked_s, loader)
-
-
-def _loaded(run: Run, asked_s: float, loader: DataLoader[Any]) -> Result:
-    num_batches = WORKERS * planned(run)[0].num_steps
-    return result(asked_s, [Consumer(os.getpid(), num_batches).consume(map(len, loader))])
+    return result(asked_s, [consume(map(len, loader))])
 
 
 def run_streaming(run: Run) -> Result:
@@ -308,7 +282,7 @@ def run_streaming(run: Run) -> Result:
     loader: DataLoader[Any] = DataLoader(
         dataset, batch_size=run.samples_per_worker, num_workers=WORKERS, collate_fn=as_list
     )
-    return _loaded(run, asked_s, loader)
+    return result(asked_s, [consume(map(len, loader))])
 
 
 def convert(run: Run) -> str | None:
