@@ -234,5 +234,5 @@ class _Tally:
             f"source {worst[0][0][0]}",
             f"{num_bad} bad samples while {self._num_samples} good ones were read ({told}), for example"
             f" {self._examples[worst[0][0]]}",
-            "run the ingest job again, or raise data.max_bad_fraction",
+            "replace these files, or raise data.max_bad_fraction",
         )

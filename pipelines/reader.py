@@ -244,7 +244,7 @@ class Reader:
             f"{self._store.url}/{self.data.split}/{plan.batch(step).rows[position][0]}",
             f"has no sample left to replace a bad one in step {step}; the last failure is"
             f" {last.reason} of {last.origin} ({last.detail})",
-            "run the ingest job again, or leave the source out of data.mixture.weights",
+            "replace its files, or leave the source out of data.mixture.weights",
         )
 
     def _encoded(self, item: _Item) -> Any:
@@ -298,8 +298,8 @@ class Reader:
         try:
             return read_samples(store, path, self._indices.of(shard), rows, self._source(source).parse)
         except FileNotFoundError as error:
-            fix = "run the index job again" if shard.index else "run the ingest job again"
-            raise UserError(f"{store.url}/{path}", "is named in the manifest but missing", fix) from error
+            place = f"{store.url}/{path}"
+            raise UserError(place, "is named in the manifest but missing", shard.remedy) from error
 
     def _rejected(self, row: Row, error: BadMedia) -> Rejected:
         source, position = row

@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ INDEX_SCHEMA = pa.schema(
     ]
 )
 _READERS = 8
+_SHARDS_A_PIECE = 1000
 
 Members = dict[str, bytes]
 
@@ -82,6 +83,11 @@ class ShardInfo:
         """Where its index is, below the data root."""
         return self.index or index_path(self.path)
 
+    @property
+    def remedy(self) -> str:
+        """What to do where it is not as the manifest says."""
+        return f"run the {'index' if self.index else 'ingest'} job again"
+
 
 @dataclass(frozen=True, slots=True)
 class SourceInfo:
@@ -100,7 +106,7 @@ class SourceInfo:
     @property
     def fingerprint(self) -> str:
         """Of its content: equal for byte-identical data."""
-        return _fingerprint(_plain(self))
+        return _fingerprint(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,42 +126,71 @@ class Manifest:
     @property
     def fingerprint(self) -> str:
         """sha256 of the canonical content: equal fingerprints mean byte-identical data."""
-        return _fingerprint(_plain(self))
+        return _fingerprint(self)
 
     def to_json(self) -> bytes:
         """Readable JSON with the fingerprint in it."""
-        content = _plain(self)
-        content["fingerprint"] = _fingerprint(content)
-        return (json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+        content = _plain(self) | {"fingerprint": self.fingerprint}
+        return (json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False, default=_plain) + "\n").encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> Manifest:
         """Inverse of `to_json`. Raises `ValueError` for anything else, also for an edited manifest."""
         try:
-            fields = json.loads(data)
-            if fields["format_version"] != FORMAT_VERSION:
-                raise ValueError(f"format version {fields['format_version']}, this program reads {FORMAT_VERSION}")
-            if fields.pop("fingerprint") != _fingerprint(fields):
-                raise ValueError("its fingerprint is not that of its content")
-            sources = {name: _source(source) for name, source in fields.pop("sources").items()}
-            return cls(sources=sources, **fields)
+            content = json.loads(data, object_hook=_shard)
+            if content["format_version"] != FORMAT_VERSION:
+                raise ValueError(f"format version {content['format_version']}, this program reads {FORMAT_VERSION}")
+            fingerprint = content.pop("fingerprint")
+            sources = {name: _source(source) for name, source in content.pop("sources").items()}
+            manifest = cls(sources=sources, **content)
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"not a manifest: {error!r}") from error
+        if manifest.fingerprint != fingerprint:
+            raise ValueError("its fingerprint is not that of its content")
+        return manifest
 
 
-def _plain(content: Any) -> dict[str, Any]:
-    """A manifest or a part of it as plain data, without what only some have where there is none."""
-    return asdict(content, dict_factory=lambda items: {name: value for name, value in items if value is not None})
+def _plain(part: Any) -> dict[str, Any]:
+    """The fields of a manifest, source or shard, without what only some have where there is none."""
+    values = ((item.name, getattr(part, item.name)) for item in fields(part))
+    return {name: value for name, value in values if value is not None}
 
 
-def _fingerprint(content: dict[str, Any]) -> str:
-    """Of plain data."""
-    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()
+def _fingerprint(part: Any) -> str:
+    digest = hashlib.sha256()
+    for piece in _canonical(part):
+        digest.update(piece.encode())
+    return digest.hexdigest()
 
 
-def _source(fields: dict[str, Any]) -> SourceInfo:
-    return SourceInfo(**fields | {"shards": tuple(ShardInfo(**shard) for shard in fields["shards"])})
+def _canonical(part: Any) -> Iterator[str]:
+    """JSON with sorted keys and without spaces, in pieces: a manifest of a million shards is half a gigabyte of it."""
+    if isinstance(part, Manifest | SourceInfo):
+        part = _plain(part)
+    if isinstance(part, dict) and part:
+        for position, name in enumerate(sorted(part)):
+            yield f"{',' if position else '{'}{_compact(name)}:"
+            yield from _canonical(part[name])
+        yield "}"
+    elif isinstance(part, tuple) and part:
+        for start in range(0, len(part), _SHARDS_A_PIECE):
+            yield f"{',' if start else '['}{_compact(part[start : start + _SHARDS_A_PIECE])[1:-1]}"
+        yield "]"
+    else:
+        yield _compact(part)
+
+
+def _compact(part: Any) -> str:
+    return json.dumps(part, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=_plain)
+
+
+def _shard(parsed: dict[str, Any]) -> Any:
+    """A shard as soon as it is parsed, which takes a third of the memory; all else as it is."""
+    return ShardInfo(**parsed) if parsed.keys() >= {"path", "index_sha256"} else parsed
+
+
+def _source(parsed: dict[str, Any]) -> SourceInfo:
+    return SourceInfo(**parsed | {"shards": tuple(parsed["shards"])})
 
 
 def manifest_path(split: str) -> str:
@@ -352,8 +387,7 @@ def read_shard_index(store: Store, shard: ShardInfo) -> ShardIndex:
 
 def read_index_table(store: Store, shard: ShardInfo, columns: list[str]) -> pa.Table:
     """Columns of the index of a shard. Raises `UserError` for one that is missing or not the manifest's."""
-    place = f"{store.url}/{shard.index_path}"
-    fix = "run the index job again" if shard.index else "run the ingest job again"
+    place, fix = f"{store.url}/{shard.index_path}", shard.remedy
     try:
         data = store.read(shard.index_path)
     except FileNotFoundError as error:

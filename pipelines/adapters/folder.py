@@ -33,7 +33,10 @@ LIST_NAME = "captions.jsonl"
 _EXTENSIONS: dict[MediaKind, tuple[str, ...]] = {
     "image": (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
     "document": (".pdf",),
-    "video": (".mp4", ".mov", ".mkv", ".webm", ".m4v", ".avi"),
+    "video": (
+        *(".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".flv", ".ogv", ".wmv", ".asf"),
+        *(".mpg", ".mpeg", ".ts", ".mts", ".m2ts"),
+    ),
 }
 KINDS: dict[str, MediaKind] = {extension: kind for kind, group in _EXTENSIONS.items() for extension in group}
 

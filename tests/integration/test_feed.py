@@ -152,7 +152,7 @@ def test_too_many_bad_samples_stop_the_worker(tmp_path: Path) -> None:
         list(batches(shard, plan, rank=0, world_size=1, max_bad_fraction=0.002))
     assert "unsupported_format 3 in cars" in error.value.problem
     assert f"{tmp_path}/train/cars/cars-00000" in error.value.problem
-    assert error.value.fix == "run the ingest job again, or raise data.max_bad_fraction"
+    assert error.value.fix == "replace these files, or raise data.max_bad_fraction"
 
 
 def test_ranks_that_cannot_share_evenly_are_refused(tmp_path: Path) -> None:
