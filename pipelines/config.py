@@ -97,6 +97,8 @@ class DataConfig(Config):
     """Split to read: `train` or `held_out`."""
     instructions: bool = True
     """Put each sample's instruction before its text. Stage 1 of the recipe has none, stage 2 has."""
+    negatives_per_sample: NonNegativeInt = 0
+    """At most this many of each sample's mined negatives are decoded and trained on, its first ones."""
     media: MediaConfig = MediaConfig()
     """Decoding."""
     mixture: MixtureConfig = MixtureConfig()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -257,6 +257,7 @@ class Reader:
         # Ingest has decoded every file of ours in a killable child once; nobody has looked at those of strangers.
         # Images cannot run away, as their size is limited before they are decoded.
         sample, members = item
+        sample = replace(sample, negatives=sample.negatives[: self.data.negatives_per_sample])
         kinds = {media.kind for side in sample.sides() for media in side.media}
         is_foreign = self._manifest.sources[sample.source].mapping is not None
         decoder = self._isolated_decoder if is_foreign and kinds - {"image"} else self._decoder

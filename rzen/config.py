@@ -111,15 +111,63 @@ class FalseNegativeConfig(Config):
     """At most this share of a query's negatives is dropped, the most similar first. Our choice."""
 
 
-class ObjectiveConfig(Config):
-    """InfoNCE with the recipe's three additions. Raw loss values are not comparable across `hardness_alpha`."""
+class HardnessConfig(Config):
+    """Hard negatives weigh more: w_i = exp(alpha * s(q, k_i)), a factor of their term (paper, section 3)."""
 
-    hardness_alpha: NonNegativeFloat = 9.0
-    """Weight exp(alpha * s) on each negative, detached; 0 turns it off (paper: 9 in stage 2)."""
+    alpha: PositiveFloat = 9.0
+    """Strength (paper)."""
+    gradient: Literal["detached", "flowing"] = "detached"
+    """Whether the weight is a constant (as LLaVE, where it comes from) or part of what is differentiated. The paper is
+    silent."""
+    normalized: bool = False
+    """Divide a query's weights by their mean over its kept negatives (Robinson et al., arXiv 2010.04592): they then
+    move weight between negatives and add none. The paper writes none."""
+
+
+class MinedConfig(Config):
+    """How mined hard negatives count: those that samples bring, as many as `data.negatives_per_sample` lets in."""
+
+    shared: bool = True
+    """They are negatives of every query of the global batch; `false`: only of the query they were mined for."""
+    hardness: HardnessConfig | None = HardnessConfig()
+    """Their weights, apart from those of in-batch negatives; `null`: all 1."""
+
+
+class ObjectiveConfig(Config):
+    """InfoNCE with the recipe's additions, and others by choice. All compose; raw loss values are not comparable."""
+
+    hardness: HardnessConfig | None = HardnessConfig()
+    """Weights of in-batch negatives; `null`: all 1 (stage 1)."""
     false_negatives: FalseNegativeConfig | None = FalseNegativeConfig()
     """`null` turns the rule off."""
     temperature: TemperatureConfig = TemperatureConfig()
     """One learnable temperature per task."""
+    mined: MinedConfig = MinedConfig()
+    """Mined hard negatives."""
+    copies: Literal["drop", "positive"] = "drop"
+    """Other targets of the batch with the content of the positive: left out, or positives too, with the mean of the
+    losses of a query's positives."""
+    margin: NonNegativeFloat | None = None
+    """Drop negatives with s > s(q, k+) + margin: too good to be negative (Qwen3-Embedding has 0.1)."""
+    focal_gamma: Annotated[float, Field(ge=1)] | None = None
+    """Weigh each query by (1 - p)^gamma, p the probability of its positive: queries that are right already count less
+    (KaLM-Embedding-V2; Lin et al., arXiv 1708.02002)."""
+    symmetric: Fraction = 0.0
+    """Share of the reverse direction, target -> queries, in the loss: 0.5 is the usual two-way loss."""
+    same_side: list[Literal["queries", "targets"]] = Field(default=[])
+    """Further negatives of query i: other queries, by s(q_i, q_j), and other targets, by s(k_i+, k_j) (GTE)."""
+    matryoshka: list[PositiveInt] = Field(default=[])
+    """Widths below the full one at which the first numbers of a vector are to be a vector of their own: the loss is the
+    mean over these and the full width (Kusupati et al., arXiv 2205.13147)."""
+    tile_rows: PositiveInt | None = None
+    """Score so many queries at a time against all columns and recompute them in the backward pass: memory of
+    tile_rows x columns in place of queries x columns. The numbers do not change. `null`: all at once."""
+
+    @model_validator(mode="after")
+    def _compatible(self) -> ObjectiveConfig:
+        if len(set(self.same_side)) < len(self.same_side) or len(set(self.matryoshka)) < len(self.matryoshka):
+            raise ValueError("same_side and matryoshka must not name anything twice")
+        return self
 
 
 class OptimConfig(Config):

@@ -39,6 +39,7 @@ def make_sample(source: str, task: str, number: int, bad: bool, colour: int | No
         task=task,
         query=Side(f"{source} {number}"),
         positive=Side("", (Media("image", "p0.png"),)),
+        negatives=(Side(f"not {source} {number}"), Side("nor this")),
         instruction="Find the colour.",
         origin=f"{number}.png",
     )

@@ -19,7 +19,7 @@ from rzen.processor import EncodedBatch, Processor
 
 @dataclass(frozen=True)
 class EncodedPairs:
-    """Pairs ready for the embedder: target b is the positive of query b. Mined negatives are not part of it."""
+    """Pairs ready for the embedder: target b is the positive of query b."""
 
     queries: EncodedBatch
     """B query sides."""
@@ -27,6 +27,10 @@ class EncodedPairs:
     """B target sides."""
     target_ids: npt.NDArray[np.int64]
     """[B], equal for targets of equal content: the first 8 bytes of `target_sha256`."""
+    negatives: EncodedBatch | None
+    """Mined negatives, those of query 0 first; None if there are none at all."""
+    negative_counts: npt.NDArray[np.int64]
+    """[B], how many of them each query has."""
 
     def __len__(self) -> int:
         return len(self.target_ids)
@@ -49,14 +53,19 @@ class PairEncoder:
             queries=self.processor.encode([decoded.query]),
             targets=self.processor.encode([decoded.positive]),
             target_ids=np.array([int.from_bytes(bytes.fromhex(sha256)[:8], signed=True)], np.int64),
+            negatives=self.processor.encode(decoded.negatives) if decoded.negatives else None,
+            negative_counts=np.array([len(decoded.negatives)], np.int64),
         )
 
     def collate(self, pairs: Sequence[EncodedPairs]) -> EncodedPairs:
         """All pairs in order, at least one."""
+        negatives = [pair.negatives for pair in pairs if pair.negatives is not None]
         return EncodedPairs(
             queries=EncodedBatch.concat([pair.queries for pair in pairs]),
             targets=EncodedBatch.concat([pair.targets for pair in pairs]),
             target_ids=np.concatenate([pair.target_ids for pair in pairs]),
+            negatives=EncodedBatch.concat(negatives) if negatives else None,
+            negative_counts=np.concatenate([pair.negative_counts for pair in pairs]),
         )
 
 

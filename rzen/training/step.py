@@ -1,6 +1,6 @@
 """The forward pass of a training step: embed both sides, contrast them across ranks, leave no parameter out.
 
-Shapes: B own pairs, N pairs of all ranks, D width of the vectors.
+Shapes: B own pairs, N pairs of all ranks, K mined negatives of a query at most, D width of the vectors.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rzen.embedder import Embedder
 from rzen.gather import gather_ids, gather_with_gradient
-from rzen.loss import Objective
+from rzen.loss import Mined, Objective
 from rzen.training.batch import EncodedPairs
 
 
@@ -41,28 +41,65 @@ class Learner(nn.Module):
         """
         queries_BD = self.embedder(pairs.queries)
         targets_BD = self.embedder(pairs.targets)
+        negatives_BKD, counts_B = self._negatives(pairs, targets_BD)
         ids_B = torch.tensor(pairs.target_ids, device=targets_BD.device)
         rank = dist.get_rank() if dist.is_initialized() else 0
-        targets_WBD = gather_with_gradient(targets_BD).view(-1, *targets_BD.shape)
-        ids_WB = gather_ids(ids_B).view(-1, len(pairs))
-        sizes = [size for _, size in blocks]
+        gathered = {
+            "targets": gather_with_gradient(targets_BD),
+            "ids": gather_ids(ids_B),
+            "counts": gather_ids(counts_B),
+            "negatives": gather_with_gradient(negatives_BKD) if negatives_BKD.shape[1] else None,
+            "queries": gather_with_gradient(queries_BD) if self.objective.needs_queries else None,
+        }
         losses: list[Tensor] = []
         stats: list[dict[str, Tensor]] = []
-        parts = (torch.split(queries_BD, sizes), torch.split(targets_WBD, sizes, 1), torch.split(ids_WB, sizes, 1))
-        for (task, size), own_BD, block_WBD, block_ids_WB in zip(blocks, *parts, strict=True):
+        start = 0
+        for task, size in blocks:
+            own = slice(start, start + size)
+            block = {
+                name: None if rows is None else rows.view(-1, len(pairs), *rows.shape[1:])[:, own].flatten(0, 1)
+                for name, rows in gathered.items()
+            }
             loss, block_stats = self.objective(
-                own_BD,
-                block_WBD.flatten(0, 1),
+                queries_BD[own],
+                block["targets"],
                 task,
                 positive_offset=rank * size,
                 step=step,
-                target_ids_N=block_ids_WB.flatten(),
+                queries_ND=block["queries"],
+                mined=_mined(block["negatives"], block["counts"]),
+                target_ids_N=block["ids"],
             )
             losses.append(loss)
             stats.append(block_stats)
-        shares = torch.tensor(sizes, device=ids_B.device) / len(pairs)
+            start += size
+        shares = torch.tensor([size for _, size in blocks], device=ids_B.device) / len(pairs)
         means = {name: _mean([some[name] for some in stats], shares) for name in stats[0]}
         return reach_all(_mean(losses, shares), self), means
+
+    def _negatives(self, pairs: EncodedPairs, like_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """Mined negatives [B, K, D], zero where a query has fewer than the K that some query of all ranks has, and how
+        many each has, [B].
+        """
+        counts_B = torch.tensor(pairs.negative_counts, device=like_BD.device)
+        most = counts_B.max()
+        if dist.is_initialized():
+            dist.all_reduce(most, dist.ReduceOp.MAX)
+        vectors_BKD = like_BD.new_zeros(len(pairs), int(most), like_BD.shape[1])
+        if pairs.negatives is not None:
+            filled_BK = torch.arange(int(most), device=counts_B.device) < counts_B[:, None]
+            vectors_BKD[filled_BK] = self.embedder(pairs.negatives)
+        return vectors_BKD, counts_B
+
+
+def _mined(vectors_NKD: Tensor | None, counts_N: Tensor | None) -> Mined | None:
+    """Of a block, as the objective wants them."""
+    if vectors_NKD is None or counts_N is None:
+        return None
+    places_K = torch.arange(vectors_NKD.shape[1], device=counts_N.device)
+    owners_N1 = torch.arange(len(counts_N), device=counts_N.device)[:, None]
+    owners_NK = owners_N1.where(places_K < counts_N[:, None], -1)
+    return Mined(vectors_NKD.flatten(0, 1), owners_NK.flatten())
 
 
 def _mean(values: Sequence[Tensor], shares: Tensor) -> Tensor:

@@ -23,10 +23,11 @@ class Metric:
 
 
 METRICS = {
-    "loss": Metric("InfoNCE, mean over ranks; not comparable across hardness_alpha"),
+    "loss": Metric("of the objective, mean over ranks; not comparable across its options"),
     "accuracy": Metric("queries whose positive beats every kept negative of the global batch", "fraction"),
     "temperature": Metric("tau of the step's task"),
-    "dropped_fraction": Metric("negatives dropped as copies or false negatives", "fraction"),
+    "dropped_fraction": Metric("negatives dropped as copies, false negatives or by the margin", "fraction"),
+    "effective_fraction": Metric("kept negatives that weigh in, by their hardness weights (Kish)", "fraction"),
     "positive_similarity": Metric("mean cosine of query and positive"),
     "negative_similarity": Metric("mean cosine of query and negatives, dropped ones included"),
     "grad_norm": Metric("norm of the averaged gradient, before clipping"),

@@ -11,13 +11,12 @@ from torch import Tensor
 
 from rzen.config import FalseNegativeConfig, ObjectiveConfig, TemperatureConfig
 from rzen.gather import gather_ids, gather_with_gradient
-from rzen.loss import Objective
+from rzen.loss import Mined, Objective
 from tests.gloo import run_workers
 
 ROWS, NEGATIVES, INPUT, WIDTH = 12, 6, 7, 5
 FAULTS = ("gather detached", "loss times ranks")
 CONFIG = ObjectiveConfig(
-    hardness_alpha=9.0,
     false_negatives=FalseNegativeConfig(threshold=0.5, warmup_steps=0, max_dropped_fraction=0.25),
     temperature=TemperatureConfig(initial=0.1),
 )
@@ -57,7 +56,7 @@ def one_step(part: dict[str, Tensor], rank: int, fault: str = "") -> dict[str, T
         "b",
         positive_offset=offset,
         step=0,
-        negatives_MD=gather_with_gradient(negatives),
+        mined=Mined(gather_with_gradient(negatives), torch.zeros(NEGATIVES, dtype=torch.int64)),
         target_ids_N=gather_ids(part["ids"]),
     )
     assert stats["dropped_fraction"] > 0.02

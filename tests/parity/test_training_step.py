@@ -18,7 +18,15 @@ from torch import Tensor
 from pipelines.errors import UserError
 from pipelines.samples import DecodedSample, DecodedSide, Sample, Side
 from rzen.backbone import load_backbone
-from rzen.config import FalseNegativeConfig, LoraConfig, ObjectiveConfig, OptimConfig, TemperatureConfig
+from rzen.config import (
+    FalseNegativeConfig,
+    HardnessConfig,
+    LoraConfig,
+    MinedConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    TemperatureConfig,
+)
 from rzen.embedder import Embedder
 from rzen.lora import add_lora
 from rzen.loss import Objective
@@ -34,37 +42,57 @@ CONFIG = ObjectiveConfig(
     temperature=TemperatureConfig(initial=0.1),
 )
 
+OPTIONS = CONFIG.model_copy(
+    update={
+        "symmetric": 0.5,
+        "same_side": ["queries", "targets"],
+        "mined": MinedConfig(hardness=HardnessConfig(alpha=2.0)),
+        "focal_gamma": 2.0,
+        "tile_rows": 2,
+    }
+)
+
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
-def learner_of(model_dir: str, lora: LoraConfig | None = None) -> Learner:
+def learner_of(model_dir: str, lora: LoraConfig | None = None, config: ObjectiveConfig = CONFIG) -> Learner:
     backbone: Any = load_backbone(model_dir, tiny_model(model_dir))
     if lora is not None:
         backbone = add_lora(backbone, lora, seed=0)
-    return Learner(Embedder(backbone, Processor(model_dir, PROMPT).layout), Objective(CONFIG, ["b", "a"]))
+    return Learner(Embedder(backbone, Processor(model_dir, PROMPT).layout), Objective(config, ["b", "a"]))
 
 
-def decoded(query: DecodedSide, target: DecodedSide, sha256: str) -> DecodedSample:
+def decoded(query: DecodedSide, target: DecodedSide, sha256: str, *negatives: DecodedSide) -> DecodedSample:
     sample = Sample("000017", "flickr", "a", Side(), Side(), target_sha256=sha256)
-    return DecodedSample(sample, query, target)
+    return DecodedSample(sample, query, target, negatives)
 
 
 def pairs_by_rank(model_dir: str) -> list[list[EncodedPairs]]:
-    """Three pairs of text alone for rank 0, three with visuals for rank 1; one target occurs on both."""
+    """Three pairs of text alone for rank 0, three with visuals for rank 1; one target occurs on both.
+
+    Two of six have mined negatives, an unequal number.
+    """
     encoder = PairEncoder(Processor(model_dir, PROMPT))
     image, video = noise("image", 1, 61, 97), noise("video", 3, 59, 83, 2)
+    video_side, text_side = DecodedSide(visuals=(video,)), DecodedSide(text=TEXTS[0])
     same, others = "ab" * 32, [f"{digit}0" * 32 for digit in range(1, 6)]
     text = [
         decoded(DecodedSide(text=TEXTS[0]), DecodedSide(text=TEXTS[1]), same),
         decoded(DecodedSide(text=TEXTS[2]), DecodedSide(text=TEXTS[3]), others[0]),
-        decoded(DecodedSide(text=TEXTS[4]), DecodedSide(text="x"), others[1]),
+        decoded(DecodedSide(text=TEXTS[4]), DecodedSide(text="x"), others[1], DecodedSide(text="y")),
     ]
     mixed = [
         decoded(DecodedSide(text=TEXTS[3]), DecodedSide(visuals=(image,)), others[2]),
-        decoded(DecodedSide(text=TEXTS[2], visuals=(image,)), DecodedSide(visuals=(video,)), others[3]),
+        decoded(
+            DecodedSide(text=TEXTS[2], visuals=(image,)),
+            DecodedSide(visuals=(video,)),
+            others[3],
+            video_side,
+            text_side,
+        ),
         decoded(DecodedSide(visuals=(video,)), DecodedSide(text=TEXTS[1]), same),
     ]
     return [[encoder.sample(sample) for sample in samples] for samples in (text, mixed)]
@@ -82,24 +110,29 @@ def one_step(
     return {"loss": loss.detach(), "dropped_fraction": stats["dropped_fraction"], **gradients}
 
 
-def worker(rank: int, world_size: int, model_dir: str, blocks: list[tuple[str, int]]) -> dict[str, Tensor]:
-    result = one_step(learner_of(model_dir), model_dir, pairs_by_rank(model_dir)[rank], blocks)
+def worker(
+    rank: int, world_size: int, model_dir: str, blocks: list[tuple[str, int]], config: ObjectiveConfig
+) -> dict[str, Tensor]:
+    result = one_step(learner_of(model_dir, config=config), model_dir, pairs_by_rank(model_dir)[rank], blocks)
     # Would fail or hang here, were a gradient missing on the rank without visuals.
     for value in result.values():
         dist.all_reduce(value)
     return {name: value / world_size for name, value in result.items()}
 
 
-@pytest.mark.parametrize("blocks", [[("b", 3)], [("a", 1), ("b", 2)]])
-def test_two_ranks_of_different_modality_equal_one_process(model_dir: str, blocks: list[tuple[str, int]]) -> None:
-    learner = learner_of(model_dir)
+@pytest.mark.parametrize("config", [CONFIG, OPTIONS], ids=["recipe", "options"])
+@pytest.mark.parametrize("blocks", [[("b", 3)], [("a", 1), ("b", 2)]], ids=["one block", "two blocks"])
+def test_two_ranks_of_different_modality_equal_one_process(
+    model_dir: str, blocks: list[tuple[str, int]], config: ObjectiveConfig
+) -> None:
+    learner = learner_of(model_dir, config=config)
     starts = np.cumsum([0, *(size for _, size in blocks)])
     parts = [pairs[a:b] for a, b in pairwise(starts) for pairs in pairs_by_rank(model_dir)]
     whole = [(task, 2 * size) for task, size in blocks]
     expected = one_step(learner, model_dir, [pair for part in parts for pair in part], whole)
     if len(blocks) == 1:
         assert expected["dropped_fraction"] > 2 / 30  # more than the two copies
-    found = run_workers(worker, 2, model_dir, blocks)[0]
+    found = run_workers(worker, 2, model_dir, blocks, config)[0]
     assert list(found) == list(expected)
     trained = [name for name, parameter in learner.named_parameters() if parameter.requires_grad]
     assert list(found) == ["loss", "dropped_fraction", *trained]

@@ -62,13 +62,14 @@ def test_shipped_stages_carry_the_numbers_of_the_paper() -> None:
         )
         assert (spec.optim.lr, spec.optim.weight_decay, spec.global_batch, spec.epochs) == (2e-4, 0.05, 768, 1.0)
     stage1, stage2 = (load(str(ROOT / f"jobs/stage{number}.yaml")) for number in (1, 2))
-    assert (stage1.objective.hardness_alpha, stage1.objective.false_negatives, stage1.data.instructions) == (
-        0,
+    assert (stage1.objective.hardness, stage1.objective.false_negatives, stage1.data.instructions) == (
+        None,
         None,
         False,
     )
     assert stage2.objective.false_negatives is not None
-    assert (stage2.objective.hardness_alpha, stage2.objective.false_negatives.threshold) == (9.0, 0.95)
+    assert stage2.objective.hardness is not None
+    assert (stage2.objective.hardness.alpha, stage2.objective.false_negatives.threshold) == (9.0, 0.95)
     assert (stage2.data.instructions, stage2.data.mixture.max_samples_per_source) == (True, 100_000)
 
 

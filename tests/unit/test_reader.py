@@ -97,6 +97,15 @@ def test_instructions_are_read_or_left_out(tmp_path: Path) -> None:
         assert item.query.instruction == instruction
 
 
+@pytest.mark.parametrize(("most", "texts"), [(0, []), (1, ["not cars"]), (5, ["not cars", "nor this"])])
+def test_as_many_mined_negatives_as_wanted_are_read(most: int, texts: list[str], tmp_path: Path) -> None:
+    publish(open_store(str(tmp_path)), CARS)
+    reader = Reader(DataConfig(root=str(tmp_path), negatives_per_sample=most))
+    for sample in reader.batch(plan_for(reader, 4), 0).batch:
+        assert [side.text.rstrip(" 0123456789") for side in sample.negatives] == texts
+        assert len(sample.sample.negatives) == len(texts)
+
+
 def test_sizes_tasks_and_fingerprint_are_those_of_the_manifest(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     manifest = publish(store, {"cars": ("t2i", 20), "dogs": ("i2i", 11), "eels": ("t2i", 9)})
