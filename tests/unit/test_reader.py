@@ -101,7 +101,7 @@ def test_instructions_are_read_or_left_out(tmp_path: Path) -> None:
 def test_as_many_mined_negatives_as_wanted_are_read(most: int, texts: list[str], tmp_path: Path) -> None:
     publish(open_store(str(tmp_path)), CARS)
     reader = Reader(DataConfig(root=str(tmp_path), negatives_per_sample=most))
-    for sample in reader.batch(plan_for(reader, 4), 0).batch:
+    for sample in reader.batch(plan_for(reader, 4), 0, 0, 1).batch:
         assert [side.text.rstrip(" 0123456789") for side in sample.negatives] == texts
         assert len(sample.sample.negatives) == len(texts)
 
