@@ -185,7 +185,7 @@ def _compact(part: Any) -> str:
 
 
 def _shard(parsed: dict[str, Any]) -> Any:
-    """A shard as soon as it is parsed, which takes a third of the memory; all else as it is."""
+    """A shard as soon as it is parsed, so that a million dicts are never there at once; all else as it is."""
     return ShardInfo(**parsed) if parsed.keys() >= {"path", "index_sha256"} else parsed
 
 

@@ -186,12 +186,12 @@ class _Rows:
             is_positive_RC = torch.cat([self._is_positive(pool, positive_R) for pool in self.pools], dim=1)
             absent_RC = torch.cat([self._is_absent(pool, positive_R) for pool in self.pools], dim=1)
             copies_RC = torch.cat([self._is_copy(pool, positive_R) for pool in self.pools], dim=1)
-            copies_RC &= ~(is_positive_RC | absent_RC)
+            neither_RC = is_positive_RC | absent_RC
+            copies_RC &= ~neither_RC
             dropped_RC = copies_RC
             if self.rule is not None:
                 keys_RD = first.keys[positive_R]
                 likeness_RC = torch.cat([keys_RD @ pool.keys.T for pool in self.pools], dim=1)
-                neither_RC = is_positive_RC | absent_RC
                 dropped_RC = copies_RC | false_negatives(likeness_RC, neither_RC, copies_RC, self.rule)
             wanted_RC = is_positive_RC
             if config.copies == "positive":

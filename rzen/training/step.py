@@ -41,13 +41,14 @@ class Learner(nn.Module):
         """
         queries_BD = self.embedder(pairs.queries)
         targets_BD = self.embedder(pairs.targets)
-        negatives_BKD, counts_B = self._negatives(pairs, targets_BD)
+        counts_N = gather_ids(torch.tensor(pairs.negative_counts, device=targets_BD.device))
+        negatives_BKD = self._negatives(pairs, int(counts_N.max()), targets_BD)
         ids_B = torch.tensor(pairs.target_ids, device=targets_BD.device)
         rank = dist.get_rank() if dist.is_initialized() else 0
         gathered = {
             "targets": gather_with_gradient(targets_BD),
             "ids": gather_ids(ids_B),
-            "counts": gather_ids(counts_B),
+            "counts": counts_N,
             "negatives": gather_with_gradient(negatives_BKD) if negatives_BKD.shape[1] else None,
             "queries": gather_with_gradient(queries_BD) if self.objective.needs_queries else None,
         }
@@ -77,29 +78,27 @@ class Learner(nn.Module):
         means = {name: _mean([some[name] for some in stats], shares) for name in stats[0]}
         return reach_all(_mean(losses, shares), self), means
 
-    def _negatives(self, pairs: EncodedPairs, like_BD: Tensor) -> tuple[Tensor, Tensor]:
-        """Mined negatives [B, K, D], zero where a query has fewer than the K that some query of all ranks has, and how
-        many each has, [B].
-        """
-        counts_B = torch.tensor(pairs.negative_counts, device=like_BD.device)
-        most = counts_B.max()
-        if dist.is_initialized():
-            dist.all_reduce(most, dist.ReduceOp.MAX)
-        vectors_BKD = like_BD.new_zeros(len(pairs), int(most), like_BD.shape[1])
+    def _negatives(self, pairs: EncodedPairs, most: int, like_BD: Tensor) -> Tensor:
+        """Mined negatives [B, K, D], zero where a query has fewer than K = `most`."""
+        vectors_BKD = like_BD.new_zeros(len(pairs), most, like_BD.shape[1])
         if pairs.negatives is not None:
-            filled_BK = torch.arange(int(most), device=counts_B.device) < counts_B[:, None]
-            vectors_BKD[filled_BK] = self.embedder(pairs.negatives)
-        return vectors_BKD, counts_B
+            counts_B = torch.tensor(pairs.negative_counts, device=like_BD.device)
+            vectors_BKD[_filled(counts_B, most)] = self.embedder(pairs.negatives)
+        return vectors_BKD
 
 
 def _mined(vectors_NKD: Tensor | None, counts_N: Tensor | None) -> Mined | None:
     """Of a block, as the objective wants them."""
     if vectors_NKD is None or counts_N is None:
         return None
-    places_K = torch.arange(vectors_NKD.shape[1], device=counts_N.device)
     owners_N1 = torch.arange(len(counts_N), device=counts_N.device)[:, None]
-    owners_NK = owners_N1.where(places_K < counts_N[:, None], -1)
+    owners_NK = owners_N1.where(_filled(counts_N, vectors_NKD.shape[1]), -1)
     return Mined(vectors_NKD.flatten(0, 1), owners_NK.flatten())
+
+
+def _filled(counts_N: Tensor, most: int) -> Tensor:
+    """Mark, bool `[N, K]`, the places that hold a negative."""
+    return torch.arange(most, device=counts_N.device) < counts_N[:, None]
 
 
 def _mean(values: Sequence[Tensor], shares: Tensor) -> Tensor:
