@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import shutil
 import subprocess
 import tempfile
@@ -77,7 +78,7 @@ class Run:
         if not self.store.exists(LATEST):
             return []
         path = json.loads(self.store.read(LATEST))["path"]
-        return _rows(self.store.read(f"{path}/{METRICS}"))
+        return read_rows(self.store.read(f"{path}/{METRICS}"))
 
     def phases(self) -> list[Phase]:
         """The changes of the mixture so far."""
@@ -113,7 +114,7 @@ class Checkpoints:
         path = json.loads(self._store.read(LATEST))["path"]
         folder = Path(tempfile.mkdtemp(prefix="rzen-checkpoint-"))
         self._store.download_tree(path, folder)
-        self.metrics = _rows((folder / METRICS).read_bytes())
+        self.metrics = read_rows((folder / METRICS).read_bytes())
         return folder
 
     def publish(self, folder: Path, step: int) -> None:
@@ -163,9 +164,15 @@ def _json(content: Any) -> bytes:
     return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
 
 
-def _rows(lines: bytes) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in lines.splitlines()]
+def read_rows(lines: bytes) -> list[dict[str, Any]]:
+    """Of `metrics.jsonl`. JSON has no number that is not finite: such are null there, and nan here."""
+    rows: list[dict[str, Any]] = [json.loads(line) for line in lines.splitlines()]
+    return [{name: math.nan if value is None else value for name, value in row.items()} for row in rows]
 
 
 def _lines(rows: list[dict[str, Any]]) -> bytes:
-    return "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows).encode()
+    finite = (
+        {name: value if isinstance(value, str) or math.isfinite(value) else None for name, value in row.items()}
+        for row in rows
+    )
+    return "".join(json.dumps(row, sort_keys=True) + "\n" for row in finite).encode()

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from jobs.embed import MANIFEST, data_of
 from jobs.models import load_exported
 from jobs.progress import console, say
-from jobs.runs import METRICS, revision, versions
+from jobs.runs import METRICS, read_rows, revision, versions
 from jobs.spec import SearchSpec
 from pipelines.config import DataConfig
 from pipelines.errors import UserError
@@ -125,5 +125,5 @@ def _write_page(spec: SearchSpec, manifest: dict[str, Any], searches: list[Searc
 
 
 def _curve(spec: SearchSpec, url: str) -> list[tuple[int, float]]:
-    rows = map(json.loads, open_store(url, spec.endpoint).read(METRICS).splitlines())
-    return [(row["step"], row["loss"]) for row in rows]
+    rows = read_rows(open_store(url, spec.endpoint).read(METRICS))
+    return [(row["step"], row["loss"]) for row in rows if not row["skipped"]]

@@ -46,6 +46,10 @@ class ClusterConfig(Config):
     """GPUs that a worker reserves; 0 trains on the CPU with gloo."""
     threads_per_worker: PositiveInt = 1
     """Threads of torch on the CPU, within a worker."""
+    chunk_tokens: PositiveInt | None = None
+    """Gradient caching: a worker embeds so many tokens at once, visual tokens and padding included, and embeds all but
+    a lone chunk twice. Memory is then that of a chunk, whatever the batch; the numbers do not change. `null`: all sides
+    at once."""
     autoscaling: bool = False
     """The cluster can grow: skip the check that it is large enough now, which otherwise saves from waiting for ever."""
     max_restarts: NonNegativeInt = 3

@@ -28,12 +28,15 @@ def train_worker(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     checkpoints = Checkpoints(run)
-    gauges = {name: Gauge(f"rzen_{name}", metric.description, ("run",)) for name, metric in METRICS.items()}
+    gauges = {
+        name: Gauge(f"rzen_{name}", metric.description, ("run", "source", "task")) for name, metric in METRICS.items()
+    }
 
     def on_metrics(row: Row) -> None:
         checkpoints.metrics.append(row)
+        labels = {"run": spec.name, "source": str(row["source"]), "task": str(row["task"])}
         for name, gauge in gauges.items():
-            gauge.set(float(row[name]), {"run": spec.name})
+            gauge.set(float(row[name]), labels)
         board.post.remote(spec.name, int(row["step"]) + 1, plan.num_steps, _note(row))
 
     with tempfile.TemporaryDirectory(prefix="rzen-result-") as scratch:
@@ -47,6 +50,7 @@ def train_worker(config: dict[str, Any]) -> None:
                 seed=spec.seed,
                 checkpoint_every_steps=spec.checkpoint.every_steps,
                 plan_fingerprint=plan.fingerprint(),
+                chunk_tokens=spec.cluster.chunk_tokens,
                 stop=stop,
             ),
             backbone_dir=checkpoint_folder(backbone_url(run), run.endpoint),
@@ -73,8 +77,9 @@ def train_worker(config: dict[str, Any]) -> None:
 
 def _note(row: Row) -> str:
     """The part of a row that one watches."""
-    wait = float(row["feed_wait_s"]) / max(float(row["step_s"]), 1e-9)
+    if row["skipped"]:
+        return f"skipped: loss {row['loss']}, gradient norm {row['grad_norm']}  {row['source']}"
     return (
         f"loss {row['loss']:.3f}  accuracy {row['accuracy']:.0%}  tau {row['temperature']:.3f}"
-        f"  {row['samples_per_s']:.0f} samples/s  waiting {wait:.0%}  {row['source']}"
+        f"  {row['samples_per_s']:.0f} samples/s  waiting {row['feed_wait_fraction']:.0%}  {row['source']}"
     )

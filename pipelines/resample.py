@@ -6,6 +6,7 @@ input of the plan, recorded with the run, so that the plan stays a pure function
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ def due_phase(plan: Plan, rows: Sequence[Mapping[str, Any]], step: int, config: 
 def _mean_losses(rows: Sequence[Mapping[str, Any]], start: int, stop: int) -> dict[str, float]:
     losses: dict[str, list[float]] = {}
     for row in rows:
-        if start <= row["step"] < stop:
+        if start <= row["step"] < stop and math.isfinite(row["loss"]):  # not of skipped steps
             for source in row["source"].split("+"):  # of several blocks, each counts with the mean of all
                 losses.setdefault(source, []).append(float(row["loss"]))
     return {name: sum(values) / len(values) for name, values in losses.items()}

@@ -185,5 +185,8 @@ class OptimConfig(Config):
     """AdamW moments."""
     max_grad_norm: PositiveFloat = 1.0
     """Global gradient norm is clipped to this. Our choice."""
+    max_skipped_steps: NonNegativeInt = 5
+    """So many steps in a row may be skipped because their loss or gradient is not finite; one more ends the run, which
+    then names the samples. Our choice."""
     zero_stage: Literal[1, 2] = 1
     """DeepSpeed ZeRO stage. Stage 3 cannot yet be resumed on another number of workers and is refused."""

@@ -71,6 +71,10 @@ class EncodedBatch:
             self.grid_kinds[visuals],
         )
 
+    def split(self) -> list[EncodedBatch]:
+        """Each side alone, as views."""
+        return [self.slice(side, side + 1) for side in range(len(self))]
+
 
 def _span(counts: npt.NDArray[Any], groups: slice) -> slice:
     """Where the elements of `groups` lie when group i holds counts[i] elements."""

@@ -3,7 +3,8 @@
     step-000123/
         parameters.safetensors      trained parameters, full, fp32
         moments.safetensors         AdamW's `exp_avg:` and `exp_avg_sq:` of each
-        state.json                  steps done, fingerprint of the plan, SHA-256 of the files above; written last
+        state.json                  steps done, updates among them, fingerprint of the plan, SHA-256 of the files
+                                    above; written last
 
 Nothing else is needed: batches, learning rate and random numbers of a step are pure functions of its number. Restoring
 is exact with the same number of workers and within rounding with another (tests/integration/test_training.py).
@@ -59,6 +60,7 @@ def save(engine: Any, folder: Path, *, step: int, plan_fingerprint: str) -> None
         save_file(content, folder / name)
     state = {
         "step": step,
+        "updates": _updates(engine),
         "plan_fingerprint": plan_fingerprint,
         "world_size": dist.get_world_size(),
         "torch": torch.__version__,
@@ -83,7 +85,7 @@ def restore(engine: Any, folder: Path, *, plan_fingerprint: str) -> int:
     moments = _read_tensors(folder / MOMENTS, by_moment)
 
     for moments_of_flat in engine.optimizer.optimizer.state.values():
-        moments_of_flat["step"].fill_(state.step)
+        moments_of_flat["step"].fill_(state.updates)
     for name, parameter in trained.items():
         parameter.set_full_hp_param(parameters[name])
         for moment in MOMENT_NAMES:
@@ -105,6 +107,10 @@ def full_parameters(engine: Any, moment: str | None = None) -> dict[str, Tensor]
     return full
 
 
+def _updates(engine: Any) -> int:
+    return int(next(iter(engine.optimizer.optimizer.state.values()))["step"])
+
+
 def _trained(engine: Any) -> dict[str, Any]:
     """Any: DeepSpeed gives each parameter methods that see through its partitions."""
     return {name: parameter for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
@@ -113,6 +119,8 @@ def _trained(engine: Any) -> dict[str, Any]:
 @dataclass(frozen=True)
 class _State:
     step: int
+    updates: int
+    """Of the optimizer: steps that were not skipped, by which it corrects its moments."""
     plan_fingerprint: str
     sha256: dict[str, str]
 
@@ -123,7 +131,7 @@ def _read_state(folder: Path) -> _State:
     try:
         content = json.loads(path.read_text())
         sha256 = {name: content["sha256"][name] for name in (PARAMETERS, MOMENTS)}
-        state = _State(int(content["step"]), content["plan_fingerprint"], sha256)
+        state = _State(int(content["step"]), int(content["updates"]), content["plan_fingerprint"], sha256)
     except FileNotFoundError as error:
         raise UserError(str(path), "does not exist", FIX) from error
     except (ValueError, TypeError, KeyError) as error:

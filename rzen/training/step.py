@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from rzen.chunks import chunks_of, embed
 from rzen.embedder import Embedder
 from rzen.gather import gather_ids, gather_with_gradient
 from rzen.loss import Mined, Objective
@@ -25,10 +28,11 @@ class Learner(nn.Module):
     temperatures alike (tests/parity/test_training_step.py).
     """
 
-    def __init__(self, embedder: Embedder, objective: Objective) -> None:
+    def __init__(self, embedder: Embedder, objective: Objective, chunk_tokens: int | None = None) -> None:
         super().__init__()
         self.embedder = embedder
         self.objective = objective
+        self.chunk_tokens = chunk_tokens
 
     def forward(
         self, pairs: EncodedPairs, blocks: Sequence[tuple[str, int]], step: int
@@ -36,13 +40,11 @@ class Learner(nn.Module):
         """Mean loss of the own queries, 0-dim fp32, and the objective's detached statistics.
 
         `blocks` are (task, own pairs) in the order of the pairs; each is contrasted with itself alone, across ranks.
-        A collective: every rank must bring the same blocks. Queries and targets go through the backbone one after the
-        other: they differ in length more than among themselves, and padding costs more than a second call.
+        A collective: every rank must bring the same blocks.
         """
-        queries_BD = self.embedder(pairs.queries)
-        targets_BD = self.embedder(pairs.targets)
+        (queries_BD, targets_BD, *mined), padding = self._vectors(pairs)
         counts_N = gather_ids(torch.tensor(pairs.negative_counts, device=targets_BD.device))
-        negatives_BKD = self._negatives(pairs, int(counts_N.max()), targets_BD)
+        negatives_BKD = _placed(mined, pairs.negative_counts, int(counts_N.max()), targets_BD)
         ids_B = torch.tensor(pairs.target_ids, device=targets_BD.device)
         rank = dist.get_rank() if dist.is_initialized() else 0
         gathered = {
@@ -76,15 +78,36 @@ class Learner(nn.Module):
             start += size
         shares = torch.tensor([size for _, size in blocks], device=ids_B.device) / len(pairs)
         means = {name: _mean([some[name] for some in stats], shares) for name in stats[0]}
-        return reach_all(_mean(losses, shares), self), means
+        return reach_all(_mean(losses, shares), self), means | padding
 
-    def _negatives(self, pairs: EncodedPairs, most: int, like_BD: Tensor) -> Tensor:
-        """Mined negatives [B, K, D], zero where a query has fewer than K = `most`."""
-        vectors_BKD = like_BD.new_zeros(len(pairs), most, like_BD.shape[1])
-        if pairs.negatives is not None:
-            counts_B = torch.tensor(pairs.negative_counts, device=like_BD.device)
-            vectors_BKD[_filled(counts_B, most)] = self.embedder(pairs.negatives)
-        return vectors_BKD
+    def _vectors(self, pairs: EncodedPairs) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Of queries, of targets, and of mined negatives where there are any; and how much was padding.
+
+        All at once where `chunk_tokens` is None, but one role after the other: they differ in length more than among
+        themselves. With chunks, all roles are mixed.
+        """
+        roles = [role for role in (pairs.queries, pairs.targets, pairs.negatives) if role is not None]
+        sizes = [len(role) for role in roles]
+        lengths = np.concatenate([role.lengths for role in roles])
+        if self.chunk_tokens is None:
+            chunks = np.split(np.arange(len(lengths)), np.cumsum(sizes)[:-1])
+        else:
+            chunks = chunks_of(lengths, self.chunk_tokens)
+        twice = self.chunk_tokens is not None and len(chunks) > 1
+        vectors = embed(self.embedder, [side for role in roles for side in role.split()], chunks, twice=twice)
+        filled, padded = lengths.sum(), sum(len(chunk) * lengths[chunk].max() for chunk in chunks)
+        padding = {"tokens": torch.tensor(filled), "padding_fraction": torch.tensor(1 - filled / padded)}
+        return list(torch.split(vectors, sizes)), padding
+
+
+def _placed(mined: Sequence[Tensor], counts: npt.NDArray[np.int64], most: int, like_BD: Tensor) -> Tensor:
+    """Mined negatives `[B, K, D]`, zero where a query has fewer than K = `most`."""
+    vectors_BKD = like_BD.new_zeros(len(counts), most, like_BD.shape[1])
+    if not mined:
+        # Gathering them must have a backward pass on this rank too, as other ranks wait for it.
+        return vectors_BKD.requires_grad_(torch.is_grad_enabled())
+    vectors_BKD[_filled(torch.tensor(counts, device=like_BD.device), most)] = mined[0]
+    return vectors_BKD
 
 
 def _mined(vectors_NKD: Tensor | None, counts_N: Tensor | None) -> Mined | None:
@@ -106,7 +129,8 @@ def _mean(values: Sequence[Tensor], shares: Tensor) -> Tensor:
 
 
 def reach_all(loss: Tensor, module: nn.Module) -> Tensor:
-    """The loss unchanged, with a gradient for every trained parameter: zero where the loss does not depend on it.
+    """The loss unchanged, with a gradient for every trained parameter: zero where the loss does not depend on it, and
+    nowhere finite where the loss is not, so that the step is skipped on all ranks.
 
     Without it, a batch of text leaves the vision tower without gradient. Ranks whose batches differ in that would fill
     their communication buckets differently, and wait for each other for ever or reduce the wrong numbers.
@@ -121,8 +145,10 @@ class _Reach(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: Tensor, *parameters: Tensor) -> Tensor:
         ctx.zeros = [(parameter.new_zeros(()), parameter.shape) for parameter in parameters]
+        ctx.save_for_backward(torch.where(loss.isfinite(), 1.0, torch.nan))
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        return gradients[0], *(zero.expand(shape) for zero, shape in ctx.zeros)
+        (one,) = ctx.saved_tensors
+        return gradients[0] * one, *((zero * one).expand(shape) for zero, shape in ctx.zeros)

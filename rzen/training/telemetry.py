@@ -32,9 +32,14 @@ METRICS = {
     "negative_similarity": Metric("mean cosine of query and negatives, dropped ones included"),
     "grad_norm": Metric("norm of the averaged gradient, before clipping"),
     "lr": Metric("learning rate, temperatures apart"),
+    "skipped": Metric("1 if the step was skipped, because its loss or gradient was not finite"),
     "feed_wait_s": Metric("waiting for the batch, mean over ranks", "s"),
+    "feed_wait_fraction": Metric("share of the step that was spent so", "fraction"),
     "step_s": Metric("the whole step, waiting included, mean over ranks", "s"),
     "samples_per_s": Metric("pairs of all ranks per second", "1/s"),
+    "tokens": Metric("of all sides and ranks, visual tokens included, padding not"),
+    "tokens_per_s": Metric("of them per second", "1/s"),
+    "padding_fraction": Metric("padding among the tokens that were computed, mean over ranks", "fraction"),
     "bad_samples": Metric("samples of the step, over all ranks, that could not be decoded and were replaced"),
 }
 """The numbers of a row. Beside them it names its `step`, `source` and `task`, those of several blocks joined by `+`."""
@@ -44,13 +49,14 @@ def step_row(
     fed: Fed,
     stats: Mapping[str, Tensor],
     *,
+    skipped: bool,
     grad_norm: float,
     lr: float,
     feed_wait_s: float,
     step_s: float,
     device: torch.device,
 ) -> Row:
-    """The row of a step. `stats` are the objective's, 0-dim. A collective: one all-reduce of a few numbers."""
+    """The row of a step. `stats` are the learner's, 0-dim. A collective: one all-reduce of a few numbers."""
     measured: dict[str, float | Tensor] = {
         **stats,
         "feed_wait_s": feed_wait_s,
@@ -58,7 +64,8 @@ def step_row(
         "bad_samples": float(len(fed.rejected)),
     }
     means = _mean_over_ranks(measured, device)
-    world_size = dist.get_world_size()
+    world_size, step_s = dist.get_world_size(), means["step_s"]
+    tokens = round(world_size * means["tokens"])
     return {
         "step": fed.step,
         "source": "+".join(block.source for block in fed.blocks),
@@ -66,7 +73,11 @@ def step_row(
         **means,
         "grad_norm": grad_norm,
         "lr": lr,
-        "samples_per_s": world_size * len(fed.batch) / means["step_s"],
+        "skipped": int(skipped),
+        "feed_wait_fraction": means["feed_wait_s"] / step_s,
+        "samples_per_s": world_size * len(fed.batch) / step_s,
+        "tokens": tokens,
+        "tokens_per_s": tokens / step_s,
         "bad_samples": round(world_size * means["bad_samples"]),
     }
 

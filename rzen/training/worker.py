@@ -1,12 +1,11 @@
 """One rank of a training run: build the learner, resume, run the steps, write the model. Knows DeepSpeed, not Ray.
 
-resume -> for each step:  batch -> seed -> lr -> forward -> backward -> update -> row -> checkpoint  -> model
+resume -> for each step:  batch -> seed -> lr -> forward -> backward -> update or skip -> row -> checkpoint  -> model
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import tempfile
 import time
@@ -17,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from pipelines.errors import UserError
 from rzen.backbone import load_backbone
@@ -29,6 +29,7 @@ from rzen.loss import Objective
 from rzen.processor import VisionLayout
 from rzen.training import checkpoint
 from rzen.training.batch import Fed
+from rzen.training.divergence import divergence
 from rzen.training.optim import build_optimizer, lr_at, set_lr
 from rzen.training.step import Learner
 from rzen.training.telemetry import Row, step_row
@@ -50,6 +51,8 @@ class Stage:
     checkpoint_every_steps: int
     plan_fingerprint: str
     """A checkpoint of another plan is refused."""
+    chunk_tokens: int | None = None
+    """Gradient caching in chunks of so many tokens (`rzen.chunks`). Decides memory and time, not the weights."""
     stop: int | None = None
     """Pause with a checkpoint after so many steps; a model is written after the last one only. `None`: do not pause."""
 
@@ -82,8 +85,8 @@ def train_stage(
     `load_encoder`) appears in `output` of rank 0's machine, `on_metrics` is called on rank 0 after each step. Uses the
     process group that exists, and otherwise makes one of one process. `num_threads` of torch on the CPU.
 
-    Raises `UserError` where the loss diverges or a checkpoint does not fit, `RuntimeError` where the batches end early
-    or come out of order.
+    Raises `UserError` where too many steps in a row have no finite loss or gradient, or a checkpoint does not fit;
+    `RuntimeError` where the batches end early or come out of order.
     """
     if num_threads is not None:
         torch.set_num_threads(num_threads)
@@ -112,6 +115,7 @@ def _run_steps(
     checkpoints: CheckpointStore,
     on_metrics: Callable[[Row], None],
 ) -> None:
+    skipped_in_a_row = 0
     for step in steps:
         began_s = _now_s(engine.device)
         fed = next(batches, None)
@@ -123,23 +127,26 @@ def _run_steps(
         lr = lr_at(step, stage.num_steps, stage.optim)
         set_lr(optimizer, lr)
         loss, stats = engine(fed.batch, [(block.task, block.num_samples) for block in fed.blocks], step)
-        engine.backward(loss)
-        engine.step()
+        skipped = not update(engine, loss)
 
         row = step_row(
             fed,
             stats,
+            skipped=skipped,
             grad_norm=float(engine.get_global_grad_norm()),
             lr=lr,
             feed_wait_s=arrived_s - began_s,
             step_s=_now_s(engine.device) - began_s,
             device=engine.device,
         )
-        _refuse_divergence(row)
         if dist.get_rank() == 0:
             on_metrics(row)
+        skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
+        if skipped_in_a_row > stage.optim.max_skipped_steps:
+            raise divergence(engine.module, fed, row, skipped_in_a_row)
         done = step + 1
-        if done % stage.checkpoint_every_steps == 0 or done == steps.stop:
+        # Not while steps are skipped: it may be the weights, and then the last checkpoint is a better one.
+        if (done % stage.checkpoint_every_steps == 0 and not skipped) or done == steps.stop:
             _checkpoint(stage, engine, done, checkpoints)
 
 
@@ -165,7 +172,7 @@ def build_learner(stage: Stage, backbone_dir: str, init_adapter: Path | None, ta
     elif init_adapter is not None:
         raise UserError("init_adapter", "needs tune=lora", "export base and adapter, and train the result")
     layout = VisionLayout.read(str(checkpoint_dir(backbone_dir)))
-    return Learner(Embedder(backbone, layout), Objective(stage.objective, tasks))
+    return Learner(Embedder(backbone, layout), Objective(stage.objective, tasks), stage.chunk_tokens)
 
 
 def build_engine(learner: Learner, stage: Stage) -> tuple[Any, torch.optim.Optimizer]:
@@ -194,7 +201,7 @@ def build_engine(learner: Learner, stage: Stage) -> tuple[Any, torch.optim.Optim
         "communication_data_type": "fp32",
         "zero_optimization": {
             "stage": stage.optim.zero_stage,
-            "overlap_comm": on_gpu,
+            "overlap_comm": False,  # see `update`
             "reduce_bucket_size": BUCKET_ELEMENTS,
             "allgather_bucket_size": BUCKET_ELEMENTS,
         },
@@ -202,6 +209,19 @@ def build_engine(learner: Learner, stage: Stage) -> tuple[Any, torch.optim.Optim
     engine, *_ = deepspeed.initialize(model=learner, optimizer=optimizer, config=settings)
     checkpoint.create_moments(engine)
     return engine, optimizer
+
+
+def update(engine: Any, loss: Tensor) -> bool:
+    """Backward pass and optimizer step; False where a gradient was not finite, and the step was skipped on all ranks.
+
+    Gradients are averaged after the backward pass, in the order of the parameters. Left to itself, DeepSpeed sends
+    them in the order in which they are ready, which is another one on a rank whose share has no visuals: it would add
+    up gradients of different parameters without a word (tests/parity/test_deepspeed.py).
+    """
+    with engine.coalesce_grad_reduction():
+        engine.backward(loss)
+    engine.step()
+    return bool(engine.was_step_applied())
 
 
 def seed_step(seed: int, step: int) -> None:
@@ -237,15 +257,6 @@ def _checkpoint(stage: Stage, engine: Any, done: int, checkpoints: CheckpointSto
         checkpoint.save(engine, folder, step=done, plan_fingerprint=stage.plan_fingerprint)
         if dist.get_rank() == 0:
             checkpoints.publish(folder, done)
-
-
-def _refuse_divergence(row: Row) -> None:
-    """On all ranks alike: rows are equal on all of them. DeepSpeed reports a gradient that is not finite as inf."""
-    for name in ("loss", "grad_norm"):
-        if not math.isfinite(float(row[name])):
-            place = f"step {row['step']}, source {row['source']}, task {row['task']}"
-            fix = "lower optim.lr or raise optim.warmup_fraction, and resume"
-            raise UserError(place, f"{name} is {row[name]}", fix)
 
 
 def _now_s(device: torch.device) -> float:

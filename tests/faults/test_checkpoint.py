@@ -142,7 +142,9 @@ def worker(_rank: int, _world_size: int, root: Path, model_dir: str) -> dict[str
         return batches(processor, start)
 
     messages = {
-        "diverging": message(lambda: run(stage_of(model_dir, lr=1e30, warmup_fraction=0.0), "diverging", endless)),
+        "diverging": message(
+            lambda: run(stage_of(model_dir, lr=1e30, warmup_fraction=0.0, max_skipped_steps=1), "diverging", endless)
+        ),
         "ending": message(lambda: run(stage_of(model_dir), "ending", lambda start: islice(endless(start), 1))),
         "skipping": message(lambda: run(stage_of(model_dir), "skipping", lambda start: endless(start + 1))),
     }
@@ -196,7 +198,9 @@ def test_an_engine_is_untouched_by_a_bad_checkpoint_and_takes_a_good_one(outcome
 def test_a_diverging_run_stops_before_its_checkpoint(outcome: dict[str, Any], root: Path) -> None:
     found = outcome["messages"]["diverging"]
     assert found == (
-        "step 1, source scenes, task b: loss is nan; lower optim.lr or raise optim.warmup_fraction, and resume"
+        "step 2, source scenes, task a: loss is nan, grad_norm inf, the last of 2 skipped steps; no sample has a finite"
+        " vector: the weights have diverged; look at these samples, lower optim.lr or raise optim.warmup_fraction, and"
+        " resume"
     )
     assert list((root / "diverging").iterdir()) == []
 

@@ -1,0 +1,66 @@
+"""What to say when step after step has no finite loss or gradient: which samples to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+
+from pipelines.errors import UserError
+from rzen.processor import EncodedBatch
+from rzen.training.batch import EncodedPairs, Fed
+from rzen.training.step import Learner
+from rzen.training.telemetry import Row
+
+_NAMED = 5
+
+
+def divergence(learner: Learner, fed: Fed, row: Row, num_skipped: int) -> UserError:
+    """The error that ends a run whose last `num_skipped` steps were skipped; `fed` and `row` are those of the last one.
+
+    A collective. The weights are those before these steps, so that embedding the samples again, each alone, tells
+    which of them have no finite vector.
+    """
+    keys, broken = _all_ranks(fed.batch.keys), _all_ranks(_broken(learner, fed.batch))
+    if len(broken) == len(keys):
+        found = "no sample has a finite vector: the weights have diverged"
+    elif broken:
+        found = f"{_listed(broken)} have no finite vector"
+    else:
+        found = f"the vectors of its samples are finite ({_listed(keys)})"
+    problem = f"loss is {row['loss']}, grad_norm {row['grad_norm']}, the last of {num_skipped} skipped steps; {found}"
+    place = f"step {row['step']}, source {row['source']}, task {row['task']}"
+    return UserError(place, problem, "look at these samples, lower optim.lr or raise optim.warmup_fraction, and resume")
+
+
+def _broken(learner: Learner, pairs: EncodedPairs) -> list[str]:
+    learner.eval()
+    with torch.no_grad():
+        return [
+            key
+            for key, sides in zip(pairs.keys, _sides(pairs), strict=True)
+            if not learner.embedder(EncodedBatch.concat(sides)).isfinite().all()
+        ]
+
+
+def _sides(pairs: EncodedPairs) -> Iterator[list[EncodedBatch]]:
+    """Query, target and mined negatives of each pair."""
+    start = 0
+    for index, count in enumerate(pairs.negative_counts.tolist()):
+        sides = [role.slice(index, index + 1) for role in (pairs.queries, pairs.targets)]
+        if pairs.negatives is not None:
+            sides.append(pairs.negatives.slice(start, start + count))
+        start += count
+        yield sides
+
+
+def _all_ranks(keys: Sequence[str]) -> list[str]:
+    gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, list(keys))
+    return [key for some in gathered for key in some]
+
+
+def _listed(keys: Sequence[str]) -> str:
+    rest = f" and {len(keys) - _NAMED} more" if len(keys) > _NAMED else ""
+    return ", ".join(keys[:_NAMED]) + rest
