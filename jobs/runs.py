@@ -6,6 +6,7 @@
               latest.json         the newest complete checkpoint, written after it
               phases.json         changes of the mixture, where the spec asks for resampling
               model/ or adapter/  the result
+              best/               that of the best checkpoint, where it is not the last
               metrics.jsonl       one row a step
               done.json           written last
 """
@@ -29,6 +30,7 @@ from pipelines.storage import open_store, resolve_endpoint
 from pipelines.store import Store
 
 SPEC, LATEST, DONE, METRICS, PHASES = "spec.json", "latest.json", "done.json", "metrics.jsonl", "phases.json"
+BEST = "best"
 _PACKAGES = ("ray", "torch", "transformers", "deepspeed", "peft")
 # Settings that change where and how fast a run goes, never what it computes.
 _NOT_SCIENCE = {"run", "feed", "checkpoint", "cluster"}
@@ -97,37 +99,66 @@ class Run:
 
 
 class Checkpoints:
-    """Checkpoints of a run, as the trainer asks for them: complete ones only, the last few of them.
+    """Checkpoints of a run, as the trainer asks for them: complete ones only, the last few of them and the best.
 
-    `metrics` are the rows of all steps up to the checkpoint that was found, then of the steps since.
+    The best has the highest mean accuracy in the batches since the one before it. `metrics` are the rows of all steps
+    up to the checkpoint that was found, then of the steps since.
     """
 
     def __init__(self, run: Run) -> None:
         self._store = run.store
-        self._keep = run.spec.checkpoint.keep
+        self._config = run.spec.checkpoint
         self.metrics: list[dict[str, Any]] = []
 
     def latest(self) -> Path | None:
         """A local copy of the newest checkpoint, which the process keeps until it ends."""
         if not self._store.exists(LATEST):
             return None
-        path = json.loads(self._store.read(LATEST))["path"]
-        folder = Path(tempfile.mkdtemp(prefix="rzen-checkpoint-"))
-        self._store.download_tree(path, folder)
+        folder = self._download(self._state()["path"])
         self.metrics = read_rows((folder / METRICS).read_bytes())
         return folder
 
+    def best(self) -> Path | None:
+        """A local copy of the best checkpoint, unless it is the newest."""
+        state = self._state()
+        best = state.get("best", state)
+        return None if best["path"] == state["path"] else self._download(best["path"])
+
     def publish(self, folder: Path, step: int) -> None:
-        """Uploads a checkpoint with the metrics so far, then names it the latest, then deletes the oldest."""
+        """Uploads a checkpoint with the metrics so far, names it the latest, and deletes what need not be kept."""
         path = f"checkpoints/{step:06d}"
-        (folder / METRICS).write_bytes(_lines(self.metrics))
+        rows = [row for row in list(self.metrics) if row["step"] < step]  # training may have gone on
+        (folder / METRICS).write_bytes(_lines(rows))
         self._store.delete_tree(path)
         self._store.upload_tree(folder, path)
-        self._store.write(LATEST, _json({"step": step, "path": path}))
+        state: dict[str, Any] = {"step": step, "path": path}
+        kept = {path}
+        if self._config.keep_best:
+            before = self._state() if self._store.exists(LATEST) else {"step": 0}
+            this = {"path": path, "accuracy": _accuracy(rows, before["step"])}
+            state["best"] = max(this, before.get("best", this), key=lambda some: some["accuracy"])
+            kept.add(state["best"]["path"])
+        self._store.write(LATEST, _json(state))
         shutil.rmtree(folder, ignore_errors=True)
-        names = sorted({name.split("/")[1] for name in self._store.list("checkpoints")})
-        for name in names[: -self._keep]:
-            self._store.delete_tree(f"checkpoints/{name}")
+        names = sorted({"/".join(name.split("/")[:2]) for name in self._store.list("checkpoints")})
+        for name in names[: -self._config.keep]:
+            if name not in kept:
+                self._store.delete_tree(name)
+
+    def _state(self) -> dict[str, Any]:
+        state: dict[str, Any] = json.loads(self._store.read(LATEST))
+        return state
+
+    def _download(self, path: str) -> Path:
+        folder = Path(tempfile.mkdtemp(prefix="rzen-checkpoint-"))
+        self._store.download_tree(path, folder)
+        return folder
+
+
+def _accuracy(rows: list[dict[str, Any]], start: int) -> float:
+    """Mean over the steps from `start` on that were not skipped."""
+    values = [row["accuracy"] for row in rows if row["step"] >= start and not row["skipped"]]
+    return sum(values) / len(values) if values else 0.0
 
 
 def versions() -> dict[str, str]:

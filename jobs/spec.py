@@ -63,6 +63,9 @@ class CheckpointConfig(Config):
     """A lost run repeats at most this many steps."""
     keep: PositiveInt = 2
     """Older checkpoints are deleted."""
+    keep_best: bool = True
+    """Keep the checkpoint with the best mean accuracy in the batches since the one before it, too, and make a model of
+    it in `best/` if it is not the last. Accuracy in training, not on held-out data."""
 
 
 class RunConfig(Config):

@@ -11,7 +11,7 @@ from ray.util.metrics import Gauge
 
 from jobs.encoder import backbone_url
 from jobs.models import checkpoint_folder, local_folder, publish_folder
-from jobs.runs import Checkpoints
+from jobs.runs import BEST, Checkpoints
 
 if TYPE_CHECKING:
     from rzen.training.telemetry import Row
@@ -68,10 +68,13 @@ def train_worker(config: dict[str, Any]) -> None:
             checkpoints=checkpoints,
             output=output,
             on_metrics=on_metrics,
+            preempted=lambda: ray.train.get_preemption_info() is not None,
             num_threads=spec.cluster.threads_per_worker,
         )
         if rank == 0 and stop == plan.num_steps:
             publish_folder(output, run.store.child(run.result))
+            if (best := output.with_name(BEST)).is_dir():
+                publish_folder(best, run.store.child(BEST))
             run.finish({"steps": plan.num_steps, "last": checkpoints.metrics[-1]}, checkpoints.metrics)
 
 

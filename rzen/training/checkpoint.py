@@ -48,25 +48,39 @@ def create_moments(engine: Any) -> None:
     engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def save(engine: Any, folder: Path, *, step: int, plan_fingerprint: str) -> None:
-    """Write a checkpoint after `step` steps into the new `folder`. A collective; only rank 0 writes."""
+@dataclass(frozen=True)
+class Snapshot:
+    """A checkpoint in memory, which later steps do not touch: it can be written while training goes on."""
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    """File -> its tensors, on the CPU."""
+    facts: dict[str, Any]
+    """Of `state.json`."""
+
+    def write(self, folder: Path) -> None:
+        """Into the new `folder`."""
+        folder.mkdir(parents=True)
+        for name, content in self.tensors.items():
+            save_file(content, folder / name)
+        state = self.facts | {"step": self.step, "sha256": {name: _sha256(folder / name) for name in self.tensors}}
+        (folder / STATE).write_text(json.dumps(state, indent=2, sort_keys=True) + "\n")
+
+
+def snapshot(engine: Any, *, step: int, plan_fingerprint: str) -> Snapshot | None:
+    """Of the state after `step` steps. A collective; None on all ranks but rank 0."""
     tensors = {PARAMETERS: full_parameters(engine), MOMENTS: {}}
     for moment in MOMENT_NAMES:
         tensors[MOMENTS] |= {f"{moment}:{name}": value for name, value in full_parameters(engine, moment).items()}
     if dist.get_rank() != 0:
-        return
-    folder.mkdir(parents=True)
-    for name, content in tensors.items():
-        save_file(content, folder / name)
-    state = {
-        "step": step,
+        return None
+    facts = {
         "updates": _updates(engine),
         "plan_fingerprint": plan_fingerprint,
         "world_size": dist.get_world_size(),
         "torch": torch.__version__,
-        "sha256": {name: _sha256(folder / name) for name in tensors},
     }
-    (folder / STATE).write_text(json.dumps(state, indent=2, sort_keys=True) + "\n")
+    return Snapshot(step, tensors, facts)
 
 
 def restore(engine: Any, folder: Path, *, plan_fingerprint: str) -> int:
@@ -95,7 +109,7 @@ def restore(engine: Any, folder: Path, *, plan_fingerprint: str) -> int:
 
 
 def full_parameters(engine: Any, moment: str | None = None) -> dict[str, Tensor]:
-    """fp32 master copy of each trained parameter, or a moment of it, on the CPU of rank 0; nothing on other ranks.
+    """Copy of each trained parameter in fp32, or of a moment of it, on the CPU of rank 0; nothing on other ranks.
 
     A collective. Goes through one parameter at a time: no other rank ever holds more than one of them whole.
     """
@@ -105,6 +119,12 @@ def full_parameters(engine: Any, moment: str | None = None) -> dict[str, Tensor]
         if dist.get_rank() == 0:
             full[name] = value.cpu()
     return full
+
+
+def read_parameters(engine: Any, folder: Path) -> dict[str, Tensor]:
+    """Of a checkpoint, by name, on the CPU. Raises `UserError` as `restore` does."""
+    _read_state(folder)
+    return _read_tensors(folder / PARAMETERS, _trained(engine))
 
 
 def _updates(engine: Any) -> int:

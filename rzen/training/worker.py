@@ -9,7 +9,8 @@ import hashlib
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,6 +37,8 @@ from rzen.training.telemetry import Row, step_row
 
 # Gradients sent at once. DeepSpeed's 500 million would be buffers larger than an adapter. Our choice.
 BUCKET_ELEMENTS = 50_000_000
+# Between two looks for a notice, which ranks take together. Spot machines are announced two minutes ahead, or half.
+ASK_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,10 @@ class CheckpointStore(Protocol):
         """Local folder of the newest published checkpoint; the same checkpoint on all ranks of one start."""
 
     def publish(self, folder: Path, step: int) -> None:
-        """Take over a finished folder, all or nothing for readers. Called on rank 0; may move the folder."""
+        """Take over a finished folder, all or nothing for readers; it may be moved. Called in a thread of rank 0."""
+
+    def best(self) -> Path | None:
+        """Local folder of the best published checkpoint, if it is not the newest. Called on rank 0 at the end."""
 
 
 def train_stage(
@@ -77,13 +83,16 @@ def train_stage(
     checkpoints: CheckpointStore,
     output: Path,
     on_metrics: Callable[[Row], None],
+    preempted: Callable[[], bool] = lambda: False,
     num_threads: int | None = None,
 ) -> None:
     """Train from the newest checkpoint, or from the start, to the last step or `stage.stop`. Every rank calls it.
 
     `batches(n)` yields this rank's batches of step n, n + 1, ... The model (an adapter directory, or a full one for
-    `load_encoder`) appears in `output` of rank 0's machine, `on_metrics` is called on rank 0 after each step. Uses the
-    process group that exists, and otherwise makes one of one process. `num_threads` of torch on the CPU.
+    `load_encoder`) appears in `output` of rank 0's machine, and that of the best checkpoint, where it is not the last,
+    in `best` beside it. `on_metrics` is called on rank 0 after each step. `preempted`, a collective that is asked
+    every few seconds, tells whether a node is about to go: then there is a checkpoint at once. Uses the process group
+    that exists, and otherwise makes one of one process. `num_threads` of torch on the CPU.
 
     Raises `UserError` where too many steps in a row have no finite loss or gradient, or a checkpoint does not fit;
     `RuntimeError` where the batches end early or come out of order.
@@ -101,9 +110,15 @@ def train_stage(
     stop = stage.num_steps if stage.stop is None else stage.stop
     engine.train()
     if start < stop:
-        _run_steps(stage, engine, optimizer, range(start, stop), batches(start), checkpoints, on_metrics)
+        steps = range(start, stop)
+        with ThreadPoolExecutor(max_workers=1) as writer:
+            _run_steps(stage, engine, optimizer, steps, batches(start), checkpoints, writer, on_metrics, preempted)
     if stop == stage.num_steps:
-        save_model(stage, engine, backbone_dir, output)
+        save_model(stage, engine, checkpoint.full_parameters(engine), backbone_dir, output)
+        best = checkpoints.best() if dist.get_rank() == 0 else None
+        if best is not None:
+            weights = checkpoint.read_parameters(engine, best)
+            save_model(stage, engine, weights, backbone_dir, output.with_name("best"))
 
 
 def _run_steps(
@@ -113,9 +128,12 @@ def _run_steps(
     steps: range,
     batches: Iterator[Fed],
     checkpoints: CheckpointStore,
+    writer: Executor,
     on_metrics: Callable[[Row], None],
+    preempted: Callable[[], bool],
 ) -> None:
-    skipped_in_a_row = 0
+    skipped_in_a_row, unasked_s, noticed = 0, 0.0, False
+    writing: Future[None] | None = None
     for step in steps:
         began_s = _now_s(engine.device)
         fed = next(batches, None)
@@ -144,10 +162,28 @@ def _run_steps(
         skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
         if skipped_in_a_row > stage.optim.max_skipped_steps:
             raise divergence(engine.module, fed, row, skipped_in_a_row)
+        unasked_s += float(row["step_s"])  # equal on all ranks, which must ask together
+        notice = not noticed and unasked_s >= ASK_S and preempted()
+        unasked_s = 0.0 if unasked_s >= ASK_S else unasked_s
+        noticed |= notice
         done = step + 1
         # Not while steps are skipped: it may be the weights, and then the last checkpoint is a better one.
-        if (done % stage.checkpoint_every_steps == 0 and not skipped) or done == steps.stop:
-            _checkpoint(stage, engine, done, checkpoints)
+        due = done % stage.checkpoint_every_steps == 0 and not skipped
+        if due or notice or done == steps.stop:
+            taken = checkpoint.snapshot(engine, step=done, plan_fingerprint=stage.plan_fingerprint)
+            if taken is not None:
+                if writing is not None:
+                    writing.result()  # one at a time: each holds a copy of the state
+                writing = writer.submit(_write, taken, checkpoints)
+    if writing is not None:
+        writing.result()
+
+
+def _write(taken: checkpoint.Snapshot, checkpoints: CheckpointStore) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / f"step-{taken.step:06d}"
+        taken.write(folder)
+        checkpoints.publish(folder, taken.step)
 
 
 def ensure_process_group() -> None:
@@ -230,12 +266,11 @@ def seed_step(seed: int, step: int) -> None:
     torch.manual_seed(int.from_bytes(digest[:8]))
 
 
-def save_model(stage: Stage, engine: Any, backbone_dir: str, output: Path) -> None:
-    """Write the trained adapter (fp32) or model (its own type) into the new folder `output`.
+def save_model(stage: Stage, engine: Any, weights: Mapping[str, Tensor], backbone_dir: str, output: Path) -> None:
+    """Write the adapter (fp32) or model (its own type) of these `weights` into the new folder `output`.
 
-    A collective; rank 0 writes. The engine cannot train on: its weights become the fp32 master copies.
+    Rank 0 writes. The engine cannot train on: its weights become these.
     """
-    weights = checkpoint.full_parameters(engine)
     if dist.get_rank() != 0:
         return
     for name, parameter in engine.module.named_parameters():
@@ -249,14 +284,6 @@ def save_model(stage: Stage, engine: Any, backbone_dir: str, output: Path) -> No
         save_adapter(backbone, output, prompt=prompt, base=name, base_sha256=base_sha256)
     else:
         write_model(backbone, base, output, prompt, model.dtype, {"base": name, "base_sha256": base_sha256})
-
-
-def _checkpoint(stage: Stage, engine: Any, done: int, checkpoints: CheckpointStore) -> None:
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / f"step-{done:06d}"
-        checkpoint.save(engine, folder, step=done, plan_fingerprint=stage.plan_fingerprint)
-        if dist.get_rank() == 0:
-            checkpoints.publish(folder, done)
 
 
 def _now_s(device: torch.device) -> float:

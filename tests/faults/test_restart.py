@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import threading
 import time
@@ -12,7 +13,8 @@ import psutil
 import pytest
 
 from jobs import train
-from jobs.runs import LATEST, Run
+from jobs.progress import Bars
+from jobs.runs import Run
 from jobs.spec import TrainSpec
 from pipelines.errors import UserError
 from pipelines.storage import open_store
@@ -39,7 +41,7 @@ def make_spec(tmp_path: Path, name: str, **changes: Any) -> TrainSpec:
         "global_batch": 4,
         "steps": 40,
         "checkpoint": {"every_steps": 4},
-        "cluster": {"workers": 2, "cpus_per_worker": 0.5},
+        "cluster": {"workers": 2, "cpus_per_worker": 0.5, "max_restarts": 5},
     }
     return TrainSpec.model_validate(fields | changes)
 
@@ -52,29 +54,56 @@ def outcome(spec: TrainSpec) -> tuple[list[float], bytes]:
     return [row["loss"] for row in rows], store.read("adapter/adapter_model.safetensors")
 
 
-def kill_a_worker_after_the_first_checkpoint(spec: TrainSpec, killed: list[int]) -> None:
-    run = Run(spec)
-    while not run.store.exists(LATEST):
-        time.sleep(0.02)
-    ours = psutil.Process().children(recursive=True)
-    workers = [process.pid for process in ours if "TrainWorker" in " ".join(process.cmdline())]
-    os.kill(workers[-1], signal.SIGKILL)
-    killed.append(run.step())
+def steps_done(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What the progress bar of the only run has shown so far."""
+    done: list[int] = []
+    update = Bars.update
+
+    def record(bars: Bars, name: str, so_far: int, *rest: Any) -> None:
+        done.append(so_far)
+        update(bars, name, so_far, *rest)
+
+    monkeypatch.setattr(Bars, "update", record)
+    return done
 
 
-@pytest.mark.timeout(400)
-def test_run_that_loses_a_worker_ends_with_the_same_bytes(tmp_path: Path, ray_cluster: None) -> None:
+def kill_workers(steps: list[int], done: list[int], killed: list[int]) -> None:
+    """SIGKILL to one of the workers as soon as the run has come to each of these steps."""
+    for number, step in enumerate(steps):
+        workers: list[int] = []
+        while len(workers) < 2 or not done or done[-1] < step or workers[number % 2] in killed:
+            time.sleep(0.01)
+            ours = psutil.Process().children(recursive=True)
+            workers = [process.pid for process in ours if "TrainWorker" in name_of(process)]
+        os.kill(workers[number % 2], signal.SIGKILL)
+        killed += workers
+        done.clear()
+
+
+def name_of(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # it has just ended
+        return ""
+
+
+@pytest.mark.timeout(600)
+def test_run_that_loses_workers_ends_with_the_same_bytes(
+    tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     publish(open_store(str(tmp_path / "data")), {"red": ("a", 24), "blue": ("b", 30)})
     quiet, stormy = make_spec(tmp_path, "quiet"), make_spec(tmp_path, "stormy")
     train.run(quiet)
 
-    killed: list[int] = []
-    killer = threading.Thread(target=kill_a_worker_after_the_first_checkpoint, args=(stormy, killed), daemon=True)
+    steps = sorted(random.Random(4).sample(range(1, 36), 5))
+    done, killed = steps_done(monkeypatch), []
+    killer = threading.Thread(target=kill_workers, args=(steps, done, killed), daemon=True)
     killer.start()
     train.run(stormy)
-    killer.join()
+    killer.join(timeout=1)
 
-    assert killed[0] < 40  # it was killed while it trained
+    assert not killer.is_alive()
+    assert len(killed) == 10  # five times, and each time before the end
     assert Run(stormy).store.exists(train.FAILURE)
     assert outcome(quiet) == outcome(stormy)
     phases = Run(quiet).phases()

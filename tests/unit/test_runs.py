@@ -1,9 +1,10 @@
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from jobs.runs import METRICS, Checkpoints, Run
+from jobs.runs import METRICS, Checkpoints, Run, read_rows
 from jobs.spec import TrainSpec
 from pipelines.errors import UserError
 from pipelines.plan import Phase
@@ -23,11 +24,15 @@ def make_run(root: Path, **changes: Any) -> Run:
     return Run(TrainSpec.model_validate(fields | changes))
 
 
-def publish(checkpoints: Checkpoints, scratch: Path, step: int) -> None:
+def publish(checkpoints: Checkpoints, scratch: Path, step: int, accuracy: float = 0.5) -> None:
+    """A checkpoint after `step` steps; those since the one before had this accuracy, and one more has been done."""
     folder = scratch / f"s{step}"
     folder.mkdir()
     (folder / "state.json").write_text(str(step))
-    checkpoints.metrics = [{"step": number, "loss": 1.0} for number in range(step)]
+    done = [row for row in checkpoints.metrics if row["step"] < step]
+    checkpoints.metrics = done + [
+        {"step": number, "loss": 1.0, "accuracy": accuracy, "skipped": 0} for number in range(len(done), step + 1)
+    ]
     checkpoints.publish(folder, step)
 
 
@@ -71,10 +76,12 @@ def test_finished_run_is_left_alone_and_keeps_no_checkpoint(tmp_path: Path) -> N
     run.begin(DATA)
     checkpoints = Checkpoints(run)
     publish(checkpoints, tmp_path, 2)
-    run.finish({"steps": 2}, checkpoints.metrics)
+    run.finish({"steps": 2}, [{"step": 0, "loss": math.nan}, {"step": 1, "loss": 1.0}])
     assert not make_run(tmp_path).begin(DATA)
     assert run.store.list() == ["done.json", METRICS, "spec.json"]
-    assert run.store.read(METRICS) == b'{"loss": 1.0, "step": 0}\n{"loss": 1.0, "step": 1}\n'
+    lines = run.store.read(METRICS)
+    assert lines == b'{"loss": null, "step": 0}\n{"loss": 1.0, "step": 1}\n'
+    assert math.isnan(read_rows(lines)[0]["loss"])
 
 
 def test_latest_checkpoint_brings_its_metrics_and_old_ones_go(tmp_path: Path) -> None:
@@ -90,6 +97,22 @@ def test_latest_checkpoint_brings_its_metrics_and_old_ones_go(tmp_path: Path) ->
     assert folder is not None
     assert (folder / "state.json").read_text() == "15"
     assert [row["step"] for row in reader.metrics] == list(range(15))
+
+
+def test_the_best_checkpoint_stays(tmp_path: Path) -> None:
+    run = make_run(tmp_path, checkpoint={"keep": 1})
+    run.begin(DATA)
+    for step, accuracy in ((5, 0.5), (10, 0.7), (15, 0.6), (20, 0.65)):
+        writer = Checkpoints(run)  # as after a restart
+        writer.latest()
+        publish(writer, tmp_path, step, accuracy)
+    assert {name.split("/")[1] for name in run.store.list("checkpoints")} == {"000010", "000020"}
+    best = Checkpoints(run).best()
+    assert best is not None
+    assert (best / "state.json").read_text() == "10"
+    publish(writer, tmp_path, 25, 0.9)
+    assert Checkpoints(run).best() is None
+    assert {name.split("/")[1] for name in run.store.list("checkpoints")} == {"000025"}
 
 
 def test_half_written_checkpoint_is_never_the_latest(tmp_path: Path) -> None:
