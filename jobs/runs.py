@@ -7,7 +7,9 @@
               phases.json         changes of the mixture, where the spec asks for resampling
               model/ or adapter/  the result
               best/               that of the best checkpoint, where it is not the last
-              metrics.jsonl       one row a step
+              metrics.jsonl       one row a step, some seconds after it
+              tensorboard/        the same as event files
+              tracking.txt        what MLflow or W&B did not take
               done.json           written last
 """
 
@@ -19,6 +21,8 @@ import math
 import shutil
 import subprocess
 import tempfile
+import uuid
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -49,6 +53,11 @@ class Run:
         """Folder of the result, below the run."""
         return "adapter" if self.spec.model.tune == "lora" else "model"
 
+    @property
+    def id(self) -> str:
+        """Of this beginning of the run, for trackers; another after `overwrite`."""
+        return str(json.loads(self.store.read(SPEC))["id"])
+
     def begin(self, data: dict[str, Any]) -> bool:
         """Claims the folder for this spec and these `data` (plain, as JSON has it); False if the run is finished.
 
@@ -68,7 +77,8 @@ class Run:
                 )
         self.store.ensure_bucket()
         self.store.delete_tree("")
-        self.store.write(SPEC, _json(identity | {"versions": versions(), "revision": revision()}))
+        facts = {"id": uuid.uuid4().hex, "versions": versions(), "revision": revision()}
+        self.store.write(SPEC, _json(identity | facts))
         return True
 
     def step(self) -> int:
@@ -92,7 +102,7 @@ class Run:
 
     def finish(self, summary: dict[str, Any], metrics: list[dict[str, Any]]) -> None:
         """Makes the end of the run known. The result is in place by now."""
-        self.store.write(METRICS, _lines(metrics))
+        self.store.write(METRICS, to_lines(metrics))
         self.store.write(DONE, _json(summary))
         self.store.delete_tree("checkpoints")
         self.store.delete(LATEST)
@@ -128,7 +138,7 @@ class Checkpoints:
         """Uploads a checkpoint with the metrics so far, names it the latest, and deletes what need not be kept."""
         path = f"checkpoints/{step:06d}"
         rows = [row for row in list(self.metrics) if row["step"] < step]  # training may have gone on
-        (folder / METRICS).write_bytes(_lines(rows))
+        (folder / METRICS).write_bytes(to_lines(rows))
         self._store.delete_tree(path)
         self._store.upload_tree(folder, path)
         state: dict[str, Any] = {"step": step, "path": path}
@@ -201,7 +211,8 @@ def read_rows(lines: bytes) -> list[dict[str, Any]]:
     return [{name: math.nan if value is None else value for name, value in row.items()} for row in rows]
 
 
-def _lines(rows: list[dict[str, Any]]) -> bytes:
+def to_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    """For `metrics.jsonl`."""
     finite = (
         {name: value if isinstance(value, str) or math.isfinite(value) else None for name, value in row.items()}
         for row in rows

@@ -68,6 +68,19 @@ class CheckpointConfig(Config):
     it in `best/` if it is not the last. Accuracy in training, not on held-out data."""
 
 
+class TrackingConfig(Config):
+    """Where the numbers of every step go, besides `metrics.jsonl` and Ray's own metrics."""
+
+    tensorboard: bool = True
+    """Event files in `{root}/{name}/tensorboard/`."""
+    mlflow: str | None = None
+    """Tracking URI of MLflow; credentials come from its environment variables, on the workers."""
+    wandb: bool = False
+    """Weights & Biases; key, entity and mode come from its environment variables, on the workers."""
+    project: str = "rzen"
+    """Experiment of MLflow, project of W&B."""
+
+
 class RunConfig(Config):
     """Where a training run lives: `{root}/{name}/`."""
 
@@ -79,6 +92,8 @@ class RunConfig(Config):
     """A run of this name with other settings is refused (`false`) or deleted and begun anew (`true`)."""
     log_every_steps: PositiveInt = 10
     """One line of progress every so many steps, where there is no terminal for a bar."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Where else the numbers go."""
 
 
 class ModelRef(Config):

@@ -26,6 +26,7 @@ from jobs.models import is_published, publish_folder
 from jobs.progress import Board, say
 from jobs.runs import Run
 from jobs.spec import TrainSpec
+from jobs.tracking import UNTRACKED, check_tracking
 from jobs.worker import train_worker
 from pipelines.errors import UserError
 from pipelines.plan import Plan, build_plan
@@ -98,6 +99,7 @@ def prepare(spec: TrainSpec) -> Prepared | None:
     )
     plan.check_world_size(spec.cluster.workers)
     _check_models(spec)
+    check_tracking(spec.run.tracking)
     run = Run(spec)
     if not run.begin({"data": reader.fingerprints(plan)} | plan.describe()):
         say(f"  {run.store.url}: finished before")
@@ -162,6 +164,8 @@ def fit(prepared: Prepared, board: Any, abandoned: Event) -> None:
         try:
             _trainer(prepared, stop, board).fit()
             if stop == prepared.plan.num_steps:
+                if run.store.exists(UNTRACKED):
+                    say(f"  {spec.name}: {run.store.read(UNTRACKED).decode().strip()}", "yellow")
                 return
             continue
         except (TrainingFailedError, RayError) as error:

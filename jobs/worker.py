@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from ray.util.metrics import Gauge
 from jobs.encoder import backbone_url
 from jobs.models import checkpoint_folder, local_folder, publish_folder
 from jobs.runs import BEST, Checkpoints
+from jobs.tracking import Tracker
 
 if TYPE_CHECKING:
     from rzen.training.telemetry import Row
@@ -28,11 +30,15 @@ def train_worker(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     checkpoints = Checkpoints(run)
+    trackers: list[Tracker] = []
     gauges = {
         name: Gauge(f"rzen_{name}", metric.description, ("run", "source", "task")) for name, metric in METRICS.items()
     }
 
     def on_metrics(row: Row) -> None:
+        if not trackers:  # by now the rows before are known
+            trackers.append(tracking.enter_context(closing(Tracker(run, checkpoints.metrics))))
+        trackers[0].log(row)
         checkpoints.metrics.append(row)
         labels = {"run": spec.name, "source": str(row["source"]), "task": str(row["task"])}
         for name, gauge in gauges.items():
@@ -41,36 +47,37 @@ def train_worker(config: dict[str, Any]) -> None:
 
     with tempfile.TemporaryDirectory(prefix="rzen-result-") as scratch:
         output = Path(scratch, "result")
-        train_stage(
-            Stage(
-                model=spec.model,
-                objective=spec.objective,
-                optim=spec.optim,
-                num_steps=plan.num_steps,
-                seed=spec.seed,
-                checkpoint_every_steps=spec.checkpoint.every_steps,
-                plan_fingerprint=plan.fingerprint(),
-                chunk_tokens=spec.cluster.chunk_tokens,
-                stop=stop,
-            ),
-            backbone_dir=checkpoint_folder(backbone_url(run), run.endpoint),
-            init_adapter=Path(local_folder(spec.init_adapter, run.endpoint)) if spec.init_adapter else None,
-            tasks=prepared.tasks,
-            batches=lambda start: batches(
-                ray.train.get_dataset_shard(SHARD),
-                plan.until(stop),
-                rank=rank,
-                world_size=world_size,
-                start=start,
-                max_bad_fraction=spec.data.max_bad_fraction,
-                prefetch=spec.feed.prefetch_tasks,
-            ),
-            checkpoints=checkpoints,
-            output=output,
-            on_metrics=on_metrics,
-            preempted=lambda: ray.train.get_preemption_info() is not None,
-            num_threads=spec.cluster.threads_per_worker,
-        )
+        with ExitStack() as tracking:
+            train_stage(
+                Stage(
+                    model=spec.model,
+                    objective=spec.objective,
+                    optim=spec.optim,
+                    num_steps=plan.num_steps,
+                    seed=spec.seed,
+                    checkpoint_every_steps=spec.checkpoint.every_steps,
+                    plan_fingerprint=plan.fingerprint(),
+                    chunk_tokens=spec.cluster.chunk_tokens,
+                    stop=stop,
+                ),
+                backbone_dir=checkpoint_folder(backbone_url(run), run.endpoint),
+                init_adapter=Path(local_folder(spec.init_adapter, run.endpoint)) if spec.init_adapter else None,
+                tasks=prepared.tasks,
+                batches=lambda start: batches(
+                    ray.train.get_dataset_shard(SHARD),
+                    plan.until(stop),
+                    rank=rank,
+                    world_size=world_size,
+                    start=start,
+                    max_bad_fraction=spec.data.max_bad_fraction,
+                    prefetch=spec.feed.prefetch_tasks,
+                ),
+                checkpoints=checkpoints,
+                output=output,
+                on_metrics=on_metrics,
+                preempted=lambda: ray.train.get_preemption_info() is not None,
+                num_threads=spec.cluster.threads_per_worker,
+            )
         if rank == 0 and stop == plan.num_steps:
             publish_folder(output, run.store.child(run.result))
             if (best := output.with_name(BEST)).is_dir():
