@@ -94,9 +94,12 @@ class Oracle:
             per_width.append((1 - share) * sum(forth) / OWN + share * sum(back) / OWN)
         return sum(per_width) / len(per_width)
 
+    def cut(self, vectors: Tensor, dims: int) -> Tensor:
+        return vectors[:, :dims] if self.fault == "widths not normalised" else cut(vectors, dims)
+
     def columns(self, batch: Batch, i: int, dims: int) -> tuple[Column, list[Column]]:
         """The positive of query i, and everything else it meets."""
-        queries, targets, mined = (cut(part, dims) for part in (batch.queries, batch.targets, batch.mined))
+        queries, targets, mined = (self.cut(part, dims) for part in (batch.queries, batch.targets, batch.mined))
         content = batch.ids or list(range(ALL))
         hardness = self.config.hardness
 
@@ -105,21 +108,23 @@ class Oracle:
 
         positive = column("targets", queries[i] @ targets[i], i)
         others = [column("targets", queries[i] @ targets[j], j) for j in range(ALL) if j != i]
+        with_itself = self.fault == "a row is its own negative"
         if "queries" in self.config.same_side:
-            others += [column("queries", queries[i] @ queries[j], j) for j in range(ALL) if j != i]
+            others += [column("queries", queries[i] @ queries[j], j) for j in range(ALL) if j != i or with_itself]
         if "targets" in self.config.same_side:
-            others += [column("same targets", targets[i] @ targets[j], j) for j in range(ALL) if j != i]
+            others += [column("same targets", targets[i] @ targets[j], j) for j in range(ALL) if j != i or with_itself]
         if batch.owners is not None:
             shared, weights = self.config.mined.shared, self.config.mined.hardness
             for m, owner in enumerate(batch.owners):
-                if owner == i or (owner >= 0 and shared):
+                mine = i + 1 if self.fault == "mined for the next query" else i
+                if owner == mine or (owner >= 0 and shared):
                     key = batch.mined[m].detach()
                     others.append(Column("mined", queries[i] @ mined[m], key, None, weights))
         return positive, others
 
     def columns_back(self, batch: Batch, i: int, dims: int) -> tuple[Column, list[Column]]:
         """The query of target i, and all other queries."""
-        queries, targets = (cut(part, dims) for part in (batch.queries, batch.targets))
+        queries, targets = (self.cut(part, dims) for part in (batch.queries, batch.targets))
         content = batch.ids or list(range(ALL))
         found = [
             Column("targets", targets[i] @ queries[j], batch.targets[j].detach(), content[j], self.config.hardness)
@@ -284,6 +289,9 @@ FAULTS: dict[str, dict[str, Any]] = {
     "own rows from zero": {},
     "copies stay": {},
     "likeness to the query": {},
+    "mined for the next query": {"mined": MinedConfig(shared=False)},
+    "a row is its own negative": {"same_side": ["queries", "targets"]},
+    "widths not normalised": {"matryoshka": [2, 4]},
     "margin from zero": {"margin": 0.05, "false_negatives": None},
     "mean over dropped too": {"hardness": HardnessConfig(normalized=True)},
 }
