@@ -14,8 +14,8 @@ that what it does to embed in mini-batches costs a copy. Its mini-batches have a
 Each run is a process of its own that first warms up, on a CPU with few rows and on a GPU with all. The ways take turns,
 so that a slow minute hits all of them, and ratios are to `all at once` of the same turn and options. Memory is what the
 process (on a GPU: the allocator) holds at most beyond the inputs; the gradients of the inputs are part of it. A process
-keeps freed blocks of less than 32 MiB, so that small sizes look larger than they are. Where all at once does not fit, it
-is left out. Nothing else should run on the machine.
+keeps freed blocks of less than 32 MiB, so that small sizes look larger than they are. Where all at once does not fit,
+it is left out. Nothing else should run on the machine.
 """
 
 from __future__ import annotations
