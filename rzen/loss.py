@@ -184,13 +184,8 @@ class _Tiles(torch.autograd.Function):
         gradients = [
             torch.zeros_like(part) if need else None for part, need in zip((tau, *vectors), needed, strict=True)
         ]
-        losses, sums = zip(
-            *(
-                _tile(work, slice(start, min(start + tile, num_rows)), tau, vectors, gradients)
-                for start in range(0, num_rows, tile)
-            ),
-            strict=True,
-        )
+        tiles = [slice(start, min(start + tile, num_rows)) for start in range(0, num_rows, tile)]
+        losses, sums = zip(*[_tile(work, rows, tau, vectors, gradients) for rows in tiles], strict=True)
         ctx.save_for_backward(*gradients)
         total = torch.stack(sums).sum(dim=0)
         ctx.mark_non_differentiable(total)
@@ -215,6 +210,7 @@ def _tile(
         for first in range(0, len(sides), num_pools)
     ]
     wanted = any(gradient is not None for gradient in gradients)
+    # Leaves of a graph of their own, which ends with this tile.
     tau = tau.detach().requires_grad_(wanted)
     scores = [scores_RC.requires_grad_(wanted) for scores_RC in scores]
     with torch.set_grad_enabled(wanted):

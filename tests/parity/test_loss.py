@@ -305,6 +305,28 @@ def test_the_double_loop_catches_planted_faults(fault: str) -> None:
     assert distance(evaluate(made, data, step), expected(made, data, fault=fault)) > 1e-2
 
 
+def test_the_gradient_is_that_of_whatever_follows_the_loss() -> None:
+    """Which the tiles do not know yet when they take theirs; nor do they take what nobody asks for."""
+    data = batch(IDS)
+    objective = Objective(config(tile_rows=2), TASKS).double()
+    leaves = [data.queries, data.targets, objective.theta_T]
+
+    def loss_of(targets: Tensor) -> Tensor:
+        ids = torch.tensor(IDS)
+        return objective(data.own, targets, "text_image", positive_offset=OFFSET, step=10, target_ids_N=ids)[0]
+
+    loss = loss_of(data.targets)
+    plain = torch.autograd.grad(loss, leaves, retain_graph=True)
+    squared = torch.autograd.grad(loss**2, leaves)
+    for once, twice in zip(plain, squared, strict=True):
+        torch.testing.assert_close(twice, 2 * loss.detach() * once, rtol=1e-12, atol=0)
+    with torch.no_grad():
+        assert torch.equal(loss_of(data.targets), loss)
+    objective.requires_grad_(False)
+    (frozen,) = torch.autograd.grad(loss_of(data.targets.detach()), data.queries)
+    assert torch.equal(frozen, plain[0])
+
+
 @dataclass
 class Line:
     """Pairs whose loss is chosen by tau: each query points to its target, or away from it."""

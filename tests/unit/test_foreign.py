@@ -349,6 +349,18 @@ def published(tmp_path: Path, files: dict[str, bytes], mapping: SourceMapping = 
     return Reader(DataConfig(root=str(tmp_path / "out")))
 
 
+def test_a_relevance_is_read_from_shards_in_place_and_pairs_without_one_are_left_out(tmp_path: Path) -> None:
+    scores = {"a": b"2", "b": b'"high"', "c": b"null", "d": b"-0.5"}
+    files = [
+        entry
+        for key, score in scores.items()
+        for entry in ((f"{key}.txt", b"q"), (f"{key}.json", b'{"other": "p", "score": ' + score + b"}"))
+    ]
+    reader = published(tmp_path, {"0.tar": make_tar(files)}, SourceMapping.model_validate(GRADED))
+    assert [(sample.key, sample.relevance) for sample, _ in reader.raw("s", range(2))] == [("a", 2.0), ("d", -0.5)]
+    assert reader.sizes() == {"s": 2}
+
+
 def test_indexed_shards_are_read_in_place_by_range(tmp_path: Path) -> None:
     odd = [("a.b/x.txt", b"no picture"), ("README", b"between"), *pairs(3, "deep/er/")]
     reader = published(tmp_path, {"0.tar": make_tar(pairs(4)), "1.tar": make_tar(odd, tarfile.PAX_FORMAT)})
