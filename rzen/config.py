@@ -166,7 +166,7 @@ class ObjectiveConfig(Config):
     matryoshka: list[PositiveInt] = Field(default=[])
     """Widths below the full one at which the first numbers of a vector are to be a vector of their own: the loss is the
     mean over these and the full width (Kusupati et al., arXiv 2205.13147)."""
-    tile_rows: PositiveInt | None = 1024
+    tile_rows: PositiveInt | None = 512
     """Score so many queries of a worker at a time against all columns: memory of tile_rows x columns in place of all
     queries x columns, no more work, and the same numbers. `null`: all at once. Our choice."""
 
