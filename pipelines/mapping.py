@@ -7,6 +7,7 @@ of a JSON member: `txt`, `left.jpg`, `json:caption`, `json:meta.title`. With `|`
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
@@ -90,12 +91,15 @@ class SourceMapping(Config):
     """Put before the query, in stages with instructions; `{member: json:prompt}` reads it from each sample."""
     target_instruction: str | FromMember = ""
     """Put before the targets, in stages with instructions."""
+    relevance: TextSelector | None = Field(default=None, exclude_if=lambda selector: selector is None)
+    """Member, or field of a JSON member, with a finite number: how well the positive answers the query. The source is
+    then trained on the order of these numbers."""
 
     def selection(self) -> dict[str, Any]:
         """What decides which samples are usable and what their targets are: an index depends on nothing else of it."""
         instructions = {"instruction", "target_instruction"}
         constant = {name for name in instructions if isinstance(getattr(self, name), str)}
-        return self.model_dump(include={"query", "positive", "negatives", *instructions} - constant)
+        return self.model_dump(include={"query", "positive", "negatives", "relevance", *instructions} - constant)
 
 
 class SampleMapper:
@@ -114,7 +118,8 @@ class SampleMapper:
     def sample(self, key: str, members: Mapping[str, bytes], origin: str = "") -> Sample:
         """The sample, without `target_sha256`.
 
-        Raises `BadMedia`: missing_member, missing_field, empty_text, empty_file, not_text, not_utf8, bad_json.
+        Raises `BadMedia`: missing_member, missing_field, empty_text, empty_file, not_text, not_a_number, not_utf8,
+        bad_json.
         """
         mapping = self._mapping
         return Sample(
@@ -127,6 +132,7 @@ class SampleMapper:
             instruction=_instruction(mapping.instruction, members),
             target_instruction=_instruction(mapping.target_instruction, members),
             origin=origin,
+            relevance=_number(mapping.relevance, members) if mapping.relevance else None,
         )
 
 
@@ -160,6 +166,17 @@ def _instruction(instruction: str | FromMember, members: Mapping[str, bytes]) ->
     if isinstance(instruction, str):
         return instruction
     return _text(_found(instruction.member, members), instruction.member)
+
+
+def _number(selector: str, members: Mapping[str, bytes]) -> float:
+    value = _found(selector, members)
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise BadMedia("not_a_number", f"{selector} is {str(value)[:40]!r}")
+    return number
 
 
 def _media(selector: str, members: Mapping[str, bytes]) -> Media:

@@ -42,8 +42,9 @@ class Sample:
 
     `source` is the data set (a global batch is drawn from one), `task` owns a temperature. `instruction` goes with
     the query and `target_instruction` with the targets, in stages that use instructions. `target_sha256` identifies
-    the content of the positive (text and bytes), so that duplicates can be told apart from negatives.
-    `origin` says where the sample came from (file, and page or line in it).
+    the content of the positive (text and bytes), so that duplicates can be told apart from negatives. `relevance` says
+    how well the positive answers the query, any finite number, in data sets that grade their pairs (as STS does, 0 to
+    5); only its order counts. `origin` says where the sample came from (file, and page or line in it).
     """
 
     key: str
@@ -56,14 +57,18 @@ class Sample:
     target_instruction: str = ""
     target_sha256: str = ""
     origin: str = ""
+    relevance: float | None = None
 
     def sides(self) -> tuple[Side, ...]:
         """Query, positive, then the negatives."""
         return (self.query, self.positive, *self.negatives)
 
     def to_json(self) -> bytes:
-        """UTF-8 JSON with sorted keys: equal samples give equal bytes."""
-        return json.dumps(asdict(self), ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
+        """UTF-8 JSON with sorted keys: equal samples give equal bytes. Without a relevance it is not named."""
+        fields = asdict(self)
+        if self.relevance is None:
+            del fields["relevance"]
+        return json.dumps(fields, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
 
     @classmethod
     def from_json(cls, data: bytes | str) -> Sample:

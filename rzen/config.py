@@ -94,20 +94,24 @@ class TemperatureConfig(Config):
     """Learning rate of theta relative to the model's. Our choice; theta has no weight decay."""
 
     @model_validator(mode="after")
-    def _ordered(self) -> TemperatureConfig:
+    def _possible(self) -> TemperatureConfig:
         if not self.minimum <= self.initial <= self.maximum:
             raise ValueError(f"initial={self.initial} must lie in [minimum={self.minimum}, maximum={self.maximum}]")
+        if self.learnable and self.minimum == self.maximum:
+            raise ValueError(
+                f"minimum and maximum are both {self.minimum}, which leaves nothing to learn; set learnable: false"
+            )
         return self
 
 
 class FalseNegativeConfig(Config):
     """False-negative elimination: negative i is dropped where cos(k_i, k+) exceeds the threshold (paper, section 3)."""
 
-    threshold: Annotated[float, Field(gt=-1, le=1)] = 0.95
+    threshold: Annotated[float, Field(gt=-1, lt=1)] = 0.95
     """Cosine above which a negative counts as a copy of the positive (paper)."""
     warmup_steps: NonNegativeInt = 100
     """Steps before the rule applies: an untrained model finds every pair alike and would drop them all. Our choice."""
-    max_dropped_fraction: Fraction = 0.5
+    max_dropped_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
     """At most this share of a query's negatives is dropped, the most similar first. Our choice."""
 
 
@@ -134,7 +138,10 @@ class MinedConfig(Config):
 
 
 class ObjectiveConfig(Config):
-    """InfoNCE with the recipe's additions, and others by choice. All compose; raw loss values are not comparable."""
+    """InfoNCE with the recipe's additions, and others by choice. All compose; raw loss values are not comparable.
+
+    Pairs with a `relevance` are trained on its order (CoSENT) by the temperature and `matryoshka` alone.
+    """
 
     hardness: HardnessConfig | None = HardnessConfig()
     """Weights of in-batch negatives; `null`: all 1 (stage 1)."""
@@ -147,7 +154,7 @@ class ObjectiveConfig(Config):
     copies: Literal["drop", "positive"] = "drop"
     """Other targets of the batch with the content of the positive: left out, or positives too, with the mean of the
     losses of a query's positives."""
-    margin: NonNegativeFloat | None = None
+    margin: Annotated[float, Field(ge=0, lt=2)] | None = None
     """Drop negatives with s > s(q, k+) + margin: too good to be negative (Qwen3-Embedding has 0.1)."""
     focal_gamma: Annotated[float, Field(ge=1)] | None = None
     """Weigh each query by (1 - p)^gamma, p the probability of its positive: queries that are right already count less
@@ -159,14 +166,18 @@ class ObjectiveConfig(Config):
     matryoshka: list[PositiveInt] = Field(default=[])
     """Widths below the full one at which the first numbers of a vector are to be a vector of their own: the loss is the
     mean over these and the full width (Kusupati et al., arXiv 2205.13147)."""
-    tile_rows: PositiveInt | None = None
-    """Score so many queries at a time against all columns and recompute them in the backward pass: memory of
-    tile_rows x columns in place of queries x columns. The numbers do not change. `null`: all at once."""
+    tile_rows: PositiveInt | None = 512
+    """Score so many queries of a worker at a time against all columns: memory of tile_rows x columns in place of all
+    queries x columns, no more work, and the same numbers. `null`: all at once. Our choice."""
 
     @model_validator(mode="after")
     def _compatible(self) -> ObjectiveConfig:
         if len(set(self.same_side)) < len(self.same_side) or len(set(self.matryoshka)) < len(self.matryoshka):
             raise ValueError("same_side and matryoshka must not name anything twice")
+        if self.symmetric == 1 and self.same_side:
+            raise ValueError(
+                "same_side adds to query -> targets, of which symmetric: 1 leaves nothing; lower symmetric"
+            )
         return self
 
 

@@ -30,7 +30,9 @@ def gather_with_gradient(x_BD: Tensor) -> Tensor:
 
 
 def gather_ids(ids_B: Tensor) -> Tensor:
-    """Integer ids of all ranks in rank order, `[W*B]`. A collective; raises `ValueError` where B differs."""
+    """Ids, or other numbers without gradient, of all ranks in rank order, `[W*B]`. A collective; raises `ValueError`
+    where B differs.
+    """
     if not _distributed():
         return ids_B
     _check_equal_rows(ids_B)

@@ -5,7 +5,7 @@
                               {"file", "caption"}                 text -> medium; "page" for PDFs, from zero
                               {"query_file", "query", "file"}     composed retrieval: medium + text -> medium
                               {"query", "positive"}               text -> text
-                            each with optional "source", "task", "instruction"
+                            each with optional "source", "task", "instruction", "relevance"
     report.pdf              without captions: a passage of each page's own text layer -> that page
 
 A caption of a PDF without "page" belongs to page 0. Hidden files and folders are left alone.
@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import FiniteFloat, ValidationError
 
 from pipelines.adapters.passages import choose_passages
 from pipelines.config import Config, MediaConfig, NonNegativeInt
@@ -72,9 +72,10 @@ class _Line(Config):
     source: str | None = None
     task: str | None = None
     instruction: str | None = None
+    relevance: FiniteFloat | None = None
 
 
-_OPTIONS = {"source", "task", "instruction"}
+_OPTIONS = {"source", "task", "instruction", "relevance"}
 _FORMS = ({"file", "caption"}, {"file", "caption", "page"}, {"query_file", "query", "file"}, {"query", "positive"})
 
 

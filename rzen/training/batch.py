@@ -33,6 +33,8 @@ class EncodedPairs:
     """[B], how many of them each query has."""
     keys: tuple[str, ...]
     """[B], `source/key` of each sample, for messages."""
+    relevance: npt.NDArray[np.float64]
+    """[B], how well each target answers its query; NaN for pairs that are not graded."""
 
     def __len__(self) -> int:
         return len(self.target_ids)
@@ -45,19 +47,25 @@ class PairEncoder:
     processor: Processor
 
     def sample(self, decoded: DecodedSample) -> EncodedPairs:
-        """One pair. Raises `BadMedia` for a shape that the backbone cannot take, `UserError` without content hash."""
+        """One pair. Raises `BadMedia` for a shape that the backbone cannot take, `UserError` without content hash.
+
+        Negatives of a graded pair are left out: it is not contrasted.
+        """
         place = f"{decoded.sample.source}/{decoded.sample.key}"
         sha256 = decoded.sample.target_sha256
         if not sha256:
             # With one id for all, every target would count as a copy of every positive, and the loss would be zero.
             raise UserError(place, "has no target_sha256", "ingest its source again")
+        relevance = decoded.sample.relevance
+        negatives = decoded.negatives if relevance is None else ()
         return EncodedPairs(
             queries=self.processor.encode([decoded.query]),
             targets=self.processor.encode([decoded.positive]),
             target_ids=np.array([int.from_bytes(bytes.fromhex(sha256)[:8], signed=True)], np.int64),
-            negatives=self.processor.encode(decoded.negatives) if decoded.negatives else None,
-            negative_counts=np.array([len(decoded.negatives)], np.int64),
             keys=(place,),
+            negatives=self.processor.encode(negatives) if negatives else None,
+            negative_counts=np.array([len(negatives)], np.int64),
+            relevance=np.array([relevance], np.float64),  # None becomes NaN
         )
 
     def collate(self, pairs: Sequence[EncodedPairs]) -> EncodedPairs:
@@ -70,6 +78,7 @@ class PairEncoder:
             negatives=EncodedBatch.concat(negatives) if negatives else None,
             negative_counts=np.concatenate([pair.negative_counts for pair in pairs]),
             keys=tuple(key for pair in pairs for key in pair.keys),
+            relevance=np.concatenate([pair.relevance for pair in pairs]),
         )
 
 

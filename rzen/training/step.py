@@ -33,6 +33,8 @@ class Learner(nn.Module):
         self.embedder = embedder
         self.objective = objective
         self.chunk_tokens = chunk_tokens
+        backbone: Any = embedder.backbone
+        objective.widths(backbone.config.get_text_config().hidden_size)  # refuses a wider one before the first batch
 
     def forward(
         self, pairs: EncodedPairs, blocks: Sequence[tuple[str, int]], step: int
@@ -46,13 +48,16 @@ class Learner(nn.Module):
         counts_N = gather_ids(torch.tensor(pairs.negative_counts, device=targets_BD.device))
         negatives_BKD = _placed(mined, pairs.negative_counts, int(counts_N.max()), targets_BD)
         ids_B = torch.tensor(pairs.target_ids, device=targets_BD.device)
+        relevance_N = gather_ids(torch.tensor(pairs.relevance, device=targets_BD.device))
+        graded = not bool(relevance_N.isnan().all())
         rank = dist.get_rank() if dist.is_initialized() else 0
         gathered = {
             "targets": gather_with_gradient(targets_BD),
             "ids": gather_ids(ids_B),
             "counts": counts_N,
             "negatives": gather_with_gradient(negatives_BKD) if negatives_BKD.shape[1] else None,
-            "queries": gather_with_gradient(queries_BD) if self.objective.needs_queries else None,
+            "queries": gather_with_gradient(queries_BD) if graded or self.objective.needs_queries else None,
+            "relevance": relevance_N if graded else None,
         }
         losses: list[Tensor] = []
         stats: list[dict[str, Tensor]] = []
@@ -72,6 +77,7 @@ class Learner(nn.Module):
                 queries_ND=block["queries"],
                 mined=_mined(block["negatives"], block["counts"]),
                 target_ids_N=block["ids"],
+                relevance_N=block["relevance"],
             )
             losses.append(loss)
             stats.append(block_stats)

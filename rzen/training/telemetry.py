@@ -24,7 +24,7 @@ class Metric:
 
 METRICS = {
     "loss": Metric("of the objective, mean over ranks; not comparable across its options"),
-    "accuracy": Metric("queries whose positive beats every kept negative of the global batch", "fraction"),
+    "accuracy": Metric("queries whose positive beats every kept negative; of graded pairs, those in order", "fraction"),
     "temperature": Metric("tau of the step's task"),
     "dropped_fraction": Metric("negatives dropped as copies, false negatives or by the margin", "fraction"),
     "effective_fraction": Metric("kept negatives that weigh in, by their hardness weights (Kish)", "fraction"),

@@ -15,7 +15,7 @@ from rzen.loss import Mined, Objective
 from tests.gloo import run_workers
 
 ROWS, NEGATIVES, INPUT, WIDTH = 12, 6, 7, 5
-FAULTS = ("gather detached", "loss times ranks")
+FAULTS = ("gather detached", "gradient averaged in the gather", "positives of rank 0", "loss times ranks")
 CONFIG = ObjectiveConfig(
     false_negatives=FalseNegativeConfig(threshold=0.5, warmup_steps=0, max_dropped_fraction=0.25),
     temperature=TemperatureConfig(initial=0.1),
@@ -50,11 +50,14 @@ def one_step(part: dict[str, Tensor], rank: int, fault: str = "") -> dict[str, T
     offset = rank * len(targets)
     if fault == "gather detached":  # the usual mistake: only the own rows keep their gradient
         gathered = torch.cat([gathered[:offset].detach(), targets, gathered[offset + len(targets) :].detach()])
+    if fault == "gradient averaged in the gather":  # data parallelism averages already
+        share = 1 / dist.get_world_size()
+        gathered = share * gathered + (1 - share) * gathered.detach()
     loss, stats = objective(
         queries,
         gathered,
         "b",
-        positive_offset=offset,
+        positive_offset=0 if fault == "positives of rank 0" else offset,
         step=0,
         mined=Mined(gather_with_gradient(negatives), torch.zeros(NEGATIVES, dtype=torch.int64)),
         target_ids_N=gather_ids(part["ids"]),
@@ -105,6 +108,11 @@ def test_workers_equal_one_process(world_size: int) -> None:
         detached = relative_errors([result["gather detached"] for result in results], expected)
         assert detached["loss"] < 1e-12  # invisible in the loss curve
         assert min(detached["targets"], detached["encoder"]) > 0.05
+        averaged = relative_errors([result["gradient averaged in the gather"] for result in results], expected)
+        assert averaged["loss"] < 1e-12
+        assert min(averaged["targets"], averaged["encoder"]) > 0.05
+        misplaced = relative_errors([result["positives of rank 0"] for result in results], expected)
+        assert min(misplaced["queries"], misplaced["encoder"]) > 0.05
         scaled = relative_errors([result["loss times ranks"] for result in results], expected)
         assert min(scaled["encoder"], scaled["theta"]) > 0.5
 

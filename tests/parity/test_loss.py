@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 from torch.nn.functional import normalize
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pipelines.errors import UserError
 from rzen.config import FalseNegativeConfig, HardnessConfig, MinedConfig, ObjectiveConfig, TemperatureConfig
-from rzen.loss import Mined, Objective
+from rzen.loss import Mined, Objective, cosent
 
 RULE = FalseNegativeConfig(threshold=0.2, warmup_steps=10, max_dropped_fraction=0.3)
 NO_CAP = FalseNegativeConfig(threshold=0.2, warmup_steps=10, max_dropped_fraction=1.0)
@@ -82,16 +86,20 @@ class Oracle:
     def loss(self, batch: Batch, theta: Tensor) -> Tensor:
         tau = torch.exp(theta)
         per_width = []
+        first = 0 if self.fault == "own rows from zero" else OFFSET
         for dims in [*self.config.matryoshka, WIDTH]:
-            forth = [self.row(*self.columns(batch, i, dims), tau) for i in range(OFFSET, OFFSET + OWN)]
+            forth = [self.row(*self.columns(batch, i, dims), tau) for i in range(first, first + OWN)]
             back = [self.row(*self.columns_back(batch, i, dims), tau) for i in range(OFFSET, OFFSET + OWN)]
             share = self.config.symmetric
             per_width.append((1 - share) * sum(forth) / OWN + share * sum(back) / OWN)
         return sum(per_width) / len(per_width)
 
+    def cut(self, vectors: Tensor, dims: int) -> Tensor:
+        return vectors[:, :dims] if self.fault == "widths not normalised" else cut(vectors, dims)
+
     def columns(self, batch: Batch, i: int, dims: int) -> tuple[Column, list[Column]]:
         """The positive of query i, and everything else it meets."""
-        queries, targets, mined = (cut(part, dims) for part in (batch.queries, batch.targets, batch.mined))
+        queries, targets, mined = (self.cut(part, dims) for part in (batch.queries, batch.targets, batch.mined))
         content = batch.ids or list(range(ALL))
         hardness = self.config.hardness
 
@@ -100,21 +108,23 @@ class Oracle:
 
         positive = column("targets", queries[i] @ targets[i], i)
         others = [column("targets", queries[i] @ targets[j], j) for j in range(ALL) if j != i]
+        with_itself = self.fault == "a row is its own negative"
         if "queries" in self.config.same_side:
-            others += [column("queries", queries[i] @ queries[j], j) for j in range(ALL) if j != i]
+            others += [column("queries", queries[i] @ queries[j], j) for j in range(ALL) if j != i or with_itself]
         if "targets" in self.config.same_side:
-            others += [column("same targets", targets[i] @ targets[j], j) for j in range(ALL) if j != i]
+            others += [column("same targets", targets[i] @ targets[j], j) for j in range(ALL) if j != i or with_itself]
         if batch.owners is not None:
             shared, weights = self.config.mined.shared, self.config.mined.hardness
             for m, owner in enumerate(batch.owners):
-                if owner == i or (owner >= 0 and shared):
+                mine = i + 1 if self.fault == "mined for the next query" else i
+                if owner == mine or (owner >= 0 and shared):
                     key = batch.mined[m].detach()
                     others.append(Column("mined", queries[i] @ mined[m], key, None, weights))
         return positive, others
 
     def columns_back(self, batch: Batch, i: int, dims: int) -> tuple[Column, list[Column]]:
         """The query of target i, and all other queries."""
-        queries, targets = (cut(part, dims) for part in (batch.queries, batch.targets))
+        queries, targets = (self.cut(part, dims) for part in (batch.queries, batch.targets))
         content = batch.ids or list(range(ALL))
         found = [
             Column("targets", targets[i] @ queries[j], batch.targets[j].detach(), content[j], self.config.hardness)
@@ -125,15 +135,18 @@ class Oracle:
     def row(self, positive: Column, others: list[Column], tau: Tensor) -> Tensor:
         rule = self.config.false_negatives if self.step >= 10 else None
         copies = [column for column in others if column.content is not None and column.content == positive.content]
-        dropped = {id(column) for column in copies}
+        dropped = set() if self.fault == "copies stay" else {id(column) for column in copies}
         if rule is not None:
             like = {id(column): float(column.key @ positive.key) for column in others}
-            like |= {id(column): math.inf for column in copies}
+            if self.fault == "likeness to the query":
+                like = {id(column): float(column.score.detach()) for column in others}
+            if self.fault != "copies stay":
+                like |= {id(column): math.inf for column in copies}
             cap = len(others) if self.fault == "no cap" else int(rule.max_dropped_fraction * len(others))
             most_alike = sorted(others, key=lambda column: -like[id(column)])[:cap]
             dropped |= {id(column) for column in most_alike if like[id(column)] > rule.threshold}
         if self.config.margin is not None:
-            most = float(positive.score.detach()) + self.config.margin
+            most = (0 if self.fault == "margin from zero" else float(positive.score.detach())) + self.config.margin
             dropped |= {id(column) for column in others if float(column.score.detach()) > most}
         kept = [column for column in others if id(column) not in dropped]
         negatives = torch.zeros((), dtype=torch.float64)
@@ -142,7 +155,9 @@ class Oracle:
             weights = [self.weight(column, tau) for column in group]
             hardness = group[0].hardness
             if hardness is not None and hardness.normalized:
-                mean = sum(weights) / len(weights)
+                counted = others if self.fault == "mean over dropped too" else group
+                of_pool = [self.weight(column, tau) for column in counted if column.pool == pool]
+                mean = sum(of_pool) / len(of_pool)
                 weights = [weight / mean for weight in weights]
             for weight, column in zip(weights, group, strict=True):
                 negatives = negatives + weight * torch.exp(column.score / tau)
@@ -174,9 +189,9 @@ class Oracle:
         return torch.exp(exponent if flows else exponent.detach())
 
 
-def evaluate(made: ObjectiveConfig, data: Batch, step: int = 10) -> list[Tensor]:
+def evaluate(made: ObjectiveConfig, data: Batch, step: int = 10, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     """Our loss, and its gradients by queries, targets, mined negatives and theta."""
-    objective = Objective(made, TASKS).double()
+    objective = Objective(made, TASKS).to(dtype)
     mined = None if data.owners is None else Mined(data.mined, torch.tensor(data.owners))
     loss, _ = objective(
         data.own,
@@ -265,13 +280,112 @@ def test_tiles_change_nothing(options: dict[str, Any], tau: float, tile_rows: in
     assert distance(tiled, whole) < 1e-12
 
 
-@pytest.mark.parametrize(
-    "fault", ["alpha scaled by temperature", "weight not detached", "positive weighted too", "rule too early", "no cap"]
-)
+FAULTS: dict[str, dict[str, Any]] = {
+    "alpha scaled by temperature": {},
+    "weight not detached": {},
+    "positive weighted too": {},
+    "rule too early": {},
+    "no cap": {},
+    "own rows from zero": {},
+    "copies stay": {},
+    "likeness to the query": {},
+    "mined for the next query": {"mined": MinedConfig(shared=False)},
+    "a row is its own negative": {"same_side": ["queries", "targets"]},
+    "widths not normalised": {"matryoshka": [2, 4]},
+    "margin from zero": {"margin": 0.05, "false_negatives": None},
+    "mean over dropped too": {"hardness": HardnessConfig(normalized=True)},
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_the_double_loop_catches_planted_faults(fault: str) -> None:
-    data, made = batch(IDS, OWNERS), config()
+    data, made = batch(IDS, OWNERS), config(**FAULTS[fault])
+    assert distance(evaluate(made, data), expected(made, data)) < 1e-9
     step = 9 if fault == "rule too early" else 10
     assert distance(evaluate(made, data, step), expected(made, data, fault=fault)) > 1e-2
+
+
+def test_the_gradient_is_that_of_whatever_follows_the_loss() -> None:
+    """Which the tiles do not know yet when they take theirs; nor do they take what nobody asks for."""
+    data = batch(IDS)
+    objective = Objective(config(tile_rows=2), TASKS).double()
+    leaves = [data.queries, data.targets, objective.theta_T]
+
+    def loss_of(targets: Tensor) -> Tensor:
+        ids = torch.tensor(IDS)
+        return objective(data.own, targets, "text_image", positive_offset=OFFSET, step=10, target_ids_N=ids)[0]
+
+    loss = loss_of(data.targets)
+    plain = torch.autograd.grad(loss, leaves, retain_graph=True)
+    squared = torch.autograd.grad(loss**2, leaves)
+    for once, twice in zip(plain, squared, strict=True):
+        torch.testing.assert_close(twice, 2 * loss.detach() * once, rtol=1e-12, atol=0)
+    with torch.no_grad():
+        assert torch.equal(loss_of(data.targets), loss)
+    objective.requires_grad_(False)
+    (frozen,) = torch.autograd.grad(loss_of(data.targets.detach()), data.queries)
+    assert torch.equal(frozen, plain[0])
+
+
+@dataclass
+class Line:
+    """Pairs whose loss is chosen by tau: each query points to its target, or away from it."""
+
+    sign: float
+    tau: float
+
+
+LOSSES = {1e-6: Line(1.0, 0.00884), 1e-3: Line(1.0, 0.0195), 1.0: Line(1.0, 0.471), 10.0: Line(-1.0, 0.16)}
+
+
+@pytest.mark.parametrize("tile_rows", [None, 1, 2, 4, 5])
+@pytest.mark.parametrize("size", LOSSES)
+def test_losses_of_all_sizes_keep_their_gradients(size: float, tile_rows: int | None) -> None:
+    """Against the double loop in fp64; fp32 keeps four digits of a loss of 1e-6 and of its gradients."""
+    made = config(alpha=0.0, rule=None, tau=LOSSES[size].tau, tile_rows=tile_rows)
+    data = batch()
+    data.queries = normalize(LOSSES[size].sign * data.targets.detach() + 0.1 * data.queries.detach(), dim=1)
+    data.queries.requires_grad_()
+    exact = expected(made, data)
+    assert size / 2 < float(exact[0]) < 2 * size
+    assert distance(evaluate(made, data), exact) < 1e-9
+    for name in ("queries", "targets", "mined"):
+        setattr(data, name, getattr(data, name).detach().float().requires_grad_())
+    assert distance(evaluate(made, data, dtype=torch.float32), exact) < 1e-4
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest memory, in bytes, that any tensor made meanwhile has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_bytes = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        sizes = [part.untyped_storage().nbytes() for part in tree_leaves(made) if isinstance(part, Tensor)]
+        self.num_bytes = max([self.num_bytes, *sizes])
+        return made
+
+
+def largest_tensor(made: ObjectiveConfig, data: Batch) -> int:
+    with Largest() as seen:
+        evaluate(made, data)
+    return seen.num_bytes
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_tiles_never_hold_queries_times_columns(options: dict[str, Any]) -> None:
+    """Forward and backward. What a tile holds is at most its rows times all columns, of 8 bytes."""
+    data = batch(IDS, OWNERS)
+    num_columns = ALL + MINED
+    if "queries" in (same_side := options.get("same_side", [])):
+        num_columns += ALL * len(same_side)
+    inputs = 8 * ALL * WIDTH
+    tile_rows = 2
+    bound = max(inputs, 8 * tile_rows * num_columns)
+    assert largest_tensor(config(tile_rows=tile_rows, **options), data) <= bound
+    assert largest_tensor(config(**options), data) > bound  # all at once shows: so would tiles that are ignored
 
 
 def test_without_extras_it_is_cross_entropy() -> None:
@@ -393,3 +507,154 @@ def test_small_losses_keep_their_precision() -> None:
     loss, _ = Objective(made, ["t"])(targets.float(), targets.float(), "t", positive_offset=0, step=0)
     assert 1e-8 < float(exact) < 1e-2
     assert float(loss) == pytest.approx(float(exact), rel=1e-4)
+
+
+RELEVANCE = [0.0, 1, 2, 2, -4, 5.5, 3, 3, 1, 2, 7]  # with ties
+
+
+def cosent_loop(scores: Tensor, relevance: list[float], tau: Tensor, fault: str = "") -> Tensor:
+    total = torch.ones((), dtype=torch.float64)
+    for i, j in product(range(len(relevance)), repeat=2):
+        if relevance[i] > relevance[j] or (fault == "ties ordered too" and i < j and relevance[i] == relevance[j]):
+            gap = scores[i] - scores[j] if fault == "order reversed" else scores[j] - scores[i]
+            weight = relevance[i] - relevance[j] if fault == "weighted by the distance" else 1.0
+            total = total + weight * torch.exp(gap / tau)
+    return torch.log(total)
+
+
+def graded(made: ObjectiveConfig, data: Batch, relevance: list[float]) -> list[Tensor]:
+    objective = Objective(made, TASKS).double()
+    loss, _ = objective(
+        data.own,
+        data.targets,
+        "text_image",
+        positive_offset=OFFSET,
+        step=10,
+        queries_ND=data.queries,
+        mined=Mined(data.mined, torch.tensor(OWNERS)),
+        target_ids_N=torch.tensor(IDS),
+        relevance_N=torch.tensor(relevance, dtype=torch.float64),
+    )
+    found = gradients(loss, data, objective.theta_T)
+    return [*found[:-1], found[-1][0]]
+
+
+def graded_loop(made: ObjectiveConfig, data: Batch, relevance: list[float], fault: str = "") -> list[Tensor]:
+    theta = torch.tensor(math.log(made.temperature.initial), dtype=torch.float32).double().requires_grad_()
+    per_width = []
+    for dims in [*made.matryoshka, WIDTH]:
+        scores = (cut(data.queries, dims) * cut(data.targets, dims)).sum(dim=1)
+        per_width.append(cosent_loop(scores, relevance, theta.exp(), fault))
+    return gradients(sum(per_width) / len(per_width), data, theta)
+
+
+@pytest.mark.parametrize("tau", [0.5, 0.05, 0.006])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_graded_pairs_equal_the_double_loop_whatever_the_options(name: str, tau: float) -> None:
+    """Their loss knows the temperature and the widths, and none of the rules for negatives."""
+    data, made = batch(), config(tau=tau, **OPTIONS[name])
+    ours = graded(made, data, RELEVANCE)
+    assert distance(ours, graded_loop(made, data, RELEVANCE)) < 1e-9
+    assert float(ours[0]) > 0.1
+
+
+@pytest.mark.parametrize("fault", ["ties ordered too", "order reversed", "weighted by the distance"])
+def test_the_double_loop_of_graded_pairs_catches_planted_faults(fault: str) -> None:
+    data, made = batch(), config()
+    assert distance(graded(made, data, RELEVANCE), graded_loop(made, data, RELEVANCE, fault)) > 1e-2
+
+
+def test_only_the_order_of_the_relevance_counts() -> None:
+    data, made = batch(), config()
+    ours = graded(made, data, RELEVANCE)
+    stretched = graded(made, data, [math.exp(number) for number in RELEVANCE])
+    assert distance(stretched, ours) == 0.0
+
+
+def test_graded_pairs_of_equal_relevance_have_nothing_to_learn() -> None:
+    scores = torch.tensor([0.1, 0.9], requires_grad=True)
+    loss = cosent(scores, torch.ones(2), torch.tensor(0.1))
+    loss.backward()
+    assert float(loss) == 0.0
+    assert scores.grad is not None
+    assert scores.grad.tolist() == [0.0, 0.0]
+
+
+def test_memory_of_graded_pairs_grows_with_their_number_alone() -> None:
+    scores = torch.rand(1000, requires_grad=True)
+    with Largest() as seen:
+        cosent(scores, torch.rand(1000), torch.tensor(0.1)).backward()
+    assert seen.num_bytes <= 8 * 1000
+
+
+@pytest.mark.parametrize("tile_rows", [None, 2])
+def test_statistics_of_graded_pairs(tile_rows: int | None) -> None:
+    """Cosines 0.6, 1, 0, 0.8 for relevance 1, 2, 3, 3: of five ordered pairs of unlike relevance, two are right."""
+    targets = torch.tensor([[1.0, 0.0]]).repeat(4, 1)
+    queries = torch.tensor([[0.6, 0.8], [1.0, 0.0], [0.0, 1.0], [0.8, 0.6]])
+    objective = Objective(config(tile_rows=tile_rows), ["t"])
+
+    def accuracy(first: int, stop: int) -> dict[str, float]:
+        _, stats = objective(
+            queries[first:stop],
+            targets,
+            "t",
+            positive_offset=first,
+            step=0,
+            queries_ND=queries,
+            relevance_N=torch.tensor([1.0, 2.0, 3.0, 3.0]),
+        )
+        return {name: float(value) for name, value in stats.items()}
+
+    whole = accuracy(0, 4)
+    assert whole["accuracy"] == pytest.approx(0.4)
+    assert whole["positive_similarity"] == pytest.approx(0.4)
+    assert whole["negative_similarity"] == pytest.approx(0.8)
+    assert (whole["dropped_fraction"], whole["effective_fraction"]) == (0.0, 1.0)
+    ranks = [accuracy(0, 2), accuracy(2, 4)]
+    for name, value in whole.items():
+        assert sum(rank[name] for rank in ranks) / 2 == pytest.approx(value), name
+    _, contrasted = objective(queries, targets, "t", positive_offset=0, step=0)
+    assert list(contrasted) == list(whole)
+
+
+def test_pairs_with_and_without_relevance_do_not_mix() -> None:
+    relevance = [*RELEVANCE[:-2], math.nan, math.nan]
+    problem = r"task 'text_image': 9 of 11 pairs that are contrasted have a relevance, the others have none; give one"
+    with pytest.raises(UserError, match=problem):
+        graded(config(), batch(), relevance)
+    none = graded(config(), batch(IDS, OWNERS), [math.nan] * ALL)
+    assert distance(none, evaluate(config(), batch(IDS, OWNERS))) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "problem"),
+    [
+        ({"same_side": ["queries"], "symmetric": 1.0}, "symmetric: 1 leaves nothing"),
+        ({"same_side": ["queries", "queries"]}, "must not name anything twice"),
+        ({"matryoshka": [64, 64]}, "must not name anything twice"),
+        ({"margin": 2.0}, "less than 2"),
+        ({"focal_gamma": 0.5}, "greater than or equal to 1"),
+        ({"false_negatives": {"threshold": 1.0}}, "less than 1"),
+        ({"false_negatives": {"max_dropped_fraction": 0.0}}, "greater than 0"),
+        ({"temperature": {"minimum": 0.02, "maximum": 0.02}}, "nothing to learn; set learnable: false"),
+        ({"temperature": {"initial": 0.001}}, "must lie in"),
+        ({"tile_rows": 0}, "greater than or equal to 1"),
+    ],
+)
+def test_what_cannot_work_is_refused(wrong: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValidationError, match=problem):
+        ObjectiveConfig.model_validate(wrong)
+
+
+def test_a_fixed_temperature_may_have_one_bound() -> None:
+    assert TemperatureConfig(initial=0.02, minimum=0.02, maximum=0.02, learnable=False).initial == 0.02
+
+
+@pytest.mark.parametrize("width", [6, 7])
+def test_a_matryoshka_width_of_the_model_or_above_is_refused(width: int) -> None:
+    problem = (
+        rf"^objective.matryoshka: {width} is not below 6, the width of the model's vectors; name widths from 1 to 5$"
+    )
+    with pytest.raises(UserError, match=problem):
+        evaluate(config(matryoshka=[2, width]), batch())

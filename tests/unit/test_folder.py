@@ -102,6 +102,15 @@ def test_composed_retrieval_has_a_medium_on_both_sides(tmp_path):
     assert raw.sample.source == "image_text_image"
 
 
+def test_a_line_may_grade_its_pair(tmp_path):
+    pair = {"query": "q?", "positive": "p."}
+    listed = [pair | {"relevance": 3.8}, pair | {"relevance": 0}, pair, pair | {"relevance": "high"}]
+    broken = '{"query": "q?", "positive": "p.", "relevance": NaN}'
+    samples, refused = read(tmp_path, {"captions.jsonl": lines(*listed, broken)})
+    assert [raw.sample.relevance for raw in samples] == [3.8, 0.0, None]
+    assert refused == [("captions.jsonl:4", "bad_json"), ("captions.jsonl:5", "bad_json")]
+
+
 def test_text_pairs_need_no_media(tmp_path):
     samples, refused = read(tmp_path, {"captions.jsonl": lines({"query": "q?", "positive": "p."})})
     assert refused == []

@@ -288,9 +288,38 @@ def test_a_mapping_reads_both_sides_negatives_and_instructions() -> None:
         SampleMapper("edits", mapping).sample("k", members | {"json": b'{"edit": {"text": "x"}}'})
 
 
+GRADED = {"query": {"text": "txt"}, "positive": {"text": "json:other"}, "relevance": "json:score | cls"}
+
+
+@pytest.mark.parametrize(
+    ("member", "value", "expected"),
+    [("json", 3.8, 3.8), ("json", 0, 0.0), ("json", "-1e-3", -0.001), ("cls", "4\n", 4.0), ("cls", "0.25", 0.25)],
+)
+def test_a_mapping_reads_a_relevance(member: str, value: Any, expected: float) -> None:
+    facts = {"other": "b"} | ({"score": value} if member == "json" else {})
+    members = {"txt": b"a", "json": json.dumps(facts).encode()} | ({"cls": value.encode()} if member == "cls" else {})
+    assert SampleMapper("s", SourceMapping.model_validate(GRADED)).sample("k", members).relevance == expected
+
+
+@pytest.mark.parametrize("value", [True, None, "high", [1], float("nan"), float("inf"), 10**400])
+def test_a_relevance_that_is_no_finite_number_is_refused(value: Any) -> None:
+    members = {"txt": b"a", "json": json.dumps({"other": "b", "score": value}).encode()}
+    with pytest.raises(BadMedia, match=r"not_a_number: json:score \| cls is"):
+        SampleMapper("s", SourceMapping.model_validate(GRADED)).sample("k", members)
+
+
+def test_indices_and_manifests_of_sources_without_relevance_stay_as_they_were() -> None:
+    assert "relevance" not in SourceMapping().selection()
+    assert "relevance" not in SourceMapping().model_dump()
+    graded = SourceMapping.model_validate(GRADED)
+    assert graded.selection()["relevance"] == "json:score | cls"
+    assert SourceMapping.model_validate(graded.model_dump()) == graded
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
+        {"relevance": "a/b"},
         {"query": {}},
         {"query": {"text": ""}},
         {"query": {"text": "txt |"}},
@@ -318,6 +347,18 @@ def published(tmp_path: Path, files: dict[str, bytes], mapping: SourceMapping = 
     info = SourceInfo(mapping.task, sum(shard.num_samples for shard in shards), shards, mapping.model_dump())
     publish_manifest(out, Manifest("train", {"s": info}))
     return Reader(DataConfig(root=str(tmp_path / "out")))
+
+
+def test_a_relevance_is_read_from_shards_in_place_and_pairs_without_one_are_left_out(tmp_path: Path) -> None:
+    scores = {"a": b"2", "b": b'"high"', "c": b"null", "d": b"-0.5"}
+    files = [
+        entry
+        for key, score in scores.items()
+        for entry in ((f"{key}.txt", b"q"), (f"{key}.json", b'{"other": "p", "score": ' + score + b"}"))
+    ]
+    reader = published(tmp_path, {"0.tar": make_tar(files)}, SourceMapping.model_validate(GRADED))
+    assert [(sample.key, sample.relevance) for sample, _ in reader.raw("s", range(2))] == [("a", 2.0), ("d", -0.5)]
+    assert reader.sizes() == {"s": 2}
 
 
 def test_indexed_shards_are_read_in_place_by_range(tmp_path: Path) -> None:

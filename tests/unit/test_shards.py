@@ -44,6 +44,18 @@ def make_samples(count: int) -> list[tuple[Sample, Members]]:
     return samples
 
 
+def test_a_sample_without_relevance_has_the_bytes_it_always_had() -> None:
+    sample = Sample("k", "s", "t", Side("q"), Side("p"), target_sha256="ab", origin="o")
+    assert sample.to_json() == (
+        b'{"instruction":"","key":"k","negatives":[],"origin":"o","positive":{"media":[],"text":"p"},'
+        b'"query":{"media":[],"text":"q"},"source":"s","target_instruction":"","target_sha256":"ab","task":"t"}'
+    )
+    assert Sample.from_json(sample.to_json()) == sample
+    graded = replace(sample, relevance=0.1 + 0.2)
+    assert json.loads(graded.to_json()) == json.loads(sample.to_json()) | {"relevance": 0.1 + 0.2}
+    assert Sample.from_json(graded.to_json()) == graded
+
+
 def make_split(root: Path, counts: tuple[int, ...] = (5, 3)) -> tuple[Store, Manifest]:
     """Writes `train` with one source and a shard for each count."""
     samples = make_samples(sum(counts))
