@@ -73,7 +73,7 @@ def _evaluate(
     spec: EvaluateSpec, name: str, reader: Reader, endpoint: str | None, sources: dict[str, list[str]], board: Any
 ) -> list[Result]:
     ref = spec.models[name]
-    processor, embedder = load_model(ref, endpoint, spec.prompt, spec.dtype)
+    processor, embedder = load_model(ref, endpoint, spec.identity, spec.dtype)
     reader.data = reader.data.model_copy(update={"instructions": ref.instructions})
     total = sum(reader.sizes()[source] for names in sources.values() for source in names)
     rows: list[Result] = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -11,7 +10,7 @@ from jobs.spec import ModelRef
 from pipelines.errors import UserError
 from pipelines.storage import localize
 from pipelines.store import Store
-from rzen.config import ModelConfig, PromptConfig
+from rzen.config import ModelConfig, ModelIdentity
 
 if TYPE_CHECKING:
     from rzen.embedder import Embedder
@@ -43,35 +42,28 @@ def checkpoint_folder(url: str, endpoint: str | None) -> str:
     return str(checkpoint_dir(local_folder(url, endpoint)))
 
 
-def prompt_of(folder: str, default: PromptConfig) -> PromptConfig:
-    """The prompt that a model or adapter was trained with, where it says so."""
-    path = Path(folder) / IDENTITY
-    if not path.is_file():
-        return default
-    prompt = json.loads(path.read_text()).get("prompt")
-    return PromptConfig.model_validate(prompt) if prompt else default
+def load_model(ref: ModelRef, endpoint: str | None, default: ModelIdentity, dtype: Dtype) -> tuple[Processor, Embedder]:
+    """Processor and frozen embedder of a checkpoint with or without adapter, on the GPU where there is one.
 
-
-def load_model(
-    ref: ModelRef, endpoint: str | None, default_prompt: PromptConfig, dtype: Dtype
-) -> tuple[Processor, Embedder]:
-    """Processor and frozen embedder of a checkpoint with or without adapter, on the GPU where there is one."""
+    `default` holds for models that do not say how they are read.
+    """
     import torch
 
     from rzen.backbone import load_backbone
+    from rzen.checkpoints import read_identity
     from rzen.embedder import Embedder
     from rzen.lora import load_adapter
     from rzen.processor import Processor
 
     base = checkpoint_folder(ref.base, endpoint)
     adapter = local_folder(ref.adapter, endpoint) if ref.adapter else None
-    prompt = prompt_of(adapter or base, default_prompt)
-    config = ModelConfig(backbone=base, prompt=prompt, dtype=dtype, gradient_checkpointing=False)
+    identity = read_identity(Path(adapter or base), default)
+    config = ModelConfig(backbone=base, dtype=dtype, gradient_checkpointing=False)
     backbone = load_backbone(base, config)
     model = load_adapter(backbone, Path(adapter)) if adapter else backbone
-    processor = Processor(base, prompt)
+    processor = Processor(base, identity.prompt)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return processor, Embedder(model, processor.layout).requires_grad_(False).eval().to(device)
+    return processor, Embedder(model, processor.layout, identity.readout).requires_grad_(False).eval().to(device)
 
 
 def load_exported(url: str, endpoint: str | None, dtype: Dtype | None) -> tuple[Processor, Embedder]:

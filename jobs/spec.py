@@ -20,7 +20,7 @@ from pipelines.config import (
 )
 from pipelines.mapping import SourceMapping
 from pipelines.synthetic.config import CorpusConfig
-from rzen.config import ModelConfig, ObjectiveConfig, OptimConfig, PromptConfig
+from rzen.config import ModelConfig, ModelIdentity, ObjectiveConfig, OptimConfig, PromptConfig, ReadoutConfig
 from rzen.evaluation.tasks import TASKS, Metric
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=60)]
@@ -238,7 +238,7 @@ class FinetunesSpec(Config):
         return self
 
 
-class EvaluateSpec(Config):
+class EvaluateSpec(ModelIdentity):
     """Rank held-out targets for held-out queries, for several models."""
 
     kind: Literal["evaluate"]
@@ -249,6 +249,8 @@ class EvaluateSpec(Config):
     """What is asked and searched; every target of a task's source is a candidate."""
     prompt: PromptConfig = PromptConfig()
     """For models that do not say (`rzen.json`) with which prompt they were trained."""
+    readout: ReadoutConfig = ReadoutConfig()
+    """For models that do not say how their vectors are made."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Compute type. CPUs want float32."""
     tasks: list[str] | None = None
@@ -273,7 +275,7 @@ class EvaluateSpec(Config):
         return self
 
 
-class ExportSpec(Config):
+class ExportSpec(ModelIdentity):
     """Fold an adapter into its base: one ordinary checkpoint directory for AutoModel."""
 
     kind: Literal["export"]
@@ -282,6 +284,8 @@ class ExportSpec(Config):
     """What is exported."""
     prompt: PromptConfig = PromptConfig()
     """For a model that does not say with which prompt it was trained."""
+    readout: ReadoutConfig = ReadoutConfig()
+    """For a model that does not say how its vectors are made."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the stored weights; the sum is taken in fp32 and rounded once."""
     out: str

@@ -133,7 +133,7 @@ def _build_backbone(run: Run, config: TinyBackbone, reader: Reader) -> None:
             texts += [sample.query.text, sample.positive.text, sample.instruction, sample.target_instruction]
     with tempfile.TemporaryDirectory(prefix="rzen-backbone-") as scratch:
         build_tiny(Path(scratch), config, [text for text in texts if text])
-        write_identity(Path(scratch), run.spec.model.prompt, "float32", {"base": "random weights"})
+        write_identity(Path(scratch), run.spec.model.identity, "float32", {"base": "random weights"})
         publish_folder(Path(scratch), run.store.child(BACKBONE))
 
 

@@ -113,10 +113,14 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class Visual:
-    """Decoded pixels. `frames` is uint8 RGB `[T, H, W, 3]`; T is 1 for images and document pages."""
+    """Decoded pixels. `frames` is uint8 RGB `[T, H, W, 3]`; T is 1 for images and document pages.
+
+    `times_s` says when each frame of a video is shown, in seconds from its start; empty where it is not known.
+    """
 
     kind: MediaKind
     frames: UInt8Array
+    times_s: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

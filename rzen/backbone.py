@@ -1,19 +1,24 @@
-"""Backbones: load a Qwen2-VL checkpoint, or build a tiny one of the same classes where no weights can be had."""
+"""Backbones: load a checkpoint of a known family, or build a tiny one of its classes where there are no weights."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoModel, PreTrainedModel, Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLModel
+from transformers import AutoConfig, AutoModel, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from pipelines.errors import UserError
 from rzen.checkpoints import checkpoint_dir
 from rzen.config import ModelConfig, TinyBackbone
+from rzen.families import FAMILIES
 from rzen.prompts import END_OF_TEXT, IM_END, IM_START, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START, fixed_texts
+from rzen.vision_attention import use_grouped_attention
 
 SPECIAL_TOKENS = (END_OF_TEXT, IM_START, IM_END, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD)
 
@@ -21,19 +26,39 @@ SPECIAL_TOKENS = (END_OF_TEXT, IM_START, IM_END, VISION_START, VISION_END, IMAGE
 def load_backbone(path_or_hub: str, model: ModelConfig) -> PreTrainedModel:
     """The bare model (vision tower and language model, no head), in `model.dtype` on the CPU, in evaluation mode.
 
-    Raises `UserError` as `checkpoint_dir` does.
+    With `model.quantize` its linear layers hold 4 bits a weight, on the current GPU: quantising takes place there.
+    Raises `UserError` as `checkpoint_dir` does, and where quantising is impossible.
     """
+    dtype = getattr(torch, model.dtype)
     backbone = AutoModel.from_pretrained(
-        checkpoint_dir(path_or_hub), dtype=getattr(torch, model.dtype), attn_implementation=model.attention
+        checkpoint_dir(path_or_hub),
+        dtype=dtype,
+        attn_implementation=model.attention,
+        **(_nf4(dtype) if model.quantize else {}),
     )
+    if model.attention == "sdpa":
+        use_grouped_attention(backbone)
     if model.gradient_checkpointing:
         # Non-reentrant checkpoints need no input that requires a gradient, so that adapters alone can be trained.
         backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return backbone
 
 
+def _nf4(dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments that load weights in 4 bits, as QLoRA (arXiv 2305.14314): NF4, quantised constants."""
+    missing = [] if importlib.util.find_spec("bitsandbytes") else ["bitsandbytes is not installed"]
+    missing += [] if torch.cuda.is_available() else ["there is no CUDA GPU"]
+    if missing:
+        fix = "install the extra rzen[qlora] on a machine with a CUDA GPU, or set model.quantize: null"
+        raise UserError("model.quantize=nf4", f"is impossible here: {', '.join(missing)}", fix)
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    return {"quantization_config": settings, "device_map": {"": torch.cuda.current_device()}}
+
+
 def build_tiny(folder: Path, config: TinyBackbone, texts: Iterable[str]) -> None:
-    """Write a tiny, randomly initialised Qwen2-VL checkpoint with a tokenizer trained on `texts`.
+    """Write a tiny, randomly initialised checkpoint of `config.family` with a tokenizer trained on `texts`.
 
     An ordinary directory for AutoModel, AutoTokenizer and the PIL image processor. Equal arguments, equal bytes.
     """
@@ -41,9 +66,12 @@ def build_tiny(folder: Path, config: TinyBackbone, texts: Iterable[str]) -> None
     model_config = _tiny_config(config, tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = Qwen2VLModel(model_config)
+        model = AutoModel.from_config(model_config)
     tokenizer.save_pretrained(folder)
-    Qwen2VLImageProcessorPil().save_pretrained(folder)
+    family = FAMILIES[config.family]
+    Qwen2VLImageProcessorPil(
+        patch_size=family.patch_px, image_mean=list(family.image_mean), image_std=list(family.image_std)
+    ).save_pretrained(folder)
     model.save_pretrained(folder)
 
 
@@ -65,43 +93,21 @@ def _train_tokenizer(texts: Iterable[str], vocabulary: int) -> Qwen2Tokenizer:
     )
 
 
-def _tiny_config(config: TinyBackbone, tokenizer: Qwen2Tokenizer) -> Qwen2VLConfig:
+def _tiny_config(config: TinyBackbone, tokenizer: Qwen2Tokenizer) -> PreTrainedConfig:
     token_id = tokenizer.convert_tokens_to_ids
-    return Qwen2VLConfig(
-        text_config={
-            "vocab_size": len(tokenizer),
-            "hidden_size": config.hidden,
-            "intermediate_size": 2 * config.hidden,
-            "num_hidden_layers": config.layers,
-            "num_attention_heads": config.heads,
-            "num_key_value_heads": max(1, config.heads // 2),
-            "initializer_range": config.init_std,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e6,
-                "mrope_section": _mrope_section(config.hidden // config.heads),
-            },
-            "bos_token_id": token_id(END_OF_TEXT),
-            "eos_token_id": token_id(IM_END),
-        },
-        vision_config={
-            "depth": config.vision_depth,
-            "embed_dim": config.vision_width,
-            "hidden_size": config.hidden,
-            "num_heads": config.heads,
-            "initializer_range": config.init_std,
-        },
+    text, vision = FAMILIES[config.family].tiny(config)
+    text |= {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": token_id(END_OF_TEXT),
+        "eos_token_id": token_id(IM_END),
+    }
+    return AutoConfig.for_model(
+        config.family,
+        text_config=text,
+        vision_config=vision,
         image_token_id=token_id(IMAGE_PAD),
         video_token_id=token_id(VIDEO_PAD),
         vision_start_token_id=token_id(VISION_START),
         vision_end_token_id=token_id(VISION_END),
         tie_word_embeddings=True,
     )
-
-
-def _mrope_section(head_width: int) -> list[int]:
-    """Frequencies for time, height and width, in about Qwen2-VL's proportions 16 : 24 : 24."""
-    half = head_width // 2
-    time = half // 4
-    height = (half - time) // 2
-    return [time, height, half - time - height]

@@ -1,4 +1,4 @@
-"""Checkpoint directories: where they are, whether they are ours, which weights they hold.
+"""Checkpoint directories: where they are, of which family, which weights they hold, how they want to be read.
 
 Imports neither torch nor transformers, because the workers that encode media need the tokenizer's files alone.
 """
@@ -13,9 +13,10 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from pipelines.errors import UserError
+from rzen.config import ModelIdentity
+from rzen.families import read_family
 
-# `model_type` of the checkpoints whose prompts, patches and positions are tested, and what people call them.
-MODEL_TYPES = {"qwen2_vl": "Qwen2-VL"}
+IDENTITY = "rzen.json"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
 
@@ -28,13 +29,20 @@ def checkpoint_dir(path_or_hub: str) -> Path:
     folder = Path(path_or_hub)
     if not folder.is_dir():
         folder = _download(path_or_hub)
-    config = folder / "config.json"
-    if not config.is_file():
-        raise UserError(path_or_hub, "has no config.json", "name the directory of a transformers checkpoint")
-    model_type = json.loads(config.read_text()).get("model_type")
-    if model_type not in MODEL_TYPES:
-        raise UserError(path_or_hub, f"model_type {model_type!r} is not supported", f"use one of {sorted(MODEL_TYPES)}")
+    read_family(folder)
     return folder
+
+
+def read_identity(folder: Path, default: ModelIdentity) -> ModelIdentity:
+    """How a model or adapter wants to be read; `default` where it does not say.
+
+    One that names a prompt and no readout is older than the choice, and was read as `ReadoutConfig` reads by default.
+    """
+    path = folder / IDENTITY
+    saved = json.loads(path.read_text()) if path.is_file() else {}
+    if not saved.get("prompt"):
+        return default
+    return ModelIdentity.model_validate({name: saved[name] for name in ModelIdentity.model_fields if name in saved})
 
 
 def checkpoint_sha256(folder: Path) -> str:

@@ -12,12 +12,15 @@ from pydantic import Field, model_validator
 from pipelines.config import Config, Fraction, NonNegativeInt, PositiveFloat, PositiveInt
 
 PromptName = Literal["rzen_paper", "rzen_release", "plain"]
+BackboneFamily = Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 
 
 class TinyBackbone(Config):
-    """A small, randomly initialised backbone of the real Qwen2-VL class, for machines without weights."""
+    """A small, randomly initialised backbone of transformers' real classes, for machines without weights."""
 
+    family: BackboneFamily = "qwen2_vl"
+    """Whose classes, patches and positions (`model_type` of transformers)."""
     hidden: PositiveInt = 64
     """Width of the language model."""
     layers: PositiveInt = 2
@@ -60,7 +63,34 @@ class LoraConfig(Config):
     """Our choice, the paper is silent."""
 
 
-class ModelConfig(Config):
+class ReadoutConfig(Config):
+    """How a token sequence becomes a vector. Part of a model's identity: it is saved with every checkpoint."""
+
+    positions: Literal["mrope", "1d"] = "mrope"
+    """`mrope` gives patches a time, a height and a width, as transformers does; `1d` counts all tokens, as the script
+    released with RzenEmbed."""
+    direction: Literal["causal", "bidirectional"] = "causal"
+    """Whether a token sees those before it, or every token of its side (U-MARVEL, arXiv 2507.14902)."""
+    pooling: Literal["last_token", "mean"] = "last_token"
+    """`last_token` (RzenEmbed), or `mean`: of all tokens but those of the side's instruction, system prompt and
+    template included (U-MARVEL)."""
+
+
+class ModelIdentity(Config):
+    """What decides the vector of a side besides the weights; `rzen.json` of every model and adapter says it."""
+
+    prompt: PromptConfig = PromptConfig()
+    """Prompt template and token budgets."""
+    readout: ReadoutConfig = ReadoutConfig()
+    """Positions, direction of attention, pooling."""
+
+    @property
+    def identity(self) -> ModelIdentity:
+        """This much of it, as it is saved with the weights."""
+        return ModelIdentity(prompt=self.prompt, readout=self.readout)
+
+
+class ModelConfig(ModelIdentity):
     """Backbone, what of it is trained, and how it reads its input."""
 
     backbone: str | TinyBackbone
@@ -69,14 +99,26 @@ class ModelConfig(Config):
     """`lora` trains adapters on all linear layers; `full` trains every weight."""
     lora: LoraConfig = LoraConfig()
     """Used when `tune` is `lora`."""
-    prompt: PromptConfig = PromptConfig()
-    """Prompt template and token budgets."""
+    quantize: Literal["nf4"] | None = None
+    """`nf4` holds the frozen weights in 4 bits (QLoRA, arXiv 2305.14314): less memory, slower. Needs bitsandbytes, a
+    CUDA GPU and `tune: lora`. Export merges into the weights as they were before."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Compute type (paper: bf16). CPUs want float32."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention implementation of transformers."""
+    packing: Literal["auto", "packed", "padded"] = "auto"
+    """`packed` lays all sides end to end in one row, `padded` each in a row of its own; the vectors are the same.
+    `auto` packs with flash attention, which cuts the row into sides; others would score all tokens against all."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, about a third more time (paper)."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> ModelConfig:
+        if self.quantize and self.tune == "full":
+            raise ValueError(f"quantize={self.quantize} freezes the weights, so that it needs tune=lora")
+        if self.attention == "flash_attention_2" and self.dtype == "float32":
+            raise ValueError("attention=flash_attention_2 has no float32; set dtype=bfloat16 or attention=sdpa")
+        return self
 
 
 class TemperatureConfig(Config):

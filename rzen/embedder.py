@@ -1,56 +1,65 @@
-"""From encoded sides to unit vectors: backbone, last-token pooling after the final norm, L2 normalisation.
+"""From encoded sides to unit vectors: backbone, pooling after the final norm, L2 normalisation.
 
-RzenEmbed (arXiv 2510.27350v1), section 3. Shapes: B sides, L tokens of the longest, P patches, D width of the vectors.
+RzenEmbed (arXiv 2510.27350v1), section 3, and U-MARVEL (arXiv 2507.14902) by choice. Shapes: B sides, N tokens of all,
+P patches, D width of the vectors.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rzen.config import ReadoutConfig
+from rzen.layout import BatchLayout
 from rzen.processor import GRID_KINDS, EncodedBatch, VisionLayout
 
 
 class Embedder(nn.Module):
-    """One vector for each side: the hidden state of its last token, after the final norm, of length 1.
+    """One vector of length 1 for each side, pooled after the final norm: of its last token, or the mean of its tokens.
 
-    `backbone` is a model of `load_backbone`, with or without adapters; `layout` comes from the same checkpoint.
+    `backbone` is a model of `load_backbone`, with or without adapters; it is changed where attention is to go both
+    ways. `layout` comes from the same checkpoint, `readout` from its identity; `packing` changes speed alone.
     """
 
     image_mean: Tensor
     image_std: Tensor
 
-    def __init__(self, backbone: nn.Module, layout: VisionLayout) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        layout: VisionLayout,
+        readout: ReadoutConfig | None = None,
+        packing: Literal["auto", "packed", "padded"] = "auto",
+    ) -> None:
         super().__init__()
         self.backbone = backbone
+        self.readout = readout or ReadoutConfig()
+        self.packing = packing
+        _set_direction(backbone, causal=self.readout.direction == "causal")
         for name in ("image_mean", "image_std"):
             values = torch.tensor(getattr(layout, name), dtype=torch.float32)
             self.register_buffer(name, values.view(1, -1, 1), persistent=False)
 
     def forward(self, batch: EncodedBatch) -> Tensor:
         """Vectors [B, D] of length 1 in fp32, on the embedder's device; equal to each side on its own (parity test)."""
-        hidden_BLD = self.backbone(**self._inputs(batch), use_cache=False).last_hidden_state
-        last_B = torch.tensor(batch.lengths - 1, dtype=torch.int64, device=hidden_BLD.device)
-        rows_B = torch.arange(len(batch), device=hidden_BLD.device)
-        return nn.functional.normalize(hidden_BLD[rows_B, last_B].float(), dim=-1)
-
-    def _inputs(self, batch: EncodedBatch) -> dict[str, Tensor]:
-        """Padded on the right. No attention mask: attention is causal, so that no token sees the padding after it."""
-        config: Any = self.backbone.config
-        device = self.image_mean.device
-        filled_BL = np.arange(batch.lengths.max()) < batch.lengths[:, None]
-        ids_BL = np.zeros(filled_BL.shape, np.int64)
-        ids_BL[filled_BL] = batch.input_ids
-        inputs = {"input_ids": torch.tensor(ids_BL, device=device)}
-        if not len(batch.grids):
-            return inputs
-        types_BL = GRID_KINDS["image"] * (ids_BL == config.image_token_id)
-        types_BL = types_BL + GRID_KINDS["video"] * (ids_BL == config.video_token_id)
-        inputs["mm_token_type_ids"] = torch.tensor(types_BL, device=device)
-        return inputs | self._visuals(batch, device)
+        backbone: Any = self.backbone
+        device, attention = self.image_mean.device, backbone.config._attn_implementation
+        packed = "flash" in attention if self.packing == "auto" else self.packing == "packed"
+        layout = BatchLayout(batch, packed)
+        mask = layout.mask(self.readout, attention, backbone.dtype)
+        hidden = backbone(
+            input_ids=layout.tokens().to(device),
+            # Always given: left to itself, Qwen2.5-VL falls back to 1-D positions, and the others may reuse old ones.
+            position_ids=layout.positions(backbone, self.readout).to(device),
+            attention_mask=None if mask is None else mask.to(device),
+            use_cache=False,
+            **self._visuals(batch, device),
+        ).last_hidden_state
+        pooled_BD = _pool(hidden.flatten(0, 1), layout.rows().to(device), batch, self.readout)
+        return nn.functional.normalize(pooled_BD, dim=-1)
 
     def _visuals(self, batch: EncodedBatch, device: torch.device) -> dict[str, Tensor]:
         """Pixels and grids of the images and of the videos, each in the order of their tokens."""
@@ -71,3 +80,21 @@ class Embedder(nn.Module):
         """fp32 from uint8 [P, C * rest], bit for bit what the library's image processor gives."""
         values = patches.view(len(patches), self.image_mean.numel(), -1).float()
         return values.div_(255).sub_(self.image_mean).div_(self.image_std).flatten(1)
+
+
+def _pool(hidden: Tensor, rows_N: Tensor, batch: EncodedBatch, readout: ReadoutConfig) -> Tensor:
+    """fp32 [B, D] of the hidden states of all places of the input; `rows_N` says where the tokens lie."""
+    if readout.pooling == "last_token":
+        return hidden[rows_N[torch.tensor(np.cumsum(batch.lengths) - 1, device=hidden.device)]].float()
+    counted_N = torch.tensor(~batch.instruction, device=hidden.device)
+    starts_B = np.cumsum(batch.lengths) - batch.lengths
+    counts_B = batch.lengths - np.add.reduceat(batch.instruction, starts_B, dtype=np.int32)
+    # One by one: adding up by index would take another order, and give other last digits, at every call on a GPU.
+    return torch.stack([own.float().mean(dim=0) for own in torch.split(hidden[rows_N[counted_N]], counts_B.tolist())])
+
+
+def _set_direction(backbone: nn.Module, causal: bool) -> None:
+    """Without this the mask alone would decide: where none is needed, attention would be causal all the same."""
+    for name, module in backbone.named_modules():
+        if "language_model" in name and hasattr(module, "is_causal"):
+            module.is_causal = causal

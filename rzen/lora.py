@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipelines.errors import UserError
-from rzen.config import LoraConfig, PromptConfig
+from rzen.checkpoints import IDENTITY
+from rzen.config import LoraConfig, ModelIdentity
 
-WEIGHTS, CONFIG, IDENTITY = "adapter_model.safetensors", "adapter_config.json", "rzen.json"
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def add_lora(backbone: PreTrainedModel, config: LoraConfig, seed: int) -> peft.PeftModel:
@@ -37,7 +38,7 @@ def add_lora(backbone: PreTrainedModel, config: LoraConfig, seed: int) -> peft.P
         return peft.get_peft_model(backbone, settings)
 
 
-def save_adapter(model: peft.PeftModel, folder: Path, *, prompt: PromptConfig, base: str, base_sha256: str) -> None:
+def save_adapter(model: peft.PeftModel, folder: Path, *, identity: ModelIdentity, base: str, base_sha256: str) -> None:
     """Write the adapter as a PEFT directory, what it belongs to beside it (`rzen.json`). Equal adapters, equal bytes.
 
     `base` is the backbone as the job names it, `base_sha256` its `checkpoint_sha256`.
@@ -49,7 +50,7 @@ def save_adapter(model: peft.PeftModel, folder: Path, *, prompt: PromptConfig, b
     config = json.loads((folder / CONFIG).read_text())
     config["target_modules"] = sorted(config["target_modules"])  # PEFT writes a set, in any order
     _write_json(folder / CONFIG, config | {"base_model_name_or_path": base, "inference_mode": True})
-    _write_json(folder / IDENTITY, {"prompt": prompt.model_dump(), "base_sha256": base_sha256})
+    _write_json(folder / IDENTITY, identity.model_dump() | {"base_sha256": base_sha256})
 
 
 def load_adapter(backbone: PreTrainedModel, folder: Path, *, trainable: bool = False) -> peft.PeftModel:

@@ -22,11 +22,16 @@ from tokenizers import Tokenizer
 from pipelines.errors import BadMedia, UserError
 from pipelines.samples import DecodedSide, UInt8Array, Visual
 from rzen.config import PromptConfig
-from rzen.prompts import TEMPLATES, Piece, VisionKind, side_pieces, user_text
+from rzen.families import Family, read_family
+from rzen.prompts import TEMPLATES, Piece, Span, VisionKind, side_pieces
 
 Int32Array = npt.NDArray[np.int32]
+BoolArray = npt.NDArray[np.bool_]
+Float32Array = npt.NDArray[np.float32]
 GRID_KINDS: dict[VisionKind, int] = {"image": 1, "video": 2}
 MAX_ASPECT_RATIO = 200
+UNKNOWN_FPS = 24
+"""Of videos that do not say when their frames are shown: what transformers' processors take."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,8 @@ class EncodedBatch:
 
     input_ids: Int32Array
     """[N], the sequences of all sides one after the other."""
+    instruction: BoolArray
+    """[N], whether the token is part of a side's instruction."""
     lengths: Int32Array
     """[B], tokens of each side."""
     visual_counts: Int32Array
@@ -45,6 +52,8 @@ class EncodedBatch:
     """[V, 3], patches of each visual along time, height and width."""
     grid_kinds: UInt8Array
     """[V], 1 image or page, 2 video."""
+    grid_seconds: Float32Array
+    """[V], seconds from one temporal patch of a video to the next, for families whose positions count them."""
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -64,11 +73,13 @@ class EncodedBatch:
         patches = _span(self.grids.prod(axis=1), visuals)
         return EncodedBatch(
             self.input_ids[tokens],
+            self.instruction[tokens],
             self.lengths[sides],
             self.visual_counts[sides],
             self.patches[patches],
             self.grids[visuals],
             self.grid_kinds[visuals],
+            self.grid_seconds[visuals],
         )
 
     def split(self) -> list[EncodedBatch]:
@@ -108,7 +119,7 @@ class VisionLayout:
         except FileNotFoundError as error:
             raise UserError(str(path), "does not exist", "name the directory of a checkpoint") from error
         except KeyError as error:
-            raise UserError(str(path), f"has no {error}", "name a Qwen2-VL checkpoint") from error
+            raise UserError(str(path), f"has no {error}", "name a checkpoint of a Qwen-VL family") from error
 
     @property
     def factor_px(self) -> int:
@@ -152,11 +163,31 @@ def patchify(frames: UInt8Array, layout: VisionLayout) -> tuple[UInt8Array, tupl
     return blocks.reshape(t * h * w, channels * tp * p * p), (t, h, w)
 
 
+def patch_times_s(times_s: Sequence[float], num_frames: int, frames_per_patch: int) -> list[float]:
+    """When each temporal patch of a video is shown: the mean of its first and last frame, as Qwen3-VL's processor.
+
+    Frames without times follow each other as those of a video at 24 frames per second.
+    """
+    times = list(times_s) or [frame / UNKNOWN_FPS for frame in range(num_frames)]
+    times += times[-1:] * (-num_frames % frames_per_patch)
+    return [(times[i] + times[i + frames_per_patch - 1]) / 2 for i in range(0, len(times), frames_per_patch)]
+
+
 @dataclass(frozen=True)
 class _VisionInput:
     kind: VisionKind
     patches: UInt8Array
     grid: tuple[int, int, int]
+    num_frames: int
+    times_s: tuple[float, ...]
+    """Of the frames of a video, where they are known."""
+
+    def seconds(self, frames_per_patch: int) -> float:
+        """From one temporal patch to the next, at the mean rate of the frames; images have no time."""
+        if self.kind == "image":
+            return 0.0
+        span_s = self.times_s[-1] - self.times_s[0] if len(self.times_s) > 1 else 0.0
+        return frames_per_patch * (span_s / (len(self.times_s) - 1) if span_s else 1 / UNKNOWN_FPS)
 
 
 class Processor:
@@ -183,22 +214,33 @@ class Processor:
         return self._pieces(side, self._vision_inputs(side.visuals))
 
     def _encode_side(self, side: DecodedSide) -> EncodedBatch:
+        tp = self.layout.temporal_patch_frames
         visuals = self._vision_inputs(side.visuals)
-        ids = [token for piece in self._pieces(side, visuals) for token in self._piece_ids(piece)]
-        patch_values = 3 * self.layout.temporal_patch_frames * self.layout.patch_px**2
+        ids, instruction = self._ids(self._pieces(side, visuals))
+        patch_values = 3 * tp * self.layout.patch_px**2
         return EncodedBatch(
             input_ids=np.array(ids, np.int32),
+            instruction=np.array(instruction, np.bool_),
             lengths=np.array([len(ids)], np.int32),
             visual_counts=np.array([len(visuals)], np.int32),
             patches=np.concatenate([np.empty((0, patch_values), np.uint8), *(visual.patches for visual in visuals)]),
             grids=np.array([visual.grid for visual in visuals], np.int32).reshape(-1, 3),
             grid_kinds=np.array([GRID_KINDS[visual.kind] for visual in visuals], np.uint8),
+            grid_seconds=np.array([visual.seconds(tp) for visual in visuals], np.float32),
         )
 
     def _pieces(self, side: DecodedSide, visuals: Sequence[_VisionInput]) -> list[Piece]:
-        merged = self.layout.merge_patches**2
-        spans = [(visual.kind, math.prod(visual.grid) // merged) for visual in visuals]
-        return side_pieces(self.prompt.template, user_text(side.instruction, side.text), spans)
+        spans = [span for visual in visuals for span in self._spans(visual)]
+        return side_pieces(self.prompt.template, side.instruction, side.text, spans)
+
+    def _spans(self, visual: _VisionInput) -> list[Span]:
+        """One span; of a video, where the family writes times, one for each temporal patch."""
+        t, h, w = visual.grid
+        tokens = h * w // self.layout.merge_patches**2
+        if visual.kind == "image" or not self._family.timestamps:
+            return [Span(visual.kind, t * tokens)]
+        times_s = patch_times_s(visual.times_s, visual.num_frames, self.layout.temporal_patch_frames)
+        return [Span("video", tokens, f"<{time_s:.1f} seconds>") for time_s in times_s]
 
     def _vision_inputs(self, visuals: Sequence[Visual]) -> list[_VisionInput]:
         frame_tokens = TEMPLATES[self.prompt.template].frame_tokens
@@ -212,18 +254,38 @@ class Processor:
             else:
                 groups = math.ceil(len(visual.frames) / self.layout.temporal_patch_frames)
                 share = max(1, high // groups)
-                inputs.append(self._vision_input("video", visual.frames, min(low, share), share))
+                inputs.append(self._vision_input("video", visual.frames, min(low, share), share, visual.times_s))
         return inputs
 
-    def _vision_input(self, kind: VisionKind, frames: UInt8Array, low_tokens: int, high_tokens: int) -> _VisionInput:
+    def _vision_input(
+        self,
+        kind: VisionKind,
+        frames: UInt8Array,
+        low_tokens: int,
+        high_tokens: int,
+        times_s: tuple[float, ...] = (),
+    ) -> _VisionInput:
         factor_px = self.layout.factor_px
         _, height, width, _ = frames.shape
         size = smart_resize(height, width, factor_px, low_tokens * factor_px**2, high_tokens * factor_px**2)
-        return _VisionInput(kind, *patchify(resize(frames, *size), self.layout))
+        return _VisionInput(kind, *patchify(resize(frames, *size), self.layout), len(frames), times_s)
 
-    def _piece_ids(self, piece: Piece) -> list[int]:
-        if piece.kind == "user":
-            return self._text_ids(piece.text)[: self.prompt.max_text_tokens]
+    def _ids(self, pieces: Sequence[Piece]) -> tuple[list[int], list[bool]]:
+        """Token ids, and which of them are the instruction's. Instruction and text share `max_text_tokens`."""
+        ids: list[int] = []
+        instruction: list[bool] = []
+        left = self.prompt.max_text_tokens
+        for piece in pieces:
+            if piece.kind in ("instruction", "text"):
+                some = self._text_ids(piece.text)[:left]
+                left -= len(some)
+            else:
+                some = self._fixed_ids(piece)
+            ids += some
+            instruction += [piece.kind == "instruction"] * len(some)
+        return ids, instruction
+
+    def _fixed_ids(self, piece: Piece) -> list[int]:
         if piece.text not in self._known_ids:
             ids = [self._special_id(piece.text)] if piece.kind == "special" else self._text_ids(piece.text)
             self._known_ids[piece.text] = ids
@@ -240,8 +302,12 @@ class Processor:
     def _special_id(self, token: str) -> int:
         token_id: int | None = self._tokenizer.token_to_id(token)
         if token_id is None:
-            raise UserError(self.model_dir, f"the tokenizer has no {token}", "name a Qwen2-VL checkpoint")
+            raise UserError(self.model_dir, f"the tokenizer has no {token}", "name a checkpoint of a Qwen-VL family")
         return token_id
+
+    @cached_property
+    def _family(self) -> Family:
+        return read_family(Path(self.model_dir))
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:

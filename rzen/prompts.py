@@ -1,7 +1,7 @@
 """Named prompt templates: how text and visuals become one sequence in Qwen's chat format.
 
-    <|im_start|>system\\n{system}<|im_end|>\\n<|im_start|>user\\n{vision}{instruction text}{suffix}<|im_end|>\\n
-    <|im_start|>assistant\\n<|endoftext|>                 (one line; the embedding is pooled at the last token)
+    <|im_start|>system\\n{system}<|im_end|>\\n<|im_start|>user\\n{vision}{instruction} {text} {suffix}<|im_end|>\\n
+    <|im_start|>assistant\\n<|endoftext|>                 (one line; the last token is the one that is pooled)
 
 A sequence is handled in pieces, so that special tokens come from here only, never from a user's text.
 """
@@ -9,7 +9,7 @@ A sequence is handled in pieces, so that special tokens come from here only, nev
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from rzen.config import PromptName
@@ -52,29 +52,38 @@ TEMPLATES: dict[PromptName, Template] = {
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A part of a sequence: one `special` token `count` times, a `fixed` text of ours, or a `user` text."""
+    """A part of a sequence: one `special` token `count` times, a `fixed` text of ours, the `instruction` or the `text`
+    of a side.
+    """
 
-    kind: Literal["special", "fixed", "user"]
+    kind: Literal["special", "fixed", "instruction", "text"]
     text: str
     count: int = 1
 
 
-def user_text(instruction: str, text: str) -> str:
-    """Instruction and text, stripped, with a space between them."""
-    return " ".join(part for part in (instruction.strip(), text.strip()) if part)
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Tokens of one visual, or of a temporal patch of one, between their marks; `before` is written before them."""
+
+    kind: VisionKind
+    tokens: int
+    before: str = ""
 
 
-def side_pieces(name: PromptName, text: str, visuals: Sequence[tuple[VisionKind, int]]) -> list[Piece]:
-    """The sequence of one side: `text` comes from `user_text`, `visuals` are (kind, number of tokens) in order."""
+def side_pieces(name: PromptName, instruction: str, text: str, visuals: Sequence[Span]) -> list[Piece]:
+    """The sequence of one side. Instruction and text are stripped."""
     template = TEMPLATES[name]
     suffix = template.visual_suffix if visuals else template.text_suffix
     pieces = _turn("system", [Piece("fixed", template.system)]) if template.system else []
-    content = [piece for kind, tokens in visuals for piece in _vision(kind, tokens)]
-    if text:
-        content.append(Piece("user", text))
-    if suffix:
-        # A space, not a line break: ".\n" may be one token, and pieces must give the ids of the rendered text.
-        content.append(Piece("fixed", f" {suffix}" if text else suffix))
+    content = [piece for span in visuals for piece in _vision(span)]
+    words = [
+        Piece("instruction", instruction.strip()),
+        Piece("text", text.strip()),
+        Piece("fixed", suffix),
+    ]
+    words = [piece for piece in words if piece.text]
+    # A space, not a line break: ".\n" may be one token, and pieces must give the ids of the rendered text.
+    content += words[:1] + [replace(piece, text=f" {piece.text}") for piece in words[1:]]
     return [*pieces, *_turn("user", content), Piece("special", IM_START), Piece("fixed", "assistant\n"), _END]
 
 
@@ -85,12 +94,12 @@ def render(pieces: Iterable[Piece]) -> str:
 
 def fixed_texts() -> list[str]:
     """Every text of ours as it stands in text, visual and fused sides: what a tokenizer is trained on."""
-    image: list[tuple[VisionKind, int]] = [("image", 0)]
+    image = [Span("image", 0)]
     pieces = [
         piece
         for name in TEMPLATES
         for text, visuals in (("x", []), ("", image), ("x", image))
-        for piece in side_pieces(name, text, visuals)
+        for piece in side_pieces(name, "", text, visuals)
     ]
     return [piece.text for piece in pieces if piece.kind == "fixed"]
 
@@ -106,5 +115,7 @@ def _turn(role: str, content: Sequence[Piece]) -> list[Piece]:
     return [Piece("special", IM_START), *start, *rest, Piece("special", IM_END), Piece("fixed", "\n")]
 
 
-def _vision(kind: VisionKind, tokens: int) -> list[Piece]:
-    return [Piece("special", VISION_START), Piece("special", PADS[kind], tokens), Piece("special", VISION_END)]
+def _vision(span: Span) -> list[Piece]:
+    pads = Piece("special", PADS[span.kind], span.tokens)
+    before = [Piece("fixed", span.before)] if span.before else []
+    return [*before, Piece("special", VISION_START), pads, Piece("special", VISION_END)]

@@ -5,7 +5,7 @@ is something else. Ranks are concatenated, with each weight and scale folded int
 
     [w1 c1 B1 | w2 c2 B2] . [A1 ; A2]  =  w1 c1 B1.A1 + w2 c2 B2.A2
 
-An adapter is a PEFT directory; `rzen.json` beside it, where present, names the base and the prompt it was trained with.
+An adapter is a PEFT directory; `rzen.json` beside it, where present, names the base and identity of its training.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipelines.errors import UserError
+from rzen.config import ReadoutConfig
 
 WEIGHTS, CONFIG, IDENTITY, LINEAGE = "adapter_model.safetensors", "adapter_config.json", "rzen.json", "soup.json"
 FACTORS = (".lora_A.weight", ".lora_B.weight")
@@ -62,6 +63,7 @@ def soup_adapters(inputs: Sequence[tuple[Path, float]], out: Path) -> dict[str, 
     _check_same(adapters, "base model", lambda a: a.config.get("base_model_name_or_path"))
     _check_same(adapters, "base_sha256", lambda a: a.identity.get("base_sha256"))
     _check_same(adapters, "prompt", lambda a: a.identity.get("prompt"))
+    _check_same(adapters, "readout", lambda a: a.identity.get("readout", ReadoutConfig().model_dump()))
     tensors = _concatenate(adapters)
     rank = sum(adapter.rank for adapter in adapters)
     lineage = {

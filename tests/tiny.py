@@ -1,4 +1,4 @@
-"""A tiny real backbone and a few sides of every kind."""
+"""A tiny real backbone of each family and a few sides of every kind."""
 
 from __future__ import annotations
 
@@ -38,22 +38,28 @@ def trainable_state(module: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in module.named_parameters() if value.requires_grad}
 
 
-def noise(kind: MediaKind, frames: int, height_px: int, width_px: int, seed: int = 0) -> Visual:
+def noise(
+    kind: MediaKind, frames: int, height_px: int, width_px: int, seed: int = 0, times_s: tuple[float, ...] = ()
+) -> Visual:
     """A visual of random pixels."""
     pixels = np.random.default_rng(seed).integers(0, 256, (frames, height_px, width_px, 3), dtype=np.uint8)
-    return Visual(kind, pixels)
+    return Visual(kind, pixels, times_s)
 
 
 def mixed_sides() -> list[DecodedSide]:
-    """Text, image, page, video (odd number of frames), and fused sides, with sizes that divide nothing."""
+    """Text, image, page, video (odd number of frames), several of them, and fused sides, with sizes that divide
+    nothing.
+    """
     image, page, video = noise("image", 1, 61, 97), noise("document", 1, 120, 85, 1), noise("video", 5, 59, 83, 2)
+    timed = noise("video", 4, 70, 66, 3, times_s=(0.0, 0.7, 1.4, 2.1))
     return [
         DecodedSide(text=TEXTS[0]),
         DecodedSide(visuals=(image,)),
         DecodedSide(text=TEXTS[3], instruction="Find the page that answers the question."),
         DecodedSide(visuals=(page,), instruction="Represent the page."),
         DecodedSide(visuals=(video,)),
-        DecodedSide(text=TEXTS[2], visuals=(video, image), instruction="Find the video."),
+        DecodedSide(text=TEXTS[2], visuals=(timed, image, video), instruction="Find the video."),
         DecodedSide(text="x"),
         DecodedSide(text=TEXTS[1], visuals=(image, page)),
+        DecodedSide(visuals=(page, page, image)),
     ]

@@ -208,7 +208,8 @@ def build_learner(stage: Stage, backbone_dir: str, init_adapter: Path | None, ta
     elif init_adapter is not None:
         raise UserError("init_adapter", "needs tune=lora", "export base and adapter, and train the result")
     layout = VisionLayout.read(str(checkpoint_dir(backbone_dir)))
-    return Learner(Embedder(backbone, layout), Objective(stage.objective, tasks), stage.chunk_tokens)
+    embedder = Embedder(backbone, layout, model.readout, model.packing)
+    return Learner(embedder, Objective(stage.objective, tasks), stage.chunk_tokens)
 
 
 def build_engine(learner: Learner, stage: Stage) -> tuple[Any, torch.optim.Optimizer]:
@@ -276,14 +277,14 @@ def save_model(stage: Stage, engine: Any, weights: Mapping[str, Tensor], backbon
     for name, parameter in engine.module.named_parameters():
         if parameter.requires_grad:
             parameter.data = weights[name]
-    base, model, prompt = checkpoint_dir(backbone_dir), stage.model, stage.model.prompt
+    base, model = checkpoint_dir(backbone_dir), stage.model
     name = model.backbone if isinstance(model.backbone, str) else backbone_dir
     base_sha256 = checkpoint_sha256(base)
     backbone: Any = engine.module.embedder.backbone
     if model.tune == "lora":
-        save_adapter(backbone, output, prompt=prompt, base=name, base_sha256=base_sha256)
+        save_adapter(backbone, output, identity=model.identity, base=name, base_sha256=base_sha256)
     else:
-        write_model(backbone, base, output, prompt, model.dtype, {"base": name, "base_sha256": base_sha256})
+        write_model(backbone, base, output, model.identity, model.dtype, {"base": name, "base_sha256": base_sha256})
 
 
 def _now_s(device: torch.device) -> float:

@@ -58,7 +58,7 @@ def test_exported_soup_is_a_checkpoint_for_automodel(road: Any, s3_endpoint: str
     folder = Path(local_folder("s3://road/demo/model", s3_endpoint))
     model = AutoModel.from_pretrained(folder)
     assert type(model).__name__ == "Qwen2VLModel"
-    assert json.loads((folder / "rzen.json").read_text())["pooling"] == "last_token"
+    assert json.loads((folder / "rzen.json").read_text())["readout"]["pooling"] == "last_token"
 
 
 def test_every_target_has_one_vector_of_length_one(road: Any, s3_endpoint: str) -> None:

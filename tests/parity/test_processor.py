@@ -5,7 +5,9 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,23 +15,32 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as library
+from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
+from transformers.video_utils import VideoMetadata
 
 from pipelines.errors import BadMedia, UserError
 from pipelines.samples import DecodedSide, Visual
 from rzen.config import PromptConfig
 from rzen.embedder import Embedder
+from rzen.families import FAMILIES
 from rzen.processor import EncodedBatch, Processor, smart_resize
 from rzen.prompts import TEMPLATES, render
-from tests.tiny import PROMPT, TEXTS, mixed_sides, noise, tiny_checkpoint
+from tests.tiny import PROMPT, TEXTS, TINY, mixed_sides, noise, tiny_checkpoint
 
-FACTOR_PX = 28
+FACTOR_PX = 28  # of Qwen2-VL
+VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+def model_dir(family: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny_checkpoint(tmp_path_factory.mktemp("tiny"), TINY.model_copy(update={"family": family}))
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +53,13 @@ def tokenizer(model_dir: str) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(model_dir)
 
 
-def library_pixels(frame: np.ndarray, low_tokens: int, high_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    size = {"shortest_edge": low_tokens * FACTOR_PX**2, "longest_edge": high_tokens * FACTOR_PX**2}
-    output = library.Qwen2VLImageProcessorPil(size=size)(images=[Image.fromarray(frame)], return_tensors="np")
+def library_pixels(
+    frame: np.ndarray, low_tokens: int, high_tokens: int, model_dir: str
+) -> tuple[np.ndarray, np.ndarray]:
+    image_processor = AutoImageProcessor.from_pretrained(model_dir, backend="pil")
+    factor_px = image_processor.patch_size * image_processor.merge_size
+    size = {"shortest_edge": low_tokens * factor_px**2, "longest_edge": high_tokens * factor_px**2}
+    output = image_processor(images=[Image.fromarray(frame)], return_tensors="np", size=size)
     return output["pixel_values"], output["image_grid_thw"]
 
 
@@ -55,10 +70,12 @@ def normalised(processor: Processor, patches: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(
     ("height_px", "width_px"), [(61, 97), (28, 28), (1, 1), (3, 290), (511, 37), (112, 112), (701, 503)]
 )
-def test_patches_equal_the_librarys_bit_for_bit(processor: Processor, height_px: int, width_px: int) -> None:
+def test_patches_equal_the_librarys_bit_for_bit(
+    processor: Processor, model_dir: str, height_px: int, width_px: int
+) -> None:
     visual = noise("image", 1, height_px, width_px)
     batch = processor.encode([DecodedSide(visuals=(visual,))])
-    pixels, grid = library_pixels(visual.frames[0], PROMPT.min_visual_tokens, PROMPT.max_visual_tokens)
+    pixels, grid = library_pixels(visual.frames[0], PROMPT.min_visual_tokens, PROMPT.max_visual_tokens, model_dir)
     assert batch.patches.dtype == np.uint8
     assert batch.grids.tolist() == grid.tolist()
     assert normalised(processor, batch.patches).tobytes() == pixels.astype(np.float32).tobytes()
@@ -76,16 +93,17 @@ def test_sizes_equal_the_librarys(height_px: int, width_px: int, low: int, high:
 
 
 def test_video_patches_hold_two_frames_each_and_the_last_frame_twice(processor: Processor) -> None:
-    video = noise("video", 5, 56, 84)
+    p = processor.layout.patch_px
+    video = noise("video", 5, 4 * p, 6 * p)
     batch = processor.encode([DecodedSide(visuals=(video,))])
     assert batch.grids.tolist() == [[3, 4, 6]]
     assert batch.grid_kinds.tolist() == [2]
-    patches = batch.patches.reshape(3, 24, 3, 2, 14, 14)
+    patches = batch.patches.reshape(3, 24, 3, 2, p, p)
     for group, (first, second) in enumerate([(0, 1), (2, 3), (4, 4)]):
         for position, frame in enumerate((first, second)):
             alone = processor.encode([DecodedSide(visuals=(Visual("image", video.frames[frame : frame + 1]),))])
             assert alone.grids.tolist() == [[1, 4, 6]]
-            assert np.array_equal(patches[group, :, :, position], alone.patches.reshape(24, 3, 2, 14, 14)[:, :, 0])
+            assert np.array_equal(patches[group, :, :, position], alone.patches.reshape(24, 3, 2, p, p)[:, :, 0])
 
 
 def test_frames_of_a_video_share_the_token_budget(model_dir: str) -> None:
@@ -102,6 +120,58 @@ def test_release_prompt_feeds_frames_as_images(model_dir: str) -> None:
     assert batch.grid_kinds.tolist() == [1, 1, 1]
     tokens = batch.grids.prod(axis=1) // 4
     assert tokens.tolist() == [170, 170, 170]  # 10 x 17, within 160 .. 180
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5, 8])
+@pytest.mark.parametrize("fps", [None, 0.5, 3.0])
+def test_videos_are_written_as_the_librarys_processor_writes_them(
+    processor: Processor, family: str, frames: int, fps: float | None
+) -> None:
+    """Qwen3-VL's own code, without its video processor, which needs torchvision. It puts its times before the marks
+    that it writes itself, in place of those of the chat template (transformers 5.23 leaves these where they are).
+    """
+    times_s = tuple(frame / fps for frame in range(frames)) if fps else ()
+    side = DecodedSide(visuals=(noise("video", frames, 100, 170, times_s=times_s),))
+    grid = processor.encode([side]).grids[0]
+    if family == "qwen3_vl":
+        parts = SimpleNamespace(
+            video_processor=SimpleNamespace(merge_size=2, temporal_patch_size=2),
+            vision_start_token="<|vision_start|>",
+            vision_end_token="<|vision_end|>",
+            video_token="<|video_pad|>",
+            _calculate_timestamps=partial(Qwen3VLProcessor._calculate_timestamps, None),
+        )
+        metadata = VideoMetadata(total_num_frames=frames, fps=fps, frames_indices=list(range(frames)))
+        written = Qwen3VLProcessor.replace_video_token(
+            parts, {"video_grid_thw": grid[None], "video_metadata": [metadata]}, 0
+        )
+    else:
+        written = VIDEO.replace("<|video_pad|>", "<|video_pad|>" * (grid.prod() // 4))
+    assert f"user\n{written}Represent" in render(processor.pieces(side))
+
+
+def test_seconds_between_temporal_patches_are_those_of_the_frames(processor: Processor) -> None:
+    videos = [noise("video", 4, 60, 60, times_s=times) for times in ((), (0.0, 2.0, 4.0, 6.0), (1.0, 1.5, 2.5, 2.8))]
+    sides = [DecodedSide(visuals=(video,)) for video in (*videos, noise("video", 1, 60, 60), noise("image", 1, 60, 60))]
+    assert processor.encode(sides).grid_seconds.tolist() == pytest.approx([2 / 24, 4.0, 1.2, 2 / 24, 0.0])
+
+
+def test_instruction_tokens_are_those_of_the_instruction(model_dir: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    visual = noise("image", 1, 60, 60)
+    sides = [
+        DecodedSide(text=text, instruction=instruction, visuals=visuals)
+        for instruction in ("", " Find the page. ", "Find 3", "naïve:")
+        for text in ("", "3 cats", "'s cat", "\n a cat\n", "Find the page.")
+        for visuals in ((), (visual,))
+    ]
+    batch = Processor(model_dir, PROMPT).encode(sides)
+    for i, side in enumerate(sides):
+        own = batch.slice(i, i + 1)
+        wanted = tokenizer(side.instruction.strip())["input_ids"] if side.instruction else []
+        assert own.input_ids[own.instruction].tolist() == wanted
+        assert np.flatnonzero(np.diff(own.instruction.astype(int), prepend=0) == 1).size == bool(wanted)  # one stretch
+    cut = Processor(model_dir, PromptConfig(max_text_tokens=3)).encode([DecodedSide("a cat", (), "Find the grey page")])
+    assert cut.instruction.sum() == 3
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -155,11 +225,11 @@ def test_the_paper_prompt_costs_one_token_a_word(processor: Processor) -> None:
 def test_slices_and_concatenation_are_inverse(processor: Processor) -> None:
     sides = mixed_sides()
     batch = processor.encode(sides)
-    assert len(batch) == 8
-    chunks = [batch.slice(start, start + 3) for start in range(0, 8, 3)]
-    assert [len(chunk) for chunk in chunks] == [3, 3, 2]
-    for chunk, start in zip(chunks, (0, 3, 6), strict=True):
-        assert_equal(chunk, processor.encode(sides[start : start + 3]))
+    assert len(batch) == 9
+    chunks = [batch.slice(start, start + 4) for start in range(0, 9, 4)]
+    assert [len(chunk) for chunk in chunks] == [4, 4, 1]
+    for chunk, start in zip(chunks, (0, 4, 8), strict=True):
+        assert_equal(chunk, processor.encode(sides[start : start + 4]))
     assert_equal(EncodedBatch.concat(chunks), batch)
 
 

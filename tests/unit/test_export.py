@@ -12,13 +12,16 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 from pipelines.errors import UserError
 from rzen.backbone import build_tiny, load_backbone
 from rzen.checkpoints import checkpoint_dir, checkpoint_sha256
-from rzen.config import LoraConfig, PromptConfig, TinyBackbone
+from rzen.config import LoraConfig, ModelIdentity, ReadoutConfig, TinyBackbone
 from rzen.embedder import Embedder
 from rzen.export import export_model, load_encoder
 from rzen.lora import add_lora, load_adapter, save_adapter
 from rzen.processor import Processor
 from rzen.soup import soup_adapters
 from tests.tiny import PROMPT, TEXTS, TINY, mixed_sides, tiny_checkpoint, tiny_model
+
+IDENTITY = ModelIdentity(prompt=PROMPT)
+UMARVEL = ReadoutConfig(direction="bidirectional", pooling="mean")
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +37,7 @@ def trained_adapter(base: str, folder: Path, seed: int = 0) -> Path:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-    save_adapter(model, folder, prompt=PROMPT, base=base, base_sha256=checkpoint_sha256(Path(base)))
+    save_adapter(model, folder, identity=IDENTITY, base=base, base_sha256=checkpoint_sha256(Path(base)))
     return folder
 
 
@@ -53,7 +56,7 @@ def exported_vectors(model_dir: Path) -> Tensor:
 
 def test_the_exported_model_gives_the_vectors_of_base_and_adapter(base: str, tmp_path: Path) -> None:
     adapter = trained_adapter(base, tmp_path / "adapter")
-    export_model(base, adapter, tmp_path / "model", PROMPT, "float32")
+    export_model(base, adapter, tmp_path / "model", IDENTITY, "float32")
     expected = unmerged_vectors(base, adapter)
     torch.testing.assert_close(exported_vectors(tmp_path / "model"), expected, atol=1e-5, rtol=0)
     assert (expected - unmerged_vectors(base, None)).abs().max() > 1e-2
@@ -61,7 +64,7 @@ def test_the_exported_model_gives_the_vectors_of_base_and_adapter(base: str, tmp
 
 def test_the_exported_model_is_an_ordinary_checkpoint(base: str, tmp_path: Path) -> None:
     adapter = trained_adapter(base, tmp_path / "adapter")
-    export_model(base, adapter, tmp_path / "model", PROMPT, "float32")
+    export_model(base, adapter, tmp_path / "model", IDENTITY, "float32")
     model_dir = str(tmp_path / "model")
     processor = Processor(model_dir, PROMPT)
     embedder = Embedder(AutoModel.from_pretrained(model_dir), processor.layout)
@@ -75,7 +78,7 @@ def test_the_exported_model_is_an_ordinary_checkpoint(base: str, tmp_path: Path)
 
 def test_weights_are_merged_in_fp32_and_rounded_once(base: str, tmp_path: Path) -> None:
     adapter = trained_adapter(base, tmp_path / "adapter")
-    export_model(base, adapter, tmp_path / "model", PROMPT, "bfloat16")
+    export_model(base, adapter, tmp_path / "model", IDENTITY, "bfloat16")
     name = "language_model.layers.0.mlp.down_proj"
     factors = load_file(adapter / "adapter_model.safetensors")
     a, b = (factors[f"base_model.model.{name}.lora_{factor}.weight"] for factor in "AB")
@@ -88,21 +91,21 @@ def test_weights_are_merged_in_fp32_and_rounded_once(base: str, tmp_path: Path) 
 
 
 def test_an_export_without_adapter_keeps_the_base(base: str, tmp_path: Path) -> None:
-    export_model(base, None, tmp_path / "model", PROMPT, "float32")
+    export_model(base, None, tmp_path / "model", IDENTITY, "float32")
     torch.testing.assert_close(exported_vectors(tmp_path / "model"), unmerged_vectors(base, None), atol=0, rtol=0)
 
 
 def test_a_soup_of_one_adapter_twice_exports_as_the_adapter(base: str, tmp_path: Path) -> None:
     adapter = trained_adapter(base, tmp_path / "adapter")
     soup_adapters([(adapter, 0.3), (adapter, 0.7)], tmp_path / "soup")
-    export_model(base, tmp_path / "soup", tmp_path / "model", PROMPT, "float32")
+    export_model(base, tmp_path / "soup", tmp_path / "model", IDENTITY, "float32")
     expected = unmerged_vectors(base, adapter)
     torch.testing.assert_close(exported_vectors(tmp_path / "model"), expected, atol=1e-5, rtol=0)
 
 
-def test_identity_holds_prompt_pooling_and_descent(base: str, tmp_path: Path) -> None:
+def test_identity_holds_prompt_readout_and_descent(base: str, tmp_path: Path) -> None:
     adapter = trained_adapter(base, tmp_path / "adapter")
-    export_model(base, adapter, tmp_path / "model", PROMPT, "float32")
+    export_model(base, adapter, tmp_path / "model", IDENTITY, "float32")
     identity = json.loads((tmp_path / "model/rzen.json").read_text())
     assert identity["prompt"] == {
         "template": "rzen_paper",
@@ -110,20 +113,46 @@ def test_identity_holds_prompt_pooling_and_descent(base: str, tmp_path: Path) ->
         "min_visual_tokens": 4,
         "max_visual_tokens": 24,
     }
-    assert (identity["pooling"], identity["normalize"], identity["dtype"]) == ("last_token", True, "float32")
+    assert identity["readout"] == {"positions": "mrope", "direction": "causal", "pooling": "last_token"}
+    assert (identity["normalize"], identity["dtype"]) == (True, "float32")
     assert sorted(identity["lineage"]) == ["adapter", "adapter_sha256", "base", "base_sha256"]
     assert load_encoder(str(tmp_path / "model"))[0].prompt == PROMPT
+
+
+def test_an_exported_model_is_read_as_it_was_trained(base: str, tmp_path: Path) -> None:
+    model = add_lora(load_backbone(base, tiny_model(base)), LoraConfig(rank=3), 0)
+    identity = ModelIdentity(prompt=PROMPT, readout=UMARVEL)
+    save_adapter(model, tmp_path / "adapter", identity=identity, base=base, base_sha256=checkpoint_sha256(Path(base)))
+    export_model(base, tmp_path / "adapter", tmp_path / "model", identity, "float32")
+    assert load_encoder(str(tmp_path / "model"))[1].readout == UMARVEL
+    assert (exported_vectors(tmp_path / "model") - unmerged_vectors(base, None)).abs().max() > 1e-2
+    with pytest.raises(UserError, match=r"rzen.json readout: the adapter was trained with .*'bidirectional'"):
+        export_model(base, tmp_path / "adapter", tmp_path / "causal", IDENTITY, "float32")
+
+
+def test_a_model_from_before_the_readout_could_be_chosen_is_read_as_ever(base: str, tmp_path: Path) -> None:
+    adapter = trained_adapter(base, tmp_path / "adapter")
+    export_model(base, adapter, tmp_path / "model", IDENTITY, "float32")
+    now = exported_vectors(tmp_path / "model")
+    for folder in (adapter, tmp_path / "model"):
+        saved = json.loads((folder / "rzen.json").read_text())
+        del saved["readout"]
+        (folder / "rzen.json").write_text(json.dumps(saved | {"pooling": "last_token"}))
+    torch.testing.assert_close(exported_vectors(tmp_path / "model"), now, atol=0, rtol=0)
+    export_model(base, adapter, tmp_path / "again", IDENTITY, "float32")
+    with pytest.raises(UserError, match=r"rzen.json readout: the adapter was trained with"):
+        export_model(base, adapter, tmp_path / "other", ModelIdentity(prompt=PROMPT, readout=UMARVEL), "float32")
 
 
 def test_wrong_exports_are_the_users_errors(base: str, tmp_path: Path) -> None:
     adapter = trained_adapter(base, tmp_path / "adapter")
     other = tiny_checkpoint(tmp_path / "other", TinyBackbone(vocabulary=640, seed=1))
     with pytest.raises(UserError, match=r"rzen.json prompt: the adapter was trained with"):
-        export_model(base, adapter, tmp_path / "model", PromptConfig(), "float32")
+        export_model(base, adapter, tmp_path / "model", ModelIdentity(), "float32")
     with pytest.raises(UserError, match=r"rzen.json base_sha256: the adapter was trained with"):
-        export_model(other, adapter, tmp_path / "model", PROMPT, "float32")
+        export_model(other, adapter, tmp_path / "model", IDENTITY, "float32")
     with pytest.raises(UserError, match="exists already"):
-        export_model(base, adapter, adapter, PROMPT, "float32")
+        export_model(base, adapter, adapter, IDENTITY, "float32")
     with pytest.raises(UserError, match="written by export"):
         load_encoder(base)
     assert not (tmp_path / "model").exists()
@@ -135,7 +164,7 @@ def test_wrong_backbones_are_the_users_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no config.json"):
         checkpoint_dir(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(UserError, match=r"model_type 'llama' is not supported; use one of \['qwen2_vl'\]"):
+    with pytest.raises(UserError, match=r"model_type 'llama' is not supported; use one of \['qwen2_5_vl', "):
         checkpoint_dir(str(tmp_path))
 
 

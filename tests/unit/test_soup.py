@@ -161,6 +161,7 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "base": ({"base": "other/base"}, "base model: None and 'other/base'"),
     "base bytes": ({"identity": {**IDENTITY, "base_sha256": "cd34"}}, "base_sha256: 'ab12' and 'cd34'"),
     "unknown base bytes": ({"identity": None}, "base_sha256: 'ab12' and None"),
+    "readout": ({"identity": {**IDENTITY, "readout": {"pooling": "mean"}}}, "readout: .*last_token.* and .*mean"),
     "prompt": ({"identity": {**IDENTITY, "prompt": {"template": "plain"}}}, "prompt: .*rzen_paper.* and .*plain"),
     "modules": ({"targets": ("tower.0", "head")}, "different modules: only one has .*tower.2.lora_A.weight"),
 }

@@ -1,0 +1,69 @@
+"""Vision attention over neighbours of one size at once against transformers' loop over single images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModel
+
+from pipelines.samples import DecodedSide
+from rzen import vision_attention
+from rzen.backbone import load_backbone
+from rzen.embedder import Embedder
+from rzen.families import FAMILIES
+from rzen.processor import Processor
+from tests.tiny import PROMPT, TINY, noise, tiny_checkpoint, tiny_model
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny_checkpoint(tmp_path_factory.mktemp("tiny"), TINY.model_copy(update={"family": request.param}))
+
+
+def images(*sizes_px: tuple[int, int]) -> list[DecodedSide]:
+    return [DecodedSide(visuals=(noise("image", 1, *size, seed),)) for seed, size in enumerate(sizes_px)]
+
+
+def vectors_and_gradients(backbone: Any, processor: Processor, sides: Sequence[DecodedSide]) -> list[Tensor]:
+    embedder = Embedder(backbone, processor.layout)
+    vectors_BD = embedder(processor.encode(sides))
+    (vectors_BD * torch.arange(vectors_BD.shape[1])).sum().backward()
+    return [vectors_BD.detach(), *(parameter.grad for parameter in backbone.visual.parameters())]
+
+
+@pytest.mark.parametrize(
+    ("sides", "together"),
+    [
+        (images((60, 60), (60, 60), (60, 60)), [3]),
+        (images((60, 60), (120, 61), (60, 60), (60, 60), (61, 120)), [1, 1, 2, 1]),
+        ([DecodedSide(visuals=(noise("video", 6, 57, 83), noise("image", 1, 60, 60)))], [3]),
+    ],
+)
+def test_grouped_attention_equals_the_loop(
+    model_dir: str, sides: list[DecodedSide], together: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel, batches = vision_attention.scaled_dot_product_attention, []
+
+    def counted(query: Tensor, *rest: Tensor, **options: Any) -> Tensor:
+        batches.append(len(query))
+        return kernel(query, *rest, **options)
+
+    monkeypatch.setattr(vision_attention, "scaled_dot_product_attention", counted)
+    processor = Processor(model_dir, PROMPT)
+    grouped = vectors_and_gradients(load_backbone(model_dir, tiny_model(model_dir)), processor, sides)
+    looped = vectors_and_gradients(AutoModel.from_pretrained(model_dir), processor, sides)
+    assert len(grouped) == len(looped) > 10
+    for ours, theirs in zip(grouped, looped, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
+    assert batches[-len(together) :] == together  # in the last block: whole images and frames
+
+
+def test_a_backbone_is_stored_without_it(model_dir: str, tmp_path: Path) -> None:
+    load_backbone(model_dir, tiny_model(model_dir)).save_pretrained(tmp_path)
+    assert vision_attention.NAME not in (tmp_path / "config.json").read_text()
+    assert AutoModel.from_pretrained(tmp_path).visual.config._attn_implementation == "sdpa"

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from pipelines.errors import UserError
+from rzen.backbone import load_backbone
+from rzen.checkpoints import read_identity
+from rzen.config import ModelConfig, ModelIdentity, PromptConfig, ReadoutConfig
+from tests.tiny import tiny_checkpoint, tiny_model
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"quantize": "nf4", "tune": "full"}, "quantize=nf4 freezes the weights, so that it needs tune=lora"),
+        ({"attention": "flash_attention_2", "dtype": "float32"}, "attention=flash_attention_2 has no float32"),
+    ],
+)
+def test_what_cannot_work_together_is_refused(settings: dict[str, str], problem: str) -> None:
+    with pytest.raises(ValidationError, match=problem):
+        ModelConfig.model_validate({"backbone": "tiny"} | settings)
+
+
+@pytest.mark.skipif(
+    bool(importlib.util.find_spec("bitsandbytes")) and torch.cuda.is_available(), reason="quantising is possible here"
+)
+def test_quantising_without_what_it_needs_is_the_users_error(tmp_path: Path) -> None:
+    model_dir = tiny_checkpoint(tmp_path)
+    model = tiny_model(model_dir).model_copy(update={"quantize": "nf4"})
+    with pytest.raises(UserError, match=r"model.quantize=nf4: is impossible here: .*; install the extra rzen\[qlora\]"):
+        load_backbone(model_dir, model)
+
+
+def test_an_identity_is_read_back_and_falls_back_to_the_default_where_nothing_is_said(tmp_path: Path) -> None:
+    said = ModelIdentity(prompt=PromptConfig(max_visual_tokens=7), readout=ReadoutConfig(positions="1d"))
+    default = ModelIdentity(prompt=PromptConfig(max_visual_tokens=9), readout=ReadoutConfig(pooling="mean"))
+    assert read_identity(tmp_path, default) == default
+    path = tmp_path / "rzen.json"
+    path.write_text(json.dumps({"base_sha256": "ab"}))
+    assert read_identity(tmp_path, default) == default
+    path.write_text(json.dumps(said.model_dump() | {"dtype": "float32"}))
+    assert read_identity(tmp_path, default) == said
+    path.write_text(json.dumps({"prompt": said.prompt.model_dump(), "pooling": "last_token"}))
+    assert read_identity(tmp_path, default) == ModelIdentity(prompt=said.prompt)
