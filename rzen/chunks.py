@@ -25,19 +25,27 @@ from rzen.processor import EncodedBatch
 Indices = npt.NDArray[np.int64]
 
 
-def chunks_of(lengths: npt.NDArray[np.int32], max_tokens: int) -> list[Indices]:
+def chunks_of(lengths: npt.NDArray[np.int32], max_tokens: int, *, packed: bool) -> list[Indices]:
     """Which sides are embedded together, the longest first: neighbours in length, so that little is padding.
 
-    A chunk has at most `max_tokens` tokens, padding included; a longer side is a chunk of its own.
+    A chunk has at most `max_tokens` tokens, padding included unless `packed`; a longer side is a chunk of its own.
     """
     order = np.argsort(-lengths, kind="stable")
     chunks = []
     start = 0
     while start < len(order):
-        size = max(1, max_tokens // int(lengths[order[start]]))
+        rest = lengths[order[start:]]
+        costs = np.cumsum(rest) if packed else np.arange(1, len(rest) + 1) * rest[0]
+        size = max(1, int(np.searchsorted(costs, max_tokens, side="right")))
         chunks.append(order[start : start + size])
         start += size
     return chunks
+
+
+def padding_fraction(lengths: npt.NDArray[np.int32], chunks: Sequence[Indices], *, packed: bool) -> float:
+    """Padding among all tokens that the backbone is given."""
+    padded = sum(len(chunk) * int(lengths[chunk].max()) for chunk in chunks)
+    return 0.0 if packed else 1 - int(lengths.sum()) / padded
 
 
 def embed(embedder: Embedder, sides: Sequence[EncodedBatch], chunks: Sequence[Indices], *, twice: bool) -> Tensor:

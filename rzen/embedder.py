@@ -43,12 +43,17 @@ class Embedder(nn.Module):
             values = torch.tensor(getattr(layout, name), dtype=torch.float32)
             self.register_buffer(name, values.view(1, -1, 1), persistent=False)
 
+    @property
+    def packs(self) -> bool:
+        """Whether sides go end to end, without padding."""
+        backbone: Any = self.backbone
+        return "flash" in backbone.config._attn_implementation if self.packing == "auto" else self.packing == "packed"
+
     def forward(self, batch: EncodedBatch) -> Tensor:
         """Vectors [B, D] of length 1 in fp32, on the embedder's device; equal to each side on its own (parity test)."""
         backbone: Any = self.backbone
         device, attention = self.image_mean.device, backbone.config._attn_implementation
-        packed = "flash" in attention if self.packing == "auto" else self.packing == "packed"
-        layout = BatchLayout(batch, packed)
+        layout = BatchLayout(batch, self.packs)
         mask = layout.mask(self.readout, attention, backbone.dtype)
         hidden = backbone(
             input_ids=layout.tokens().to(device),

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rzen.chunks import chunks_of, embed
+from rzen.chunks import chunks_of, embed, padding_fraction
 from rzen.embedder import Embedder
 from rzen.gather import gather_ids, gather_with_gradient
 from rzen.loss import Mined, Objective
@@ -44,7 +44,7 @@ class Learner(nn.Module):
         `blocks` are (task, own pairs) in the order of the pairs; each is contrasted with itself alone, across ranks.
         A collective: every rank must bring the same blocks.
         """
-        (queries_BD, targets_BD, *mined), padding = self._vectors(pairs)
+        (queries_BD, targets_BD, *mined), counts = self._vectors(pairs)
         counts_N = gather_ids(torch.tensor(pairs.negative_counts, device=targets_BD.device))
         negatives_BKD = _placed(mined, pairs.negative_counts, int(counts_N.max()), targets_BD)
         ids_B = torch.tensor(pairs.target_ids, device=targets_BD.device)
@@ -84,10 +84,10 @@ class Learner(nn.Module):
             start += size
         shares = torch.tensor([size for _, size in blocks], device=ids_B.device) / len(pairs)
         means = {name: _mean([some[name] for some in stats], shares) for name in stats[0]}
-        return reach_all(_mean(losses, shares), self), means | padding
+        return reach_all(_mean(losses, shares), self), means | counts
 
     def _vectors(self, pairs: EncodedPairs) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Of queries, of targets, and of mined negatives where there are any; and how much was padding.
+        """Of queries, of targets, and of mined negatives where there are any; and counts of tokens.
 
         All at once where `chunk_tokens` is None, but one role after the other: they differ in length more than among
         themselves. With chunks, all roles are mixed.
@@ -98,12 +98,12 @@ class Learner(nn.Module):
         if self.chunk_tokens is None:
             chunks = np.split(np.arange(len(lengths)), np.cumsum(sizes)[:-1])
         else:
-            chunks = chunks_of(lengths, self.chunk_tokens)
+            chunks = chunks_of(lengths, self.chunk_tokens, packed=self.embedder.packs)
         twice = self.chunk_tokens is not None and len(chunks) > 1
         vectors = embed(self.embedder, [side for role in roles for side in role.split()], chunks, twice=twice)
-        filled, padded = lengths.sum(), sum(len(chunk) * lengths[chunk].max() for chunk in chunks)
-        padding = {"tokens": torch.tensor(filled), "padding_fraction": torch.tensor(1 - filled / padded)}
-        return list(torch.split(vectors, sizes)), padding
+        padding = padding_fraction(lengths, chunks, packed=self.embedder.packs)
+        counts = {"tokens": torch.tensor(lengths.sum()), "padding_fraction": torch.tensor(padding)}
+        return list(torch.split(vectors, sizes)), counts
 
 
 def _placed(mined: Sequence[Tensor], counts: npt.NDArray[np.int64], most: int, like_BD: Tensor) -> Tensor:

@@ -152,12 +152,23 @@ def test_activations_of_one_chunk_at_a_time_are_kept(model_dir: str, pairs: Enco
 
 def test_chunks_hold_neighbours_in_length_within_the_budget() -> None:
     lengths = np.array([5, 90, 7, 5, 40, 90, 200, 6], np.int32)
-    found = chunks_of(lengths, 180)
+    found = chunks_of(lengths, 180, packed=False)
     assert [chunk.tolist() for chunk in found] == [[6], [1, 5], [4, 2, 7, 0], [3]]
     assert sorted(np.concatenate(found).tolist()) == list(range(8))
     for budget in (1, 17, 180, 10**6):
-        for chunk in chunks_of(lengths, budget):
+        for chunk in chunks_of(lengths, budget, packed=False):
             assert len(chunk) == 1 or len(chunk) * lengths[chunk].max() <= budget
+    assert [chunk.tolist() for chunk in chunks_of(lengths, 180, packed=True)] == [[6], [1, 5], [4, 2, 7, 0, 3]]
+
+
+def test_packed_chunks_have_no_padding_and_the_same_gradient(
+    model_dir: str, pairs: EncodedPairs, whole: dict[str, Tensor]
+) -> None:
+    learner = learner_of(model_dir, SIZES["about three"])
+    learner.embedder.packing = "packed"
+    found = outcome(learner, pairs)
+    assert_equal(found, whole)
+    assert float(found["padding_fraction"]) == 0
 
 
 def test_grouping_by_length_leaves_less_padding(model_dir: str, pairs: EncodedPairs) -> None:
