@@ -45,9 +45,9 @@ def load_sample(raw: RawSample, config: MediaConfig, *, materialized: bool = Fal
 def usable(kind: MediaKind, data: bytes, page: int | None, config: MediaConfig, materialized: bool) -> bytes:
     """What is stored in place of a file: one page of it, or what was decoded; empty for the file. Raises `BadMedia`."""
     content = data if page is None else extract_page(data, page, config)
-    frames = decode_pixels(kind, content, config)
+    frames, times_s = decode_pixels(kind, content, config)
     if materialized and kind in SUFFIX:
-        return materialize(kind, frames)
+        return materialize(kind, frames, times_s)
     return b"" if page is None else content
 
 

@@ -16,15 +16,18 @@ from pipelines.media.videos import decode_video
 from pipelines.samples import DecodedSample, DecodedSide, MediaKind, Sample, Side, UInt8Array, Visual
 
 
-def decode_pixels(kind: MediaKind, data: bytes, config: MediaConfig) -> UInt8Array:
-    """RGB frames `[T, H, W, 3]` of one member; T is 1 for an image, and for a document: one page, or its image."""
+def decode_pixels(kind: MediaKind, data: bytes, config: MediaConfig) -> tuple[UInt8Array, list[float]]:
+    """RGB frames `[T, H, W, 3]` of one member, and of a video when each is shown, in seconds from its start.
+
+    T is 1 for an image, and for a document: one page, or its image.
+    """
     match kind:
         case "image":
-            return decode_image(data, config, config.image_pixels)[None]
+            return decode_image(data, config, config.image_pixels)[None], []
         case "document":
             if is_page_image(data):
-                return decode_image(data, config, config.image_pixels)[None]
-            return render_page(data, 0, config)[None]
+                return decode_image(data, config, config.image_pixels)[None], []
+            return render_page(data, 0, config)[None], []
         case "video":
             return decode_video(data, config)
 
@@ -32,7 +35,8 @@ def decode_pixels(kind: MediaKind, data: bytes, config: MediaConfig) -> UInt8Arr
 def decode_member(kind: MediaKind, data: bytes, config: MediaConfig) -> Visual:
     """One member in this process. Raises `BadMedia`: empty_file, too_many_bytes, and the reasons of its decoder."""
     _check_bytes(data, config)
-    return Visual(kind, decode_pixels(kind, data, config))
+    frames, times_s = decode_pixels(kind, data, config)
+    return Visual(kind, frames, tuple(times_s))
 
 
 def decode_sample(sample: Sample, members: dict[str, bytes], config: MediaConfig, instructions: bool) -> DecodedSample:
@@ -57,7 +61,8 @@ class Decoder:
         if not (self._isolated or (kind == "video" and self._config.video_backend == "decord")):
             return decode_member(kind, data, self._config)
         _check_bytes(data, self._config)
-        return Visual(kind, self._sandbox.call(decode_pixels, kind, data, self._config))
+        frames, times_s = self._sandbox.call(decode_pixels, kind, data, self._config)
+        return Visual(kind, frames, tuple(times_s))
 
     def sample(self, sample: Sample, members: dict[str, bytes], instructions: bool) -> DecodedSample:
         """As `decode_sample`."""

@@ -7,6 +7,7 @@ pages) and not where a page holds a few lines. Frames per video and pixels per p
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from fractions import Fraction
 
 import av
@@ -19,11 +20,14 @@ SUFFIX: dict[MediaKind, str] = {"video": "avi", "document": "webp"}
 _JPEG_QUALITY = 90
 
 
-def materialize(kind: MediaKind, frames_THWC: UInt8Array) -> bytes:
-    """Frames `[T, H, W, 3]` as Motion JPEG, a page `[1, H, W, 3]` as lossless WebP. Equal pixels give equal bytes."""
+def materialize(kind: MediaKind, frames_THWC: UInt8Array, times_s: Sequence[float]) -> bytes:
+    """Frames `[T, H, W, 3]` as Motion JPEG, a page `[1, H, W, 3]` as lossless WebP. Equal pixels give equal bytes.
+
+    Frames keep the time between the first and the last of `times_s`; those between become evenly spaced.
+    """
     if kind == "document":
         return _page(frames_THWC[0])
-    return _motion_jpeg(frames_THWC)
+    return _motion_jpeg(frames_THWC, _rate(times_s))
 
 
 def is_page_image(data: bytes) -> bool:
@@ -40,10 +44,16 @@ def _page(page_HWC: UInt8Array) -> bytes:
     return sink.getvalue()
 
 
-def _motion_jpeg(frames_THWC: UInt8Array) -> bytes:
+def _rate(times_s: Sequence[float]) -> Fraction:
+    """Frames per second, as AVI holds it: two whole numbers."""
+    span_s = times_s[-1] - times_s[0]
+    return Fraction((len(times_s) - 1) / span_s).limit_denominator(100_000) if span_s > 0 else Fraction(1)
+
+
+def _motion_jpeg(frames_THWC: UInt8Array, rate: Fraction) -> bytes:
     sink = io.BytesIO()
     with av.open(sink, "w", format="avi", options={"fflags": "+bitexact"}) as container:
-        stream = container.add_stream("mjpeg", rate=1)
+        stream = container.add_stream("mjpeg", rate=rate)
         stream.height, stream.width = frames_THWC.shape[1:3]
         stream.pix_fmt = "yuvj420p"
         for number, frame_HWC in enumerate(frames_THWC):
@@ -51,7 +61,7 @@ def _motion_jpeg(frames_THWC: UInt8Array) -> bytes:
             Image.fromarray(frame_HWC).save(picture, "JPEG", quality=_JPEG_QUALITY)
             packet = av.Packet(picture.getvalue())
             packet.stream = stream
-            packet.time_base = Fraction(1)
+            packet.time_base = 1 / rate
             packet.pts = packet.dts = number
             packet.is_keyframe = True
             container.mux(packet)

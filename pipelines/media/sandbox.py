@@ -89,7 +89,8 @@ class Sandbox:
         self._child: subprocess.Popen[bytes] | None = None
 
     def call(self, function: Callable[..., Result], *args: Any) -> Result:
-        """`function(*args)`, computed in the child. Arguments must pickle; the result is a uint8 array, bytes, or JSON.
+        """`function(*args)`, computed in the child. Arguments must pickle; the result is a uint8 array, that and JSON,
+        bytes, or JSON.
 
         Raises what the function raises if that is `BadMedia` or `UserError`, `BadMedia` with the reasons above, and
         `UserError` where no child can be started or a library cannot be imported.
@@ -210,7 +211,8 @@ def _value(header: dict[str, Any], payload: bytearray) -> Any:
     if "import_error" in header:
         raise _NotImported(_PLACE, header["import_error"], "install it, or raise media.max_memory_bytes")
     if "shape" in header:
-        return np.frombuffer(payload, np.uint8).reshape(header["shape"])
+        array = np.frombuffer(payload, np.uint8).reshape(header["shape"])
+        return (array, header["json"]) if "json" in header else array
     return bytes(payload) if "bytes" in header else header["json"]
 
 
@@ -238,9 +240,11 @@ def _answer(request: bytes) -> tuple[dict[str, Any], bytes | memoryview]:
         last = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{Path(last.filename).name}:{last.lineno}, {last.name}"
         return {"reason": "decoder_error", "detail": f"{type(error).__name__}: {error} ({place})"}, b""
-    if isinstance(result, np.ndarray):
-        assert result.dtype == np.uint8
-        return {"shape": result.shape}, np.ascontiguousarray(result).reshape(-1).data
+    array, *rest = result if isinstance(result, tuple) else (result,)
+    if isinstance(array, np.ndarray):
+        assert array.dtype == np.uint8
+        header = {"shape": array.shape} | ({"json": rest[0]} if rest else {})
+        return header, np.ascontiguousarray(array).reshape(-1).data
     return ({"bytes": True}, result) if isinstance(result, bytes) else ({"json": result}, b"")
 
 

@@ -31,8 +31,9 @@ _TRUNCATION_TOLERANCE = 0.03
 _TICK_TOLERANCE = 1e-6  # in sampling intervals: frame times are rounded
 
 
-def decode_video(data: bytes, config: MediaConfig) -> UInt8Array:
-    """The frames `[T, H, W, 3]` that `sample_frames` chooses, upright by the display matrix.
+def decode_video(data: bytes, config: MediaConfig) -> tuple[UInt8Array, list[float]]:
+    """The frames `[T, H, W, 3]` that `sample_frames` chooses, upright by the display matrix, and when each is shown, in
+    seconds from the start.
 
     Raises `BadMedia`: empty_file, corrupt_video, truncated_video, no_video_stream, too_long_video, too_many_frames,
     too_many_pixels, extreme_aspect_ratio, decord_unsupported; `UserError` for decord outside the sandbox.
@@ -185,15 +186,18 @@ def _check_whole(container: Any, shown: list[int], tick_s: float, end_s: float) 
         raise BadMedia("truncated_video", f"declares {duration_s:.2f} s, ends at {end_s:.2f} s")
 
 
-def _decode_pyav(data: bytes, config: MediaConfig, scan: _Scan) -> UInt8Array:
-    wanted = [scan.pts[i] for i in sample_frames(scan.times_s(len(scan.pts)), config)]
+def _decode_pyav(data: bytes, config: MediaConfig, scan: _Scan) -> tuple[UInt8Array, list[float]]:
+    all_times_s = scan.times_s(len(scan.pts))
+    chosen = sample_frames(all_times_s, config)
+    times_s = all_times_s[chosen]
     with _open(data) as container:
-        frames = _seek_frames(container, _video_stream(container, config), wanted, scan.keys)
-    frames = frames or _all_through(data, config, scan)
+        frames = _seek_frames(container, _video_stream(container, config), [scan.pts[i] for i in chosen], scan.keys)
+    if not frames:
+        frames, times_s = _all_through(data, config, scan)
     if any(frame.is_corrupt for frame in frames):
         # Only what FFmpeg itself admits: most damage is concealed, and its strict mode refuses healthy streams too.
         raise BadMedia("corrupt_video", "the decoder had to invent parts of a frame")
-    return _rgb(frames)
+    return _rgb(frames), times_s.tolist()
 
 
 def _seek_frames(container: Any, stream: Any, wanted: list[int], keys: list[int]) -> list[Any]:
@@ -226,16 +230,18 @@ def _seek_frames(container: Any, stream: Any, wanted: list[int], keys: list[int]
     return frames
 
 
-def _all_through(data: bytes, config: MediaConfig, scan: _Scan) -> list[Any]:
+def _all_through(data: bytes, config: MediaConfig, scan: _Scan) -> tuple[list[Any], npt.NDArray[np.float64]]:
     """Without an index: decode once to count what can be shown, and again to keep the chosen positions."""
     with _open(data) as container:
         count = sum(1 for _ in container.decode(_video_stream(container, config)))
     if count == 0:
         raise BadMedia("corrupt_video", "no frame can be decoded")
-    wanted = set(sample_frames(scan.times_s(count), config).tolist())
+    times_s = scan.times_s(count)
+    chosen = sample_frames(times_s, config)
+    wanted = set(chosen.tolist())
     with _open(data) as container:
         decoded = container.decode(_video_stream(container, config))
-        return [frame for position, frame in enumerate(decoded) if position in wanted]
+        return [frame for position, frame in enumerate(decoded) if position in wanted], times_s[chosen]
 
 
 def _rgb(frames: list[Any]) -> UInt8Array:
@@ -255,7 +261,7 @@ def _upright(frames: UInt8Array, matrix: npt.NDArray[np.int32]) -> UInt8Array:
     return np.ascontiguousarray(frames[:, :: -1 if down < 0 else 1, :: -1 if across < 0 else 1])
 
 
-def _decode_decord(data: bytes, config: MediaConfig, scan: _Scan) -> UInt8Array:
+def _decode_decord(data: bytes, config: MediaConfig, scan: _Scan) -> tuple[UInt8Array, list[float]]:
     """decord 0.6 (FFmpeg 4.1) never returns on some files and shows wrong frames of others: refused or contained."""
     if not sandbox.inside():
         problem = "decord can hang for ever and decodes only in the killable child"
@@ -270,7 +276,9 @@ def _decode_decord(data: bytes, config: MediaConfig, scan: _Scan) -> UInt8Array:
 
     try:
         reader = decord.VideoReader(io.BytesIO(data), num_threads=1)
-        frames: UInt8Array = reader.get_batch(sample_frames(scan.times_s(len(reader)), config)).asnumpy()
+        times_s = scan.times_s(len(reader))
+        chosen = sample_frames(times_s, config)
+        frames: UInt8Array = reader.get_batch(chosen).asnumpy()
     except (RuntimeError, decord.DECORDError) as error:
         raise BadMedia("corrupt_video", str(error).partition("\n")[0]) from error
-    return frames
+    return frames, times_s[chosen].tolist()

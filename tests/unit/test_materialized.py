@@ -74,9 +74,11 @@ def test_every_frame_comes_back_in_order(num_frames: int) -> None:
     frames = np.zeros((num_frames, 48, 64, 3), np.uint8)
     frames[:] = (20 + 25 * np.arange(num_frames, dtype=np.uint8))[:, None, None, None]
     config = MediaConfig(frames=8)
-    found = decode_member("video", materialize("video", frames), config).frames
-    assert found.shape == frames.shape
-    assert np.abs(found.astype(int) - frames).max() <= 3
+    times_s = [1.5 + 7.3 * number for number in range(num_frames)]
+    found = decode_member("video", materialize("video", frames, times_s), config)
+    assert found.frames.shape == frames.shape
+    assert np.abs(found.frames.astype(int) - frames).max() <= 3
+    assert found.times_s == pytest.approx([7.3 * number for number in range(num_frames)], abs=1e-3)
 
 
 def test_colours_survive() -> None:
@@ -84,7 +86,7 @@ def test_colours_survive() -> None:
     frames = np.zeros((2, 32, 96, 3), np.uint8)
     for third, colour in enumerate([(255, 0, 0), (0, 255, 0), (255, 255, 255)]):
         frames[:, :, 32 * third : 32 * third + 32] = colour
-    found = decode_member("video", materialize("video", frames), MediaConfig(frames=2)).frames
+    found = decode_member("video", materialize("video", frames, [0.0, 1.0]), MediaConfig(frames=2)).frames
     for third in range(3):
         centre = (slice(None), slice(8, 24), slice(32 * third + 8, 32 * third + 24))
         assert np.abs(found[centre].astype(int) - frames[centre]).max() <= 8
@@ -92,4 +94,4 @@ def test_colours_survive() -> None:
 
 def test_a_page_too_long_for_the_format_is_told() -> None:
     with pytest.raises(BadMedia, match="extreme_aspect_ratio"):
-        materialize("document", np.zeros((1, 17_000, 100, 3), np.uint8))
+        materialize("document", np.zeros((1, 17_000, 100, 3), np.uint8), [])

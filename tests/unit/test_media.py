@@ -173,6 +173,10 @@ def video(num_frames: int, form="mp4", codec="libx264", size=(64, 48), gop=10, s
         return Path(file.name).read_bytes()
 
 
+def frames_of(data: bytes, config: MediaConfig) -> np.ndarray:
+    return decode_video(data, config)[0]
+
+
 def shown(frames: np.ndarray) -> list[int]:
     """Frame numbers, read back from the greys."""
     return [round((int(frame[-8, -8, 1]) - 8) / 8) for frame in frames]
@@ -230,9 +234,9 @@ def test_sampling_by_rate_takes_what_is_shown_at_each_tick(gaps_ms, rate_per_min
 def test_sampling_of_23_frames_at_10_a_second(fps, frames, expected):
     config = MediaConfig(fps=fps, frames=frames)
     assert sample_frames(np.arange(23) / 10, config).tolist() == expected
-    assert shown(decode_video(video(23), config)) == expected
-    assert shown(decode_video(video(23, "mpegts", shift=37), config)) == expected
-    assert shown(decode_video(video(23, "avi"), config)) == expected  # has no presentation times
+    assert shown(frames_of(video(23), config)) == expected
+    assert shown(frames_of(video(23, "mpegts", shift=37), config)) == expected
+    assert shown(frames_of(video(23, "avi"), config)) == expected  # has no presentation times
     with Decoder(config.model_copy(update={"video_backend": "decord"})) as decoder:
         assert shown(decoder.member("video", video(23)).frames) == expected
 
@@ -259,32 +263,32 @@ def test_a_video_of_no_frames_has_none_to_sample():
 )
 @pytest.mark.parametrize("gop", [4, 100])
 def test_frames_are_exact_in_every_container(form, codec, gop):
-    frames = decode_video(video(23, form, codec, gop=gop), CONFIG)
+    frames = frames_of(video(23, form, codec, gop=gop), CONFIG)
     assert frames.shape == (8, 48, 64, 3)
     assert frames.dtype == np.uint8
     assert shown(frames) == [0, 3, 6, 9, 12, 15, 18, 22]
 
 
 def test_a_video_shorter_than_the_wanted_frames_gives_each_of_its_frames_once():
-    assert shown(decode_video(video(5), CONFIG)) == [0, 1, 2, 3, 4]
-    assert shown(decode_video(video(1), CONFIG)) == [0]
+    assert shown(frames_of(video(5), CONFIG)) == [0, 1, 2, 3, 4]
+    assert shown(frames_of(video(1), CONFIG)) == [0]
 
 
 @pytest.mark.parametrize("form", ["mp4", "matroska", "mpegts"])
 def test_a_late_start_time_changes_nothing(form):
-    assert shown(decode_video(video(23, form, shift=37), CONFIG)) == [0, 3, 6, 9, 12, 15, 18, 22]
+    assert shown(frames_of(video(23, form, shift=37), CONFIG)) == [0, 3, 6, 9, 12, 15, 18, 22]
 
 
 def test_a_recording_that_starts_within_a_group_shows_what_can_be_decoded():
     whole = video(23, "mpegts", gop=10)
     first_key_lost = whole[: 3 * 188] + whole[12 * 188 :]  # the stream's tables, then its later packets
-    assert shown(decode_video(first_key_lost, MediaConfig(frames=50))) == list(range(9, 23))
-    assert shown(decode_video(first_key_lost, MediaConfig(frames=4))) == [9, 13, 17, 22]
+    assert shown(frames_of(first_key_lost, MediaConfig(frames=50))) == list(range(9, 23))
+    assert shown(frames_of(first_key_lost, MediaConfig(frames=4))) == [9, 13, 17, 22]
 
 
 def test_frames_before_the_edit_list_are_not_shown():
     # Negative times make the muxer write an edit list that hides the first five frames.
-    assert shown(decode_video(video(23, shift=-5), MediaConfig(frames=3))) == [5, 13, 22]
+    assert shown(frames_of(video(23, shift=-5), MediaConfig(frames=3))) == [5, 13, 22]
 
 
 @pytest.mark.parametrize(
@@ -297,7 +301,7 @@ def test_frames_before_the_edit_list_are_not_shown():
     ],
 )
 def test_display_matrix_is_applied(rotation, corner):
-    frames = decode_video(video(3, rotation=rotation), CONFIG)
+    frames = frames_of(video(3, rotation=rotation), CONFIG)
     assert frames.shape == ((3, 64, 48, 3) if abs(rotation["degrees"]) == 90 else (3, 48, 64, 3))
     red, green, blue = frames[0][corner].tolist()
     assert red > 200
@@ -315,7 +319,7 @@ def test_display_matrix_is_applied(rotation, corner):
 )
 def test_a_file_that_lost_its_end_is_truncated(form, codec, kept, options):
     data = video(23, form, codec, gop=1, container=options)
-    assert shown(decode_video(data, CONFIG)) == [0, 3, 6, 9, 12, 15, 18, 22]
+    assert shown(frames_of(data, CONFIG)) == [0, 3, 6, 9, 12, 15, 18, 22]
     assert reason(decode_video, data[: int(len(data) * kept)], CONFIG) == "truncated_video"
 
 
@@ -364,13 +368,13 @@ def test_bad_videos_are_named(data, config, expected):
 def test_limits_of_length_are_inclusive_and_count_from_the_first_frame():
     config = MediaConfig(frames=2, max_video_frames=23, max_video_s=2.2)
     for data in (video(23), video(23, shift=600), video(23, "mpegts", shift=600)):
-        assert shown(decode_video(data, config)) == [0, 22]
+        assert shown(frames_of(data, config)) == [0, 22]
 
 
 def test_a_clock_that_wraps_is_neither_a_long_video_nor_a_truncated_one():
     wrap_frames = 2**33 / 90_000 * 10
     data = video(23, "mpegts", shift=wrap_frames - 15)
-    assert shown(decode_video(data, MediaConfig(max_video_s=2.2))) == [0, 3, 6, 9, 12, 15, 18, 22]
+    assert shown(frames_of(data, MediaConfig(max_video_s=2.2))) == [0, 3, 6, 9, 12, 15, 18, 22]
 
 
 def test_a_cover_picture_is_not_a_video():
@@ -399,13 +403,26 @@ def test_a_frame_larger_than_its_container_tells_is_refused():
     assert reason(decode_video, lie, MediaConfig(max_pixels=64 * 480)) == "too_many_pixels"
 
 
+@pytest.mark.parametrize("form", ["mp4", "avi"])
+def test_frames_come_with_their_times(form: str) -> None:
+    """With an index, and where all has to be decoded; in this process, and from the child."""
+    expected = pytest.approx([0, 0.3, 0.6, 0.9, 1.2, 1.5, 1.8, 2.2])
+    data = video(23, form, shift=37 if form == "mp4" else 0)
+    assert decode_video(data, CONFIG)[1] == expected
+    with Decoder(CONFIG, isolated=True) as decoder:
+        assert decoder.member("video", data).times_s == expected
+    assert decode_member("image", encoded(Image.new("RGB", (80, 40)), "JPEG"), CONFIG).times_s == ()
+
+
 def test_decord_agrees_with_pyav_in_the_child_and_is_refused_outside_it():
     config, data = MediaConfig(video_backend="decord"), video(23)
     with pytest.raises(UserError, match="killable child"):
         decode_video(data, config)
     with Decoder(config) as decoder:
-        frames = decoder.member("video", data).frames
-        assert np.abs(frames.astype(int) - decode_video(data, CONFIG)).max() <= 3
+        found = decoder.member("video", data)
+        frames, times_s = decode_video(data, CONFIG)
+        assert np.abs(found.frames.astype(int) - frames).max() <= 3
+        assert found.times_s == tuple(times_s)
         assert reason(decoder.member, "video", video(9, "mpegts")) == "decord_unsupported"
         assert reason(decoder.member, "video", video(9, codec="libsvtav1")) == "decord_unsupported"
         assert reason(decoder.member, "video", video(9, shift=-5)) == "decord_unsupported"
@@ -576,5 +593,5 @@ def test_isolated_decoding_gives_the_same_pixels_and_reasons():
 def test_large_photo_is_decoded_at_a_fraction_of_its_size_and_a_small_one_whole() -> None:
     photo = encoded(Image.new("RGB", (800, 400), (200, 30, 30)), "JPEG")
     config = MediaConfig(image_pixels=200 * 100)
-    assert decode_pixels("image", photo, config).shape == (1, 100, 200, 3)
-    assert decode_pixels("image", photo, CONFIG).shape == (1, 400, 800, 3)
+    assert decode_pixels("image", photo, config)[0].shape == (1, 100, 200, 3)
+    assert decode_pixels("image", photo, CONFIG)[0].shape == (1, 400, 800, 3)
