@@ -128,7 +128,8 @@ class S3Store(Store):
                 client.put_object(Bucket=self.bucket, Key=self._key(path), Body=data, IfNoneMatch="*")
             except ClientError as error:
                 if error.response["Error"]["Code"] in ("PreconditionFailed", "ConditionalRequestConflict", "412"):
-                    return False
+                    # It may be there because an earlier attempt wrote it, whose answer was lost.
+                    return self.read(path) == data
                 raise
             return True
 

@@ -64,7 +64,8 @@ class Store(ABC):
     def write_if_absent(self, path: str, data: bytes) -> bool:
         """Creates an object, atomically; False if it exists. Of several writers, on any machine, at most one gets True.
 
-        If the answer to a successful request is lost, its repetition says False: read the object to know.
+        Each writer must bring data of its own: by these an object store tells whose object it is when an answer was
+        lost and the request is repeated.
         """
 
     @abstractmethod

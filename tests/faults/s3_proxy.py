@@ -1,7 +1,9 @@
-"""A seeded, stormy proxy between a client and an S3 server. Answers to GET and HEAD may be spoilt; the rest passes.
+"""A seeded, stormy proxy between a client and an S3 server. Answers to GET and HEAD may be spoilt, and to others by
+choice; the rest passes.
 
     slow_down     503 SlowDown, and again for each of the next requests of a burst
-    reset         RST in place of an answer
+    reset         RST in place of an answer; the server has not been asked
+    lost          RST in place of an answer; the server has done it
     reset_body    RST after the header and half of the body
     short         half of the body, announced as if it were all
     truncate      half of the body that Content-Length announces, then an orderly end
@@ -9,7 +11,7 @@
     delay         the whole answer, `delay_s` late
     trickle       the whole answer, in pieces that take `delay_s` together
 
-A HEAD has no body to spoil: it gets a reset instead.
+The answer to a HEAD or a write has no body to spoil: it gets a reset instead.
 """
 
 from __future__ import annotations
@@ -27,9 +29,9 @@ from itertools import cycle
 from typing import Literal, get_args
 from urllib.parse import urlsplit
 
-Fault = Literal["slow_down", "reset", "reset_body", "short", "truncate", "empty", "delay", "trickle"]
+Fault = Literal["slow_down", "reset", "lost", "reset_body", "short", "truncate", "empty", "delay", "trickle"]
 FAULTS: tuple[Fault, ...] = get_args(Fault)
-BODYLESS: tuple[Fault, ...] = ("slow_down", "reset", "delay")  # those that a HEAD can have too
+BODYLESS: tuple[Fault, ...] = ("slow_down", "reset", "lost", "delay")  # those that a HEAD or a write can have too
 
 _SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>"
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # linger for 0 s: close() sends RST
@@ -57,9 +59,11 @@ class StormyProxy:
         port: int = 0,
     ) -> None:
         self.fraction = fraction
-        self.faults: list[Fault] = []
+        self.faults: list[Fault | None] = []
         self.burst = burst
         self.delay_s = delay_s
+        self.commands = ("GET", "HEAD")
+        """Requests that may be spoilt."""
         self.num_requests = 0
         """Requests that might have been spoilt."""
         self.counts: Counter[Fault] = Counter()
@@ -82,12 +86,12 @@ class StormyProxy:
 
     def deal(self, command: str) -> Fault | None:
         """The fault of the next request, counted."""
-        if command not in ("GET", "HEAD"):
+        if command not in self.commands:
             return None
         with self._lock:
             self.num_requests += 1
             fault = self._next_fault()
-            if fault and command == "HEAD" and fault not in BODYLESS:
+            if fault and command != "GET" and fault not in BODYLESS:
                 fault = "reset"
             if fault:
                 self.counts[fault] += 1
@@ -138,7 +142,11 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             if fault == "delay":
                 time.sleep(proxy.delay_s)
-            self._answer(*self._asked(proxy.target, body), fault)
+            answer = self._asked(proxy.target, body)
+            if fault == "lost":
+                self._reset()
+            else:
+                self._answer(*answer, fault)
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _serve  # noqa: N815
 

@@ -23,7 +23,7 @@ from pipelines.samples import DecodedSample
 from pipelines.storage import open_store
 from pipelines.store import Store
 from tests.data import ColourEncoder, publish
-from tests.faults.s3_proxy import FAULTS, Fault, StormyProxy
+from tests.faults.s3_proxy import BODYLESS, FAULTS, Fault, StormyProxy
 
 WORLD_SIZE = 2
 
@@ -197,6 +197,41 @@ def test_every_verb_survives_every_fault(fault: Fault, stormy: tuple[Store, Stor
         proxy.faults = [fault] * num_faults
         assert verb() == wanted
         assert proxy.faults == []
+
+
+@pytest.mark.parametrize("fault", BODYLESS)
+def test_every_write_survives_every_fault(fault: Fault, stormy: tuple[Store, StormyProxy], tmp_path: Path) -> None:
+    """Also where the store has done what was asked, and only its answer was lost."""
+    store, proxy = stormy
+    proxy.commands = ("PUT", "POST", "DELETE")
+    large, small = os.urandom(20_000_003), os.urandom(1003)  # the large one goes in parts
+    (tmp_path / "large").write_bytes(large)
+    verbs: list[tuple[Callable[[], object], dict[str, bytes]]] = [
+        (lambda: store.write("a/x", small), {"a/x": small}),
+        (lambda: store.write_if_absent("a/y", b"mine"), {"a/x": small, "a/y": b"mine"}),
+        (lambda: store.write_if_absent("a/y", b"yours"), {"a/x": small, "a/y": b"mine"}),
+        (lambda: store.upload(tmp_path / "large", "b/large"), {"a/x": small, "a/y": b"mine", "b/large": large}),
+        (lambda: store.delete("a/x"), {"a/y": b"mine", "b/large": large}),
+        (lambda: store.delete_tree(""), {}),
+    ]
+    answers = []
+    for verb, wanted in verbs:
+        proxy.faults = [fault] * (1 if fault == "delay" else 3)
+        answers.append(verb())
+        assert proxy.faults == []
+        assert {path: store.read(path) for path in store.list()} == wanted
+    assert answers[1:3] == [True, False]
+
+
+def test_a_large_upload_in_a_storm_is_whole(stormy: tuple[Store, StormyProxy], tmp_path: Path) -> None:
+    store, proxy = stormy
+    proxy.commands = ("PUT", "POST")
+    data = os.urandom(40_000_003)
+    (tmp_path / "large").write_bytes(data)
+    for number in range(8):  # of the requests of an upload: first, part or last
+        proxy.faults = [*[None] * number, "lost", "lost"]
+        store.upload(tmp_path / "large", f"large{number}")
+        assert store.read(f"large{number}") == data
 
 
 def test_a_large_download_in_a_storm_is_whole(stormy: tuple[Store, StormyProxy], tmp_path: Path) -> None:
