@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,13 +30,12 @@ from rzen.training import checkpoint
 from rzen.training.batch import Fed
 from rzen.training.divergence import divergence
 from rzen.training.optim import build_optimizer, lr_at, set_lr
+from rzen.training.saver import CheckpointStore, Saver
 from rzen.training.step import Learner
 from rzen.training.telemetry import Row, step_row
 
 # Gradients sent at once. DeepSpeed's 500 million would be buffers larger than an adapter. Our choice.
 BUCKET_ELEMENTS = 50_000_000
-# Between two looks for a notice, which ranks take together. Spot machines are announced two minutes ahead, or half.
-ASK_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -58,19 +55,6 @@ class Stage:
     """Gradient caching in chunks of so many tokens (`rzen.chunks`). Decides memory and time, not the weights."""
     stop: int | None = None
     """Pause with a checkpoint after so many steps; a model is written after the last one only. `None`: do not pause."""
-
-
-class CheckpointStore(Protocol):
-    """Where checkpoints live. What a folder holds is the business of `rzen.training.checkpoint`."""
-
-    def latest(self) -> Path | None:
-        """Local folder of the newest published checkpoint; the same checkpoint on all ranks of one start."""
-
-    def publish(self, folder: Path, step: int) -> None:
-        """Take over a finished folder, all or nothing for readers; it may be moved. Called in a thread of rank 0."""
-
-    def best(self) -> Path | None:
-        """Local folder of the best published checkpoint, if it is not the newest. Called on rank 0 at the end."""
 
 
 def train_stage(
@@ -110,9 +94,15 @@ def train_stage(
     stop = stage.num_steps if stage.stop is None else stage.stop
     engine.train()
     if start < stop:
-        steps = range(start, stop)
-        with ThreadPoolExecutor(max_workers=1) as writer:
-            _run_steps(stage, engine, optimizer, steps, batches(start), checkpoints, writer, on_metrics, preempted)
+        saver = Saver(
+            engine,
+            checkpoints,
+            every_steps=stage.checkpoint_every_steps,
+            plan_fingerprint=stage.plan_fingerprint,
+            preempted=preempted,
+        )
+        with saver:
+            _run_steps(stage, engine, optimizer, range(start, stop), batches(start), saver, on_metrics)
     if stop == stage.num_steps:
         save_model(stage, engine, checkpoint.full_parameters(engine), backbone_dir, output)
         best = checkpoints.best() if dist.get_rank() == 0 else None
@@ -127,13 +117,10 @@ def _run_steps(
     optimizer: torch.optim.Optimizer,
     steps: range,
     batches: Iterator[Fed],
-    checkpoints: CheckpointStore,
-    writer: Executor,
+    saver: Saver,
     on_metrics: Callable[[Row], None],
-    preempted: Callable[[], bool],
 ) -> None:
-    skipped_in_a_row, unasked_s, noticed = 0, 0.0, False
-    writing: Future[None] | None = None
+    skipped_in_a_row = 0
     for step in steps:
         began_s = _now_s(engine.device)
         fed = next(batches, None)
@@ -162,28 +149,7 @@ def _run_steps(
         skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
         if skipped_in_a_row > stage.optim.max_skipped_steps:
             raise divergence(engine.module, fed, row, skipped_in_a_row)
-        unasked_s += float(row["step_s"])  # equal on all ranks, which must ask together
-        notice = not noticed and unasked_s >= ASK_S and preempted()
-        unasked_s = 0.0 if unasked_s >= ASK_S else unasked_s
-        noticed |= notice
-        done = step + 1
-        # Not while steps are skipped: it may be the weights, and then the last checkpoint is a better one.
-        due = done % stage.checkpoint_every_steps == 0 and not skipped
-        if due or notice or done == steps.stop:
-            taken = checkpoint.snapshot(engine, step=done, plan_fingerprint=stage.plan_fingerprint)
-            if taken is not None:
-                if writing is not None:
-                    writing.result()  # one at a time: each holds a copy of the state
-                writing = writer.submit(_write, taken, checkpoints)
-    if writing is not None:
-        writing.result()
-
-
-def _write(taken: checkpoint.Snapshot, checkpoints: CheckpointStore) -> None:
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / f"step-{taken.step:06d}"
-        taken.write(folder)
-        checkpoints.publish(folder, taken.step)
+        saver.after(row, is_last=step + 1 == steps.stop)
 
 
 def ensure_process_group() -> None:

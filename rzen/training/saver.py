@@ -1,0 +1,93 @@
+"""When a checkpoint is due, and writing it while the next steps run."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from rzen.training import checkpoint
+from rzen.training.telemetry import Row
+
+# Between two looks for a notice, which ranks take together. Spot machines are announced two minutes ahead, or half.
+ASK_S = 2.0
+
+
+class CheckpointStore(Protocol):
+    """Where checkpoints live. What a folder holds is the business of `rzen.training.checkpoint`."""
+
+    def latest(self) -> Path | None:
+        """Local folder of the newest published checkpoint; the same checkpoint on all ranks of one start."""
+
+    def publish(self, folder: Path, step: int) -> None:
+        """Take over a finished folder, all or nothing for readers; it may be moved. Called in a thread of rank 0."""
+
+    def best(self) -> Path | None:
+        """Local folder of the best published checkpoint, if it is not the newest. Called on rank 0 at the end."""
+
+
+class Saver:
+    """Looks after each step whether to take a checkpoint. Every rank has one; a thread of rank 0 writes.
+
+    As a context it ends when the last checkpoint is written, and raises what went wrong with it. `preempted` is a
+    collective, and asked every few seconds.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        store: CheckpointStore,
+        *,
+        every_steps: int,
+        plan_fingerprint: str,
+        preempted: Callable[[], bool],
+    ) -> None:
+        self._engine = engine
+        self._store = store
+        self._every_steps = every_steps
+        self._plan_fingerprint = plan_fingerprint
+        self._preempted = preempted
+        self._unasked_s = 0.0
+        self._noticed = False
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._writing: Future[None] | None = None
+
+    def after(self, row: Row, *, is_last: bool) -> None:
+        """A collective. `row` is that of the step that has been done, equal on all ranks."""
+        done = int(row["step"]) + 1
+        notice = self._notice(float(row["step_s"]))
+        # Not while steps are skipped: it may be the weights, and then the last checkpoint is a better one.
+        due = done % self._every_steps == 0 and not row["skipped"]
+        if not (due or notice or is_last):
+            return
+        taken = checkpoint.snapshot(self._engine, step=done, plan_fingerprint=self._plan_fingerprint)
+        if taken is not None:
+            if self._writing is not None:
+                self._writing.result()  # one at a time: each holds a copy of the state
+            self._writing = self._thread.submit(self._write, taken)
+
+    def _notice(self, step_s: float) -> bool:
+        """Whether a node is about to go, the first time that this is known."""
+        self._unasked_s += step_s
+        if self._noticed or self._unasked_s < ASK_S:
+            return False
+        self._unasked_s = 0.0
+        self._noticed = self._preempted()
+        return self._noticed
+
+    def _write(self, taken: checkpoint.Snapshot) -> None:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / f"step-{taken.step:06d}"
+            taken.write(folder)
+            self._store.publish(folder, taken.step)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._thread.shutdown(wait=True)
+        if kind is None and self._writing is not None:
+            self._writing.result()
