@@ -66,7 +66,7 @@ class Run:
         identity = {"spec": self.spec.model_dump(mode="json"), "data": data}
         if self.store.exists(SPEC):
             before = json.loads(self.store.read(SPEC))
-            changes = _changes(_science(before), _science(identity))
+            changes = differences(_science(before), _science(identity))
             if not changes:
                 return not self.store.exists(DONE)
             if not self.spec.run.overwrite:
@@ -192,12 +192,12 @@ def _science(identity: dict[str, Any]) -> dict[str, Any]:
     return {"plan": identity["data"]} | spec
 
 
-def _changes(before: Any, after: Any, key: str = "") -> list[str]:
+def differences(before: Any, after: Any, key: str = "") -> list[str]:
     """`optim.lr 0.0002 -> 0.0001` for every leaf that differs."""
     if isinstance(before, dict) and isinstance(after, dict):
         keys = [*before, *(name for name in after if name not in before)]
         inner = ((name, before.get(name), after.get(name)) for name in keys)
-        return [change for name, old, new in inner for change in _changes(old, new, f"{key}.{name}".lstrip("."))]
+        return [change for name, old, new in inner for change in differences(old, new, f"{key}.{name}".lstrip("."))]
     return [] if before == after else [f"{key} {before!r} -> {after!r}"]
 
 

@@ -22,9 +22,9 @@ from ray.train import TrainingFailedError
 
 from jobs.cluster import Resources, check_size, fitting_runs, ray_cluster, user_error, watch
 from jobs.encoder import BACKBONE, encoder_of
-from jobs.models import is_published, publish_folder
+from jobs.models import is_published, local_folder, publish_folder
 from jobs.progress import Board, say
-from jobs.runs import Run
+from jobs.runs import Run, differences
 from jobs.spec import TrainSpec
 from jobs.tracking import UNTRACKED, check_tracking
 from jobs.worker import train_worker
@@ -32,7 +32,7 @@ from pipelines.errors import UserError
 from pipelines.plan import Plan, build_plan
 from pipelines.reader import Reader
 from pipelines.resample import due_phase
-from rzen.checkpoints import HUB_NAME, checkpoint_dir
+from rzen.checkpoints import HUB_NAME, checkpoint_dir, read_identity
 from rzen.config import TinyBackbone
 
 FAILURE = "failure.txt"
@@ -150,6 +150,11 @@ def _summarise(run: Run, plan: Plan) -> None:
         f"    {backbone}, {tuning}, {spec.model.dtype}; instructions {'on' if spec.data.instructions else 'off'}", "dim"
     )
     say(f"    {run.store.url}, checkpoint every {spec.checkpoint.every_steps} steps", "dim")
+    if spec.init_adapter is not None:
+        adapter = Path(local_folder(spec.init_adapter, run.endpoint))
+        before = read_identity(adapter, spec.model.identity)
+        for change in differences(before.model_dump(), spec.model.identity.model_dump()):
+            say(f"    the adapter it goes on from was trained otherwise: {change}", "yellow")
     if step := run.step():
         say(f"    goes on from step {step}")
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
+
+import torch
+import torch.distributed as dist
 
 from rzen.training import checkpoint
 from rzen.training.telemetry import Row
@@ -50,15 +54,15 @@ class Saver:
         self._every_steps = every_steps
         self._plan_fingerprint = plan_fingerprint
         self._preempted = preempted
-        self._unasked_s = 0.0
+        self._asked_s = time.monotonic()
         self._noticed = False
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._writing: Future[None] | None = None
 
     def after(self, row: Row, *, is_last: bool) -> None:
-        """A collective. `row` is that of the step that has been done, equal on all ranks."""
+        """A collective. `row` is that of the step that has been done."""
         done = int(row["step"]) + 1
-        notice = self._notice(float(row["step_s"]))
+        notice = self._notice()
         # Not while steps are skipped: it may be the weights, and then the last checkpoint is a better one.
         due = done % self._every_steps == 0 and not row["skipped"]
         if not (due or notice or is_last):
@@ -69,13 +73,16 @@ class Saver:
                 self._writing.result()  # one at a time: each holds a copy of the state
             self._writing = self._thread.submit(self._write, taken)
 
-    def _notice(self, step_s: float) -> bool:
+    def _notice(self) -> bool:
         """Whether a node is about to go, the first time that this is known."""
-        self._unasked_s += step_s
-        if self._noticed or self._unasked_s < ASK_S:
+        if self._noticed:
             return False
-        self._unasked_s = 0.0
-        self._noticed = self._preempted()
+        # By clocks of their own, some ranks would ask one step earlier than others, who then never answer.
+        asks = torch.tensor(time.monotonic() - self._asked_s >= ASK_S, dtype=torch.int32, device=self._engine.device)
+        dist.all_reduce(asks, dist.ReduceOp.MAX)
+        if asks:
+            self._asked_s = time.monotonic()
+            self._noticed = self._preempted()
         return self._noticed
 
     def _write(self, taken: checkpoint.Snapshot) -> None:
