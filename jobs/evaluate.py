@@ -13,7 +13,8 @@ import ray
 from jobs.cluster import Resources, check_size, ray_cluster, watch
 from jobs.models import load_model
 from jobs.progress import Board, console, say
-from jobs.runs import revision, versions
+from jobs.revision import revision
+from jobs.runs import versions
 from jobs.spec import EvaluateSpec
 from pipelines.errors import UserError
 from pipelines.reader import Reader

@@ -19,7 +19,6 @@ import importlib.metadata
 import json
 import math
 import shutil
-import subprocess
 import tempfile
 import uuid
 from collections.abc import Iterable, Mapping
@@ -27,6 +26,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from jobs.revision import revision
 from jobs.spec import TrainSpec
 from pipelines.errors import UserError
 from pipelines.plan import Phase
@@ -174,15 +174,6 @@ def _accuracy(rows: list[dict[str, Any]], start: int) -> float:
 def versions() -> dict[str, str]:
     """Of the packages that decide what is computed."""
     return {name: importlib.metadata.version(name) for name in _PACKAGES}
-
-
-def revision() -> str:
-    """Of the code, where it lies in a git repository; `-dirty` with uncommitted changes."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def _science(identity: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 from jobs.embed import MANIFEST, data_of
 from jobs.models import load_exported
 from jobs.progress import console, say
-from jobs.runs import METRICS, read_rows, revision, versions
+from jobs.revision import revision
+from jobs.runs import METRICS, read_rows, versions
 from jobs.spec import SearchSpec
 from pipelines.config import DataConfig
 from pipelines.errors import UserError

@@ -14,23 +14,20 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import platform
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from tests.benchmarks import files
 from tests.benchmarks.contenders import CONTENDERS, WORKERS, Result, Run, convert
 from tests.benchmarks.machine import describe_machine
+from tests.benchmarks.turns import ROOT, answer, say, spread
 
-ROOT = Path(__file__).resolve().parents[2]
 NUM_SAMPLES = {"images": 19200, "pages": 3072, "clips": 1728}
 FEED = {"images": 128, "pages": 64, "clips": 32}  # samples of a task: some tenths of a second each
 VERSIONS = ("ray", "torch", "webdataset", "pillow", "pymupdf", "av", "numpy")
@@ -83,7 +80,7 @@ def main() -> None:
     weights = {}
     for kind in chosen.kinds:
         weights[kind] = files.make(chosen.data / kind, kind, num_samples(kind, chosen.size), chosen.seed)
-        _say(f"{num_samples(kind, chosen.size)} {kind} of {weights[kind]}")
+        say(f"{num_samples(kind, chosen.size)} {kind} of {weights[kind]}")
     ways = ["bare", *(way for way in WAYS if way in chosen.ways and way != "bare")]
     streaming = _converted(chosen) if "streaming" in ways else None
     results = measure(chosen, [way for way in ways if way != "streaming" or streaming])
@@ -109,7 +106,7 @@ def measure(chosen: argparse.Namespace, ways: Sequence[str]) -> Results:
         for kind, way in results:
             result = Result(**_spawned(_run(chosen, way, kind)))
             results[kind, way].append(result)
-            _say(
+            say(
                 f"turn {turn + 1} {kind} {way}: {result.per_s:.1f} samples/s for {result.wall_s:.1f} s,"
                 f" {result.per_cpu_s:.1f} a CPU second, first batch after {result.first_batch_s:.1f} s"
             )
@@ -130,19 +127,14 @@ def table(results: Results, kinds: Sequence[str], ways: Sequence[str]) -> list[s
                 lines.append(f"| {kind} | {WAYS[way]} | not installed | | | | |")
                 continue
             cells = [
-                _spread([run.per_s / base.per_s for run, base in zip(runs, bare, strict=True)], ".2f"),
-                _spread([run.per_cpu_s / base.per_cpu_s for run, base in zip(runs, bare, strict=True)], ".2f"),
-                _spread([run.per_s for run in runs], ".0f"),
-                _spread([run.per_cpu_s for run in runs], ".0f"),
-                _spread([run.first_batch_s for run in runs], ".1f"),
+                spread([run.per_s / base.per_s for run, base in zip(runs, bare, strict=True)], ".2f"),
+                spread([run.per_cpu_s / base.per_cpu_s for run, base in zip(runs, bare, strict=True)], ".2f"),
+                spread([run.per_s for run in runs], ".0f"),
+                spread([run.per_cpu_s for run in runs], ".0f"),
+                spread([run.first_batch_s for run in runs], ".1f"),
             ]
             lines.append(f"| {kind} | {WAYS[way]} | {' | '.join(cells)} |")
     return lines
-
-
-def _spread(values: Sequence[float], form: str) -> str:
-    low, high = min(values), max(values)
-    return f"{median(values):{form}} ({low:{form}}-{high:{form}})"
 
 
 def _head(chosen: argparse.Namespace, weights: dict[str, str], versions: dict[str, str]) -> list[str]:
@@ -177,21 +169,15 @@ def _converted(chosen: argparse.Namespace) -> str | None:
 
 def _spawned(run: Run) -> dict[str, Any]:
     """The answer of a run in a process of its own. One thread each, and no token of another Ray on the machine."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.benchmarks.feed", "--run", json.dumps(asdict(run))]
-    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return answer
+    words = ("--run", json.dumps(asdict(run)))
+    found: dict[str, Any] = answer("tests.benchmarks.feed", *words, OMP_NUM_THREADS="1", RAY_AUTH_MODE="disabled")
+    return found
 
 
 def _answer(run: Run) -> dict[str, Any]:
     if run.way == "convert":
         return {"version": convert(run)}
     return asdict(CONTENDERS[run.way](run))
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -37,6 +35,7 @@ from torch.nn.functional import normalize
 from rzen.config import FalseNegativeConfig, HardnessConfig, ObjectiveConfig, TemperatureConfig
 from rzen.loss import Objective
 from tests.benchmarks.machine import describe_machine
+from tests.benchmarks.turns import answer, say, spread
 
 WIDTH, TILE_ROWS, TAU, SEED = 1536, 512, 0.02, 0
 TURNS = {4096: 5, 8192: 5, 16384: 2, 32768: 1}
@@ -182,12 +181,6 @@ def table(results: Results, sizes: Sequence[int]) -> list[str]:
     return lines
 
 
-def spread(values: Sequence[float], form: str) -> str:
-    """Median, smallest and largest."""
-    middle = f"{statistics.median(values):{form}}"
-    return middle if len(values) == 1 else f"{middle} ({min(values):{form}} to {max(values):{form}})"
-
-
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -208,18 +201,14 @@ def main() -> None:
             for way in WAYS:
                 if (way == "cached" and not installed) or not fits(way, num_rows, options.device):
                     continue
-                command = [sys.executable, "-m", __spec__.name, "--device", options.device, "--run", way, str(num_rows)]
-                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-                run = json.loads(done.stdout.splitlines()[-1])
+                run = answer(__spec__.name, "--device", options.device, "--run", way, str(num_rows))
                 results.setdefault((num_rows, way), []).append(run)
-                told = f"{num_rows} rows, turn {turn + 1}, {way}: {run['s']:.3g} s, {run['gib']:.2f} GiB"
-                print(told, file=sys.stderr, flush=True)
-    where = f", {torch.cuda.get_device_name()}" if options.device == "cuda" else f", {torch.get_num_threads()} threads"
+                say(f"{num_rows} rows, turn {turn + 1}, {way}: {run['s']:.3g} s, {run['gib']:.2f} GiB")
     report = "\n".join(
         [
             f"# What the loss costs: N queries and N targets of width {WIDTH}, fp32, forward and backward",
             "",
-            f"{describe_machine()}{where}, torch {torch.__version__}. Median (smallest to largest).",
+            f"{describe_machine(options.device)}. Median (smallest to largest).",
             f"`{' '.join(['python -m tests.benchmarks.loss', *sys.argv[1:]])}`; `loss.py` tells how it is measured.",
             "",
             *table(results, options.sizes),

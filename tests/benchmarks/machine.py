@@ -7,11 +7,11 @@ import os
 import platform
 from pathlib import Path
 
-from jobs.runs import revision
+from jobs.revision import revision
 
 
-def describe_machine() -> str:
-    """One line: date, revision, processor, cores, memory."""
+def describe_machine(device: str | None = None) -> str:
+    """One line: date, revision, processor, cores, memory; with a device of torch its name, and the version of torch."""
     cpu = next(
         (line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
         platform.processor(),
@@ -19,7 +19,15 @@ def describe_machine() -> str:
     memory_kb = next(int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemTotal"))
     cores = len(os.sched_getaffinity(0))
     today = datetime.date.today().isoformat()
-    return f"{today}, revision {revision()}, {cores} shared cores of {cpu}, {memory_kb / 1e6:.0f} GB"
+    machine = f"{today}, revision {revision()}, {cores} shared cores of {cpu}, {memory_kb / 1e6:.0f} GB"
+    return machine if device is None else f"{machine}, {_describe(device)}"
+
+
+def _describe(device: str) -> str:
+    import torch
+
+    where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
+    return f"{where}, torch {torch.__version__}"
 
 
 def _lines(path: str) -> list[str]:

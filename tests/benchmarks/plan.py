@@ -12,9 +12,6 @@ import argparse
 import hashlib
 import json
 import resource
-import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -26,6 +23,7 @@ from pipelines.plan import Plan, SourceTable, build_plan
 from pipelines.shards import Manifest, ShardInfo, SourceInfo, publish_manifest, read_manifest
 from pipelines.storage import open_store
 from tests.benchmarks.machine import describe_machine
+from tests.benchmarks.turns import answer, spread
 
 RANKS, BATCH, REPEATS, STEPS, SHARDS = 4096, 32768, 5, 2000, 1_000_000
 CASES = {
@@ -95,8 +93,7 @@ def main() -> None:
             publish(str(Path(root, name)), sources, size)
         for _ in range(REPEATS):  # interleaved, as the machine is shared
             for name, rows in found.items():
-                command = [sys.executable, "-m", __spec__.name, "--case", name, str(Path(root, name))]
-                rows.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+                rows.append(answer(__spec__.name, "--case", name, str(Path(root, name))))
     lines = [
         f"# The plan: {SHARDS:,} shards, one of {RANKS:,} ranks, global batches of {BATCH:,}",
         "",
@@ -106,16 +103,12 @@ def main() -> None:
         f"|---|{'---:|' * len(COLUMNS)}",
     ]
     for name, rows in found.items():
-        cells = [_cell([row[column] for row in rows]) for column in COLUMNS]
+        cells = [spread([row[column] for row in rows], ".3g") for column in COLUMNS]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     table = "\n".join(lines) + "\n"
     print(table)
     if options.write:
         Path(__file__).with_suffix(".md").write_text(table, encoding="utf-8")
-
-
-def _cell(values: list[float]) -> str:
-    return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,33 @@
+"""What the benchmarks share: runs in processes of their own, and the spread of what they found."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def answer(module: str, *words: str, **environment: str) -> Any:
+    """What `python -m module words` prints last, as JSON. Raises `CalledProcessError` where it fails."""
+    command = [sys.executable, "-m", module, *words]
+    variables = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    done = subprocess.run(command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """Median, smallest and largest."""
+    middle = f"{statistics.median(values):{form}}"
+    return middle if len(values) == 1 else f"{middle} ({min(values):{form}} to {max(values):{form}})"
+
+
+def say(line: str) -> None:
+    """On the terminal, apart from the report."""
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,95 @@
+"""Benchmarks that need another machine still run, count right, and give their peers the same task."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from rzen.chunks import Indices, chunks_of
+from rzen.config import ObjectiveConfig, ReadoutConfig
+from rzen.embedder import Embedder
+from rzen.loss import Objective
+from rzen.processor import EncodedBatch
+from rzen.training.step import Learner
+from tests.benchmarks import flops, padding, plain, synthetic
+from tests.benchmarks.turns import ROOT
+
+TINY = synthetic.SHAPES["tiny"]
+PAIRS = synthetic.mixed(5, TINY.shrink)
+# What a machine with a GPU need not have. None in place of a module: it cannot be imported.
+ABSENT = ["ray", "deepspeed", "pyarrow", "boto3", "av", "pymupdf", "pypdfium2", "webdataset", "matplotlib", "rich"]
+GLANCE = """
+import runpy, sys
+sys.modules.update(dict.fromkeys({absent}))
+sys.argv = ["gpu", "--turns", "1", "--size", "0.04", "--cases", "mixed", "--chunk-tokens", "3200"]
+runpy.run_module("tests.benchmarks.gpu", run_name="__main__")
+"""
+
+
+def pairs_of(model: Any) -> Any:
+    return synthetic.collate(synthetic.encode(PAIRS, model.config))
+
+
+def test_the_gpu_benchmark_runs_without_ray_and_deepspeed() -> None:
+    command = [sys.executable, "-c", GLANCE.format(absent=ABSENT)]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert "These numbers mean nothing" in found.stdout
+    assert found.stdout.count("| transformers + PEFT, largest batch that fits |") == 1
+    assert "## mixed: where the time goes" in found.stdout
+
+
+def test_contents_have_the_tokens_that_they_say() -> None:
+    pairs = synthetic.encode(PAIRS, TINY.config)
+    for (query, target), pair in zip(PAIRS, pairs, strict=True):
+        assert pair.queries.lengths.tolist() == [query.num_tokens]
+        assert pair.targets.lengths.tolist() == [target.num_tokens]
+    assert len({bytes(pair.targets.input_ids) for pair in pairs}) == len(pairs)
+
+
+def test_the_plain_loop_has_the_same_vectors() -> None:
+    model = synthetic.build(TINY, "cpu", "sdpa")
+    targets = pairs_of(model).targets
+    with torch.no_grad():
+        ours = Embedder(model, synthetic.LAYOUT)(targets)
+        model.visual.config._attn_implementation = "sdpa"
+        torch.testing.assert_close(plain.vectors(model, plain.inputs(targets, model.config)), ours, rtol=0, atol=1e-5)
+    assert float((ours - ours[:1]).norm(dim=1)[1:].min()) > 0.1
+
+
+@pytest.mark.parametrize(("chunk_tokens", "checkpointing"), [(None, False), (200, True)], ids=["once", "repeated"])
+def test_operations_are_those_that_torch_counts(chunk_tokens: int | None, checkpointing: bool) -> None:
+    """Torch knows no causal attention. Checkpointing stops early in each block, which the formula leaves out."""
+    model = synthetic.build(TINY, "cpu", "eager", checkpointing=True)
+    if not checkpointing:
+        model.gradient_checkpointing_disable()
+    embedder = Embedder(model, synthetic.LAYOUT, ReadoutConfig(direction="bidirectional"))
+    learner = Learner(embedder, Objective(ObjectiveConfig(), ["t"]), chunk_tokens)
+    pairs = pairs_of(model)
+    sides = EncodedBatch.concat([pairs.queries, pairs.targets])
+    chunks: list[Indices] = np.split(np.arange(len(sides)), 2)
+    if chunk_tokens is not None:
+        chunks = chunks_of(sides.lengths, chunk_tokens, packed=False)
+        assert len(chunks) > 2
+    with FlopCounterMode(display=False) as counter:
+        learner.train()(pairs, [("t", len(pairs))], 1000)[0].backward()
+    expected = flops.computed(model, sides, chunks, packed=False, causal=False)
+    counted = expected.step(cached=chunk_tokens is not None, checkpointing=checkpointing)
+    assert counter.get_total_flops() == pytest.approx(counted, rel=0.02 if checkpointing else 1e-4)
+    whole = flops.needed(model, sides, causal=False).step()
+    alone = [np.array([side]) for side in range(len(sides))]
+    assert whole == pytest.approx(flops.computed(model, sides, alone, packed=False, causal=False).step())
+    assert whole < counted
+
+
+def test_the_padding_benchmark_runs() -> None:
+    found = padding.report(padding.arguments(["--pairs", "4", "--turns", "1"]))
+    assert "| whole | all | 2 | 51.1% |" in found
+    assert "| packed | 4,096 | 171 | 0.0% |" in found
+    assert found.count("| grouped | ") == 5
