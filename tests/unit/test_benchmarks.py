@@ -36,6 +36,7 @@ def pairs_of(model: Any) -> Any:
     return synthetic.collate(synthetic.encode(PAIRS, model.config))
 
 
+@pytest.mark.slow
 def test_the_gpu_benchmark_runs_without_ray_and_deepspeed() -> None:
     command = [sys.executable, "-c", GLANCE.format(absent=ABSENT)]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
