@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from jobs.ablation import Finished, resolve, write_report
+from jobs.cli import main
 from jobs.load import check, override, read_document
 from jobs.spec import AblationSpec, EvaluateSpec, TrainSpec
 from pipelines.errors import UserError
@@ -122,6 +123,13 @@ def test_shipped_arms_add_one_part_each_and_all_of_them() -> None:
         **{arm: {arm} for arm in every[1:-1]},
         "all": set(every[1:-1]),
     }
+
+
+def test_a_pipeline_checks_the_arms_of_its_station(capsys: pytest.CaptureFixture[str]) -> None:
+    job = ["validate", str(ROOT / "jobs/ablation.yaml"), "--set"]
+    assert main([*job, "stations.ablation.set.seeds=12"]) == 0
+    assert main([*job, "stations.ablation.set.arms.hardness.objectiv=1"]) == 1
+    assert "objectiv is not a setting; did you mean 'objective'?" in capsys.readouterr().err
 
 
 # --- statistics
