@@ -40,7 +40,9 @@ ArmAndSeed = tuple[str, int]
 
 @dataclass(frozen=True)
 class Finished:
-    """What is known of a finished run: its scores, its metrics step by step, and seconds x workers in steps."""
+    """What is known of a finished run: its scores, its metrics step by step, and the seconds that all its workers
+    spent in steps, waiting for data apart: with one thread each, no fewer than their CPU seconds.
+    """
 
     results: list[Result]
     steps: list[dict[str, Any]]
@@ -120,7 +122,7 @@ def _scored(group: Mapping[ArmAndSeed, TrainSpec], evaluate: EvaluateSpec) -> di
     for key, train in group.items():
         folder = folders[train.name]
         steps = read_rows(folder.store.read(METRICS))
-        worker_s = train.cluster.workers * sum(row["step_s"] for row in steps)
+        worker_s = train.cluster.workers * sum(row["step_s"] - row["feed_wait_s"] for row in steps)
         finished[key] = Finished([Result(**row) for row in _kept(folder)["rows"]], steps, worker_s)
     return finished
 
@@ -204,7 +206,7 @@ def _page(
     return f"""# What the parts change
 
 * {seeds}, {settings["date"]}, revision {settings["revision"]}
-* {settings["hardware"]}; workers spent {settings["worker_s"]:,.0f} s in steps, starts, feed and evaluation apart
+* {settings["hardware"]}; workers computed {settings["worker_s"]:,.0f} s in steps (starts, feed and evaluation apart)
 * {compared}
 {notes}
 ## Difference to {spec.baseline}, points

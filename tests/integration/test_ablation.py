@@ -73,7 +73,13 @@ def end_at_the_start(specs: list[TrainSpec], max_parallel: int) -> None:
         if prepared := jobs.train.prepare(spec):
             run = prepared.run
             publish_folder(Path(local_folder(run.store.child(BACKBONE).url, None)), run.store.child(run.result))
-            numbers = {"dropped_fraction": 0.1, "effective_fraction": 0.9, "temperature": 0.02, "step_s": 0.5}
+            numbers = {
+                "dropped_fraction": 0.1,
+                "effective_fraction": 0.9,
+                "temperature": 0.02,
+                "step_s": 0.75,
+                "feed_wait_s": 0.25,
+            }
             run.finish({"steps": 1}, [{"step": 0, "skipped": 0, **numbers}])
 
 
@@ -121,7 +127,7 @@ def test_every_arm_is_scored_with_every_seed(job: Path) -> None:
     assert orders == {"baseline-s0": (0, 0), "other-s0": (0, 0), "baseline-s1": (1, 1)}
     page = (job / "out/ablation.md").read_text()
     assert "* 2 arms x 2 seeds (of 2 asked for)" in page
-    assert "workers spent 2 s in steps" in page
+    assert "workers computed 2 s in steps" in page
 
 
 def test_both_seeds_of_an_untrained_arm_are_one_model_and_the_arms_are_two(job: Path) -> None:
