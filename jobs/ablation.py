@@ -23,7 +23,8 @@ from jobs.encoder import backbone_url
 from jobs.finetunes import check_train, stage_document
 from jobs.load import Document, check, read_document
 from jobs.progress import duration, say
-from jobs.runs import METRICS, Run, read_rows, revision, versions
+from jobs.revision import revision
+from jobs.runs import METRICS, Run, read_rows, versions
 from jobs.spec import AblationSpec, EvaluateSpec, ModelRef, TrainSpec
 from pipelines.errors import UserError
 from pipelines.reader import Reader
