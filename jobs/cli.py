@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any
 
 from jobs.load import Document, check, override, read_document
-from jobs.spec import FinetunesSpec, PipelineSpec, Spec
+from jobs.spec import Spec
 from pipelines.errors import UserError
 
 DESCRIPTION = """\
@@ -151,11 +151,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _validate(options: argparse.Namespace) -> int:
+    from jobs.dispatch import named_specs
+
     failed = False
     for path in options.spec:
         try:
             spec, document = _load(path, options.set)
-            _check_named_files(spec, document)
+            named_specs(spec, document)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             failed = True
@@ -164,17 +166,6 @@ def _validate(options: argparse.Namespace) -> int:
         if options.show:
             print(spec.model_dump_json(indent=1))
     return int(failed)
-
-
-def _check_named_files(spec: Spec, document: Document) -> None:
-    """Specs that name other specs are valid if those are, with what is changed in them."""
-    from jobs.finetunes import resolve
-    from jobs.pipeline import resolve_stations
-
-    if isinstance(spec, FinetunesSpec):
-        resolve(spec, document)
-    if isinstance(spec, PipelineSpec):
-        resolve_stations(spec, document)
 
 
 def _load(path: str, overrides: Sequence[str]) -> tuple[Spec, Document]:
@@ -190,10 +181,11 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _submit(options: argparse.Namespace) -> int:
+    from jobs.dispatch import named_specs
     from jobs.submit import submit
 
     spec, document = _load(options.spec, options.set)  # a mistake is told here, not in a log
-    _check_named_files(spec, document)
+    named_specs(spec, document)  # and these are valid, with what is changed in them
     return submit(options.spec, options.set, options.address, options.working_dir, wait=not options.no_wait)
 
 

@@ -29,17 +29,7 @@ from rzen.evaluation.tasks import METRICS, TASKS, chance
 def run(spec: EvaluateSpec) -> dict[str, Any]:
     """Evaluates all models, prints the table and writes the JSON."""
     reader = Reader(spec.data)
-    sources = _sources(spec, reader)
-    counts = ", ".join(f"{task} {sum(reader.sizes()[s] for s in names):,}" for task, names in sources.items())
-    say(f"  {len(spec.models)} models on {spec.data.root} {spec.data.split}: {counts}")
-    with ray_cluster():
-        if not spec.autoscaling:
-            check_size("model", 1, Resources(spec.cpus_per_model, spec.gpus_per_model))
-        board = ray.remote(num_cpus=0)(Board).remote()
-        task = ray.remote(num_cpus=spec.cpus_per_model, num_gpus=spec.gpus_per_model, max_retries=2)(_evaluate)
-        endpoint = resolve_endpoint(spec.data.endpoint)
-        scores = {name: task.remote(spec, name, reader, endpoint, sources, board).future() for name in spec.models}
-        rows = [row for rows in watch(scores, board).values() for row in rows]
+    rows = [row for rows in score(spec, reader).values() for row in rows]
     settings = {
         "data": reader.fingerprint,
         "spec": spec.model_dump(mode="json"),
@@ -52,6 +42,21 @@ def run(spec: EvaluateSpec) -> dict[str, Any]:
     console.print(terminal_table(rows))
     say(f"  {spec.out}, {table.name}")
     return {"outputs": [spec.out]}
+
+
+def score(spec: EvaluateSpec, reader: Reader) -> dict[str, list[Result]]:
+    """The results of each model on the data that `reader` was made for."""
+    sources = _sources(spec, reader)
+    counts = ", ".join(f"{task} {sum(reader.sizes()[s] for s in names):,}" for task, names in sources.items())
+    say(f"  {len(spec.models)} models on {spec.data.root} {spec.data.split}: {counts}")
+    with ray_cluster():
+        if not spec.autoscaling:
+            check_size("model", 1, Resources(spec.cpus_per_model, spec.gpus_per_model))
+        board = ray.remote(num_cpus=0)(Board).remote()
+        task = ray.remote(num_cpus=spec.cpus_per_model, num_gpus=spec.gpus_per_model, max_retries=2)(_evaluate)
+        endpoint = resolve_endpoint(spec.data.endpoint)
+        scores = {name: task.remote(spec, name, reader, endpoint, sources, board).future() for name in spec.models}
+        return watch(scores, board)
 
 
 def _sources(spec: EvaluateSpec, reader: Reader) -> dict[str, list[str]]:
@@ -80,15 +85,16 @@ def _evaluate(
     rows: list[Result] = []
     done = 0
     for task, names in sources.items():
-        queries, targets, ids = [], [], []
+        queries, targets, ids, pools = [], [], [], []
         samples = (sample for source in names for sample in _good(reader, source))
         while batch := list(islice(samples, spec.batch_size)):
             queries.append(embed_sides(processor, embedder, [sample.query for sample in batch], spec.batch_size))
             targets.append(embed_sides(processor, embedder, [sample.positive for sample in batch], spec.batch_size))
             ids += [sample.sample.target_sha256 for sample in batch]
+            pools += [sample.sample.source if TASKS[task].pool == "source" else task for sample in batch]
             done += len(batch)
             board.post.remote(name, done, total, task)
-        rows += _score(spec, name, task, np.concatenate(queries), np.concatenate(targets), ids)
+        rows += _score(spec, name, task, np.concatenate(queries), np.concatenate(targets), ids, pools)
     board.post.remote(name, total, total, "")
     return rows
 
@@ -104,14 +110,26 @@ def _good(reader: Reader, source: str) -> Iterator[DecodedSample]:
 
 
 def _score(
-    spec: EvaluateSpec, model: str, task: str, queries_QD: Any, targets_QD: Any, target_ids: list[str]
+    spec: EvaluateSpec,
+    model: str,
+    task: str,
+    queries_QD: Any,
+    targets_QD: Any,
+    target_ids: list[str],
+    pools: list[str],
 ) -> list[Result]:
-    """Every distinct target is one candidate; samples with equal targets share it."""
-    ids, first, gold = np.unique(target_ids, return_index=True, return_inverse=True)
-    candidates_ND = targets_QD[first]
-    if is_collapsed(candidates_ND):
-        say(f"  {model}: all {len(ids)} candidates of {task} have one vector", "yellow")
-    ranks = rank_of_gold(queries_QD, candidates_ND, gold)
+    """Every distinct target of a query's pool is one candidate; samples with equal targets share it."""
+    ranks_of_pool, sizes = [], []
+    for pool in dict.fromkeys(pools):
+        mine = np.flatnonzero(np.array(pools) == pool)
+        ids, first, gold = np.unique([target_ids[i] for i in mine], return_index=True, return_inverse=True)
+        candidates_ND = targets_QD[mine[first]]
+        if is_collapsed(candidates_ND):
+            say(f"  {model}: all {len(ids)} candidates of {pool} have one vector", "yellow")
+        ranks_of_pool.append(rank_of_gold(queries_QD[mine], candidates_ND, gold))
+        sizes.append(len(ids))
+    ranks = np.concatenate(ranks_of_pool)
+    shares = [len(some) / len(ranks) for some in ranks_of_pool]
     return [
         Result(
             model=model,
@@ -119,8 +137,8 @@ def _score(
             metric=metric,
             value=METRICS[metric](ranks),
             num_queries=len(ranks),
-            num_candidates=len(ids),
-            chance=chance(metric, len(ids)),
+            num_candidates=max(sizes),
+            chance=sum(share * chance(metric, size) for share, size in zip(shares, sizes, strict=True)),
             split=spec.data.split,
         )
         for metric in spec.metrics or TASKS[task].metrics

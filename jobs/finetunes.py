@@ -9,27 +9,37 @@ from typing import Any
 from jobs.load import Document, check, read_document
 from jobs.models import local_folder, publish_folder
 from jobs.progress import say
-from jobs.spec import FinetunesSpec, TrainSpec
+from jobs.spec import AblationSpec, FinetunesSpec, TrainSpec
 from pipelines.errors import UserError
 from pipelines.storage import open_store
 
 
 def resolve(spec: FinetunesSpec, document: Document) -> dict[str, TrainSpec]:
     """The spec of each fine-tune; `document` is what `spec` was read from."""
-    stage = read_document(spec.stage, document.folder).overlaid(spec.set, document.place_under("set"))
+    stage = stage_document(spec, document)
     specs: dict[str, TrainSpec] = {}
     for name, changes in spec.runs.items():
         place = document.place_under("runs", name)
         run_document = stage.overlaid({"name": name}, place).overlaid(changes, place)
-        train = check(run_document)
-        if not isinstance(train, TrainSpec):
-            where = run_document.place(("kind",))
-            raise UserError(where, f"kind={train.kind!r} cannot be fine-tuned", "use kind: train")
+        train = check_train(run_document)
         if train.model.tune != "lora":
             where = run_document.place(("model", "tune"))
             raise UserError(where, "model.tune: full has no adapters to soup", "set model.tune: lora")
         specs[name] = train
     return specs
+
+
+def stage_document(spec: FinetunesSpec | AblationSpec, document: Document) -> Document:
+    """What all runs start from: the stage with the changes for all of them."""
+    return read_document(spec.stage, document.folder).overlaid(spec.set, document.place_under("set"))
+
+
+def check_train(document: Document) -> TrainSpec:
+    """The spec of one run. Raises `UserError` if it is of another kind."""
+    train = check(document)
+    if not isinstance(train, TrainSpec):
+        raise UserError(document.place(("kind",)), f"kind={train.kind!r} does not train", "use kind: train")
+    return train
 
 
 def run(spec: FinetunesSpec, document: Document) -> dict[str, Any]:

@@ -11,11 +11,10 @@ import time
 from typing import Any
 
 from jobs.cluster import ray_cluster
-from jobs.dispatch import run_spec
-from jobs.finetunes import resolve
+from jobs.dispatch import named_specs, run_spec
 from jobs.load import Document, check, read_document, substitute
 from jobs.progress import duration, say
-from jobs.spec import FinetunesSpec, IndexSpec, IngestSpec, PipelineSpec, Spec
+from jobs.spec import IndexSpec, IngestSpec, PipelineSpec, Spec
 from pipelines.errors import UserError
 from pipelines.storage import open_store
 from pipelines.store import Store
@@ -32,8 +31,7 @@ def resolve_stations(spec: PipelineSpec, document: Document) -> dict[str, tuple[
         resolved = check(changed)
         if isinstance(resolved, PipelineSpec):
             raise UserError(document.place(around), f"{name} is a pipeline itself", "name a job of another kind")
-        if isinstance(resolved, FinetunesSpec):
-            resolve(resolved, changed)
+        named_specs(resolved, changed)
         stations[name] = (resolved, changed)
     return stations
 
@@ -73,8 +71,7 @@ def _record(name: str) -> str:
 def _key(station: Spec, document: Document, before: str) -> str:
     """Identity of a station's work: its settings, those of all stations before it, and the raw files it reads."""
     content: list[Any] = [before, station.model_dump(mode="json")]
-    if isinstance(station, FinetunesSpec):
-        content += [train.model_dump(mode="json") for train in resolve(station, document).values()]
+    content += [named.model_dump(mode="json") for named in named_specs(station, document)]
     if isinstance(station, IngestSpec):
         content.append(open_store(station.input).tags())
     if isinstance(station, IndexSpec):

@@ -11,6 +11,7 @@
               tensorboard/        the same as event files
               tracking.txt        what MLflow or W&B did not take
               done.json           written last
+              scores.json         of a run that an ablation has scored
 """
 
 from __future__ import annotations

@@ -107,6 +107,15 @@ class ModelRef(Config):
     """Evaluate with instructions. Models of stage 1 have never seen one."""
 
 
+class FileChanges(Config):
+    """A job that another names, such as a station of a pipeline."""
+
+    spec: str
+    """YAML file of the job, relative to this one."""
+    set: dict[str, Any] = Field(default_factory=dict)
+    """What is changed in it, as nested mappings."""
+
+
 class CorpusSpec(Config):
     """Draw the synthetic corpus: real image, PDF and video files with captions."""
 
@@ -238,6 +247,44 @@ class FinetunesSpec(Config):
         return self
 
 
+class AblationSpec(Config):
+    """The same training with and without parts of the recipe, each with several seeds, and what the parts change."""
+
+    kind: Literal["ablation"]
+    """Ablates."""
+    stage: str
+    """Spec of kind `train` that every run starts from, relative to this file."""
+    set: dict[str, Any] = Field(default_factory=dict)
+    """What all runs change in it."""
+    arms: Annotated[Named[dict[str, Any]], Field(min_length=2)]
+    """Name of an arm -> what it alone changes. `name` and `seed` are the job's: runs are called {arm}-s{seed}."""
+    baseline: Name = "baseline"
+    """Arm that the others are compared with."""
+    seeds: Annotated[int, Field(ge=2)] | Annotated[list[NonNegativeInt], Field(min_length=2)] = 10
+    """Seeds of each arm, or how many, from 0 on. What is claimed from fewer than ten is mostly noise."""
+    evaluate: FileChanges
+    """Spec of kind `evaluate` that scores every run. Its own `models` and `out` do not count."""
+    max_parallel: PositiveInt = 8
+    """Runs at the same time, or as many as the cluster holds."""
+    notes: list[str] = Field(default=[])
+    """What a reader has to know of the setup: printed in the report."""
+    out: str
+    """Local folder of ablation.json, ablation.md and ablation.svg."""
+
+    @model_validator(mode="after")
+    def _comparable(self) -> AblationSpec:
+        if self.baseline not in self.arms:
+            raise ValueError(f"baseline={self.baseline!r} is not one of the arms: {', '.join(self.arms)}")
+        if len(set(self.seed_list)) < len(self.seed_list):
+            raise ValueError(f"seeds={self.seeds} names one twice")
+        return self
+
+    @property
+    def seed_list(self) -> list[int]:
+        """All seeds."""
+        return list(range(self.seeds)) if isinstance(self.seeds, int) else self.seeds
+
+
 class EvaluateSpec(ModelIdentity):
     """Rank held-out targets for held-out queries, for several models."""
 
@@ -350,15 +397,6 @@ class SearchSpec(Config):
     """Name -> folder of a training run whose loss goes onto the page."""
 
 
-class Station(Config):
-    """One job of a pipeline."""
-
-    spec: str
-    """YAML file of the job, relative to this one."""
-    set: dict[str, Any] = Field(default_factory=dict)
-    """What is changed in it, as nested mappings."""
-
-
 class PipelineSpec(Config):
     """Jobs one after the other. A finished one is not repeated while its settings and all before it are unchanged."""
 
@@ -372,7 +410,7 @@ class PipelineSpec(Config):
     """Directory or s3:// URL where finished stations are recorded."""
     endpoint: str | None = None
     """S3 endpoint; the environment's AWS_ENDPOINT_URL where not given."""
-    stations: Annotated[Named[Station], Field(min_length=1)]
+    stations: Annotated[Named[FileChanges], Field(min_length=1)]
     """In order."""
 
 
@@ -382,6 +420,7 @@ Spec = (
     | IndexSpec
     | TrainSpec
     | FinetunesSpec
+    | AblationSpec
     | EvaluateSpec
     | ExportSpec
     | EmbedSpec
@@ -394,6 +433,7 @@ KINDS: dict[str, type[Spec]] = {
     "index": IndexSpec,
     "train": TrainSpec,
     "finetunes": FinetunesSpec,
+    "ablation": AblationSpec,
     "evaluate": EvaluateSpec,
     "export": ExportSpec,
     "embed": EmbedSpec,

@@ -206,15 +206,22 @@ def plan_blocks(samples: list[RawSample], held_out_fraction: float, seed: int, s
 
 
 def _split(samples: list[RawSample], fraction: float, seed: int, root: str) -> dict[str, list[RawSample]]:
-    """Holds out round(fraction * n) samples, or fewer: samples of one target stay together, and train keeps two."""
-    by_target: dict[str, list[RawSample]] = defaultdict(list)
-    for raw in samples:
-        by_target[_side_identity(raw.sample.positive, raw.files, root)].append(raw)
-    room = max(0, min(round(fraction * len(samples)), len(samples) - _MIN_TRAIN_SAMPLES))
+    """Samples go where they say. Of the n others round(fraction * n) are held out, or fewer: samples of one target stay
+    together, and train keeps two.
+    """
     splits: dict[str, list[RawSample]] = {TRAIN: [], HELD_OUT: []}
+    by_target: dict[str, list[RawSample]] = defaultdict(list)
+    free = [raw for raw in samples if raw.split is None]
+    for raw in samples:
+        if raw.split:
+            splits[raw.split].append(raw)
+    for raw in free:
+        by_target[_side_identity(raw.sample.positive, raw.files, root)].append(raw)
+    room = max(0, min(round(fraction * len(free)), len(free) - _MIN_TRAIN_SAMPLES))
     for target in sorted(by_target, key=lambda target: _draw(seed, "held out", target)):
         group = by_target[target]
-        fits = len(group) <= room - len(splits[HELD_OUT])
+        fits = len(group) <= room
+        room -= len(group) * fits
         splits[HELD_OUT if fits else TRAIN] += group
     return splits
 

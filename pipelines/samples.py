@@ -96,10 +96,14 @@ class FileRef:
 
 @dataclass(frozen=True, slots=True)
 class RawSample:
-    """What an adapter yields: the sample (its `target_sha256` still empty) and a file for every member it names."""
+    """What an adapter yields: the sample (its `target_sha256` still empty) and a file for every member it names.
+
+    `split` is given where the data come with a split of their own.
+    """
 
     sample: Sample
     files: dict[str, FileRef] = field(default_factory=dict)
+    split: Literal["train", "held_out"] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,8 @@
                               {"file", "caption"}                 text -> medium; "page" for PDFs, from zero
                               {"query_file", "query", "file"}     composed retrieval: medium + text -> medium
                               {"query", "positive"}               text -> text
-                            each with optional "source", "task", "instruction", "relevance"
+                              {"query_file", "positive"}          medium -> name of its class
+                            each with optional "source", "task", "instruction", "relevance", "split"
     report.pdf              without captions: a passage of each page's own text layer -> that page
 
 A caption of a PDF without "page" belongs to page 0. Hidden files and folders are left alone.
@@ -19,6 +20,7 @@ import posixpath
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from pydantic import FiniteFloat, ValidationError
 
@@ -56,6 +58,7 @@ INSTRUCTIONS: dict[str, tuple[str, str]] = {
         "Understand the content of the provided image.",
     ),
     "text_text": ("Find a text that matches the given query:", ""),
+    "image_class": ("Represent the given image for classification.", ""),
 }
 _TEXT_TO: dict[MediaKind, str] = {"image": "text_image", "document": "text_page", "video": "text_video"}
 
@@ -73,10 +76,17 @@ class _Line(Config):
     task: str | None = None
     instruction: str | None = None
     relevance: FiniteFloat | None = None
+    split: Literal["train", "held_out"] | None = None
 
 
-_OPTIONS = {"source", "task", "instruction", "relevance"}
-_FORMS = ({"file", "caption"}, {"file", "caption", "page"}, {"query_file", "query", "file"}, {"query", "positive"})
+_OPTIONS = {"source", "task", "instruction", "relevance"}  # fields of the sample; `split` is the raw sample's
+_FORMS = (
+    {"file", "caption"},
+    {"file", "caption", "page"},
+    {"query_file", "query", "file"},
+    {"query", "positive"},
+    {"query_file", "positive"},
+)
 
 
 def read_folder(path: str, config: MediaConfig) -> Iterator[RawSample | Rejected]:
@@ -226,7 +236,7 @@ def _parse(line: bytes) -> _Line:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise BadMedia("bad_json", ": ".join([*map(str, first["loc"]), first["msg"]])) from error
-    fields = {field for field, value in parsed if value is not None} - _OPTIONS
+    fields = {field for field, value in parsed if value is not None} - _OPTIONS - {"split"}
     if fields not in _FORMS:
         forms = " or ".join("+".join(sorted(form)) for form in _FORMS)
         raise BadMedia("bad_json", f"has {'+'.join(sorted(fields)) or 'nothing'}, needs {forms}")
@@ -240,7 +250,10 @@ def _listed(tree: _Tree, folder: str, line: _Line, origin: str, captioned: set[s
     texts = [text.strip() for text in (line.caption, line.query, line.positive) if text is not None]
     if not all(texts):
         raise BadMedia("empty_caption")
-    if file is None:
+    if file is None and query_file:
+        query, query_ref = _medium(tree, "q0", query_file)
+        pair = _sample("image_class", Side(media=(query,)), Side(texts[0]), {query.member: query_ref}, query_file)
+    elif file is None:
         pair = _sample("text_text", Side(texts[0]), Side(texts[1]), {}, origin)
     elif query_file is None:
         pair = _captioned(tree, file, line.page, texts[0])
@@ -249,7 +262,7 @@ def _listed(tree: _Tree, folder: str, line: _Line, origin: str, captioned: set[s
         files = {query.member: query_ref, target.member: target_ref}
         pair = _sample("image_text_image", Side(texts[0], (query,)), Side(media=(target,)), files, file)
     options = {name: value for name in _OPTIONS if (value := getattr(line, name)) is not None}
-    return replace(pair, sample=replace(pair.sample, **options)) if options else pair
+    return replace(pair, sample=replace(pair.sample, **options), split=line.split)
 
 
 def _resolve(folder: str, name: str | None) -> str | None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from pipelines.config import Config, NonNegativeInt, PositiveInt
+from pipelines.config import Config, Fraction, NonNegativeInt, PositiveInt
 
 
 class CorpusConfig(Config):
@@ -26,7 +26,24 @@ class CorpusConfig(Config):
     """Captioned videos of one moving object and one at rest."""
     num_texts: NonNegativeInt = 800
     """Pairs of sentences that describe the same scene."""
+    hard_fraction: Fraction = 0.0
+    """Share of the captioned images that differ from one of the others in exactly one attribute: a colour, a shape or
+    the relation. Each has its own caption: hard negatives. With 0 they differ as chance has it."""
+    num_repeated: NonNegativeInt = 0
+    """So many of the captioned images are drawn again under the same caption: false negatives of each other that have
+    other bytes. All drawings of such a scene belong to the training split."""
+    repeats: PositiveInt = 8
+    """How often each of these is drawn again."""
+    num_classified: NonNegativeInt = 0
+    """Images of each of three classification sources: shape, colour and number of objects to the name of the class.
+    A fifth of the combinations are held out."""
     image_px: Annotated[int, Field(ge=56, multiple_of=2)] = 112
     """Width and height of images and clips; even, as H.264 halves the resolution of colour."""
     clip_frames: Annotated[int, Field(ge=2)] = 8
     """Frames of a clip, at 8 frames per second."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> CorpusConfig:
+        if self.num_repeated > self.num_images:
+            raise ValueError(f"num_repeated={self.num_repeated} is more than num_images={self.num_images}")
+        return self

@@ -4,11 +4,14 @@
     images/00000.jpg                  a scene (every eighth is a PNG)
     images/edit-00000-before.jpg      the reference of a composed query and
     images/edit-00000-after.jpg       its target
+    images/00000-again-00.jpg         a scene drawn again, under the caption of the first drawing (by choice)
+    images/shapes-00000.jpg           some equal things, whose class is the target (by choice)
     documents/0000.pdf                a report; each page is a sample
     clips/00000.mp4                   a short video
     .complete                         fingerprint of the settings, written last (`.building` until then)
 
 Within a kind of sample no two share all attributes, so that any held-out part asks for combinations never trained on.
+Scenes drawn again and classes would break this: their lines say to which split they belong.
 """
 
 from __future__ import annotations
@@ -19,22 +22,25 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
+from itertools import chain, cycle, islice
 from pathlib import Path, PurePosixPath
 from random import Random
 from typing import TypeVar
 
 from pipelines.errors import UserError
+from pipelines.synthetic.classes import QUESTIONS, Group, all_groups, draw_group
 from pipelines.synthetic.clips import Clip, all_clips, draw_clip, encode_clip
 from pipelines.synthetic.config import CorpusConfig
 from pipelines.synthetic.documents import Page, all_pages, draw_document
-from pipelines.synthetic.scenes import Scene, all_scenes, draw_scene, edit_into, encode_image
+from pipelines.synthetic.scenes import Scene, all_scenes, draw_scene, edit_into, encode_image, neighbours
 
 COMPLETE, BUILDING, CAPTIONS = ".complete", ".building", "captions.jsonl"
 
 _FOLDERS = ("images", "documents", "clips")
 # Part of the fingerprint: raised whenever equal settings come to mean other files.
 _GENERATION = 1
+_HELD_OUT_GROUPS = 0.2
+_QUALITIES = (75, 95)  # of JPEGs of scenes that are drawn again
 
 _T = TypeVar("_T")
 
@@ -75,13 +81,14 @@ def make_corpus(
 
 def num_samples(config: CorpusConfig) -> dict[str, int]:
     """Samples by source."""
+    classes = dict.fromkeys(QUESTIONS, config.num_classified) if config.num_classified else {}
     return {
-        "text_image": config.num_images,
+        "text_image": config.num_images + config.num_repeated * config.repeats,
         "image_text_image": config.num_composed,
         "text_page": config.num_documents * config.pages_per_document,
         "text_video": config.num_clips,
         "text_text": config.num_texts,
-    }
+    } | classes
 
 
 def fingerprint(config: CorpusConfig) -> str:
@@ -131,13 +138,15 @@ def _items(config: CorpusConfig) -> Iterator[_Item]:
     scenes = _distinct(all_scenes(), texts + config.num_texts, config, "num_images + num_composed + num_texts")
     pages = _distinct(all_pages(), config.num_documents * pages_each, config, "num_documents * pages_per_document")
     clips = _distinct(all_clips(), config.num_clips, config, "num_clips")
+    images = _with_hard_negatives(config, scenes[:edits], set(scenes[edits:]))
     reports = [pages[start : start + pages_each] for start in range(0, len(pages), pages_each)]
     return chain(
-        (_image_item(config, number, scene) for number, scene in enumerate(scenes[:edits])),
+        (_image_item(config, number, scene) for number, scene in enumerate(images)),
         (_composed_item(config, number, target) for number, target in enumerate(scenes[edits:texts])),
         (_document_item(config, number, report) for number, report in enumerate(reports)),
         (_clip_item(config, number, clip) for number, clip in enumerate(clips)),
         (_text_item(config, number, scene) for number, scene in enumerate(scenes[texts:])),
+        _class_items(config),
     )
 
 
@@ -148,6 +157,27 @@ def _distinct(space: Iterable[_T], count: int, config: CorpusConfig, setting: st
     return _rng(config, setting).sample(everything, count)
 
 
+def _with_hard_negatives(config: CorpusConfig, scenes: list[Scene], others: set[Scene]) -> list[Scene]:
+    """The scenes with the last ones replaced by neighbours of the first ones, the same number for each. All distinct,
+    and none of `others`.
+    """
+    num_hard = round(config.hard_fraction * len(scenes))
+    anchors = scenes[: len(scenes) - num_hard]
+    taken = others | set(anchors)
+    rng = _rng(config, "hard negatives")
+    waiting = [rng.sample(near, len(near)) for near in map(neighbours, anchors)]
+    hard: list[Scene] = []
+    while len(hard) < num_hard and (waiting := [near for near in waiting if near]):
+        for near in waiting[: num_hard - len(hard)]:
+            if (scene := near.pop()) not in taken:
+                hard.append(scene)
+                taken.add(scene)
+    if len(hard) < num_hard:
+        problem = f"{num_hard} neighbours of {len(anchors)} scenes are asked for, {len(hard)} are free"
+        raise UserError("hard_fraction", problem, "lower it")
+    return anchors + hard
+
+
 def _rng(config: CorpusConfig, purpose: str) -> Random:
     """One generator for each purpose: what is drawn for a file does not depend on what was drawn before."""
     return Random(f"{config.seed} {purpose}")
@@ -155,8 +185,19 @@ def _rng(config: CorpusConfig, purpose: str) -> Random:
 
 def _image_item(config: CorpusConfig, number: int, scene: Scene) -> _Item:
     name = f"images/{number:05d}{'.png' if number % 8 == 7 else '.jpg'}"
-    caption = _rng(config, f"caption of {name}").choice(scene.wordings())
-    return _Item([{"file": name, "caption": caption}], {name: partial(_image_bytes, config, name, scene)})
+    line: dict[str, str | int] = {
+        "file": name,
+        "caption": _rng(config, f"caption of {name}").choice(scene.wordings()),
+    }
+    item = _Item([line], {name: partial(_image_bytes, config, name, scene)})
+    if number < config.num_repeated:
+        line["split"] = "train"
+        for ordinal in range(config.repeats):
+            again = f"images/{number:05d}-again-{ordinal:02d}.jpg"
+            quality = _rng(config, f"quality of {again}").randint(*_QUALITIES)
+            item.lines.append(line | {"file": again})
+            item.files[again] = partial(_image_bytes, config, again, scene, quality=quality)
+    return item
 
 
 def _composed_item(config: CorpusConfig, number: int, target: Scene) -> _Item:
@@ -195,9 +236,31 @@ def _text_item(config: CorpusConfig, number: int, scene: Scene) -> _Item:
     return _Item([{"query": query, "positive": positive}])
 
 
-def _image_bytes(config: CorpusConfig, name: str, scene: Scene, *, at_night: bool = False) -> bytes:
+def _class_items(config: CorpusConfig) -> Iterator[_Item]:
+    """Each source goes through all groups in an order of its own. Held-out groups are the same for all sources."""
+    groups = list(all_groups())
+    held_out = set(_rng(config, "held-out groups").sample(groups, round(_HELD_OUT_GROUPS * len(groups))))
+    for source, question in QUESTIONS.items():
+        shuffled = _rng(config, f"order of {source}").sample(groups, len(groups))
+        for number, group in enumerate(islice(cycle(shuffled), config.num_classified)):
+            name = f"images/{source}-{number:05d}.jpg"
+            line: dict[str, str | int] = {
+                "query_file": name,
+                "positive": question.answer(group),
+                "source": source,
+                "instruction": question.instruction,
+                "split": "held_out" if group in held_out else "train",
+            }
+            yield _Item([line], {name: partial(_group_bytes, config, name, group)})
+
+
+def _image_bytes(config: CorpusConfig, name: str, scene: Scene, *, at_night: bool = False, quality: int = 90) -> bytes:
     image = draw_scene(scene, config.image_px, _rng(config, name), at_night=at_night)
-    return encode_image(image, PurePosixPath(name).suffix)
+    return encode_image(image, PurePosixPath(name).suffix, quality)
+
+
+def _group_bytes(config: CorpusConfig, name: str, group: Group) -> bytes:
+    return encode_image(draw_group(group, config.image_px, _rng(config, name)), PurePosixPath(name).suffix)
 
 
 def _document_bytes(config: CorpusConfig, name: str, pages: Sequence[Page]) -> bytes:

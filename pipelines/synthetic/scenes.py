@@ -56,6 +56,19 @@ def all_scenes() -> Iterator[Scene]:
             yield Scene(first, second, relation)
 
 
+def neighbours(scene: Scene) -> list[Scene]:
+    """Every scene that differs in exactly one attribute: 6 + 6 colours, 6 + 6 shapes, and the other relation."""
+    found = [replace(scene, relation=relation) for relation in RELATIONS if relation != scene.relation]
+    found += [replace(scene, first=other) for other in _others(scene.first, scene.second)]
+    return found + [replace(scene, second=other) for other in _others(scene.second, scene.first)]
+
+
+def _others(thing: Thing, kept: Thing) -> list[Thing]:
+    """What could stand in its place beside `kept`, with another colour or another shape."""
+    colours = [replace(thing, colour=name) for name in COLOURS if name not in (thing.colour, kept.colour)]
+    return colours + [replace(thing, shape=name) for name in SHAPES if name not in (thing.shape, kept.shape)]
+
+
 def edit_into(target: Scene, rng: Random) -> tuple[Scene, str]:
     """A scene and the instruction that turns it into `target` by one change: of a colour, of a shape, or of places."""
     if rng.randrange(3) == 0:
@@ -106,11 +119,11 @@ def stray(relation: Relation, along: float, rng: Random) -> Point:
     return (across, along) if relation == "above" else (along, across)
 
 
-def encode_image(image: Image.Image, suffix: str) -> bytes:
-    """The bytes of a `.jpg` (quality 90, colour at full resolution) or a `.png` file."""
+def encode_image(image: Image.Image, suffix: str, quality: int = 90) -> bytes:
+    """The bytes of a `.jpg` (colour at full resolution) or a `.png` file."""
     buffer = BytesIO()
     if suffix == ".png":
         image.save(buffer, "PNG")
     else:
-        image.save(buffer, "JPEG", quality=90, subsampling=0)
+        image.save(buffer, "JPEG", quality=quality, subsampling=0)
     return buffer.getvalue()

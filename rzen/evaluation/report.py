@@ -41,7 +41,10 @@ PANELS_PER_ROW = 4
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One number: `value` of `metric` in [0, 1], and what random ranking would score (`chance`)."""
+    """One number: `value` of `metric` in [0, 1], and what random ranking would score (`chance`).
+
+    `num_candidates` are those of the largest pool, where the sources of a task have pools of their own.
+    """
 
     model: str
     task: str
@@ -60,10 +63,15 @@ Column = tuple[str, str]
 
 def write_results(path: Path, rows: Sequence[Result], settings: Mapping[str, Any]) -> None:
     """Write `{"settings": ..., "rows": [...]}`, atomically. `settings` is whatever makes the numbers repeatable."""
-    content = json.dumps({"settings": settings, "rows": [asdict(row) for row in rows]}, indent=2, allow_nan=False)
+    write_json(path, {"settings": settings, "rows": [asdict(row) for row in rows]})
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write readable JSON, atomically. Raises `ValueError` for a number that is not finite."""
+    text = json.dumps(content, indent=2, allow_nan=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(content + "\n")
+    partial.write_text(text + "\n")
     partial.replace(path)
 
 
@@ -100,7 +108,7 @@ def plot_scores(rows: Sequence[Result]) -> str:
             _draw_scores(axes, models, column, found)
         for axes in grid[len(columns) :]:
             axes.remove()
-        return _svg(figure, "Retrieval scores by task and model")
+        return svg_text(figure, "Retrieval scores by task and model")
 
 
 def plot_losses(curves: Mapping[str, Sequence[tuple[int, float]]]) -> str:
@@ -111,7 +119,7 @@ def plot_losses(curves: Mapping[str, Sequence[tuple[int, float]]]) -> str:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 3.2), layout="constrained")
         axes = figure.subplots()
-        for (steps, losses), colour in zip(_columns(curves), _colours(len(curves)), strict=True):
+        for (steps, losses), colour in zip(_columns(curves), colours(len(curves)), strict=True):
             axes.plot(steps, losses, color=colour)
         axes.set_ylim(bottom=0)
         axes.set_xlabel("step")
@@ -120,7 +128,7 @@ def plot_losses(curves: Mapping[str, Sequence[tuple[int, float]]]) -> str:
         axes.tick_params(length=0, labelcolor=QUIET)
         axes.margins(x=0)
         _label_ends(axes, curves)
-        return _svg(figure, "Training loss by step")
+        return svg_text(figure, "Training loss by step")
 
 
 def _index(rows: Sequence[Result]) -> tuple[list[str], list[Column], dict[tuple[str, Column], Result]]:
@@ -147,12 +155,12 @@ def _table(rows: Sequence[Result]) -> tuple[list[str], list[tuple[str, list[tupl
             cells.append((_percent(row.value) if row else "–", is_best))
         body.append((model, cells))
     body.append(("chance", [(_percent(_chance(column, found)), False) for column in columns]))
-    return ["model", *(f"{_title(task)}, {_metric(metric)}" for task, metric in columns)], body
+    return ["model", *(f"{task_title(task)}, {_metric(metric)}" for task, metric in columns)], body
 
 
 def _draw_scores(axes: Axes, models: list[str], column: Column, found: Mapping[tuple[str, Column], Result]) -> None:
     task, metric = column
-    for height, (model, colour) in enumerate(zip(models, _colours(len(models)), strict=True)):
+    for height, (model, colour) in enumerate(zip(models, colours(len(models)), strict=True)):
         row = found.get((model, column))
         if row is not None:
             axes.plot([0, 100 * row.value], [height, height], color=colour, linewidth=4, solid_capstyle="butt")
@@ -162,7 +170,7 @@ def _draw_scores(axes: Axes, models: list[str], column: Column, found: Mapping[t
     chance = _chance(column, found)
     axes.axvline(100 * chance, color=INK, linewidth=0.8, linestyle=":")
     axes.set_title(
-        f"{_title(task)}\n{_metric(metric)}, %  ⋮ chance {_percent(chance)}", loc="left", fontsize=9, color=INK
+        f"{task_title(task)}\n{_metric(metric)}, %  ⋮ chance {_percent(chance)}", loc="left", fontsize=9, color=INK
     )
     axes.set_yticks(range(len(models)), models)
     axes.set_ylim(len(models) - 0.4, -0.6)
@@ -177,7 +185,7 @@ def _label_ends(axes: Axes, curves: Mapping[str, Sequence[tuple[int, float]]]) -
     low, high = axes.get_ylim()
     line_height = 0.065 * (high - low)
     right = max(step for curve in curves.values() for step, _ in curve)
-    colour_of = dict(zip(curves, _colours(len(curves)), strict=True))
+    colour_of = dict(zip(curves, colours(len(curves)), strict=True))
     ends = sorted((curve[-1][1], name) for name, curve in curves.items())
     height = -math.inf
     for loss, name in ends:
@@ -197,7 +205,8 @@ def _columns(curves: Mapping[str, Sequence[tuple[int, float]]]) -> list[tuple[li
     return [([step for step, _ in curve], [loss for _, loss in curve]) for curve in curves.values()]
 
 
-def _colours(count: int) -> list[str]:
+def colours(count: int) -> list[str]:
+    """So many, repeated where there are not enough."""
     return [COLOURS[index % len(COLOURS)] for index in range(count)]
 
 
@@ -205,7 +214,8 @@ def _chance(column: Column, found: Mapping[tuple[str, Column], Result]) -> float
     return next(row.chance for (_, c), row in found.items() if c == column)
 
 
-def _title(task: str) -> str:
+def task_title(task: str) -> str:
+    """As tables and plots show it."""
     return TASKS[task].title if task in TASKS else task
 
 
@@ -218,7 +228,8 @@ def _percent(value: float) -> str:
     return f"{100 * value:.2f}" if 0 < value < 0.01 else f"{100 * value:.1f}"
 
 
-def _svg(figure: Figure, title: str) -> str:
+def svg_text(figure: Figure, title: str) -> str:
+    """The figure as an SVG element; equal figures give equal text."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", facecolor="white", metadata={"Title": title, "Date": None})
     text = buffer.getvalue()

@@ -10,7 +10,7 @@ import numpy as np
 
 from rzen.evaluation.ranking import IntArray, hit_at_k, mrr, ndcg_at_k
 
-Form = Literal["text", "image", "page", "video", "image+text"]
+Form = Literal["text", "image", "page", "video", "image+text", "class"]
 Metric = Literal["hit@1", "hit@5", "hit@10", "ndcg@5", "mrr"]
 
 METRICS: dict[Metric, Callable[[IntArray], float]] = {
@@ -32,6 +32,9 @@ class Task:
     query: Form
     target: Form
     metrics: tuple[Metric, ...]
+    pool: Literal["task", "source"] = "task"
+    """Whose targets are the candidates of a query: those of all sources of the task, or of its own source (the names
+    of its classes)."""
 
 
 TASKS: dict[str, Task] = {
@@ -41,6 +44,7 @@ TASKS: dict[str, Task] = {
         Task("text_page", "Text → page", "text", "page", ("ndcg@5", "hit@1")),
         Task("text_video", "Text → video", "text", "video", ("hit@1", "ndcg@5")),
         Task("image_text_image", "Image + text → image", "image+text", "image", ("hit@1", "ndcg@5")),
+        Task("image_class", "Image → class", "image", "class", ("hit@1",), pool="source"),
     )
 }
 

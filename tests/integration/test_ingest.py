@@ -267,6 +267,19 @@ def test_samples_of_one_target_are_never_split(tmp_path: Path) -> None:
     assert sum(len(block.samples) for block in blocks if block.split == "held_out") == 15
 
 
+def test_samples_go_to_the_split_that_they_name(tmp_path: Path) -> None:
+    """Even where they share a target with samples of the other, as those of one class do; the rest is drawn."""
+    raws = [text_to("image", tmp_path / f"{n % 4}.jpg", f"question {n}") for n in range(20)]
+    named = [replace(raw, split=("train", "held_out")[n % 3 == 0]) for n, raw in enumerate(raws)]
+    free = [text_to("image", tmp_path / f"free-{n}.jpg", f"free {n}") for n in range(10)]
+    blocks = plan_blocks(named + free, 0.2, seed=1, samples_per_shard=7)
+    of = {split: [raw for b in blocks if b.split == split for raw in b.samples] for split in ("train", "held_out")}
+    assert [len(of["train"]), len(of["held_out"])] == [13 + 8, 7 + 2]
+    assert all(raw.split in (None, split) for split, members in of.items() for raw in members)
+    nothing_drawn = plan_blocks(named, 0.9, seed=1, samples_per_shard=7)
+    assert sum(len(b.samples) for b in nothing_drawn if b.split == "held_out") == 7
+
+
 @pytest.mark.parametrize(("count", "held_out"), [(1, 0), (2, 0), (3, 1), (4, 2), (10, 5)])
 def test_small_sources_keep_two_samples_to_train(count: int, held_out: int, tmp_path: Path) -> None:
     raws = [text_to("image", tmp_path / f"{n}.jpg", f"picture {n}") for n in range(count)]

@@ -111,6 +111,23 @@ def test_a_line_may_grade_its_pair(tmp_path):
     assert refused == [("captions.jsonl:4", "bad_json"), ("captions.jsonl:5", "bad_json")]
 
 
+def test_a_line_may_name_a_class_and_its_split(tmp_path):
+    line = {"query_file": "a.jpg", "positive": "ring"}
+    listed = [line, line | {"source": "shapes", "split": "held_out"}, line | {"split": "test"}]
+    samples, rejected = read(tmp_path, {"captions.jsonl": lines(*listed), "a.jpg": b"1"})
+    first, second = (raw.sample for raw in samples)
+    assert (first.query, first.positive) == (Side(media=(Media("image", "q0.jpg"),)), Side("ring"))
+    assert (first.source, first.task, first.instruction) == (
+        "image_class",
+        "image_class",
+        "Represent the given image for classification.",
+    )
+    assert samples[0].files == {"q0.jpg": FileRef(str(tmp_path / "a.jpg"))}
+    assert (second.source, second.task) == ("shapes", "image_class")
+    assert [raw.split for raw in samples] == [None, "held_out"]
+    assert rejected == [("captions.jsonl:3", "bad_json")]
+
+
 def test_text_pairs_need_no_media(tmp_path):
     samples, refused = read(tmp_path, {"captions.jsonl": lines({"query": "q?", "positive": "p."})})
     assert refused == []

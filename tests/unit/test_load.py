@@ -157,7 +157,7 @@ def test_what_is_no_job_says_so(tmp_path: Path, text: str, expected: str) -> Non
 
 
 def test_missing_file_names_the_shipped_ones() -> None:
-    assert "no such file; name a spec of your own, or one of jobs/corpus.yaml" in complaint("nowhere/job.yaml")
+    assert "no such file; name a spec of your own, or one of jobs/ablation.yaml" in complaint("nowhere/job.yaml")
 
 
 def test_variables_are_put_in_and_keep_their_type() -> None:

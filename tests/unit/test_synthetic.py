@@ -1,5 +1,6 @@
 """The synthetic corpus: the same bytes each time, every file opens, every caption is true of the pixels."""
 
+import hashlib
 import json
 import re
 from collections import Counter
@@ -14,11 +15,12 @@ from PIL import Image
 from pydantic import ValidationError
 
 from pipelines.errors import UserError
+from pipelines.synthetic.classes import QUESTIONS, Group, all_groups, draw_group
 from pipelines.synthetic.clips import Clip, all_clips, draw_clip, encode_clip
 from pipelines.synthetic.config import CorpusConfig
 from pipelines.synthetic.corpus import fingerprint, make_corpus
 from pipelines.synthetic.documents import Page, all_pages, draw_document
-from pipelines.synthetic.scenes import Scene, all_scenes, draw_scene, edit_into
+from pipelines.synthetic.scenes import Scene, all_scenes, draw_scene, edit_into, neighbours
 from pipelines.synthetic.shapes import Thing, all_pairs
 
 # Odd numbers throughout; 35 pages, 17 images of which 2 are PNGs.
@@ -193,6 +195,122 @@ def test_every_text_pair_tells_the_same_scene_in_two_ways(corpus: Path) -> None:
         assert query != positive
         colour, relation, other = relation_told(positive)
         assert relation_told(query) in {(colour, relation, other), (other, mirrored[relation], colour)}
+
+
+# --- what an ablation plants
+
+PLANTED = CONFIG.model_copy(update={"num_repeated": 3, "repeats": 4, "num_classified": 300})
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("planted")
+    make_corpus(folder, PLANTED)
+    return folder
+
+
+def test_the_default_corpus_is_what_it_was_before_there_were_options(corpus: Path) -> None:
+    """Captions, and the pixels of the lossless images: neither depends on the version of an encoder."""
+    captions = hashlib.sha256((corpus / "captions.jsonl").read_bytes()).hexdigest()
+    assert captions == "b599b32af6b5ead6d41c5c075928dd6e58032f914bbd9961436871c15240c306"
+    pixels = hashlib.sha256()
+    for path in sorted(corpus.rglob("*.png")):
+        with Image.open(path) as image:
+            pixels.update(image.tobytes())
+    assert pixels.hexdigest() == "e798fefb86189de978ef4b3ff9022dd28b129f0368be3d173f2536a8fecb9316"
+
+
+def test_what_is_planted_leaves_every_other_file_as_it_is(corpus: Path, planted: Path) -> None:
+    without = {name: content for name, content in contents(corpus).items() if "/" in name}
+    with_it = contents(planted)
+    assert {name: with_it[name] for name in without} == without
+    assert len(with_it) - 2 == len(without) + 3 * 4 + 3 * 300
+    assert make_corpus(planted, PLANTED)["text_image"] == 17 + 3 * 4
+    assert {make_corpus(planted, PLANTED)[source] for source in QUESTIONS} == {300}
+
+
+def test_a_scene_drawn_again_has_the_caption_and_other_bytes(planted: Path) -> None:
+    drawings: dict[str, list[dict]] = {}
+    for line in lines(planted):
+        if "caption" in line and line["file"].startswith("images/"):
+            drawings.setdefault(line["caption"], []).append(line)
+    assert sorted(map(len, drawings.values())) == [1] * 14 + [5] * 3
+    for caption, group in drawings.items():
+        assert [line.get("split") for line in group] == (["train"] * 5 if len(group) == 5 else [None])
+        assert len({hashlib.sha256((planted / line["file"]).read_bytes()).digest() for line in group}) == len(group)
+        for line in group:
+            with Image.open(planted / line["file"]) as image:
+                assert stands(image, *relation_told(caption))
+
+
+@pytest.mark.parametrize("share", [0.25, 0.8])
+def test_hard_negatives_differ_from_another_scene_in_exactly_one_attribute(share: float, tmp_path: Path) -> None:
+    config = CorpusConfig(num_images=40, hard_fraction=share, num_composed=9, num_documents=0, num_clips=0, num_texts=9)
+    make_corpus(tmp_path, config)
+    told = [line["caption"] for line in lines(tmp_path) if "caption" in line]
+    scene_of = {wording: scene for scene in all_scenes() for wording in scene.wordings()}
+    scenes = [scene_of[caption] for caption in told]
+    assert len(set(scenes)) == 40
+    num_hard = round(share * 40)
+    anchors, hard = scenes[:-num_hard], scenes[-num_hard:]
+
+    def attributes(scene: Scene) -> tuple[str, ...]:
+        ends = (scene.first, scene.second)
+        return (*(thing.shape for thing in ends), *(thing.colour for thing in ends), scene.relation)
+
+    for scene in hard:
+        unlike = [sum(a != b for a, b in zip(attributes(scene), attributes(one), strict=True)) for one in anchors]
+        assert min(unlike) == 1
+    others = {scene_of[line["positive"]] for line in lines(tmp_path) if "positive" in line}
+    assert not others & set(scenes)
+    make_corpus(tmp_path / "default", config.model_copy(update={"hard_fraction": 0.0}))
+    before = [line["caption"] for line in lines(tmp_path / "default") if "caption" in line]
+    assert [scene_of[caption] for caption in before[:-num_hard]] == anchors
+
+
+def test_neighbours_of_a_scene_are_all_others_with_one_change() -> None:
+    near = neighbours(Scene(RED_CIRCLE, BLUE_STAR, "above"))
+    assert len(set(near)) == len(near) == 6 + 6 + 6 + 6 + 1
+    assert set(near) <= set(all_scenes())
+
+
+def test_more_neighbours_than_exist_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="hard_fraction: 78 neighbours of 2 scenes are asked for, 38 are free"):
+        make_corpus(tmp_path / "corpus", CorpusConfig(num_images=80, hard_fraction=0.98))
+    with pytest.raises(ValidationError, match="num_repeated=3 is more than num_images=2"):
+        CorpusConfig(num_images=2, num_repeated=3)
+
+
+def test_classes_are_true_of_the_pixels_and_held_out_by_combination(planted: Path) -> None:
+    listed = [line for line in lines(planted) if line.get("source") in QUESTIONS]
+    splits: dict[str, Counter] = {source: Counter() for source in QUESTIONS}
+    for line in listed:
+        splits[line["source"]][line["split"], line["positive"]] += 1
+        if line["source"] == "colours":
+            with Image.open(planted / line["query_file"]) as image:
+                centres(image, (line["positive"],))
+    for source, classes in (("shapes", 8), ("colours", 8), ("numbers", 4)):
+        assert len({name for split, name in splits[source] if split == "train"}) == classes
+        held_out = sum(count for (split, _), count in splits[source].items() if split == "held_out")
+        assert 51 <= held_out <= 51 + 44, "a fifth of 256 combinations once, and of 44 of them twice"
+    assert {line["instruction"] for line in listed} == {question.instruction for question in QUESTIONS.values()}
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_a_group_has_as_many_things_as_it_says_and_none_at_the_border(count: int) -> None:
+    for seed in range(20):
+        group = Group(Thing("square", "red"), count)
+        pixels = np.asarray(draw_group(group, 112, Random(seed)), dtype=np.int32)
+        painted = (pixels != pixels[0, 0]).any(axis=2)
+        quarters = painted.reshape(2, 56, 2, 56).any(axis=(1, 3))
+        assert quarters.sum() == count
+        assert not np.concatenate([*painted[55:57], *painted.T[55:57]]).any(), "apart, each in its own quarter"
+        assert not np.concatenate([painted[0], painted[-1], painted[:, 0], painted[:, -1]]).any()
+    assert len(set(all_groups())) == 8 * 8 * 4
+    assert [question.answer(group) for question in QUESTIONS.values()][:2] == ["square", "red"]
+    assert (
+        QUESTIONS["numbers"].answer(group) == ("one object", "two objects", "three objects", "four objects")[count - 1]
+    )
 
 
 # --- marker and resumption

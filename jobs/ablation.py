@@ -1,0 +1,241 @@
+"""Job of kind `ablation`: the same training with and without parts of the recipe, each with several seeds.
+
+Every pair of arm and seed is a training run of its own, with its scores in its folder: the same command continues.
+Seed by seed, so that all arms of a seed are complete early, and a report of the finished seeds is always there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jobs.cluster import ray_cluster
+from jobs.encoder import backbone_url
+from jobs.finetunes import check_train, stage_document
+from jobs.load import Document, check, read_document
+from jobs.progress import duration, say
+from jobs.revision import revision
+from jobs.runs import METRICS, Run, read_rows, versions
+from jobs.spec import AblationSpec, EvaluateSpec, ModelRef, TrainSpec
+from pipelines.errors import UserError
+from pipelines.reader import Reader
+
+if TYPE_CHECKING:
+    from rzen.evaluation.ablation import Effect
+    from rzen.evaluation.report import Result
+
+SCORED = "scores.json"
+_NOT_OF_THE_SCORES = {"models", "out", "cpus_per_model", "gpus_per_model", "autoscaling"}
+_TOLD = ("dropped_fraction", "effective_fraction", "temperature")
+ArmAndSeed = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What is known of a finished run: its scores, its metrics step by step, and the seconds that all its workers
+    spent in steps, waiting for data apart: with one thread each, no fewer than their CPU seconds.
+    """
+
+    results: list[Result]
+    steps: list[dict[str, Any]]
+    worker_s: float
+
+
+def resolve(spec: AblationSpec, document: Document) -> tuple[dict[ArmAndSeed, TrainSpec], EvaluateSpec]:
+    """The spec of each run, seed by seed, and the evaluation (without models); `document` is what `spec` was read from.
+
+    Raises `UserError` for two arms that train the same.
+    """
+    stage = stage_document(spec, document)
+    runs: dict[ArmAndSeed, TrainSpec] = {}
+    for seed in spec.seed_list:
+        alike: dict[str, str] = {}
+        for arm, changes in spec.arms.items():
+            place = document.place_under("arms", arm)
+            own = {"name": f"{arm}-s{seed}", "seed": seed}
+            train = check_train(stage.overlaid(changes, place).overlaid(own, place))
+            content = train.model_dump_json(exclude={"name"})
+            if content in alike:
+                problem = f"arm {arm!r} trains the same as arm {alike[content]!r}"
+                raise UserError(document.place(("arms", arm)), problem, "let it change something, or leave it out")
+            alike[content] = arm
+            runs[arm, seed] = train
+    return runs, _evaluation(spec, document)
+
+
+def _evaluation(spec: AblationSpec, document: Document) -> EvaluateSpec:
+    named = read_document(spec.evaluate.spec, document.folder)
+    ours = {"models": {"run": {"base": "run"}}}  # the real ones are known when they are trained
+    bare = replace(named, data={key: value for key, value in named.data.items() if key != "models"})
+    changed = bare.overlaid(spec.evaluate.set, document.place_under("evaluate", "set"))
+    evaluate = check(changed.overlaid(ours, document.place_under("evaluate")))
+    if not isinstance(evaluate, EvaluateSpec):
+        problem = f"kind={evaluate.kind!r} does not score"
+        raise UserError(document.place(("evaluate", "spec")), problem, "use kind: evaluate")
+    return evaluate
+
+
+def run(spec: AblationSpec, document: Document) -> dict[str, Any]:
+    """Trains and scores what is not there yet, and writes the report."""
+    from jobs.train import run_all
+
+    runs, evaluate = resolve(spec, document)
+    say(f"  {len(spec.arms)} arms x {len(spec.seed_list)} seeds: {', '.join(spec.arms)}")
+    seeds_at_once = max(1, spec.max_parallel // len(spec.arms))  # so that there is always enough to do
+    finished: dict[ArmAndSeed, Finished] = {}
+    started_s = time.monotonic()
+    with ray_cluster():
+        for begin in range(0, len(spec.seed_list), seeds_at_once):
+            seeds = spec.seed_list[begin : begin + seeds_at_once]
+            group = {key: train for key, train in runs.items() if key[1] in seeds}
+            run_all(list(group.values()), spec.max_parallel)
+            finished |= _scored(group, evaluate)
+            if len(finished) >= 2 * len(spec.arms):
+                write_report(spec, finished, facts(evaluate, time.monotonic() - started_s))
+            say(f"  {begin + len(seeds)} of {len(spec.seed_list)} seeds, {duration(time.monotonic() - started_s)}")
+    say(f"  {spec.out}: ablation.json, ablation.md, ablation.svg")
+    return {"outputs": [f"{spec.out}/ablation.json"]}
+
+
+def _scored(group: Mapping[ArmAndSeed, TrainSpec], evaluate: EvaluateSpec) -> dict[ArmAndSeed, Finished]:
+    """Scores trained runs that were not scored on these data in this way, and keeps what comes out with each run."""
+    from jobs.evaluate import score
+    from rzen.evaluation.report import Result
+
+    reader = Reader(evaluate.data)
+    way = {"data": reader.fingerprint, "spec": evaluate.model_dump(mode="json", exclude=_NOT_OF_THE_SCORES)}
+    folders = {train.name: Run(train) for train in group.values()}
+    missing = {name: _model(some) for name, some in folders.items() if _kept(some).get("way") != way}
+    if missing:
+        for name, rows in score(evaluate.model_copy(update={"models": missing}), reader).items():
+            content = {"way": way, "rows": [asdict(row) for row in rows]}
+            folders[name].store.write(SCORED, json.dumps(content, indent=1).encode())
+    finished = {}
+    for key, train in group.items():
+        folder = folders[train.name]
+        steps = read_rows(folder.store.read(METRICS))
+        worker_s = train.cluster.workers * sum(row["step_s"] - row["feed_wait_s"] for row in steps)
+        finished[key] = Finished([Result(**row) for row in _kept(folder)["rows"]], steps, worker_s)
+    return finished
+
+
+def _kept(some: Run) -> dict[str, Any]:
+    kept: dict[str, Any] = json.loads(some.store.read(SCORED)) if some.store.exists(SCORED) else {}
+    return kept
+
+
+def _model(some: Run) -> ModelRef:
+    result = some.store.child(some.result).url
+    instructions = some.spec.data.instructions
+    if some.spec.model.tune == "lora":
+        return ModelRef(base=backbone_url(some), adapter=result, instructions=instructions)
+    return ModelRef(base=result, instructions=instructions)
+
+
+def facts(evaluate: EvaluateSpec, elapsed_s: float) -> dict[str, Any]:
+    """When, where, by which code and in which time; under a connected Ray."""
+    import ray
+
+    present = ray.cluster_resources()
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "revision": revision(),
+        "versions": versions(),
+        "hardware": f"nodes {len([node for node in ray.nodes() if node['Alive']])}, CPUs {present.get('CPU', 0):g},"
+        f" GPUs {present.get('GPU', 0):g}, {_processor()}",
+        "data": Reader(evaluate.data).fingerprint,
+        "elapsed_s": round(elapsed_s, 1),
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()} x {os.cpu_count()}"
+
+
+def write_report(spec: AblationSpec, finished: Mapping[ArmAndSeed, Finished], where: dict[str, Any]) -> None:
+    """The numbers, the tables and the plot of all runs that are there."""
+    from rzen.evaluation.ablation import effects, plot_effects
+    from rzen.evaluation.report import write_json
+
+    scores: dict[str, dict[int, dict[str, float]]] = {arm: defaultdict(dict) for arm in spec.arms}
+    for (arm, seed), some in finished.items():
+        for row in some.results:
+            scores[arm][seed].setdefault(row.task, row.value)  # of several metrics the first one, which is compared
+    found = effects(scores, spec.baseline)
+    runs = [
+        {"arm": arm, "seed": seed, "training": _of_training(some.steps), "rows": [asdict(row) for row in some.results]}
+        for (arm, seed), some in finished.items()
+    ]
+    worker_s = sum(some.worker_s for some in finished.values())
+    settings = where | {"spec": spec.model_dump(mode="json"), "worker_s": round(worker_s, 1)}
+    out = Path(spec.out)
+    write_json(out / "ablation.json", {"settings": settings, "effects": [asdict(some) for some in found], "runs": runs})
+    (out / "ablation.svg").write_text(plot_effects(found, spec.baseline), encoding="utf-8")
+    (out / "ablation.md").write_text(_page(spec, found, runs, settings), encoding="utf-8")
+
+
+def _of_training(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Means over the steps: whether a part of the recipe had anything to do."""
+    return {name: statistics.fmean(row[name] for row in steps if not row["skipped"]) for name in _TOLD}
+
+
+def _page(
+    spec: AblationSpec, found: Sequence[Effect], runs: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]
+) -> str:
+    from rzen.evaluation.ablation import difference_table, score_table
+
+    num_seeds = found[0].num_seeds
+    metrics: dict[str, str] = {}
+    for row in runs[0]["rows"]:
+        metrics.setdefault(row["task"], row["metric"])
+    num_intervals = len([effect for effect in found if effect.arm != spec.baseline])
+    notes = "".join(f"* {note}\n" for note in spec.notes)
+    compared = ", ".join(f"{task} {metric}" for task, metric in metrics.items())
+    seeds = f"{len(spec.arms)} arms x {num_seeds} seeds (of {len(spec.seed_list)} asked for)"
+    return f"""# What the parts change
+
+* {seeds}, {settings["date"]}, revision {settings["revision"]}
+* {settings["hardware"]}; workers computed {settings["worker_s"]:,.0f} s in steps (starts, feed and evaluation apart)
+* {compared}
+{notes}
+## Difference to {spec.baseline}, points
+
+Mean over the seeds with its 95% interval (Student's t, paired by seed), bold where the interval leaves 0 out. It covers
+what the seed changes in a run, not the choice of the held-out samples, nor of what all runs start from. There are
+{num_intervals} intervals, and one in twenty of such misses the truth by chance: the mean of the tasks is the column to
+look at first, and what is not bold is not shown to help or to harm.
+
+{difference_table(found, spec.baseline)}
+![differences](ablation.svg)
+
+## Mean scores, %
+
+{score_table(found)}
+## What the parts did in training
+
+Means over steps and seeds: negatives dropped (as copies, or as false negatives), kept negatives that weigh in, and the
+temperature.
+
+{_training_table(runs)}"""
+
+
+def _training_table(runs: Sequence[Mapping[str, Any]]) -> str:
+    lines = ["| arm | dropped, % | weigh in, % | temperature |", "| --- | ---: | ---: | ---: |"]
+    for arm in dict.fromkeys(run["arm"] for run in runs):
+        dropped, effective, temperature = (
+            statistics.fmean(run["training"][name] for run in runs if run["arm"] == arm) for name in _TOLD
+        )
+        lines.append(f"| {arm} | {100 * dropped:.2f} | {100 * effective:.1f} | {temperature:.4f} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,58 @@
+"""Classification: some equal things in an image, and three questions with few answers: which shape, colour, number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import product
+from random import Random
+
+from PIL import Image
+
+from pipelines.synthetic.scenes import paper
+from pipelines.synthetic.shapes import COLOURS, SHAPES, Thing, paint
+
+NUMBERS = ("one object", "two objects", "three objects", "four objects")
+# Centres of the four cells, how far a thing strays from its own, and its size, in fractions of the image's width.
+_CELLS = tuple(product((0.27, 0.73), repeat=2))
+_STRAY = 0.05
+_SIZES = (0.28, 0.34)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """`count` times the same thing."""
+
+    thing: Thing
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What a classification source asks, and the name of a group's class."""
+
+    instruction: str
+    answer: Callable[[Group], str]
+
+
+QUESTIONS: dict[str, Question] = {
+    "shapes": Question("Identify the shape of the objects in the image:", lambda group: group.thing.shape),
+    "colours": Question("Identify the colour of the objects in the image:", lambda group: group.thing.colour),
+    "numbers": Question("Count the objects in the image:", lambda group: NUMBERS[group.count - 1]),
+}
+"""By the name of the source."""
+
+
+def all_groups() -> Iterator[Group]:
+    """Every group once: 8 shapes in 8 colours, one to four of them."""
+    for shape, colour, number in product(SHAPES, COLOURS, range(len(NUMBERS))):
+        yield Group(Thing(shape, colour), number + 1)
+
+
+def draw_group(group: Group, image_px: int, rng: Random) -> Image.Image:
+    """RGB image, `image_px` squared. The cells that are filled, shade of the paper, places and sizes vary."""
+    image = Image.new("RGB", (image_px, image_px), paper(rng))
+    for x, y in rng.sample(_CELLS, group.count):
+        centre = (x + rng.uniform(-_STRAY, _STRAY), y + rng.uniform(-_STRAY, _STRAY))
+        paint(image, group.thing, centre, rng.uniform(*_SIZES))
+    return image

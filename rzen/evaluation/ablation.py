@@ -1,0 +1,143 @@
+"""What an ablation says: mean scores of its arms, differences to the baseline with paired intervals, table and plot.
+
+Runs of one seed belong together: they see the same data in the same order, so that much of what a seed does is the
+same in both and falls out of their difference. The interval is that of Student's t over these differences.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from rzen.evaluation.report import FAINT, INK, PANELS_PER_ROW, QUIET, STYLE, colours, svg_text, task_title
+
+MEAN = "mean"
+"""Stands among the tasks for the mean over all of them."""
+# Two-sided 95% points of Student's t for 1, 2, ... 30 degrees of freedom. Beyond, that of 30 is a little too wide.
+_T95 = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+)
+
+Scores = Mapping[str, Mapping[int, Mapping[str, float]]]
+"""Arm -> seed -> task -> score in [0, 1]. All arms have the same seeds, and all runs the same tasks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """An arm on a task, or on their mean: its mean score over the seeds, and the paired difference to the baseline.
+
+    `low` and `high` bound the 95% interval of the difference; all three are 0 for the baseline itself.
+    """
+
+    arm: str
+    task: str
+    score: float
+    difference: float
+    low: float
+    high: float
+    num_seeds: int
+
+
+def effects(scores: Scores, baseline: str) -> list[Effect]:
+    """Every arm on every task, the mean of the tasks last. Raises `ValueError` where a run is missing."""
+    seeds = sorted(scores[baseline])
+    tasks = list(scores[baseline][seeds[0]])
+    table = {arm: {seed: _with_mean(of_arm[seed]) for seed in sorted(of_arm)} for arm, of_arm in scores.items()}
+    for arm, of_arm in table.items():
+        if list(of_arm) != seeds or any(list(values) != [*tasks, MEAN] for values in of_arm.values()):
+            raise ValueError(f"{arm} was not scored on the seeds and tasks of {baseline}")
+    found = []
+    for task in (*tasks, MEAN):
+        for arm, of_arm in table.items():
+            differences = [of_arm[seed][task] - table[baseline][seed][task] for seed in seeds]
+            score = statistics.fmean(of_arm[seed][task] for seed in seeds)
+            found.append(Effect(arm, task, score, *paired_interval(differences), len(seeds)))
+    return found
+
+
+def paired_interval(differences: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of at least two differences, and the bounds of its 95% interval."""
+    mean = statistics.fmean(differences)
+    freedom = len(differences) - 1
+    half = _T95[min(freedom, len(_T95)) - 1] * statistics.stdev(differences) / math.sqrt(len(differences))
+    return mean, mean - half, mean + half
+
+
+def _with_mean(values: Mapping[str, float]) -> dict[str, float]:
+    return {**values, MEAN: statistics.fmean(values.values())}
+
+
+def score_table(found: Sequence[Effect]) -> str:
+    """Arms down, tasks across: mean scores over the seeds, in percent."""
+    return _markdown(found, lambda effect: f"{100 * effect.score:.1f}")
+
+
+def difference_table(found: Sequence[Effect], baseline: str) -> str:
+    """The same for the differences to the baseline, in points, with their intervals; bold where 0 lies outside."""
+
+    def cell(effect: Effect) -> str:
+        text = f"{100 * effect.difference:+.1f} [{100 * effect.low:+.1f}, {100 * effect.high:+.1f}]"
+        return f"**{text}**" if effect.low > 0 or effect.high < 0 else text
+
+    return _markdown([effect for effect in found if effect.arm != baseline], cell)
+
+
+def _markdown(found: Sequence[Effect], cell: Callable[[Effect], str]) -> str:
+    arms, tasks = _arms(found), _tasks(found)
+    cells = {(effect.arm, effect.task): cell(effect) for effect in found}
+    lines = [["arm", *map(_title, tasks)], ["---", *["---:"] * len(tasks)]]
+    lines += [[arm, *(cells[arm, task] for task in tasks)] for arm in arms]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def plot_effects(found: Sequence[Effect], baseline: str) -> str:
+    """One panel per task, one line per arm: the difference in points and its interval. SVG, the same every time."""
+    others = [effect for effect in found if effect.arm != baseline]
+    arms, tasks = _arms(others), [MEAN, *(task for task in _tasks(others) if task != MEAN)]
+    num_across = min(len(tasks), PANELS_PER_ROW)
+    num_down = math.ceil(len(tasks) / PANELS_PER_ROW)
+    reach = 110 * max(max(abs(effect.low), abs(effect.high)) for effect in others) or 1.0
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(1.6 + 2.1 * num_across, num_down * (0.8 + 0.26 * len(arms))), layout="constrained")
+        grid = list(figure.subplots(num_down, num_across, squeeze=False, sharey=True).flat)
+        for axes, task in zip(grid, tasks, strict=False):
+            _draw(axes, arms, [effect for effect in others if effect.task == task], reach)
+        for axes in grid[len(tasks) :]:
+            axes.remove()
+        figure.supxlabel(f"points above {baseline}, with 95% intervals paired by seed", fontsize=9, color=QUIET)
+        return svg_text(figure, f"Difference to {baseline} in points, with 95% intervals paired by seed")
+
+
+def _draw(axes: Axes, arms: list[str], found: Sequence[Effect], reach: float) -> None:
+    for effect, colour in zip(found, colours(len(arms)), strict=True):
+        height = arms.index(effect.arm)
+        axes.plot([100 * effect.low, 100 * effect.high], [height, height], color=colour, linewidth=1.5)
+        axes.plot([100 * effect.difference], [height], color=colour, marker="o", markersize=4)
+    axes.axvline(0, color=INK, linewidth=0.8, linestyle=":")
+    axes.set_title(_title(found[0].task), loc="left", fontsize=9, color=INK)
+    axes.set_yticks(range(len(arms)), arms)
+    axes.set_ylim(len(arms) - 0.4, -0.6)
+    axes.set_xlim(-reach, reach)
+    axes.grid(axis="x", color=FAINT, linewidth=0.5)
+    axes.tick_params(length=0)
+    axes.spines[["left", "bottom"]].set_visible(False)
+
+
+def _arms(found: Sequence[Effect]) -> list[str]:
+    return list(dict.fromkeys(effect.arm for effect in found))
+
+
+def _tasks(found: Sequence[Effect]) -> list[str]:
+    return list(dict.fromkeys(effect.task for effect in found))
+
+
+def _title(task: str) -> str:
+    return "Mean of the tasks" if task == MEAN else task_title(task)

@@ -1,0 +1,277 @@
+"""Ablations: what is refused, the statistics by hand, and the report from canned scores."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from jobs.ablation import Finished, resolve, write_report
+from jobs.cli import main
+from jobs.load import check, override, read_document
+from jobs.spec import AblationSpec, EvaluateSpec, TrainSpec
+from pipelines.errors import UserError
+from rzen.evaluation.ablation import (
+    MEAN,
+    Effect,
+    Scores,
+    difference_table,
+    effects,
+    paired_interval,
+    plot_effects,
+    score_table,
+)
+from rzen.evaluation.report import Result
+
+ROOT = Path(__file__).resolve().parents[2]
+JOB = """\
+kind: ablation
+stage: stage.yaml
+set: {steps: 7}
+arms:
+  baseline: {objective: {hardness: null}}
+  hardness: {objective: {hardness: {alpha: 3.0}}}
+seeds: [4, 9]
+evaluate: {spec: evaluate.yaml, set: {dtype: float32}}
+out: out
+"""
+
+
+def written(folder: Path, job: str = JOB) -> str:
+    (folder / "stage.yaml").write_text("kind: train\nname: s\ndata: {root: d}\nmodel: {backbone: a/b}\n")
+    (folder / "evaluate.yaml").write_text("kind: evaluate\nmodels: {x: {base: y}}\ndata: {root: d}\nout: o\n")
+    (folder / "job.yaml").write_text(job)
+    return str(folder / "job.yaml")
+
+
+def resolved(path: str, *overrides: str) -> tuple[dict[tuple[str, int], TrainSpec], EvaluateSpec]:
+    document = override(read_document(path), overrides)
+    spec = check(document)
+    assert isinstance(spec, AblationSpec)
+    return resolve(spec, document)
+
+
+def test_every_arm_and_seed_is_a_run_of_its_own(tmp_path: Path) -> None:
+    runs, evaluate = resolved(written(tmp_path))
+    assert list(runs) == [("baseline", 4), ("hardness", 4), ("baseline", 9), ("hardness", 9)]
+    assert [(run.name, run.seed, run.steps) for run in runs.values()] == [
+        ("baseline-s4", 4, 7),
+        ("hardness-s4", 4, 7),
+        ("baseline-s9", 9, 7),
+        ("hardness-s9", 9, 7),
+    ]
+    alphas = [run.objective.hardness.alpha if run.objective.hardness else None for run in runs.values()]
+    assert alphas == [None, 3.0, None, 3.0]
+    assert (evaluate.dtype, list(evaluate.models)) == ("float32", ["run"])
+
+
+def test_an_arm_cannot_change_the_name_or_seed_of_its_runs(tmp_path: Path) -> None:
+    runs, _ = resolved(written(tmp_path), "arms.hardness.name=mine", "arms.hardness.seed=1")
+    assert (runs["hardness", 9].name, runs["hardness", 9].seed) == ("hardness-s9", 9)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("seeds=1", "seeds=1: input should be greater than or equal to 2"),
+        ("seeds=[3]", "seeds=[3]"),
+        ("seeds=[3, 3]", "seeds=[3, 3] names one twice"),
+        ("baseline=plain", "baseline='plain' is not one of the arms: baseline, hardness"),
+        ("arms.hardness=null", "value should have at least 2 items after validation, not 1"),
+        ("arms.same={objective: {hardness: null}}", "arm 'same' trains the same as arm 'baseline'"),
+        ("arms.wrong={objective: {hardnes: null}}", "objective.hardnes is not a setting; did you mean 'hardness'?"),
+        ("set.kind=evaluate", "name is not a setting"),
+        ("evaluate.spec=stage.yaml", "models is not a setting"),
+        ("evaluate.set.batch_size=0", "batch_size=0: input should be greater than or equal to 1"),
+    ],
+)
+def test_what_could_not_be_compared_is_refused(tmp_path: Path, change: str, expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        resolved(written(tmp_path), change)
+    assert expected in str(caught.value)
+
+
+def test_shipped_arms_add_one_part_each_and_all_of_them() -> None:
+    document = read_document(ROOT / "jobs/arms.yaml")
+    spec = check(document)
+    assert isinstance(spec, AblationSpec)
+    runs, _ = resolve(spec, document)
+    assert spec.seed_list == list(range(10))
+
+    def parts(arm: str) -> set[str]:
+        run = runs[arm, 0]
+        on = {
+            "hardness": run.objective.hardness is not None,
+            "false_negatives": run.objective.false_negatives is not None,
+            "temperature": run.objective.temperature.learnable,
+            "merged_classification": run.data.mixture.groups != {},
+            "system_prompt": run.model.prompt.template == "rzen_paper",
+            "resampling": run.data.mixture.resample is not None,
+        }
+        return {part for part, is_on in on.items() if is_on}
+
+    every = list(spec.arms)
+    assert (every[0], every[-1], len(every)) == ("baseline", "all", 8)
+    assert {arm: parts(arm) for arm in every} == {
+        "baseline": set(),
+        **{arm: {arm} for arm in every[1:-1]},
+        "all": set(every[1:-1]),
+    }
+
+
+def test_a_pipeline_checks_the_arms_of_its_station(capsys: pytest.CaptureFixture[str]) -> None:
+    job = ["validate", str(ROOT / "jobs/ablation.yaml"), "--set"]
+    assert main([*job, "stations.ablation.set.seeds=12"]) == 0
+    assert main([*job, "stations.ablation.set.arms.hardness.objectiv=1"]) == 1
+    assert "objectiv is not a setting; did you mean 'objective'?" in capsys.readouterr().err
+
+
+# --- statistics
+
+
+def test_interval_by_hand() -> None:
+    """Sample deviation of 1, 2, 3, 4 is sqrt(5 / 3); t of 3 degrees of freedom is 3.182."""
+    mean, low, high = paired_interval([1.0, 2.0, 3.0, 4.0])
+    assert (mean, low, high) == pytest.approx((2.5, 2.5 - 3.182 * math.sqrt(5 / 3) / 2, 2.5 + 2.0540), abs=1e-4)
+
+
+@pytest.mark.parametrize("freedom", [*range(1, 31), 60])
+def test_table_of_t_holds_what_lies_within_95_percent(freedom: int) -> None:
+    """The density of Student's t, integrated: independent of the table. Above 30 the interval is a little wider."""
+    deviations = np.r_[np.ones((freedom + 1) // 2), -np.ones((freedom + 1) // 2), np.zeros((freedom + 1) % 2)]
+    _, low, high = paired_interval(deviations.tolist())
+    half_width = (high - low) / 2 / (statistics.stdev(deviations) / math.sqrt(len(deviations)))
+    scale = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - 0.5 * math.log(freedom * math.pi)
+    x = np.linspace(-half_width, half_width, 200_001)
+    inside = np.trapezoid(np.exp(scale) * (1 + x**2 / freedom) ** (-(freedom + 1) / 2), x)
+    assert 0.9499 < inside < (0.9501 if freedom <= 30 else 0.955)
+
+
+# Seeds differ by ten points, the arm is one point better in each, a little more or less. The arms list seeds in unlike
+# orders, as runs that were done at unlike times do.
+NOISY: Scores = {
+    "baseline": {1: {"a": 0.10}, 2: {"a": 0.20}, 3: {"a": 0.30}, 4: {"a": 0.40}},
+    "better": {4: {"a": 0.411}, 2: {"a": 0.209}, 1: {"a": 0.111}, 3: {"a": 0.309}},
+}
+
+
+def unpaired(scores: Scores, baseline: str) -> list[Effect]:
+    """Planted: an interval from the spread of each arm by itself (Welch)."""
+    ours, theirs = ([values["a"] for values in scores[arm].values()] for arm in ("better", baseline))
+    difference = statistics.fmean(ours) - statistics.fmean(theirs)
+    half = 2.447 * math.sqrt(statistics.variance(ours) / len(ours) + statistics.variance(theirs) / len(theirs))
+    return [Effect("better", "a", statistics.fmean(ours), difference, difference - half, difference + half, 4)]
+
+
+def paired_by_order(scores: Scores, baseline: str) -> list[Effect]:
+    """Planted: runs are paired as they come."""
+    pairs = zip(scores["better"].values(), scores[baseline].values(), strict=True)
+    differences = [ours["a"] - theirs["a"] for ours, theirs in pairs]
+    return [Effect("better", "a", 0.26, *paired_interval(differences), 4)]
+
+
+def check_paired(function: Callable[[Scores, str], Sequence[Effect]]) -> None:
+    """Differences 0.011, 0.009, 0.009, 0.011: mean 0.01, deviation 0.001155, half width 3.182 * 0.001155 / 2."""
+    effect = next(some for some in function(NOISY, "baseline") if (some.arm, some.task) == ("better", "a"))
+    assert (effect.score, effect.difference) == pytest.approx((0.26, 0.01))
+    assert (effect.low, effect.high) == pytest.approx((0.008163, 0.011837), abs=1e-6)
+
+
+def test_runs_of_one_seed_are_paired() -> None:
+    check_paired(effects)
+
+
+@pytest.mark.parametrize("fault", [unpaired, paired_by_order])
+def test_planted_ways_of_comparing_are_caught(fault: Callable[[Scores, str], list[Effect]]) -> None:
+    with pytest.raises(AssertionError):
+        check_paired(fault)
+
+
+def test_mean_of_the_tasks_is_taken_within_each_run() -> None:
+    scores: Scores = {
+        "baseline": {0: {"a": 0.2, "b": 0.4}, 1: {"a": 0.3, "b": 0.5}},
+        "other": {0: {"a": 0.3, "b": 0.3}, 1: {"a": 0.4, "b": 0.4}},
+    }
+    found = {(some.arm, some.task): some for some in effects(scores, "baseline")}
+    mean = found["other", MEAN]
+    assert (mean.score, mean.difference, mean.low, mean.high) == pytest.approx((0.35, 0, 0, 0))
+    assert found["baseline", MEAN] == Effect("baseline", MEAN, pytest.approx(0.35), 0.0, 0.0, 0.0, 2)
+
+
+@pytest.mark.parametrize("missing", [{1: {"a": 0.1}}, {1: {"a": 0.1}, 2: {"b": 0.1}, 3: {"a": 0.1}, 4: {"a": 0.1}}])
+def test_runs_that_are_missing_are_not_passed_over(missing: dict[int, dict[str, float]]) -> None:
+    with pytest.raises(ValueError, match="better was not scored on the seeds and tasks of baseline"):
+        effects({**NOISY, "better": missing}, "baseline")
+
+
+# --- the report
+
+FOUND = [
+    Effect("baseline", "text_image", 0.2, 0.0, 0.0, 0.0, 3),
+    Effect("hardness", "text_image", 0.251, 0.051, 0.012, 0.09, 3),
+    Effect("resampling", "text_image", 0.19, -0.01, -0.03, 0.01, 3),
+    Effect("baseline", MEAN, 0.3, 0.0, 0.0, 0.0, 3),
+    Effect("hardness", MEAN, 0.3, 0.0, -0.01, 0.01, 3),
+    Effect("resampling", MEAN, 0.28, -0.02, -0.03, -0.01, 3),
+]
+
+
+def test_tables_of_scores_and_differences() -> None:
+    assert score_table(FOUND) == (
+        "| arm | Text → image | Mean of the tasks |\n| --- | ---: | ---: |\n"
+        "| baseline | 20.0 | 30.0 |\n| hardness | 25.1 | 30.0 |\n| resampling | 19.0 | 28.0 |\n"
+    )
+    assert difference_table(FOUND, "baseline") == (
+        "| arm | Text → image | Mean of the tasks |\n| --- | ---: | ---: |\n"
+        "| hardness | **+5.1 [+1.2, +9.0]** | +0.0 [-1.0, +1.0] |\n"
+        "| resampling | -1.0 [-3.0, +1.0] | **-2.0 [-3.0, -1.0]** |\n"
+    )
+
+
+def test_plot_is_svg_with_a_panel_for_each_task_and_the_same_every_time() -> None:
+    svg = plot_effects(FOUND, "baseline")
+    root = ElementTree.fromstring(svg)
+    panels = [node.get("id") for node in root.iter() if str(node.get("id")).startswith("axes_")]
+    assert panels == ["axes_1", "axes_2"]
+    assert plot_effects(FOUND, "baseline") == svg
+    assert plot_effects([*FOUND[:-1], Effect("resampling", MEAN, 0.28, -0.02, -0.04, 0.0, 3)], "baseline") != svg
+
+
+def test_report_says_how_many_seeds_where_when_and_what_the_parts_did(tmp_path: Path) -> None:
+    document = override(read_document(written(tmp_path)), [f"out={tmp_path}/out", "seeds=[4, 9, 2]", "notes=[A toy.]"])
+    spec = check(document)
+    assert isinstance(spec, AblationSpec)
+    steps = [
+        {"skipped": 0, "dropped_fraction": dropped, "effective_fraction": 0.5, "temperature": 0.05}
+        for dropped in (0.01, 0.03)
+    ]
+
+    def run(value: float) -> Finished:
+        metrics = (("hit@1", value), ("ndcg@5", 0.9))
+        return Finished(
+            [Result("m", "text_image", metric, score, 40, 40, 0.025) for metric, score in metrics], steps, 1000.0
+        )
+
+    finished = {("baseline", 4): run(0.1), ("hardness", 4): run(0.15), ("baseline", 9): run(0.2)}
+    finished["hardness", 9] = run(0.25)
+    where = {"date": "2026-11-21", "revision": "abc", "hardware": "2 CPUs"}
+    write_report(spec, finished, where)
+    page = (tmp_path / "out/ablation.md").read_text()
+    assert "* 2 arms x 2 seeds (of 3 asked for), 2026-11-21, revision abc\n" in page
+    assert "* 2 CPUs; workers computed 4,000 s in steps" in page
+    assert "* text_image hit@1\n* A toy.\n" in page
+    assert "| hardness | **+5.0 [+5.0, +5.0]** |" in page
+    assert "| baseline | 2.00 | 50.0 | 0.0500 |" in page
+    assert "ndcg" not in page
+    content = json.loads((tmp_path / "out/ablation.json").read_text())
+    assert content["settings"]["spec"]["seeds"] == [4, 9, 2]
+    assert [(some["arm"], some["seed"]) for some in content["runs"]] == list(finished)
+    assert (tmp_path / "out/ablation.svg").read_text() == plot_effects(
+        [Effect(**some) for some in content["effects"]], "baseline"
+    )
