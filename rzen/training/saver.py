@@ -34,10 +34,10 @@ class CheckpointStore(Protocol):
 
 
 class Saver:
-    """Looks after each step whether to take a checkpoint. Every rank has one; a thread of rank 0 writes.
+    """Looks before and after each step whether to take a checkpoint. Every rank has one; a thread of rank 0 writes.
 
-    As a context it ends when the last checkpoint is written, and raises what went wrong with it. `preempted` is a
-    collective, and asked every few seconds.
+    As a context it ends when the last checkpoint is written, and raises what went wrong with it. There is a checkpoint
+    of `start` steps already, or nothing to save. `preempted` is a collective, and asked every few seconds.
     """
 
     def __init__(
@@ -45,12 +45,14 @@ class Saver:
         engine: Any,
         store: CheckpointStore,
         *,
+        start: int,
         every_steps: int,
         plan_fingerprint: str,
         preempted: Callable[[], bool],
     ) -> None:
         self._engine = engine
         self._store = store
+        self._taken = start
         self._every_steps = every_steps
         self._plan_fingerprint = plan_fingerprint
         self._preempted = preempted
@@ -59,31 +61,38 @@ class Saver:
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._writing: Future[None] | None = None
 
+    def all_ready(self, ready: bool, done: int) -> bool:
+        """Whether every rank is `ready` for the step after `done` steps. A collective, to be repeated until it is.
+
+        Looks for a notice now and then, and takes a checkpoint then: also while no batch comes, as where the node that
+        is about to go takes no more tasks of the feed.
+        """
+        # Ranks must ask together, and by clocks of their own some would ask earlier than others.
+        recent = self._noticed or time.monotonic() - self._asked_s < ASK_S
+        flags = torch.tensor([ready, recent], dtype=torch.int32, device=self._engine.device)
+        dist.all_reduce(flags, dist.ReduceOp.MIN)
+        all_are_ready, recent = (bool(flag) for flag in flags.tolist())
+        if not recent:
+            self._asked_s = time.monotonic()
+            self._noticed = self._preempted()
+            if self._noticed and done > self._taken:
+                self._take(done)
+        return all_are_ready
+
     def after(self, row: Row, *, is_last: bool) -> None:
         """A collective. `row` is that of the step that has been done."""
         done = int(row["step"]) + 1
-        notice = self._notice()
         # Not while steps are skipped: it may be the weights, and then the last checkpoint is a better one.
-        due = done % self._every_steps == 0 and not row["skipped"]
-        if not (due or notice or is_last):
-            return
+        if is_last or (done % self._every_steps == 0 and not row["skipped"]):
+            self._take(done)
+
+    def _take(self, done: int) -> None:
+        self._taken = done
         taken = checkpoint.snapshot(self._engine, step=done, plan_fingerprint=self._plan_fingerprint)
         if taken is not None:
             if self._writing is not None:
                 self._writing.result()  # one at a time: each holds a copy of the state
             self._writing = self._thread.submit(self._write, taken)
-
-    def _notice(self) -> bool:
-        """Whether a node is about to go, the first time that this is known."""
-        if self._noticed:
-            return False
-        # By clocks of their own, some ranks would ask one step earlier than others, who then never answer.
-        asks = torch.tensor(time.monotonic() - self._asked_s >= ASK_S, dtype=torch.int32, device=self._engine.device)
-        dist.all_reduce(asks, dist.ReduceOp.MAX)
-        if asks:
-            self._asked_s = time.monotonic()
-            self._noticed = self._preempted()
-        return self._noticed
 
     def _write(self, taken: checkpoint.Snapshot) -> None:
         with tempfile.TemporaryDirectory() as scratch:

@@ -9,7 +9,9 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from rzen.training import checkpoint
 from rzen.training.batch import Fed
 from rzen.training.divergence import divergence
 from rzen.training.optim import build_optimizer, lr_at, set_lr
-from rzen.training.saver import CheckpointStore, Saver
+from rzen.training.saver import ASK_S, CheckpointStore, Saver
 from rzen.training.step import Learner
 from rzen.training.telemetry import Row, step_row
 
@@ -97,12 +99,18 @@ def train_stage(
         saver = Saver(
             engine,
             checkpoints,
+            start=start,
             every_steps=stage.checkpoint_every_steps,
             plan_fingerprint=stage.plan_fingerprint,
             preempted=preempted,
         )
-        with saver:
-            _run_steps(stage, engine, optimizer, range(start, stop), batches(start), saver, on_metrics)
+        feed = ThreadPoolExecutor(max_workers=1)
+        try:
+            with saver:
+                arrivals = _arrivals(feed, batches(start), saver, start)
+                _run_steps(stage, engine, optimizer, range(start, stop), arrivals, saver, on_metrics)
+        finally:
+            feed.shutdown(wait=False)  # after an error it may wait for a batch that never comes
     if stop == stage.num_steps:
         save_model(stage, engine, checkpoint.full_parameters(engine), backbone_dir, output)
         best = checkpoints.best() if dist.get_rank() == 0 else None
@@ -111,19 +119,32 @@ def train_stage(
             save_model(stage, engine, weights, backbone_dir, output.with_name("best"))
 
 
+def _arrivals(feed: Executor, batches: Iterator[Fed], saver: Saver, start: int) -> Iterator[Fed | None]:
+    """The batches from step `start` on, each when all ranks have theirs; None where they end."""
+    for step in count(start):
+        coming = feed.submit(next, batches, None)
+        ready = False
+        while not ready:
+            wait([coming], timeout=ASK_S)
+            if coming.done() and (error := coming.exception()) is not None:
+                raise error
+            ready = saver.all_ready(coming.done(), step)
+        yield coming.result()
+
+
 def _run_steps(
     stage: Stage,
     engine: Any,
     optimizer: torch.optim.Optimizer,
     steps: range,
-    batches: Iterator[Fed],
+    arrivals: Iterator[Fed | None],
     saver: Saver,
     on_metrics: Callable[[Row], None],
 ) -> None:
     skipped_in_a_row = 0
     for step in steps:
         began_s = _now_s(engine.device)
-        fed = next(batches, None)
+        fed = next(arrivals)
         if fed is None or fed.step != step:
             raise RuntimeError(f"the feed brought {'nothing' if fed is None else fed.step} for step {step}")
         arrived_s = _now_s(engine.device)

@@ -60,6 +60,7 @@ def test_a_preempted_run_checkpoints_at_once_and_goes_on_elsewhere(
     done = steps_done(monkeypatch)
     head = ray.get_runtime_context().get_node_id()
     here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(head, soft=False)
+    # The first node is full, so that the feed runs where the workers do: drained, that node takes no more of its tasks.
     holder = ray.remote(num_cpus=4, scheduling_strategy=here)(Holder).remote()
     ray.get(holder.ready.remote())
 
