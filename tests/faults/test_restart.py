@@ -21,6 +21,7 @@ from pipelines.storage import open_store
 from tests.data import publish
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
+KILLS = int(os.environ.get("RZEN_TEST_KILLS", "2"))  # five at most; each takes half a minute
 
 
 def make_spec(tmp_path: Path, name: str, **changes: Any) -> TrainSpec:
@@ -95,7 +96,7 @@ def test_run_that_loses_workers_ends_with_the_same_bytes(
     quiet, stormy = make_spec(tmp_path, "quiet"), make_spec(tmp_path, "stormy")
     train.run(quiet)
 
-    steps = sorted(random.Random(4).sample(range(1, 36), 5))
+    steps = sorted(random.Random(4).sample(range(1, 36), KILLS))
     done, killed = steps_done(monkeypatch), []
     killer = threading.Thread(target=kill_workers, args=(steps, done, killed), daemon=True)
     killer.start()
@@ -103,7 +104,7 @@ def test_run_that_loses_workers_ends_with_the_same_bytes(
     killer.join(timeout=1)
 
     assert not killer.is_alive()
-    assert len(killed) == 10  # five times, and each time before the end
+    assert len(killed) == 2 * KILLS  # each time before the end
     assert Run(stormy).store.exists(train.FAILURE)
     assert outcome(quiet) == outcome(stormy)
     phases = Run(quiet).phases()
