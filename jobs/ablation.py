@@ -25,7 +25,7 @@ from jobs.load import Document, check, read_document
 from jobs.progress import duration, say
 from jobs.revision import revision
 from jobs.runs import METRICS, Run, read_rows, versions
-from jobs.spec import AblationSpec, EvaluateSpec, ModelRef, TrainSpec
+from jobs.spec import AblationSpec, EvaluateSpec, ModelRef, Spec, TrainSpec
 from pipelines.errors import UserError
 from pipelines.reader import Reader
 
@@ -82,6 +82,12 @@ def _evaluation(spec: AblationSpec, document: Document) -> EvaluateSpec:
         problem = f"kind={evaluate.kind!r} does not score"
         raise UserError(document.place(("evaluate", "spec")), problem, "use kind: evaluate")
     return evaluate
+
+
+def named(spec: AblationSpec, document: Document) -> list[Spec]:
+    """The specs of its runs, and of their evaluation."""
+    runs, evaluate = resolve(spec, document)
+    return [*runs.values(), evaluate]
 
 
 def run(spec: AblationSpec, document: Document) -> dict[str, Any]:

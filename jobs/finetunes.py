@@ -9,7 +9,7 @@ from typing import Any
 from jobs.load import Document, check, read_document
 from jobs.models import local_folder, publish_folder
 from jobs.progress import say
-from jobs.spec import AblationSpec, FinetunesSpec, TrainSpec
+from jobs.spec import AblationSpec, FinetunesSpec, Spec, TrainSpec
 from pipelines.errors import UserError
 from pipelines.storage import open_store
 
@@ -40,6 +40,11 @@ def check_train(document: Document) -> TrainSpec:
     if not isinstance(train, TrainSpec):
         raise UserError(document.place(("kind",)), f"kind={train.kind!r} does not train", "use kind: train")
     return train
+
+
+def named(spec: FinetunesSpec, document: Document) -> list[Spec]:
+    """The specs of its runs."""
+    return [*resolve(spec, document).values()]
 
 
 def run(spec: FinetunesSpec, document: Document) -> dict[str, Any]:

@@ -36,6 +36,11 @@ def resolve_stations(spec: PipelineSpec, document: Document) -> dict[str, tuple[
     return stations
 
 
+def named(spec: PipelineSpec, document: Document) -> list[Spec]:
+    """The specs of its stations."""
+    return [station for station, _ in resolve_stations(spec, document).values()]
+
+
 def run(spec: PipelineSpec, document: Document) -> dict[str, Any]:
     """Runs what is not done yet, under one Ray."""
     stations = resolve_stations(spec, document)
