@@ -26,7 +26,7 @@ from typing import Any
 from tests.benchmarks import files
 from tests.benchmarks.contenders import CONTENDERS, WORKERS, Result, Run, convert
 from tests.benchmarks.machine import describe_machine
-from tests.benchmarks.turns import ROOT, answer, say, spread
+from tests.benchmarks.turns import ROOT, answer, say, show, spread
 
 NUM_SAMPLES = {"images": 19200, "pages": 3072, "clips": 1728}
 FEED = {"images": 128, "pages": 64, "clips": 32}  # samples of a task: some tenths of a second each
@@ -88,9 +88,7 @@ def main() -> None:
     if streaming:
         versions["mosaicml-streaming"] = streaming
     report = "\n".join([*_head(chosen, weights, versions), "", *table(results, chosen.kinds, ways)]) + "\n"
-    print(report)
-    if chosen.write:
-        Path(__file__).with_suffix(".md").write_text(report, encoding="utf-8")
+    show(report, __file__, write=chosen.write)
 
 
 def num_samples(kind: str, size: float) -> int:

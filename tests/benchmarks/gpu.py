@@ -32,7 +32,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,7 +50,7 @@ from rzen.training.optim import build_optimizer
 from rzen.training.step import Learner
 from tests.benchmarks import flops, plain, synthetic
 from tests.benchmarks.machine import describe_machine
-from tests.benchmarks.turns import say, spread
+from tests.benchmarks.turns import say, show, spread
 
 CASES = {"256": 128, "576": 96, "1280": 48, "mixed": 96}  # pairs of a step: some seconds
 WAYS = {
@@ -283,9 +282,7 @@ def main() -> None:
     """The command line."""
     options = arguments()
     found = report(options)
-    print(found)
-    if options.write:
-        Path(__file__).with_suffix(".md").write_text(found, encoding="utf-8")
+    show(found, __file__, write=options.write)
 
 
 if __name__ == "__main__":

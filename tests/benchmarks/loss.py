@@ -35,7 +35,7 @@ from torch.nn.functional import normalize
 from rzen.config import FalseNegativeConfig, HardnessConfig, ObjectiveConfig, TemperatureConfig
 from rzen.loss import Objective
 from tests.benchmarks.machine import describe_machine
-from tests.benchmarks.turns import answer, say, spread
+from tests.benchmarks.turns import answer, say, show, spread
 
 WIDTH, TILE_ROWS, TAU, SEED = 1536, 512, 0.02, 0
 TURNS = {4096: 5, 8192: 5, 16384: 2, 32768: 1}
@@ -215,10 +215,7 @@ def main() -> None:
             "",
         ]
     )
-    print(report)
-    if options.write:
-        name = "loss_cuda.md" if options.device == "cuda" else "loss.md"
-        Path(__file__).with_name(name).write_text(report, encoding="utf-8")
+    show(report, __file__, write=options.write, on_gpu=options.device == "cuda")
 
 
 if __name__ == "__main__":

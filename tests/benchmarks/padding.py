@@ -23,7 +23,6 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,7 +36,7 @@ from rzen.embedder import Embedder
 from rzen.processor import EncodedBatch
 from tests.benchmarks import synthetic
 from tests.benchmarks.machine import describe_machine
-from tests.benchmarks.turns import say, spread
+from tests.benchmarks.turns import say, show, spread
 
 WAYS = ("whole", "grouped", "packed")
 BUDGETS = (4096, 8192, 16384, 32768)
@@ -166,10 +165,7 @@ def main() -> None:
     """The command line."""
     options = arguments()
     found = report(options)
-    print(found)
-    if options.write:
-        name = "padding_cuda.md" if options.device == "cuda" else "padding.md"
-        Path(__file__).with_name(name).write_text(found, encoding="utf-8")
+    show(found, __file__, write=options.write, on_gpu=options.device == "cuda")
 
 
 if __name__ == "__main__":

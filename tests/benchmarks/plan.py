@@ -23,7 +23,7 @@ from pipelines.plan import Plan, SourceTable, build_plan
 from pipelines.shards import Manifest, ShardInfo, SourceInfo, publish_manifest, read_manifest
 from pipelines.storage import open_store
 from tests.benchmarks.machine import describe_machine
-from tests.benchmarks.turns import answer, spread
+from tests.benchmarks.turns import answer, show, spread
 
 RANKS, BATCH, REPEATS, STEPS, SHARDS = 4096, 32768, 5, 2000, 1_000_000
 CASES = {
@@ -106,9 +106,7 @@ def main() -> None:
         cells = [spread([row[column] for row in rows], ".3g") for column in COLUMNS]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     table = "\n".join(lines) + "\n"
-    print(table)
-    if options.write:
-        Path(__file__).with_suffix(".md").write_text(table, encoding="utf-8")
+    show(table, __file__, write=options.write)
 
 
 if __name__ == "__main__":

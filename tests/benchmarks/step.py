@@ -41,7 +41,7 @@ from rzen.training.optim import build_optimizer, lr_at, set_lr
 from rzen.training.worker import Stage, build_learner, seed_step, train_stage
 from tests.benchmarks import synthetic
 from tests.benchmarks.machine import describe_machine
-from tests.benchmarks.turns import answer, say, spread
+from tests.benchmarks.turns import answer, say, show, spread
 from tests.tiny import TEXTS
 
 WAYS = {"bare": "bare loop", "stage": "DeepSpeed", "ray": "Ray Train and DeepSpeed"}
@@ -250,9 +250,7 @@ def main() -> None:
             "",
         ]
     )
-    print(report)
-    if options.write:
-        Path(__file__).with_suffix(".md").write_text(report, encoding="utf-8")
+    show(report, __file__, write=options.write)
 
 
 if __name__ == "__main__":

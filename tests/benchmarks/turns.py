@@ -1,4 +1,4 @@
-"""What the benchmarks share: runs in processes of their own, and the spread of what they found."""
+"""What the benchmarks share: runs in processes of their own, the spread of what they found, and showing it."""
 
 from __future__ import annotations
 
@@ -31,3 +31,11 @@ def spread(values: Sequence[float], form: str) -> str:
 def say(line: str) -> None:
     """On the terminal, apart from the report."""
     print(line, file=sys.stderr, flush=True)
+
+
+def show(report: str, script: str, *, write: bool, on_gpu: bool = False) -> None:
+    """Prints a report, and keeps it beside the `script` by choice: `name.md`, or `name_cuda.md`."""
+    print(report)
+    if write:
+        path = Path(script)
+        path.with_name(f"{path.stem}{'_cuda' if on_gpu else ''}.md").write_text(report, encoding="utf-8")
