@@ -50,17 +50,15 @@ def named(spec: FinetunesSpec, document: Document) -> list[Spec]:
 def run(spec: FinetunesSpec, document: Document) -> dict[str, Any]:
     """Trains all, then writes the adapter that is their exact weighted mean."""
     from jobs.train import result_url, run_all
-    from rzen.soup import soup_adapters
+    from rzen.config import MeanSoup
+    from rzen.soup.make import make_soup
 
     specs = resolve(spec, document)
     run_all(list(specs.values()), spec.max_parallel)
     weights = spec.soup or dict.fromkeys(specs, 1.0)
-    adapters = [
-        (Path(local_folder(result_url(specs[name]), specs[name].run.endpoint)), weight)
-        for name, weight in weights.items()
-    ]
+    adapters = {name: Path(local_folder(result_url(specs[name]), specs[name].run.endpoint)) for name in weights}
     with tempfile.TemporaryDirectory(prefix="rzen-soup-") as scratch:
-        lineage = soup_adapters(adapters, Path(scratch, "adapter"))
+        lineage = make_soup(adapters, Path(scratch, "adapter"), MeanSoup(weights=weights))
         publish_folder(Path(scratch, "adapter"), open_store(spec.out, spec.endpoint))
     shares = ", ".join(f"{weight / sum(weights.values()):.3f} {name}" for name, weight in weights.items())
     say(f"  soup of {shares}, exact, rank {lineage['rank']}: {spec.out}")

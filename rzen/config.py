@@ -243,3 +243,83 @@ class OptimConfig(Config):
     then names the samples. Our choice."""
     zero_stage: Literal[1, 2] = 1
     """DeepSpeed ZeRO stage. Stage 3 cannot yet be resumed on another number of workers and is refused."""
+
+
+class WeightedSoup(Config):
+    """What all soups of named parents share."""
+
+    weights: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = None
+    """Parent -> its relative weight; parents not named are left out. `null`: all alike. To take a new fine-tune into a
+    soup, give the soup its `total_weight` (README of rzen/): the result is the mean over all."""
+    rank: PositiveInt | None = None
+    """Rank of the soup of adapters: where it is lower than the sum of their ranks, an SVD of each module leaves the
+    rest out, and the lineage says how much. `null`: the sum, with which mean and SLERP are exact."""
+
+
+class MeanSoup(WeightedSoup):
+    """The weighted mean of what the parents do to the model (paper, section 4)."""
+
+    method: Literal["mean"] = "mean"
+    """The default."""
+
+
+class SlerpSoup(WeightedSoup):
+    """The way from one parent to the next on a sphere, which keeps the length of a delta (Shoemake, 1985)."""
+
+    method: Literal["slerp"] = "slerp"
+    """Of more than two parents one after another, in the order of their names."""
+
+
+class TiesSoup(WeightedSoup):
+    """Largest entries of each delta, an elected sign for each entry, mean of those with it (arXiv 2306.01708)."""
+
+    method: Literal["ties"] = "ties"
+    """Full checkpoints need their base."""
+    density: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Share of the entries of a weight's delta that is kept, the largest (TIES: 20%)."""
+    signs: Literal["total", "frequency"] = "total"
+    """A sign is elected by the sum of the entries (TIES) or by their number."""
+
+
+class DareSoup(WeightedSoup):
+    """Drop entries of each delta by chance and enlarge the others to the same mean (arXiv 2311.03099)."""
+
+    method: Literal["dare"] = "dare"
+    """Full checkpoints need their base."""
+    density: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Share of the entries that is kept. Our choice; DARE drops up to 90% of a full fine-tune, but what is left has no
+    low rank."""
+    merge: Literal["linear", "ties"] = "linear"
+    """Then take the mean, or that of entries of the elected sign (TIES)."""
+    seed: NonNegativeInt = 0
+    """Which entries are dropped."""
+
+
+class GreedySoup(Config):
+    """Parents from the best down, each kept if the mean scores higher with it (Wortsman et al., arXiv 2203.05482)."""
+
+    method: Literal["greedy"] = "greedy"
+    """Needs validation scores."""
+    rank: PositiveInt | None = None
+    """As in `mean`."""
+
+
+class SearchedSoup(Config):
+    """The mean with the weights that score best on a small set, found in a few evaluations."""
+
+    method: Literal["searched"] = "searched"
+    """Needs scores of soups."""
+    evaluations: PositiveInt = 24
+    """Soups that are scored at most. Our choice: with three parents the weights are then right to a few hundredths."""
+    at_once: PositiveInt = 4
+    """Soups that are scored side by side; the next ones follow from their scores. Our choice."""
+    seed: NonNegativeInt = 0
+    """Of the samples."""
+    rank: PositiveInt | None = None
+    """As in `mean`."""
+
+
+SoupConfig = Annotated[
+    MeanSoup | GreedySoup | SearchedSoup | SlerpSoup | TiesSoup | DareSoup, Field(discriminator="method")
+]
+"""How fine-tunes become one model."""

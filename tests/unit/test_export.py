@@ -12,12 +12,12 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 from pipelines.errors import UserError
 from rzen.backbone import build_tiny, load_backbone
 from rzen.checkpoints import checkpoint_dir, checkpoint_sha256
-from rzen.config import LoraConfig, ModelIdentity, ReadoutConfig, TinyBackbone
+from rzen.config import LoraConfig, MeanSoup, ModelIdentity, ReadoutConfig, TinyBackbone
 from rzen.embedder import Embedder
 from rzen.export import export_model, load_encoder
 from rzen.lora import add_lora, load_adapter, save_adapter
 from rzen.processor import Processor
-from rzen.soup import soup_adapters
+from rzen.soup.make import make_soup
 from tests.tiny import PROMPT, TEXTS, TINY, mixed_sides, tiny_checkpoint, tiny_model
 
 IDENTITY = ModelIdentity(prompt=PROMPT)
@@ -97,7 +97,7 @@ def test_an_export_without_adapter_keeps_the_base(base: str, tmp_path: Path) -> 
 
 def test_a_soup_of_one_adapter_twice_exports_as_the_adapter(base: str, tmp_path: Path) -> None:
     adapter = trained_adapter(base, tmp_path / "adapter")
-    soup_adapters([(adapter, 0.3), (adapter, 0.7)], tmp_path / "soup")
+    make_soup({"a": adapter, "b": adapter}, tmp_path / "soup", MeanSoup(weights={"a": 0.3, "b": 0.7}))
     export_model(base, tmp_path / "soup", tmp_path / "model", IDENTITY, "float32")
     expected = unmerged_vectors(base, adapter)
     torch.testing.assert_close(exported_vectors(tmp_path / "model"), expected, atol=1e-5, rtol=0)

@@ -1,0 +1,141 @@
+"""One call that makes a soup: parents in, a directory with the soup, how it is read and where it comes from out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipelines.errors import UserError
+from rzen.checkpoints import IDENTITY
+from rzen.config import GreedySoup, MeanSoup, SearchedSoup, SoupConfig
+from rzen.soup.adapters import write_adapter
+from rzen.soup.checkpoints import write_checkpoint
+from rzen.soup.parents import LINEAGE, Adapter, Checkpoint, Parent, open_parents, write_json
+from rzen.soup.select import Selection
+
+
+def make_soup(
+    parents: Mapping[str, Path],
+    out: Path,
+    config: SoupConfig,
+    *,
+    base: Path | None = None,
+    selection: Selection | None = None,
+    scores: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
+    """Write the soup of these directories to the new directory `out`; returns its lineage (`soup.json`).
+
+    Parents are adapters or full checkpoints; the soup is what they are. They are taken in the order of their names,
+    so that the order of `parents` does not matter. `selection` is what `greedy_weights` or `searched_weights` found,
+    for the methods of these names. `base` is for full checkpoints alone. `scores` (parent -> own score) are recorded.
+    Appears complete or not at all. Raises `UserError` where parents do not belong together, hold numbers that are not
+    finite, or are not what the method needs.
+    """
+    if out.exists():
+        raise UserError(str(out), "exists already", "name a new directory for the soup")
+    weights = _weights(parents, config, selection)
+    total = sum(weights.values())
+    shares = [weight / total for weight in weights.values()]
+    opened = open_parents({name: parents[name] for name in weights})
+    with _appearing(out) as partial:
+        made = _write(opened, shares, partial, config, base)
+        coefficients = made.pop("coefficients", shares)
+        lineage = {
+            "settings": config.model_dump(),
+            **made,
+            **_total_weight(weights, config),
+            "parents": [
+                _entry(parent) | {"weight": weight, "coefficient": coefficient}
+                for parent, weight, coefficient in zip(opened, weights.values(), coefficients, strict=True)
+            ],
+            **({} if scores is None else {"scores": dict(scores)}),
+            **({} if selection is None else {"score": selection.score, "trace": selection.trace}),
+        }
+        if identity := _in_common([parent.identity for parent in opened]):
+            write_json(partial / IDENTITY, identity)
+        write_json(partial / LINEAGE, lineage)
+    return lineage
+
+
+def total_weight(folder: Path) -> float:
+    """What a soup weighs as a parent of a mean, so that this is the mean over all: the weights it was made with.
+
+    Of a selected soup: the number of parents that it kept. As exact as the soup, which may have lost something to SVD.
+    Raises `UserError` for anything but a mean.
+    """
+    path = folder / LINEAGE
+    lineage = json.loads(path.read_text()) if path.is_file() else {}
+    if "total_weight" not in lineage:
+        problem = "is no soup that says what it weighs; a mean of its parents does"
+        raise UserError(str(path), problem, "name the directory of such a soup, or choose a weight yourself")
+    return float(lineage["total_weight"])
+
+
+def _weights(parents: Mapping[str, Path], config: SoupConfig, selection: Selection | None) -> dict[str, float]:
+    """Relative weights of those that take part, in the order of their names."""
+    if not parents:
+        raise UserError("soup", "has no parents", "name at least one fine-tune")
+    if isinstance(config, GreedySoup | SearchedSoup):
+        if selection is None:
+            raise UserError(f"soup method {config.method}", "has no scores to choose by", "use method: mean")
+        weights = selection.weights
+    else:
+        weights = config.weights or dict.fromkeys(parents, 1.0)
+    if unknown := sorted(set(weights) - set(parents)):
+        raise UserError("soup weights", f"{unknown[0]!r} is none of {', '.join(sorted(parents))}", "name a parent")
+    return {name: weights[name] for name in sorted(weights)}
+
+
+def _total_weight(weights: Mapping[str, float], config: SoupConfig) -> dict[str, float]:
+    if isinstance(config, MeanSoup):
+        return {"total_weight": sum(weights.values())}
+    return {"total_weight": float(len(weights))} if isinstance(config, GreedySoup | SearchedSoup) else {}
+
+
+def _write(
+    parents: Sequence[Parent], shares: Sequence[float], out: Path, config: SoupConfig, base: Path | None
+) -> dict[str, Any]:
+    """Weights and what belongs to them; returns what the lineage says of them."""
+    if adapters := [parent for parent in parents if isinstance(parent, Adapter)]:
+        if base is not None:
+            raise UserError(str(base), "a base was named, but adapters need none", "leave the base out")
+        return write_adapter(adapters, shares, out, config)
+    checkpoints = [parent for parent in parents if isinstance(parent, Checkpoint)]
+    return write_checkpoint(checkpoints, shares, out, config, base)
+
+
+def _entry(parent: Parent) -> dict[str, Any]:
+    """What the lineage says of a parent; of a soup, its own lineage too."""
+    entry: dict[str, Any] = {"name": parent.name, "path": str(parent.path), "sha256": parent.sha256}
+    if isinstance(parent, Adapter):
+        entry["rank"] = parent.rank
+    own = parent.path / LINEAGE
+    return entry | ({"soup": json.loads(own.read_text())} if own.is_file() else {})
+
+
+def _in_common(identities: list[dict[str, Any]]) -> dict[str, Any]:
+    """What all say alike, of the entries of `lineage` too."""
+    first, *others = identities
+    common = {key: value for key, value in first.items() if all(key in o and o[key] == value for o in others)}
+    lineages = [identity["lineage"] for identity in identities if "lineage" in identity]
+    if len(lineages) == len(identities):
+        common["lineage"] = {k: v for k, v in lineages[0].items() if all(k in o and o[k] == v for o in lineages[1:])}
+    return common
+
+
+@contextmanager
+def _appearing(out: Path) -> Iterator[Path]:
+    """A directory that gets its name at the end, and goes where something fails."""
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
