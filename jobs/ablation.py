@@ -6,26 +6,25 @@ Seed by seed, so that all arms of a seed are complete early, and a report of the
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.cluster import ray_cluster
-from jobs.encoder import backbone_url
 from jobs.finetunes import check_train, stage_document
-from jobs.load import Document, check, read_document
+from jobs.load import Document
 from jobs.progress import duration, say
 from jobs.revision import revision
 from jobs.runs import METRICS, Run, read_rows, versions
-from jobs.spec import AblationSpec, EvaluateSpec, ModelRef, Spec, TrainSpec
+from jobs.scores import Scorer, evaluation, model_of
+from jobs.spec import AblationSpec, EvaluateSpec, Spec, TrainSpec
 from pipelines.errors import UserError
 from pipelines.reader import Reader
 
@@ -33,8 +32,6 @@ if TYPE_CHECKING:
     from rzen.evaluation.ablation import Effect
     from rzen.evaluation.report import Result
 
-SCORED = "scores.json"
-_NOT_OF_THE_SCORES = {"models", "out", "cpus_per_model", "gpus_per_model", "autoscaling"}
 _TOLD = ("dropped_fraction", "effective_fraction", "temperature")
 ArmAndSeed = tuple[str, int]
 
@@ -69,19 +66,7 @@ def resolve(spec: AblationSpec, document: Document) -> tuple[dict[ArmAndSeed, Tr
                 raise UserError(document.place(("arms", arm)), problem, "let it change something, or leave it out")
             alike[content] = arm
             runs[arm, seed] = train
-    return runs, _evaluation(spec, document)
-
-
-def _evaluation(spec: AblationSpec, document: Document) -> EvaluateSpec:
-    named = read_document(spec.evaluate.spec, document.folder)
-    ours = {"models": {"run": {"base": "run"}}}  # the real ones are known when they are trained
-    bare = replace(named, data={key: value for key, value in named.data.items() if key != "models"})
-    changed = bare.overlaid(spec.evaluate.set, document.place_under("evaluate", "set"))
-    evaluate = check(changed.overlaid(ours, document.place_under("evaluate")))
-    if not isinstance(evaluate, EvaluateSpec):
-        problem = f"kind={evaluate.kind!r} does not score"
-        raise UserError(document.place(("evaluate", "spec")), problem, "use kind: evaluate")
-    return evaluate
+    return runs, evaluation(spec.evaluate, document, "evaluate")
 
 
 def named(spec: AblationSpec, document: Document) -> list[Spec]:
@@ -92,7 +77,7 @@ def named(spec: AblationSpec, document: Document) -> list[Spec]:
 
 def run(spec: AblationSpec, document: Document) -> dict[str, Any]:
     """Trains and scores what is not there yet, and writes the report."""
-    from jobs.train import run_all
+    from jobs.launch import launch
 
     runs, evaluate = resolve(spec, document)
     say(f"  {len(spec.arms)} arms x {len(spec.seed_list)} seeds: {', '.join(spec.arms)}")
@@ -103,7 +88,7 @@ def run(spec: AblationSpec, document: Document) -> dict[str, Any]:
         for begin in range(0, len(spec.seed_list), seeds_at_once):
             seeds = spec.seed_list[begin : begin + seeds_at_once]
             group = {key: train for key, train in runs.items() if key[1] in seeds}
-            run_all(list(group.values()), spec.max_parallel)
+            launch(list(group.values()), spec.max_parallel)
             finished |= _scored(group, evaluate)
             if len(finished) >= 2 * len(spec.arms):
                 write_report(spec, finished, facts(evaluate, time.monotonic() - started_s))
@@ -113,38 +98,14 @@ def run(spec: AblationSpec, document: Document) -> dict[str, Any]:
 
 
 def _scored(group: Mapping[ArmAndSeed, TrainSpec], evaluate: EvaluateSpec) -> dict[ArmAndSeed, Finished]:
-    """Scores trained runs that were not scored on these data in this way, and keeps what comes out with each run."""
-    from jobs.evaluate import score
-    from rzen.evaluation.report import Result
-
-    reader = Reader(evaluate.data)
-    way = {"data": reader.fingerprint, "spec": evaluate.model_dump(mode="json", exclude=_NOT_OF_THE_SCORES)}
     folders = {train.name: Run(train) for train in group.values()}
-    missing = {name: _model(some) for name, some in folders.items() if _kept(some).get("way") != way}
-    if missing:
-        for name, rows in score(evaluate.model_copy(update={"models": missing}), reader).items():
-            content = {"way": way, "rows": [asdict(row) for row in rows]}
-            folders[name].store.write(SCORED, json.dumps(content, indent=1).encode())
+    results = Scorer(evaluate).scores({name: model_of(some) for name, some in folders.items()})
     finished = {}
     for key, train in group.items():
-        folder = folders[train.name]
-        steps = read_rows(folder.store.read(METRICS))
+        steps = read_rows(folders[train.name].store.read(METRICS))
         worker_s = train.cluster.workers * sum(row["step_s"] - row["feed_wait_s"] for row in steps)
-        finished[key] = Finished([Result(**row) for row in _kept(folder)["rows"]], steps, worker_s)
+        finished[key] = Finished(results[train.name], steps, worker_s)
     return finished
-
-
-def _kept(some: Run) -> dict[str, Any]:
-    kept: dict[str, Any] = json.loads(some.store.read(SCORED)) if some.store.exists(SCORED) else {}
-    return kept
-
-
-def _model(some: Run) -> ModelRef:
-    result = some.store.child(some.result).url
-    instructions = some.spec.data.instructions
-    if some.spec.model.tune == "lora":
-        return ModelRef(base=backbone_url(some), adapter=result, instructions=instructions)
-    return ModelRef(base=result, instructions=instructions)
 
 
 def facts(evaluate: EvaluateSpec, elapsed_s: float) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import logging
 import os
 import secrets
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.progress import Bars
-from jobs.spec import ClusterConfig
+from jobs.spec import TrainSpec
 from pipelines.config import FeedConfig
 from pipelines.errors import UserError
 
@@ -30,7 +30,7 @@ class Resources:
     gpus: float
 
 
-_POLL_S = 0.3
+POLL_S = 0.3
 _ROUNDING = 1e-9
 
 
@@ -107,18 +107,25 @@ def check_size(what: str, count: int, each: Resources, feed: FeedConfig | None =
             )
 
 
-def fitting_runs(cluster: ClusterConfig, feed: FeedConfig) -> int:
-    """How many such runs the cluster holds at once, beside one task of a feed; at least one."""
+def has_room(running: Sequence[TrainSpec], another: TrainSpec) -> bool:
+    """Whether the cluster, as large as it is now, holds another run beside these and one task of a feed.
+
+    Always, where none runs or the cluster can grow: what it has no room for is what it grows for.
+    """
     import ray
 
+    if not running or another.cluster.autoscaling:
+        return True
+    clusters = [spec.cluster for spec in (*running, another)]
+    needed = {
+        "CPU": sum(some.workers * some.cpus_per_worker for some in clusters) + another.feed.cpus_per_task,
+        "GPU": sum(some.workers * some.gpus_per_worker for some in clusters),
+    }
     present = ray.cluster_resources()
-    limits = [(present.get("CPU", 0.0) - feed.cpus_per_task) / (cluster.workers * cluster.cpus_per_worker)]
-    if cluster.gpus_per_worker:
-        limits.append(present.get("GPU", 0.0) / (cluster.workers * cluster.gpus_per_worker))
-    return max(1, int(min(limits) + _ROUNDING))
+    return all(amount <= present.get(resource, 0.0) + _ROUNDING for resource, amount in needed.items())
 
 
-def watch(work: Mapping[str, Future[Any]], board: Any, unit: str = "samples", every: int = 0) -> dict[str, Any]:
+def watch(work: Mapping[str, Future[Any]], board: Any) -> dict[str, Any]:
     """Waits for work and shows what it posts on `board`; returns the results by name, in the order of `work`.
 
     The first failure is raised, as itself if it is a `UserError`.
@@ -128,9 +135,9 @@ def watch(work: Mapping[str, Future[Any]], board: Any, unit: str = "samples", ev
     waiting = set(work.values())
     with Bars() as bars:
         while waiting:
-            done, waiting = wait(waiting, timeout=_POLL_S, return_when=FIRST_EXCEPTION)
+            done, waiting = wait(waiting, timeout=POLL_S, return_when=FIRST_EXCEPTION)
             for name, news in ray.get(board.news.remote()).items():
-                bars.update(name, news.done, news.total, unit, news.note, every)
+                bars.update(name, news.done, news.total, note=news.note)
             for error in filter(None, (future.exception() for future in done)):
                 raise user_error(error) or error from error
     return {name: future.result() for name, future in work.items()}

@@ -7,9 +7,9 @@ from typing import Any
 
 from jobs.cluster import set_environment
 from jobs.load import Document
-from jobs.spec import AblationSpec, FinetunesSpec, PipelineSpec, Spec
+from jobs.spec import AblationSpec, FinetunesSpec, PipelineSpec, RetrainSpec, SoupSpec, Spec
 
-_NAMING = AblationSpec | FinetunesSpec | PipelineSpec  # these name other files
+_NAMING = AblationSpec | FinetunesSpec | PipelineSpec | RetrainSpec | SoupSpec  # these name other files
 
 
 def named_specs(spec: Spec, document: Document) -> list[Spec]:

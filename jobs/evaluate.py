@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import ray
 
 from jobs.cluster import Resources, check_size, ray_cluster, watch
 from jobs.models import load_model
-from jobs.progress import Board, console, say
+from jobs.progress import Board, News, console, say
 from jobs.revision import revision
 from jobs.runs import versions
 from jobs.spec import EvaluateSpec
@@ -29,7 +30,7 @@ from rzen.evaluation.tasks import METRICS, TASKS, chance
 def run(spec: EvaluateSpec) -> dict[str, Any]:
     """Evaluates all models, prints the table and writes the JSON."""
     reader = Reader(spec.data)
-    rows = [row for rows in score(spec, reader).values() for row in rows]
+    rows = [row for scores in score(spec, reader).values() for row in scores.rows]
     settings = {
         "data": reader.fingerprint,
         "spec": spec.model_dump(mode="json"),
@@ -44,7 +45,17 @@ def run(spec: EvaluateSpec) -> dict[str, Any]:
     return {"outputs": [spec.out]}
 
 
-def score(spec: EvaluateSpec, reader: Reader) -> dict[str, list[Result]]:
+@dataclass(frozen=True)
+class ModelScores:
+    """Of one model: a row for each task and metric, and by task the first metric of each query, in the order of the
+    data.
+    """
+
+    rows: list[Result]
+    by_query: dict[str, list[float]]
+
+
+def score(spec: EvaluateSpec, reader: Reader) -> dict[str, ModelScores]:
     """The results of each model on the data that `reader` was made for."""
     sources = _sources(spec, reader)
     counts = ", ".join(f"{task} {sum(reader.sizes()[s] for s in names):,}" for task, names in sources.items())
@@ -77,12 +88,12 @@ def _sources(spec: EvaluateSpec, reader: Reader) -> dict[str, list[str]]:
 
 def _evaluate(
     spec: EvaluateSpec, name: str, reader: Reader, endpoint: str | None, sources: dict[str, list[str]], board: Any
-) -> list[Result]:
+) -> ModelScores:
     ref = spec.models[name]
     processor, embedder = load_model(ref, endpoint, spec.identity, spec.dtype)
     reader.data = reader.data.model_copy(update={"instructions": ref.instructions})
     total = sum(reader.sizes()[source] for names in sources.values() for source in names)
-    rows: list[Result] = []
+    scores = ModelScores([], {})
     done = 0
     for task, names in sources.items():
         queries, targets, ids, pools = [], [], [], []
@@ -93,10 +104,12 @@ def _evaluate(
             ids += [sample.sample.target_sha256 for sample in batch]
             pools += [sample.sample.source if TASKS[task].pool == "source" else task for sample in batch]
             done += len(batch)
-            board.post.remote(name, done, total, task)
-        rows += _score(spec, name, task, np.concatenate(queries), np.concatenate(targets), ids, pools)
-    board.post.remote(name, total, total, "")
-    return rows
+            board.post.remote(name, News(done, total, task))
+        rows, by_query = _score(spec, name, task, np.concatenate(queries), np.concatenate(targets), ids, pools)
+        scores.rows.extend(rows)
+        scores.by_query[task] = by_query
+    board.post.remote(name, News(total, total))
+    return scores
 
 
 def _good(reader: Reader, source: str) -> Iterator[DecodedSample]:
@@ -117,20 +130,21 @@ def _score(
     targets_QD: Any,
     target_ids: list[str],
     pools: list[str],
-) -> list[Result]:
+) -> tuple[list[Result], list[float]]:
     """Every distinct target of a query's pool is one candidate; samples with equal targets share it."""
-    ranks_of_pool, sizes = [], []
+    ranks = np.empty(len(target_ids), dtype=np.int64)
+    shares, sizes = [], []
     for pool in dict.fromkeys(pools):
         mine = np.flatnonzero(np.array(pools) == pool)
         ids, first, gold = np.unique([target_ids[i] for i in mine], return_index=True, return_inverse=True)
         candidates_ND = targets_QD[mine[first]]
         if is_collapsed(candidates_ND):
             say(f"  {model}: all {len(ids)} candidates of {pool} have one vector", "yellow")
-        ranks_of_pool.append(rank_of_gold(queries_QD[mine], candidates_ND, gold))
+        ranks[mine] = rank_of_gold(queries_QD[mine], candidates_ND, gold)
         sizes.append(len(ids))
-    ranks = np.concatenate(ranks_of_pool)
-    shares = [len(some) / len(ranks) for some in ranks_of_pool]
-    return [
+        shares.append(len(mine) / len(ranks))
+    metrics = spec.metrics or TASKS[task].metrics
+    rows = [
         Result(
             model=model,
             task=task,
@@ -141,5 +155,6 @@ def _score(
             chance=sum(share * chance(metric, size) for share, size in zip(shares, sizes, strict=True)),
             split=spec.data.split,
         )
-        for metric in spec.metrics or TASKS[task].metrics
+        for metric in metrics
     ]
+    return rows, [METRICS[metrics[0]](ranks[query : query + 1]) for query in range(len(ranks))]

@@ -1,35 +1,40 @@
-"""Job of kind `finetunes`: fine-tunes side by side, then their soup."""
+"""Job of kind `finetunes`: fine-tunes side by side, then their soups."""
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-from jobs.load import Document, check, read_document
-from jobs.models import local_folder, publish_folder
+from jobs import soup
+from jobs.load import Document, Key, check, nested, read_document
 from jobs.progress import say
-from jobs.spec import AblationSpec, FinetunesSpec, Spec, TrainSpec
+from jobs.runs import DONE, Run
+from jobs.scores import model_of
+from jobs.spec import AblationSpec, FinetunesSpec, RetrainSpec, Spec, TrainSpec
 from pipelines.errors import UserError
-from pipelines.storage import open_store
 
 
 def resolve(spec: FinetunesSpec, document: Document) -> dict[str, TrainSpec]:
     """The spec of each fine-tune; `document` is what `spec` was read from."""
     stage = stage_document(spec, document)
     specs: dict[str, TrainSpec] = {}
-    for name, changes in spec.runs.items():
-        place = document.place_under("runs", name)
-        run_document = stage.overlaid({"name": name}, place).overlaid(changes, place)
-        train = check_train(run_document)
-        if train.model.tune != "lora":
-            where = run_document.place(("model", "tune"))
-            raise UserError(where, "model.tune: full has no adapters to soup", "set model.tune: lora")
-        specs[name] = train
+    for name, (run, values) in spec.changes().items():
+        of_run = document.place_under("runs", run) if run else document.place
+        train = stage.overlaid({"name": name}, of_run).overlaid(spec.runs[run] if run else {}, of_run)
+        for setting, value in values.items():
+            train = train.overlaid(nested(setting, value), partial(_place, document.place(("grid", setting))))
+        specs[name] = check_train(train)
+    if len(kinds := {train.model.tune for train in specs.values()}) > 1:
+        raise UserError(document.place(("runs",)), f"train {' and '.join(sorted(kinds))}", "give all one model.tune")
     return specs
 
 
-def stage_document(spec: FinetunesSpec | AblationSpec, document: Document) -> Document:
+def _place(where: str, key: Key) -> str:
+    return where
+
+
+def stage_document(spec: FinetunesSpec | AblationSpec | RetrainSpec, document: Document) -> Document:
     """What all runs start from: the stage with the changes for all of them."""
     return read_document(spec.stage, document.folder).overlaid(spec.set, document.place_under("set"))
 
@@ -43,23 +48,30 @@ def check_train(document: Document) -> TrainSpec:
 
 
 def named(spec: FinetunesSpec, document: Document) -> list[Spec]:
-    """The specs of its runs."""
-    return [*resolve(spec, document).values()]
+    """The specs of its runs and evaluations."""
+    return [*resolve(spec, document).values(), *soup.named(spec, document)]
 
 
 def run(spec: FinetunesSpec, document: Document) -> dict[str, Any]:
-    """Trains all, then writes the adapter that is their exact weighted mean."""
-    from jobs.train import result_url, run_all
-    from rzen.config import MeanSoup
-    from rzen.soup.make import make_soup
+    """Trains all, then makes the soups of those that ended well. A job that is finished reports, and no more."""
+    from jobs.launch import launch
 
     specs = resolve(spec, document)
-    run_all(list(specs.values()), spec.max_parallel)
-    weights = spec.soup or dict.fromkeys(specs, 1.0)
-    adapters = {name: Path(local_folder(result_url(specs[name]), specs[name].run.endpoint)) for name in weights}
-    with tempfile.TemporaryDirectory(prefix="rzen-soup-") as scratch:
-        lineage = make_soup(adapters, Path(scratch, "adapter"), MeanSoup(weights=weights))
-        publish_folder(Path(scratch, "adapter"), open_store(spec.out, spec.endpoint))
-    shares = ", ".join(f"{weight / sum(weights.values()):.3f} {name}" for name, weight in weights.items())
-    say(f"  soup of {shares}, exact, rank {lineage['rank']}: {spec.out}")
-    return {"outputs": [spec.out, *map(result_url, specs.values())]}
+    runs = {name: Run(train) for name, train in specs.items()}
+    before = soup.stored_runs(spec)
+    failed_before = {name: some["id"] for name, some in before.items() if some["state"] == "failed"}
+    retried = {} if spec.retry_failed else failed_before
+    failures = launch([*specs.values()], spec.max_parallel, spec.min_survivors, retried)
+    states = {name: _state(some, failures.get(name), before.get(name, {})) for name, some in runs.items()}
+    survivors = {name: model_of(some) for name, some in runs.items() if states[name]["state"] == "finished"}
+    kitchen = soup.Kitchen(spec, document, survivors)
+    kitchen.report(kitchen.summary({"runs": states}))
+    for name in states.keys() - survivors.keys():
+        say(f"  {name} failed for good and is not in the soups: {states[name]['reason']}", "red")
+    return {"outputs": [*kitchen.outputs(), *(runs[name].result_url for name in survivors)]}
+
+
+def _state(some: Run, failure: UserError | None, before: Mapping[str, Any]) -> dict[str, Any]:
+    if some.store.exists(DONE):
+        return {"id": some.id, "state": "finished"}
+    return {"id": some.id, "state": "failed", "reason": str(failure) if failure else before["reason"]}

@@ -101,17 +101,20 @@ def override(document: Document, overrides: Sequence[str]) -> Document:
     """The document with each `a.b=c` on top; the value is YAML."""
     for text in overrides:
         key, equals, value = text.partition("=")
-        path = key.split(".")
-        if not equals or not all(path):
+        if not equals or not all(key.split(".")):
             raise UserError(f"--set {text}", "is not of the form key=value", "write it like --set optim.lr=1e-4")
         try:
             change = yaml.load(value, Loader=_Loader)  # a SafeLoader underneath
         except yaml.YAMLError as error:
             raise UserError(f"--set {text}", "its value is not YAML", "quote it") from error
-        for part in reversed(path):
-            change = {part: change}
-        document = document.overlaid(change, partial(_place_on_command_line, text))
+        document = document.overlaid(nested(key, change), partial(_place_on_command_line, text))
     return document
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    """`a.b`, 1 -> {a: {b: 1}}."""
+    first, dot, rest = key.partition(".")
+    return {first: nested(rest, value) if dot else value}
 
 
 def _place_on_command_line(text: str, key: Key) -> str:

@@ -75,8 +75,8 @@ def _record(name: str) -> str:
 
 def _key(station: Spec, document: Document, before: str) -> str:
     """Identity of a station's work: its settings, those of all stations before it, and the raw files it reads."""
-    content: list[Any] = [before, station.model_dump(mode="json")]
-    content += [named.model_dump(mode="json") for named in named_specs(station, document)]
+    specs = [station, *named_specs(station, document)]
+    content: list[Any] = [before, *(spec.model_dump(mode="json", exclude={"submit"}) for spec in specs)]
     if isinstance(station, IngestSpec):
         content.append(open_store(station.input).tags())
     if isinstance(station, IndexSpec):

@@ -11,7 +11,7 @@
               tensorboard/        the same as event files
               tracking.txt        what MLflow or W&B did not take
               done.json           written last
-              scores.json         of a run that an ablation has scored
+              scores/             of the result, one file for each way of scoring
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SPEC, LATEST, DONE, METRICS, PHASES = "spec.json", "latest.json", "done.json", "
 BEST = "best"
 _PACKAGES = ("ray", "torch", "transformers", "deepspeed", "peft")
 # Settings that change where and how fast a run goes, never what it computes.
-_NOT_SCIENCE = {"run", "feed", "checkpoint", "cluster"}
+_NOT_SCIENCE = {"run", "feed", "checkpoint", "cluster", "submit"}
 
 
 class Run:
@@ -53,6 +53,11 @@ class Run:
     def result(self) -> str:
         """Folder of the result, below the run."""
         return "adapter" if self.spec.model.tune == "lora" else "model"
+
+    @property
+    def result_url(self) -> str:
+        """Where the trained adapter or model is."""
+        return self.store.child(self.result).url
 
     @property
     def id(self) -> str:

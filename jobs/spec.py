@@ -5,6 +5,9 @@ Imports neither torch nor Ray, so that a spec is checked in a second on any mach
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
+from itertools import product
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -20,7 +23,16 @@ from pipelines.config import (
 )
 from pipelines.mapping import SourceMapping
 from pipelines.synthetic.config import CorpusConfig
-from rzen.config import ModelConfig, ModelIdentity, ObjectiveConfig, OptimConfig, PromptConfig, ReadoutConfig
+from rzen.config import (
+    MeanSoup,
+    ModelConfig,
+    ModelIdentity,
+    ObjectiveConfig,
+    OptimConfig,
+    PromptConfig,
+    ReadoutConfig,
+    SoupConfig,
+)
 from rzen.evaluation.tasks import TASKS, Metric
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=60)]
@@ -116,7 +128,28 @@ class FileChanges(Config):
     """What is changed in it, as nested mappings."""
 
 
-class CorpusSpec(Config):
+class SubmitConfig(Config):
+    """How `rzen submit` hands the job to a cluster. Without effect where it runs by itself."""
+
+    cpus: Annotated[float, Field(ge=0)] = 0.0
+    """Logical CPUs that the job's own process reserves; with some, it may run on another node than the head."""
+    memory_bytes: NonNegativeInt = 0
+    """Memory that it reserves."""
+    env: dict[str, str] = Field(default_factory=dict)
+    """Environment variables of the job and its workers. No secrets: they would show in the dashboard."""
+    retries: NonNegativeInt = 0
+    """Times that a job is submitted again whose process was lost with its node. One that ended by itself is not: the
+    same would happen again."""
+
+
+class JobConfig(Config):
+    """What all kinds have in common."""
+
+    submit: SubmitConfig = SubmitConfig()
+    """How it is submitted."""
+
+
+class CorpusSpec(JobConfig):
     """Draw the synthetic corpus: real image, PDF and video files with captions."""
 
     kind: Literal["corpus"]
@@ -127,7 +160,7 @@ class CorpusSpec(Config):
     """How much of what."""
 
 
-class IngestSpec(Config):
+class IngestSpec(JobConfig):
     """Turn a folder of files into shards, index and manifest."""
 
     kind: Literal["ingest"]
@@ -159,7 +192,7 @@ class IndexSource(SourceMapping):
     folder, and a folder stands for all .tar below it."""
 
 
-class IndexSpec(Config):
+class IndexSpec(JobConfig):
     """Make a data set of shards that others have written (webdataset, img2dataset), without copying them."""
 
     kind: Literal["index"]
@@ -179,7 +212,7 @@ class IndexSpec(Config):
     """Limits within which files are opened, where `decode` is on."""
 
 
-class TrainSpec(Config):
+class TrainSpec(JobConfig):
     """One stage of training: the plan's global batches, the objective, checkpoints, a model at the end."""
 
     kind: Literal["train"]
@@ -220,8 +253,41 @@ class TrainSpec(Config):
         return self
 
 
-class FinetunesSpec(Config):
-    """Several fine-tunes side by side, then the exact weighted mean of their adapters."""
+class SoupsConfig(JobConfig):
+    """Which soups are made of several models, and how they are scored."""
+
+    soups: Annotated[Named[SoupConfig], Field(min_length=1)] = Field(default={"uniform": MeanSoup()})
+    """Name of a soup -> how it is made."""
+    evaluate: FileChanges | None = None
+    """Spec of kind `evaluate` that scores every model and soup for the summary. Its own `models` and `out` do not
+    count. `null`: no scores."""
+    probe: FileChanges | None = None
+    """The same on other data, by whose mean score greedy and searched soups choose; `evaluate` where not given, which
+    flatters the scores of what was chosen, as the summary says."""
+    base: str | None = None
+    """Checkpoint that full models were trained from (directory, s3:// URL or hub name), for methods that merge what
+    training changed (`ties`, `dare`). Adapters hold no more than that themselves."""
+    out: str
+    """Directory or s3:// URL: `{soup}/adapter` or `{soup}/model`, and summary.json, .md and .svg."""
+    endpoint: str | None = None
+    """S3 endpoint; the environment's AWS_ENDPOINT_URL where not given."""
+
+    @model_validator(mode="after")
+    def _choices_need_scores(self) -> SoupsConfig:
+        for name, soup in self.soups.items():
+            if soup.method in ("greedy", "searched") and not (self.evaluate or self.probe):
+                raise ValueError(f"soups.{name}: method={soup.method} chooses by scores; set evaluate")
+        return self
+
+    def check_names(self, known: Collection[str]) -> None:
+        """Raise `ValueError` for weights of something that is not among the models."""
+        for name, soup in self.soups.items():
+            if unknown := sorted(set(getattr(soup, "weights", None) or {}) - set(known)):
+                raise ValueError(f"soups.{name}.weights names {unknown[0]!r}, which is none of {', '.join(known)}")
+
+
+class FinetunesSpec(SoupsConfig):
+    """Several fine-tunes side by side, then soups of what they made."""
 
     kind: Literal["finetunes"]
     """Fine-tunes and soups."""
@@ -229,25 +295,109 @@ class FinetunesSpec(Config):
     """Spec of kind `train` that every fine-tune starts from, relative to this file."""
     set: dict[str, Any] = Field(default_factory=dict)
     """What all of them change in it."""
-    runs: Annotated[Named[dict[str, Any]], Field(min_length=1)]
+    runs: Named[dict[str, Any]] = Field(default_factory=dict)
     """Name of a fine-tune -> what it alone changes, usually `data.mixture.weights`."""
+    grid: dict[str, Annotated[list[str | int | float | bool | None], Field(min_length=1)]] = Field(default_factory=dict)
+    """Setting -> its values, such as `seed: [0, 1, 2]`: every one of `runs` with every combination. The values become
+    part of the names: `balanced-seed-0`."""
     max_parallel: PositiveInt = 3
-    """Fine-tunes that run at the same time, or as many as the cluster holds."""
-    soup: Annotated[Named[PositiveFloat], Field(min_length=1)] | None = None
-    """Name of a fine-tune -> its weight in the soup; equal weights where not given."""
-    out: str
-    """Directory or s3:// URL of the soup's adapter."""
-    endpoint: str | None = None
-    """S3 endpoint; the environment's AWS_ENDPOINT_URL where not given."""
+    """Fine-tunes that run at the same time, or as many as the cluster has room for; the others wait in their order. On
+    a cluster that grows (`cluster.autoscaling`), what has been started and has no room yet is what it grows for."""
+    min_survivors: PositiveInt | None = None
+    """So many fine-tunes must end well. With fewer, the job fails as soon as that is certain; `null`: all of them. A
+    fine-tune has failed for good after `cluster.max_restarts`."""
+    retry_failed: bool = False
+    """Try what failed for good again, in a job that ended well without it."""
 
     @model_validator(mode="after")
-    def _soup_of_runs(self) -> FinetunesSpec:
-        if unknown := sorted(set(self.soup or {}) - set(self.runs)):
-            raise ValueError(f"soup names {unknown[0]!r}, which is not one of the runs: {', '.join(self.runs)}")
+    def _possible(self) -> FinetunesSpec:
+        names = list(self.changes())
+        if not names:
+            raise ValueError("runs and grid are both empty: there is nothing to train")
+        if self.min_survivors is not None and self.min_survivors > len(names):
+            raise ValueError(f"min_survivors={self.min_survivors} is more than the {len(names)} runs")
+        self.check_names(names)
+        return self
+
+    def changes(self) -> dict[str, tuple[str | None, dict[str, Any]]]:
+        """Name of a fine-tune -> the entry of `runs` it is made from, and its values of the grid by setting."""
+        found: dict[str, tuple[str | None, dict[str, Any]]] = {}
+        for run in self.runs or [None]:
+            for values in product(*self.grid.values()):
+                settings = dict(zip(self.grid, values, strict=True))
+                parts = [f"{key.rpartition('.')[2]}-{value}" for key, value in settings.items()]
+                name = re.sub(r"[^A-Za-z0-9_-]+", "_", "-".join([*([run] if run else []), *parts]))
+                if name in found:
+                    raise ValueError(f"two runs of the grid have the name {name!r}; give them names in `runs`")
+                if name:
+                    found[name] = (run, settings)
+        return found
+
+
+class SoupSpec(SoupsConfig):
+    """Soups of models that are there already, the user's own or those of earlier jobs."""
+
+    kind: Literal["soup"]
+    """Soups."""
+    models: Annotated[Named[ModelRef], Field(min_length=1)]
+    """Name -> model: adapters of one base, or full models. A soup among them counts as all that it was made of, so that
+    one more model can be stirred into it."""
+
+    @model_validator(mode="after")
+    def _of_one_kind(self) -> SoupSpec:
+        if len({ref.adapter is None for ref in self.models.values()}) > 1:
+            raise ValueError("models has adapters and full models; export the adapters first, or leave one kind out")
+        self.check_names(list(self.models))
         return self
 
 
-class AblationSpec(Config):
+class GateConfig(Config):
+    """What a new model must show on the frozen set to take the champion's place. Scores are shares, not percent."""
+
+    min_gain: float = 0.0
+    """The mean gain over all tasks must lie above this with its whole 95% interval (paired bootstrap over queries)."""
+    max_drop: Annotated[float, Field(ge=0)] = 0.01
+    """No task, and so no modality, may lose more than this. Our choice."""
+    minimum: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(default_factory=dict)
+    """Task -> score below which no model is promoted, the first one neither."""
+    draws: PositiveInt = 10_000
+    """Of the bootstrap."""
+
+
+class RetrainSpec(JobConfig):
+    """One tick of a schedule: train on data that are new since the champion, and promote what is better."""
+
+    kind: Literal["retrain"]
+    """Re-trains."""
+    stage: str
+    """Spec of kind `train`, relative to this file. Its `name` is the job's, and so is what it goes on from."""
+    set: dict[str, Any] = Field(default_factory=dict)
+    """What is changed in it."""
+    start: Literal["champion", "afresh"] = "champion"
+    """`champion` goes on from its weights, `afresh` starts as the stage says. The first model always does."""
+    soup: MeanSoup | None = MeanSoup()
+    """Mean of `champion` and `candidate`, which takes part in place of what was trained; `null`: that itself."""
+    evaluate: FileChanges
+    """Spec of kind `evaluate` on a set that never changes. Its own `models` and `out` do not count."""
+    gate: GateConfig = GateConfig()
+    """When the new model is promoted."""
+    min_new_samples: PositiveInt = 1
+    """With fewer new samples there is nothing to do."""
+    registry: str
+    """Directory or s3:// URL of the registry of models."""
+    endpoint: str | None = None
+    """S3 endpoint; the environment's AWS_ENDPOINT_URL where not given."""
+    lease_s: PositiveFloat = 300.0
+    """So long after the death of one re-training another may begin."""
+
+    @model_validator(mode="after")
+    def _two_parents(self) -> RetrainSpec:
+        if unknown := sorted(set((self.soup and self.soup.weights) or {}) - {"champion", "candidate"}):
+            raise ValueError(f"soup.weights names {unknown[0]!r}; the parents are champion and candidate")
+        return self
+
+
+class AblationSpec(JobConfig):
     """The same training with and without parts of the recipe, each with several seeds, and what the parts change."""
 
     kind: Literal["ablation"]
@@ -285,7 +435,7 @@ class AblationSpec(Config):
         return list(range(self.seeds)) if isinstance(self.seeds, int) else self.seeds
 
 
-class EvaluateSpec(ModelIdentity):
+class EvaluateSpec(ModelIdentity, JobConfig):
     """Rank held-out targets for held-out queries, for several models."""
 
     kind: Literal["evaluate"]
@@ -322,7 +472,7 @@ class EvaluateSpec(ModelIdentity):
         return self
 
 
-class ExportSpec(ModelIdentity):
+class ExportSpec(ModelIdentity, JobConfig):
     """Fold an adapter into its base: one ordinary checkpoint directory for AutoModel."""
 
     kind: Literal["export"]
@@ -341,7 +491,7 @@ class ExportSpec(ModelIdentity):
     """S3 endpoint; the environment's AWS_ENDPOINT_URL where not given."""
 
 
-class EmbedSpec(Config):
+class EmbedSpec(JobConfig):
     """Embed the targets of a data set: the corpus that `rzen search` searches."""
 
     kind: Literal["embed"]
@@ -372,7 +522,7 @@ class EmbedSpec(Config):
     """The cluster can grow: skip the check that it is large enough now."""
 
 
-class SearchSpec(Config):
+class SearchSpec(JobConfig):
     """Search an embedded corpus in words, and write one HTML page."""
 
     kind: Literal["search"]
@@ -397,7 +547,7 @@ class SearchSpec(Config):
     """Name -> folder of a training run whose loss goes onto the page."""
 
 
-class PipelineSpec(Config):
+class PipelineSpec(JobConfig):
     """Jobs one after the other. A finished one is not repeated while its settings and all before it are unchanged."""
 
     kind: Literal["pipeline"]
@@ -420,7 +570,9 @@ Spec = (
     | IndexSpec
     | TrainSpec
     | FinetunesSpec
+    | SoupSpec
     | AblationSpec
+    | RetrainSpec
     | EvaluateSpec
     | ExportSpec
     | EmbedSpec
@@ -433,7 +585,9 @@ KINDS: dict[str, type[Spec]] = {
     "index": IndexSpec,
     "train": TrainSpec,
     "finetunes": FinetunesSpec,
+    "soup": SoupSpec,
     "ablation": AblationSpec,
+    "retrain": RetrainSpec,
     "evaluate": EvaluateSpec,
     "export": ExportSpec,
     "embed": EmbedSpec,

@@ -78,6 +78,7 @@ class Tracker:
             self._run.store.write(UNTRACKED, "".join(lines).encode())
 
     def _work(self) -> None:
+        self._hand_over()  # whoever watches sees from the first step on that there is a run
         while not self._ended.wait(EVERY_S):
             self._hand_over()
         self._hand_over()
@@ -129,7 +130,7 @@ class _TensorBoard:
         from tensorboardX import SummaryWriter
 
         self._run = run
-        self._scratch = tempfile.TemporaryDirectory(prefix="rzen-tensorboard-")
+        self._scratch = tempfile.TemporaryDirectory(prefix=f"rzen-tensorboard-{run.spec.name}-")
         self._writer = SummaryWriter(self._scratch.name, purge_step=start, filename_suffix=f".{start:06d}")
 
     def add(self, rows: Rows) -> None:

@@ -12,6 +12,7 @@ from ray.util.metrics import Gauge
 
 from jobs.encoder import backbone_url
 from jobs.models import checkpoint_folder, local_folder, publish_folder
+from jobs.progress import News
 from jobs.runs import BEST, Checkpoints
 from jobs.tracking import Tracker
 
@@ -43,7 +44,7 @@ def train_worker(config: dict[str, Any]) -> None:
         labels = {"run": spec.name, "source": str(row["source"]), "task": str(row["task"])}
         for name, gauge in gauges.items():
             gauge.set(float(row[name]), labels)
-        board.post.remote(spec.name, int(row["step"]) + 1, plan.num_steps, _note(row))
+        board.post.remote(spec.name, News(int(row["step"]) + 1, plan.num_steps, figures=_figures(row)))
 
     with tempfile.TemporaryDirectory(prefix="rzen-result-") as scratch:
         output = Path(scratch, "result")
@@ -85,11 +86,14 @@ def train_worker(config: dict[str, Any]) -> None:
             run.finish({"steps": plan.num_steps, "last": checkpoints.metrics[-1]}, checkpoints.metrics)
 
 
-def _note(row: Row) -> str:
+def _figures(row: Row) -> dict[str, str]:
     """The part of a row that one watches."""
-    if row["skipped"]:
-        return f"skipped: loss {row['loss']}, gradient norm {row['grad_norm']}  {row['source']}"
-    return (
-        f"loss {row['loss']:.3f}  accuracy {row['accuracy']:.0%}  tau {row['temperature']:.3f}"
-        f"  {row['samples_per_s']:.0f} samples/s  waiting {row['feed_wait_fraction']:.0%}  {row['source']}"
-    )
+    watched = {
+        "loss": f"{row['loss']:.3f}",
+        "accuracy": f"{row['accuracy']:.0%}",
+        "tau": f"{row['temperature']:.3f}",
+        "samples/s": f"{row['samples_per_s']:.0f}",
+        "waiting": f"{row['feed_wait_fraction']:.0%}",
+        "source": str(row["source"]),
+    }
+    return watched | ({"skipped": f"gradient norm {row['grad_norm']}"} if row["skipped"] else {})

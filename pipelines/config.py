@@ -72,7 +72,8 @@ class MixtureConfig(Config):
     """Name -> sources that are merged into one, as the paper does with image classification (section 4). The group
     takes the place of its members: each batch is drawn from all of them, by their size."""
     max_samples_per_source: PositiveInt = 100_000
-    """At most this many samples of a source are used (paper, section 4): random runs of neighbours, always the same."""
+    """At most this many samples of a source are used (paper, section 4): random runs of neighbours, others for another
+    `seed`."""
     blocks: dict[str, PositiveInt] = {}
     """Source or group -> samples that are contrasted with each other, fewer than a global batch, which then consists of
     several blocks of one size, each from one source. Sources not named fill whole global batches (paper)."""

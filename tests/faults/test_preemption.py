@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from jobs import train
+from jobs.fit import FAILURE
 from jobs.runs import LATEST, Run
 from pipelines.storage import open_store
 from tests.data import publish
@@ -84,7 +85,7 @@ def test_a_preempted_run_checkpoints_at_once_and_goes_on_elsewhere(
     assert 3 <= seen[0] < STEPS
     rows = [json.loads(line) for line in store.read("metrics.jsonl").splitlines()]
     assert [row["step"] for row in rows] == list(range(STEPS))
-    assert not store.exists(train.FAILURE)  # Ray Train restarts it by itself, and does not count it as a failure
+    assert not store.exists(FAILURE)  # Ray Train restarts it by itself, and does not count it as a failure
 
 
 class Holder:

@@ -13,7 +13,8 @@ import psutil
 import pytest
 
 from jobs import train
-from jobs.progress import Bars
+from jobs.fit import FAILURE, prepare
+from jobs.progress import News, RunTable
 from jobs.runs import Run
 from jobs.spec import TrainSpec
 from pipelines.errors import UserError
@@ -56,15 +57,15 @@ def outcome(spec: TrainSpec) -> tuple[list[float], bytes]:
 
 
 def steps_done(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """What the progress bar of the only run has shown so far."""
+    """What the table of the only run has shown so far."""
     done: list[int] = []
-    update = Bars.update
+    update = RunTable.update
 
-    def record(bars: Bars, name: str, so_far: int, *rest: Any) -> None:
-        done.append(so_far)
-        update(bars, name, so_far, *rest)
+    def record(table: RunTable, name: str, news: News, every: int) -> None:
+        done.append(news.done)
+        update(table, name, news, every)
 
-    monkeypatch.setattr(Bars, "update", record)
+    monkeypatch.setattr(RunTable, "update", record)
     return done
 
 
@@ -105,7 +106,7 @@ def test_run_that_loses_workers_ends_with_the_same_bytes(
 
     assert not killer.is_alive()
     assert len(killed) == 2 * KILLS  # each time before the end
-    assert Run(stormy).store.exists(train.FAILURE)
+    assert Run(stormy).store.exists(FAILURE)
     assert outcome(quiet) == outcome(stormy)
     phases = Run(quiet).phases()
     assert [phase.first_step for phase in phases] == [20]
@@ -133,4 +134,4 @@ def test_cluster_without_cpus_for_the_feed_is_refused_at_once(tmp_path: Path, ra
 def test_batch_that_workers_cannot_share_is_refused(tmp_path: Path) -> None:
     publish(open_store(str(tmp_path / "data")), {"red": ("a", 24)})
     with pytest.raises(UserError, match="batches of source 'red' have 4 samples, which 3 workers cannot share evenly"):
-        train.prepare(make_spec(tmp_path, "odd", cluster={"workers": 3}))
+        prepare(make_spec(tmp_path, "odd", cluster={"workers": 3}))

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-import jobs.train
+import jobs.launch
 from jobs.cli import main
 from jobs.encoder import BACKBONE
+from jobs.fit import prepare
 from jobs.models import local_folder, publish_folder
 from jobs.spec import TrainSpec
 from pipelines.adapters.folder import read_folder
@@ -68,9 +69,9 @@ out: "{0}/out"
 
 
 def end_at_the_start(specs: list[TrainSpec], max_parallel: int) -> None:
-    """In place of `run_all`: everything but the steps."""
+    """In place of `launch`: everything but the steps."""
     for spec in specs:
-        if prepared := jobs.train.prepare(spec):
+        if prepared := prepare(spec):
             run = prepared.run
             publish_folder(Path(local_folder(run.store.child(BACKBONE).url, None)), run.store.child(run.result))
             numbers = {
@@ -86,7 +87,7 @@ def end_at_the_start(specs: list[TrainSpec], max_parallel: int) -> None:
 @pytest.fixture(scope="module")
 def untrained() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jobs.train, "run_all", end_at_the_start)
+        patch.setattr(jobs.launch, "launch", end_at_the_start)
         yield
 
 
@@ -138,7 +139,8 @@ def test_both_seeds_of_an_untrained_arm_are_one_model_and_the_arms_are_two(job: 
 
 def test_only_what_is_gone_is_done_again(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = report(job)
-    (job / "runs/other-s1/scores.json").unlink()
+    (gone,) = (job / "runs/other-s1/scores").iterdir()
+    gone.unlink()
     kept = {path: path.read_bytes() for path in (job / "runs").rglob("*") if path.is_file()}
     changed_ns = {path: path.stat().st_mtime_ns for path in kept}
     assert main(["run", str(job / "ablation.yaml")]) == 0
@@ -146,7 +148,7 @@ def test_only_what_is_gone_is_done_again(job: Path, capsys: pytest.CaptureFixtur
     assert out.count("finished before") == 4
     assert out.count("1 models on") == 1
     assert {path: path.stat().st_mtime_ns for path in kept} == changed_ns
-    assert (job / "runs/other-s1/scores.json").exists()
+    assert gone.exists()
     after = report(job)
     assert (after["runs"], after["effects"]) == (before["runs"], before["effects"])
 

@@ -1,12 +1,13 @@
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from jobs import progress
 from jobs.cli import _load, main
-from jobs.progress import Bars, duration
+from jobs.progress import Bars, News, RunTable, duration
 from jobs.spec import IndexSpec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -113,12 +114,19 @@ def test_durations_read_well(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-def test_logs_get_a_line_every_n_steps_and_one_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def to_log(monkeypatch: pytest.MonkeyPatch, **options: Any) -> io.StringIO:
     sink = io.StringIO()
-    monkeypatch.setattr(progress, "console", Console(file=sink, width=200, highlight=False))
-    with Bars() as bars:
+    monkeypatch.setattr(progress, "console", Console(file=sink, width=200, highlight=False, **options))
+    return sink
+
+
+def test_logs_get_a_line_every_n_steps_and_one_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    sink = to_log(monkeypatch)
+    with RunTable(["run"]) as table:
+        table.tell("run", "starting")
         for done in range(26):
-            bars.update("run", done, 25, unit="steps", note="loss 1", every=10)
+            table.update("run", News(done, 25, figures={"loss": "1"}), every=10)
+        table.tell("run", "finished")
     lines = sink.getvalue().splitlines()
     assert [line.split(" (")[0].strip() for line in lines] == [
         "run: steps 10/25",
@@ -129,10 +137,39 @@ def test_logs_get_a_line_every_n_steps_and_one_at_the_end(monkeypatch: pytest.Mo
 
 
 def test_a_continued_run_counts_its_rate_from_where_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    sink = io.StringIO()
-    monkeypatch.setattr(progress, "console", Console(file=sink, width=200, highlight=False))
-    with Bars() as bars:
-        bars.update("run", 500, 1000, unit="steps", every=10)
+    sink = to_log(monkeypatch)
+    with RunTable(["run"]) as table:
+        table.update("run", News(500, 1000), every=10)
         assert sink.getvalue() == ""
-        bars.update("run", 510, 1000, unit="steps", every=10)
+        table.update("run", News(510, 1000), every=10)
     assert sink.getvalue().startswith("  run: steps 510/1,000 (")
+
+
+def test_logs_of_several_runs_tell_their_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    sink = to_log(monkeypatch)
+    with RunTable(["a", "b"]) as table:
+        table.tell("a", "starting")
+        table.update("a", News(1, 3), every=10)
+        table.tell("a", "failed", "lost")
+        assert table.states() == {"queued": 1, "starting": 0, "running": 0, "restart": 0, "finished": 0, "failed": 1}
+    assert sink.getvalue().splitlines() == ["  a: starting", "  a: failed: lost"]
+
+
+def test_a_terminal_shows_every_run_with_its_state_and_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    sink = to_log(monkeypatch, force_terminal=True)
+    with RunTable(["a", "b"]) as table:
+        table.tell("a", "restart 1 of 3")
+        table.update("b", News(7, 20, figures={"loss": "2.5", "source": "red"}), every=10)
+    shown = sink.getvalue()
+    for word in ("a", "restart 1 of 3", "b", "running", "7/20", "loss", "2.5", "red"):
+        assert word in shown
+
+
+def test_pieces_of_work_get_a_few_lines_in_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    sink = to_log(monkeypatch)
+    with Bars() as bars:
+        for done in range(101):
+            bars.update("shards", done, 100, note="x")
+    assert [line.split(" (")[0].strip() for line in sink.getvalue().splitlines()] == [
+        f"shards: samples {done}/100" for done in (20, 40, 60, 80, 100)
+    ]
