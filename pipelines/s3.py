@@ -122,13 +122,25 @@ class S3Store(Store):
     def write(self, path: str, data: bytes) -> None:
         self._call(path, lambda client: client.put_object(Bucket=self.bucket, Key=self._key(path), Body=data))
 
-    def write_if_absent(self, path: str, data: bytes) -> bool:
+    def read_tagged(self, path: str) -> tuple[bytes, str]:
+        def get(client: Any) -> tuple[bytes, str]:
+            answer = client.get_object(Bucket=self.bucket, Key=self._key(path))
+            return _body(answer), answer["ETag"]
+
+        return self._call(path, get)
+
+    def write_if(self, path: str, data: bytes, tag: str | None) -> bool:
+        condition = {"IfNoneMatch": "*"} if tag is None else {"IfMatch": tag}
+
         def put(client: Any) -> bool:
             try:
-                client.put_object(Bucket=self.bucket, Key=self._key(path), Body=data, IfNoneMatch="*")
+                client.put_object(Bucket=self.bucket, Key=self._key(path), Body=data, **condition)
             except ClientError as error:
-                if error.response["Error"]["Code"] in ("PreconditionFailed", "ConditionalRequestConflict", "412"):
-                    # It may be there because an earlier attempt wrote it, whose answer was lost.
+                code = error.response["Error"]["Code"]
+                if code == "NoSuchKey" and tag is not None:
+                    return False
+                if code in ("PreconditionFailed", "ConditionalRequestConflict", "412"):
+                    # It may be as it is because an earlier attempt wrote it, whose answer was lost.
                     return self.read(path) == data
                 raise
             return True

@@ -7,6 +7,8 @@ something that is merely not there is a `FileNotFoundError`. Writes are atomic: 
 from __future__ import annotations
 
 import errno
+import fcntl
+import hashlib
 import os
 import shutil
 import uuid
@@ -61,11 +63,16 @@ class Store(ABC):
         """Creates or replaces an object, atomically."""
 
     @abstractmethod
-    def write_if_absent(self, path: str, data: bytes) -> bool:
-        """Creates an object, atomically; False if it exists. Of several writers, on any machine, at most one gets True.
+    def read_tagged(self, path: str) -> tuple[bytes, str]:
+        """All bytes of an object, and the tag of this content for `write_if`. Raises `FileNotFoundError`."""
 
-        Each writer must bring data of its own: by these an object store tells whose object it is when an answer was
-        lost and the request is repeated.
+    @abstractmethod
+    def write_if(self, path: str, data: bytes, tag: str | None) -> bool:
+        """Replaces the object while it has `tag`, or creates it while it is absent (`None`), atomically; False if it is
+        otherwise by now. Of several writers, on any machine, at most one gets True.
+
+        Whoever writes an object in this way, always does. Each writer must bring data of its own: by these an object
+        store tells whose object it is when an answer was lost and the request is repeated.
         """
 
     @abstractmethod
@@ -198,14 +205,25 @@ class LocalStore(Store):
         with disk_errors(self._at(path)), replacing(self._at(path)) as temporary:
             temporary.write_bytes(data)
 
-    def write_if_absent(self, path: str, data: bytes) -> bool:
+    def read_tagged(self, path: str) -> tuple[bytes, str]:
+        data = self.read(path)
+        return data, hashlib.sha256(data).hexdigest()
+
+    def write_if(self, path: str, data: bytes, tag: str | None) -> bool:
         target = self._at(path)
         with disk_errors(target), _beside(target) as temporary:
             temporary.write_bytes(data)
             _sync(temporary)
             try:
-                os.link(temporary, target)  # fails if the target exists, unlike a rename
-            except FileExistsError:
+                if tag is None:
+                    os.link(temporary, target)  # fails if the target exists, unlike a rename
+                else:
+                    with target.with_name(f"{PARTIAL}lock").open("w") as lock:
+                        fcntl.flock(lock, fcntl.LOCK_EX)
+                        if self.read_tagged(path)[1] != tag:
+                            return False
+                        temporary.replace(target)
+            except (FileExistsError, FileNotFoundError):
                 return False
             _sync(target.parent)
             return True

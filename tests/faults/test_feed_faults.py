@@ -208,8 +208,8 @@ def test_every_write_survives_every_fault(fault: Fault, stormy: tuple[Store, Sto
     (tmp_path / "large").write_bytes(large)
     verbs: list[tuple[Callable[[], object], dict[str, bytes]]] = [
         (lambda: store.write("a/x", small), {"a/x": small}),
-        (lambda: store.write_if_absent("a/y", b"mine"), {"a/x": small, "a/y": b"mine"}),
-        (lambda: store.write_if_absent("a/y", b"yours"), {"a/x": small, "a/y": b"mine"}),
+        (lambda: store.write_if("a/y", b"mine", None), {"a/x": small, "a/y": b"mine"}),
+        (lambda: store.write_if("a/y", b"yours", None), {"a/x": small, "a/y": b"mine"}),
         (lambda: store.upload(tmp_path / "large", "b/large"), {"a/x": small, "a/y": b"mine", "b/large": large}),
         (lambda: store.delete("a/x"), {"a/y": b"mine", "b/large": large}),
         (lambda: store.delete_tree(""), {}),

@@ -115,10 +115,29 @@ def test_paths_cannot_leave_the_store(store: Store) -> None:
 
 def test_one_of_many_writers_creates(store: Store) -> None:
     with ThreadPoolExecutor(6) as pool:
-        results = list(pool.map(lambda n: store.write_if_absent("lease", str(n).encode()), range(12)))
+        results = list(pool.map(lambda n: store.write_if("lease", str(n).encode(), None), range(12)))
     assert results.count(True) == 1
     assert store.read("lease") == str(results.index(True)).encode()
     assert store.list() == ["lease"]
+
+
+def test_none_of_many_writers_overwrites_another(store: Store) -> None:
+    """Eight writers add five to a number each, reading again whenever another was first."""
+    store.write_if("sum", b"0 -", None)
+
+    def add_five(writer: int) -> None:
+        for turn in range(5):
+            written = False
+            while not written:
+                data, tag = store.read_tagged("sum")
+                written = store.write_if("sum", f"{int(data.split()[0]) + 1} {writer}/{turn}".encode(), tag)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(add_five, range(8)))
+    assert store.read("sum").split()[0] == b"40"
+    _, tag = store.read_tagged("sum")
+    store.delete("sum")
+    assert not store.write_if("sum", b"gone by now", tag)
 
 
 def test_trees_travel_whole(store: Store, tmp_path: Path) -> None:
