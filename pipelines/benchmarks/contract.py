@@ -9,16 +9,22 @@ from __future__ import annotations
 import hashlib
 import json
 import posixpath
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from pipelines.errors import UserError
 from pipelines.samples import FileRef, Media, MediaKind, Side
 
 Suite = Literal["MMEB-V2", "M-BEIR", "M-BEIR global", "own"]
 Modality = Literal["image", "video", "visdoc", "mixed"]
+ID = "S32"
+"""numpy's type of an id."""
 FRAMES = "frames"
 """Suffix of the member of a video that lies on disk as a folder of pictures (`pipelines.benchmarks.frames`)."""
 
@@ -86,17 +92,32 @@ class Query:
     pool: tuple[str, ...] | None = None
 
 
+class Stream(Protocol):
+    """Candidates that are too many to hold, read anew each time."""
+
+    def __iter__(self) -> Iterator[Item]: ...
+
+    def pick(self, places: Collection[int]) -> dict[int, Item]:
+        """Those at these places, from zero; quicker than a pass over all."""
+
+
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """One benchmark dataset. `candidates` yields every candidate once, the same each time.
+    """One benchmark dataset. `candidates` has every candidate once, in the same order each time.
 
-    Datasets of one `corpus` have the same candidates, which need to be embedded once.
+    Datasets of one `corpus` have the same candidates, which need to be embedded and read once (`Pool`).
     """
 
     row: Row
     queries: Sequence[Query]
-    candidates: Iterable[Item]
+    candidates: Sequence[Item] | Stream
     corpus: str
+
+    def pick(self, places: Iterable[int]) -> dict[int, Item]:
+        """The candidates at these places."""
+        if isinstance(self.candidates, Sequence):
+            return {place: self.candidates[place] for place in places}
+        return self.candidates.pick(set(places))
 
 
 def make_item(
@@ -153,38 +174,66 @@ def file_in(root: Path, name: str) -> Path:
     return root / relative
 
 
-def check(dataset: Dataset) -> int:
-    """Number of candidates. Raises `UserError` for ids that are not unique, relevance or pools that name no candidate,
-    a dataset without any answer, and queries' instructions on candidates, which cost models points unseen.
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """The ids of a corpus in its order, `[N]` as bytes of 32, and the instructions that its candidates carry."""
+
+    ids: npt.NDArray[np.bytes_]
+    instructions: frozenset[str]
+
+
+def read_pool(dataset: Dataset) -> Pool:
+    """One pass over the candidates, for all datasets of the corpus. Raises `UserError` for one that is there twice."""
+    instructions = set[str]()
+
+    def ids() -> Iterator[bytes]:
+        for item in dataset.candidates:
+            instructions.add(item.instruction)
+            yield item.id.encode()
+
+    found = np.fromiter(ids(), dtype=ID)
+    order = np.argsort(found, kind="stable")
+    twice = order[1:][found[order[1:]] == found[order[:-1]]]
+    if len(twice):
+        name = dataset.pick([int(twice[0])])[int(twice[0])].name
+        raise UserError(f"{dataset.row.name} {name}", "is among the candidates twice", "repair its reader")
+    return Pool(found, frozenset(instructions))
+
+
+def as_ids(ids: Iterable[str]) -> npt.NDArray[np.bytes_]:
+    """Ids as an array of bytes, as `Pool` has them."""
+    return np.fromiter((id.encode() for id in ids), dtype=ID)
+
+
+def check(dataset: Dataset, pool: Pool) -> None:
+    """Raise `UserError` for queries that are there twice, relevance or pools that name no candidate, no answer at all,
+    and instructions on candidates that the protocol gives none or others: these cost points and no error.
     """
-    row, seen = dataset.row, set[str]()
-    asked = {query.item.instruction for query in dataset.queries} - {""}
-    for candidate in dataset.candidates:
-        if candidate.id in seen:
-            raise UserError(f"{row.name} {candidate.name}", "is among the candidates twice", "repair its reader")
-        if candidate.instruction in asked:
-            problem = f"a candidate has the queries' instruction {candidate.instruction!r}"
-            raise UserError(f"{row.name} {candidate.name}", problem, "give candidates their own, or none")
-        seen.add(candidate.id)
-    ids = [query.item.id for query in dataset.queries]
-    if not ids or not seen:
-        raise UserError(row.name, f"has {len(ids)} queries and {len(seen)} candidates", "fetch it again")
-    if len(set(ids)) < len(ids):
-        twice = next(query.item.name for query in dataset.queries if ids.count(query.item.id) > 1)
-        raise UserError(f"{row.name} {twice}", "is among the queries twice", "repair its reader")
+    row = dataset.row
+    wrong = pool.instructions - {row.target_instruction}
+    if wrong and not _brings_instructions(row):
+        problem = f"has candidates with the instruction {min(wrong)!r}, not {row.target_instruction!r}"
+        raise UserError(row.name, problem, "candidates carry what the protocol gives them, never that of queries")
+    if not len(dataset.queries) or not len(pool.ids):
+        raise UserError(row.name, f"has {len(dataset.queries)} queries, {len(pool.ids)} candidates", "fetch it again")
+    ids = Counter(query.item.id for query in dataset.queries)
     for query in dataset.queries:
-        _check_query(row, query, seen)
+        place = f"{row.name} {query.item.name}"
+        if ids[query.item.id] > 1:
+            raise UserError(place, "is among the queries twice", "repair its reader")
+        if query.pool is not None and len(set(query.pool)) < len(query.pool):
+            raise UserError(place, "has a pool with a candidate twice", "repair its reader")
+        if query.pool is not None and not query.relevance.keys() <= set(query.pool):
+            raise UserError(place, "has a relevant candidate outside its pool", "repair its reader")
+        if any(not 0 < grade < float("inf") for grade in query.relevance.values()):
+            raise UserError(place, "has a relevant candidate of grade 0 or less, or of none", "leave it out")
+    named = {id for query in dataset.queries for id in (*query.relevance, *(query.pool or ()))}
+    if (strangers := np.setdiff1d(as_ids(named), pool.ids)).size:
+        raise UserError(row.name, f"names a candidate {strangers[0].decode()} that it has not", "repair its reader")
     if not any(query.relevance for query in dataset.queries):
         raise UserError(row.name, "has no relevant candidate for any query", "fetch it again")
-    return len(seen)
 
 
-def _check_query(row: Row, query: Query, known: set[str]) -> None:
-    place = f"{row.name} {query.item.name}"
-    pool = known if query.pool is None else set(query.pool)
-    if query.pool is not None and (len(pool) < len(query.pool) or not pool <= known):
-        raise UserError(place, "has a pool with a candidate twice, or one that does not exist", "repair its reader")
-    if not query.relevance.keys() <= pool:
-        raise UserError(place, "has a relevant candidate outside its pool", "repair its reader")
-    if any(not 0 < grade < float("inf") for grade in query.relevance.values()):
-        raise UserError(place, "has a relevant candidate of grade 0 or less, or of none", "leave it out")
+def _brings_instructions(row: Row) -> bool:
+    """Own data, and image sets whose targets show something: there the files say what candidates carry."""
+    return row.suite == "own" or row.meta_task in ("image retrieval", "image grounding")

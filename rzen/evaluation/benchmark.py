@@ -17,13 +17,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.benchmarks.contract import Dataset, Item, check
+from pipelines.benchmarks.contract import Dataset, Pool, as_ids, check, read_pool
 from pipelines.errors import UserError
 from rzen.evaluation.metrics import METRIC_NAMES, Relevant, metrics_by_query
 from rzen.evaluation.ranking import NONE, FloatArray, IntArray
 from rzen.evaluation.scoring import Ranked, check_block_by_block, rank_candidates, rank_pools
-
-_ID = "S32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +33,12 @@ class Vectors:
 
     @classmethod
     def of(cls, ids: Iterable[str], rows: FloatArray) -> Vectors:
-        return cls(_as_array(ids), rows)
+        return cls(as_ids(ids), rows)
 
     @classmethod
     def join(cls, parts: Sequence[tuple[Iterable[str], FloatArray]]) -> Vectors:
         """Of several shards, in memory. Padding must have been cut off: an id that came twice is an error later."""
-        ids = np.concatenate([_as_array(ids) for ids, _ in parts])
+        ids = np.concatenate([as_ids(ids) for ids, _ in parts])
         return cls(ids, np.concatenate([rows for _, rows in parts]))
 
     def places(self, wanted: npt.NDArray[np.bytes_], place: str) -> IntArray:
@@ -86,26 +84,38 @@ class Scored:
         return self.metrics[self.dataset.row.metric]
 
     @property
-    def is_complete(self) -> bool:
-        """Whether all queries of the protocol were asked."""
-        return self.dataset.row.num_queries in (None, len(self.dataset.queries))
+    def remarks(self) -> list[str]:
+        """What a reader of the score should know."""
+        told = {
+            "would have another rank if ties went the other way": self.decided_by_ties,
+            "have no relevant candidate in their pool and score 0": self.unanswerable,
+        }
+        return [f"{count} of {len(self.dataset.queries)} queries {what}" for what, count in told.items() if count]
 
 
 def score_dataset(
-    dataset: Dataset, queries: Vectors, candidates: Vectors, *, num_top: int = 100, device: str = ""
+    dataset: Dataset,
+    queries: Vectors,
+    candidates: Vectors,
+    *,
+    pool: Pool | None = None,
+    num_top: int = 100,
+    device: str = "",
 ) -> Scored:
-    """Raises `UserError` for whatever would make the scores untrue. `num_top` is how many candidates files list."""
+    """Raises `UserError` for whatever would make the scores untrue. `num_top` is how many candidates files list.
+
+    `pool` is what `read_pool` gave for a dataset of the same corpus; it is read where it is not given.
+    """
     row = dataset.row
     if row.metric not in METRIC_NAMES:
         raise UserError(f"{row.name} metric {row.metric!r}", "is not known", f"use one of {', '.join(METRIC_NAMES)}")
-    check(dataset)
-    query_ids = _as_array(query.item.id for query in dataset.queries)
-    candidate_ids = _as_array(item.id for item in dataset.candidates)
-    query_rows = queries.places(query_ids, f"{row.name} queries")
-    candidate_rows = candidates.places(candidate_ids, f"{row.name} candidates")
+    pool = pool or read_pool(dataset)
+    check(dataset, pool)
+    query_rows = queries.places(as_ids(query.item.id for query in dataset.queries), f"{row.name} queries")
+    candidate_rows = candidates.places(pool.ids, f"{row.name} candidates")
     check_block_by_block(queries.rows, f"{row.name} queries")
     check_block_by_block(candidates.rows, f"{row.name} candidates")
-    place_of = _Places(candidate_ids, candidate_rows)
+    place_of = _Places(pool.ids, candidate_rows)
     relevant = _relevant(dataset, place_of)
     asked_QD = queries.rows[query_rows]
     if dataset.queries[0].pool is None:
@@ -114,8 +124,9 @@ def score_dataset(
         pools = [place_of.rows(query.pool or ()) for query in dataset.queries]
         ranked = rank_pools(asked_QD, candidates.rows, relevant, pools, num_top=num_top, device=device)
     by_query = metrics_by_query(relevant, ranked.rank)
-    mentioned = np.unique(np.concatenate([relevant.row, ranked.rows[ranked.rows != NONE]]))
-    shown = _mentioned(dataset, candidate_rows, mentioned)
+    mentioned = np.concatenate([relevant.row, ranked.rows[ranked.rows != NONE]])
+    places = np.flatnonzero(np.isin(candidate_rows, mentioned)).tolist()
+    shown = {int(candidate_rows[place]): item for place, item in dataset.pick(places).items()}
     return Scored(
         dataset=dataset,
         metrics={name: float(values.mean()) for name, values in by_query.items()},
@@ -124,7 +135,7 @@ def score_dataset(
         ranked=ranked,
         names={number: item.name for number, item in shown.items()},
         modalities={number: item.modality for number, item in shown.items()},
-        num_candidates=len(candidate_ids),
+        num_candidates=len(pool.ids),
         unanswerable=int((relevant.count() == 0).sum()),
         decided_by_ties=_decided_by_ties(relevant, ranked),
     )
@@ -138,7 +149,7 @@ class _Places:
         self._ids, self._rows = ids[order], rows[order]
 
     def rows(self, ids: Iterable[str]) -> IntArray:
-        found: IntArray = self._rows[np.searchsorted(self._ids, _as_array(ids))]
+        found: IntArray = self._rows[np.searchsorted(self._ids, as_ids(ids))]
         return found
 
 
@@ -152,19 +163,8 @@ def _relevant(dataset: Dataset, places: _Places) -> Relevant:
     )
 
 
-def _mentioned(dataset: Dataset, rows: IntArray, wanted: IntArray) -> dict[int, Item]:
-    """Row -> candidate, of the rows that files mention."""
-    is_wanted = np.isin(rows, wanted)
-    found = zip(rows, is_wanted, dataset.candidates, strict=True)
-    return {int(row): item for row, keep, item in found if keep}
-
-
 def _decided_by_ties(relevant: Relevant, ranked: Ranked) -> int:
     best = np.full(relevant.num_queries, np.iinfo(np.int64).max)
     np.minimum.at(best, relevant.query, ranked.rank)
     is_best = ranked.rank == best[relevant.query]
     return int((is_best & (ranked.tied > 0)).sum())
-
-
-def _as_array(ids: Iterable[str]) -> npt.NDArray[np.bytes_]:
-    return np.fromiter((id.encode() for id in ids), dtype=_ID)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines.benchmarks.contract import Dataset, check, without_instructions
+from pipelines.benchmarks.contract import Dataset, check, read_pool, without_instructions
 from pipelines.benchmarks.frames import choose_frames
 from pipelines.benchmarks.library import listing, open_dataset, survey
 from pipelines.benchmarks.own import read_own
@@ -36,7 +36,6 @@ SECOND = 1 / math.log2(3)  # what a hit on the second place is worth
 
 
 def scored(dataset: Dataset, found: Mapping[str, Sequence[str]]) -> Scored:
-    assert check(dataset) == len(list(dataset.candidates))
     return score_dataset(dataset, *planted(dataset, found))
 
 
@@ -454,12 +453,16 @@ def test_a_file_of_another_size_is_another_candidate(tmp_path: Path) -> None:
 
 
 def test_instructions_of_queries_on_candidates_are_refused(tmp_path: Path) -> None:
-    """The fault that costs points and raises no error: planted by giving both sides one instruction."""
+    """The fault that costs points and raises no error: planted on pages, and on answers, which carry none."""
     put_vidore(tmp_path)
-    row = MMEB_V2["ViDoRe_biomedical_lectures_v2_multilingual"]
-    check(open_dataset(row, tmp_path))
-    with pytest.raises(UserError, match="a candidate has the queries' instruction 'Find a document image"):
-        check(open_dataset(replace(row, target_instruction=row.instruction), tmp_path))
+    put_images(tmp_path, "OK-VQA", [image_line(qry_inst="Answer:", qry_text="?", tgt_text=["a", "b"], tgt_img_path=[])])
+    for name in ("ViDoRe_biomedical_lectures_v2_multilingual", "OK-VQA"):
+        dataset = open_dataset(MMEB_V2[name], tmp_path)
+        check(dataset, read_pool(dataset))
+        instruction = dataset.queries[0].item.instruction
+        wrong = replace(dataset, candidates=[replace(item, instruction=instruction) for item in dataset.candidates])
+        with pytest.raises(UserError, match=f"has candidates with the instruction '{instruction}', not '"):
+            check(wrong, read_pool(wrong))
 
 
 def test_without_instructions_only_queries_change(tmp_path: Path) -> None:
@@ -472,19 +475,24 @@ def test_without_instructions_only_queries_change(tmp_path: Path) -> None:
 
 
 def test_candidates_that_are_there_twice_and_stray_pools_are_refused(tmp_path: Path) -> None:
-    dataset = read_own(own_folder(tmp_path, "q1\td1\t1\n"))
-    items = list(dataset.candidates)
-    with pytest.raises(UserError, match="among the candidates twice"):
-        check(replace(dataset, candidates=[*items, items[1]]))
-    query = dataset.queries[0]
-    with pytest.raises(UserError, match="among the queries twice"):
-        check(replace(dataset, queries=[query, query]))
-    with pytest.raises(UserError, match="relevant candidate outside its pool"):
-        check(replace(dataset, queries=[replace(query, pool=(items[1].id,))]))
-    with pytest.raises(UserError, match="one that does not exist"):
-        check(replace(dataset, queries=[replace(query, pool=(items[0].id, "0"))]))
-    with pytest.raises(UserError, match="no relevant candidate for any query"):
-        check(replace(dataset, queries=[replace(query, relevance={})]))
+    dataset = read_own(own_folder(tmp_path, "q1\td1\t1\n"), "mine")
+    items, pool = list(dataset.candidates), read_pool(dataset)
+    check(dataset, pool)
+    with pytest.raises(UserError, match="mine d2: is among the candidates twice"):
+        read_pool(replace(dataset, candidates=[*items, items[1]]))
+    query, first = dataset.queries[0], items[0].id
+    for queries, problem in (
+        ([query, query], "among the queries twice"),
+        ([replace(query, pool=(items[1].id,))], "relevant candidate outside its pool"),
+        ([replace(query, pool=(first, first))], "a pool with a candidate twice"),
+        ([replace(query, pool=(first, "0"))], "names a candidate 0 that it has not"),
+        ([replace(query, relevance={"1": 1.0})], "names a candidate 1 that it has not"),
+        ([replace(query, relevance={first: float("nan")})], "of grade 0 or less"),
+        ([replace(query, relevance={})], "no relevant candidate for any query"),
+        ([], "has 0 queries, 3 candidates"),
+    ):
+        with pytest.raises(UserError, match=problem):
+            check(replace(dataset, queries=queries), pool)
 
 
 def test_a_corpus_with_a_part_missing_is_refused(tmp_path: Path) -> None:
