@@ -20,8 +20,8 @@ import numpy.typing as npt
 from pipelines.benchmarks.contract import Dataset, Pool, as_ids, check, read_pool
 from pipelines.errors import UserError
 from rzen.evaluation.metrics import METRIC_NAMES, Relevant, metrics_by_query
-from rzen.evaluation.ranking import NONE, FloatArray, IntArray
-from rzen.evaluation.scoring import Ranked, check_block_by_block, rank_candidates, rank_pools
+from rzen.evaluation.scoring import Ranked, rank_candidates, rank_pools
+from rzen.evaluation.vectors import NONE, FloatArray, IntArray, check_block_by_block
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ import numpy as np
 
 from pipelines.errors import UserError
 from rzen.evaluation.benchmark import Scored
-from rzen.evaluation.ranking import NONE, FloatArray
+from rzen.evaluation.vectors import NONE, FloatArray
 
 _DRAWN_AT_ONCE = 4_000_000
 

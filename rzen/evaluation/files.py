@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from rzen.evaluation.benchmark import Scored
-from rzen.evaluation.ranking import NONE
 from rzen.evaluation.report import write_json
+from rzen.evaluation.vectors import NONE
 
 
 def write_files(scored: Scored, folder: Path) -> None:

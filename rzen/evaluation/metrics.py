@@ -20,12 +20,13 @@ Shapes: Q queries, P pairs of a query and a relevant candidate, query by query. 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from rzen.evaluation.ranking import IntArray
+from rzen.evaluation.vectors import IntArray
 
 CUTOFFS = (1, 5, 10)
 FAMILIES = ("hit", "ndcg_linear", "ndcg_exponential", "precision", "recall", "f1", "map", "mrr")
@@ -46,8 +47,10 @@ class Relevant:
         return np.bincount(self.query, minlength=self.num_queries).astype(np.int64)
 
 
-def metrics_by_query(relevant: Relevant, rank_P: IntArray) -> dict[str, npt.NDArray[np.float64]]:
-    """Every metric of `METRIC_NAMES`, `[Q]` each. Ranks of one query are all different."""
+def metrics_by_query(
+    relevant: Relevant, rank_P: IntArray, cutoffs: Sequence[int] = CUTOFFS
+) -> dict[str, npt.NDArray[np.float64]]:
+    """Every metric at every cutoff, in the order of `METRIC_NAMES`, `[Q]` each. Ranks of a query are all different."""
     order_P = np.lexsort((rank_P, relevant.query))
     query_P, rank_P, grade_P = relevant.query, rank_P[order_P], relevant.grade[order_P]
     count_Q = relevant.count()
@@ -57,7 +60,7 @@ def metrics_by_query(relevant: Relevant, rank_P: IntArray) -> dict[str, npt.NDAr
         return np.bincount(query_P, weights=values_P, minlength=relevant.num_queries).astype(np.float64)
 
     found: dict[str, npt.NDArray[np.float64]] = {}
-    for k in CUTOFFS:
+    for k in cutoffs:
         seen_P = rank_P <= k
         seen_Q = total(seen_P)
         precision_Q, recall_Q = seen_Q / k, seen_Q / np.maximum(count_Q, 1)
@@ -72,7 +75,7 @@ def metrics_by_query(relevant: Relevant, rank_P: IntArray) -> dict[str, npt.NDAr
             ideal_Q = total(np.where(number_P <= k, best_P / np.log2(1 + number_P), 0.0))
             gained_Q = total(np.where(seen_P, gain_P / np.log2(1 + rank_P), 0.0))
             found[f"ndcg_{family}@{k}"] = gained_Q / np.where(ideal_Q > 0, ideal_Q, 1.0)
-    return {name: found[name] for name in METRIC_NAMES}
+    return {name: found[name] for name in (f"{family}@{k}" for family in FAMILIES for k in cutoffs)}
 
 
 def _number_within(count_Q: IntArray) -> IntArray:

@@ -8,7 +8,7 @@ memory-mapped. Beside the queries in fp32 the memory is about
 which is 0.2 GB with the defaults and ten thousand queries, for any number of candidates of width 1536. Products are
 fp32, on a GPU too (TF32 off).
 
-Ties go against what is relevant, as in `ranking.py`: a candidate that is not relevant and scores within `TIE` stands
+Ties go against what is relevant: a candidate that is not relevant and scores within `TIE` stands
 before it, and of relevant candidates within `TIE` the one of the lower grade. Benchmarks list the relevant one first,
 so that other rules score collapsed vectors at 100%.
 
@@ -24,9 +24,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pipelines.errors import UserError
 from rzen.evaluation.metrics import Relevant
-from rzen.evaluation.ranking import COLLAPSE_VARIANCE, NONE, TIE, FloatArray, IntArray, check_vectors
+from rzen.evaluation.vectors import NONE, TIE, FloatArray, IntArray
 
 _PAIRS = 4096  # relevant rows gathered at once
 
@@ -119,22 +118,6 @@ def rank_pools(
         rows_QK[query_Q, :width] = np.where(found.rows == NONE, NONE, pool_N[found.rows])
         scores_QK[query_Q, :width] = found.scores
     return Ranked(rank_P, tied_P, rows_QK, scores_QK)
-
-
-def check_block_by_block(vectors_ND: FloatArray, place: str, block_rows: int = 8192) -> None:
-    """Raise `UserError` for vectors that are not finite or not unit, and for two or more that are all one vector."""
-    total_D = np.zeros(vectors_ND.shape[-1])
-    square = 0.0
-    for first in range(0, max(len(vectors_ND), 1), block_rows):
-        block_TD = vectors_ND[first : first + block_rows]
-        check_vectors(block_TD, f"{place}[{first}:]" if first else place)
-        total_D += block_TD.sum(axis=0, dtype=np.float64)
-        square += float(np.square(block_TD, dtype=np.float64).sum())
-    mean_D = total_D / len(vectors_ND)
-    variance = square / len(vectors_ND) - float(mean_D @ mean_D)
-    if len(vectors_ND) > 1 and variance < COLLAPSE_VARIANCE:
-        problem = f"all {len(vectors_ND)} are one vector (variance {variance:.1e})"
-        raise UserError(place, problem, "check the model: it tells nothing apart")
 
 
 def _scores_of_pairs(queries_QD: FloatArray, candidates_ND: FloatArray, relevant: Relevant) -> FloatArray:
