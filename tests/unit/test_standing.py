@@ -6,16 +6,31 @@ import io
 import json
 import random
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from rich.console import Console
 
 from pipelines.benchmarks.contract import Row
+from pipelines.benchmarks.library import open_dataset
 from pipelines.benchmarks.table import M_BEIR, M_BEIR_GLOBAL, META_TASKS, MMEB_V2, submitted_name
 from pipelines.errors import UserError
+from rzen.evaluation.benchmark import score_dataset
+from rzen.evaluation.files import write_files
 from rzen.evaluation.metrics import METRIC_NAMES
-from rzen.evaluation.standing import Scores, coverage, markdown, means, stand, terminal, write_standing
+from rzen.evaluation.standing import (
+    Scores,
+    coverage,
+    markdown,
+    means,
+    plot_means,
+    side_by_side,
+    stand,
+    terminal,
+    write_standing,
+)
 from rzen.evaluation.submission import ModelCard, Submission, make_submission, write_submission
+from tests.layouts import grade, page, planted, put_pages
 
 CARD = ModelCard(
     model_name="toy",
@@ -189,3 +204,43 @@ def test_model_card_is_checked(field: str) -> None:
         ModelCard.model_validate({**CARD.model_dump(), field: ""})
     with pytest.raises(ValueError, match="day"):
         ModelCard.model_validate({**CARD.model_dump(), "model_release_date": "2026-02-30"})
+
+
+def test_from_files_on_disk_to_the_submission(tmp_path: Path) -> None:
+    """A whole small set of the benchmark, 52 queries for 3 pages: read, scored, written, told and submitted."""
+    row = MMEB_V2["ViDoRe_esg_reports_human_labeled_v2"]
+    queries = {str(number): f"query {number}" for number in range(52)}
+    qrels = [grade(name, str(int(name) % 3), 1 + int(name) % 2) for name in queries]
+    put_pages(tmp_path / row.data, "test", queries, [page(str(number)) for number in range(3)], qrels)
+    dataset = open_dataset(row, tmp_path)
+    found = {name: [str(int(name) % 3 if int(name) >= 13 else (int(name) + 1) % 3)] for name in queries}
+    result = score_dataset(dataset, *planted(dataset, found))
+    # 13 queries find another page first; their own then ties with the third, which goes against it.
+    assert result.value == pytest.approx((39 + 13 / 2) / 52)
+    assert result.remarks == ["13 of 52 queries would have another rank if ties went the other way"]
+    write_files(result, tmp_path / "scores")
+    values = json.loads((tmp_path / f"scores/{row.name}_score.json").read_text())
+    lines = stand(MMEB_V2.values(), {row.name: values}, {})
+    assert means(lines)[-1].official == pytest.approx(result.value / 78)
+    submission = make_submission(CARD, {row.name: values})
+    assert list(submission.metrics.visdoc) == [row.name]
+
+
+def test_models_side_by_side() -> None:
+    rows = [MMEB_V2["MSVD"], MMEB_V2["GQA"]]
+    standings = {
+        "old": stand(rows, {"MSVD": whole(rows[0], 0.5), "GQA": whole(rows[1], 0.25)}, {}),
+        "new": stand(rows, {"MSVD": whole(rows[0], 0.75)}, {}),
+    }
+    assert side_by_side(standings) == (
+        "| model | video retrieval | image QA | video | image | all | datasets |\n"
+        "| --- | --- | --- | --- | --- | --- | --- |\n"
+        "| old | 50.0 | 25.0 | 50.0 | 25.0 | 37.5 | 2 of 2 |\n"
+        "| new | 75.0 | 0.0 | 75.0 | 0.0 | 37.5 | 1 of 2 |\n"
+    )
+    picture = plot_means(standings)
+    assert picture == plot_means(standings)
+    assert ElementTree.fromstring(picture).tag == "{http://www.w3.org/2000/svg}svg"
+    assert picture != plot_means({**standings, "new": standings["old"]})
+    with pytest.raises(ValueError, match="new was not measured on the datasets of old"):
+        side_by_side({**standings, "new": standings["new"][:1]})
