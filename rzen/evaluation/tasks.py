@@ -8,7 +8,8 @@ from typing import Literal
 
 import numpy as np
 
-from rzen.evaluation.ranking import IntArray, hit_at_k, mrr, ndcg_at_k
+from rzen.evaluation.ranking import hit_at_k, mrr, ndcg_at_k
+from rzen.evaluation.vectors import IntArray
 
 Form = Literal["text", "image", "page", "video", "image+text", "class"]
 Metric = Literal["hit@1", "hit@5", "hit@10", "ndcg@5", "mrr"]

@@ -1,0 +1,116 @@
+"""Two models on the same queries: the difference of their scores, and how far another draw of queries would move it.
+
+The interval is that of the paired bootstrap: queries are drawn with replacement, the same for both models, and the
+middle 95% of the differences is kept. For the mean over datasets the queries of each are drawn by themselves. It says
+nothing about seeds of training (`ablation.py` does).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipelines.errors import UserError
+from rzen.evaluation.benchmark import Scored
+from rzen.evaluation.vectors import NONE, FloatArray
+
+_DRAWN_AT_ONCE = 4_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Second minus first, and its 95% interval."""
+
+    mean: float
+    low: float
+    high: float
+    num_queries: int
+
+
+def compare(
+    first: Mapping[str, Scored], second: Mapping[str, Scored], *, num_draws: int = 2000, seed: int = 0
+) -> dict[str, Difference]:
+    """Of every dataset that both have, on the metric that counts; last, under `mean`, their plain mean.
+
+    Raises `UserError` for models that were asked different queries, and for nothing in common.
+    """
+    differences = {name: _differences(first[name], second[name]) for name in first if name in second}
+    if not differences:
+        raise UserError("comparison", "the two models have no dataset in common", "score both on one")
+    rng = np.random.default_rng(seed)
+    drawn = {name: _drawn_means(values, num_draws, rng) for name, values in differences.items()}
+    found = {name: _interval(values.mean(), drawn[name], len(values)) for name, values in differences.items()}
+    means = np.mean([values.mean() for values in differences.values()])
+    total = sum(map(len, differences.values()))
+    return {**found, "mean": _interval(float(means), np.mean(list(drawn.values()), axis=0), total)}
+
+
+def instruction_sensitivity(with_instruction: Scored, without: Scored) -> tuple[Difference, float]:
+    """What a model gains by the instructions of queries, and the share of queries whose first candidate they change."""
+    name = with_instruction.dataset.row.name
+    gained = compare({name: without}, {name: with_instruction})[name]
+    changed = [before != after for before, after in zip(_first(without), _first(with_instruction), strict=True)]
+    return gained, float(np.mean(changed))
+
+
+def modality_gap(queries_QD: FloatArray, candidates_ND: FloatArray) -> float:
+    """Distance between the mean vectors of the two sides, from 0 to 2: how far apart a model keeps them for what they
+    are, not for what they say (Liang et al. 2022).
+    """
+    means = [vectors.mean(axis=0, dtype=np.float64) for vectors in (queries_QD, candidates_ND)]
+    return float(np.linalg.norm(means[0] - means[1]))
+
+
+def target_modality_accuracy(scored: Scored) -> float:
+    """Share of the queries whose first candidate has the modality of a relevant one; in mixed pools a model may find
+    the wrong kind of thing.
+    """
+    wanted: list[set[str]] = [set() for _ in scored.dataset.queries]
+    for query, row in zip(scored.relevant.query, scored.relevant.row, strict=True):
+        wanted[query].add(scored.modalities[int(row)])
+    first = scored.ranked.rows[:, 0]
+    right = [row != NONE and scored.modalities[int(row)] in kinds for row, kinds in zip(first, wanted, strict=True)]
+    return float(np.mean(right))
+
+
+def comparison_table(differences: Mapping[str, Difference], first: str, second: str) -> str:
+    """Markdown, in points; bold where 0 lies outside the interval."""
+    lines = [f"| dataset | queries | {second} - {first} |", "| --- | ---: | ---: |"]
+    for name, one in differences.items():
+        text = f"{100 * one.mean:+.1f} [{100 * one.low:+.1f}, {100 * one.high:+.1f}]"
+        text = f"**{text}**" if one.low > 0 or one.high < 0 else text
+        lines.append(f"| {name} | {one.num_queries:,} | {text} |")
+    return "\n".join(lines) + "\n"
+
+
+def _differences(first: Scored, second: Scored) -> FloatArray:
+    row = first.dataset.row
+    if _asked(first) != _asked(second):
+        raise UserError(row.name, "the two models were asked different queries", "score both on the same files")
+    return second.by_query[row.metric] - first.by_query[row.metric]
+
+
+def _first(scored: Scored) -> list[str]:
+    return [scored.names.get(int(row), "") for row in scored.ranked.rows[:, 0]]
+
+
+def _asked(scored: Scored) -> Sequence[str]:
+    return [query.item.name for query in scored.dataset.queries]
+
+
+def _drawn_means(values_Q: FloatArray, num_draws: int, rng: np.random.Generator) -> FloatArray:
+    """Means of so many draws of as many values, with replacement."""
+    at_once = max(1, _DRAWN_AT_ONCE // len(values_Q))
+    return np.concatenate(
+        [
+            values_Q[rng.integers(len(values_Q), size=(min(at_once, num_draws - done), len(values_Q)))].mean(axis=1)
+            for done in range(0, num_draws, at_once)
+        ]
+    )
+
+
+def _interval(mean: float, drawn: FloatArray, num_queries: int) -> Difference:
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return Difference(float(mean), float(low), float(high), num_queries)

@@ -1,0 +1,116 @@
+"""What the leaderboard of MMEB-V2 takes: one JSON file of a model, checked before it is written.
+
+The form follows the published script and published entries. `Submission.model_json_schema()` is its JSON schema.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import date, datetime
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError, create_model, model_validator
+
+from pipelines.benchmarks.table import MMEB_V2, MODALITIES, submitted_name
+from pipelines.config import Config, Fraction, PositiveInt
+from pipelines.errors import UserError
+from rzen.evaluation.metrics import METRIC_NAMES
+from rzen.evaluation.report import write_json
+from rzen.evaluation.standing import Scores
+
+
+class ModelCard(Config):
+    """What an entry says about its model."""
+
+    model_name: str = Field(min_length=1)
+    """As it shall stand on the leaderboard."""
+    model_backbone: str = Field(min_length=1)
+    """`Qwen2-VL` for example."""
+    model_size: str = Field(min_length=1)
+    """`2B parameters` for example."""
+    embedding_dimension: PositiveInt
+    """Width of its vectors."""
+    max_length_tokens: PositiveInt
+    """Longest sequence that it was evaluated with."""
+    model_release_date: str = Field(pattern=r"^\d{4}-\d{2}-\d{2}$")
+    """Year, month and day."""
+    data_source: Literal["Self-Reported"] = "Self-Reported"
+    """Who measured."""
+    url: str = Field(pattern=r"^https?://")
+    """Paper, code or weights."""
+
+    @model_validator(mode="after")
+    def _is_a_day(self) -> ModelCard:
+        date.fromisoformat(self.model_release_date)
+        return self
+
+
+class Metadata(ModelCard):
+    """The card, and when the report was made."""
+
+    report_generated_date: str
+    """ISO 8601."""
+
+
+DatasetScores = create_model(
+    "DatasetScores",
+    __base__=Config,
+    __doc__="The content of a `{dataset}_score.json`.",
+    num_pred=(PositiveInt, ...),
+    num_data=(PositiveInt, ...),
+    **{name.replace("@", "_at_"): (Fraction, Field(alias=name)) for name in METRIC_NAMES},  # type: ignore[call-overload]
+)
+
+
+class Metrics(Config):
+    """Dataset -> scores, by modality, under the names of the leaderboard."""
+
+    image: dict[str, DatasetScores]
+    """Of 36."""
+    video: dict[str, DatasetScores]
+    """Of 18."""
+    visdoc: dict[str, DatasetScores]
+    """Of 24."""
+
+    @model_validator(mode="after")
+    def _are_of_the_table(self) -> Metrics:
+        for modality in MODALITIES:
+            counts = {submitted_name(row): row.num_queries for row in MMEB_V2.values() if row.modality == modality}
+            for name, scores in getattr(self, modality).items():
+                if name not in counts:
+                    raise ValueError(f"{modality} has no dataset {name!r}")
+                if not scores.num_pred == scores.num_data == counts[name]:
+                    raise ValueError(f"{name} has {scores.num_data} queries, not {counts[name]}")
+        return self
+
+
+class Submission(Config):
+    """The whole file."""
+
+    metadata: Metadata
+    """Of the model."""
+    metrics: Metrics
+    """Of the datasets that were measured whole; the others count 0."""
+
+
+def make_submission(card: ModelCard, scores: Mapping[str, Scores]) -> Submission:
+    """From the scores of the datasets (by the table's names). Raises `UserError` for an incomplete or unknown one."""
+    metrics: dict[str, dict[str, Scores]] = {modality: {} for modality in MODALITIES}
+    for name, values in scores.items():
+        if name not in MMEB_V2:
+            raise UserError(f"submission {name}", "is no dataset of MMEB-V2", "leave it out")
+        row = MMEB_V2[name]
+        metrics[row.modality][submitted_name(row)] = values
+    metadata = {**card.model_dump(), "report_generated_date": datetime.now().astimezone().isoformat()}
+    try:
+        return Submission.model_validate({"metadata": metadata, "metrics": metrics})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise UserError(f"submission {'.'.join(map(str, first['loc']))}", first["msg"], "score it whole") from error
+
+
+def write_submission(path: Path, submission: Submission) -> None:
+    """Readable JSON, atomically."""
+    write_json(path, json.loads(submission.model_dump_json(by_alias=True)))
