@@ -1,6 +1,6 @@
 """A small run of Ray Train and Ray Data that sets the gauges of training and goes on until it is interrupted.
 
-python tests/infra/live_run.py FOLDER    FOLDER becomes Ray's temporary directory
+python tests/infra/live_run.py FOLDER    on the Ray that RAY_ADDRESS names; results go to FOLDER
 """
 
 import sys
@@ -37,22 +37,14 @@ def slow(batch: dict[str, object]) -> dict[str, object]:
 
 def main(folder: str) -> None:
     """Runs until SIGINT."""
-    ray.init(
-        address="local",
-        num_cpus=3,
-        include_dashboard=True,
-        dashboard_port=0,
-        log_to_driver=False,
-        object_store_memory=128 << 20,
-        _temp_dir=folder,
-    )
+    ray.init(log_to_driver=False)
     placement_group([{"CPU": 100}])  # demand that nobody meets
     waiting = ray.remote(num_cpus=100)(slow).remote({})
     data = ray.data.range(100_000, override_num_blocks=5000).map_batches(slow, num_cpus=0.5)
     DataParallelTrainer(
         worker,
         scaling_config=ScalingConfig(num_workers=1, resources_per_worker={"CPU": 1}),
-        run_config=RunConfig(name="live", storage_path=f"{folder}/results"),
+        run_config=RunConfig(name="live", storage_path=folder),
         datasets={"train": data},
     ).fit()
     del waiting

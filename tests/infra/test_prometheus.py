@@ -147,52 +147,56 @@ def test_the_dashboard_fits_together() -> None:
 
 @pytest.fixture(scope="module")
 def prometheus() -> Iterator[str]:
-    """URL of a Prometheus with our configuration that scrapes a Ray in which a run goes on."""
+    """URL of the Prometheus of a local cluster (infra/local/up.py) on which a run goes on."""
     with tempfile.TemporaryDirectory(prefix="rzm", dir="/tmp") as name:  # short: sockets of Ray lie in it
-        folder, port = Path(name), free_port()
-        config = yaml.safe_load((FOLDER / "prometheus.yaml").read_text())
-        (discovery,) = config["scrape_configs"][0]["file_sd_configs"]
-        assert discovery["files"] == ["/tmp/ray/prom_metrics_service_discovery.json"]  # where Ray's head writes it
-        discovery["files"] = [str(folder / "ray" / Path(discovery["files"][0]).name)]
-        config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
-        (folder / "prometheus.yaml").write_text(yaml.safe_dump(config))
-        shutil.copy(FOLDER / "rules.yaml", folder)
-        ports = {"AUTOSCALER_METRIC_PORT": str(free_port()), "DASHBOARD_METRIC_PORT": str(free_port())}
-        commands = {
-            "ray": [sys.executable, str(Path(__file__).with_name("live_run.py")), str(folder / "ray")],
-            "prometheus": [
-                "prometheus",
-                f"--config.file={folder / 'prometheus.yaml'}",
-                f"--storage.tsdb.path={folder / 'data'}",
-                f"--web.listen-address=127.0.0.1:{port}",
-            ],
-        }
-        started = []
+        folder = Path(name)
+        ports = {option: free_port() for option in ("port", "dashboard-port", "client-port", "prometheus-port")}
+        command = [sys.executable, "-m", "infra.local.up", "--num-cpus=3", "--scrape-s=1", f"--temp-dir={folder}"]
+        command += [f"--{option}={port}" for option, port in ports.items()]
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+        environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        started = [subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)]
         try:
-            for program, command in commands.items():
-                with (folder / f"{program}.log").open("w") as log:
-                    started.append(subprocess.Popen(command, env=os.environ | ports, stdout=log, stderr=log))
-            url = f"http://127.0.0.1:{port}"
-            _wait_for_series(url, {"ray_rzen_loss", "ray_data_num_tasks_running", "ray_train_controller_state"}, folder)
+            told = _exports(started[0])
+            assert told["RAY_AUTH_MODE"] == "token"
+            url = f"http://127.0.0.1:{ports['prometheus-port']}"
+            _wait_for(url, {"ray_node_cpu_utilization"}, folder / "ray.log")
+            with (folder / "run.log").open("w") as log:
+                run = [sys.executable, str(Path(__file__).with_name("live_run.py")), str(folder / "results")]
+                started.append(subprocess.Popen(run, env=environment | told, stdout=log, stderr=log))
+            names = {"ray_rzen_loss", "ray_data_num_tasks_running", "ray_train_controller_state"}
+            _wait_for(url, names, folder / "run.log")
+            time.sleep(12)  # Ray's agents send every few seconds; rates need two samples
             yield url
         finally:
             for process in reversed(started):
                 process.send_signal(signal.SIGINT)
-            for process in started:
                 try:
-                    process.wait(30)
+                    process.wait(60)
                 except subprocess.TimeoutExpired:
                     process.kill()
 
 
-def _wait_for_series(url: str, names: set[str], folder: Path) -> None:
+def _exports(process: "subprocess.Popen[str]") -> dict[str, str]:
+    """The variables that the local cluster says one should set."""
+    told = {}
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("export "):
+            name, _, value = line.removeprefix("export ").strip().partition("=")
+            told[name] = value
+        elif "Ctrl-C" in line:
+            return told
+    raise AssertionError("the local cluster did not start")
+
+
+def _wait_for(url: str, names: set[str], log: Path) -> None:
     deadline = time.monotonic() + 120
     while missing := {name for name in names if not ask(url, f"count({name})")}:
-        log = (folder / "ray.log").read_text()[-2000:]
-        assert time.monotonic() < deadline, f"no {missing}:\n{log}"
-        assert "Traceback" not in log, log
+        text = log.read_text()[-2000:]
+        assert time.monotonic() < deadline, f"no {missing}:\n{text}"
+        assert "Traceback" not in text, text
         time.sleep(1)
-    time.sleep(12)  # Ray's agents send every few seconds; rates need two samples
 
 
 def ask(url: str, query: str) -> list[Any]:
