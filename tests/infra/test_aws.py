@@ -32,6 +32,7 @@ def config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Config]:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("MOTO_EC2_LOAD_DEFAULT_AMIS", "false")  # seconds for each test
     from ray.autoscaler._private.aws import config as bootstrapping
     from ray.autoscaler._private.aws import utils
 
@@ -52,7 +53,7 @@ def config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Config]:
                 iam.put_role_policy(RoleName=profile, PolicyName=name, PolicyDocument=policy(name))
             iam.create_instance_profile(InstanceProfileName=profile)
             iam.add_role_to_instance_profile(InstanceProfileName=profile, RoleName=profile)
-        image = boto3.client("ec2", REGION).describe_images()["Images"][0]["ImageId"]
+        image = boto3.client("ec2", REGION).register_image(Name="nodes", RootDeviceName="/dev/sda1")["ImageId"]
         text = (FOLDER / "aws.yaml").read_text()
         for blank, value in (("ami-FILL-IN", image), ("sg-FILL-IN", group.id), ("subnet-FILL-IN", subnet.id)):
             assert blank in text
