@@ -3,7 +3,8 @@
 import copy
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -173,15 +174,19 @@ def test_commands_replace_rays_defaults(name: str) -> None:
             assert node_type["resources"]["CPU"] > 0
 
 
+BOTH = ("rzen-head", "rzen-worker")
+HEAD = ("rzen-head",)
 PLACES = {
-    "rzen/data/train/a.tar": ("rzen-head", "rzen-worker"),
-    "rzen/runs/stage1/latest.json": ("rzen-head", "rzen-worker"),
-    "rzen/vectors/0.parquet": ("rzen-head", "rzen-worker"),
-    "rzen/model/config.json": ("rzen-head",),
-    "rzen/registry/champion.json": ("rzen-head",),
-    "other/secret": (),
+    "rzen/data/train/a.tar": (BOTH, BOTH),
+    "rzen/runs/stage1/latest.json": (BOTH, BOTH),
+    "rzen/vectors/0.parquet": (BOTH, BOTH),
+    "rzen/model/config.json": (HEAD, HEAD),
+    "rzen/registry/champion.json": (HEAD, ()),
+    "rzen/registry/models/a/lineage.json": (HEAD, ()),
+    "rzen/registry/work/a/adapter": (HEAD, HEAD),
+    "other/secret": ((), ()),
 }
-"""Key -> who may write it."""
+"""Key -> who may write it, and who may delete it."""
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -196,22 +201,24 @@ def test_policies_let_workers_write_runs_and_never_the_registry(config: Config, 
     key = iam.create_access_key(UserName=profile)["AccessKey"]
 
     @set_initial_no_auth_action_count(0)
-    def outcomes() -> dict[str, str]:
+    def allowed() -> dict[str, tuple[bool, bool]]:
         s3 = boto3.client(
             "s3", REGION, aws_access_key_id=key["AccessKeyId"], aws_secret_access_key=key["SecretAccessKey"]
         )
-        codes = {}
-        for place in PLACES:
-            try:
-                s3.put_object(Bucket="bucket", Key=place, Body=b"")
-                codes[place] = "written"
-            except ClientError as error:
-                codes[place] = error.response["Error"]["Code"]
-        return codes
+        put, delete = partial(s3.put_object, Body=b""), s3.delete_object
+        return {place: (_is_allowed(put, place), _is_allowed(delete, place)) for place in PLACES}
 
-    assert outcomes() == {
-        place: "written" if profile in profiles else "AccessDenied" for place, profiles in PLACES.items()
-    }
+    assert allowed() == {place: (profile in write, profile in delete) for place, (write, delete) in PLACES.items()}
+
+
+def _is_allowed(action: Callable[..., Any], place: str) -> bool:
+    try:
+        action(Bucket="bucket", Key=place)
+    except ClientError as error:
+        if error.response["Error"]["Code"] != "AccessDenied":
+            raise
+        return False
+    return True
 
 
 def test_the_launcher_ends_its_own_nodes_only_and_passes_one_role() -> None:
