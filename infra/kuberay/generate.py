@@ -1,0 +1,239 @@
+"""Writes what must not be copied by hand: RayJobs from the specs in jobs/, the PrometheusRule from the alert rules.
+
+    python -m infra.kuberay.generate            writes the files
+    python -m infra.kuberay.generate --check    exit status 1 if one of them is not what would be written
+
+Each RayJob brings its own cluster: the head and the groups of base/raycluster.yaml that its spec asks for, with as many
+nodes as it can use. `tests/infra/test_kuberay.py` runs the check, and each command as a shell in the pod would read it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jobs.dispatch import named_specs
+from jobs.load import check, override, read_document
+from jobs.spec import EmbedSpec, EvaluateSpec, ExportSpec, FinetunesSpec, IndexSpec, Spec, TrainSpec
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+CLUSTER = HERE / "base" / "raycluster.yaml"
+RULES = HERE.parent / "monitoring" / "rules.yaml"
+_GPU = "nvidia.com/gpu"
+
+LOCAL_KINDS = {
+    "corpus": "draws files into a local folder",
+    "ingest": "reads a local folder on every node",
+    "pipeline": "the shipped ones start from a local folder; re-training has a manifest of its own",
+    "ablation": "writes its report to a local folder",
+    "search": "writes a local page",
+}
+"""Kinds of job without a RayJob, and why: run them with `rzen run` where the files are."""
+
+_ADAPTER = "$RZEN_STORE/runs/{}/adapter"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A shipped spec on a cluster that starts without workers, with all that it reads and writes below RZEN_STORE."""
+
+    spec: str
+    """File in jobs/."""
+    set: tuple[str, ...] = ()
+    """What is changed in it; the shell of the head's pod fills in $RZEN_STORE."""
+    account: str = "rzen-head"
+    """Service account of the driver."""
+    deadline_s: int = 7 * 86400
+    """After so long the job is ended."""
+
+
+JOBS = {
+    "index": Job("index.yaml", ("out=$RZEN_STORE/data", "sources.pairs.urls=[$RZEN_STORE/shards]")),
+    "stage1": Job(
+        "stage1.yaml", ("data.root=$RZEN_STORE/data", "run.root=$RZEN_STORE/runs", "cluster.autoscaling=true")
+    ),
+    "stage2": Job(
+        "stage2.yaml",
+        (
+            "data.root=$RZEN_STORE/data",
+            "run.root=$RZEN_STORE/runs",
+            f"init_adapter={_ADAPTER.format('stage1')}",
+            "cluster.autoscaling=true",
+        ),
+    ),
+    "finetunes": Job(
+        "finetunes.yaml",
+        (
+            "set.data.root=$RZEN_STORE/data",
+            "set.run.root=$RZEN_STORE/runs",
+            f"set.init_adapter={_ADAPTER.format('stage1')}",
+            "set.cluster.autoscaling=true",
+            f"out={_ADAPTER.format('soup')}",
+        ),
+    ),
+    "evaluate": Job(
+        "evaluate.yaml",
+        (
+            *(
+                f"models.{name}.adapter={_ADAPTER.format(name)}"
+                for name in ("stage1", "balanced", "images", "documents", "soup")
+            ),
+            "data.root=$RZEN_STORE/data",
+            "gpus_per_model=1",
+            "autoscaling=true",
+            "out=results.json",  # on the head, and gone with it: the table is in the log
+        ),
+    ),
+    "export": Job("export.yaml", (f"model.adapter={_ADAPTER.format('soup')}", "out=$RZEN_STORE/model")),
+    "embed": Job(
+        "embed.yaml",
+        (
+            "model=$RZEN_STORE/model",
+            "data.root=$RZEN_STORE/data",
+            "out=$RZEN_STORE/vectors",
+            "actors=8",
+            "autoscaling=true",
+        ),
+    ),
+}
+"""Name of a RayJob -> the job."""
+
+RETRAIN = Job("retrain.yaml", account="rzen-promoter", deadline_s=3 * 86400)
+"""The job of retrain/cronjob.yaml. Its stations ask for different machines: it gets all groups."""
+
+
+def files() -> dict[Path, str]:
+    """Path -> content of every generated file."""
+    written = {HERE / "jobs" / f"{name}.yaml": _yaml(rayjob(name, job, _gpus(job))) for name, job in JOBS.items()}
+    written[HERE / "jobs" / "kustomization.yaml"] = _yaml(
+        {
+            "apiVersion": "kustomize.config.k8s.io/v1beta1",
+            "kind": "Kustomization",
+            "resources": [f"{name}.yaml" for name in JOBS],
+        }
+    )
+    written[HERE / "retrain" / "rayjob.yaml"] = _yaml(rayjob("retrain", RETRAIN, None))
+    written[HERE / "base" / "prometheusrule.yaml"] = _yaml(
+        {
+            "apiVersion": "monitoring.coreos.com/v1",
+            "kind": "PrometheusRule",
+            "metadata": {"name": "rzen", "labels": {"release": "prometheus"}},
+            "spec": yaml.safe_load(RULES.read_text()),
+        }
+    )
+    return written
+
+
+def rayjob(name: str, job: Job, gpus: float | None) -> dict[str, Any]:
+    """The manifest of a job that can use so many GPUs; None: of which nothing is known."""
+    cluster = copy.deepcopy(yaml.safe_load(CLUSTER.read_text())["spec"])
+    cluster["headGroupSpec"]["template"]["spec"]["serviceAccountName"] = job.account
+    if gpus is not None:
+        cluster["workerGroupSpecs"] = list(filter(None, (_sized(group, gpus) for group in cluster["workerGroupSpecs"])))
+    return {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayJob",
+        "metadata": {"name": name},
+        "spec": {
+            # Applied, it does nothing; started, it makes its cluster.
+            "suspend": True,
+            "submissionMode": "K8sJobMode",
+            "entrypoint": command(job),
+            "rayClusterSpec": cluster,
+            "shutdownAfterJobFinishes": True,
+            # Time to look at the dashboard. GPU nodes have gone by then, idle.
+            "ttlSecondsAfterFinished": 600,
+            "activeDeadlineSeconds": job.deadline_s,
+            # A head that does not come up within an hour is an error to be told.
+            "preRunningDeadlineSeconds": 3600,
+            # Going on after a loss is the training run's own affair; a new cluster would only repeat mistakes.
+            "backoffLimit": 0,
+        },
+    }
+
+
+def command(job: Job) -> str:
+    """The entrypoint. Two shells read it, that of the submitter and that of the head, and only the head knows
+    RZEN_STORE: `sh -c '...'` passes through the first one as it is.
+    """
+    words = ["rzen", "run", f"jobs/{job.spec}"]
+    words += [word for setting in job.set for word in ("--set", f'"{setting}"')]
+    return f"sh -c {shlex.quote(' '.join(words))}"
+
+
+def specs(job: Job) -> list[Spec]:
+    """The checked spec of a job and those that it names. Raises `UserError` if one is not valid."""
+    document = override(read_document(ROOT / "jobs" / job.spec), job.set)
+    spec = check(document)
+    return [spec, *named_specs(spec, document)]
+
+
+def _gpus(job: Job) -> float:
+    """How many GPUs a job can use at once."""
+    spec, *named = specs(job)
+    match spec:
+        case TrainSpec():
+            return _gpus_of_run(spec)
+        case FinetunesSpec():
+            runs = sorted((some for some in named if isinstance(some, TrainSpec)), key=_gpus_of_run, reverse=True)
+            return sum(_gpus_of_run(some) for some in runs[: spec.max_parallel])
+        case EvaluateSpec():
+            return len(spec.models) * spec.gpus_per_model
+        case EmbedSpec():
+            return spec.actors * spec.gpus_per_actor
+        case IndexSpec() | ExportSpec():
+            return 0.0
+    raise ValueError(f"jobs/{job.spec}: how many GPUs a job of kind {spec.kind} uses is not written here yet")
+
+
+def _gpus_of_run(spec: TrainSpec) -> float:
+    return spec.cluster.workers * spec.cluster.gpus_per_worker
+
+
+def _sized(group: dict[str, Any], gpus: float) -> dict[str, Any] | None:
+    """The group with as many nodes as hold so many GPUs; None if it has GPUs and none are wanted."""
+    (container,) = group["template"]["spec"]["containers"]
+    gpus_per_node = int(container["resources"]["limits"].get(_GPU, 0))
+    if not gpus_per_node:
+        return group
+    return group | {"maxReplicas": math.ceil(gpus / gpus_per_node)} if gpus else None
+
+
+class _Dumper(yaml.SafeDumper):
+    """Without anchors: what stands for something stands there."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _yaml(content: dict[str, Any]) -> str:
+    header = (
+        "# Written by infra/kuberay/generate.py; change that, jobs/, base/raycluster.yaml or the rules in its place.\n"
+    )
+    return header + yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=120)
+
+
+def main() -> int:
+    """Writes, or with --check compares."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    options = parser.parse_args()
+    stale = [path for path, text in files().items() if not path.is_file() or path.read_text() != text]
+    for path in stale:
+        sys.stderr.write(f"{path.relative_to(ROOT)}\n")
+        if not options.check:
+            path.write_text(files()[path])
+    return int(options.check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

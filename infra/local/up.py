@@ -1,0 +1,159 @@
+"""A Ray cluster on this machine with monitoring, until Ctrl-C: `python -m infra.local.up`.
+
+Ray's head with its dashboard; Prometheus with our alerts and Grafana with our dashboard, where they are installed. It
+ends what it started and nothing else (`ray stop` would end every Ray of the machine). tests/infra/test_local.py runs
+it with stand-ins for the programs, tests/infra/test_prometheus.py with a real Ray and Prometheus.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+from jobs.local_s3 import free_port
+
+MONITORING = Path(__file__).resolve().parents[1] / "monitoring"
+_DISCOVERY = "prom_metrics_service_discovery.json"
+_POLL_S = 0.2
+_GRACE_S = 20
+
+
+def main() -> int:
+    """Starts the programs, says how to reach them, and waits; exit status 1 if one of them ended by itself."""
+    options = _options()
+    folder = Path(options.temp_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | _environment(options)
+    commands = _commands(options, folder)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    started: dict[str, subprocess.Popen[bytes]] = {}
+    try:
+        for name, command in commands.items():
+            with (folder / f"{name}.log").open("wb") as log:
+                # A session of its own: Ctrl-C reaches this program, which then ends the others in their order.
+                started[name] = subprocess.Popen(
+                    command, env=environment, stdout=log, stderr=log, start_new_session=True
+                )
+        _say(options, environment, folder, list(commands))
+        while all(process.poll() is None for process in started.values()):
+            time.sleep(_POLL_S)
+        ended = next(name for name, process in started.items() if process.poll() is not None)
+        sys.stderr.write(f"{ended} has ended: {folder / ended}.log\n")
+        return 1
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        _end(started)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--port", type=int, default=6379, help="of Ray, for RAY_ADDRESS (%(default)s)")
+    parser.add_argument("--dashboard-port", type=int, default=8265, help="(%(default)s)")
+    parser.add_argument("--client-port", type=int, default=10001, help="of Ray's client server (%(default)s)")
+    parser.add_argument("--prometheus-port", type=int, default=9090, help="(%(default)s)")
+    parser.add_argument("--grafana-port", type=int, default=3000, help="(%(default)s)")
+    parser.add_argument("--num-cpus", type=int, help="that Ray hands out (default: those of the machine)")
+    parser.add_argument("--scrape-s", type=int, default=15, help="between two looks of Prometheus (%(default)s)")
+    parser.add_argument("--temp-dir", default="/tmp/rzen", help="for logs and sockets; must be short (%(default)s)")
+    return parser.parse_args()
+
+
+def _environment(options: argparse.Namespace) -> dict[str, str]:
+    """What Ray reads from its environment. RAY_AUTH_MODE and RAY_AUTH_TOKEN of the user count."""
+    chosen = {
+        "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token"),
+        # These two ports are the same for every Ray of a machine, and it says nothing if they are taken.
+        "AUTOSCALER_METRIC_PORT": os.environ.get("AUTOSCALER_METRIC_PORT", str(free_port())),
+        "DASHBOARD_METRIC_PORT": os.environ.get("DASHBOARD_METRIC_PORT", str(free_port())),
+        # Ray's dashboard shows Prometheus' and Grafana's panels.
+        "RAY_PROMETHEUS_HOST": f"http://127.0.0.1:{options.prometheus_port}",
+        "RAY_GRAFANA_HOST": f"http://127.0.0.1:{options.grafana_port}",
+        "RAY_GRAFANA_IFRAME_HOST": f"http://127.0.0.1:{options.grafana_port}",
+        # For Grafana and its files in infra/monitoring/grafana.
+        "RZEN_PROMETHEUS": f"http://127.0.0.1:{options.prometheus_port}",
+        "RZEN_DASHBOARDS": str(MONITORING / "grafana"),
+        "GF_SERVER_HTTP_ADDR": "127.0.0.1",
+        "GF_SERVER_HTTP_PORT": str(options.grafana_port),
+        "GF_PATHS_DATA": f"{options.temp_dir}/grafana",
+        "GF_PATHS_PROVISIONING": f"{options.temp_dir}/provisioning",
+        "GF_SECURITY_ALLOW_EMBEDDING": "true",
+        "GF_AUTH_ANONYMOUS_ENABLED": "true",
+    }
+    if chosen["RAY_AUTH_MODE"] == "token" and not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
+        chosen["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    return chosen
+
+
+def _commands(options: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
+    """Program -> command, for those that are installed, in the order in which they start."""
+    ray = ["ray", "start", "--head", "--block", "--disable-usage-stats", f"--port={options.port}"]
+    ray += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={options.dashboard_port}"]
+    ray += [f"--ray-client-server-port={options.client_port}", f"--dashboard-agent-listen-port={free_port()}"]
+    ray += [f"--metrics-export-port={free_port()}", f"--temp-dir={folder}"]
+    if options.num_cpus is not None:
+        ray.append(f"--num-cpus={options.num_cpus}")
+    commands = {"ray": ray}
+    if shutil.which("prometheus"):
+        commands["prometheus"] = [
+            "prometheus",
+            f"--config.file={_prometheus_config(folder, options.scrape_s)}",
+            f"--storage.tsdb.path={folder / 'metrics'}",
+            f"--web.listen-address=127.0.0.1:{options.prometheus_port}",
+        ]
+    if shutil.which("grafana"):
+        for kind, name in (("datasources", "datasource.yaml"), ("dashboards", "provider.yaml")):
+            (folder / "provisioning" / kind).mkdir(parents=True, exist_ok=True)
+            shutil.copy(MONITORING / "grafana" / name, folder / "provisioning" / kind)
+        commands["grafana"] = ["grafana", "server", "--homepath", os.environ.get("GRAFANA_HOME", "/usr/share/grafana")]
+    return commands
+
+
+def _prometheus_config(folder: Path, scrape_s: int) -> Path:
+    """monitoring/prometheus.yaml for the Ray in `folder`."""
+    config = yaml.safe_load((MONITORING / "prometheus.yaml").read_text())
+    config["global"] = {"scrape_interval": f"{scrape_s}s", "evaluation_interval": f"{scrape_s}s"}
+    config["rule_files"] = [str(MONITORING / name) for name in config["rule_files"]]
+    config["scrape_configs"][0]["file_sd_configs"] = [{"files": [str(folder / _DISCOVERY)]}]
+    path = folder / "prometheus.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def _say(options: argparse.Namespace, environment: dict[str, str], folder: Path, names: list[str]) -> None:
+    lines = [
+        f"export RAY_ADDRESS=127.0.0.1:{options.port} RAY_API_SERVER_ADDRESS=http://127.0.0.1:{options.dashboard_port}"
+    ]
+    lines += [
+        f"export {name}={environment[name]}" for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN") if name in environment
+    ]
+    lines.append(f"# dashboard  http://127.0.0.1:{options.dashboard_port}    logs  {folder}")
+    urls = {"prometheus": options.prometheus_port, "grafana": options.grafana_port}
+    for name, port in urls.items():
+        lines.append(f"# {name}  http://127.0.0.1:{port}" if name in names else f"# {name} is not installed")
+    sys.stdout.write("\n".join([*lines, "# Ctrl-C ends it", ""]))
+    sys.stdout.flush()
+
+
+def _end(started: dict[str, subprocess.Popen[bytes]]) -> None:
+    for process in reversed(started.values()):
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(_GRACE_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

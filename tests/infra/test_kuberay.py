@@ -1,0 +1,262 @@
+"""Manifests for KubeRay, as far as they can be checked without a cluster, and faults that these checks have to find."""
+
+import copy
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from infra.kuberay import generate
+from jobs.spec import KINDS
+from tests.infra import manifests
+from tests.infra.manifests import Manifest
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "infra" / "kuberay"
+PLAIN = [path for path in sorted(FOLDER.rglob("*.yaml")) if path.name != "kustomization.yaml"]
+RAY_KINDS = ("RayCluster", "RayJob")
+NEEDS_CRDS = pytest.mark.skipif(not manifests.CRDS, reason="RZEN_KUBERAY_CRDS names no folder with KubeRay's CRDs")
+
+
+def documents() -> list[Manifest]:
+    return [document for path in PLAIN for document in manifests.read(path)]
+
+
+def ray_documents() -> list[Manifest]:
+    return [document for document in documents() if document["kind"] in RAY_KINDS]
+
+
+@pytest.fixture(scope="module")
+def overlays() -> dict[str, list[Manifest]]:
+    if not shutil.which("kubectl"):
+        pytest.skip("kubectl is not installed: overlays are not built")
+    built = {}
+    for name in ("dev", "prod"):
+        command = ["kubectl", "kustomize", str(FOLDER / "overlays" / name)]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        built[name] = list(yaml.safe_load_all(text))
+    return built
+
+
+def test_generated_files_are_those_of_the_generator() -> None:
+    for path, text in generate.files().items():
+        assert path.read_text() == text, f"{path}: run python -m infra.kuberay.generate"
+
+
+def test_every_kind_of_job_has_a_rayjob_or_a_reason_for_having_none() -> None:
+    kinds = {generate.specs(job)[0].kind for job in generate.JOBS.values()} | {"retrain"}
+    assert not kinds & set(generate.LOCAL_KINDS)
+    assert set(KINDS) <= kinds | set(generate.LOCAL_KINDS)
+
+
+def test_nodes_follow_from_the_spec() -> None:
+    jobs = {document["metadata"]["name"]: document for document in ray_documents() if document["kind"] == "RayJob"}
+    most = {
+        name: {group["groupName"]: group["maxReplicas"] for group in job["spec"]["rayClusterSpec"]["workerGroupSpecs"]}
+        for name, job in jobs.items()
+    }
+    assert most["stage1"] == {"decode": 16, "train-spot": 2, "train": 2}  # 16 workers, 8 GPUs on a node
+    assert most["finetunes"] == {"decode": 16, "train-spot": 6, "train": 6}  # three of them side by side
+    assert most["export"] == {"decode": 16}
+
+
+@pytest.mark.parametrize("name", generate.JOBS)
+def test_commands_pass_both_shells(name: str, tmp_path: Path) -> None:
+    """The submitter pastes the entrypoint into a shell of its own, `ray job submit` quotes its words, and the head's
+    shell reads them: only there RZEN_STORE is known.
+    """
+    told = "import shlex, sys; print(shlex.join(sys.argv[1:]), end='')"
+    entrypoint = generate.command(generate.JOBS[name])
+    (tmp_path / "rzen").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "rzen").chmod(0o755)
+    path = f"{tmp_path}:/usr/bin:/bin"
+    submitted = subprocess.run(
+        ["/bin/bash", "-ce", f"{shlex.quote(sys.executable)} -c {shlex.quote(told)} {entrypoint}"],
+        env={"PATH": path},
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    environment = {"PATH": path, "RZEN_STORE": "s3://bucket/some where"}
+    heard = subprocess.run(submitted, shell=True, env=environment, check=True, capture_output=True, text=True).stdout
+    words = heard.splitlines()
+    assert words[:2] == ["run", f"jobs/{generate.JOBS[name].spec}"]
+    settings = [setting.replace("$RZEN_STORE", "s3://bucket/some where") for setting in generate.JOBS[name].set]
+    assert words[2:] == [word for setting in settings for word in ("--set", setting)]
+
+
+@NEEDS_CRDS
+@pytest.mark.parametrize("kind", RAY_KINDS)
+def test_ray_manifests_fit_their_schema(kind: str) -> None:
+    checked = [document for document in ray_documents() if document["kind"] == kind]
+    assert checked
+    for document in checked:
+        assert manifests.schema_problems(document) == [], document["metadata"]["name"]
+
+
+def test_ray_manifests_pass_the_operator_and_the_house() -> None:
+    for document in ray_documents():
+        problems = manifests.operator_problems(document) + manifests.house_problems(document)
+        assert problems == [], document["metadata"]["name"]
+
+
+Change = Callable[[Manifest], Any]
+
+
+def _group(document: Manifest, index: int) -> Manifest:
+    return document["spec"]["rayClusterSpec"]["workerGroupSpecs"][index]
+
+
+def _pod(document: Manifest, index: int) -> Manifest:
+    return _group(document, index)["template"]["spec"]
+
+
+def _broken(change: Change) -> Manifest:
+    document = copy.deepcopy(next(some for some in ray_documents() if some["metadata"]["name"] == "stage1"))
+    change(document)
+    return document
+
+
+@NEEDS_CRDS
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda d: d["spec"].update(ttlSecondsAfterFinish=600), "ttlSecondsAfterFinish"),
+        (lambda d: d["spec"].update(submissionMode=["K8sJobMode"]), "submissionMode"),
+        (lambda d: d["spec"]["rayClusterSpec"]["authOptions"].update(mode="tokens"), "authOptions.mode"),
+        (lambda d: d["spec"]["rayClusterSpec"]["headGroupSpec"]["rayStartParams"].update({"num-cpus": 0}), "num-cpus"),
+        (lambda d: _group(d, 0).pop("groupName"), "groupName"),
+        (lambda d: _group(d, 0).update(minReplicas="0"), "minReplicas"),
+        (lambda d: _pod(d, 0)["containers"][0].pop("name"), "'name' is a required property"),
+        (lambda d: _pod(d, 0)["containers"][0]["resources"]["limits"].update(cpu="8 cores"), "limits.cpu"),
+        (lambda d: _pod(d, 0).update(terminationGracePeriod=120), "terminationGracePeriod"),
+    ],
+)
+def test_schema_finds_planted_faults(change: Change, told: str) -> None:
+    assert told in "\n".join(manifests.schema_problems(_broken(change)))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda d: d["metadata"].update(name="a" * 48), "48 characters"),
+        (lambda d: d["metadata"].update(name="Stage1"), "not a DNS label"),
+        (lambda d: d["spec"].update(shutdownAfterJobFinishes=False), "ttlSecondsAfterFinished needs"),
+        (lambda d: d["spec"].update(activeDeadlineSeconds=0), "activeDeadlineSeconds"),
+        (lambda d: d["spec"]["rayClusterSpec"]["autoscalerOptions"].update(version="v1"), "need autoscaler v2"),
+        (lambda d: _pod(d, 0).update(restartPolicy="Always"), "restartPolicy"),
+        (
+            lambda d: _group(d, 0).update(rayStartParams={"num-cpus": "8"}, resources={"CPU": "8"}),
+            "both in rayStartParams and in resources",
+        ),
+        (lambda d: _group(d, 0).update(rayStartParams={"labels": "a=b"}), "labels belong"),
+        (lambda d: _group(d, 0).update(suspend=True), "cannot be suspended"),
+        (lambda d: d["spec"]["rayClusterSpec"].update(rayVersion="2.51.1"), "2.52"),
+    ],
+)
+def test_rules_of_the_operator_find_planted_faults(change: Change, told: str) -> None:
+    assert told in "\n".join(manifests.operator_problems(_broken(change)))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda d: d["spec"]["rayClusterSpec"]["authOptions"].update(mode="disabled"), "no token"),
+        (lambda d: d["spec"]["rayClusterSpec"]["headGroupSpec"]["rayStartParams"].clear(), "takes tasks"),
+        (lambda d: _group(d, 1).update(minReplicas=1), "scale from zero"),
+        (lambda d: _pod(d, 1).update(terminationGracePeriodSeconds=30), "killed before it has drained"),
+        (lambda d: _pod(d, 1)["containers"][0].pop("lifecycle"), "does not hear"),
+        (lambda d: _pod(d, 1)["containers"][0].update(image="rzen-cpu"), "image and GPU"),
+        (lambda d: _pod(d, 1).update(tolerations=[]), "tolerations"),
+        (lambda d: _pod(d, 0)["securityContext"].clear(), "run as root"),
+        (lambda d: _pod(d, 0)["containers"][0]["volumeMounts"].pop(0), "shared memory"),
+    ],
+)
+def test_rules_of_the_house_find_planted_faults(change: Change, told: str) -> None:
+    assert told in "\n".join(manifests.house_problems(_broken(change)))
+
+
+def core_documents() -> list[Manifest]:
+    return [
+        document for document in documents() if document["kind"] not in (*RAY_KINDS, "PodMonitor", "PrometheusRule")
+    ]
+
+
+def test_core_manifests_fit_the_schemas_of_kubernetes() -> None:
+    validator = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
+    checked = core_documents()
+    assert {document["kind"] for document in checked} == {
+        "CronJob", "NetworkPolicy", "Role", "RoleBinding", "ServiceAccount"
+    }  # fmt: skip
+    for document in checked:
+        validator.validate(document, validator.latest_version(), strict=True)
+    for kind, change in (
+        ("CronJob", lambda d: d["spec"].update(concurrency="Forbid")),
+        ("CronJob", lambda d: d["spec"].update(startingDeadlineSeconds="3600")),
+        ("NetworkPolicy", lambda d: d["spec"].update(podSelector="all")),
+        ("Role", lambda d: d["rules"][0].pop("verbs")),
+    ):
+        fault = copy.deepcopy(next(document for document in checked if document["kind"] == kind))
+        change(fault)
+        with pytest.raises(validator.ValidationError):
+            validator.validate(fault, validator.latest_version(), strict=True)
+
+
+def test_versions_are_those_of_the_lock() -> None:
+    lock = (ROOT / "requirements.lock").read_text()
+    (ray,) = re.findall(r"^ray==(\S+)$", lock, re.MULTILINE)
+    for document in ray_documents():
+        spec = document["spec"].get("rayClusterSpec", document["spec"])
+        assert spec["rayVersion"] == ray
+
+
+def test_accounts_network_and_monitoring_name_what_there_is() -> None:
+    accounts = {document["metadata"]["name"] for document in documents() if document["kind"] == "ServiceAccount"}
+    pods = [
+        group["template"]["spec"]
+        for document in ray_documents()
+        for spec in [document["spec"].get("rayClusterSpec", document["spec"])]
+        for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])
+    ]
+    assert {pod["serviceAccountName"] for pod in pods} | {"rzen-tick"} == accounts
+    retrain = next(document for document in ray_documents() if document["metadata"]["name"] == "retrain")
+    groups = retrain["spec"]["rayClusterSpec"]
+    assert groups["headGroupSpec"]["template"]["spec"]["serviceAccountName"] == "rzen-promoter"
+    for group in groups["workerGroupSpecs"]:  # what decodes strangers' files never promotes a model
+        assert group["template"]["spec"]["serviceAccountName"] == "rzen-worker"
+    ports = {port["name"]: port["containerPort"] for pod in pods for port in pod["containers"][0]["ports"]}
+    (monitor,) = [document for document in documents() if document["kind"] == "PodMonitor"]
+    scraped = {ports[endpoint["port"]] for endpoint in monitor["spec"]["podMetricsEndpoints"]}
+    (policy,) = [document for document in documents() if document["metadata"]["name"] == "rzen-ray"]
+    opened = {port["port"] for rule in policy["spec"]["ingress"] for port in rule.get("ports", [])}
+    assert opened == scraped | {ports["dashboard"]}
+
+
+def test_overlays_reach_every_image_and_name(overlays: dict[str, list[Manifest]]) -> None:
+    for name, namespace in (("dev", "rzen-dev"), ("prod", "rzen")):
+        text = yaml.safe_dump_all(overlays[name])
+        images = set(re.findall(r"image: (\S+)", text))
+        assert images == {"REGISTRY/rzen-cpu:0.1.0", "REGISTRY/rzen-gpu:0.1.0"}
+        assert {document["metadata"]["namespace"] for document in overlays[name]} == {namespace}
+        for document in overlays[name]:
+            if document["kind"] in RAY_KINDS:
+                assert manifests.operator_problems(document) + manifests.house_problems(document) == []
+    kinds = [document["kind"] for document in overlays["prod"]]
+    assert kinds.count("RayJob") == len(generate.JOBS) + 1
+    assert "RayJob" not in [document["kind"] for document in overlays["dev"]]
+    binding = next(document for document in overlays["prod"] if document["kind"] == "RoleBinding")
+    assert binding["subjects"][0]["namespace"] == "rzen"
+
+
+@NEEDS_CRDS
+def test_overlays_fit_the_schema(overlays: dict[str, list[Manifest]]) -> None:
+    checked = [document for built in overlays.values() for document in built if document["kind"] in RAY_KINDS]
+    for document in checked:
+        assert manifests.schema_problems(document) == [], document["metadata"]["name"]

@@ -1,0 +1,248 @@
+"""Alerts and dashboard: the rules say what they should, and every query names series that a real Ray gives to a real
+Prometheus (Debian's package `prometheus`; without it these tests are skipped).
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from jobs.local_s3 import free_port
+from rzen.training.telemetry import METRICS
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "infra" / "monitoring"
+NEEDS_PROMETHEUS = pytest.mark.skipif(not shutil.which("promtool"), reason="Prometheus is not installed")
+
+NOT_ON_THIS_MACHINE = {
+    "ray_node_gpus_utilization": "a GPU",
+    "ray_node_gram_used": "a GPU",
+    "autoscaler_pending_nodes": "node types that the autoscaler may start",
+}
+"""Series that need what the test's Ray lacks. Their names are looked up in Ray's source."""
+
+
+def rules() -> list[dict[str, Any]]:
+    return [rule for group in yaml.safe_load((FOLDER / "rules.yaml").read_text())["groups"] for rule in group["rules"]]
+
+
+def dashboard_queries() -> dict[str, str]:
+    """Title of the panel and legend -> query, as Grafana would ask it for all runs."""
+    board = json.loads((FOLDER / "grafana" / "rzen.json").read_text())
+    return {
+        f"{panel['title']}: {target['legendFormat']}": target["expr"].replace("$run", ".*")
+        for panel in board["panels"]
+        for target in panel.get("targets", [])
+    }
+
+
+def series_of(query: str) -> set[str]:
+    """Names of the series in a query."""
+    return set(re.findall(r"\b(?:ray|autoscaler)_[a-z0-9_]+\b(?=[\[{)\s/]|$)", re.sub(r"by \([^)]*\)", "", query)))
+
+
+def promtool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["promtool", *map(str, arguments)], capture_output=True, text=True, check=False)
+
+
+@NEEDS_PROMETHEUS
+def test_promtool_accepts_configuration_rules_and_their_tests() -> None:
+    for arguments in (
+        ("check", "config", FOLDER / "prometheus.yaml"),
+        ("check", "rules", FOLDER / "rules.yaml"),
+        ("test", "rules", FOLDER / "rules_test.yaml"),
+    ):
+        done = promtool(*arguments)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_alert_is_expected_to_fire_once_and_says_what_to_do() -> None:
+    tests = yaml.safe_load((FOLDER / "rules_test.yaml").read_text())["tests"]
+    fired = {case["alertname"] for test in tests for case in test["alert_rule_test"] if case["exp_alerts"]}
+    assert fired == {rule["alert"] for rule in rules()}
+    for rule in rules():
+        assert rule["labels"]["severity"] in ("critical", "warning", "info")
+        assert {"summary", "action"} == set(rule["annotations"])
+
+
+FAULTS = [
+    ("RzenTrainingStalled", "max by (run)", "max by (run, source)"),  # a source that is not drawn would be a stall
+    ("RzenTrainingStalled", "[15m]", "[1h]"),
+    ("RzenRunGone", "by (run)", "by (run, WorkerId)"),  # workers that were replaced would be a loss
+    ("RzenRunGone", "unless", "and"),
+    ("RzenLossNotFinite", "avg_over_time(ray_rzen_skipped[10m])", "ray_rzen_skipped"),
+    ("RzenLossNotFinite", "> 0.1", "> 1"),
+    ("RzenDecodeErrors", "> 0.01", "> 0.1"),
+    ("RzenFeedSlow", "> 0.3", "> 0.05"),
+    ("RzenScrapeFails", "ray|.+/rzen", "ray"),
+    ("RzenDemandUnmet", 'State="PENDING"', 'State="CREATED"'),
+    ("RzenNodesPending", "> 0", ">= 0"),
+    ("RzenDiskFull", "> 90", "> 0.9"),
+    ("RzenMemoryFull", "> 0.92", "> 92"),
+]
+
+
+@NEEDS_PROMETHEUS
+@pytest.mark.parametrize(("alert", "right", "wrong"), FAULTS)
+def test_rule_tests_find_planted_faults(alert: str, right: str, wrong: str, tmp_path: Path) -> None:
+    content = yaml.safe_load((FOLDER / "rules.yaml").read_text())
+    (rule,) = [rule for group in content["groups"] for rule in group["rules"] if rule["alert"] == alert]
+    assert right in rule["expr"]
+    rule["expr"] = rule["expr"].replace(right, wrong)
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump(content))
+    shutil.copy(FOLDER / "rules_test.yaml", tmp_path)
+    assert promtool("check", "rules", tmp_path / "rules.yaml").returncode == 0
+    assert promtool("test", "rules", tmp_path / "rules_test.yaml").returncode != 0
+
+
+@NEEDS_PROMETHEUS
+def test_every_query_of_the_dashboard_is_a_query(tmp_path: Path) -> None:
+    queries = [query.replace("$__rate_interval", "1m") for query in dashboard_queries().values()]
+    recorded = [{"record": f"q:{number}", "expr": query} for number, query in enumerate(queries)]
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": [{"name": "q", "rules": recorded}]}))
+    done = promtool("check", "rules", tmp_path / "rules.yaml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    recorded[0]["expr"] += ")"
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": [{"name": "q", "rules": recorded}]}))
+    assert promtool("check", "rules", tmp_path / "rules.yaml").returncode != 0
+
+
+def test_dashboard_shows_every_number_of_training_and_no_other() -> None:
+    queries = [*dashboard_queries().values(), *(rule["expr"] for rule in rules())]
+    ours = {name for query in queries for name in series_of(query) if name.startswith("ray_rzen_")}
+    assert ours == {f"ray_rzen_{name}" for name in METRICS}
+
+
+def test_the_dashboard_fits_together() -> None:
+    board = json.loads((FOLDER / "grafana" / "rzen.json").read_text())
+    panels = board["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    cells = [
+        (x, y)
+        for panel in panels
+        for place in [panel["gridPos"]]
+        for x in range(place["x"], place["x"] + place["w"])
+        for y in range(place["y"], place["y"] + place["h"])
+    ]
+    assert len(set(cells)) == len(cells)  # no panel covers another
+    assert max(x for x, _ in cells) < 24
+    assert (
+        yaml.safe_load((FOLDER / "grafana" / "datasource.yaml").read_text())["datasources"][0]["type"] == "prometheus"
+    )
+
+
+@pytest.fixture(scope="module")
+def prometheus() -> Iterator[str]:
+    """URL of the Prometheus of a local cluster (infra/local/up.py) on which a run goes on."""
+    with tempfile.TemporaryDirectory(prefix="rzm", dir="/tmp") as name:  # short: sockets of Ray lie in it
+        folder = Path(name)
+        ports = {option: free_port() for option in ("port", "dashboard-port", "client-port", "prometheus-port")}
+        command = [sys.executable, "-m", "infra.local.up", "--num-cpus=3", "--scrape-s=1", f"--temp-dir={folder}"]
+        command += [f"--{option}={port}" for option, port in ports.items()]
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+        environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        started = [subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)]
+        try:
+            told = _exports(started[0])
+            assert told["RAY_AUTH_MODE"] == "token"
+            url = f"http://127.0.0.1:{ports['prometheus-port']}"
+            _wait_for(url, {"ray_node_cpu_utilization"}, folder / "ray.log")
+            with (folder / "run.log").open("w") as log:
+                run = [sys.executable, str(Path(__file__).with_name("live_run.py")), str(folder / "results")]
+                started.append(subprocess.Popen(run, env=environment | told, stdout=log, stderr=log))
+            names = {"ray_rzen_loss", "ray_data_num_tasks_running", "ray_train_controller_state"}
+            _wait_for(url, names, folder / "run.log")
+            time.sleep(12)  # Ray's agents send every few seconds; rates need two samples
+            yield url
+        finally:
+            for process in reversed(started):
+                process.send_signal(signal.SIGINT)
+                try:
+                    process.wait(60)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+
+
+def _exports(process: "subprocess.Popen[str]") -> dict[str, str]:
+    """The variables that the local cluster says one should set."""
+    told = {}
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("export "):
+            name, _, value = line.removeprefix("export ").strip().partition("=")
+            told[name] = value
+        elif "Ctrl-C" in line:
+            return told
+    raise AssertionError("the local cluster did not start")
+
+
+def _wait_for(url: str, names: set[str], log: Path) -> None:
+    deadline = time.monotonic() + 120
+    while missing := {name for name in names if not ask(url, f"count({name})")}:
+        text = log.read_text()[-2000:]
+        assert time.monotonic() < deadline, f"no {missing}:\n{text}"
+        assert "Traceback" not in text, text
+        time.sleep(1)
+
+
+def ask(url: str, query: str) -> list[Any]:
+    """What Prometheus answers to a query; empty as long as it does not answer."""
+    address = f"{url}/api/v1/query?{urllib.parse.urlencode({'query': query})}"
+    try:
+        with urllib.request.urlopen(address, timeout=10) as answer:
+            content = json.load(answer)
+    except urllib.error.HTTPError as error:
+        raise AssertionError(f"{query}: {error.read().decode()}") from error
+    except OSError:
+        return []
+    result: list[Any] = content["data"]["result"]
+    return result
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@NEEDS_PROMETHEUS
+def test_every_query_names_series_of_a_running_ray(prometheus: str) -> None:
+    queries = dashboard_queries()
+    empty = {
+        title: query
+        for title, query in queries.items()
+        if not ask(prometheus, query.replace("$__rate_interval", "10s"))
+        and not series_of(query) & set(NOT_ON_THIS_MACHINE)
+    }
+    empty.pop("GPUs: {{State}}", None)  # the series is that of the CPUs, with another Name
+    assert empty == {}
+    names = {name for rule in rules() for name in series_of(rule["expr"])} - set(NOT_ON_THIS_MACHINE)
+    assert {name for name in names if not ask(prometheus, f"count({name})")} == set()
+    for rule in rules():
+        ask(prometheus, rule["expr"])
+    assert ask(prometheus, 'up{job="ray"} == 1')
+    (loss,) = ask(prometheus, 'ray_rzen_loss{run="live", source="images"}')
+    assert (loss["metric"]["task"], loss["value"][1]) == ("text_image", "1.5")
+    assert not ask(prometheus, "ray_rzen_nonsense")
+
+
+def test_series_that_need_other_machines_are_in_rays_source() -> None:
+    import ray
+
+    package = Path(ray.__file__).parent
+    source = "".join(
+        (package / path).read_text()
+        for path in ("dashboard/modules/reporter/reporter_agent.py", "autoscaler/_private/prom_metrics.py")
+    )
+    for name in NOT_ON_THIS_MACHINE:
+        assert f'"{re.sub("^(ray|autoscaler)_", "", name)}"' in source
