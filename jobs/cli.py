@@ -1,4 +1,4 @@
-"""The command line: `rzen validate | run | submit | ingest | index | verify | search`."""
+"""The command line: `rzen validate | run | submit | ingest | index | verify | search | registry`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ import warnings
 from collections.abc import Sequence
 from functools import partial
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jobs.load import Document, check, override, read_document
 from jobs.spec import Spec
 from pipelines.errors import UserError
+
+if TYPE_CHECKING:
+    from jobs.registry import Champion, Registry
 
 DESCRIPTION = """\
 Train universal multimodal embeddings: one vector space for text, images, videos and documents.
@@ -31,6 +34,8 @@ the road, job by job:
   rzen run jobs/stage1.yaml --set data.root=s3://bucket/photos
   rzen run jobs/stage2.yaml --set data.root=s3://bucket/photos --set optim.lr=1e-4
   rzen submit jobs/finetunes.yaml --address http://head:8265
+  rzen run jobs/retrain.yaml                              on a schedule: train on what is new, promote what is better
+  rzen registry list                                      what came of it
   rzen search "a red circle above a blue bar chart"
 
 Interrupted jobs go on where they were: give the same command again.
@@ -144,6 +149,31 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--page", help="HTML file to write")
     search.set_defaults(command=_search, spec="jobs/search.yaml")
 
+    registry = commands.add_parser(
+        "registry",
+        help="the models of scheduled re-training: list, show, diff, promote, rollback",
+        description="What `kind: retrain` has made, and which model is the champion. Promotions are never undone: going"
+        " back is a promotion of the model before.",
+    )
+    registry.add_argument("--registry", help="directory or s3:// URL (default: that of jobs/retrain.yaml)")
+    verbs = registry.add_subparsers(required=True, metavar="VERB")
+    verbs.add_parser("list", help="models, promotions and ticks").set_defaults(verb=_registry_list)
+    show = verbs.add_parser("show", help="lineage of a model as JSON: data, settings, parents, scores, verdict")
+    show.add_argument("model", nargs="?", help="id (default: the champion)")
+    show.set_defaults(verb=_registry_show)
+    diff = verbs.add_parser("diff", help="in what the lineages of two models differ")
+    diff.add_argument("model", help="id")
+    diff.add_argument("other", nargs="?", help="id (default: the champion)")
+    diff.set_defaults(verb=_registry_diff)
+    promote = verbs.add_parser("promote", help="make a model the champion, whatever the gate said")
+    promote.add_argument("model", help="id")
+    promote.set_defaults(verb=_registry_promote)
+    rollback = verbs.add_parser("rollback", help="promote the champion before this one again")
+    rollback.set_defaults(verb=_registry_rollback)
+    for verb in (promote, rollback):
+        verb.add_argument("--reason", required=True, help="for the history")
+    registry.set_defaults(command=_registry)
+
     for command in (validate, run, submit, ingest, index, search):
         text = "change a setting, such as optim.lr=1e-4 (value in YAML; may be repeated)"
         command.add_argument("--set", action="append", default=[], metavar="A.B=C", help=text)
@@ -186,7 +216,8 @@ def _submit(options: argparse.Namespace) -> int:
 
     spec, document = _load(options.spec, options.set)  # a mistake is told here, not in a log
     named_specs(spec, document)  # and these are valid, with what is changed in them
-    return submit(options.spec, options.set, options.address, options.working_dir, wait=not options.no_wait)
+    wait = not options.no_wait
+    return submit(options.spec, options.set, options.address, options.working_dir, spec.submit, wait=wait)
 
 
 def _ingest(options: argparse.Namespace) -> int:
@@ -238,6 +269,63 @@ def _verify(options: argparse.Namespace) -> int:
         print(f"{store.url}/{split}: {manifest.num_samples:,} samples in {num_shards:,} shards, {sound}")
         failed |= bool(problems)
     return int(failed)
+
+
+def _registry(options: argparse.Namespace) -> int:
+    from jobs.registry import Registry
+    from pipelines.storage import open_store
+
+    url = options.registry or read_document("jobs/retrain.yaml").data["registry"]
+    options.verb(options, Registry(open_store(url)))
+    return 0
+
+
+def _registry_list(options: argparse.Namespace, registry: Registry) -> None:
+    champion = registry.champion()
+    for model in registry.models():
+        lineage = registry.lineage(model)
+        samples = sum(lineage.get("data", {}).get("samples", {}).values())
+        mark = "*" if champion and champion.model == model else " "
+        verdict = lineage.get("verdict", {})
+        told = f"{'passed' if verdict['promote'] else 'refused'}: {'; '.join(verdict['reasons'])}" if verdict else ""
+        print(f"{mark} {model}  {lineage['at'][:19]}  {samples:,} samples  {told}")
+    for promotion in registry.promotions():
+        was = f" in place of {promotion['previous']}" if promotion["previous"] else ""
+        told = f"{promotion['model']}{was}: {promotion['reason']} ({promotion['by']})"
+        print(f"promotion {promotion['generation']}  {promotion['at'][:19]}  {told}")
+    for tick in registry.ticks():
+        print(f"tick {tick['tick']}  {tick['at'][:19]}  {tick['outcome']}")
+    if champion is None:
+        print(f"{registry.store.url}: no champion yet")
+
+
+def _registry_show(options: argparse.Namespace, registry: Registry) -> None:
+    print(json.dumps(registry.lineage(options.model or _champion(registry).model), indent=1))
+
+
+def _registry_diff(options: argparse.Namespace, registry: Registry) -> None:
+    from jobs.runs import differences
+
+    other = options.other or _champion(registry).model
+    for change in differences(registry.lineage(other), registry.lineage(options.model)):
+        print(change)
+
+
+def _registry_promote(options: argparse.Namespace, registry: Registry) -> None:
+    promoted = registry.promote(options.model, reason=options.reason, instead_of=registry.champion())
+    print(f"promotion {promoted.generation}: {promoted.model}")
+
+
+def _registry_rollback(options: argparse.Namespace, registry: Registry) -> None:
+    promoted = registry.rollback(options.reason)
+    print(f"promotion {promoted.generation}: {promoted.model}")
+
+
+def _champion(registry: Registry) -> Champion:
+    champion = registry.champion()
+    if champion is None:
+        raise UserError(registry.store.url, "has no champion yet", "name a model, or run jobs/retrain.yaml first")
+    return champion
 
 
 def _search(options: argparse.Namespace) -> int:

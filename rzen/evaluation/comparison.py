@@ -16,6 +16,7 @@ from pipelines.errors import UserError
 from rzen.evaluation.benchmark import Scored
 from rzen.evaluation.vectors import NONE, FloatArray
 
+MEAN = "mean"
 _DRAWN_AT_ONCE = 4_000_000
 
 
@@ -39,12 +40,19 @@ def compare(
     differences = {name: _differences(first[name], second[name]) for name in first if name in second}
     if not differences:
         raise UserError("comparison", "the two models have no dataset in common", "score both on one")
+    return paired_intervals(differences, num_draws=num_draws, seed=seed)
+
+
+def paired_intervals(
+    differences: Mapping[str, FloatArray], *, num_draws: int = 2000, seed: int = 0
+) -> dict[str, Difference]:
+    """Means of differences by query ([Q]) of every dataset; last, under `mean`, their plain mean."""
     rng = np.random.default_rng(seed)
     drawn = {name: _drawn_means(values, num_draws, rng) for name, values in differences.items()}
     found = {name: _interval(values.mean(), drawn[name], len(values)) for name, values in differences.items()}
     means = np.mean([values.mean() for values in differences.values()])
     total = sum(map(len, differences.values()))
-    return {**found, "mean": _interval(float(means), np.mean(list(drawn.values()), axis=0), total)}
+    return {**found, MEAN: _interval(float(means), np.mean(list(drawn.values()), axis=0), total)}
 
 
 def instruction_sensitivity(with_instruction: Scored, without: Scored) -> tuple[Difference, float]:

@@ -1,0 +1,136 @@
+"""Ticks of scheduled re-training against an S3 API: promoted, nothing new, refused, killed on the way, rolled back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jobs.cli import main
+from jobs.registry import Registry
+from pipelines.storage import open_store
+from pipelines.store import Store
+from tests.data import publish
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+STAGE = """\
+kind: train
+name: stage
+run: {{root: "{0}/runs", tracking: {{tensorboard: false}}}}
+data: {{root: "{0}/data"}}
+feed: {{samples_per_task: 16, cpus_per_task: 0.5}}
+model:
+  backbone: {{hidden: 16, layers: 1, heads: 2, vision_width: 16, vision_depth: 1, vocabulary: 300}}
+  lora: {{rank: 2}}
+  prompt: {{max_visual_tokens: 4}}
+  dtype: float32
+  gradient_checkpointing: false
+objective: {{false_negatives: null}}
+global_batch: 4
+steps: 3
+cluster: {{cpus_per_worker: 0.5}}
+"""
+EVALUATE = """\
+kind: evaluate
+models: {{not_ours: {{base: nowhere}}}}
+data: {{root: "{0}/frozen"}}
+tasks: [text_image]
+dtype: float32
+out: nowhere.json
+"""
+RETRAIN = """\
+kind: retrain
+stage: stage.yaml
+evaluate: {{spec: evaluate.yaml}}
+min_new_samples: 4
+registry: "{0}/registry"
+"""
+
+
+@pytest.fixture
+def bucket(tmp_path: Path, s3_endpoint: str, ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> Store:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
+    monkeypatch.setenv("RZEN_CACHE", str(tmp_path / "cache"))
+    url = "s3://retrain"
+    for name, text in (("stage", STAGE), ("evaluate", EVALUATE), ("retrain", RETRAIN)):
+        (tmp_path / f"{name}.yaml").write_text(text.format(url))
+    bucket = open_store(url)
+    publish(bucket.child("data"), {"red": ("text_image", 16)})
+    publish(bucket.child("frozen"), {"blue": ("text_image", 24)})
+    return bucket
+
+
+@pytest.mark.timeout(600)
+def test_ticks_promote_refuse_and_do_nothing(
+    tmp_path: Path, bucket: Store, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = Registry(bucket.child("registry"))
+    tick = ["run", str(tmp_path / "retrain.yaml")]
+
+    assert main(tick) == 0
+    assert "promoted after-0-" in capsys.readouterr().out
+    first = registry.champion()
+    assert first is not None
+    assert first.generation == 1
+    lineage = registry.lineage(first.model)
+    assert (lineage["parent"], lineage["soup"], lineage["data"]["samples"]) == (None, None, {"red": 16})
+
+    assert main(tick) == 0
+    assert f"nothing new: the data are those of the champion, {first.model}" in capsys.readouterr().out
+    publish(bucket.child("data"), {"red": ("text_image", 18)})
+    assert main(tick) == 0
+    assert "nothing to do yet: 2 new samples, fewer than 4" in capsys.readouterr().out
+
+    publish(bucket.child("data"), {"red": ("text_image", 24)})
+    no_better = [*tick, "--set", "gate.min_gain=1.0"]
+    assert main(no_better) == 0
+    assert "not all above 1.0" in capsys.readouterr().out
+    assert registry.champion() == first
+    assert main(no_better) == 0
+    assert "was made of these data and refused" in capsys.readouterr().out
+
+    # Killed between publishing and promoting: the next tick promotes, and trains nothing.
+    anything = [*tick, "--set", "gate.min_gain=-1.0", "--set", "gate.max_drop=1.0"]
+    with monkeypatch.context() as killed:
+        killed.setattr(Registry, "promote", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main(anything) == 130
+    assert registry.champion() == first
+    assert len(registry.models()) == 3
+    capsys.readouterr()
+    assert main(anything) == 0
+    out = capsys.readouterr().out
+    assert "promoted after-1-" in out
+    assert "steps of" not in out  # no run was looked at
+    assert len([path for path in bucket.list("runs") if path.endswith("/done.json")]) == 2  # no other gate trains again
+    second = registry.champion()
+    assert second is not None
+    assert second.generation == 2
+    lineage = registry.lineage(second.model)
+    assert lineage["parent"] == first.model
+    assert {parent["name"]: parent["weight"] for parent in lineage["soup"]["parents"]} == {
+        "candidate": 1,
+        "champion": 1,
+    }
+    assert lineage["spec"]["init_adapter"] == registry.url(first.model)
+
+    with registry.lease(60):
+        assert main(tick) == 1
+    assert "re-trains" in capsys.readouterr().err
+
+    assert main(["registry", "--registry", "s3://retrain/registry", "rollback", "--reason", "complaints"]) == 0
+    rolled_back = registry.champion()
+    assert rolled_back is not None
+    assert (rolled_back.generation, rolled_back.model) == (3, first.model)
+    history = [(one["model"], one["previous"], one["reason"]) for one in registry.promotions()]
+    assert [model for model, _, _ in history] == [first.model, second.model, first.model]
+    assert history[-1] == (first.model, second.model, "complaints")
+    capsys.readouterr()
+    assert main(["registry", "--registry", "s3://retrain/registry", "list"]) == 0
+    out = capsys.readouterr().out
+    assert f"* {first.model}" in out
+    assert "complaints" in out
+    assert main(["registry", "--registry", "s3://retrain/registry", "show"]) == 0
+    assert json.loads(capsys.readouterr().out)["id"] == first.model
+    assert main(["registry", "--registry", "s3://retrain/registry", "diff", second.model]) == 0
+    assert "data.samples.red 16 -> 24" in capsys.readouterr().out
