@@ -1,0 +1,131 @@
+"""An exported model in mteb: every readout and kind of side, because rzen itself reads them. Needs the extra rzen[mteb].
+
+    mteb.evaluate(load("runs/model"), mteb.get_tasks(["NFCorpus"]))
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pipelines.errors import UserError
+from pipelines.samples import DecodedSide, Visual
+from rzen.embedder import Embedder
+from rzen.evaluation.encode import embed_sides
+from rzen.export import load_encoder
+from rzen.processor import Processor
+
+
+class MtebEncoder:
+    """What mteb calls an encoder (`mteb.EncoderProtocol`).
+
+    `instructions` by name of a task, or `query` and `document`; where they name none, the task's own prompt is taken.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        revision: str | None = None,
+        *,
+        device: str | None = None,
+        instructions: Mapping[str, str] | None = None,
+    ) -> None:
+        self._processor, embedder = load_encoder(model_name)
+        self._embedder: Embedder = embedder.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._instructions = instructions or {}
+        self.mteb_model_meta = model_meta(model_name, self._processor, embedder, revision, instructions)
+
+    def encode(
+        self, inputs: Iterable[Mapping[str, Any]], *, task_metadata: Any, prompt_type: Any = None, **kwargs: Any
+    ) -> npt.NDArray[np.float32]:
+        """Unit vectors `[N, D]` of the batches in `inputs`, in their order."""
+        instruction = self._instruction(task_metadata, prompt_type)
+        vectors = []
+        for batch in inputs:
+            sides = sides_of(batch, instruction)
+            vectors.append(embed_sides(self._processor, self._embedder, sides, len(sides)))
+        return np.concatenate(vectors)
+
+    def similarity(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
+        """Inner products `[N, M]` of unit vectors."""
+        return torch.as_tensor(embeddings1) @ torch.as_tensor(embeddings2).T
+
+    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
+        """Inner products `[N]` of rows with rows."""
+        return (torch.as_tensor(embeddings1) * torch.as_tensor(embeddings2)).sum(dim=-1)
+
+    def _instruction(self, task_metadata: Any, prompt_type: Any) -> str:
+        kind = prompt_type.value if prompt_type else ""
+        for name in (task_metadata.name, kind):
+            if name in self._instructions and not (name == task_metadata.name and kind == "document"):
+                return self._instructions[name]
+        prompt = task_metadata.prompt
+        if isinstance(prompt, Mapping):
+            return str(prompt.get(kind) or "")
+        return str(prompt or "") if kind != "document" else ""
+
+
+def sides_of(batch: Mapping[str, Any], instruction: str) -> list[DecodedSide]:
+    """One side for each row of a batch of mteb: texts, PIL images, videos as tensors [T, C, H, W]."""
+    if unknown := sorted(set(batch) & {"audio"}):
+        raise UserError("mteb", f"there are {unknown[0]} inputs", "choose tasks of texts, images and videos")
+    size = len(next(iter(batch.values())))
+    texts = batch.get("text") or [""] * size
+    visuals: list[list[Visual]] = [[] for _ in range(size)]
+    for images, row in zip(batch.get("image") or (), visuals, strict=False):
+        for image in images if isinstance(images, list | tuple) else [images]:
+            row.append(Visual("image", np.asarray(image.convert("RGB"))[None]))
+    for video, row in zip(batch.get("video") or (), visuals, strict=False):
+        row.append(Visual("video", np.asarray(video).transpose(0, 2, 3, 1)))
+    return [
+        DecodedSide(text=text or "", visuals=tuple(row), instruction=instruction)
+        for text, row in zip(texts, visuals, strict=True)
+    ]
+
+
+def model_meta(
+    model_dir: str,
+    processor: Processor,
+    embedder: Embedder,
+    revision: str | None = None,
+    instructions: Mapping[str, str] | None = None,
+) -> Any:
+    """The `mteb.ModelMeta` of an exported model: what its directory says, and None for what it does not."""
+    backbone: Any = embedder.backbone
+    num_parameters = sum(parameter.numel() for parameter in backbone.parameters())
+    mteb: Any = importlib.import_module("mteb")  # not `import mteb`: it is not installed where types are checked
+    return mteb.ModelMeta(
+        loader=partial(MtebEncoder, instructions=instructions),
+        name=f"rzen/{Path(model_dir).resolve().name}",
+        revision=revision or "unknown",
+        release_date=None,
+        languages=None,
+        n_parameters=num_parameters,
+        n_embedding_parameters=backbone.get_input_embeddings().weight.numel(),
+        memory_usage_mb=None,
+        max_tokens=processor.prompt.max_text_tokens,
+        embed_dim=backbone.config.get_text_config().hidden_size,
+        license=None,
+        open_weights=None,
+        public_training_code=None,
+        public_training_data=None,
+        framework=["PyTorch", "Transformers", "safetensors"],
+        similarity_fn_name="cosine",
+        use_instructions=True,
+        training_datasets=None,
+        modalities=["text", "image", "video"],
+    )
+
+
+def load(model_dir: str, instructions: Mapping[str, str] | None = None) -> MtebEncoder:
+    """The encoder of an exported model. Raises `UserError` where mteb is not installed."""
+    if importlib.util.find_spec("mteb") is None:
+        raise UserError("mteb", "is not installed", "install the extra rzen[mteb]")
+    return MtebEncoder(model_dir, instructions=instructions)
