@@ -1,7 +1,7 @@
 """One directory for everybody: adapter folded into the base, and what other libraries need to read it alike.
 
-    model          weights, tokenizer, sizes of media: AutoModel, and by the files of rzen/formats sentence-transformers,
-                   vLLM and mteb, where they can read the model as it was trained
+    model          weights, tokenizer, sizes of media: AutoModel and rzen, which mteb is given; by the files of
+                   rzen/formats sentence-transformers and vLLM, where they can read the model as it was trained
     adapter        the adapter as it was trained, for PEFT
     rzen_release   weights for the inference script released with RzenEmbed
 
@@ -48,7 +48,7 @@ class ExportOptions:
     """Of a video, for libraries that sample frames and size them by a fixed number. Even."""
     instructions: dict[str, str] = field(default_factory=dict)
     """Name -> instruction, for `encode(..., prompt_name=...)` of sentence-transformers."""
-    facts: Facts = Facts()
+    facts: Facts = field(default_factory=Facts)
     """What the card tells."""
 
 
@@ -72,7 +72,10 @@ def export_model(
     if adapter_dir is not None:
         _check_identity(adapter_dir, identity, base_sha256)
         adapted = load_adapter(model, adapter_dir)
-        lineage |= {"adapter": str(adapter_dir), "adapter_sha256": _sha256(adapter_dir / WEIGHTS)}
+        lineage |= {
+            "adapter": options.facts.adapter or str(adapter_dir),
+            "adapter_sha256": _sha256(adapter_dir / WEIGHTS),
+        }
         model = adapted.merge_and_unload(safe_merge=True) if options.format != "adapter" else model
     elif options.format == "adapter":
         raise UserError("format=adapter", "there is no adapter", "name one in model.adapter, or set format: model")
@@ -119,7 +122,7 @@ def load_encoder(model_dir: str, dtype: Dtype | None = None) -> tuple[Processor,
     """
     path = Path(model_dir) / IDENTITY
     if not path.is_file() or "dtype" not in (saved := json.loads(path.read_text())):
-        raise UserError(str(path), "does not exist, or is an adapter's", "name a directory with an exported model")
+        raise UserError(str(path), "is missing, or an adapter's", "name a directory with a model, written by export")
     identity = read_identity(Path(model_dir), ModelIdentity())
     stored: Dtype = saved["dtype"]
     processor = Processor(model_dir, identity.prompt)

@@ -15,7 +15,7 @@ import yaml
 
 from rzen.checkpoints import HUB_NAME, IDENTITY
 from rzen.config import ModelIdentity
-from rzen.families import FAMILIES
+from rzen.families import read_family
 from rzen.formats import sentence_transformers
 from rzen.prompts import TEMPLATES
 
@@ -29,6 +29,8 @@ class Facts:
     title: str = "An embedding model trained with rzen"
     base: str | None = None
     """The base as the job names it: a hub name is linked."""
+    adapter: str | None = None
+    """The adapter as the job names it."""
     recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Name of a training run -> its `spec.json`: resolved spec, data fingerprints, versions, revision of the code."""
     weights: Mapping[str, float] = field(default_factory=dict)
@@ -119,8 +121,9 @@ def _loading(folder: Path, identity: ModelIdentity, format: str, why_not: str | 
     if why_not is not None:
         return [
             *blocks,
-            f"There are no files for sentence-transformers, vLLM and mteb's own loader: {why_not}. `AutoModel` loads"
-            " the weights, and gives the states of tokens; how they become a vector is up to rzen.",
+            f"There are no files for sentence-transformers and vLLM: {why_not}. `AutoModel` loads the weights, but only"
+            " rzen makes of them what was trained.",
+            *_MTEB,
         ]
     return [
         *blocks,
@@ -150,8 +153,7 @@ def _loading(folder: Path, identity: ModelIdentity, format: str, why_not: str | 
         )
         if identity.readout.pooling == "last_token"
         else "",
-        "mteb:",
-        _code("import mteb", "from rzen.formats.mteb import load", "", 'mteb.evaluate(load("PATH"), tasks)'),
+        *_MTEB,
     ]
 
 
@@ -203,7 +205,7 @@ def _scores(scores: Mapping[str, Any]) -> str:
 
 
 def _limits(folder: Path, identity: ModelIdentity, format: str, why_not: str | None, frames: int) -> list[str]:
-    limits = [f"Trained and tested as one of {', '.join(family.title for family in FAMILIES.values())}'s classes."]
+    limits = ["What it knows of languages and pictures is its base's; what it finds alike is its data's."]
     if format == "rzen_release":
         limits += [
             "The script cuts a sequence at its `max_length` from the right, together with the token that is pooled.",
@@ -212,13 +214,18 @@ def _limits(folder: Path, identity: ModelIdentity, format: str, why_not: str | N
     if format == "model" and why_not is None:
         limit = sentence_transformers.text_limit(folder, identity.prompt)
         limits += [
-            "Other libraries do not cut texts: with it, the token that is pooled would be lost beside visuals. For"
-            f" sides of text alone, `processing_kwargs={{'text': {{'truncation': True, 'max_length': {limit}}}}}` cuts"
-            " as rzen does.",
+            "Other libraries do not cut long texts: they would cut from the right, which beside visuals takes the token"
+            " that is pooled. For sides of text alone, sentence-transformers cuts as rzen with `encode(...,"
+            f" processing_kwargs={{'text': {{'truncation': True, 'max_length': {limit}}}}})`.",
             f"Other libraries give {frames} frames to a video, sampled by their own rule, and refuse shorter ones;"
             " frames are resized by torchvision, which rounds otherwise than Pillow.",
+            "vLLM has not been run.",
             "In other libraries, `<|im_end|>` and the like within a text are marks, not text.",
         ]
+        if read_family(folder).timestamps:
+            limits.append(
+                "vLLM wants marks around a video of Qwen3-VL that transformers writes itself: none are there."
+            )
         if TEMPLATES[identity.prompt.template].frame_tokens:
             limits.append("Videos are read by rzen alone.")
         if identity.readout.pooling == "mean":
@@ -232,3 +239,9 @@ def _bullets(lines: list[str]) -> str:
 
 def _code(*lines: str) -> str:
     return "\n".join(["```python", *lines, "```"])
+
+
+_MTEB = (
+    "mteb, through rzen (`pip install rzen[mteb]`):",
+    _code("import mteb", "from rzen.formats.mteb import load", "", 'mteb.evaluate(load("PATH"), tasks)'),
+)

@@ -1,6 +1,6 @@
-"""An exported model in mteb: every readout and kind of side, because rzen itself reads them. Needs the extra rzen[mteb].
+"""An exported model in mteb: every readout and kind of side, because rzen itself reads them. Needs mteb 2.
 
-    mteb.evaluate(load("runs/model"), mteb.get_tasks(["NFCorpus"]))
+mteb.evaluate(load("runs/model"), mteb.get_tasks(["NFCorpus"]))
 """
 
 from __future__ import annotations
@@ -63,31 +63,40 @@ class MtebEncoder:
 
     def _instruction(self, task_metadata: Any, prompt_type: Any) -> str:
         kind = prompt_type.value if prompt_type else ""
-        for name in (task_metadata.name, kind):
-            if name in self._instructions and not (name == task_metadata.name and kind == "document"):
+        for name in ("document",) if kind == "document" else (task_metadata.name, kind):
+            if name in self._instructions:
                 return self._instructions[name]
         prompt = task_metadata.prompt
         if isinstance(prompt, Mapping):
             return str(prompt.get(kind) or "")
-        return str(prompt or "") if kind != "document" else ""
+        return "" if kind == "document" else str(prompt or "")
 
 
 def sides_of(batch: Mapping[str, Any], instruction: str) -> list[DecodedSide]:
-    """One side for each row of a batch of mteb: texts, PIL images, videos as tensors [T, C, H, W]."""
-    if unknown := sorted(set(batch) & {"audio"}):
-        raise UserError("mteb", f"there are {unknown[0]} inputs", "choose tasks of texts, images and videos")
+    """One side for each row of a batch of mteb: texts, PIL images, videos as tensors [T, C, H, W].
+
+    A query that brings an instruction of its own is read with that. Raises `UserError` for sound.
+    """
+    if "audio" in batch:
+        raise UserError("mteb", "the task has sound", "choose tasks of texts, images and videos")
     size = len(next(iter(batch.values())))
-    texts = batch.get("text") or [""] * size
-    visuals: list[list[Visual]] = [[] for _ in range(size)]
-    for images, row in zip(batch.get("image") or (), visuals, strict=False):
-        for image in images if isinstance(images, list | tuple) else [images]:
-            row.append(Visual("image", np.asarray(image.convert("RGB"))[None]))
-    for video, row in zip(batch.get("video") or (), visuals, strict=False):
-        row.append(Visual("video", np.asarray(video).transpose(0, 2, 3, 1)))
+    texts, instructions = batch.get("text") or [""] * size, [instruction] * size
+    if "instruction" in batch:
+        texts, instructions = batch["query"], batch["instruction"]
+    images, videos = batch.get("image") or [()] * size, batch.get("video") or [None] * size
     return [
-        DecodedSide(text=text or "", visuals=tuple(row), instruction=instruction)
-        for text, row in zip(texts, visuals, strict=True)
+        DecodedSide(text=text or "", visuals=(*_images(some), *_videos(video)), instruction=own or "")
+        for text, some, video, own in zip(texts, images, videos, instructions, strict=True)
     ]
+
+
+def _images(images: Any) -> list[Visual]:
+    several = images if isinstance(images, list | tuple) else [images]
+    return [Visual("image", np.asarray(image.convert("RGB"))[None]) for image in several]
+
+
+def _videos(video: Any) -> list[Visual]:
+    return [] if video is None else [Visual("video", np.asarray(video).transpose(0, 2, 3, 1))]
 
 
 def model_meta(
@@ -100,8 +109,8 @@ def model_meta(
     """The `mteb.ModelMeta` of an exported model: what its directory says, and None for what it does not."""
     backbone: Any = embedder.backbone
     num_parameters = sum(parameter.numel() for parameter in backbone.parameters())
-    mteb: Any = importlib.import_module("mteb")  # not `import mteb`: it is not installed where types are checked
-    return mteb.ModelMeta(
+    module: Any = importlib.import_module("mteb.models")  # by name: it is not installed where types are checked
+    return module.ModelMeta(
         loader=partial(MtebEncoder, instructions=instructions),
         name=f"rzen/{Path(model_dir).resolve().name}",
         revision=revision or "unknown",
@@ -127,5 +136,5 @@ def model_meta(
 def load(model_dir: str, instructions: Mapping[str, str] | None = None) -> MtebEncoder:
     """The encoder of an exported model. Raises `UserError` where mteb is not installed."""
     if importlib.util.find_spec("mteb") is None:
-        raise UserError("mteb", "is not installed", "install the extra rzen[mteb]")
+        raise UserError("mteb", "is not installed", "pip install rzen[mteb]")
     return MtebEncoder(model_dir, instructions=instructions)

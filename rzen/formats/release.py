@@ -13,17 +13,8 @@ from typing import Any
 from pipelines.errors import UserError
 from rzen.config import ModelIdentity
 
-# What transformers 4.51 knows of a configuration; all else has the same meaning under another name, or none.
-_TEXT = (
-    "attention_dropout bos_token_id eos_token_id hidden_act hidden_size initializer_range intermediate_size "
-    "max_position_embeddings max_window_layers num_attention_heads num_hidden_layers num_key_value_heads rms_norm_eps "
-    "sliding_window use_cache use_sliding_window vocab_size"
-).split()
-_VISION = (
-    "depth embed_dim hidden_act hidden_size in_channels initializer_range mlp_ratio num_heads patch_size "
-    "spatial_merge_size temporal_patch_size"
-).split()
-_ROOT = "architectures image_token_id video_token_id vision_start_token_id vision_end_token_id model_type".split()
+# What transformers 5 has added to a configuration, each with the meaning of what stands there in 4.51.
+_NEW = {"dtype", "layer_types", "model_type", "rope_parameters", "text_config", "transformers_version", "vision_config"}
 
 
 def check(base: Path, identity: ModelIdentity) -> None:
@@ -67,16 +58,19 @@ def flat_config(config: dict[str, Any]) -> dict[str, Any]:
     """A Qwen2-VL configuration of transformers 4, from one of 4 or 5."""
     if "text_config" not in config:
         return config
-    text, vision = config["text_config"], config["vision_config"]
-    rope = text["rope_parameters"]
+    text, vision, root = (
+        {name: value for name, value in part.items() if name not in _NEW}
+        for part in (config["text_config"], config["vision_config"], config)
+    )
+    rope = config["text_config"]["rope_parameters"]
     return {
-        **{name: config[name] for name in _ROOT},
-        **{name: text[name] for name in _TEXT if name in text},
+        **text,
+        **root,
+        "model_type": config["model_type"],
         "rope_theta": rope["rope_theta"],
         "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]},
-        "tie_word_embeddings": config["tie_word_embeddings"],
         "torch_dtype": config["dtype"],
-        "vision_config": {name: vision[name] for name in _VISION if name in vision} | {"model_type": "qwen2_vl"},
+        "vision_config": vision | {"model_type": config["model_type"]},
     }
 
 

@@ -65,7 +65,7 @@ def text_limit(folder: Path, prompt: PromptConfig) -> int:
 def _transformer() -> dict[str, Any]:
     """Inputs go through the chat template, whole. Cut, a side with visuals would lose the token that is pooled."""
     output = {"method": "forward", "method_output_name": "last_hidden_state"}
-    modalities = {name: output for name in ("text", "image", "video")}
+    modalities = dict.fromkeys(("text", "image", "video"), output)
     return {
         "transformer_task": "feature-extraction",
         "modality_config": modalities | {"message": output | {"format": "structured"}},

@@ -1,6 +1,6 @@
 """Exports of tiny models and the vectors that rzen's own encoder gives for `sides.py`: what the checks compare with.
 
-    python -m tests.export.make OUT         in the project's environment
+python -m tests.export.make OUT         in the project's environment
 """
 
 from __future__ import annotations

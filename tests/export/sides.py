@@ -47,7 +47,11 @@ def sides(token_px: int) -> dict[str, Side]:
 
     image, page, video = visual("image", 2, 3, 0), visual("document", 4, 3, 1), visual("video", 2, 3, 2)
     wide = visual("video", 8, 21, 6)  # frames of 168 tokens, which the released script wants
-    photo, scan, clip = noise("image", 1, 61, 97, 3), noise("document", 1, 771, 593, 4), noise("video", FRAMES, 59, 83, 5)
+    photo, scan, clip = (
+        noise("image", 1, 61, 97, 3),
+        noise("document", 1, 771, 593, 4),
+        noise("video", FRAMES, 59, 83, 5),
+    )
     return {
         "text": Side(TEXT),
         "text, instruction": Side(TEXT, INSTRUCTION),
