@@ -127,7 +127,7 @@ def _loading(folder: Path, identity: ModelIdentity, format: str, why_not: str | 
         ]
     return [
         *blocks,
-        "sentence-transformers (with `torchvision`; videos given as files also need a decoder), the instruction as"
+        "sentence-transformers 6 (with `torchvision`; videos given as files also need a decoder), the instruction as"
         " `prompt`:",
         _code(
             "from sentence_transformers import SentenceTransformer",
@@ -142,11 +142,12 @@ def _loading(folder: Path, identity: ModelIdentity, format: str, why_not: str | 
             "",
             'llm = LLM("PATH", runner="pooling")  # or: vllm serve PATH --runner pooling',
         ),
-        "transformers, where the last state of the last token, divided by its length, is the vector:",
+        "transformers 5, where the last state of the last token, divided by its length, is the vector:",
         _code(
             "from transformers import AutoModel, AutoProcessor",
             "",
-            'model, processor = AutoModel.from_pretrained("PATH"), AutoProcessor.from_pretrained("PATH")',
+            'model = AutoModel.from_pretrained("PATH")',
+            'processor = AutoProcessor.from_pretrained("PATH", use_fast=False)  # images resized by Pillow, as trained',
             'side = [{"role": "user", "content": [{"type": "text", "text": "a red circle"}]}]',
             'inputs = processor.apply_chat_template([side], tokenize=True, return_dict=True, return_tensors="pt")',
             "vector = model(**inputs).last_hidden_state[:, -1]",

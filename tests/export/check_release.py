@@ -25,10 +25,11 @@ from tests.export.sides import Side, sides
 
 NOTES = """\
 Largest difference from rzen's own vectors in fp32, on a tiny Qwen2-VL with a merged adapter, exported with
-`format: rzen_release` and loaded by the released script (sha256 {sha256}). "bf16" is the script as it is, which rounds
-weights, pixels and states to bfloat16; "fp32" is the script with a model loaded in fp32. The script feeds a video as
-images of 160 to 180 tokens, as does the prompt `rzen_release`. It resizes
-twice what is neither whole tokens nor within its limits, first by its own rule: "page, shrunk" and "video, resized"."""
+`format: rzen_release` and loaded by the released script (sha256 {sha256}). "bf16" is the script as it is,
+which rounds weights, pixels and states to bfloat16; "fp32" is the script with a model loaded in fp32. The script feeds
+a video as images of 160 to 180 tokens, as does the prompt `rzen_release`; several images are a video to it, but for
+this check they are sized as images. It resizes twice what is neither whole tokens nor within its limits, first by its
+own rule: "page, shrunk" and "video, resized"."""
 RESIZED_TWICE = ("page, shrunk", "video, resized")
 
 
@@ -71,7 +72,7 @@ def embed(model: Any, side: Side) -> Any:
     images = [Image.fromarray(frame) for visual in side.visuals for frame in visual.pixels]
     given: Any = images if len(images) > 1 else images[0] if images else None
     words = " ".join(part for part in (side.instruction, side.text) if part)
-    several_images = kinds == {False} and len(images) > 1  # a list means a video to the script
+    several_images = kinds == {False} and len(images) > 1
     if several_images:
         model.qwen2vl_video_processor, kept = model.processor, model.qwen2vl_video_processor
     vector = model.embed(texts=[words or None], images=[given])[0].float().numpy()
