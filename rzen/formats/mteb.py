@@ -27,6 +27,7 @@ class MtebEncoder:
     """What mteb calls an encoder (`mteb.EncoderProtocol`).
 
     `instructions` by name of a task, or `query` and `document`; where they name none, the task's own prompt is taken.
+    Of a video that comes as a decoder, `frames` are taken, uniform over their order, the first and the last included.
     """
 
     def __init__(
@@ -36,7 +37,9 @@ class MtebEncoder:
         *,
         device: str | None = None,
         instructions: Mapping[str, str] | None = None,
+        frames: int = 8,
     ) -> None:
+        self._frames = frames
         self._processor, embedder = load_encoder(model_name)
         self._embedder: Embedder = embedder.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._instructions = instructions or {}
@@ -49,7 +52,7 @@ class MtebEncoder:
         instruction = self._instruction(task_metadata, prompt_type)
         vectors = []
         for batch in inputs:
-            sides = sides_of(batch, instruction)
+            sides = sides_of(batch, instruction, self._frames)
             vectors.append(embed_sides(self._processor, self._embedder, sides, len(sides)))
         return np.concatenate(vectors)
 
@@ -72,8 +75,8 @@ class MtebEncoder:
         return "" if kind == "document" else str(prompt or "")
 
 
-def sides_of(batch: Mapping[str, Any], instruction: str) -> list[DecodedSide]:
-    """One side for each row of a batch of mteb: texts, PIL images, videos as tensors [T, C, H, W].
+def sides_of(batch: Mapping[str, Any], instruction: str, frames: int) -> list[DecodedSide]:
+    """One side for each row of a batch of mteb: texts, PIL images, videos as torchcodec's decoders.
 
     A query that brings an instruction of its own is read with that. Raises `UserError` for sound.
     """
@@ -83,20 +86,25 @@ def sides_of(batch: Mapping[str, Any], instruction: str) -> list[DecodedSide]:
     texts, instructions = batch.get("text") or [""] * size, [instruction] * size
     if "instruction" in batch:
         texts, instructions = batch["query"], batch["instruction"]
-    images, videos = batch.get("image") or [()] * size, batch.get("video") or [None] * size
+    images, videos = batch.get("image") or [None] * size, batch.get("video") or [None] * size
     return [
-        DecodedSide(text=text or "", visuals=(*_images(some), *_videos(video)), instruction=own or "")
+        DecodedSide(text=text or "", visuals=(*_images(some), *_videos(video, frames)), instruction=own or "")
         for text, some, video, own in zip(texts, images, videos, instructions, strict=True)
     ]
 
 
 def _images(images: Any) -> list[Visual]:
     several = images if isinstance(images, list | tuple) else [images]
-    return [Visual("image", np.asarray(image.convert("RGB"))[None]) for image in several]
+    return [Visual("image", np.asarray(image.convert("RGB"))[None]) for image in several if image is not None]
 
 
-def _videos(video: Any) -> list[Visual]:
-    return [] if video is None else [Visual("video", np.asarray(video).transpose(0, 2, 3, 1))]
+def _videos(video: Any, frames: int) -> list[Visual]:
+    if video is None:
+        return []
+    last = video.metadata.num_frames - 1
+    count = min(frames, last + 1)
+    shown = video.get_frames_at([number * last // max(count - 1, 1) for number in range(count)])
+    return [Visual("video", shown.data.numpy().transpose(0, 2, 3, 1), tuple(shown.pts_seconds.tolist()))]
 
 
 def model_meta(
@@ -133,8 +141,8 @@ def model_meta(
     )
 
 
-def load(model_dir: str, instructions: Mapping[str, str] | None = None) -> MtebEncoder:
+def load(model_dir: str, instructions: Mapping[str, str] | None = None, frames: int = 8) -> MtebEncoder:
     """The encoder of an exported model. Raises `UserError` where mteb is not installed."""
     if importlib.util.find_spec("mteb") is None:
         raise UserError("mteb", "is not installed", "pip install rzen[mteb]")
-    return MtebEncoder(model_dir, instructions=instructions)
+    return MtebEncoder(model_dir, instructions=instructions, frames=frames)

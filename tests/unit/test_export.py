@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
@@ -20,6 +24,7 @@ from rzen.config import LoraConfig, ModelIdentity, PromptConfig, ReadoutConfig, 
 from rzen.embedder import Embedder
 from rzen.export import ExportOptions, export_model, load_encoder
 from rzen.formats.card import Facts
+from rzen.formats.mteb import sides_of
 from rzen.lora import add_lora, load_adapter, save_adapter
 from rzen.processor import Processor
 from rzen.soup import soup_adapters
@@ -316,6 +321,36 @@ def test_a_hub_name_is_linked_and_nothing_is_invented(base: str, tmp_path: Path)
     assert "license" not in fields
     assert "## Scores\n\nNone were given." in card
     assert "No settings of a training run were found" in card
+
+
+@dataclass
+class Decoder:
+    """What rzen needs of torchcodec's: four frames a second, of which frame i has the grey value i."""
+
+    num_frames: int
+
+    @property
+    def metadata(self) -> Decoder:
+        return self
+
+    def get_frames_at(self, indices: list[int]) -> Any:
+        frames = torch.tensor(indices, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 4, 6)
+        return SimpleNamespace(data=frames, pts_seconds=torch.tensor(indices) / 4)
+
+
+def test_batches_of_mteb_become_sides() -> None:
+    image = Image.new("L", (6, 4), 7)
+    asked, bare = sides_of({"text": ["ab", "cd"], "query": ["a", "c"], "instruction": ["b", ""]}, "Find it.", 8)
+    assert (asked.text, asked.instruction, bare.text, bare.instruction) == ("a", "b", "c", "")
+    fused, alone = sides_of({"text": ["x", "y"], "image": [[image, image], None]}, "Find it.", 8)
+    assert [visual.frames.shape for visual in fused.visuals] == [(1, 4, 6, 3)] * 2
+    assert (fused.instruction, alone.text, alone.visuals) == ("Find it.", "y", ())
+    (long,), (short,) = (side.visuals for side in sides_of({"video": [Decoder(21), Decoder(2)]}, "", 5))
+    assert long.frames[:, 0, 0, 0].tolist() == [0, 5, 10, 15, 20]
+    assert long.times_s == (0.0, 1.25, 2.5, 3.75, 5.0)
+    assert short.frames.shape == (2, 4, 6, 3)
+    with pytest.raises(UserError, match="the task has sound"):
+        sides_of({"video": [Decoder(2)], "audio": [None]}, "", 5)
 
 
 def test_wrong_backbones_are_the_users_errors(tmp_path: Path) -> None:
