@@ -2,28 +2,114 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from jobs.models import checkpoint_folder, local_folder, publish_folder
 from jobs.progress import say
+from jobs.revision import revision
+from jobs.runs import SPEC, versions
 from jobs.spec import ExportSpec
+from pipelines.errors import UserError
 from pipelines.storage import open_store
 from pipelines.store import disk_errors
 
+FRAMES = 8  # as the released script of RzenEmbed
+SOUP = "soup.json"
+
 
 def run(spec: ExportSpec) -> dict[str, Any]:
-    """Writes the checkpoint directory."""
+    """Writes the directory."""
     from rzen.checkpoints import read_identity
-    from rzen.export import export_model
+    from rzen.export import ExportOptions, export_model
+    from rzen.formats.card import Facts
 
+    scores = _scores(spec)
     base = checkpoint_folder(spec.model.base, spec.endpoint)
-    adapter = local_folder(spec.model.adapter, spec.endpoint) if spec.model.adapter else None
+    adapter = Path(local_folder(spec.model.adapter, spec.endpoint)) if spec.model.adapter else None
+    weights = _soup(adapter)
+    recipes = _recipes(spec, list(weights))
+    facts = Facts(
+        title=Path(spec.out).name,
+        base=spec.model.base,
+        adapter=spec.model.adapter,
+        recipes=recipes,
+        weights={_run_name(url): weight for url, weight in weights.items()},
+        scores=scores,
+        license=spec.license,
+        versions=versions() | {"revision": revision()},
+    )
+    options = ExportOptions(spec.format, spec.dtype, spec.frames or _frames(recipes), dict(spec.instructions), facts)
+    identity = read_identity(adapter or Path(base), spec.identity)
     with disk_errors(tempfile.gettempdir()), tempfile.TemporaryDirectory(prefix="rzen-export-") as folder:
         local = Path(folder, "model")
-        identity = read_identity(Path(adapter or base), spec.identity)
-        export_model(base, Path(adapter) if adapter else None, local, identity, spec.dtype)
+        why_not = export_model(base, adapter, local, identity, options)
         publish_folder(local, open_store(spec.out, spec.endpoint))
-    say(f"  {spec.out}: a checkpoint for AutoModel ({spec.dtype}), prompt {identity.prompt.template}")
+    say(f"  {spec.out}: {_TARGETS[spec.format]} ({spec.dtype}), prompt {identity.prompt.template}")
+    if spec.format == "model":
+        say(
+            f"    no files for sentence-transformers and vLLM: {why_not}; rzen and mteb read it as it was trained"
+            if why_not
+            else "    and for sentence-transformers, vLLM and mteb",
+            "yellow" if why_not else "dim",
+        )
     return {"outputs": [spec.out]}
+
+
+_TARGETS = {
+    "model": "a checkpoint for AutoModel",
+    "adapter": "an adapter for PEFT",
+    "rzen_release": "a checkpoint for the released script",
+}
+
+
+def _soup(adapter: Path | None) -> dict[str, float]:
+    """Adapters of which this one is the weighted mean, where it says so."""
+    if adapter is None or not (adapter / SOUP).is_file():
+        return {}
+    parents = json.loads((adapter / SOUP).read_text())["parents"]
+    return {parent["place"]: parent["coefficient"] for parent in parents}
+
+
+def _recipes(spec: ExportSpec, parents: list[str]) -> dict[str, Any]:
+    """`spec.json` of the runs that have made base and adapters, where it lies in the folder above theirs."""
+    recipes = {}
+    for url in (spec.model.base, *([spec.model.adapter] if spec.model.adapter else []), *parents):
+        above, _, _ = url.rstrip("/").rpartition("/")
+        store = open_store(above, spec.endpoint) if above else None
+        if store and store.exists(SPEC):
+            recipes[_run_name(url)] = json.loads(store.read(SPEC))
+    return recipes
+
+
+def _run_name(url: str) -> str:
+    return url.rstrip("/").split("/")[-2] if "/" in url.rstrip("/") else url
+
+
+def _frames(recipes: dict[str, Any]) -> int:
+    """Most of any run, made even."""
+    frames = [recipe["spec"]["data"]["media"]["frames"] for recipe in recipes.values()]
+    return (max(frames, default=FRAMES) + 1) // 2 * 2
+
+
+def _scores(spec: ExportSpec) -> dict[str, Any]:
+    """Of an evaluation, the rows of the model that is exported."""
+    if spec.scores is None:
+        return {}
+    path = Path(spec.scores)
+    if not path.is_file():
+        raise UserError(f"scores {path}", "does not exist", "evaluate the model first, or set scores: null")
+    results = json.loads(path.read_text())
+    models = results["settings"]["spec"]["models"]
+    mine = {
+        name for name, ref in models.items() if (ref["base"], ref["adapter"]) == (spec.model.base, spec.model.adapter)
+    }
+    rows = [row for row in results["rows"] if row["model"] in mine]
+    if not rows:
+        problem = f"has no score of base {spec.model.base} with adapter {spec.model.adapter}"
+        raise UserError(
+            f"scores {path}", problem, f"it has {', '.join(models)}: evaluate this one, or set scores: null"
+        )
+    return {"rows": rows, "settings": results["settings"]}

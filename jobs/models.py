@@ -81,8 +81,9 @@ def publish_folder(local: Path, store: Store) -> None:
     store.ensure_bucket()
     store.delete(IDENTITY)
     store.delete_tree("")
-    for file in sorted(local.iterdir(), key=lambda file: (file.name == IDENTITY, file.name)):
-        store.upload(file, file.name)
+    files = [file for file in local.rglob("*") if file.is_file()]
+    for file in sorted(files, key=lambda file: (file.name == IDENTITY, file)):
+        store.upload(file, file.relative_to(local).as_posix())
 
 
 def is_published(store: Store) -> bool:

@@ -473,7 +473,7 @@ class EvaluateSpec(ModelIdentity, JobConfig):
 
 
 class ExportSpec(ModelIdentity, JobConfig):
-    """Fold an adapter into its base: one ordinary checkpoint directory for AutoModel."""
+    """Make a directory that other libraries load, of an adapter and its base."""
 
     kind: Literal["export"]
     """Exports."""
@@ -484,7 +484,20 @@ class ExportSpec(ModelIdentity, JobConfig):
     readout: ReadoutConfig = ReadoutConfig()
     """For a model that does not say how its vectors are made."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Type of the stored weights; the sum is taken in fp32 and rounded once."""
+    """Type of the stored weights; the sum is taken in fp32 and rounded once. An adapter keeps its own."""
+    format: Literal["model", "adapter", "rzen_release"] = "model"
+    """`model`: base and adapter as one, for AutoModel, sentence-transformers, vLLM and mteb. `adapter`: for PEFT.
+    `rzen_release`: as one, for the script released with RzenEmbed, which reads Qwen2-VL with the prompt `rzen_release`
+    and positions `1d` alone."""
+    frames: Annotated[int, Field(ge=2, multiple_of=2)] | None = None
+    """Frames of a video in libraries that fix how many, and by them the size of a frame. `null`: `data.media.frames` of
+    the training, where its settings lie beside the weights, or 8."""
+    instructions: Named[str] = Field(default_factory=dict)
+    """Name -> instruction, for `encode(..., prompt_name=...)` of sentence-transformers."""
+    scores: str | None = None
+    """Local results.json of an evaluation of this very base and adapter, for the card."""
+    license: str | None = None
+    """Identifier for the card, such as apache-2.0, where it is known."""
     out: str
     """Directory or s3:// URL. An earlier export there is replaced."""
     endpoint: str | None = None

@@ -1,6 +1,11 @@
-"""One ordinary checkpoint directory for serving: adapter folded into the base, tokenizer, preprocessor and prompt.
+"""One directory for everybody: adapter folded into the base, and what other libraries need to read it alike.
 
-`rzen.json` in it holds what a transformers checkpoint does not: prompt, readout and descent.
+    model          weights, tokenizer, sizes of media: AutoModel and rzen, which mteb is given; by the files of
+                   rzen/formats sentence-transformers and vLLM, where they can read the model as it was trained
+    adapter        the adapter as it was trained, for PEFT
+    rzen_release   weights for the inference script released with RzenEmbed
+
+`rzen.json` in each holds what a transformers checkpoint does not, prompt, readout and descent; README.md is its card.
 """
 
 from __future__ import annotations
@@ -8,39 +13,89 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from pipelines.errors import UserError
 from rzen.backbone import load_backbone
 from rzen.checkpoints import IDENTITY, checkpoint_dir, checkpoint_sha256, read_identity
 from rzen.config import ModelConfig, ModelIdentity
 from rzen.embedder import Embedder
-from rzen.lora import WEIGHTS, load_adapter
+from rzen.formats import release, sentence_transformers
+from rzen.formats.card import CARD, Facts, model_card
+from rzen.lora import CONFIG, WEIGHTS, load_adapter
 from rzen.processor import Processor
+from rzen.soup import LINEAGE
 
 Dtype = Literal["float32", "bfloat16"]
+Format = Literal["model", "adapter", "rzen_release"]
 COMPANIONS = ("*.txt", "*.jinja", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
 
 
-def export_model(base_dir: str, adapter_dir: Path | None, out_dir: Path, identity: ModelIdentity, dtype: Dtype) -> None:
-    """Write the base with the adapter merged in fp32 and rounded once to `dtype`. Appears complete or not at all.
+@dataclass(frozen=True)
+class ExportOptions:
+    """What an exported directory is to be, beside its weights."""
 
-    Raises `UserError` where `out_dir` exists, the adapter does not fit the base, or was trained with another identity.
+    format: Format = "model"
+    dtype: Dtype = "bfloat16"
+    frames: int = 8
+    """Of a video, for libraries that sample frames and size them by a fixed number. Even."""
+    instructions: dict[str, str] = field(default_factory=dict)
+    """Name -> instruction, for `encode(..., prompt_name=...)` of sentence-transformers."""
+    facts: Facts = field(default_factory=Facts)
+    """What the card tells."""
+
+
+def export_model(
+    base_dir: str, adapter_dir: Path | None, out_dir: Path, identity: ModelIdentity, options: ExportOptions
+) -> str | None:
+    """Write the base with the adapter merged in fp32 and rounded once. Appears complete or not at all.
+
+    Returns why libraries other than rzen and the one of the format cannot read it as it was trained, if they cannot.
+    Raises `UserError` where `out_dir` exists, the adapter does not fit the base or was trained with another identity,
+    and for a format that cannot hold the model.
     """
     if out_dir.exists():
         raise UserError(str(out_dir), "exists already", "name a new directory for the model")
     base = checkpoint_dir(base_dir)
-    lineage = {"base": base_dir, "base_sha256": checkpoint_sha256(base)}
+    base_sha256 = checkpoint_sha256(base)
+    lineage = {"base": options.facts.base or base_dir, "base_sha256": base_sha256}
+    if options.format == "rzen_release":
+        release.check(base, identity)
     model = load_backbone(str(base), _plain(base_dir, "float32"))
     if adapter_dir is not None:
-        _check_identity(adapter_dir, identity, lineage["base_sha256"])
-        model = load_adapter(model, adapter_dir).merge_and_unload(safe_merge=True)
-        lineage |= {"adapter": str(adapter_dir), "adapter_sha256": _sha256(adapter_dir / WEIGHTS)}
-    write_model(model, base, out_dir, identity, dtype, lineage)
+        _check_identity(adapter_dir, identity, base_sha256)
+        adapted = load_adapter(model, adapter_dir)
+        lineage |= {
+            "adapter": options.facts.adapter or str(adapter_dir),
+            "adapter_sha256": _sha256(adapter_dir / WEIGHTS),
+        }
+        model = adapted.merge_and_unload(safe_merge=True) if options.format != "adapter" else model
+    elif options.format == "adapter":
+        raise UserError("format=adapter", "there is no adapter", "name one in model.adapter, or set format: model")
+    why_not = sentence_transformers.why_not(identity)
+    with _appearing(out_dir) as folder:
+        if options.format == "adapter":
+            assert adapter_dir is not None
+            _copy_adapter(adapter_dir, folder, lineage)
+            content = identity.model_dump() | {"base_sha256": base_sha256, "lineage": lineage}
+            _write_json(folder / IDENTITY, content)
+        else:
+            _write_weights(model, base, folder, options.dtype)
+            write_identity(folder, identity, options.dtype, lineage)
+        if options.format == "rzen_release":
+            release.write_files(folder, identity)
+        elif options.format == "model" and why_not is None:
+            sentence_transformers.write_files(folder, identity, options.frames, options.instructions)
+        card = model_card(folder, identity, options.format, why_not, options.frames, options.facts)
+        (folder / CARD).write_text(card, encoding="utf-8")
+    return why_not
 
 
 def write_model(
@@ -50,20 +105,14 @@ def write_model(
 
     `lineage` says what it was made from. Appears complete or not at all.
     """
-    partial = out_dir.with_name(f"{out_dir.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.to(getattr(torch, dtype)).save_pretrained(partial)
-    for pattern in (*COMPANIONS, "*preprocessor_config.json"):
-        for path in base.glob(pattern):
-            shutil.copyfile(path, partial / path.name)
-    write_identity(partial, identity, dtype, lineage)
-    partial.rename(out_dir)
+    with _appearing(out_dir) as folder:
+        _write_weights(model, base, folder, dtype)
+        write_identity(folder, identity, dtype, lineage)
 
 
 def write_identity(folder: Path, identity: ModelIdentity, dtype: Dtype, lineage: dict[str, str]) -> None:
     """Write `rzen.json` into a checkpoint directory, for `load_encoder` to open it."""
-    content = identity.model_dump() | {"normalize": True, "dtype": dtype, "lineage": lineage}
-    (folder / IDENTITY).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    _write_json(folder / IDENTITY, identity.model_dump() | {"normalize": True, "dtype": dtype, "lineage": lineage})
 
 
 def load_encoder(model_dir: str, dtype: Dtype | None = None) -> tuple[Processor, Embedder]:
@@ -72,10 +121,10 @@ def load_encoder(model_dir: str, dtype: Dtype | None = None) -> tuple[Processor,
     Raises `UserError` where the directory is no exported model.
     """
     path = Path(model_dir) / IDENTITY
-    if not path.is_file():
-        raise UserError(str(path), "does not exist", "name a directory written by export")
+    if not path.is_file() or "dtype" not in (saved := json.loads(path.read_text())):
+        raise UserError(str(path), "is missing, or an adapter's", "name a directory with a model, written by export")
     identity = read_identity(Path(model_dir), ModelIdentity())
-    stored: Dtype = json.loads(path.read_text())["dtype"]
+    stored: Dtype = saved["dtype"]
     processor = Processor(model_dir, identity.prompt)
     backbone = load_backbone(model_dir, _plain(model_dir, dtype or stored))
     return processor, Embedder(backbone, processor.layout, identity.readout).requires_grad_(False).eval()
@@ -83,6 +132,46 @@ def load_encoder(model_dir: str, dtype: Dtype | None = None) -> tuple[Processor,
 
 def _plain(base_dir: str, dtype: Dtype) -> ModelConfig:
     return ModelConfig(backbone=base_dir, tune="full", dtype=dtype, gradient_checkpointing=False)
+
+
+@contextmanager
+def _appearing(out_dir: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `out_dir` when the block ends well."""
+    partial = out_dir.with_name(f"{out_dir.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(out_dir)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_weights(model: PreTrainedModel, base: Path, folder: Path, dtype: Dtype) -> None:
+    """The weights under the names and the architecture that checkpoints of the family have on the hub.
+
+    AutoModel finds its own in them, vLLM and transformers 4 know no others. There is no head: it is tied to the
+    embeddings, so that none is missing where one is made.
+    """
+    config = type(model.config).from_dict(model.config.to_dict() | {"tie_word_embeddings": True})
+    with torch.device("meta"):
+        whole = AutoModelForImageTextToText.from_config(config)
+    whole.model = model.to(getattr(torch, dtype))
+    whole.tie_weights()
+    whole.save_pretrained(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)  # it generates nothing
+    for pattern in (*COMPANIONS, "*preprocessor_config.json"):
+        for path in base.glob(pattern):
+            shutil.copyfile(path, folder / path.name)
+
+
+def _copy_adapter(adapter_dir: Path, folder: Path, lineage: dict[str, str]) -> None:
+    """PEFT's files, which name the base as the export does, not as a worker found it."""
+    shutil.copyfile(adapter_dir / WEIGHTS, folder / WEIGHTS)
+    config = json.loads((adapter_dir / CONFIG).read_text())
+    _write_json(folder / CONFIG, config | {"base_model_name_or_path": lineage["base"]})
+    if (adapter_dir / LINEAGE).is_file():
+        shutil.copyfile(adapter_dir / LINEAGE, folder / LINEAGE)
 
 
 def _check_identity(adapter_dir: Path, identity: ModelIdentity, base_sha256: str) -> None:
@@ -99,3 +188,7 @@ def _check_identity(adapter_dir: Path, identity: ModelIdentity, base_sha256: str
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

@@ -1,26 +1,38 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import yaml
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
+from jobs.export import run as run_export
+from jobs.models import local_folder
+from jobs.spec import ExportSpec
 from pipelines.errors import UserError
 from rzen.backbone import build_tiny, load_backbone
 from rzen.checkpoints import checkpoint_dir, checkpoint_sha256
-from rzen.config import LoraConfig, MeanSoup, ModelIdentity, ReadoutConfig, TinyBackbone
+from rzen.config import LoraConfig, MeanSoup, ModelIdentity, PromptConfig, ReadoutConfig, TinyBackbone
 from rzen.embedder import Embedder
-from rzen.export import export_model, load_encoder
+from rzen.export import ExportOptions, export_model, load_encoder
+from rzen.formats.card import Facts
+from rzen.formats.mteb import sides_of
 from rzen.lora import add_lora, load_adapter, save_adapter
 from rzen.processor import Processor
 from rzen.soup.make import make_soup
 from tests.tiny import PROMPT, TEXTS, TINY, mixed_sides, tiny_checkpoint, tiny_model
 
 IDENTITY = ModelIdentity(prompt=PROMPT)
+FP32, BF16 = ExportOptions(dtype="float32"), ExportOptions(dtype="bfloat16")
+RELEASE = ModelIdentity(prompt=PromptConfig(template="rzen_release"), readout=ReadoutConfig(positions="1d"))
 UMARVEL = ReadoutConfig(direction="bidirectional", pooling="mean")
 
 
@@ -56,7 +68,7 @@ def exported_vectors(model_dir: Path) -> Tensor:
 
 def test_the_exported_model_gives_the_vectors_of_base_and_adapter(base: str, tmp_path: Path) -> None:
     adapter = trained_adapter(base, tmp_path / "adapter")
-    export_model(base, adapter, tmp_path / "model", IDENTITY, "float32")
+    export_model(base, adapter, tmp_path / "model", IDENTITY, FP32)
     expected = unmerged_vectors(base, adapter)
     torch.testing.assert_close(exported_vectors(tmp_path / "model"), expected, atol=1e-5, rtol=0)
     assert (expected - unmerged_vectors(base, None)).abs().max() > 1e-2
@@ -64,7 +76,7 @@ def test_the_exported_model_gives_the_vectors_of_base_and_adapter(base: str, tmp
 
 def test_the_exported_model_is_an_ordinary_checkpoint(base: str, tmp_path: Path) -> None:
     adapter = trained_adapter(base, tmp_path / "adapter")
-    export_model(base, adapter, tmp_path / "model", IDENTITY, "float32")
+    export_model(base, adapter, tmp_path / "model", IDENTITY, FP32)
     model_dir = str(tmp_path / "model")
     processor = Processor(model_dir, PROMPT)
     embedder = Embedder(AutoModel.from_pretrained(model_dir), processor.layout)
@@ -78,34 +90,40 @@ def test_the_exported_model_is_an_ordinary_checkpoint(base: str, tmp_path: Path)
 
 def test_weights_are_merged_in_fp32_and_rounded_once(base: str, tmp_path: Path) -> None:
     adapter = trained_adapter(base, tmp_path / "adapter")
-    export_model(base, adapter, tmp_path / "model", IDENTITY, "bfloat16")
-    name = "language_model.layers.0.mlp.down_proj"
-    factors = load_file(adapter / "adapter_model.safetensors")
-    a, b = (factors[f"base_model.model.{name}.lora_{factor}.weight"] for factor in "AB")
-    original = load_file(Path(base) / "model.safetensors")[f"{name}.weight"]
-    merged = load_file(tmp_path / "model/model.safetensors")[f"{name}.weight"]
-    assert merged.dtype == torch.bfloat16
-    assert torch.equal(merged, (original + 2 * b @ a).to(torch.bfloat16))
-    assert not torch.equal(merged, original.bfloat16() + (2 * b @ a).bfloat16())  # rounding thrice would show
+    export_model(base, adapter, tmp_path / "exact", IDENTITY, FP32)
+    export_model(base, adapter, tmp_path / "model", IDENTITY, BF16)
+    exact, rounded = (load_file(tmp_path / name / "model.safetensors") for name in ("exact", "model"))
+    assert {name: value.dtype for name, value in rounded.items()} == dict.fromkeys(exact, torch.bfloat16)
+    assert all(torch.equal(value, exact[name].to(torch.bfloat16)) for name, value in rounded.items())
+    difference = (exported_vectors(tmp_path / "model") - exported_vectors(tmp_path / "exact")).abs().max()
+    assert 0 < difference < 0.02
     assert exported_vectors(tmp_path / "model").dtype == torch.float32
+
+    name = "layers.0.mlp.down_proj"
+    factors = load_file(adapter / "adapter_model.safetensors")
+    a, b = (factors[f"base_model.model.language_model.{name}.lora_{factor}.weight"] for factor in "AB")
+    original = load_file(Path(base) / "model.safetensors")[f"language_model.{name}.weight"]
+    merged = rounded[f"model.{name}.weight"]
+    assert torch.equal(merged, (original + 2 * b @ a).to(torch.bfloat16))
+    assert not torch.equal(merged, original.bfloat16() + (2 * b @ a).bfloat16())  # planted: merged in bf16
 
 
 def test_an_export_without_adapter_keeps_the_base(base: str, tmp_path: Path) -> None:
-    export_model(base, None, tmp_path / "model", IDENTITY, "float32")
+    export_model(base, None, tmp_path / "model", IDENTITY, FP32)
     torch.testing.assert_close(exported_vectors(tmp_path / "model"), unmerged_vectors(base, None), atol=0, rtol=0)
 
 
 def test_a_soup_of_one_adapter_twice_exports_as_the_adapter(base: str, tmp_path: Path) -> None:
     adapter = trained_adapter(base, tmp_path / "adapter")
     make_soup({"a": adapter, "b": adapter}, tmp_path / "soup", MeanSoup(weights={"a": 0.3, "b": 0.7}))
-    export_model(base, tmp_path / "soup", tmp_path / "model", IDENTITY, "float32")
+    export_model(base, tmp_path / "soup", tmp_path / "model", IDENTITY, FP32)
     expected = unmerged_vectors(base, adapter)
     torch.testing.assert_close(exported_vectors(tmp_path / "model"), expected, atol=1e-5, rtol=0)
 
 
 def test_identity_holds_prompt_readout_and_descent(base: str, tmp_path: Path) -> None:
     adapter = trained_adapter(base, tmp_path / "adapter")
-    export_model(base, adapter, tmp_path / "model", IDENTITY, "float32")
+    export_model(base, adapter, tmp_path / "model", IDENTITY, FP32)
     identity = json.loads((tmp_path / "model/rzen.json").read_text())
     assert identity["prompt"] == {
         "template": "rzen_paper",
@@ -123,39 +141,217 @@ def test_an_exported_model_is_read_as_it_was_trained(base: str, tmp_path: Path) 
     model = add_lora(load_backbone(base, tiny_model(base)), LoraConfig(rank=3), 0)
     identity = ModelIdentity(prompt=PROMPT, readout=UMARVEL)
     save_adapter(model, tmp_path / "adapter", identity=identity, base=base, base_sha256=checkpoint_sha256(Path(base)))
-    export_model(base, tmp_path / "adapter", tmp_path / "model", identity, "float32")
+    export_model(base, tmp_path / "adapter", tmp_path / "model", identity, FP32)
     assert load_encoder(str(tmp_path / "model"))[1].readout == UMARVEL
     assert (exported_vectors(tmp_path / "model") - unmerged_vectors(base, None)).abs().max() > 1e-2
     with pytest.raises(UserError, match=r"rzen.json readout: the adapter was trained with .*'bidirectional'"):
-        export_model(base, tmp_path / "adapter", tmp_path / "causal", IDENTITY, "float32")
+        export_model(base, tmp_path / "adapter", tmp_path / "causal", IDENTITY, FP32)
 
 
 def test_a_model_from_before_the_readout_could_be_chosen_is_read_as_ever(base: str, tmp_path: Path) -> None:
     adapter = trained_adapter(base, tmp_path / "adapter")
-    export_model(base, adapter, tmp_path / "model", IDENTITY, "float32")
+    export_model(base, adapter, tmp_path / "model", IDENTITY, FP32)
     now = exported_vectors(tmp_path / "model")
     for folder in (adapter, tmp_path / "model"):
         saved = json.loads((folder / "rzen.json").read_text())
         del saved["readout"]
         (folder / "rzen.json").write_text(json.dumps(saved | {"pooling": "last_token"}))
     torch.testing.assert_close(exported_vectors(tmp_path / "model"), now, atol=0, rtol=0)
-    export_model(base, adapter, tmp_path / "again", IDENTITY, "float32")
+    export_model(base, adapter, tmp_path / "again", IDENTITY, FP32)
     with pytest.raises(UserError, match=r"rzen.json readout: the adapter was trained with"):
-        export_model(base, adapter, tmp_path / "other", ModelIdentity(prompt=PROMPT, readout=UMARVEL), "float32")
+        export_model(base, adapter, tmp_path / "other", ModelIdentity(prompt=PROMPT, readout=UMARVEL), FP32)
 
 
 def test_wrong_exports_are_the_users_errors(base: str, tmp_path: Path) -> None:
     adapter = trained_adapter(base, tmp_path / "adapter")
     other = tiny_checkpoint(tmp_path / "other", TinyBackbone(vocabulary=640, seed=1))
     with pytest.raises(UserError, match=r"rzen.json prompt: the adapter was trained with"):
-        export_model(base, adapter, tmp_path / "model", ModelIdentity(), "float32")
+        export_model(base, adapter, tmp_path / "model", ModelIdentity(), FP32)
     with pytest.raises(UserError, match=r"rzen.json base_sha256: the adapter was trained with"):
-        export_model(other, adapter, tmp_path / "model", IDENTITY, "float32")
+        export_model(other, adapter, tmp_path / "model", IDENTITY, FP32)
     with pytest.raises(UserError, match="exists already"):
-        export_model(base, adapter, adapter, IDENTITY, "float32")
-    with pytest.raises(UserError, match="written by export"):
-        load_encoder(base)
+        export_model(base, adapter, adapter, IDENTITY, FP32)
+    for folder in (base, str(adapter)):
+        with pytest.raises(UserError, match="written by export"):
+            load_encoder(folder)
     assert not (tmp_path / "model").exists()
+
+
+def test_formats_that_cannot_hold_a_model_are_refused(base: str, tmp_path: Path) -> None:
+    adapter, out = trained_adapter(base, tmp_path / "adapter"), tmp_path / "model"
+    with pytest.raises(UserError, match=r"format=adapter: there is no adapter"):
+        export_model(base, None, out, IDENTITY, ExportOptions(format="adapter"))
+    release = ExportOptions(format="rzen_release")
+    with pytest.raises(UserError, match=r"reads only prompt.template=rzen_release, not rzen_paper"):
+        export_model(base, adapter, out, IDENTITY, release)
+    with pytest.raises(UserError, match=r"reads only readout.positions=1d, not mrope"):
+        export_model(base, None, out, ModelIdentity(prompt=PromptConfig(template="rzen_release")), release)
+    other = tiny_checkpoint(tmp_path / "other", TinyBackbone(vocabulary=640, family="qwen3_vl"))
+    with pytest.raises(UserError, match=r"reads only model_type=qwen2_vl, not qwen3_vl"):
+        export_model(other, None, out, RELEASE, release)
+    assert not out.exists()
+
+
+def test_what_breaks_leaves_nothing_behind(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("rzen.export.write_identity", full)
+    with pytest.raises(OSError, match="no space left"):
+        export_model(base, None, tmp_path / "model", IDENTITY, FP32)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_libraries_are_told_how_it_was_trained(base: str, tmp_path: Path) -> None:
+    """The files as vLLM's pooling runner and sentence-transformers read them, which vLLM has not been run on."""
+    options = ExportOptions(dtype="float32", frames=6, instructions={"query": "Find it."})
+    assert export_model(base, None, tmp_path / "model", IDENTITY, options) is None
+    found = {
+        str(path.relative_to(tmp_path / "model")): json.loads(path.read_text())
+        for path in (tmp_path / "model").rglob("*.json")
+    }
+    assert found["config.json"]["architectures"] == ["Qwen2VLForConditionalGeneration"]
+    assert found["config.json"]["tie_word_embeddings"] is True  # there is no head, and none is missed
+    names = load_file(tmp_path / "model/model.safetensors")
+    assert {name.split(".")[0] for name in names} == {"model", "visual"}  # as on the hub
+    assert [(module["path"], module["type"]) for module in found["modules.json"]] == [
+        ("", "sentence_transformers.models.Transformer"),
+        ("1_Pooling", "sentence_transformers.models.Pooling"),
+        ("2_Normalize", "sentence_transformers.models.Normalize"),
+    ]
+    pooling = found["1_Pooling/config.json"]
+    assert next(name for name, value in pooling.items() if value is True) == "pooling_mode_lasttoken"
+    assert [name for name, value in pooling.items() if value is True] == ["pooling_mode_lasttoken", "include_prompt"]
+    assert pooling["word_embedding_dimension"] == 64
+    assert found["config_sentence_transformers.json"]["prompts"] == {"query": "Find it.", "document": ""}
+    assert found["preprocessor_config.json"]["size"] == {"shortest_edge": 4 * 28**2, "longest_edge": 24 * 28**2}
+    assert found["preprocessor_config.json"]["max_pixels"] == 24 * 28**2
+    video = found["video_preprocessor_config.json"]  # 24 tokens for three pairs of frames
+    assert (video["num_frames"], video["size"]) == (6, {"shortest_edge": 4 * 28**2, "longest_edge": 8 * 28**2})
+    assert "max_model_len" not in found["config.json"]
+    assert found["tokenizer_config.json"].get("chat_template") is None
+
+
+def test_readouts_that_other_libraries_do_not_know_have_no_files(base: str, tmp_path: Path) -> None:
+    for readout, why in (
+        (UMARVEL, "its tokens see those after them too"),
+        (ReadoutConfig(positions="1d"), "its positions count all tokens"),
+    ):
+        out = tmp_path / readout.positions
+        told = export_model(base, None, out, ModelIdentity(prompt=PROMPT, readout=readout), FP32)
+        assert told is not None
+        assert told.startswith(why)
+        assert f"no files for sentence-transformers and vLLM: {why}" in (out / "README.md").read_text()
+        assert not [path for path in out.iterdir() if path.name in ("modules.json", "1_Pooling", "chat_template.jinja")]
+        assert load_encoder(str(out))[1].readout == readout
+
+
+def test_a_card_tells_recipe_data_scores_and_limits(base: str, tmp_path: Path) -> None:
+    """Through the job, which finds them."""
+    runs = tmp_path / "runs"
+    adapters = [trained_adapter(base, runs / name / "adapter", seed) for seed, name in enumerate(("first", "second"))]
+    recipe = {
+        "spec": {"global_batch": 48, "data": {"media": {"frames": 5}}, "optim": {"lr": 2e-4}},
+        "data": {"data": {"photos": "f00d"}, "steps": 70},
+        "revision": "abc123",
+    }
+    (runs / "first/spec.json").write_text(json.dumps(recipe))
+    weights = MeanSoup(weights={"one": 1.0, "two": 3.0})
+    make_soup(dict(zip(("one", "two"), adapters, strict=True)), runs / "soup/adapter", weights)
+    ref = {"base": base, "adapter": str(runs / "soup/adapter")}
+    row = {"task": "text_image", "metric": "hit@1", "value": 0.25, "chance": 0.01, "split": "held_out"}
+    row |= {"num_queries": 400, "num_candidates": 100}
+    results = {
+        "settings": {"spec": {"models": {"soup": ref, "before": ref | {"adapter": None}}}, "data": "beef"},
+        "rows": [row | {"model": "soup"}, row | {"model": "before", "value": 0.125}],
+    }
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    spec = {"kind": "export", "model": ref, "out": str(tmp_path / "fine model"), "dtype": "float32"}
+    spec |= {"scores": str(tmp_path / "results.json"), "license": "apache-2.0"}
+    (tmp_path / "fine model").mkdir()
+    (tmp_path / "fine model/old").write_text("replaced")
+    assert run_export(ExportSpec.model_validate(spec)) == {"outputs": [spec["out"]]}
+
+    assert not (tmp_path / "fine model/old").exists()
+    assert (tmp_path / "fine model/1_Pooling/config.json").is_file()
+    _, front, card = (tmp_path / "fine model/README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(front) == {
+        "library_name": "sentence-transformers",
+        "pipeline_tag": "feature-extraction",
+        "tags": ["feature-extraction", "multimodal-embeddings", "rzen", "qwen2_vl"],
+        "license": "apache-2.0",
+    }
+    for told in (
+        "# fine model",
+        "exact weighted mean of 0.250 x first, 0.750 x second",
+        "70 steps of 48 pairs, code revision `abc123`",
+        "* photos: `f00d`",
+        '"lr": 0.0002',
+        "| text_image | hit@1 | 25.0 | 1.0 | 400 | 100 | held_out |",
+        "fingerprint `beef`",
+        "give 6 frames to a video",
+        f"* base: `{base}`",
+        "vLLM has not been run",
+        "* revision ",
+    ):
+        assert told in card, told
+    assert "12.5" not in card
+    with pytest.raises(UserError, match=r"results.json: has no score of base .*; it has soup, before"):
+        run_export(ExportSpec.model_validate(spec | {"model": {"base": base, "adapter": str(adapters[0])}}))
+
+
+def test_an_export_in_object_storage_is_whole(
+    base: str, tmp_path: Path, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RZEN_CACHE", str(tmp_path / "cache"))
+    for number in range(2):  # the second replaces the first
+        spec = {"kind": "export", "model": {"base": base}, "out": "s3://exports/model", "endpoint": s3_endpoint}
+        run_export(ExportSpec.model_validate(spec | {"instructions": {"query": f"version {number}"}}))
+    model = Path(local_folder("s3://exports/model", s3_endpoint))
+    assert json.loads((model / "1_Pooling/config.json").read_text())["pooling_mode_lasttoken"] is True
+    assert json.loads((model / "config_sentence_transformers.json").read_text())["prompts"]["query"] == "version 1"
+    assert load_encoder(str(model))[0].prompt.template == "rzen_paper"
+
+
+def test_a_hub_name_is_linked_and_nothing_is_invented(base: str, tmp_path: Path) -> None:
+    options = ExportOptions(dtype="float32", facts=Facts(base="Qwen/Qwen2-VL-2B-Instruct"))
+    export_model(base, None, tmp_path / "model", IDENTITY, options)
+    _, front, card = (tmp_path / "model/README.md").read_text().split("---\n", 2)
+    fields = yaml.safe_load(front)
+    assert (fields["base_model"], fields["base_model_relation"]) == ("Qwen/Qwen2-VL-2B-Instruct", "finetune")
+    assert "license" not in fields
+    assert "## Scores\n\nNone were given." in card
+    assert "No settings of a training run were found" in card
+
+
+@dataclass
+class Decoder:
+    """What rzen needs of torchcodec's: four frames a second, of which frame i has the grey value i."""
+
+    num_frames: int
+
+    @property
+    def metadata(self) -> Decoder:
+        return self
+
+    def get_frames_at(self, indices: list[int]) -> Any:
+        frames = torch.tensor(indices, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 4, 6)
+        return SimpleNamespace(data=frames, pts_seconds=torch.tensor(indices) / 4)
+
+
+def test_batches_of_mteb_become_sides() -> None:
+    image = Image.new("L", (6, 4), 7)
+    asked, bare = sides_of({"text": ["ab", "cd"], "query": ["a", "c"], "instruction": ["b", ""]}, "Find it.", 8)
+    assert (asked.text, asked.instruction, bare.text, bare.instruction) == ("a", "b", "c", "")
+    fused, alone = sides_of({"text": ["x", "y"], "image": [[image, image], None]}, "Find it.", 8)
+    assert [visual.frames.shape for visual in fused.visuals] == [(1, 4, 6, 3)] * 2
+    assert (fused.instruction, alone.text, alone.visuals) == ("Find it.", "y", ())
+    (long,), (short,) = (side.visuals for side in sides_of({"video": [Decoder(21), Decoder(2)]}, "", 5))
+    assert long.frames[:, 0, 0, 0].tolist() == [0, 5, 10, 15, 20]
+    assert long.times_s == (0.0, 1.25, 2.5, 3.75, 5.0)
+    assert short.frames.shape == (2, 4, 6, 3)
+    with pytest.raises(UserError, match="the task has sound"):
+        sides_of({"video": [Decoder(2)], "audio": [None]}, "", 5)
 
 
 def test_wrong_backbones_are_the_users_errors(tmp_path: Path) -> None:

@@ -1,0 +1,69 @@
+"""Exports of tiny models and the vectors that rzen's own encoder gives for `sides.py`: what the checks compare with.
+
+python -m tests.export.make OUT         in the project's environment
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipelines.samples import DecodedSide
+from pipelines.samples import Visual as DecodedVisual
+from rzen.backbone import load_backbone
+from rzen.checkpoints import checkpoint_sha256
+from rzen.config import LoraConfig, ModelIdentity, PromptConfig, ReadoutConfig, TinyBackbone
+from rzen.export import ExportOptions, Format, export_model, load_encoder
+from rzen.families import FAMILIES
+from rzen.lora import add_lora, save_adapter
+from tests.export.sides import FRAMES, Side, sides
+from tests.tiny import tiny_checkpoint, tiny_model
+
+PROMPT = PromptConfig(max_visual_tokens=400)
+RELEASE = ModelIdentity(
+    prompt=PromptConfig(template="rzen_release", max_visual_tokens=400), readout=ReadoutConfig(positions="1d")
+)
+
+
+def decoded(side: Side) -> DecodedSide:
+    """As rzen takes it."""
+    visuals = tuple(DecodedVisual(visual.kind, visual.pixels) for visual in side.visuals)
+    return DecodedSide(text=side.text, instruction=side.instruction, visuals=visuals)
+
+
+def trained_adapter(base: str, folder: Path, identity: ModelIdentity) -> Path:
+    """An adapter whose B is not zero, as after training."""
+    model = add_lora(load_backbone(base, tiny_model(base)), LoraConfig(rank=3), 0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    save_adapter(model, folder, identity=identity, base=base, base_sha256=checkpoint_sha256(Path(base)))
+    return folder
+
+
+def export(out: Path, base: str, identity: ModelIdentity, format: Format) -> None:
+    """A directory `out` in fp32, and `out.npz` with the vector of every side."""
+    adapter = trained_adapter(base, out.with_name(f"{out.name}-adapter"), identity)
+    export_model(base, adapter, out, identity, ExportOptions(format=format, dtype="float32", frames=FRAMES))
+    processor, embedder = load_encoder(str(out))
+    inputs = sides(processor.layout.factor_px)
+    vectors = {name: embedder(processor.encode([decoded(side)]))[0].numpy() for name, side in inputs.items()}
+    np.savez(out.with_suffix(".npz"), **vectors)
+
+
+def main(out: Path) -> None:
+    """Writes everything into a new folder."""
+    for family in FAMILIES:
+        base = tiny_checkpoint(out / f"{family}-base", TinyBackbone(vocabulary=640, family=family))
+        export(out / family, base, ModelIdentity(prompt=PROMPT), "model")
+        if family == "qwen2_vl":
+            export(out / "rzen_release", base, RELEASE, "rzen_release")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
