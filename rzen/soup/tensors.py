@@ -60,7 +60,8 @@ class Tensors:
         path = self._paths[name]
         with _opened(path) as file:
             tensor: Tensor = file.get_tensor(name).clone()
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        # Both ends are NaN where any number is.
+        if tensor.is_floating_point() and tensor.numel() and not all(torch.isfinite(end) for end in tensor.aminmax()):
             raise UserError(
                 f"{path} {name}", "holds NaN or infinity", "leave this fine-tune out, its training diverged"
             )
