@@ -159,7 +159,7 @@ def test_adapters_that_do_not_belong_together_are_refused(
 def test_a_base_is_told_by_its_bytes_and_else_by_its_name(tmp_path: Path) -> None:
     for identity, known in ((IDENTITY, True), (None, False)):
         options = {"seed": 1, "identity": identity}
-        parents = {base: adapter(tmp_path / f"{known}" / base, 4, 8, base=base, **options) for base in ("one", "two")}  # type: ignore[arg-type]
+        parents = {base: adapter(tmp_path / f"{known}" / base, 4, 8, base=base, **options) for base in ("one", "two")}
         if known:
             make_soup(parents, tmp_path / "soup", MeanSoup())
             continue
