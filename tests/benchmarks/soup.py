@@ -241,7 +241,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         "python -m tests.benchmarks.soup", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--blocks", type=int, help="of vision tower and language model (32 and 28)")
-    parser.add_argument("--turns", type=int, default=7, help="of each way (7)")
+    parser.add_argument("--turns", type=int, default=5, help="of each way (5)")
     parser.add_argument("--write", action="store_true", help="replace soup.md beside this file")
     parser.add_argument("--run", nargs=2, metavar=("WAY", "FOLDER"), help=argparse.SUPPRESS)
     return parser.parse_args(words)
