@@ -1,4 +1,4 @@
-"""The command line: `rzen validate | run | submit | ingest | index | verify | search | registry`."""
+"""The command line: `rzen validate | run | submit | ingest | index | verify | search | export | registry`."""
 
 from __future__ import annotations
 
@@ -149,6 +149,19 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--page", help="HTML file to write")
     search.set_defaults(command=_search, spec="jobs/search.yaml")
 
+    export = commands.add_parser("export", help="make a directory that other libraries load, with a model card")
+    export.add_argument("base", help="checkpoint: directory, s3:// URL or hub name")
+    export.add_argument("out", help="directory or s3:// URL")
+    export.add_argument("--adapter", help="folded into the base, or with --format adapter written beside its card")
+    export.add_argument(
+        "--format",
+        choices=["model", "adapter", "rzen_release"],
+        help="model: for transformers, sentence-transformers, vLLM and mteb; adapter: for PEFT;"
+        " rzen_release: for the script released with RzenEmbed (default: model)",
+    )
+    export.add_argument("--scores", help="results.json of an evaluation, for the card")
+    export.set_defaults(command=_export, spec="jobs/export.yaml")
+
     registry = commands.add_parser(
         "registry",
         help="the models of scheduled re-training: list, show, diff, promote, rollback",
@@ -174,7 +187,7 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("--reason", required=True, help="for the history")
     registry.set_defaults(command=_registry)
 
-    for command in (validate, run, submit, ingest, index, search):
+    for command in (validate, run, submit, ingest, index, search, export):
         text = "change a setting, such as optim.lr=1e-4 (value in YAML; may be repeated)"
         command.add_argument("--set", action="append", default=[], metavar="A.B=C", help=text)
     return parser
@@ -269,6 +282,13 @@ def _verify(options: argparse.Namespace) -> int:
         print(f"{store.url}/{split}: {manifest.num_samples:,} samples in {num_shards:,} shards, {sound}")
         failed |= bool(problems)
     return int(failed)
+
+
+def _export(options: argparse.Namespace) -> int:
+    changes: dict[str, Any] = {"model": {"base": options.base, "adapter": options.adapter}, "out": options.out}
+    changes |= {name: value for name in ("format", "scores") if (value := getattr(options, name))}
+    options.set = [*(f"{key}={json.dumps(value)}" for key, value in changes.items()), *options.set]
+    return _run(options)
 
 
 def _registry(options: argparse.Namespace) -> int:

@@ -29,7 +29,8 @@ def run(spec: ExportSpec) -> dict[str, Any]:
     scores = _scores(spec)
     base = checkpoint_folder(spec.model.base, spec.endpoint)
     adapter = Path(local_folder(spec.model.adapter, spec.endpoint)) if spec.model.adapter else None
-    weights = _soup(adapter)
+    soup = _soup(adapter or Path(base))
+    weights = {parent["place"]: parent["coefficient"] for parent in soup.get("parents", [])}
     recipes = _recipes(spec, list(weights))
     facts = Facts(
         title=Path(spec.out).name,
@@ -37,6 +38,7 @@ def run(spec: ExportSpec) -> dict[str, Any]:
         adapter=spec.model.adapter,
         recipes=recipes,
         weights={_run_name(url): weight for url, weight in weights.items()},
+        method=soup["settings"]["method"] if soup else None,
         scores=scores,
         license=spec.license,
         versions=versions() | {"revision": revision()},
@@ -65,12 +67,10 @@ _TARGETS = {
 }
 
 
-def _soup(adapter: Path | None) -> dict[str, float]:
-    """Adapters of which this one is the weighted mean, where it says so."""
-    if adapter is None or not (adapter / SOUP).is_file():
-        return {}
-    parents = json.loads((adapter / SOUP).read_text())["parents"]
-    return {parent["place"]: parent["coefficient"] for parent in parents}
+def _soup(folder: Path) -> dict[str, Any]:
+    """The lineage of a soup; nothing for what is none."""
+    lineage: dict[str, Any] = json.loads((folder / SOUP).read_text()) if (folder / SOUP).is_file() else {}
+    return lineage
 
 
 def _recipes(spec: ExportSpec, parents: list[str]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from jobs.models import IDENTITY
+from jobs.models import publish_folder
 from pipelines.errors import UserError
 from pipelines.store import Store
 
@@ -55,12 +55,10 @@ class Registry:
 
     def publish(self, model: str, folder: Path, lineage: Mapping[str, Any]) -> None:
         """Adds a model, which is there when its lineage is. Raises `UserError` if there is one of this id already."""
-        self.store.ensure_bucket()
         place = self.store.child(MODELS).child(model)
         if place.exists(LINEAGE):
             raise UserError(place.url, "is there already, and models never change", "publish it under another id")
-        for file in sorted(folder.iterdir(), key=lambda file: (file.name == IDENTITY, file.name)):
-            place.upload(file, file.name)
+        publish_folder(folder, place)
         content = {**lineage, "id": model, **_signature()}
         if not place.write_if(LINEAGE, _json(content), None):
             raise UserError(

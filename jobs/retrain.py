@@ -108,20 +108,21 @@ class _Tick:
         with tempfile.TemporaryDirectory(prefix="rzen-retrain-") as scratch:
             folder, soup = trained, None
             if self._parent and self._spec.soup:
-                folder, soup = self._stir(trained, Path(scratch, "soup"))
+                folder, soup = self._stir(trained, run.result_url, Path(scratch, "soup"))
             work = self._registry.store.child(WORK).child(self.id)
             publish_folder(folder, work)
             scores = self._scores(_ref({"base": base, "tune": train.model.tune} | _facts(train), work.url))
             self._registry.publish(self.id, folder, self._lineage(run, base, soup) | scores)
             work.delete_tree("")
 
-    def _stir(self, trained: Path, out: Path) -> tuple[Path, dict[str, Any]]:
+    def _stir(self, trained: Path, place: str, out: Path) -> tuple[Path, dict[str, Any]]:
         from rzen.soup.make import make_soup
 
         assert self._parent is not None
         assert self._spec.soup is not None
-        champion = Path(local_folder(self._parent.adapter or self._parent.base, self._endpoint))
-        return out, make_soup({"champion": champion, "candidate": trained}, out, self._spec.soup)
+        url = self._parent.adapter or self._parent.base
+        parents = {"champion": Path(local_folder(url, self._endpoint)), "candidate": trained}
+        return out, make_soup(parents, out, self._spec.soup, places={"champion": url, "candidate": place})
 
     def _scores(self, candidate: ModelRef) -> dict[str, Any]:
         """Verdict and scores, for the lineage."""

@@ -132,8 +132,11 @@ class Kitchen:
     @cached_property
     def _folders(self) -> dict[str, Path]:
         """Local copies of the models."""
-        refs = {name: model.ref.adapter or model.ref.base for name, model in self._models.items()}
-        return {name: Path(local_folder(url, self._endpoint)) for name, url in refs.items()}
+        return {name: Path(local_folder(url, self._endpoint)) for name, url in self._places.items()}
+
+    @property
+    def _places(self) -> dict[str, str]:
+        return {name: model.ref.adapter or model.ref.base for name, model in self._models.items()}
 
     @cached_property
     def _sha256(self) -> dict[str, str]:
@@ -187,7 +190,7 @@ class Kitchen:
         base = Path(checkpoint_folder(self._spec.base, self._endpoint)) if self._spec.base else None
         with disk_errors(tempfile.gettempdir()), tempfile.TemporaryDirectory(prefix="rzen-soup-") as scratch:
             made = Path(scratch, "soup")
-            lineage = make_soup(self._folders, made, soup, base=base, selection=chosen)
+            lineage = make_soup(self._folders, made, soup, base=base, selection=chosen, places=self._places)
             publish_folder(made, store.child(self._folder))
         return lineage
 

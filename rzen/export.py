@@ -31,7 +31,7 @@ from rzen.formats import release, sentence_transformers
 from rzen.formats.card import CARD, Facts, model_card
 from rzen.lora import CONFIG, WEIGHTS, load_adapter
 from rzen.processor import Processor
-from rzen.soup import LINEAGE
+from rzen.soup.parents import LINEAGE
 
 Dtype = Literal["float32", "bfloat16"]
 Format = Literal["model", "adapter", "rzen_release"]

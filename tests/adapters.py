@@ -71,7 +71,7 @@ def mean(paths: Mapping[str, Path], weights: Mapping[str, float]) -> dict[str, T
     """The sum of products with their shares, fp64."""
     total = sum(weights.values())
     return {
-        module: sum(weight / total * dense(paths[name])[module] for name, weight in weights.items())  # type: ignore[misc]
+        module: sum(weight / total * dense(paths[name])[module] for name, weight in weights.items())
         for module in SHAPES
     }
 

@@ -34,7 +34,9 @@ class Facts:
     recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Name of a training run -> its `spec.json`: resolved spec, data fingerprints, versions, revision of the code."""
     weights: Mapping[str, float] = field(default_factory=dict)
-    """Name of a run -> its weight, where the adapter is a soup."""
+    """Name of a run -> its weight, where this is a soup."""
+    method: str | None = None
+    """Of the soup."""
     scores: Mapping[str, Any] = field(default_factory=dict)
     """Of this model: `rows` of an evaluation's results.json, and its `settings`."""
     license: str | None = None
@@ -176,7 +178,7 @@ def _making(folder: Path, facts: Facts) -> list[str]:
     parts = [_bullets([f"{name.replace('_', ' ')}: `{value}`" for name, value in lineage.items()])]
     if facts.weights:
         shares = [f"{weight:.3f} x {name}" for name, weight in facts.weights.items()]
-        parts.append(f"The adapter is the exact weighted mean of {', '.join(shares)}.")
+        parts.append(f"A soup (`{facts.method}`) of {', '.join(shares)}.")
     for name, recipe in facts.recipes.items():
         data, spec = recipe["data"].get("data", {}), recipe["spec"]
         parts += [

@@ -1,6 +1,7 @@
 """The soup of full checkpoints, tensor by tensor: memory is that of one tensor of every parent, whatever the model.
 
-It has the files, the dtypes and the shards of its first parent. Numbers are mixed in fp32 and rounded once.
+The mean holds two at a time; PEFT's TIES and DARE hold each several times. The soup has the files, the dtypes and the
+shards of its first parent. Numbers are mixed in fp32 and rounded once.
 """
 
 from __future__ import annotations

@@ -26,12 +26,14 @@ def make_soup(
     base: Path | None = None,
     selection: Selection | None = None,
     scores: Mapping[str, float] | None = None,
+    places: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Write the soup of these directories to the new directory `out`; returns its lineage (`soup.json`).
 
     Parents are adapters or full checkpoints; the soup is what they are. They are taken in the order of their names,
     so that the order of `parents` does not matter. `selection` is what `greedy_weights` or `searched_weights` found,
-    for the methods of these names. `base` is for full checkpoints alone. `scores` (parent -> own score) are recorded.
+    for the methods of these names. `base` is for full checkpoints alone. `scores` (parent -> own score) are recorded,
+    and as their `places` what they are called elsewhere, where `parents` are copies.
     Appears complete or not at all. Raises `UserError` where parents do not belong together, hold numbers that are not
     finite, or are not what the method needs.
     """
@@ -49,7 +51,7 @@ def make_soup(
             **made,
             **_total_weight(weights, config),
             "parents": [
-                _entry(parent) | {"weight": weight, "coefficient": coefficient}
+                _entry(parent, places or {}) | {"weight": weight, "coefficient": coefficient}
                 for parent, weight, coefficient in zip(opened, weights.values(), coefficients, strict=True)
             ],
             **({} if scores is None else {"scores": dict(scores)}),
@@ -108,9 +110,10 @@ def _write(
     return write_checkpoint(checkpoints, shares, out, config, base)
 
 
-def _entry(parent: Parent) -> dict[str, Any]:
+def _entry(parent: Parent, places: Mapping[str, str]) -> dict[str, Any]:
     """What the lineage says of a parent; of a soup, its own lineage too."""
-    entry: dict[str, Any] = {"name": parent.name, "path": str(parent.path), "sha256": parent.sha256}
+    place = places.get(parent.name, str(parent.path))
+    entry: dict[str, Any] = {"name": parent.name, "place": place, "sha256": parent.sha256}
     if isinstance(parent, Adapter):
         entry["rank"] = parent.rank
     own = parent.path / LINEAGE

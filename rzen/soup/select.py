@@ -71,7 +71,7 @@ def searched_weights(
     names = sorted(names)
     parts = len(names) * math.ceil(STEPS / len(names))
     singles = {name: tuple(parts * (name == other) for other in names) for name in names}
-    found: dict[Point, float] = {singles[name]: score for name, score in (scores or {}).items() if name in singles}
+    found: dict[Point, float] = {singles[name]: scores[name] for name in names if scores and name in scores}
     trace: list[dict[str, Any]] = []
     for point, score in found.items():
         _check_finite(_weights(point, names), score)

@@ -40,6 +40,7 @@ class Tensors:
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self.files: dict[Path, Layout] = {}
+        self.layout: Layout = {}
         self._paths: dict[str, Path] = {}
         for path in paths:
             with _opened(path) as file:
@@ -49,18 +50,15 @@ class Tensors:
                 if name in self._paths:
                     raise UserError(str(path), f"{name} is in {self._paths[name].name} too", "remove one of the files")
                 self._paths[name] = path
-
-    @property
-    def layout(self) -> Layout:
-        """Of all files."""
-        return {name: entry for layout in self.files.values() for name, entry in layout.items()}
+            self.layout |= self.files[path]
 
     def read(self, name: str) -> Tensor:
         """A copy of one tensor. Raises `UserError` where a number in it is not finite."""
         path = self._paths[name]
         with _opened(path) as file:
             tensor: Tensor = file.get_tensor(name).clone()
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        # Both ends are NaN where any number is.
+        if tensor.is_floating_point() and tensor.numel() and not all(torch.isfinite(end) for end in tensor.aminmax()):
             raise UserError(
                 f"{path} {name}", "holds NaN or infinity", "leave this fine-tune out, its training diverged"
             )

@@ -17,7 +17,7 @@ from rzen.embedder import Embedder
 from rzen.loss import Objective
 from rzen.processor import EncodedBatch
 from rzen.training.step import Learner
-from tests.benchmarks import flops, padding, plain, synthetic
+from tests.benchmarks import flops, padding, plain, soup, synthetic
 from tests.benchmarks.turns import ROOT
 
 TINY = synthetic.SHAPES["tiny"]
@@ -94,3 +94,14 @@ def test_the_padding_benchmark_runs() -> None:
     assert "| whole | all | 2 | 51.1% |" in found
     assert "| packed | 4,096 | 171 | 0.0% |" in found
     assert found.count("| grouped | ") == 5
+
+
+@pytest.mark.slow
+def test_the_soup_benchmark_runs_and_tells_right_from_wrong() -> None:
+    found = soup.report(soup.arguments(["--blocks", "1", "--turns", "1"]))
+    cells = [line.strip("| ").split(" | ") for line in found.splitlines() if line.startswith("| ")]
+    errors = {row[0]: float(row[-1]) for row in cells[1:]}
+    assert list(errors) == list(soup.WAYS.values())
+    exact, cut, by_peft, plainly = errors.values()
+    assert max(exact, by_peft) < 1e-6
+    assert 0.6 < cut < plainly

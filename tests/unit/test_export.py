@@ -283,7 +283,7 @@ def test_a_card_tells_recipe_data_scores_and_limits(base: str, tmp_path: Path) -
     }
     for told in (
         "# fine model",
-        "exact weighted mean of 0.250 x first, 0.750 x second",
+        "A soup (`mean`) of 0.250 x first, 0.750 x second",
         "70 steps of 48 pairs, code revision `abc123`",
         "* photos: `f00d`",
         '"lr": 0.0002',

@@ -117,7 +117,7 @@ def test_lineage_and_identity_are_written(tmp_path: Path, three: dict[str, Path]
     assert json.loads((tmp_path / "soup/soup.json").read_text()) == lineage
     assert lineage["settings"] == {"method": "mean", "weights": WEIGHTS, "rank": None}
     assert (lineage["rank"], lineage["total_weight"]) == (20, 4.0)
-    assert [(p["name"], p["path"], p["weight"], p["coefficient"], p["rank"]) for p in lineage["parents"]] == [
+    assert [(p["name"], p["place"], p["weight"], p["coefficient"], p["rank"]) for p in lineage["parents"]] == [
         ("a", str(tmp_path / "a"), 1.0, 0.25, 4),
         ("b", str(tmp_path / "b"), 2.5, 0.625, 8),
         ("c", str(tmp_path / "c"), 0.5, 0.125, 8),
@@ -159,7 +159,7 @@ def test_adapters_that_do_not_belong_together_are_refused(
 def test_a_base_is_told_by_its_bytes_and_else_by_its_name(tmp_path: Path) -> None:
     for identity, known in ((IDENTITY, True), (None, False)):
         options = {"seed": 1, "identity": identity}
-        parents = {base: adapter(tmp_path / f"{known}" / base, 4, 8, base=base, **options) for base in ("one", "two")}  # type: ignore[arg-type]
+        parents = {base: adapter(tmp_path / f"{known}" / base, 4, 8, base=base, **options) for base in ("one", "two")}
         if known:
             make_soup(parents, tmp_path / "soup", MeanSoup())
             continue

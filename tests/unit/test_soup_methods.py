@@ -100,7 +100,6 @@ def written_out(factors: Factors) -> Tensor:
 def test_factors_stand_for_the_dense_delta(out: int, into: int) -> None:
     parts = random_factors(out, into)
     exact = sum(share * written_out(part) for share, part in zip(SHARES, parts, strict=True))
-    assert isinstance(exact, Tensor)
     whole = concatenate(parts, SHARES)
     torch.testing.assert_close(written_out(whole), exact, rtol=0, atol=1e-5)
     for one, other in itertools.combinations_with_replacement(parts, 2):
