@@ -192,7 +192,8 @@ def _interleave(
 
 
 def _to(vectors: FloatArray, where: torch.device) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(vectors, dtype=np.float32)).to(where)
+    """In fp32, without a copy where torch may have the memory: not of a read-only map."""
+    return torch.from_numpy(np.require(vectors, np.float32, ["C", "W"])).to(where)
 
 
 @contextmanager

@@ -56,6 +56,7 @@ def test_image_classification(tmp_path: Path) -> None:
         image_line(
             qry_inst="<|image_1|>\nName the animal.\n",
             qry_img_path=f"VOC2007/{name}.jpg",
+            tgt_inst="Represent the label:",
             tgt_text=mine,
             tgt_img_path=[""] * 3,
         )
@@ -278,7 +279,7 @@ def test_moments_with_several_right_clips(tmp_path: Path) -> None:
 
 def put_vidore(root: Path, name: str = "biomedical_lectures_v2") -> None:
     """Two queries: one with grades 2 and 1, one with a page that was graded twice; a third has no relevant page."""
-    qrels = [grade("1", "3", 2), grade("1", "4", 1), grade("2", "4", 1), grade("2", "4", 2), grade("3", "4", 0)]
+    qrels = [grade("1", "3", 2), grade("1", "4", 1), grade("2", "4", 2), grade("2", "4", 1), grade("3", "4", 0)]
     queries = {"1": "first?", "2": "zweite?", "3": "third?"}
     put_pages(root / "visdoc-tasks" / name, "test", queries, [page(str(number)) for number in range(6)], qrels)
 
@@ -390,6 +391,15 @@ def test_own_folder(qrels: str, tmp_path: Path) -> None:
     result = scored(dataset, {"q1": ["d2", "d1"], "q2": ["d2"]})
     assert dataset.row.metric == "ndcg_linear@10"
     assert result.value == pytest.approx(((1 + 2 * SECOND) / (2 + SECOND) + 1) / 2)
+
+
+def test_own_pages(tmp_path: Path) -> None:
+    """As ViDoRe has them; their pictures are written beside."""
+    put_pages(tmp_path, "test", {"q": "which?"}, [page("1"), page("2")], [grade("q", "2", 1)])
+    put(tmp_path / "dataset.json", '{"metric": "ndcg_linear@5", "modality": "visdoc"}')
+    dataset = read_own(tmp_path, "mine")
+    assert scored(dataset, {"q": ["2"]}).value == 1.0
+    assert (tmp_path / "pictures/2.png").read_bytes() == b"2"
 
 
 def test_own_lists(tmp_path: Path) -> None:
