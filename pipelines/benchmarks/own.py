@@ -57,11 +57,12 @@ def read_own(path: Path, name: str = "") -> Dataset:
         raise UserError(str(path), "does not exist", "name a folder with queries.jsonl, or a file of lists")
     root = path if path.is_dir() else path.parent
     config = _config(root / "dataset.json")
+    name = name or (path.name if path.is_dir() else path.stem)
     row = Row(
-        name=name or path.stem,
+        name=name,
         suite="own",
         modality=config.modality,
-        meta_task=name or path.stem,
+        meta_task=name,
         pool="global" if path.is_dir() else "local",
         metric=config.metric,
         num_queries=None,

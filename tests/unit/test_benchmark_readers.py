@@ -16,9 +16,10 @@ from pipelines.benchmarks.contract import Dataset, check, read_pool, without_ins
 from pipelines.benchmarks.frames import choose_frames
 from pipelines.benchmarks.library import listing, open_dataset, survey
 from pipelines.benchmarks.own import read_own
-from pipelines.benchmarks.table import M_BEIR, M_BEIR_GLOBAL, MMEB_V2
+from pipelines.benchmarks.table import M_BEIR, M_BEIR_GLOBAL, MMEB_V2, SUITES
 from pipelines.errors import UserError
 from rzen.evaluation.benchmark import Scored, score_dataset
+from rzen.evaluation.metrics import METRIC_NAMES
 from tests.layouts import (
     grade,
     page,
@@ -535,6 +536,21 @@ def test_frames_are_chosen_as_the_protocol_does(num_kept: int, tmp_path: Path) -
     chosen = [int(path.stem.removeprefix("frame_")) - 1 for path in choose_frames(tmp_path, 8)]
     expected = np.linspace(0, num_kept - 1, 8).astype(int).tolist() if num_kept >= 8 else list(range(num_kept))
     assert chosen == expected
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_every_row_of_the_table_can_be_opened_but_for_its_files(suite: str, tmp_path: Path) -> None:
+    for row in SUITES[suite].values():
+        with pytest.raises(UserError):
+            open_dataset(row, tmp_path)
+        assert row.metric in METRIC_NAMES
+
+
+def test_a_corpus_without_pictures_is_refused(tmp_path: Path) -> None:
+    corpus = [{"corpus-id": "1", "image": {"bytes": None, "path": "1.png"}}]
+    put_pages(tmp_path / "visdoc-tasks/shiftproject_test_beir", "test", {"q": "?"}, corpus, [grade("q", "1", 1)])
+    with pytest.raises(UserError, match="corpus 1: has no bytes of a picture"):
+        open_dataset(MMEB_V2["ViDoRe_shiftproject"], tmp_path)
 
 
 def test_what_is_missing_is_told_in_one_line_with_what_to_fetch(tmp_path: Path) -> None:
