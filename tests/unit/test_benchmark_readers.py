@@ -569,7 +569,7 @@ def test_what_is_missing_is_told_in_one_line_with_what_to_fetch(tmp_path: Path) 
     assert missing["MSVD"].endswith(
         "fetch https://huggingface.co/datasets/TIGER-Lab/MMEB-V2 and unpack its archives there"
     )
-    assert f"into {tmp_path}/image-tasks/GQA" in missing["GQA"]
+    assert missing["GQA"].endswith(f"MMEB_Test_Instruct/tree/main/GQA into {tmp_path}/image-tasks/GQA")
     text = listing(found)
     assert "MMEB-V2: 1 of 78 datasets are there" in text
     assert "GQA" in text
