@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import posixpath
+import stat
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -135,26 +136,28 @@ def make_item(
     content: list[object] = [name, text, instruction]
     for number, (kind, ref) in enumerate(media):
         path = Path(ref.path)
-        suffix = FRAMES if kind == "video" and path.is_dir() else path.suffix.lower().removeprefix(".")
+        size = _size(path, kind)
+        suffix = path.suffix.lower().removeprefix(".") if isinstance(size, int) else FRAMES
         member = f"{slot}{number}.{suffix}"
         members.append(Media(kind, member))
         files[member] = ref
-        content += [kind, path.relative_to(root).as_posix(), ref.page, _size(path)]
+        content += [kind, path.relative_to(root).as_posix(), ref.page, size]
     digest = hashlib.sha256(json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
     return Item(digest[:32], name, Side(text, tuple(members)), instruction, files)
 
 
-def _size(path: Path) -> object:
-    """Bytes of a file; names and bytes of the pictures of a folder."""
+def _size(path: Path, kind: MediaKind) -> int | list[tuple[str, int]]:
+    """Bytes of a file; of a video's folder the names and bytes of its frames."""
     try:
-        if not path.is_dir():
-            return path.stat().st_size
-        pictures = sorted([entry.name, entry.stat().st_size] for entry in path.iterdir())
+        info = path.stat()
+        if not stat.S_ISDIR(info.st_mode):
+            return info.st_size
+        frames = sorted((entry.name, entry.stat().st_size) for entry in path.iterdir())
     except OSError as error:
         raise UserError(str(path), error.strerror or "cannot be read", "fetch it, or repair the list") from error
-    if not pictures:
-        raise UserError(str(path), "has no frames", "unpack it again")
-    return pictures
+    if kind != "video" or not frames:
+        raise UserError(str(path), "has no frames" if kind == "video" else "is a folder", "unpack it again")
+    return frames
 
 
 def without_instructions(dataset: Dataset) -> Dataset:

@@ -6,6 +6,8 @@
     qrels/{split}.tsv   query, candidate, grade (a header is skipped), or TREC's four: query, 0, candidate, grade
     dataset.json        by choice: `OwnConfig`
 
+    corpus/, queries/, qrels/    parquet in place of these files, of pictures of pages (`pages.py`), as ViDoRe has it
+
     lists.jsonl         one object a line: "query" (as above), "candidates" (a list of such), "relevance" (a grade for
                         each): every query has candidates of its own
 
@@ -15,6 +17,7 @@ above 0 are left out: other splits have them.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -24,6 +27,7 @@ from pydantic import ValidationError
 from pipelines.benchmarks.contract import Dataset, Item, Query, Row, file_in, make_item
 from pipelines.benchmarks.corpus import Corpus
 from pipelines.benchmarks.files import Line, read_lines
+from pipelines.benchmarks.pages import read_pages
 from pipelines.config import Config
 from pipelines.errors import UserError
 from pipelines.samples import FileRef, MediaKind
@@ -53,11 +57,12 @@ def read_own(path: Path, name: str = "") -> Dataset:
         raise UserError(str(path), "does not exist", "name a folder with queries.jsonl, or a file of lists")
     root = path if path.is_dir() else path.parent
     config = _config(root / "dataset.json")
+    name = name or (path.name if path.is_dir() else path.stem)
     row = Row(
-        name=name or path.stem,
+        name=name,
         suite="own",
         modality=config.modality,
-        meta_task=name or path.stem,
+        meta_task=name,
         pool="global" if path.is_dir() else "local",
         metric=config.metric,
         num_queries=None,
@@ -67,7 +72,11 @@ def read_own(path: Path, name: str = "") -> Dataset:
         instruction=config.instruction,
         target_instruction=config.target_instruction,
     )
-    return _folder(row, root) if path.is_dir() else _lists(row, path)
+    if not path.is_dir():
+        return _lists(row, path)
+    if (path / "corpus").is_dir():
+        return read_pages(replace(row, layout="pages", data="", media="pictures"), root)
+    return _folder(row, root)
 
 
 def _config(path: Path) -> OwnConfig:

@@ -21,7 +21,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from pipelines.benchmarks.contract import Dataset, Item, Query, Row, file_in, make_item
-from pipelines.benchmarks.files import find_parts, read_parts
+from pipelines.benchmarks.files import Line, find_parts, read_parts
 from pipelines.errors import UserError
 from pipelines.samples import FileRef
 
@@ -68,7 +68,7 @@ def _check_twice(corpus: list[Path], names: Collection[str]) -> None:
         seen: dict[str, bytes] = {}
         for line in read_parts(corpus, ("corpus-id", "image")):
             name = str(line["corpus-id"])
-            if name in names and seen.setdefault(name, line["image"]["bytes"]) != line["image"]["bytes"]:
+            if name in names and seen.setdefault(name, _picture(corpus, line)) != _picture(corpus, line):
                 problem = f"has two pages called {name!r}, which show different things"
                 raise UserError(str(corpus[0].parent), problem, "fetch a repaired version")
 
@@ -82,5 +82,13 @@ def _write_pictures(corpus: list[Path], missing: dict[str, Path]) -> None:
         if path is not None and not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-            partial.write_bytes(line["image"]["bytes"])
+            partial.write_bytes(_picture(corpus, line))
             partial.replace(path)
+
+
+def _picture(corpus: list[Path], line: Line) -> bytes:
+    image = line["image"]
+    if not isinstance(image, dict) or not isinstance(image.get("bytes"), bytes):
+        raise UserError(f"{corpus[0].parent} {line['corpus-id']}", "has no bytes of a picture", "fetch it again")
+    found: bytes = image["bytes"]
+    return found

@@ -49,7 +49,7 @@ def _images() -> Iterator[Row]:
                 layout="image",
                 data=f"image-tasks/{name}",
                 media="image-tasks",
-                source=f"{HUB}ziyjiang/MMEB_Test_Instruct",
+                source=f"{HUB}ziyjiang/MMEB_Test_Instruct/tree/main/{name}",
             )
 
 

@@ -115,6 +115,10 @@ def score_dataset(
     candidate_rows = candidates.places(pool.ids, f"{row.name} candidates")
     check_block_by_block(queries.rows, f"{row.name} queries")
     check_block_by_block(candidates.rows, f"{row.name} candidates")
+    widths = queries.rows.shape[1], candidates.rows.shape[1]
+    if widths[0] != widths[1]:
+        problem = f"has queries of width {widths[0]} and candidates of width {widths[1]}"
+        raise UserError(row.name, problem, "encode both with one model")
     place_of = _Places(pool.ids, candidate_rows)
     relevant = _relevant(dataset, place_of)
     asked_QD = queries.rows[query_rows]

@@ -23,7 +23,10 @@ from rzen.evaluation.vectors import NONE
 
 
 def write_files(scored: Scored, folder: Path) -> None:
-    """Each written whole or not at all, the score last: where there is one, the others are there."""
+    """Each written whole or not at all, the score last: where there is one, the others are there.
+
+    `folder` is that of one model and one suite: M-BEIR names its tasks alike for both pools.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     name = scored.dataset.row.name
     _write_lines(folder / f"{name}_info.jsonl", _info(scored))

@@ -39,7 +39,7 @@ def check_block_by_block(vectors_ND: FloatArray, place: str, block_rows: int = 8
         block_TD = vectors_ND[first : first + block_rows]
         check_vectors(block_TD, f"{place}[{first}:]" if first else place)
         total_D += block_TD.sum(axis=0, dtype=np.float64)
-        square += float(np.square(block_TD, dtype=np.float64).sum())
+        square += float(np.einsum("td,td->", block_TD, block_TD, dtype=np.float64))
     mean_D = total_D / len(vectors_ND)
     variance = square / len(vectors_ND) - float(mean_D @ mean_D)
     if len(vectors_ND) > 1 and variance < COLLAPSE_VARIANCE:

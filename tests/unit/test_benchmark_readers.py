@@ -16,9 +16,10 @@ from pipelines.benchmarks.contract import Dataset, check, read_pool, without_ins
 from pipelines.benchmarks.frames import choose_frames
 from pipelines.benchmarks.library import listing, open_dataset, survey
 from pipelines.benchmarks.own import read_own
-from pipelines.benchmarks.table import M_BEIR, M_BEIR_GLOBAL, MMEB_V2
+from pipelines.benchmarks.table import M_BEIR, M_BEIR_GLOBAL, MMEB_V2, SUITES
 from pipelines.errors import UserError
 from rzen.evaluation.benchmark import Scored, score_dataset
+from rzen.evaluation.metrics import METRIC_NAMES
 from tests.layouts import (
     grade,
     page,
@@ -56,6 +57,7 @@ def test_image_classification(tmp_path: Path) -> None:
         image_line(
             qry_inst="<|image_1|>\nName the animal.\n",
             qry_img_path=f"VOC2007/{name}.jpg",
+            tgt_inst="Represent the label:",
             tgt_text=mine,
             tgt_img_path=[""] * 3,
         )
@@ -278,7 +280,7 @@ def test_moments_with_several_right_clips(tmp_path: Path) -> None:
 
 def put_vidore(root: Path, name: str = "biomedical_lectures_v2") -> None:
     """Two queries: one with grades 2 and 1, one with a page that was graded twice; a third has no relevant page."""
-    qrels = [grade("1", "3", 2), grade("1", "4", 1), grade("2", "4", 1), grade("2", "4", 2), grade("3", "4", 0)]
+    qrels = [grade("1", "3", 2), grade("1", "4", 1), grade("2", "4", 2), grade("2", "4", 1), grade("3", "4", 0)]
     queries = {"1": "first?", "2": "zweite?", "3": "third?"}
     put_pages(root / "visdoc-tasks" / name, "test", queries, [page(str(number)) for number in range(6)], qrels)
 
@@ -390,6 +392,15 @@ def test_own_folder(qrels: str, tmp_path: Path) -> None:
     result = scored(dataset, {"q1": ["d2", "d1"], "q2": ["d2"]})
     assert dataset.row.metric == "ndcg_linear@10"
     assert result.value == pytest.approx(((1 + 2 * SECOND) / (2 + SECOND) + 1) / 2)
+
+
+def test_own_pages(tmp_path: Path) -> None:
+    """As ViDoRe has them; their pictures are written beside."""
+    put_pages(tmp_path, "test", {"q": "which?"}, [page("1"), page("2")], [grade("q", "2", 1)])
+    put(tmp_path / "dataset.json", '{"metric": "ndcg_linear@5", "modality": "visdoc"}')
+    dataset = read_own(tmp_path, "mine")
+    assert scored(dataset, {"q": ["2"]}).value == 1.0
+    assert (tmp_path / "pictures/2.png").read_bytes() == b"2"
 
 
 def test_own_lists(tmp_path: Path) -> None:
@@ -527,6 +538,21 @@ def test_frames_are_chosen_as_the_protocol_does(num_kept: int, tmp_path: Path) -
     assert chosen == expected
 
 
+@pytest.mark.parametrize("suite", SUITES)
+def test_every_row_of_the_table_can_be_opened_but_for_its_files(suite: str, tmp_path: Path) -> None:
+    for row in SUITES[suite].values():
+        with pytest.raises(UserError):
+            open_dataset(row, tmp_path)
+        assert row.metric in METRIC_NAMES
+
+
+def test_a_corpus_without_pictures_is_refused(tmp_path: Path) -> None:
+    corpus = [{"corpus-id": "1", "image": {"bytes": None, "path": "1.png"}}]
+    put_pages(tmp_path / "visdoc-tasks/shiftproject_test_beir", "test", {"q": "?"}, corpus, [grade("q", "1", 1)])
+    with pytest.raises(UserError, match="corpus 1: has no bytes of a picture"):
+        open_dataset(MMEB_V2["ViDoRe_shiftproject"], tmp_path)
+
+
 def test_what_is_missing_is_told_in_one_line_with_what_to_fetch(tmp_path: Path) -> None:
     put_vidore(tmp_path)
     put_lines(tmp_path / "video-tasks/MSVD/test.jsonl", [])
@@ -543,7 +569,7 @@ def test_what_is_missing_is_told_in_one_line_with_what_to_fetch(tmp_path: Path) 
     assert missing["MSVD"].endswith(
         "fetch https://huggingface.co/datasets/TIGER-Lab/MMEB-V2 and unpack its archives there"
     )
-    assert f"into {tmp_path}/image-tasks/GQA" in missing["GQA"]
+    assert missing["GQA"].endswith(f"MMEB_Test_Instruct/tree/main/GQA into {tmp_path}/image-tasks/GQA")
     text = listing(found)
     assert "MMEB-V2: 1 of 78 datasets are there" in text
     assert "GQA" in text

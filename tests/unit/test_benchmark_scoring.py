@@ -204,6 +204,16 @@ def test_memory_does_not_grow_with_the_candidates(tmp_path: Path) -> None:
     assert seen.num_bytes <= 64 * 1000 * 8
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+def test_vectors_of_any_float_type_are_read_from_a_file(kind: type, tmp_path: Path) -> None:
+    vectors_ND = random_unit(30)
+    np.save(tmp_path / "candidates.npy", vectors_ND.astype(kind))
+    candidates = np.load(tmp_path / "candidates.npy", mmap_mode="r")
+    relevant = pairs([{number: 1.0} for number in range(10)])
+    assert rank_candidates(vectors_ND[:10], candidates, relevant, block_rows=7).rank.tolist() == [1] * 10
+
+
 def test_a_dataset_is_scored_whatever_the_order_of_its_vectors() -> None:
     dataset = toy([{"a": 1.0}, {"b": 2.0, "c": 1.0}], ["a", "b", "c"])
     queries, candidates = vectors(["q1", "q0"], [NORTH, EAST]), vectors(["c", "a", "b"], [WEST, EAST, NORTH])
@@ -243,6 +253,12 @@ def test_vectors_that_are_not_finite_stop_the_dataset(bad: float) -> None:
         score(dataset, [EAST, NORTH], [EAST, (0, bad)])
     with pytest.raises(UserError, match=r"toy queries\[0\]: is not unit"):
         score(dataset, [(2, 0), NORTH], [EAST, NORTH])
+
+
+def test_vectors_of_two_models_stop_the_dataset() -> None:
+    dataset = toy([{"a": 1.0}, {"b": 1.0}], ["a", "b"])
+    with pytest.raises(UserError, match="queries of width 2 and candidates of width 3"):
+        score(dataset, [EAST, NORTH], [(1, 0, 0), (0, 1, 0)])
 
 
 @pytest.mark.parametrize("side", ["queries", "candidates"])
