@@ -1,0 +1,128 @@
+"""What a soup of three fine-tunes on three mixtures scores, on a toy: the paper's table 4, with seeds.
+
+    python -m tests.benchmarks.mixtures --write            about half an hour on two cores; writes mixtures.md
+    python -m tests.benchmarks.mixtures --seeds 2 --steps 4 --size 0.05     a glance
+
+The corpus, stage 1 and the fine-tunes are those of jobs/demo.yaml; every seed is a job of kind `finetunes` on the same
+stage 1. Soups: the exact mean, greedy, and searched in twelve evaluations. The latter two choose by a probe, another
+corpus of which nothing was trained on; all are scored on the demo's held-out part. A repeated command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jobs.cli import main as rzen
+from jobs.load import read_document
+from rzen.evaluation.ablation import difference_table, effects, score_table
+from tests.benchmarks.machine import describe_machine
+from tests.benchmarks.turns import ROOT, show
+
+OUT = Path("runs/mixtures")
+PROBE = {"num_images": 240, "num_composed": 200, "num_documents": 26, "num_clips": 180, "num_texts": 0}
+SOUPS = {"uniform": {"method": "mean"}, "greedy": {"method": "greedy"}, "searched": {"method": "searched"}}
+SINGLE = "one mixture, on average"
+
+
+def pipeline(out: Path, seeds: int, steps: int | None, size: float) -> dict[str, Any]:
+    """A job: the first stations of the demo, a probe, and a set of fine-tunes for each seed."""
+    demo = read_document(ROOT / "jobs/demo.yaml").data
+    stations = {name: demo["stations"][name] for name in ("corpus", "ingest", "stage1")}
+    tune = demo["stations"]["finetunes"]
+    media = tune["set"]["set"]["data"]["media"]
+    if steps is not None:
+        stations["stage1"]["set"]["steps"] = tune["set"]["set"]["steps"] = steps
+    for corpus in (stations["corpus"]["set"]["corpus"], PROBE):
+        corpus |= {name: max(8, round(count * size)) for name, count in corpus.items() if count}
+    probe = {"out": "${out}/probe", "corpus": PROBE | {"seed": 1}}
+    stations["probe_corpus"] = {"spec": "corpus.yaml", "set": probe}
+    ingest = {"input": "${out}/probe", "out": "${store}/probe", "held_out_fraction": 0.0}
+    stations["probe"] = {"spec": "ingest.yaml", "set": ingest}
+    for seed in range(seeds):
+        stations[f"seed{seed}"] = {
+            "spec": tune["spec"],
+            "set": tune["set"]
+            | {
+                "grid": {"seed": [seed]},
+                "min_survivors": None,
+                "soups": SOUPS | {"searched": {"method": "searched", "evaluations": 12, "at_once": 2}},
+                "evaluate": _evaluate("${store}/data", "held_out", media),
+                "probe": _evaluate("${store}/probe", "train", media),
+                "out": f"${{store}}/soups-{seed}",
+            },
+        }
+    for station in stations.values():
+        station["spec"] = str(ROOT / "jobs" / station["spec"])
+    places = {"out": str(out), "store": str(out / "store")}
+    return {"kind": "pipeline", "name": "mixtures", "vars": places, "state": "${store}/stations", "stations": stations}
+
+
+def _evaluate(root: str, split: str, media: Any) -> dict[str, Any]:
+    changes = {"data": {"root": root, "split": split, "media": media}, "metrics": None, "dtype": "float32"}
+    return {"spec": str(ROOT / "jobs/evaluate.yaml"), "set": changes}
+
+
+def report(out: Path, seeds: int) -> str:
+    """Of the summaries that the jobs have left."""
+    scores: dict[str, dict[int, dict[str, float]]] = defaultdict(dict)
+    weights: dict[str, list[str]] = defaultdict(list)
+    for seed in range(seeds):
+        summary = json.loads((out / f"store/soups-{seed}/summary.json").read_text())
+        for row in summary["rows"]:
+            arm = row["model"].removesuffix(f"-seed-{seed}")
+            scores[arm].setdefault(seed, {}).setdefault(row["task"], row["value"])
+        singles = [some[seed] for arm, some in scores.items() if arm not in (*SOUPS, SINGLE)]
+        scores[SINGLE][seed] = {task: statistics.fmean(some[task] for some in singles) for task in singles[0]}
+        for name in ("greedy", "searched"):
+            parents = summary["soups"][name]["parents"]
+            told = ", ".join(f"{one['coefficient']:.2f} {one['name'].removesuffix(f'-seed-{seed}')}" for one in parents)
+            weights[name].append(f"seed {seed}: {told}")
+    ordered = {arm: scores[arm] for arm in sorted(scores, key=lambda arm: (arm in SOUPS, arm == SINGLE))}
+    found = effects(ordered, SINGLE)
+    chosen = "\n".join(f"* {name}: {'; '.join(told)}" for name, told in weights.items())
+    return f"""# Soups of three mixtures, on the demo's toy
+
+{describe_machine()}. {seeds} seeds of fine-tuning on one stage 1.
+`python -m tests.benchmarks.mixtures --write`; `mixtures.py` tells how.
+
+Mean scores, % (hit@1; pages nDCG@5):
+
+{score_table(found)}
+Difference to the mean score of the single mixtures, points, with its 95% interval over the seeds (Student's t, paired),
+bold where it leaves 0 out. The intervals cover the seeds of the fine-tunes, not the choice of the held-out samples:
+
+{difference_table(found, SINGLE)}
+Weights that were chosen on the probe:
+
+{chosen}
+"""
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, help="of stage 1 and of each fine-tune, in place of the demo's")
+    parser.add_argument("--size", type=float, default=1.0, help="of the corpora, in place of the demo's")
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--write", action="store_true", help="keep the report as mixtures.md")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    job = options.out / "job.yaml"
+    job.write_text(
+        yaml.safe_dump(pipeline(options.out.resolve(), options.seeds, options.steps, options.size), sort_keys=False)
+    )
+    if status := rzen(["run", str(job)]):
+        raise SystemExit(status)
+    show(report(options.out, options.seeds), __file__, write=options.write)
+
+
+if __name__ == "__main__":
+    main()
