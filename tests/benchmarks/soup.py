@@ -14,12 +14,12 @@ their directories to that of the soup:
     plain      safetensors: load all, mean of each tensor by name, save. Fast, and wrong: the mean of A times the mean
                of B is not that of the products
 
-Each run is a process of its own, and the ways take turns; ratios are to `exact` of the same turn. Time begins after the
-imports. Ours checks every number and hashes every parent for the lineage, which the others do not: `of it hashing` is
-measured alone, after the run. Memory is what the process holds at most beyond what it held after the imports, mapped
-pages of files included. Files are in the page cache, and are not waited for when written. The error is that of three
-modules, the largest and the smallest among them, relative to the fp64 mean of products. Nothing else should run on the
-machine.
+Each run is a process of its own with one thread, since tensors are small. The ways take turns; ratios are to `exact` of
+the same turn. Time begins after the imports. Ours checks every number and hashes every parent for the lineage, which
+the others do not: `of it hashing` is measured alone, after the run. Memory is what the process holds at most beyond
+what it held after the imports, mapped pages of files included. Files are in the page cache, and are not waited for when
+written. The error is that of three modules, the largest and the smallest among them, relative to the fp64 mean of
+products. Nothing else should run on the machine.
 """
 
 from __future__ import annotations
@@ -217,14 +217,15 @@ def report(options: argparse.Namespace) -> str:
         numbers = write_parents(Path(scratch), options.blocks)
         for turn in range(options.turns):
             for way in WAYS:
-                run = answer("tests.benchmarks.soup", *blocks, "--run", way, scratch)
+                run = answer("tests.benchmarks.soup", *blocks, "--run", way, scratch, OMP_NUM_THREADS="1")
                 results[way].append(run)
                 say(f"turn {turn + 1}, {way}: {run['s']:.3g} s, {run['gib']:.2f} GiB")
+    where = f"{describe_machine()}, one thread, torch {torch.__version__}"
     return "\n".join(
         [
             f"# A soup of {len(NAMES)} adapters of rank {RANK}",
             "",
-            f"{describe_machine('cpu')}. Median of {options.turns} turns (smallest to largest).",
+            f"{where}. Median of {options.turns} turns (smallest to largest).",
             f"`{' '.join(['python -m tests.benchmarks.soup', *sys.argv[1:]])}`; `soup.py` tells how it is measured.",
             "",
             f"An adapter has {numbers / 1e6:.1f}M numbers, {4 * numbers / 2**30:.2f} GiB; PEFT {peft.__version__}.",
