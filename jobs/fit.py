@@ -123,6 +123,17 @@ def fit(prepared: Prepared, board: Any, tell: Callable[[str, str], None], abando
 
     Workers post how far they are on `board`; `tell(name, state)` is called where they start again.
     """
+    run = prepared.run
+    run.log(f"starts at step {run.step()} of {prepared.plan.num_steps}, {run.spec.cluster.workers} workers")
+    try:
+        _fit(prepared, board, tell, abandoned)
+    except UserError as error:
+        run.log(f"failed for good: {error}")
+        raise
+    run.log("finished")
+
+
+def _fit(prepared: Prepared, board: Any, tell: Callable[[str, str], None], abandoned: Event) -> None:
     run, spec = prepared.run, prepared.run.spec
     restarts = 0
     while True:
@@ -132,7 +143,7 @@ def fit(prepared: Prepared, board: Any, tell: Callable[[str, str], None], abando
             _trainer(prepared, stop, board).fit()
             if stop == prepared.plan.num_steps:
                 if run.store.exists(UNTRACKED):
-                    say(f"  {spec.name}: {run.store.read(UNTRACKED).decode().strip()}", "yellow")
+                    _report(run, run.store.read(UNTRACKED).decode().strip(), "yellow")
                 return
             continue
         except (TrainingFailedError, RayError) as error:
@@ -147,8 +158,14 @@ def fit(prepared: Prepared, board: Any, tell: Callable[[str, str], None], abando
             restarts += 1
             again = f"restart {restarts} of {spec.cluster.max_restarts}"
             lost = f"lost a worker ({_first_failure(error)}; {run.store.url}/{FAILURE})"
-        say(f"  {spec.name}: {lost}; {again} from step {run.step()}", "yellow")
+        _report(run, f"{lost}; {again} from step {run.step()}", "yellow")
         tell(spec.name, again)
+
+
+def _report(run: Run, event: str, style: str = "") -> None:
+    """To whoever watches, and into the run's log."""
+    say(f"  {run.spec.name}: {event}", style)
+    run.log(event)
 
 
 def _with_phases(prepared: Prepared) -> Prepared:
@@ -166,7 +183,7 @@ def _with_phases(prepared: Prepared) -> Prepared:
         plan = plan.with_phase(due)
         total = sum(due.weights.values())
         shares = ", ".join(f"{name} {weight / total:.1%}" for name, weight in due.weights.items())
-        say(f"  {run.spec.name}: from step {due.first_step} on {shares}")
+        _report(run, f"from step {due.first_step} on {shares}")
     return replace(prepared, plan=plan)
 
 

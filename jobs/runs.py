@@ -8,6 +8,7 @@
               model/ or adapter/  the result
               best/               that of the best checkpoint, where it is not the last
               metrics.jsonl       one row a step, some seconds after it
+              log.txt             starts, lost workers, changes of the mixture, and how it ended, with their times
               tensorboard/        the same as event files
               tracking.txt        what MLflow or W&B did not take
               done.json           written last
@@ -24,6 +25,7 @@ import tempfile
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ from pipelines.storage import open_store, resolve_endpoint
 from pipelines.store import Store
 
 SPEC, LATEST, DONE, METRICS, PHASES = "spec.json", "latest.json", "done.json", "metrics.jsonl", "phases.json"
-BEST = "best"
+BEST, LOG = "best", "log.txt"
 _PACKAGES = ("ray", "torch", "transformers", "deepspeed", "peft")
 # Settings that change where and how fast a run goes, never what it computes.
 _NOT_SCIENCE = {"run", "feed", "checkpoint", "cluster", "submit"}
@@ -105,6 +107,11 @@ class Run:
     def record(self, phase: Phase) -> None:
         """Adds a change of the mixture."""
         self.store.write(PHASES, _json([asdict(some) for some in (*self.phases(), phase)]))
+
+    def log(self, event: str) -> None:
+        """Adds a line to `log.txt`. The driver's, one thread a run."""
+        before = self.store.read(LOG) if self.store.exists(LOG) else b""
+        self.store.write(LOG, before + f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}  {event}\n".encode())
 
     def finish(self, summary: dict[str, Any], metrics: list[dict[str, Any]]) -> None:
         """Makes the end of the run known. The result is in place by now."""

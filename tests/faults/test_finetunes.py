@@ -116,6 +116,10 @@ def test_survivors_are_souped_and_the_lost_run_is_named(
     assert "| doomed-seed-1 | failed |" in page
     assert "which flatters them" in page
 
+    log = (tmp_path / "runs/unlucky-seed-1/log.txt").read_text()
+    for event in ("starts at step 0 of 30, 1 workers", "lost a worker", "restart 1 of 1 from step", "finished"):
+        assert event in log
+
     before = contents(tmp_path)
     assert main([*job, "--set", "runs.late={}"]) == 0
     assert contents(tmp_path) == before

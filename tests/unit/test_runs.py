@@ -62,6 +62,17 @@ def test_run_of_other_settings_is_refused_and_they_are_named(
     assert "choose another name, or set run.overwrite: true" in str(caught.value)
 
 
+def test_log_keeps_its_lines_in_order(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    run.begin(DATA)
+    run.log("starts")
+    make_run(tmp_path).log("finished")
+    assert [line.split("  ", 1)[1] for line in run.store.read("log.txt").decode().splitlines()] == [
+        "starts",
+        "finished",
+    ]
+
+
 def test_overwrite_begins_anew(tmp_path: Path) -> None:
     make_run(tmp_path).begin(DATA)
     publish(Checkpoints(make_run(tmp_path)), tmp_path, 3)
