@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -11,10 +12,12 @@ from typing import Any
 
 from jobs.cluster import POLL_S, Resources, check_size, has_room, ray_cluster, user_error
 from jobs.fit import Prepared, fit, prepare
-from jobs.progress import Board, RunTable
-from jobs.runs import Run
+from jobs.progress import Board, RunTable, say
+from jobs.runs import DONE, Run
 from jobs.spec import TrainSpec
 from pipelines.errors import UserError
+
+SAVE_S = 30  # at most, for a last checkpoint
 
 
 def launch(
@@ -39,6 +42,8 @@ def launch(
         raise UserError(names, "failed for good before", f"{min_survivors} must end well; set retry_failed: true")
     if not unfinished:
         return {}
+    import ray
+
     with ray_cluster():
         for spec in (prepared.run.spec for prepared in unfinished):
             if not spec.cluster.autoscaling:
@@ -48,7 +53,28 @@ def launch(
             table = stack.enter_context(RunTable([prepared.run.spec.name for prepared in unfinished]))
             abandoned = Event()
             stack.callback(abandoned.set)
-            return _work_off(unfinished, max_parallel, may_fail, table, abandoned)
+            board = ray.remote(num_cpus=0)(Board).remote()
+            try:
+                return _work_off(unfinished, max_parallel, may_fail, table, board, abandoned)
+            except KeyboardInterrupt:
+                _save(unfinished, board)
+                raise
+
+
+def _save(runs: Sequence[Prepared], board: Any) -> None:
+    """Waits a while for a checkpoint of every run that has gone on since its last one."""
+    import ray
+
+    news = ray.get(board.news.remote())
+    done = {prepared.run: news[name].done for prepared in runs if (name := prepared.run.spec.name) in news}
+    ray.get(board.stop.remote())
+    say("  saving; the same command goes on from there", "yellow")
+    deadline_s = time.monotonic() + SAVE_S
+    while any(run.step() < step and not run.store.exists(DONE) for run, step in done.items()):
+        if time.monotonic() > deadline_s:
+            say(f"  not saved within {SAVE_S} s", "yellow")
+            return
+        time.sleep(POLL_S)
 
 
 def _is_known(run: Run, failed_before: Mapping[str, str]) -> bool:
@@ -56,13 +82,12 @@ def _is_known(run: Run, failed_before: Mapping[str, str]) -> bool:
 
 
 def _work_off(
-    unfinished: Sequence[Prepared], max_parallel: int, may_fail: int, table: RunTable, abandoned: Event
+    unfinished: Sequence[Prepared], max_parallel: int, may_fail: int, table: RunTable, board: Any, abandoned: Event
 ) -> dict[str, UserError]:
     import ray
     from ray.util.metrics import Gauge
 
     gauge = Gauge("rzen_runs", "Training runs of this job that are in a state", ("state",))
-    board = ray.remote(num_cpus=0)(Board).remote()
     waiting = deque(unfinished)
     running: dict[str, Prepared] = {}
     futures: dict[str, Future[None]] = {}

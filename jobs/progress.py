@@ -185,10 +185,19 @@ class Board:
 
     def __init__(self) -> None:
         self._news: dict[str, News] = {}
+        self._stopping = False
 
     def post(self, name: str, news: News) -> None:
         """Replaces the news of `name`."""
         self._news[name] = news
+
+    def stop(self) -> None:
+        """Whoever waits for the work is about to go."""
+        self._stopping = True
+
+    def is_stopping(self) -> bool:
+        """Whether `stop` was called: time for a checkpoint."""
+        return self._stopping
 
     def news(self) -> dict[str, News]:
         """The newest of each name."""

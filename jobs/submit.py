@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # Not sent along: history, environments and results.
 EXCLUDES = [".git", ".venv", "runs", "**/__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache"]
+# Ray kills a job that it stops after three seconds, which is too soon for a last checkpoint.
+ENVIRONMENT = {"RAY_JOB_STOP_WAIT_TIME_S": "60"}
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 
 
@@ -63,7 +65,7 @@ def submit(
     for attempt in range(config.retries + 1):
         job = client.submit_job(
             entrypoint=shlex.join(command),
-            runtime_env={"working_dir": str(folder), "excludes": EXCLUDES, "env_vars": config.env},
+            runtime_env={"working_dir": str(folder), "excludes": EXCLUDES, "env_vars": ENVIRONMENT | config.env},
             entrypoint_num_cpus=config.cpus or None,
             entrypoint_memory=config.memory_bytes or None,
             metadata={"rzen": str(path.relative_to(folder))},
@@ -89,15 +91,17 @@ def submit(
 
 
 def _client(server: str) -> JobSubmissionClient:
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     try:
         return JobSubmissionClient(server)
+    except AuthenticationError as error:
+        first = str(error).strip().splitlines()[0]
+        fix = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the token of the cluster"
+        raise UserError(server, f"asks for a token ({first})", fix) from error
     except (ConnectionError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0]
-        if "uthenticat" in str(error) or "401" in first or "403" in first:
-            fix = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the token of the cluster"
-            raise UserError(server, f"asks for a token ({first})", fix) from error
         raise UserError(server, f"no Ray cluster answers ({first})", "start one, or name its --address") from error
 
 

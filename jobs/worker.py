@@ -7,6 +7,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import ray
 import ray.train
 from ray.util.metrics import Gauge
 
@@ -76,7 +77,7 @@ def train_worker(config: dict[str, Any]) -> None:
                 checkpoints=checkpoints,
                 output=output,
                 on_metrics=on_metrics,
-                preempted=lambda: ray.train.get_preemption_info() is not None,
+                preempted=lambda: ray.train.get_preemption_info() is not None or ray.get(board.is_stopping.remote()),
                 num_threads=spec.cluster.threads_per_worker,
             )
         if rank == 0 and stop == plan.num_steps:

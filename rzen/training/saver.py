@@ -37,7 +37,8 @@ class Saver:
     """Looks before and after each step whether to take a checkpoint. Every rank has one; a thread of rank 0 writes.
 
     As a context it ends when the last checkpoint is written, and raises what went wrong with it. There is a checkpoint
-    of `start` steps already, or nothing to save. `preempted` is a collective, and asked every few seconds.
+    of `start` steps already, or nothing to save. Every few seconds all ranks ask `preempted`, which may
+    be a collective; one that says so is enough.
     """
 
     def __init__(
@@ -74,7 +75,9 @@ class Saver:
         all_are_ready, recent = (bool(flag) for flag in flags.tolist())
         if not recent:
             self._asked_s = time.monotonic()
-            self._noticed = self._preempted()
+            noticed = torch.tensor([self._preempted()], dtype=torch.int32, device=self._engine.device)
+            dist.all_reduce(noticed, dist.ReduceOp.MAX)  # one rank is enough
+            self._noticed = bool(noticed)
             if self._noticed and done > self._taken:
                 self._take(done)
         return all_are_ready

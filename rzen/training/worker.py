@@ -76,8 +76,8 @@ def train_stage(
 
     `batches(n)` yields this rank's batches of step n, n + 1, ... The model (an adapter directory, or a full one for
     `load_encoder`) appears in `output` of rank 0's machine, and that of the best checkpoint, where it is not the last,
-    in `best` beside it. `on_metrics` is called on rank 0 after each step. `preempted`, a collective that is asked
-    every few seconds, tells whether a node is about to go: then there is a checkpoint at once. Uses the process group
+    in `best` beside it. `on_metrics` is called on rank 0 after each step. `preempted`, which all ranks ask every few
+    seconds, tells whether a node is about to go, or the run: then there is a checkpoint at once. Uses the process group
     that exists, and otherwise makes one of one process. `num_threads` of torch on the CPU.
 
     Raises `UserError` where too many steps in a row have no finite loss or gradient, or a checkpoint does not fit;
