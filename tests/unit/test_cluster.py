@@ -67,6 +67,7 @@ def test_local_ray_gets_a_token_of_its_own_and_a_cluster_keeps_its_own(monkeypat
     monkeypatch.delenv("RAY_TRAIN_ENABLE_STATE_TRACKING")
 
 
+@pytest.mark.ray
 def test_watch_raises_the_first_failure_as_itself(ray_cluster: None) -> None:
     import ray
 
