@@ -1,4 +1,4 @@
-"""A spec to a cluster's job server, its log to this terminal: `rzen submit`, and `ray job submit SPEC` by a hook."""
+"""`rzen submit`: a spec to a Ray cluster's job server, its log to this terminal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jobs.progress import say
 from jobs.spec import SubmitConfig
@@ -22,20 +22,6 @@ EXCLUDES = [".git", ".venv", "runs", "**/__pycache__", ".mypy_cache", ".ruff_cac
 # Ray kills a job that it stops after three seconds, which is too soon for a last checkpoint.
 ENVIRONMENT = {"RAY_JOB_STOP_WAIT_TIME_S": "60"}
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
-
-
-def hook(*, entrypoint: Sequence[str], address: str | None, working_dir: str | None, no_wait: bool, **_: Any) -> None:
-    """With RAY_JOB_SUBMIT_HOOK=jobs.submit.hook, `ray job submit jobs/stage2.yaml` is `rzen submit jobs/stage2.yaml`.
-
-    Ends the process with the job's exit status. Anything but a YAML file is left to Ray. Ray passes all its arguments;
-    those that a spec settles (`submit`) are not looked at.
-    """
-    if not entrypoint or not entrypoint[0].endswith((".yaml", ".yml")):
-        return
-    from jobs.cli import main
-
-    options = [*(["--address", address] if address else []), *(["--working-dir", working_dir] if working_dir else [])]
-    sys.exit(main(["submit", *entrypoint, *options, *(["--no-wait"] if no_wait else [])]))
 
 
 def submit(

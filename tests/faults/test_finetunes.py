@@ -14,34 +14,9 @@ import pytest
 from jobs.cli import main
 from pipelines.storage import open_store
 from tests.data import publish
+from tests.specs import evaluate, stage
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-STAGE = """\
-kind: train
-name: stage
-run: {{root: "{0}/runs"}}
-data: {{root: "{0}/data"}}
-feed: {{samples_per_task: 16, cpus_per_task: 0.5}}
-model:
-  backbone: {{hidden: 16, layers: 1, heads: 2, vision_width: 16, vision_depth: 1, vocabulary: 300}}
-  lora: {{rank: 2}}
-  prompt: {{max_visual_tokens: 4}}
-  dtype: float32
-  gradient_checkpointing: false
-objective: {{false_negatives: null}}
-global_batch: 4
-steps: 30
-checkpoint: {{every_steps: 5, keep_best: false}}
-cluster: {{cpus_per_worker: 0.5, max_restarts: 1}}
-"""
-EVALUATE = """\
-kind: evaluate
-models: {{not_ours: {{base: nowhere}}}}
-data: {{root: "{0}/data"}}
-tasks: [text_image]
-dtype: float32
-out: nowhere.json
-"""
 FINETUNES = """\
 kind: finetunes
 stage: stage.yaml
@@ -89,8 +64,10 @@ def test_survivors_are_souped_and_the_lost_run_is_named(
     tmp_path: Path, ray_cluster: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     publish(open_store(str(tmp_path / "data")), {"red": ("text_image", 24)})
-    for name, text in (("stage", STAGE), ("evaluate", EVALUATE), ("finetunes", FINETUNES)):
-        (tmp_path / f"{name}.yaml").write_text(text.format(tmp_path))
+    checkpoint, cluster = {"every_steps": 5, "keep_best": False}, {"cpus_per_worker": 0.5, "max_restarts": 1}
+    (tmp_path / "stage.yaml").write_text(stage(str(tmp_path), steps=30, checkpoint=checkpoint, cluster=cluster))
+    (tmp_path / "evaluate.yaml").write_text(evaluate(f"{tmp_path}/data"))
+    (tmp_path / "finetunes.yaml").write_text(FINETUNES.format(tmp_path))
     job = ["run", str(tmp_path / "finetunes.yaml")]
     killed: list[str] = []
     for arguments in (("doomed-seed-1", 2, killed), ("unlucky-seed-1", 1, killed)):

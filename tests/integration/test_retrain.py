@@ -12,33 +12,9 @@ from jobs.registry import Registry
 from pipelines.storage import open_store
 from pipelines.store import Store
 from tests.data import publish
+from tests.specs import evaluate, stage
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-STAGE = """\
-kind: train
-name: stage
-run: {{root: "{0}/runs", tracking: {{tensorboard: false}}}}
-data: {{root: "{0}/data"}}
-feed: {{samples_per_task: 16, cpus_per_task: 0.5}}
-model:
-  backbone: {{hidden: 16, layers: 1, heads: 2, vision_width: 16, vision_depth: 1, vocabulary: 300}}
-  lora: {{rank: 2}}
-  prompt: {{max_visual_tokens: 4}}
-  dtype: float32
-  gradient_checkpointing: false
-objective: {{false_negatives: null}}
-global_batch: 4
-steps: 3
-cluster: {{cpus_per_worker: 0.5}}
-"""
-EVALUATE = """\
-kind: evaluate
-models: {{not_ours: {{base: nowhere}}}}
-data: {{root: "{0}/frozen"}}
-tasks: [text_image]
-dtype: float32
-out: nowhere.json
-"""
 RETRAIN = """\
 kind: retrain
 stage: stage.yaml
@@ -53,8 +29,10 @@ def bucket(tmp_path: Path, s3_endpoint: str, ray_cluster: None, monkeypatch: pyt
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
     monkeypatch.setenv("RZEN_CACHE", str(tmp_path / "cache"))
     url = "s3://retrain"
-    for name, text in (("stage", STAGE), ("evaluate", EVALUATE), ("retrain", RETRAIN)):
-        (tmp_path / f"{name}.yaml").write_text(text.format(url))
+    run = {"root": f"{url}/runs", "tracking": {"tensorboard": False}}
+    (tmp_path / "stage.yaml").write_text(stage(url, run=run, steps=3))
+    (tmp_path / "evaluate.yaml").write_text(evaluate(f"{url}/frozen"))
+    (tmp_path / "retrain.yaml").write_text(RETRAIN.format(url))
     bucket = open_store(url)
     publish(bucket.child("data"), {"red": ("text_image", 16)})
     publish(bucket.child("frozen"), {"blue": ("text_image", 24)})

@@ -18,33 +18,22 @@ import pytest
 from jobs.local_s3 import free_port
 from pipelines.storage import open_store
 from tests.data import publish
+from tests.specs import stage
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
-HOOK = {"RAY_JOB_SUBMIT_HOOK": "jobs.submit.hook"}
+HOOK = {"RAY_JOB_SUBMIT_HOOK": "jobs.hook.submit"}
 CORPUS = (
     '#!/usr/bin/env -S python -m jobs.run\nkind: corpus\nout: "{0}/corpus"\ncorpus: {{num_images: 4, num_composed: 0, '
 )
 CORPUS += "num_documents: 0, num_clips: 0, num_texts: 0}}\n"
-TRAIN = """\
-kind: train
-name: stopped
-run: {{root: "{0}/runs", tracking: {{tensorboard: false}}}}
-data: {{root: "{0}/data"}}
-feed: {{samples_per_task: 16, cpus_per_task: 0.5}}
-model:
-  backbone: {{hidden: 16, layers: 1, heads: 2, vision_width: 16, vision_depth: 1, vocabulary: 300}}
-  lora: {{rank: 2}}
-  prompt: {{max_visual_tokens: 4}}
-  dtype: float32
-  gradient_checkpointing: false
-objective: {{false_negatives: null}}
-global_batch: 4
-steps: {1}
-checkpoint: {{every_steps: 10_000}}
-cluster: {{cpus_per_worker: 0.5}}
-"""
+
+
+def train(root: Path, steps: int) -> str:
+    """A run that takes no checkpoint by itself."""
+    run = {"root": f"{root}/runs", "tracking": {"tensorboard": False}}
+    return stage(str(root), name="stopped", run=run, steps=steps, checkpoint={"every_steps": 10_000})
 
 
 @dataclass
@@ -112,7 +101,7 @@ def test_with_the_hook_the_folder_travels_along(cluster: Cluster, tmp_path: Path
 
 
 def test_a_job_that_fails_gives_its_exit_status_and_one_message(cluster: Cluster, tmp_path: Path) -> None:
-    (tmp_path / "train.yaml").write_text(TRAIN.format(tmp_path, 3))  # there are no data
+    (tmp_path / "train.yaml").write_text(train(tmp_path, 3))  # there are no data
     done = cluster.run("rzen", "submit", "train.yaml", cwd=tmp_path)
     assert done.returncode == 1
     assert re.search(r"error: .*/data.*manifest", done.stdout)
@@ -135,7 +124,7 @@ def test_without_the_token_nobody_submits(cluster: Cluster, tmp_path: Path) -> N
 
 def test_a_stopped_job_leaves_a_checkpoint_and_goes_on(cluster: Cluster, tmp_path: Path) -> None:
     publish(open_store(str(tmp_path / "data")), {"red": ("text_image", 24)})
-    (tmp_path / "train.yaml").write_text(TRAIN.format(tmp_path, 600))
+    (tmp_path / "train.yaml").write_text(train(tmp_path, 600))
     started = cluster.run("rzen", "submit", "train.yaml", "--no-wait", cwd=tmp_path)
     assert started.returncode == 0
     (job,) = re.findall(r"submitted (\S+)", started.stdout)
@@ -151,7 +140,7 @@ def test_a_stopped_job_leaves_a_checkpoint_and_goes_on(cluster: Cluster, tmp_pat
     step = json.loads((run / "latest.json").read_text())["step"]  # the spec asks for none
     assert 0 < step < 600
 
-    (tmp_path / "train.yaml").write_text(TRAIN.format(tmp_path, 600))
+    (tmp_path / "train.yaml").write_text(train(tmp_path, 600))
     again = cluster.run("rzen", "submit", "train.yaml", cwd=tmp_path)
     assert again.returncode == 0, again.stdout + again.stderr
     assert f"goes on from step {step}" in again.stdout
