@@ -131,13 +131,11 @@ def _prometheus_config(folder: Path, scrape_s: int) -> Path:
 
 
 def _say(options: argparse.Namespace, environment: dict[str, str], folder: Path, names: list[str]) -> None:
-    lines = [
-        f"export RAY_ADDRESS=127.0.0.1:{options.port} RAY_API_SERVER_ADDRESS=http://127.0.0.1:{options.dashboard_port}"
-    ]
-    lines += [
-        f"export {name}={environment[name]}" for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN") if name in environment
-    ]
-    lines.append(f"# dashboard  http://127.0.0.1:{options.dashboard_port}    logs  {folder}")
+    dashboard = f"http://127.0.0.1:{options.dashboard_port}"
+    exported = {"RAY_ADDRESS": f"127.0.0.1:{options.port}", "RAY_API_SERVER_ADDRESS": dashboard}
+    exported |= {name: environment[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN") if name in environment}
+    lines = [f"export {name}={value}" for name, value in exported.items()]
+    lines.append(f"# dashboard  {dashboard}    logs  {folder}")
     urls = {"prometheus": options.prometheus_port, "grafana": options.grafana_port}
     for name, port in urls.items():
         lines.append(f"# {name}  http://127.0.0.1:{port}" if name in names else f"# {name} is not installed")

@@ -191,7 +191,7 @@ def _exports(process: "subprocess.Popen[str]") -> dict[str, str]:
 
 
 def _wait_for(url: str, names: set[str], log: Path) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while missing := {name for name in names if not ask(url, f"count({name})")}:
         text = log.read_text()[-2000:]
         assert time.monotonic() < deadline, f"no {missing}:\n{text}"
