@@ -97,7 +97,7 @@ def _environment(options: argparse.Namespace) -> dict[str, str]:
 def _commands(options: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
     """Program -> command, for those that are installed, in the order in which they start."""
     ray = ["ray", "start", "--head", "--block", "--disable-usage-stats", f"--port={options.port}"]
-    ray += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={options.dashboard_port}"]
+    ray += ["--dashboard-host=127.0.0.1", f"--dashboard-port={options.dashboard_port}"]
     ray += [f"--ray-client-server-port={options.client_port}", f"--dashboard-agent-listen-port={free_port()}"]
     ray += [f"--metrics-export-port={free_port()}", f"--temp-dir={folder}"]
     if options.num_cpus is not None:
@@ -123,20 +123,19 @@ def _prometheus_config(folder: Path, scrape_s: int) -> Path:
     config = yaml.safe_load((MONITORING / "prometheus.yaml").read_text())
     config["global"] = {"scrape_interval": f"{scrape_s}s", "evaluation_interval": f"{scrape_s}s"}
     config["rule_files"] = [str(MONITORING / name) for name in config["rule_files"]]
-    config["scrape_configs"][0]["file_sd_configs"] = [{"files": [str(folder / _DISCOVERY)]}]
+    (discovery,) = config["scrape_configs"][0]["file_sd_configs"]
+    discovery |= {"files": [str(folder / _DISCOVERY)], "refresh_interval": f"{scrape_s}s"}
     path = folder / "prometheus.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
 
 
 def _say(options: argparse.Namespace, environment: dict[str, str], folder: Path, names: list[str]) -> None:
-    lines = [
-        f"export RAY_ADDRESS=127.0.0.1:{options.port} RAY_API_SERVER_ADDRESS=http://127.0.0.1:{options.dashboard_port}"
-    ]
-    lines += [
-        f"export {name}={environment[name]}" for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN") if name in environment
-    ]
-    lines.append(f"# dashboard  http://127.0.0.1:{options.dashboard_port}    logs  {folder}")
+    dashboard = f"http://127.0.0.1:{options.dashboard_port}"
+    exported = {"RAY_ADDRESS": f"127.0.0.1:{options.port}", "RAY_API_SERVER_ADDRESS": dashboard}
+    exported |= {name: environment[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN") if name in environment}
+    lines = [f"export {name}={value}" for name, value in exported.items()]
+    lines.append(f"# dashboard  {dashboard}    logs  {folder}")
     urls = {"prometheus": options.prometheus_port, "grafana": options.grafana_port}
     for name, port in urls.items():
         lines.append(f"# {name}  http://127.0.0.1:{port}" if name in names else f"# {name} is not installed")

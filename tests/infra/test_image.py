@@ -1,6 +1,7 @@
 """The Dockerfile as it is written: no engine is needed, and none of this says that it builds."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,16 @@ def test_the_lock_holds_on_every_machine() -> None:
     python = re.search(r"FROM python:(\d+\.\d+)", FILE.read_text())
     assert python is not None
     assert f"Python {python[1]} on Linux" in lock  # the lock was tried there
+
+
+def test_all_that_is_installed_is_in_the_lock() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = set(re.findall(r"/source\[([\w,]+)\]", FILE.read_text()))
+    assert extras == {"tracking"}
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["tracking"]]
+    lock = {line.partition("==")[0] for line in (ROOT / "requirements.lock").read_text().splitlines()}
+    names = {re.match(r"[\w.-]+", requirement)[0].lower() for requirement in wanted}  # type: ignore[index]
+    assert names <= lock
 
 
 def test_the_build_gets_what_the_package_is_made_of_and_no_more() -> None:

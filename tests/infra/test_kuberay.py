@@ -67,29 +67,53 @@ def test_nodes_follow_from_the_spec() -> None:
     assert most["export"] == {"decode": 16}
 
 
-@pytest.mark.parametrize("name", generate.JOBS)
-def test_commands_pass_both_shells(name: str, tmp_path: Path) -> None:
-    """The submitter pastes the entrypoint into a shell of its own, `ray job submit` quotes its words, and the head's
-    shell reads them: only there RZEN_STORE is known.
+def heard(entrypoint: str, folder: Path) -> list[str]:
+    """The words with which `rzen` starts. The submitter pastes the entrypoint into a shell of its own, `ray job submit`
+    quotes its words, and the head's shell reads them: only there RZEN_STORE is known.
     """
     told = "import shlex, sys; print(shlex.join(sys.argv[1:]), end='')"
-    entrypoint = generate.command(generate.JOBS[name])
-    (tmp_path / "rzen").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
-    (tmp_path / "rzen").chmod(0o755)
-    path = f"{tmp_path}:/usr/bin:/bin"
-    submitted = subprocess.run(
-        ["/bin/bash", "-ce", f"{shlex.quote(sys.executable)} -c {shlex.quote(told)} {entrypoint}"],
-        env={"PATH": path},
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
+    _stand_in(folder / "rzen", 'printf "%s\\n" "$@"')
+    path = f"{folder}:/usr/bin:/bin"
+    submit = ["/bin/bash", "-ce", f"{shlex.quote(sys.executable)} -c {shlex.quote(told)} {entrypoint}"]
+    submitted = subprocess.run(submit, env={"PATH": path}, check=True, capture_output=True, text=True).stdout
     environment = {"PATH": path, "RZEN_STORE": "s3://bucket/some where"}
-    heard = subprocess.run(submitted, shell=True, env=environment, check=True, capture_output=True, text=True).stdout
-    words = heard.splitlines()
-    assert words[:2] == ["run", f"jobs/{generate.JOBS[name].spec}"]
-    settings = [setting.replace("$RZEN_STORE", "s3://bucket/some where") for setting in generate.JOBS[name].set]
-    assert words[2:] == [word for setting in settings for word in ("--set", setting)]
+    done = subprocess.run(submitted, shell=True, env=environment, check=True, capture_output=True, text=True)
+    return done.stdout.splitlines()
+
+
+def _stand_in(path: Path, script: str) -> None:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+@pytest.mark.parametrize("name", generate.JOBS)
+def test_commands_pass_both_shells(name: str, tmp_path: Path) -> None:
+    job = generate.JOBS[name]
+    settings = [setting.replace("$RZEN_STORE", "s3://bucket/some where") for setting in job.set]
+    expected = ["run", f"jobs/{job.spec}", *(word for setting in settings for word in ("--set", setting))]
+    assert heard(generate.command(job), tmp_path) == expected
+
+
+def test_commands_without_a_shell_of_their_own_would_lose_the_store(tmp_path: Path) -> None:
+    assert heard('rzen run a.yaml --set "out=$RZEN_STORE/data"', tmp_path)[-1] == "out=/data"
+    assert heard("rzen run a.yaml --set 'out=$RZEN_STORE/data'", tmp_path)[-1] == "out=$RZEN_STORE/data"
+
+
+def test_a_pod_that_goes_tells_ray_and_waits_for_as_long_as_ray_accepts(tmp_path: Path) -> None:
+    commands = {
+        tuple(group["template"]["spec"]["containers"][0]["lifecycle"]["preStop"]["exec"]["command"])
+        for document in ray_documents()
+        for group in document["spec"].get("rayClusterSpec", document["spec"])["workerGroupSpecs"]
+    }
+    (command,) = commands
+    _stand_in(tmp_path / "sleep", f'echo sleep "$@" >> {tmp_path}/calls')
+    for accepts in (True, False):
+        _stand_in(tmp_path / "ray", f'printf "%s|" "$@" > {tmp_path}/calls; exit {int(not accepts)}')
+        subprocess.run(command, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, check=accepts)
+        told, *waited = (tmp_path / "calls").read_text().rpartition("|")[::2]
+        reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "pod deleted"]
+        assert told.split("|") == ["drain-node", *reason, "--deadline-remaining-seconds", "90"]
+        assert waited == (["sleep 90\n"] if accepts else [""])
 
 
 @NEEDS_CRDS

@@ -80,10 +80,9 @@ def test_every_alert_is_expected_to_fire_once_and_says_what_to_do() -> None:
 
 
 FAULTS = [
-    ("RzenTrainingStalled", "max by (run)", "max by (run, source)"),  # a source that is not drawn would be a stall
-    ("RzenTrainingStalled", "[15m]", "[1h]"),
-    ("RzenRunGone", "by (run)", "by (run, WorkerId)"),  # workers that were replaced would be a loss
-    ("RzenRunGone", "unless", "and"),
+    ("RzenNoSteps", "by (run)", "by (run, source)"),  # a source that is not drawn would be a stall
+    ("RzenNoSteps", "[20m]", "[1h]"),
+    ("RzenNoSteps", "unless", "and"),
     ("RzenLossNotFinite", "avg_over_time(ray_rzen_skipped[10m])", "ray_rzen_skipped"),
     ("RzenLossNotFinite", "> 0.1", "> 1"),
     ("RzenDecodeErrors", "> 0.01", "> 0.1"),
@@ -164,7 +163,7 @@ def prometheus() -> Iterator[str]:
             with (folder / "run.log").open("w") as log:
                 run = [sys.executable, str(Path(__file__).with_name("live_run.py")), str(folder / "results")]
                 started.append(subprocess.Popen(run, env=environment | told, stdout=log, stderr=log))
-            names = {"ray_rzen_loss", "ray_data_num_tasks_running", "ray_train_controller_state"}
+            names = {"ray_rzen_loss", "ray_data_num_tasks_running"}
             _wait_for(url, names, folder / "run.log")
             time.sleep(12)  # Ray's agents send every few seconds; rates need two samples
             yield url
@@ -191,7 +190,7 @@ def _exports(process: "subprocess.Popen[str]") -> dict[str, str]:
 
 
 def _wait_for(url: str, names: set[str], log: Path) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while missing := {name for name in names if not ask(url, f"count({name})")}:
         text = log.read_text()[-2000:]
         assert time.monotonic() < deadline, f"no {missing}:\n{text}"
