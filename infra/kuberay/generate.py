@@ -22,7 +22,17 @@ import yaml
 
 from jobs.dispatch import named_specs
 from jobs.load import check, override, read_document
-from jobs.spec import EmbedSpec, EvaluateSpec, ExportSpec, FinetunesSpec, IndexSpec, Spec, TrainSpec
+from jobs.spec import (
+    EmbedSpec,
+    EvaluateSpec,
+    ExportSpec,
+    FinetunesSpec,
+    IndexSpec,
+    RetrainSpec,
+    SoupSpec,
+    Spec,
+    TrainSpec,
+)
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -40,6 +50,7 @@ LOCAL_KINDS = {
 """Kinds of job without a RayJob, and why: run them with `rzen run` where the files are."""
 
 _ADAPTER = "$RZEN_STORE/runs/{}/adapter"
+_SOUP = "$RZEN_STORE/runs/soups/uniform/adapter"
 
 
 @dataclass(frozen=True)
@@ -77,7 +88,14 @@ JOBS = {
             "set.run.root=$RZEN_STORE/runs",
             f"set.init_adapter={_ADAPTER.format('stage1')}",
             "set.cluster.autoscaling=true",
-            f"out={_ADAPTER.format('soup')}",
+            "out=$RZEN_STORE/runs/soups",
+        ),
+    ),
+    "soup": Job(
+        "soup.yaml",
+        (
+            *(f"models.{name}.adapter={_ADAPTER.format(name)}" for name in ("balanced", "images", "documents")),
+            "out=$RZEN_STORE/soups",
         ),
     ),
     "evaluate": Job(
@@ -85,15 +103,16 @@ JOBS = {
         (
             *(
                 f"models.{name}.adapter={_ADAPTER.format(name)}"
-                for name in ("stage1", "balanced", "images", "documents", "soup")
+                for name in ("stage1", "balanced", "images", "documents")
             ),
+            f"models.soup.adapter={_SOUP}",
             "data.root=$RZEN_STORE/data",
             "gpus_per_model=1",
             "autoscaling=true",
             "out=results.json",  # on the head, and gone with it: the table is in the log
         ),
     ),
-    "export": Job("export.yaml", (f"model.adapter={_ADAPTER.format('soup')}", "out=$RZEN_STORE/model")),
+    "export": Job("export.yaml", (f"model.adapter={_SOUP}", "out=$RZEN_STORE/model")),
     "embed": Job(
         "embed.yaml",
         (
@@ -107,13 +126,26 @@ JOBS = {
 }
 """Name of a RayJob -> the job."""
 
-RETRAIN = Job("retrain.yaml", account="rzen-promoter", deadline_s=3 * 86400)
-"""The job of retrain/cronjob.yaml. Its stations ask for different machines: it gets all groups."""
+RETRAIN = Job(
+    "retrain.yaml",
+    (
+        "set.data.root=$RZEN_STORE/data",
+        "set.run.root=$RZEN_STORE/runs",
+        "set.cluster.autoscaling=true",
+        "evaluate.set.data.root=$RZEN_STORE/frozen",
+        "evaluate.set.gpus_per_model=1",
+        "evaluate.set.autoscaling=true",
+        "registry=$RZEN_STORE/registry",
+    ),
+    account="rzen-promoter",
+    deadline_s=3 * 86400,
+)
+"""The job of retrain/cronjob.yaml."""
 
 
 def files() -> dict[Path, str]:
     """Path -> content of every generated file."""
-    written = {HERE / "jobs" / f"{name}.yaml": _yaml(rayjob(name, job, _gpus(job))) for name, job in JOBS.items()}
+    written = {HERE / "jobs" / f"{name}.yaml": _yaml(rayjob(name, job)) for name, job in JOBS.items()}
     written[HERE / "jobs" / "kustomization.yaml"] = _yaml(
         {
             "apiVersion": "kustomize.config.k8s.io/v1beta1",
@@ -121,7 +153,7 @@ def files() -> dict[Path, str]:
             "resources": [f"{name}.yaml" for name in JOBS],
         }
     )
-    written[HERE / "retrain" / "rayjob.yaml"] = _yaml(rayjob("retrain", RETRAIN, None))
+    written[HERE / "retrain" / "rayjob.yaml"] = _yaml(rayjob("retrain", RETRAIN))
     written[HERE / "base" / "prometheusrule.yaml"] = _yaml(
         {
             "apiVersion": "monitoring.coreos.com/v1",
@@ -133,12 +165,12 @@ def files() -> dict[Path, str]:
     return written
 
 
-def rayjob(name: str, job: Job, gpus: float | None) -> dict[str, Any]:
-    """The manifest of a job that can use so many GPUs; None: of which nothing is known."""
+def rayjob(name: str, job: Job) -> dict[str, Any]:
+    """The manifest of a job."""
+    gpus = _gpus(*specs(job))
     cluster = copy.deepcopy(yaml.safe_load(CLUSTER.read_text())["spec"])
     cluster["headGroupSpec"]["template"]["spec"]["serviceAccountName"] = job.account
-    if gpus is not None:
-        cluster["workerGroupSpecs"] = list(filter(None, (_sized(group, gpus) for group in cluster["workerGroupSpecs"])))
+    cluster["workerGroupSpecs"] = list(filter(None, (_sized(group, gpus) for group in cluster["workerGroupSpecs"])))
     return {
         "apiVersion": "ray.io/v1",
         "kind": "RayJob",
@@ -177,26 +209,23 @@ def specs(job: Job) -> list[Spec]:
     return [spec, *named_specs(spec, document)]
 
 
-def _gpus(job: Job) -> float:
-    """How many GPUs a job can use at once."""
-    spec, *named = specs(job)
+def _gpus(spec: Spec, *named: Spec) -> float:
+    """How many GPUs a job can use at once; `named` are the specs that it names."""
     match spec:
         case TrainSpec():
-            return _gpus_of_run(spec)
+            return spec.cluster.workers * spec.cluster.gpus_per_worker
         case FinetunesSpec():
-            runs = sorted((some for some in named if isinstance(some, TrainSpec)), key=_gpus_of_run, reverse=True)
-            return sum(_gpus_of_run(some) for some in runs[: spec.max_parallel])
+            runs = sorted((_gpus(some) for some in named if isinstance(some, TrainSpec)), reverse=True)
+            return sum(runs[: spec.max_parallel])
+        case RetrainSpec():
+            return max(_gpus(some) for some in named)
         case EvaluateSpec():
             return len(spec.models) * spec.gpus_per_model
         case EmbedSpec():
             return spec.actors * spec.gpus_per_actor
-        case IndexSpec() | ExportSpec():
+        case IndexSpec() | ExportSpec() | SoupSpec():
             return 0.0
-    raise ValueError(f"jobs/{job.spec}: how many GPUs a job of kind {spec.kind} uses is not written here yet")
-
-
-def _gpus_of_run(spec: TrainSpec) -> float:
-    return spec.cluster.workers * spec.cluster.gpus_per_worker
+    raise ValueError(f"how many GPUs a job of kind {spec.kind} uses is not written here yet")
 
 
 def _sized(group: dict[str, Any], gpus: float) -> dict[str, Any] | None:
