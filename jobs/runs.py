@@ -22,6 +22,7 @@ import json
 import math
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -125,13 +126,15 @@ class Checkpoints:
     """Checkpoints of a run, as the trainer asks for them: complete ones only, the last few of them and the best.
 
     The best has the highest mean accuracy in the batches since the one before it. `metrics` are the rows of all steps
-    up to the checkpoint that was found, then of the steps since.
+    up to the checkpoint that was found, then of the steps since. `published_s` is the time of the newest one that was
+    published here, at first that of the beginning.
     """
 
     def __init__(self, run: Run) -> None:
         self._store = run.store
         self._config = run.spec.checkpoint
         self.metrics: list[dict[str, Any]] = []
+        self.published_s = time.time()
 
     def latest(self) -> Path | None:
         """A local copy of the newest checkpoint, which the process keeps until it ends."""
@@ -162,6 +165,7 @@ class Checkpoints:
             state["best"] = max(this, before.get("best", this), key=lambda some: some["accuracy"])
             kept.add(state["best"]["path"])
         self._store.write(LATEST, _json(state))
+        self.published_s = time.time()
         shutil.rmtree(folder, ignore_errors=True)
         names = sorted({"/".join(name.split("/")[:2]) for name in self._store.list("checkpoints")})
         for name in names[: -self._config.keep]:

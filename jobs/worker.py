@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.train
-from ray.util.metrics import Gauge
+from ray.util.metrics import Counter, Gauge
 
 from jobs.encoder import backbone_url
 from jobs.models import checkpoint_folder, local_folder, publish_folder
@@ -18,13 +19,14 @@ from jobs.runs import BEST, Checkpoints
 from jobs.tracking import Tracker
 
 if TYPE_CHECKING:
+    from pipelines.reader import FedBatch
     from rzen.training.telemetry import Row
 
 
 def train_worker(config: dict[str, Any]) -> None:
     """What Ray Train runs on every worker. `config` holds the prepared run and the board of its driver."""
     from pipelines.feed import SHARD, batches
-    from rzen.training.telemetry import METRICS
+    from rzen.training.telemetry import METRICS, REJECTED, RUN_METRICS
     from rzen.training.worker import Stage, train_stage
 
     prepared, stop, board = config["prepared"], config["stop"], config["board"]
@@ -36,12 +38,22 @@ def train_worker(config: dict[str, Any]) -> None:
     gauges = {
         name: Gauge(f"rzen_{name}", metric.description, ("run", "source", "task")) for name, metric in METRICS.items()
     }
+    run_gauges = {name: Gauge(f"rzen_{name}", metric.description, ("run",)) for name, metric in RUN_METRICS.items()}
+    rejected = Counter(f"rzen_{REJECTED}", "samples that were replaced", ("run", "source", "reason"))
+
+    def counted(feds: Iterator[FedBatch]) -> Iterator[FedBatch]:
+        for fed in feds:
+            for item in fed.rejected:
+                rejected.inc(1, {"run": spec.name, "source": fed.source, "reason": item.reason})
+            yield fed
 
     def on_metrics(row: Row) -> None:
         if not trackers:  # by now the rows before are known
             trackers.append(tracking.enter_context(closing(Tracker(run, checkpoints.metrics))))
         trackers[0].log(row)
         checkpoints.metrics.append(row)
+        run_gauges["progress"].set((int(row["step"]) + 1) / plan.num_steps, {"run": spec.name})
+        run_gauges["checkpoint_time_s"].set(checkpoints.published_s, {"run": spec.name})
         labels = {"run": spec.name, "source": str(row["source"]), "task": str(row["task"])}
         for name, gauge in gauges.items():
             gauge.set(float(row[name]), labels)
@@ -65,14 +77,16 @@ def train_worker(config: dict[str, Any]) -> None:
                 backbone_dir=checkpoint_folder(backbone_url(run), run.endpoint),
                 init_adapter=Path(local_folder(spec.init_adapter, run.endpoint)) if spec.init_adapter else None,
                 tasks=prepared.tasks,
-                batches=lambda start: batches(
-                    ray.train.get_dataset_shard(SHARD),
-                    plan.until(stop),
-                    rank=rank,
-                    world_size=world_size,
-                    start=start,
-                    max_bad_fraction=spec.data.max_bad_fraction,
-                    prefetch=spec.feed.prefetch_tasks,
+                batches=lambda start: counted(
+                    batches(
+                        ray.train.get_dataset_shard(SHARD),
+                        plan.until(stop),
+                        rank=rank,
+                        world_size=world_size,
+                        start=start,
+                        max_bad_fraction=spec.data.max_bad_fraction,
+                        prefetch=spec.feed.prefetch_tasks,
+                    )
                 ),
                 checkpoints=checkpoints,
                 output=output,

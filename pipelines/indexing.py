@@ -129,11 +129,11 @@ def _index_path(split: str, source: str, url: str) -> str:
 def _run(jobs: Sequence[ScanJob], out: Store, endpoint: str | None) -> Iterator[tuple[int, Outcome]]:
     """Outcomes as they come, with the number of their job. Raises the first `UserError` of a task."""
     task = ray.remote(num_cpus=_CPUS_PER_TASK)(_task)
-    most = max(1, int(ray.cluster_resources().get("CPU", 1.0) * _TASKS_PER_CPU))
     waiting = iter(enumerate(jobs))
     running: dict[ray.ObjectRef, int] = {}
     try:
         while True:
+            most = max(1, int(ray.cluster_resources().get("CPU", 1.0) * _TASKS_PER_CPU))  # the cluster may grow
             while len(running) < most and (following := next(waiting, None)):
                 number, job = following
                 running[task.remote(job, out, endpoint)] = number

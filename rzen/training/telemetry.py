@@ -44,6 +44,15 @@ METRICS = {
 }
 """The numbers of a row. Beside them it names its `step`, `source` and `task`, those of several blocks joined by `+`."""
 
+RUN_METRICS = {
+    "progress": Metric("share of the steps that are done", "fraction"),
+    "checkpoint_time_s": Metric("when the newest checkpoint was in place, or the worker began: Unix time", "s"),
+}
+"""Numbers of a run apart from its steps, for monitoring only."""
+
+REJECTED = "rejected"
+"""Counter for monitoring: samples that could not be decoded and were replaced, by source and reason."""
+
 
 def step_row(
     fed: Fed,
