@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from rzen.soup.select import Selection
 
 SUMMARY = "summary"
-CANDIDATES = "candidates"
+CANDIDATES, MODELS = "candidates", "models"
 FLATTERED = (
     "Greedy and searched soups were chosen by these same scores, which flatters them; `probe` chooses on other data."
 )
@@ -55,11 +55,19 @@ def _stored(out: Store) -> dict[str, Any]:
 
 def run(spec: SoupSpec, document: Document) -> dict[str, Any]:
     """Makes the soups of the models that the spec names."""
-    out = open_store(spec.out, spec.endpoint)
-    models = {name: Model(ref, out.child("models").child(name)) for name, ref in spec.models.items()}
+    scored = open_store(spec.out, spec.endpoint).child(MODELS)
+    models = {name: Model(ref, scored.child(_identity(ref, spec.endpoint))) for name, ref in spec.models.items()}
     kitchen = Kitchen(spec, document, models)
     kitchen.report(kitchen.summary({}))
     return {"outputs": kitchen.outputs()}
+
+
+def _identity(ref: ModelRef, endpoint: str | None) -> str:
+    from rzen.checkpoints import checkpoint_sha256
+
+    folders = [local_folder(url, endpoint) for url in (ref.base, ref.adapter) if url]
+    content = [checkpoint_sha256(Path(folder)) if Path(folder).is_dir() else folder for folder in folders]
+    return hashlib.sha256(json.dumps([content, ref.instructions]).encode()).hexdigest()[:16]
 
 
 class Kitchen:
@@ -67,8 +75,8 @@ class Kitchen:
 
     {out}/{soup}/adapter/ or model/   the soup, with its lineage in soup.json
                  scores/              of the soup, one file for each way of scoring
-          models/{model}/scores/      of the models of a job of kind `soup`
-          candidates/{id}/scores/     of what greedy and searched soups tried
+          models/{hash}/scores/       of the models of a job of kind `soup`
+          candidates/{hash}/scores/   of what greedy and searched soups tried
           summary.json, .md, .svg     everything in one place
     """
 
@@ -148,6 +156,7 @@ class Kitchen:
         """Publishes one soup; returns its lineage."""
         say(f"  soup {name}: {soup.method} of {', '.join(self._models)}", "dim")
         chosen = self._choose(soup) if isinstance(soup, GreedySoup | SearchedSoup) else None
+        self._out.delete_tree(name)  # the scores of an earlier soup of this name, too
         return self._cook(soup, self._out.child(name), chosen)
 
     def _choose(self, soup: GreedySoup | SearchedSoup) -> Selection:

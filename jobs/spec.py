@@ -277,6 +277,8 @@ class SoupsConfig(JobConfig):
         for name, soup in self.soups.items():
             if soup.method in ("greedy", "searched") and not (self.evaluate or self.probe):
                 raise ValueError(f"soups.{name}: method={soup.method} chooses by scores; set evaluate")
+            if name in ("candidates", "models"):
+                raise ValueError(f"soups.{name}: the job keeps scores in a folder of this name; give it another")
         return self
 
     def check_names(self, known: Collection[str]) -> None:
