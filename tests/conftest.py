@@ -27,6 +27,7 @@ for name, value in CREDENTIALS.items():
     os.environ.setdefault(name, value)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """All tests that need Ray go to one process of `make test`, so that there is one cluster."""
     for item in items:
