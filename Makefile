@@ -33,7 +33,7 @@ demo: setup
 	$(if $(filter s3,$(STORE)),$(BIN)/python -m jobs.local_s3) $(BIN)/rzen run $(SPEC) $(SET)
 
 test: setup
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+	$(BIN)/python -m pytest
 
 check: setup
 	$(BIN)/ruff format --check .

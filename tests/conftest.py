@@ -27,14 +27,6 @@ for name, value in CREDENTIALS.items():
     os.environ.setdefault(name, value)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All tests that need Ray go to one process of `make test`, so that there is one cluster."""
-    for item in items:
-        if item.get_closest_marker("ray"):
-            item.add_marker(pytest.mark.xdist_group("ray"))
-
-
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
     """URL of an S3 server: moto's, or a real one named by RZEN_TEST_S3_ENDPOINT. Every test names its own bucket."""
