@@ -18,7 +18,8 @@ POOLS = ["colours", "colours", "colours", "shapes", "shapes"]
 
 def test_classes_of_a_source_are_the_candidates_of_its_queries() -> None:
     """Of two colours every query finds its own; of two shapes the fourth query does and the fifth does not."""
-    (row,) = _score(SPEC, "m", "image_class", QUERIES, TARGETS, IDS, POOLS)
+    (row,), by_query = _score(SPEC, "m", "image_class", QUERIES, TARGETS, IDS, POOLS)
+    assert np.mean(by_query) == pytest.approx(row.value)
     assert (row.metric, row.num_queries, row.num_candidates) == ("hit@1", 5, 2)
     assert row.value == pytest.approx(4 / 5)
     assert row.chance == pytest.approx(1 / 2)
@@ -26,7 +27,8 @@ def test_classes_of_a_source_are_the_candidates_of_its_queries() -> None:
 
 def test_one_pool_holds_the_targets_of_all_sources() -> None:
     """Red and ring, blue and star have one vector: nobody's target is first but for the ties, which go against it."""
-    first, second = _score(SPEC, "m", "text_image", QUERIES, TARGETS, IDS, ["text_image"] * 5)
+    (first, second), by_query = _score(SPEC, "m", "text_image", QUERIES, TARGETS, IDS, ["text_image"] * 5)
+    assert np.mean(by_query) == pytest.approx(first.value)
     assert (first.metric, first.num_candidates, first.value, first.chance) == ("hit@1", 4, 0.0, 0.25)
     assert second.metric == "ndcg@5"
 
@@ -34,5 +36,5 @@ def test_one_pool_holds_the_targets_of_all_sources() -> None:
 def test_chance_counts_each_pool_by_its_queries() -> None:
     ids = ["red", "blue", "red", "star", "star"]
     targets = np.array([EAST, NORTH, EAST, NORTH, NORTH], np.float32)
-    (row,) = _score(SPEC, "m", "image_class", QUERIES, targets, ids, POOLS)
+    (row,), _ = _score(SPEC, "m", "image_class", QUERIES, targets, ids, POOLS)
     assert row.chance == pytest.approx(3 / 5 * 1 / 2 + 2 / 5 * 1)
