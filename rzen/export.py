@@ -10,11 +10,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +21,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from pipelines.errors import UserError
 from rzen.backbone import load_backbone
-from rzen.checkpoints import IDENTITY, checkpoint_dir, checkpoint_sha256, read_identity
+from rzen.checkpoints import IDENTITY, appearing, checkpoint_dir, checkpoint_sha256, file_sha256, read_identity
 from rzen.config import ModelConfig, ModelIdentity
 from rzen.embedder import Embedder
 from rzen.formats import release, sentence_transformers
@@ -74,13 +71,13 @@ def export_model(
         adapted = load_adapter(model, adapter_dir)
         lineage |= {
             "adapter": options.facts.adapter or str(adapter_dir),
-            "adapter_sha256": _sha256(adapter_dir / WEIGHTS),
+            "adapter_sha256": file_sha256(adapter_dir / WEIGHTS),
         }
         model = adapted.merge_and_unload(safe_merge=True) if options.format != "adapter" else model
     elif options.format == "adapter":
         raise UserError("format=adapter", "there is no adapter", "name one in model.adapter, or set format: model")
     why_not = sentence_transformers.why_not(identity)
-    with _appearing(out_dir) as folder:
+    with appearing(out_dir) as folder:
         if options.format == "adapter":
             assert adapter_dir is not None
             _copy_adapter(adapter_dir, folder, lineage)
@@ -105,7 +102,7 @@ def write_model(
 
     `lineage` says what it was made from. Appears complete or not at all.
     """
-    with _appearing(out_dir) as folder:
+    with appearing(out_dir) as folder:
         _write_weights(model, base, folder, dtype)
         write_identity(folder, identity, dtype, lineage)
 
@@ -132,19 +129,6 @@ def load_encoder(model_dir: str, dtype: Dtype | None = None) -> tuple[Processor,
 
 def _plain(base_dir: str, dtype: Dtype) -> ModelConfig:
     return ModelConfig(backbone=base_dir, tune="full", dtype=dtype, gradient_checkpointing=False)
-
-
-@contextmanager
-def _appearing(out_dir: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `out_dir` when the block ends well."""
-    partial = out_dir.with_name(f"{out_dir.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        partial.rename(out_dir)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_weights(model: PreTrainedModel, base: Path, folder: Path, dtype: Dtype) -> None:
@@ -183,11 +167,6 @@ def _check_identity(adapter_dir: Path, identity: ModelIdentity, base_sha256: str
         if trained[key] != value:
             problem = f"the adapter was trained with {trained[key]}, not {value}"
             raise UserError(f"{path} {key}", problem, "export it with the base, prompt and readout of its training")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipelines.errors import UserError
-from rzen.checkpoints import IDENTITY
+from rzen.checkpoints import IDENTITY, appearing
 from rzen.config import GreedySoup, MeanSoup, SearchedSoup, SoupConfig
 from rzen.soup.adapters import write_adapter
 from rzen.soup.checkpoints import write_checkpoint
@@ -43,7 +41,7 @@ def make_soup(
     total = sum(weights.values())
     shares = [weight / total for weight in weights.values()]
     opened = open_parents({name: parents[name] for name in weights})
-    with _appearing(out) as partial:
+    with appearing(out) as partial:
         made = _write(opened, shares, partial, config, base)
         coefficients = made.pop("coefficients", shares)
         lineage = {
@@ -128,17 +126,3 @@ def _in_common(identities: list[dict[str, Any]]) -> dict[str, Any]:
     if len(lineages) == len(identities):
         common["lineage"] = {k: v for k, v in lineages[0].items() if all(k in o and o[k] == v for o in lineages[1:])}
     return common
-
-
-@contextmanager
-def _appearing(out: Path) -> Iterator[Path]:
-    """A directory that gets its name at the end, and goes where something fails."""
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from abc import ABC, abstractmethod
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 
 from pipelines.errors import UserError
-from rzen.checkpoints import IDENTITY, checkpoint_sha256
+from rzen.checkpoints import IDENTITY, checkpoint_sha256, file_sha256
 from rzen.config import ReadoutConfig
 from rzen.lora import CONFIG, WEIGHTS
 from rzen.soup.factors import Factors
@@ -55,8 +54,7 @@ class Adapter(Parent):
     @property
     def sha256(self) -> str:
         """Of the file of its weights."""
-        with (self.path / WEIGHTS).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_sha256(self.path / WEIGHTS)
 
     @property
     def rank(self) -> int:

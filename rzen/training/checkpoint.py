@@ -12,7 +12,6 @@ is exact with the same number of workers and within rounding with another (tests
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipelines.errors import UserError
+from rzen.checkpoints import file_sha256
 
 PARAMETERS, MOMENTS, STATE = "parameters.safetensors", "moments.safetensors", "state.json"
 MOMENT_NAMES = ("exp_avg", "exp_avg_sq")
@@ -63,7 +63,7 @@ class Snapshot:
         folder.mkdir(parents=True)
         for name, content in self.tensors.items():
             save_file(content, folder / name)
-        state = self.facts | {"step": self.step, "sha256": {name: _sha256(folder / name) for name in self.tensors}}
+        state = self.facts | {"step": self.step, "sha256": {name: file_sha256(folder / name) for name in self.tensors}}
         (folder / STATE).write_text(json.dumps(state, indent=2, sort_keys=True) + "\n")
 
 
@@ -159,7 +159,7 @@ def _read_state(folder: Path) -> _State:
     for name, expected in state.sha256.items():
         if not (folder / name).is_file():
             raise UserError(str(folder / name), "does not exist", FIX)
-        if _sha256(folder / name) != expected:
+        if file_sha256(folder / name) != expected:
             raise UserError(str(folder / name), "is damaged: other bytes than were written", FIX)
     return state
 
@@ -179,8 +179,3 @@ def _read_tensors(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tenso
 
 def _shape(tensor: Tensor) -> str:
     return " x ".join(map(str, tensor.shape))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
