@@ -18,25 +18,28 @@ MODALITIES: tuple[Modality, ...] = ("image", "page", "video", "text")
 class Hit:
     """One result of a search.
 
-    `rank` counts from 1, `score` is the cosine with the query. `title` is the caption, or the text itself for a text,
-    `origin` the file (and page or line in it). `thumbnails` are uint8 RGB `[H, W, 3]` of any size: one for an image
-    or a page, the frames of a video in order, none for a text.
+    `rank` counts from 1, `score` is the cosine with the query, None where it is not known. `title` is the caption, or
+    the text itself for a text, `origin` the file (and page or line in it). `thumbnails` are uint8 RGB `[H, W, 3]` of
+    any size: one for an image or a page, the frames of a video in order, none for a text. `relevant` marks a right
+    answer, where it is known which these are.
     """
 
     rank: int
-    score: float
+    score: float | None
     modality: Modality
     title: str
     origin: str
     thumbnails: list[UInt8Array] = field(default_factory=list)
+    relevant: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """A query and its hits, best first."""
+    """A query and its hits, best first. `thumbnails` are those of a query that shows something."""
 
     query: str
     hits: list[Hit]
+    thumbnails: list[UInt8Array] = field(default_factory=list)
 
 
 def terminal_hits(search: Search) -> Table:
@@ -48,7 +51,11 @@ def terminal_hits(search: Search) -> Table:
         table.add_column(name, overflow="fold")
     for hit in search.hits:
         table.add_row(
-            str(hit.rank), f"{hit.score:.3f}", hit.modality, _plain(hit.title), _plain(hit.origin, style="dim")
+            str(hit.rank),
+            "" if hit.score is None else f"{hit.score:.3f}",
+            hit.modality,
+            _plain(hit.title),
+            _plain(hit.origin, style="dim"),
         )
     return table
 
