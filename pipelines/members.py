@@ -33,7 +33,7 @@ def load_sample(raw: RawSample, config: MediaConfig, *, materialized: bool = Fal
             raise BadMedia("missing_file", f"no file is given for {media.member}")
         ref = raw.files[media.member]
         try:
-            data = _read(ref.path, config)
+            data = read_file(ref.path, config)
             instead = _sandbox(config).call(usable, media.kind, data, ref.page, config, materialized)
         except BadMedia as error:
             raise BadMedia(error.reason, f"{ref.path}: {error.detail}".removesuffix(": ")) from error
@@ -62,7 +62,8 @@ def _with_sides(sample: Sample, stored: Callable[[Media], Media]) -> Sample:
     return replace(sample, query=query, positive=positive, negatives=tuple(negatives))
 
 
-def _read(path: str, config: MediaConfig) -> bytes:
+def read_file(path: str, config: MediaConfig) -> bytes:
+    """All bytes. Raises `BadMedia`: too_many_bytes, missing_file, unreadable_file."""
     try:
         num_bytes = Path(path).stat().st_size
         if num_bytes > config.max_bytes:

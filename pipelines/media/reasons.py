@@ -17,6 +17,7 @@ REASONS: dict[str, str] = {
     "no_video_stream": "there is sound in it, and no moving picture",
     "too_long_video": "it is longer than media.max_video_s",
     "too_many_frames": "it has more frames than media.max_video_frames",
+    "unequal_frames": "it is a folder of pictures that are not all of one size",
     "decord_unsupported": "decord would hang on it or show wrong frames; pyav reads it",
     # documents
     "not_a_pdf": "it is another kind of file",
