@@ -5,6 +5,7 @@ Defaults are the recipe of RzenEmbed (arXiv 2510.27350v1) where it gives one; ou
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -323,3 +324,29 @@ SoupConfig = Annotated[
     MeanSoup | GreedySoup | SearchedSoup | SlerpSoup | TiesSoup | DareSoup, Field(discriminator="method")
 ]
 """How fine-tunes become one model."""
+
+
+class ModelCard(Config):
+    """What an entry of the leaderboard of MMEB-V2 says about its model."""
+
+    model_name: str = Field(min_length=1)
+    """As it shall stand on the leaderboard."""
+    model_backbone: str = Field(min_length=1)
+    """`Qwen2-VL` for example."""
+    model_size: str = Field(min_length=1)
+    """`2B parameters` for example."""
+    embedding_dimension: PositiveInt
+    """Width of its vectors."""
+    max_length_tokens: PositiveInt
+    """Longest sequence that it was evaluated with."""
+    model_release_date: str = Field(pattern=r"^\d{4}-\d{2}-\d{2}$")
+    """Year, month and day."""
+    data_source: Literal["Self-Reported"] = "Self-Reported"
+    """Who measured."""
+    url: str = Field(pattern=r"^https?://")
+    """Paper, code or weights."""
+
+    @model_validator(mode="after")
+    def _is_a_day(self) -> ModelCard:
+        date.fromisoformat(self.model_release_date)
+        return self

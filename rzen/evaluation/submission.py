@@ -7,44 +7,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from datetime import date, datetime
+from datetime import datetime
 from pathlib import Path
-from typing import Literal
 
 from pydantic import Field, ValidationError, create_model, model_validator
 
 from pipelines.benchmarks.table import MMEB_V2, MODALITIES, submitted_name
 from pipelines.config import Config, Fraction, PositiveInt
 from pipelines.errors import UserError
+from rzen.config import ModelCard
 from rzen.evaluation.metrics import METRIC_NAMES
 from rzen.evaluation.report import write_json
 from rzen.evaluation.standing import Scores
-
-
-class ModelCard(Config):
-    """What an entry says about its model."""
-
-    model_name: str = Field(min_length=1)
-    """As it shall stand on the leaderboard."""
-    model_backbone: str = Field(min_length=1)
-    """`Qwen2-VL` for example."""
-    model_size: str = Field(min_length=1)
-    """`2B parameters` for example."""
-    embedding_dimension: PositiveInt
-    """Width of its vectors."""
-    max_length_tokens: PositiveInt
-    """Longest sequence that it was evaluated with."""
-    model_release_date: str = Field(pattern=r"^\d{4}-\d{2}-\d{2}$")
-    """Year, month and day."""
-    data_source: Literal["Self-Reported"] = "Self-Reported"
-    """Who measured."""
-    url: str = Field(pattern=r"^https?://")
-    """Paper, code or weights."""
-
-    @model_validator(mode="after")
-    def _is_a_day(self) -> ModelCard:
-        date.fromisoformat(self.model_release_date)
-        return self
 
 
 class Metadata(ModelCard):

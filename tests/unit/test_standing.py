@@ -15,6 +15,7 @@ from pipelines.benchmarks.contract import Row
 from pipelines.benchmarks.library import open_dataset
 from pipelines.benchmarks.table import M_BEIR, M_BEIR_GLOBAL, META_TASKS, MMEB_V2, submitted_name
 from pipelines.errors import UserError
+from rzen.config import ModelCard
 from rzen.evaluation.benchmark import score_dataset
 from rzen.evaluation.files import write_files
 from rzen.evaluation.metrics import METRIC_NAMES
@@ -29,7 +30,7 @@ from rzen.evaluation.standing import (
     terminal,
     write_standing,
 )
-from rzen.evaluation.submission import ModelCard, Submission, make_submission, write_submission
+from rzen.evaluation.submission import Submission, make_submission, write_submission
 from tests.layouts import grade, page, planted, put_pages
 
 CARD = ModelCard(
