@@ -1,4 +1,4 @@
-"""The command line: `rzen validate | run | submit | ingest | index | verify | search | export | registry`."""
+"""The command line, `rzen COMMAND`; `rzen --help` tells the commands."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from jobs.load import Document, check, override, read_document
-from jobs.spec import Spec
+from jobs.spec import BenchmarkSpec, Spec
 from pipelines.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ the road, job by job:
   rzen submit jobs/finetunes.yaml --address http://head:8265
   rzen run jobs/retrain.yaml                              on a schedule: train on what is new, promote what is better
   rzen registry list                                      what came of it
+  rzen evaluate --list                                    which benchmarks are there, and what to fetch
+  rzen evaluate jobs/benchmark.yaml                       models on MMEB-V2 and M-BEIR
   rzen search "a red circle above a blue bar chart"
 
 Interrupted jobs go on where they were: give the same command again.
@@ -162,6 +164,15 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--scores", help="results.json of an evaluation, for the card")
     export.set_defaults(command=_export, spec="jobs/export.yaml")
 
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="score models on benchmarks; with --list, tell which datasets are there and what to fetch",
+        description="Runs a spec of kind benchmark: MMEB-V2, M-BEIR, and retrieval data sets of your own.",
+    )
+    evaluate.add_argument("spec", nargs="?", default="jobs/benchmark.yaml", help="YAML file (default: %(default)s)")
+    evaluate.add_argument("--list", action="store_true", help="list the datasets, and what is missing of which")
+    evaluate.set_defaults(command=_evaluate)
+
     registry = commands.add_parser(
         "registry",
         help="the models of scheduled re-training: list, show, diff, promote, rollback",
@@ -187,7 +198,7 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("--reason", required=True, help="for the history")
     registry.set_defaults(command=_registry)
 
-    for command in (validate, run, submit, ingest, index, search, export):
+    for command in (validate, run, submit, ingest, index, search, export, evaluate):
         text = "change a setting, such as optim.lr=1e-4 (value in YAML; may be repeated)"
         command.add_argument("--set", action="append", default=[], metavar="A.B=C", help=text)
     return parser
@@ -289,6 +300,22 @@ def _export(options: argparse.Namespace) -> int:
     changes |= {name: value for name in ("format", "scores") if (value := getattr(options, name))}
     options.set = [*(f"{key}={json.dumps(value)}" for key, value in changes.items()), *options.set]
     return _run(options)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    if not options.list:
+        return _run(options)
+    from pathlib import Path
+
+    from pipelines.benchmarks.library import listing, survey
+
+    spec, _ = _load(options.spec, options.set)
+    if not isinstance(spec, BenchmarkSpec):
+        raise UserError(options.spec, f"kind={spec.kind!r} knows no benchmarks", "name a spec of kind: benchmark")
+    print(listing(survey({suite: Path(root) for suite, root in spec.suites.items()})), end="")
+    for name, path in spec.own.items():
+        print(f"own: {name}, {path}{'' if Path(path).exists() else ', which does not exist'}")
+    return 0
 
 
 def _registry(options: argparse.Namespace) -> int:

@@ -84,6 +84,20 @@ def ray_cluster() -> Iterator[None]:
         ray.shutdown()
 
 
+@contextmanager
+def ray_data() -> Iterator[None]:
+    """Ray Data without bars of its own; a `UserError` of a task comes out as itself."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    with ray.data.DataContext.current(context):
+        try:
+            yield
+        except Exception as error:
+            raise user_error(error) or error from error
+
+
 def _quiet() -> None:
     import ray.data  # sets its own level when it is imported
 

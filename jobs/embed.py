@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import ray
 import ray.data
 
-from jobs.cluster import Resources, check_size, ray_cluster, user_error
+from jobs.cluster import Resources, check_size, ray_cluster, ray_data
 from jobs.models import load_exported
 from jobs.progress import Bars, say
 from jobs.spec import EmbedSpec
@@ -89,9 +89,7 @@ def data_of(data: DataConfig, split: str) -> DataConfig:
 def _embedded(
     spec: EmbedSpec, units: list[dict[str, Any]], readers: dict[str, Reader], store: Store
 ) -> Iterator[dict[str, Any]]:
-    context = ray.data.DataContext.get_current().copy()
-    context.enable_progress_bars = False
-    with ray.data.DataContext.current(context):
+    with ray_data():
         rows = ray.data.from_items(units, override_num_blocks=len(units)).map(
             EmbedTargets,
             fn_constructor_args=(spec, resolve_endpoint(spec.endpoint), readers, store),
@@ -99,10 +97,7 @@ def _embedded(
             num_cpus=spec.cpus_per_actor,
             num_gpus=spec.gpus_per_actor,
         )
-        try:
-            yield from rows.iter_rows()
-        except Exception as error:
-            raise user_error(error) or error from error
+        yield from rows.iter_rows()
 
 
 class EmbedTargets:

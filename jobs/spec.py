@@ -25,6 +25,7 @@ from pipelines.mapping import SourceMapping
 from pipelines.synthetic.config import CorpusConfig
 from rzen.config import (
     MeanSoup,
+    ModelCard,
     ModelConfig,
     ModelIdentity,
     ObjectiveConfig,
@@ -474,6 +475,67 @@ class EvaluateSpec(ModelIdentity, JobConfig):
         return self
 
 
+class BenchmarkSpec(ModelIdentity, JobConfig):
+    """Score models on public benchmarks and on retrieval data sets of your own."""
+
+    kind: Literal["benchmark"]
+    """Scores."""
+    models: Annotated[Named[ModelRef], Field(min_length=1)]
+    """Name in the tables -> model."""
+    suites: dict[Literal["MMEB-V2", "M-BEIR", "M-BEIR global"], str] = Field(default_factory=dict)
+    """Benchmark -> local folder that it lies in, the same on all nodes. `rzen evaluate --list` tells what is missing
+    there; what is there is scored."""
+    own: Named[str] = Field(default_factory=dict)
+    """Name -> retrieval data set of your own: a folder with queries.jsonl, corpus.jsonl and qrels, or a file of lists
+    (`pipelines/benchmarks/own.py`)."""
+    datasets: Annotated[list[str], Field(min_length=1)] | None = None
+    """Datasets of the suites to score; all where not given. The others count 0 in the official mean."""
+    prompt: PromptConfig = PromptConfig()
+    """For models that do not say (`rzen.json`) with which prompt they were trained."""
+    readout: ReadoutConfig = ReadoutConfig()
+    """For models that do not say how their vectors are made."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Compute type. CPUs want float32."""
+    media: MediaConfig = MediaConfig()
+    """Decoding. The official frames of a video are 8."""
+    instruction_sensitivity: bool = False
+    """Ask every query without its instruction, too, and tell what the instruction changes."""
+    num_examples: NonNegativeInt = 2
+    """Wrong answers that the page shows of each dataset and model."""
+    submission: Named[ModelCard] = Field(default_factory=dict)
+    """Model -> what its entry on the leaderboard of MMEB-V2 says about it; its file is written for these."""
+    cache: str = "runs/vectors"
+    """Directory or s3:// URL where vectors are kept, by content, weights and settings: what is there is not embedded
+    again. Nothing is ever deleted from it."""
+    scratch: str | None = None
+    """Local folder of the job's own process for the vectors of the dataset that is being scored: 4 bytes x width x
+    candidates, memory-mapped. `null`: the system's folder for temporary files."""
+    endpoint: str | None = None
+    """S3 endpoint; the environment's AWS_ENDPOINT_URL where not given."""
+    chunk_tokens: PositiveInt = 16_384
+    """Tokens embedded at once, visual tokens and padding included."""
+    actors: PositiveInt = 1
+    """Copies of the model."""
+    cpus_per_actor: PositiveFloat = 1.0
+    """Logical CPUs of each."""
+    gpus_per_actor: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs of each."""
+    cpus_per_task: PositiveFloat = 1.0
+    """Logical CPUs of a task that decodes; as many run as the actors leave CPUs for."""
+    autoscaling: bool = False
+    """The cluster can grow: skip the check that it is large enough now."""
+    out: str
+    """Local folder: index.html, and of every model and suite the files, tables and settings."""
+
+    @model_validator(mode="after")
+    def _something_known(self) -> BenchmarkSpec:
+        if not self.suites and not self.own:
+            raise ValueError("suites and own are both empty: there is nothing to score")
+        if unknown := sorted(set(self.submission) - set(self.models)):
+            raise ValueError(f"submission names {unknown[0]!r}, which is none of {', '.join(self.models)}")
+        return self
+
+
 class ExportSpec(ModelIdentity, JobConfig):
     """Make a directory that other libraries load, of an adapter and its base."""
 
@@ -589,6 +651,7 @@ Spec = (
     | AblationSpec
     | RetrainSpec
     | EvaluateSpec
+    | BenchmarkSpec
     | ExportSpec
     | EmbedSpec
     | SearchSpec
@@ -604,6 +667,7 @@ KINDS: dict[str, type[Spec]] = {
     "ablation": AblationSpec,
     "retrain": RetrainSpec,
     "evaluate": EvaluateSpec,
+    "benchmark": BenchmarkSpec,
     "export": ExportSpec,
     "embed": EmbedSpec,
     "search": SearchSpec,

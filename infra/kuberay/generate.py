@@ -45,6 +45,7 @@ LOCAL_KINDS = {
     "ingest": "reads a local folder on every node",
     "pipeline": "the shipped ones start from a local folder; re-training has a manifest of its own",
     "ablation": "writes its report to a local folder",
+    "benchmark": "reads its files at the same path on every node",
     "search": "writes a local page",
 }
 """Kinds of job without a RayJob, and why: run them with `rzen run` where the files are."""
