@@ -22,7 +22,9 @@ from rzen.evaluation.benchmark import Scored, score_dataset
 from rzen.evaluation.metrics import METRIC_NAMES
 from tests.layouts import (
     grade,
+    image_line,
     page,
+    picture,
     planted,
     put,
     put_frames,
@@ -31,6 +33,7 @@ from tests.layouts import (
     put_mbeir,
     put_pages,
     put_parquet,
+    put_vidore,
 )
 
 SECOND = 1 / math.log2(3)  # what a hit on the second place is worth
@@ -38,11 +41,6 @@ SECOND = 1 / math.log2(3)  # what a hit on the second place is worth
 
 def scored(dataset: Dataset, found: Mapping[str, Sequence[str]]) -> Scored:
     return score_dataset(dataset, *planted(dataset, found))
-
-
-def image_line(**fields: object) -> dict[str, object]:
-    empty = {"qry_inst": "", "qry_text": "", "qry_img_path": "", "tgt_inst": "", "tgt_text": [], "tgt_img_path": []}
-    return {**empty, **fields}
 
 
 def test_image_classification(tmp_path: Path) -> None:
@@ -278,21 +276,14 @@ def test_moments_with_several_right_clips(tmp_path: Path) -> None:
     assert result.metrics["map@5"] == pytest.approx(((1 + 2 / 3) / 2 + (1 / 2 + 2 / 3) / 2 + 1) / 3)
 
 
-def put_vidore(root: Path, name: str = "biomedical_lectures_v2") -> None:
-    """Two queries: one with grades 2 and 1, one with a page that was graded twice; a third has no relevant page."""
-    qrels = [grade("1", "3", 2), grade("1", "4", 1), grade("2", "4", 2), grade("2", "4", 1), grade("3", "4", 0)]
-    queries = {"1": "first?", "2": "zweite?", "3": "third?"}
-    put_pages(root / "visdoc-tasks" / name, "test", queries, [page(str(number)) for number in range(6)], qrels)
-
-
 def test_visual_documents_with_grades(tmp_path: Path) -> None:
     put_vidore(tmp_path)
     dataset = open_dataset(MMEB_V2["ViDoRe_biomedical_lectures_v2_multilingual"], tmp_path)
     assert [query.item.name for query in dataset.queries] == ["1", "2"]
     assert sorted(dataset.queries[0].relevance.values()) == [1.0, 2.0]
     assert list(dataset.queries[1].relevance.values()) == [2.0]
-    picture = tmp_path / "visdoc-tasks/biomedical_lectures_v2_multilingual/3.png"
-    assert picture.read_bytes() == b"3"
+    path = tmp_path / "visdoc-tasks/biomedical_lectures_v2_multilingual/3.png"
+    assert path.read_bytes() == picture("3")
     result = scored(dataset, {"1": ["4", "0", "3"], "2": ["4"]})
     first = (1 + 2 / 2) / (2 + SECOND)
     assert result.value == pytest.approx((first + 1) / 2)
@@ -329,7 +320,7 @@ def test_repaired_pages_do_not_take_pictures_of_the_set_before(tmp_path: Path) -
     put_pages(tmp_path / "visdoc-tasks/ViDoSeek-page-fixed", "test", {"q": "?"}, [page("1")], [grade("q", "1", 1)])
     dataset = open_dataset(MMEB_V2["ViDoSeek-page"], tmp_path)
     (item,) = dataset.candidates
-    assert Path(item.files["p0.png"].path).read_bytes() == b"1"
+    assert Path(item.files["p0.png"].path).read_bytes() == picture("1")
 
 
 def test_mbeir_with_a_pool_of_its_own(tmp_path: Path) -> None:
@@ -400,7 +391,7 @@ def test_own_pages(tmp_path: Path) -> None:
     put(tmp_path / "dataset.json", '{"metric": "ndcg_linear@5", "modality": "visdoc"}')
     dataset = read_own(tmp_path, "mine")
     assert scored(dataset, {"q": ["2"]}).value == 1.0
-    assert (tmp_path / "pictures/2.png").read_bytes() == b"2"
+    assert (tmp_path / "pictures/2.png").read_bytes() == picture("2")
 
 
 def test_own_lists(tmp_path: Path) -> None:
