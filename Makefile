@@ -1,5 +1,6 @@
 # make demo     the whole road on a corpus made on the spot     STORE=s3 | s3://bucket/folder   MEDIA=~/folder
-# make test     all tests
+# make test     the tests, but for those that take minutes each
+# make test-long    these: whole jobs that are killed, stopped, preempted, scaled
 # make check    format, lint, types, import directions
 # make setup    the environment that the others use, in .venv
 
@@ -19,7 +20,7 @@ ifneq ($(STORE),local)
 SET += --set vars.store=$(if $(filter s3,$(STORE)),s3://rzen-demo,$(STORE))
 endif
 
-.PHONY: setup demo test check
+.PHONY: setup demo test test-long check
 
 setup: $(READY)
 
@@ -33,7 +34,10 @@ demo: setup
 	$(if $(filter s3,$(STORE)),$(BIN)/python -m jobs.local_s3) $(BIN)/rzen run $(SPEC) $(SET)
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not long"
+
+test-long: setup
+	$(BIN)/python -m pytest -m long
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def answer(module: str, *words: str, **environment: str) -> Any:
     """What `python -m module words` prints last, as JSON. Raises `CalledProcessError` where it fails."""
     command = [sys.executable, "-m", module, *words]
-    variables = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    variables = os.environ | {"PYTHONPATH": path} | environment
     done = subprocess.run(command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -28,7 +28,10 @@ from tests.faults.damaged_media import DAMAGE, LIMITS, STOPPED, USED, CorpusFile
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 DEFAULTS = LIMITS
 OTHERS = LIMITS.model_copy(update={"video_backend": "decord", "document_backend": "pypdfium2"})
-BACKENDS = [pytest.param(DEFAULTS, id="pyav-pymupdf"), pytest.param(OTHERS, id="decord-pypdfium2")]
+BACKENDS = [
+    pytest.param(DEFAULTS, id="pyav-pymupdf"),
+    pytest.param(OTHERS, id="decord-pypdfium2", marks=pytest.mark.long),
+]
 HEALTHY: dict[MediaKind, str] = {"image": "progressive.jpg", "video": "plain-gop-4.mp4", "document": "plain.pdf"}
 # By the clock, for the slowest file on a busy machine: the limits of CPU time are tight, starting a child is slow.
 MAX_FILE_S = 60.0

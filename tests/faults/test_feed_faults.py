@@ -146,6 +146,7 @@ def test_a_feed_worker_killed_in_its_task_changes_no_batch(tmp_path: Path, ray_c
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(240)
 def test_a_store_that_breaks_for_good_ends_the_feed_with_one_error(
     bucket_url: str, s3_endpoint: str, ray_cluster: None

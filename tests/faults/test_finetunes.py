@@ -16,7 +16,7 @@ from pipelines.storage import open_store
 from tests.data import publish
 from tests.specs import evaluate, stage
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long]
 FINETUNES = """\
 kind: finetunes
 stage: stage.yaml

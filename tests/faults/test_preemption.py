@@ -22,7 +22,7 @@ from pipelines.storage import open_store
 from tests.data import publish
 from tests.faults.test_restart import make_spec, steps_done
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long]
 STEPS = 120
 DRAIN_S = 30
 

@@ -89,7 +89,8 @@ def name_of(process: psutil.Process) -> str:
         return ""
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.long
+@pytest.mark.timeout(900)
 def test_run_that_loses_workers_ends_with_the_same_bytes(
     tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,6 +119,7 @@ def test_run_that_loses_workers_ends_with_the_same_bytes(
     assert Run(stormy).store.tags() == tags
 
 
+@pytest.mark.long
 def test_source_without_a_usable_sample_stops_the_run_with_one_message(tmp_path: Path, ray_cluster: None) -> None:
     publish(open_store(str(tmp_path / "data")), {"red": ("a", 24)}, bad={"red": range(24)})
     with pytest.raises(UserError, match="red: has no sample left to replace a bad one in step 0"):

@@ -177,6 +177,7 @@ def test_vectors_are_those_of_each_item_alone_and_scores_follow(whole: Path, bac
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_two_actors_write_the_same_files(whole: Path, tmp_path: Path, backbone: str, own: Path) -> None:
     run(spec_of(tmp_path, backbone, own={"mine": str(own)}, instruction_sensitivity=True, actors=2))
     assert files(tmp_path / "out") == files(whole / "out")
@@ -184,6 +185,7 @@ def test_two_actors_write_the_same_files(whole: Path, tmp_path: Path, backbone: 
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_job_that_was_killed_goes_on_to_the_same_files(whole: Path, tmp_path: Path, backbone: str, own: Path) -> None:
     spec = spec_of(tmp_path, backbone, own={"mine": str(own)}, instruction_sensitivity=True)
     path = put(tmp_path / "spec.yaml", spec.model_dump_json())

@@ -44,6 +44,7 @@ def upload(bucket: str, folder: Path) -> Store:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_unshuffled_shards_on_s3_are_trained_from_in_place(
     bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

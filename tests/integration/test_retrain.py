@@ -14,7 +14,7 @@ from pipelines.store import Store
 from tests.data import publish
 from tests.specs import evaluate, stage
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long]
 RETRAIN = """\
 kind: retrain
 stage: stage.yaml

@@ -113,6 +113,7 @@ def test_search_without_queries_takes_captions_of_the_corpus(road: Any, capsys: 
     assert capsys.readouterr().out.count("rank  score") == 4
 
 
+@pytest.mark.long
 def test_same_code_trains_from_object_storage_with_the_stage_of_the_recipe(road: Any, s3_endpoint: str) -> None:
     """`rzen run jobs/stage2.yaml --set data.root=s3://...`, with the sizes of this machine."""
     changes = {

@@ -122,6 +122,7 @@ def test_without_the_token_nobody_submits(cluster: Cluster, tmp_path: Path) -> N
     assert not (tmp_path / "corpus").exists()
 
 
+@pytest.mark.long
 def test_a_stopped_job_leaves_a_checkpoint_and_goes_on(cluster: Cluster, tmp_path: Path) -> None:
     publish(open_store(str(tmp_path / "data")), {"red": ("text_image", 24)})
     (tmp_path / "train.yaml").write_text(train(tmp_path, 600))

@@ -86,7 +86,9 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize(
+    "world_size", [pytest.param(1, marks=pytest.mark.long), pytest.param(2, marks=pytest.mark.long), 3]
+)
 def test_engines_step_as_one_process_does(
     model_dir: str, world_size: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

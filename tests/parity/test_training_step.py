@@ -111,20 +111,17 @@ def one_step(
     return {"loss": loss.detach(), "dropped_fraction": stats["dropped_fraction"], **gradients}
 
 
-def worker(
-    rank: int,
-    world_size: int,
-    model_dir: str,
-    blocks: list[tuple[str, int]],
-    config: ObjectiveConfig,
-    relevance: list[list[float]],
-) -> dict[str, Tensor]:
-    pairs = with_relevance(pairs_by_rank(model_dir), relevance)[rank]
-    result = one_step(learner_of(model_dir, config=config), model_dir, pairs, blocks)
-    # Would fail or hang here, were a gradient missing on the rank without visuals.
-    for value in result.values():
-        dist.all_reduce(value)
-    return {name: value / world_size for name, value in result.items()}
+def worker(rank: int, world_size: int, model_dir: str) -> list[dict[str, Tensor]]:
+    """Sums over the ranks, of all cases."""
+    found = []
+    for config, blocks, relevance in CASES:
+        pairs = with_relevance(pairs_by_rank(model_dir), RELEVANCE[relevance])[rank]
+        result = one_step(learner_of(model_dir, config=config), model_dir, pairs, blocks)
+        # Would fail or hang here, were a gradient missing on the rank without visuals.
+        for value in result.values():
+            dist.all_reduce(value)
+        found.append({name: value / world_size for name, value in result.items()})
+    return found
 
 
 def with_relevance(ranks: list[list[EncodedPairs]], relevance: list[list[float]]) -> list[list[EncodedPairs]]:
@@ -142,21 +139,29 @@ RELEVANCE = {
 }
 
 
-@pytest.mark.parametrize(
-    ("config", "blocks", "relevance"),
-    [
-        (CONFIG, [("b", 3)], "contrasted"),
-        (CONFIG, [("a", 1), ("b", 2)], "contrasted"),
-        (OPTIONS, [("b", 3)], "contrasted"),
-        (OPTIONS, [("a", 1), ("b", 2)], "contrasted"),
-        (CONFIG, [("b", 3)], "graded"),
-        (CONFIG, [("a", 1), ("b", 2)], "graded"),
-        (CONFIG, [("a", 1), ("b", 2)], "second block graded"),
-    ],
-)
+CASES: list[tuple[ObjectiveConfig, list[tuple[str, int]], str]] = [
+    (CONFIG, [("b", 3)], "contrasted"),
+    (CONFIG, [("a", 1), ("b", 2)], "contrasted"),
+    (OPTIONS, [("b", 3)], "contrasted"),
+    (OPTIONS, [("a", 1), ("b", 2)], "contrasted"),
+    (CONFIG, [("b", 3)], "graded"),
+    (CONFIG, [("a", 1), ("b", 2)], "graded"),
+    (CONFIG, [("a", 1), ("b", 2)], "second block graded"),
+]
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(model_dir: str) -> list[dict[str, Tensor]]:
+    """Of each case, in processes that serve all of them."""
+    found: list[dict[str, Tensor]] = run_workers(worker, 2, model_dir)[0]
+    return found
+
+
+@pytest.mark.parametrize("case", range(len(CASES)))
 def test_two_ranks_of_different_modality_equal_one_process(
-    model_dir: str, config: ObjectiveConfig, blocks: list[tuple[str, int]], relevance: str
+    model_dir: str, on_two_ranks: list[dict[str, Tensor]], case: int
 ) -> None:
+    config, blocks, relevance = CASES[case]
     learner = learner_of(model_dir, config=config)
     starts = np.cumsum([0, *(size for _, size in blocks)])
     ranks = with_relevance(pairs_by_rank(model_dir), RELEVANCE[relevance])
@@ -167,7 +172,7 @@ def test_two_ranks_of_different_modality_equal_one_process(
         assert expected["dropped_fraction"] == 0
     elif len(blocks) == 1 and config is CONFIG:
         assert expected["dropped_fraction"] > 2 / 30  # more than the two copies
-    found = run_workers(worker, 2, model_dir, blocks, config, RELEVANCE[relevance])[0]
+    found = on_two_ranks[case]
     assert list(found) == list(expected)
     trained = [name for name, parameter in learner.named_parameters() if parameter.requires_grad]
     assert list(found) == ["loss", "dropped_fraction", *trained]

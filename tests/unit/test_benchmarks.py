@@ -97,6 +97,7 @@ def test_the_padding_benchmark_runs() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_soup_benchmark_runs_and_tells_right_from_wrong() -> None:
     found = soup.report(soup.arguments(["--blocks", "1", "--turns", "1"]))
     cells = [line.strip("| ").split(" | ") for line in found.splitlines() if line.startswith("| ")]
