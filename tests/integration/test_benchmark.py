@@ -186,6 +186,7 @@ def test_two_actors_write_the_same_files(whole: Path, tmp_path: Path, backbone: 
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_job_that_was_killed_goes_on_to_the_same_files(whole: Path, tmp_path: Path, backbone: str, own: Path) -> None:
     spec = spec_of(tmp_path, backbone, own={"mine": str(own)}, instruction_sensitivity=True)
     path = put(tmp_path / "spec.yaml", spec.model_dump_json())
@@ -221,6 +222,8 @@ def test_another_prompt_is_embedded_anew_and_the_same_not_at_all(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.long
 def test_a_picture_that_cannot_be_read_stops_its_dataset_alone(
     tmp_path: Path, backbone: str, ray_cluster: None
 ) -> None:
