@@ -22,7 +22,7 @@ import pytest
 import yaml
 
 from jobs.local_s3 import free_port
-from rzen.training.telemetry import METRICS
+from rzen.training.telemetry import METRICS, REJECTED, RUN_METRICS
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "infra" / "monitoring"
@@ -41,10 +41,10 @@ def rules() -> list[dict[str, Any]]:
 
 
 def dashboard_queries() -> dict[str, str]:
-    """Title of the panel and legend -> query, as Grafana would ask it for all runs."""
+    """Title of the panel and legend -> query, as Grafana would ask it for all runs and tasks."""
     board = json.loads((FOLDER / "grafana" / "rzen.json").read_text())
     return {
-        f"{panel['title']}: {target['legendFormat']}": target["expr"].replace("$run", ".*")
+        f"{panel['title']}: {target['legendFormat']}": target["expr"].replace("$run", ".*").replace("$task", ".*")
         for panel in board["panels"]
         for target in panel.get("targets", [])
     }
@@ -80,9 +80,19 @@ def test_every_alert_is_expected_to_fire_once_and_says_what_to_do() -> None:
 
 
 FAULTS = [
-    ("RzenNoSteps", "by (run)", "by (run, source)"),  # a source that is not drawn would be a stall
-    ("RzenNoSteps", "[20m]", "[1h]"),
-    ("RzenNoSteps", "unless", "and"),
+    ("RzenRunLost", "> 120", ">= 0"),  # a run that ended would be lost
+    ("RzenRunLost", "> 120", "> 12000"),
+    ("RzenRunLost", "[20m]", "[1h]"),
+    ("RzenRunLost", "[20m]", "[10m]"),  # a slow run would be lost
+    ("RzenRunLost", "max by (run) (last", "min by (run) (last"),  # a worker before a restart would be asked
+    ("RzenRunLost", "max_over_time(deriv(ray_rzen_progress[5m])[6h:1m])", "deriv(ray_rzen_progress[5m])"),
+    ("RzenRunLost", "unless", "and"),
+    ("RzenRunFailed", 'state="failed"', 'state="running"'),
+    ("RzenRunFailed", "max_over_time(ray_rzen_runs{state=\"failed\"}[5m])", 'ray_rzen_runs{state="failed"}'),
+    ("RzenCheckpointOld", "7200", "72000"),
+    ("RzenCheckpointOld", "max by (run)", "min by (run)"),  # so would a worker before a restart
+    ("RzenCheckpointOld", "[10m]", "[2h]"),  # a run that ended would be old
+    ("RzenCheckpointOld", "last_over_time(ray_rzen_checkpoint_time_s[10m])", "ray_rzen_checkpoint_time_s"),
     ("RzenLossNotFinite", "avg_over_time(ray_rzen_skipped[10m])", "ray_rzen_skipped"),
     ("RzenLossNotFinite", "> 0.1", "> 1"),
     ("RzenDecodeErrors", "> 0.01", "> 0.1"),
@@ -120,10 +130,14 @@ def test_every_query_of_the_dashboard_is_a_query(tmp_path: Path) -> None:
     assert promtool("check", "rules", tmp_path / "rules.yaml").returncode != 0
 
 
-def test_dashboard_shows_every_number_of_training_and_no_other() -> None:
-    queries = [*dashboard_queries().values(), *(rule["expr"] for rule in rules())]
-    ours = {name for query in queries for name in series_of(query) if name.startswith("ray_rzen_")}
-    assert ours == {f"ray_rzen_{name}" for name in METRICS}
+def test_dashboard_shows_every_number_of_ours_and_no_other() -> None:
+    literal = re.compile(r"""\b(?:Gauge|Counter|Histogram)\("rzen_(\w+)\"""")
+    by_name = {name for path in (ROOT / "jobs").glob("*.py") for name in literal.findall(path.read_text())}
+    exported = {f"ray_rzen_{name}" for name in (*METRICS, *RUN_METRICS, f"{REJECTED}_total", *by_name)}
+    shown = {name for query in dashboard_queries().values() for name in series_of(query)}
+    assert {name for name in shown if name.startswith("ray_rzen_")} == exported
+    asked = {name for rule in rules() for name in series_of(rule["expr"])}
+    assert {name for name in asked if name.startswith("ray_rzen_")} <= exported
 
 
 def test_the_dashboard_fits_together() -> None:
@@ -230,6 +244,10 @@ def test_every_query_names_series_of_a_running_ray(prometheus: str) -> None:
     assert ask(prometheus, 'up{job="ray"} == 1')
     (loss,) = ask(prometheus, 'last_over_time(ray_rzen_loss{run="live", source="images"}[5m])')
     assert (loss["metric"]["task"], loss["value"][1]) == ("text_image", "1.5")
+    (bad,) = ask(prometheus, 'ray_rzen_rejected_total{run="live"}')
+    assert (bad["metric"]["source"], bad["metric"]["reason"]) == ("images", "corrupt_image")
+    (runs,) = ask(prometheus, 'sum by (state) (last_over_time(ray_rzen_runs[1m]))')
+    assert (runs["metric"], runs["value"][1]) == ({"state": "running"}, "1")
     assert not ask(prometheus, "ray_rzen_nonsense")
 
 
