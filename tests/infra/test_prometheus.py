@@ -3,13 +3,10 @@ Prometheus (Debian's package `prometheus`; without it these tests are skipped).
 """
 
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.parse
@@ -21,8 +18,8 @@ from typing import Any
 import pytest
 import yaml
 
-from jobs.local_s3 import free_port
 from rzen.training.telemetry import METRICS, REJECTED, RUN_METRICS
+from tests.infra.local_cluster import end, local_cluster
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "infra" / "monitoring"
@@ -88,7 +85,7 @@ FAULTS = [
     ("RzenRunLost", "max_over_time(deriv(ray_rzen_progress[5m])[6h:1m])", "deriv(ray_rzen_progress[5m])"),
     ("RzenRunLost", "unless", "and"),
     ("RzenRunFailed", 'state="failed"', 'state="running"'),
-    ("RzenRunFailed", "max_over_time(ray_rzen_runs{state=\"failed\"}[5m])", 'ray_rzen_runs{state="failed"}'),
+    ("RzenRunFailed", 'max_over_time(ray_rzen_runs{state="failed"}[5m])', 'ray_rzen_runs{state="failed"}'),
     ("RzenCheckpointOld", "7200", "72000"),
     ("RzenCheckpointOld", "max by (run)", "min by (run)"),  # so would a worker before a restart
     ("RzenCheckpointOld", "[10m]", "[2h]"),  # a run that ended would be old
@@ -160,47 +157,20 @@ def test_the_dashboard_fits_together() -> None:
 
 @pytest.fixture(scope="module")
 def prometheus() -> Iterator[str]:
-    """URL of the Prometheus of a local cluster (infra/local/up.py) on which a run goes on."""
-    with tempfile.TemporaryDirectory(prefix="rzm", dir="/tmp") as name:  # short: sockets of Ray lie in it
-        folder = Path(name)
-        ports = {option: free_port() for option in ("port", "dashboard-port", "client-port", "prometheus-port")}
-        command = [sys.executable, "-m", "infra.local.up", "--num-cpus=3", "--scrape-s=1", f"--temp-dir={folder}"]
-        command += [f"--{option}={port}" for option, port in ports.items()]
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
-        environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-        started = [subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)]
+    """URL of the Prometheus of a local cluster on which a run goes on."""
+    with local_cluster("--num-cpus=3", "--scrape-s=1") as cluster:
+        _wait_for(cluster.prometheus, {"ray_node_cpu_utilization"}, cluster.folder / "ray.log")
+        log = cluster.folder / "run.log"
+        command = [sys.executable, str(Path(__file__).with_name("live_run.py")), str(cluster.folder / "results")]
+        with log.open("w") as file:
+            run = subprocess.Popen(command, env=cluster.environment, stdout=file, stderr=file, text=True)
         try:
-            told = _exports(started[0])
-            assert told["RAY_AUTH_MODE"] == "token"
-            url = f"http://127.0.0.1:{ports['prometheus-port']}"
-            _wait_for(url, {"ray_node_cpu_utilization"}, folder / "ray.log")
-            with (folder / "run.log").open("w") as log:
-                run = [sys.executable, str(Path(__file__).with_name("live_run.py")), str(folder / "results")]
-                started.append(subprocess.Popen(run, env=environment | told, stdout=log, stderr=log))
             names = {"ray_rzen_loss", "ray_data_num_tasks_running"}
-            _wait_for(url, names, folder / "run.log")
+            _wait_for(cluster.prometheus, names, log)
             time.sleep(12)  # Ray's agents send every few seconds; rates need two samples
-            yield url
+            yield cluster.prometheus
         finally:
-            for process in reversed(started):
-                process.send_signal(signal.SIGINT)
-                try:
-                    process.wait(60)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-
-
-def _exports(process: "subprocess.Popen[str]") -> dict[str, str]:
-    """The variables that the local cluster says one should set."""
-    told = {}
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("export "):
-            name, _, value = line.removeprefix("export ").strip().partition("=")
-            told[name] = value
-        elif "Ctrl-C" in line:
-            return told
-    raise AssertionError("the local cluster did not start")
+            end(run)
 
 
 def _wait_for(url: str, names: set[str], log: Path) -> None:
@@ -246,7 +216,7 @@ def test_every_query_names_series_of_a_running_ray(prometheus: str) -> None:
     assert (loss["metric"]["task"], loss["value"][1]) == ("text_image", "1.5")
     (bad,) = ask(prometheus, 'ray_rzen_rejected_total{run="live"}')
     assert (bad["metric"]["source"], bad["metric"]["reason"]) == ("images", "corrupt_image")
-    (runs,) = ask(prometheus, 'sum by (state) (last_over_time(ray_rzen_runs[1m]))')
+    (runs,) = ask(prometheus, "sum by (state) (last_over_time(ray_rzen_runs[1m]))")
     assert (runs["metric"], runs["value"][1]) == ({"state": "running"}, "1")
     assert not ask(prometheus, "ray_rzen_nonsense")
 
