@@ -3,13 +3,10 @@ Prometheus (Debian's package `prometheus`; without it these tests are skipped).
 """
 
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.parse
@@ -21,8 +18,8 @@ from typing import Any
 import pytest
 import yaml
 
-from jobs.local_s3 import free_port
-from rzen.training.telemetry import METRICS
+from rzen.training.telemetry import METRICS, REJECTED, RUN_METRICS
+from tests.infra.local_cluster import end, local_cluster
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "infra" / "monitoring"
@@ -41,10 +38,10 @@ def rules() -> list[dict[str, Any]]:
 
 
 def dashboard_queries() -> dict[str, str]:
-    """Title of the panel and legend -> query, as Grafana would ask it for all runs."""
+    """Title of the panel and legend -> query, as Grafana would ask it for all runs and tasks."""
     board = json.loads((FOLDER / "grafana" / "rzen.json").read_text())
     return {
-        f"{panel['title']}: {target['legendFormat']}": target["expr"].replace("$run", ".*")
+        f"{panel['title']}: {target['legendFormat']}": target["expr"].replace("$run", ".*").replace("$task", ".*")
         for panel in board["panels"]
         for target in panel.get("targets", [])
     }
@@ -73,16 +70,26 @@ def test_promtool_accepts_configuration_rules_and_their_tests() -> None:
 def test_every_alert_is_expected_to_fire_once_and_says_what_to_do() -> None:
     tests = yaml.safe_load((FOLDER / "rules_test.yaml").read_text())["tests"]
     fired = {case["alertname"] for test in tests for case in test["alert_rule_test"] if case["exp_alerts"]}
-    assert fired == {rule["alert"] for rule in rules()}
+    assert fired == {alert for alert, *_ in FAULTS} == {rule["alert"] for rule in rules()}
     for rule in rules():
         assert rule["labels"]["severity"] in ("critical", "warning", "info")
         assert {"summary", "action"} == set(rule["annotations"])
 
 
 FAULTS = [
-    ("RzenNoSteps", "by (run)", "by (run, source)"),  # a source that is not drawn would be a stall
-    ("RzenNoSteps", "[20m]", "[1h]"),
-    ("RzenNoSteps", "unless", "and"),
+    ("RzenRunLost", "> 120", ">= 0"),  # a run that ended would be lost
+    ("RzenRunLost", "> 120", "> 12000"),
+    ("RzenRunLost", "[20m]", "[1h]"),
+    ("RzenRunLost", "[20m]", "[10m]"),  # a slow run would be lost
+    ("RzenRunLost", "max by (run) (last", "min by (run) (last"),  # a worker before a restart would be asked
+    ("RzenRunLost", "max_over_time(deriv(ray_rzen_progress[5m])[6h:1m])", "deriv(ray_rzen_progress[5m])"),
+    ("RzenRunLost", "unless", "and"),
+    ("RzenRunFailed", 'state="failed"', 'state="running"'),
+    ("RzenRunFailed", 'max_over_time(ray_rzen_runs{state="failed"}[5m])', 'ray_rzen_runs{state="failed"}'),
+    ("RzenCheckpointOld", "7200", "72000"),
+    ("RzenCheckpointOld", "max by (run)", "min by (run)"),  # so would a worker before a restart
+    ("RzenCheckpointOld", "[10m]", "[2h]"),  # a run that ended would be old
+    ("RzenCheckpointOld", "last_over_time(ray_rzen_checkpoint_time_s[10m])", "ray_rzen_checkpoint_time_s"),
     ("RzenLossNotFinite", "avg_over_time(ray_rzen_skipped[10m])", "ray_rzen_skipped"),
     ("RzenLossNotFinite", "> 0.1", "> 1"),
     ("RzenDecodeErrors", "> 0.01", "> 0.1"),
@@ -120,10 +127,14 @@ def test_every_query_of_the_dashboard_is_a_query(tmp_path: Path) -> None:
     assert promtool("check", "rules", tmp_path / "rules.yaml").returncode != 0
 
 
-def test_dashboard_shows_every_number_of_training_and_no_other() -> None:
-    queries = [*dashboard_queries().values(), *(rule["expr"] for rule in rules())]
-    ours = {name for query in queries for name in series_of(query) if name.startswith("ray_rzen_")}
-    assert ours == {f"ray_rzen_{name}" for name in METRICS}
+def test_dashboard_shows_every_number_of_ours_and_no_other() -> None:
+    literal = re.compile(r"""\b(?:Gauge|Counter|Histogram)\("rzen_(\w+)\"""")
+    by_name = {name for path in (ROOT / "jobs").glob("*.py") for name in literal.findall(path.read_text())}
+    exported = {f"ray_rzen_{name}" for name in (*METRICS, *RUN_METRICS, f"{REJECTED}_total", *by_name)}
+    shown = {name for query in dashboard_queries().values() for name in series_of(query)}
+    assert {name for name in shown if name.startswith("ray_rzen_")} == exported
+    asked = {name for rule in rules() for name in series_of(rule["expr"])}
+    assert {name for name in asked if name.startswith("ray_rzen_")} <= exported
 
 
 def test_the_dashboard_fits_together() -> None:
@@ -146,47 +157,20 @@ def test_the_dashboard_fits_together() -> None:
 
 @pytest.fixture(scope="module")
 def prometheus() -> Iterator[str]:
-    """URL of the Prometheus of a local cluster (infra/local/up.py) on which a run goes on."""
-    with tempfile.TemporaryDirectory(prefix="rzm", dir="/tmp") as name:  # short: sockets of Ray lie in it
-        folder = Path(name)
-        ports = {option: free_port() for option in ("port", "dashboard-port", "client-port", "prometheus-port")}
-        command = [sys.executable, "-m", "infra.local.up", "--num-cpus=3", "--scrape-s=1", f"--temp-dir={folder}"]
-        command += [f"--{option}={port}" for option, port in ports.items()]
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
-        environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-        started = [subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)]
+    """URL of the Prometheus of a local cluster on which a run goes on."""
+    with local_cluster("--num-cpus=3", "--scrape-s=1") as cluster:
+        _wait_for(cluster.prometheus, {"ray_node_cpu_utilization"}, cluster.folder / "ray.log")
+        log = cluster.folder / "run.log"
+        command = [sys.executable, str(Path(__file__).with_name("live_run.py")), str(cluster.folder / "results")]
+        with log.open("w") as file:
+            run = subprocess.Popen(command, env=cluster.environment, stdout=file, stderr=file, text=True)
         try:
-            told = _exports(started[0])
-            assert told["RAY_AUTH_MODE"] == "token"
-            url = f"http://127.0.0.1:{ports['prometheus-port']}"
-            _wait_for(url, {"ray_node_cpu_utilization"}, folder / "ray.log")
-            with (folder / "run.log").open("w") as log:
-                run = [sys.executable, str(Path(__file__).with_name("live_run.py")), str(folder / "results")]
-                started.append(subprocess.Popen(run, env=environment | told, stdout=log, stderr=log))
             names = {"ray_rzen_loss", "ray_data_num_tasks_running"}
-            _wait_for(url, names, folder / "run.log")
+            _wait_for(cluster.prometheus, names, log)
             time.sleep(12)  # Ray's agents send every few seconds; rates need two samples
-            yield url
+            yield cluster.prometheus
         finally:
-            for process in reversed(started):
-                process.send_signal(signal.SIGINT)
-                try:
-                    process.wait(60)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-
-
-def _exports(process: "subprocess.Popen[str]") -> dict[str, str]:
-    """The variables that the local cluster says one should set."""
-    told = {}
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("export "):
-            name, _, value = line.removeprefix("export ").strip().partition("=")
-            told[name] = value
-        elif "Ctrl-C" in line:
-            return told
-    raise AssertionError("the local cluster did not start")
+            end(run)
 
 
 def _wait_for(url: str, names: set[str], log: Path) -> None:
@@ -230,6 +214,10 @@ def test_every_query_names_series_of_a_running_ray(prometheus: str) -> None:
     assert ask(prometheus, 'up{job="ray"} == 1')
     (loss,) = ask(prometheus, 'last_over_time(ray_rzen_loss{run="live", source="images"}[5m])')
     assert (loss["metric"]["task"], loss["value"][1]) == ("text_image", "1.5")
+    (bad,) = ask(prometheus, 'ray_rzen_rejected_total{run="live"}')
+    assert (bad["metric"]["source"], bad["metric"]["reason"]) == ("images", "corrupt_image")
+    (runs,) = ask(prometheus, "sum by (state) (last_over_time(ray_rzen_runs[1m]))")
+    assert (runs["metric"], runs["value"][1]) == ({"state": "running"}, "1")
     assert not ask(prometheus, "ray_rzen_nonsense")
 
 

@@ -1,0 +1,71 @@
+"""`python -m infra.local.up` for tests: a Ray of their own with a dashboard and a token, on ports of their own."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+
+from jobs.local_s3 import free_port
+
+ROOT = Path(__file__).resolve().parents[2]
+_PATIENCE_S = 60
+
+
+@dataclass(frozen=True)
+class LocalCluster:
+    """A cluster that has been told to start. It may take a while to answer."""
+
+    folder: Path
+    """Of its logs."""
+    environment: dict[str, str]
+    """Of a shell that has taken over what the cluster said."""
+    prometheus: str
+    """URL."""
+
+
+@contextmanager
+def local_cluster(*options: str) -> Iterator[LocalCluster]:
+    """Ends with the block, and leaves nothing behind."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    kept["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), kept["PATH"]])
+    folder = Path(tempfile.mkdtemp(prefix="rzi", dir="/tmp"))  # short: sockets of Ray lie in it
+    ports = {name: free_port() for name in ("port", "dashboard-port", "client-port", "prometheus-port")}
+    command = [sys.executable, "-m", "infra.local.up", f"--temp-dir={folder}", *options]
+    command += [f"--{name}={port}" for name, port in ports.items()]
+    process = subprocess.Popen(command, cwd=ROOT, env=kept, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        told = "".join(takewhile(lambda line: "Ctrl-C" not in line, process.stdout))
+        exports = dict(re.findall(r"export (RAY_\w+)=(\S+)", told))
+        assert exports["RAY_AUTH_MODE"] == "token"
+        yield LocalCluster(folder, kept | exports, f"http://127.0.0.1:{ports['prometheus-port']}")
+    finally:
+        end(process)
+        _remove(folder)
+
+
+def end(process: "subprocess.Popen[str]") -> None:
+    """As Ctrl-C does."""
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(_PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _remove(folder: Path) -> None:
+    """Ray's dashboard goes on writing for a moment after its head has ended."""
+    deadline_s = time.monotonic() + _PATIENCE_S
+    while folder.exists() and time.monotonic() < deadline_s:
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.2)
