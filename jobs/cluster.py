@@ -42,8 +42,8 @@ def set_environment() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # relative paths of a spec mean the folder of the job, on workers too
     if os.environ.get("RAY_ADDRESS"):
-        # Ray Train's runs at /api/train/v2/runs/v1, for which this Ray's dashboard has no page, at the price of an actor
-        # of 400 MB. A Ray of our own has no dashboard.
+        # Ray Train's runs at /api/train/v2/runs/v1 (this Ray's dashboard has no page for them), at the price of an
+        # actor of 400 MB. A Ray of our own has no dashboard.
         os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
         return
     # A local Ray listens on all interfaces, so that it asks for a token; one of our own leaves no trace at home.
