@@ -3,7 +3,7 @@
     python -m tests.benchmarks.encode --write                 half an hour on two cores; writes encode.md
     python -m tests.benchmarks.encode --items 120 --turns 1   a glance
 
-The corpus is files: texts of 5 to 150 words, JPEGs of many sizes, pages of PDFs and clips. Each way decodes them from
+The corpus is files: texts of 5 to 400 words, JPEGs of many sizes, pages of PDFs and clips. Each way decodes them from
 disk, one after the other, and has one thread and the same backbone, random, of a real class.
 
     rzen                    what a task and an actor of `kind: benchmark` do (`jobs/encode.py`), in one process
@@ -38,7 +38,7 @@ from pipelines.benchmarks.decode import ItemDecoder
 from pipelines.benchmarks.own import read_own
 from pipelines.config import MediaConfig
 from pipelines.samples import DecodedSide
-from rzen.checkpoints import checkpoint_dir
+from rzen.backbone import build_tiny
 from rzen.chunks import chunks_of, embed
 from rzen.config import ModelIdentity, PromptConfig, TinyBackbone
 from rzen.embedder import Embedder
@@ -47,12 +47,11 @@ from rzen.processor import EncodedBatch, Processor
 from tests.benchmarks import plain
 from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.turns import answer, say, show, spread
-from tests.tiny import tiny_checkpoint
 
-BACKBONE = TinyBackbone(hidden=128, layers=4, heads=4, vision_width=64, vision_depth=4, vocabulary=640, init_std=0.02)
-IDENTITY = ModelIdentity(prompt=PromptConfig(max_visual_tokens=100))
-MEDIA = MediaConfig(frames=8, image_pixels=100 * 28 * 28, page_pixels=100 * 28 * 28)
-BATCH, CHUNK_TOKENS, WARM_UP = 32, 2048, 8
+BACKBONE = TinyBackbone(hidden=128, layers=4, heads=4, vision_width=64, vision_depth=4, vocabulary=1024, init_std=0.02)
+IDENTITY = ModelIdentity(prompt=PromptConfig(max_visual_tokens=256))
+MEDIA = MediaConfig(frames=8, image_pixels=256 * 28 * 28, page_pixels=256 * 28 * 28)
+BATCH, CHUNK_TOKENS, WARM_UP = 32, 4096, 8
 Vectors = np.ndarray[Any, np.dtype[np.float32]]
 Way = Callable[[Sequence[Item]], Vectors]
 
@@ -66,10 +65,10 @@ def draw(root: Path, num_items: int) -> None:
         line: dict[str, Any] = {"_id": str(number)}
         match kind[number % 20]:
             case "text":
-                low, high = (5, 30) if number % 20 < 9 else (50, 150)
+                low, high = (5, 30) if number % 20 < 9 else (100, 400)
                 line["text"] = " ".join(f"word{word}" for word in rng.integers(0, 90, rng.integers(low, high)))
             case "image":
-                _picture(root / f"{number}.jpg", rng, *rng.integers(60, 600, 2))
+                _picture(root / f"{number}.jpg", rng, *rng.integers(60, 900, 2))
                 line["image"] = f"{number}.jpg"
             case "document":
                 with pymupdf.open() as document:
@@ -192,8 +191,8 @@ def report(options: argparse.Namespace) -> str:
         folder = Path(name)
         (folder / "corpus").mkdir()
         draw(folder / "corpus", options.items)
-        base = tiny_checkpoint(folder / "base", BACKBONE)
-        export_model(str(checkpoint_dir(base)), None, folder / "model", IDENTITY, ExportOptions(dtype="float32"))
+        build_tiny(folder / "base", BACKBONE, [" ".join(f"word{word}" for word in range(90))])
+        export_model(str(folder / "base"), None, folder / "model", IDENTITY, ExportOptions(dtype="float32"))
         for turn in range(options.turns):
             for way in ways:
                 seconds, peak = answer("tests.benchmarks.encode", "--measure", way, name, OMP_NUM_THREADS="1")
@@ -207,7 +206,7 @@ def report(options: argparse.Namespace) -> str:
         f"{describe_machine('cpu')}; one thread for each way. Median of {options.turns} turns (smallest to largest).",
         f"`python -m tests.benchmarks.encode {' '.join(sys.argv[1:])}`; `encode.py` tells how it is measured.",
         "",
-        f"{options.items} items: texts of 5 to 150 words, images of 60 to 600 pixels a side, pages, clips of 8 frames.",
+        f"{options.items} items: texts of 5 to 400 words, images of 60 to 900 pixels a side, pages, clips of 8 frames.",
         "",
         "| way | items/s | of plain | peak memory, GB | vectors differ from plain's by |",
         "|---|---:|---:|---:|---:|",
