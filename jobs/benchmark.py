@@ -1,7 +1,7 @@
 """Job of kind `benchmark`: models on public benchmarks and on data sets of your own.
 
 {out}/index.html                                  tables, plots, and what was answered wrongly
-      {suite}/comparison.md                       the first model against each other one, with intervals
+      {suite}/models.md                           all models, and what the others have over the first, with intervals
       {suite}/{model}/{dataset}_score.json ...    three files of each dataset, with the names that the benchmark uses
                       standing.json, .md          means, datasets, what is missing, settings
                       diagnostics.json            modality gap, target modality, ties, what instructions change
@@ -36,7 +36,6 @@ from pipelines.storage import open_store, resolve_endpoint
 from rzen.checkpoints import checkpoint_sha256, file_sha256, read_identity
 from rzen.evaluation.benchmark import Scored, Vectors, score_dataset
 from rzen.evaluation.comparison import (
-    Difference,
     compare,
     comparison_table,
     instruction_sensitivity,
@@ -45,7 +44,7 @@ from rzen.evaluation.comparison import (
 )
 from rzen.evaluation.files import score_of, write_files
 from rzen.evaluation.report import write_json
-from rzen.evaluation.standing import Line, stand, terminal, write_standing
+from rzen.evaluation.standing import Line, side_by_side, stand, terminal, write_standing
 from rzen.evaluation.submission import make_submission, write_submission
 from rzen.page.benchmark import SuiteReport, write_benchmark_page
 from rzen.page.hits import Search
@@ -69,8 +68,7 @@ def run(spec: BenchmarkSpec) -> dict[str, Any]:
     entries, rows, missing = _datasets(spec)
     say(f"  {len(spec.models)} models on {len(entries)} datasets of {len(rows)} suites; {len(missing)} are missing")
     suites: dict[str, dict[str, list[Line]]] = {suite: {} for suite in rows}
-    examples: dict[str, dict[str, dict[str, list[Search]]]] = {suite: {} for suite in rows}
-    scored: dict[str, dict[str, dict[str, Scored]]] = {suite: {} for suite in rows}
+    known: dict[str, dict[str, _Standing]] = {suite: {} for suite in rows}
     settings: dict[str, Any] = {}
     with ray_cluster():
         if not spec.autoscaling:
@@ -82,13 +80,10 @@ def run(spec: BenchmarkSpec) -> dict[str, Any]:
             for suite, suite_rows in rows.items():
                 standing = standings.get(suite, _Standing())
                 lines = _write(spec, suite, model, suite_rows, standing, missing, settings)
-                suites[suite][model], examples[suite][model] = lines, standing.examples
-                scored[suite][model] = standing.scored
-                console.print(terminal(lines), f"  {model}, {suite}")
-    reports = [
-        SuiteReport(suite, standings, _comparisons(spec, suite, scored[suite]), examples[suite])
-        for suite, standings in suites.items()
-    ]
+                suites[suite][model], known[suite][model] = lines, standing
+                say(f"\n  {model}, {suite}")
+                console.print(terminal(lines))
+    reports = [_report(_folder(spec, suite), suite, standings, known[suite]) for suite, standings in suites.items()]
     page = Path(spec.out) / "index.html"
     title = f"{', '.join(spec.models)} on {', '.join(suites)}"
     write_benchmark_page(page, title=title, reports=reports, facts=_facts(settings))
@@ -305,16 +300,26 @@ def _write(
     return lines
 
 
-def _comparisons(
-    spec: BenchmarkSpec, suite: str, scored: Mapping[str, Mapping[str, Scored]]
-) -> dict[str, dict[str, Difference]]:
-    """Each other model against the first, where they have datasets in common; also as Markdown."""
+def _report(
+    folder: Path, suite: str, standings: Mapping[str, Sequence[Line]], known: Mapping[str, _Standing]
+) -> SuiteReport:
+    """All models on a suite, for the page; also as Markdown. Each other model is compared with the first, where they
+    have datasets in common.
+    """
+    scored = {model: standing.scored for model, standing in known.items()}
     first, *others = scored
-    found = {other: compare(scored[first], scored[other]) for other in others if scored[first].keys() & scored[other]}
-    if found:
-        tables = [comparison_table(differences, first, other) for other, differences in found.items()]
-        (_folder(spec, suite) / "comparison.md").write_text("\n".join(tables), encoding="utf-8")
-    return found
+    differences = {
+        other: compare(scored[first], scored[other]) for other in others if scored[first].keys() & scored[other]
+    }
+    tables = [side_by_side(standings), *(comparison_table(some, first, other) for other, some in differences.items())]
+    (folder / "models.md").write_text("\n".join(tables), encoding="utf-8")
+    return SuiteReport(
+        suite,
+        standings,
+        differences,
+        {model: standing.diagnostics for model, standing in known.items()},
+        {model: standing.examples for model, standing in known.items()},
+    )
 
 
 def _facts(settings: Mapping[str, Any]) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rzen.evaluation.comparison import Difference
 from rzen.evaluation.standing import Line, Mean, means, plot_means
@@ -16,12 +17,15 @@ from rzen.page.thumbnails import ThumbnailPool
 @dataclass(frozen=True, slots=True)
 class SuiteReport:
     """One suite. `standings`: model -> a line for each dataset, the same for all models. `comparisons`: model ->
-    dataset -> its difference to the first model. `examples`: model -> dataset -> what it answered wrongly.
+    dataset -> its difference to the first model. `diagnostics`: model -> dataset -> `modality_gap`,
+    `target_modality_accuracy`, `remarks`, by choice `changed_by_instruction`. `examples`: model -> dataset -> what it
+    answered wrongly.
     """
 
     suite: str
     standings: Mapping[str, Sequence[Line]]
     comparisons: Mapping[str, Mapping[str, Difference]]
+    diagnostics: Mapping[str, Mapping[str, Mapping[str, Any]]]
     examples: Mapping[str, Mapping[str, Sequence[Search]]]
 
 
