@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipelines.errors import UserError
+from rzen.checkpoints import file_sha256
 from rzen.config import LoraConfig, ObjectiveConfig, OptimConfig
 from rzen.processor import Processor
 from rzen.training import checkpoint
@@ -81,7 +82,7 @@ def rewrite(folder: Path, file: str, change: Callable[[dict[str, Tensor]], Any])
     tensors = load_file(folder / file)
     change(tensors)
     save_file(tensors, folder / file)
-    rewrite_state(folder, lambda state: state["sha256"].update({file: checkpoint._sha256(folder / file)}))
+    rewrite_state(folder, lambda state: state["sha256"].update({file: file_sha256(folder / file)}))
 
 
 FIX = "resume from another checkpoint, or start a run under a new name"

@@ -54,10 +54,13 @@ def allowed(file: CorpusFile, config: MediaConfig) -> frozenset[str]:
 
 
 class _Memory:
-    """The largest resident sizes (bytes) seen: of this process, of Ray's workers, of the sandbox children."""
+    """The largest resident sizes (bytes) seen: of this process, of the sandbox children, and of Ray's workers without
+    what earlier tests have left in them.
+    """
 
     def __init__(self) -> None:
         self.own = self.workers = self.children = 0
+        self._before: dict[int, int] = {}
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch)
 
@@ -72,6 +75,7 @@ class _Memory:
 
     def _watch(self) -> None:
         this = psutil.Process()
+        self._before = {process.pid: process.memory_info().rss for process in this.children(recursive=True)}
         while not self._done.wait(0.1):
             self.own = max(self.own, this.memory_info().rss)
             for process in this.children(recursive=True):
@@ -82,7 +86,7 @@ class _Memory:
                 if "pipelines.media.sandbox" in command:
                     self.children = max(self.children, resident)
                 elif command.startswith("ray::"):
-                    self.workers = max(self.workers, resident)
+                    self.workers = max(self.workers, resident - self._before.get(process.pid, 0))
 
 
 def decoded(decoder: Decoder, file: CorpusFile) -> tuple[str, str]:
