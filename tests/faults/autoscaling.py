@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -102,7 +101,21 @@ class AutoscalingCluster:
 @contextmanager
 def autoscaling_cluster(num_nodes: int, cpus: float, idle_s: float) -> Iterator[AutoscalingCluster]:
     """At most `num_nodes` nodes of `cpus`, none at first. A node that has been idle for `idle_s` goes."""
-    folder = Path(tempfile.mkdtemp(prefix="rz", dir="/tmp"))  # sockets lie in it, and their paths must be short
+    with short_folder() as folder:
+        cluster = _start(Path(folder), num_nodes, cpus, idle_s)
+        try:
+            until("the head is up", cluster.is_up, START_S, cluster.log)
+            yield cluster
+        finally:
+            cluster.stop()
+
+
+def short_folder() -> tempfile.TemporaryDirectory[str]:
+    """For Ray: sockets lie in it, and their paths must be short."""
+    return tempfile.TemporaryDirectory(prefix="rz", dir="/tmp", ignore_cleanup_errors=True)
+
+
+def _start(folder: Path, num_nodes: int, cpus: float, idle_s: float) -> AutoscalingCluster:
     port = free_port()
     address = f"{get_node_ip_address()}:{port}"
     config = folder / "autoscaling.json"
@@ -132,14 +145,7 @@ def autoscaling_cluster(num_nodes: int, cpus: float, idle_s: float) -> Iterator[
         "RAY_health_check_period_ms": "1000",  # a killed node is missed after five of them
     }
     with (folder / "head.log").open("wb") as log:
-        head = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-    cluster = AutoscalingCluster(address, folder, head)
-    try:
-        until("the head is up", cluster.is_up, START_S, cluster.log)
-        yield cluster
-    finally:
-        cluster.stop()
-        shutil.rmtree(folder, ignore_errors=True)
+        return AutoscalingCluster(address, folder, subprocess.Popen(command, env=environment, stdout=log, stderr=log))
 
 
 def _config(address: str, num_nodes: int, cpus: float, idle_s: float) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import yaml
 from jobs.runs import LATEST, LOG, METRICS
 from pipelines.storage import open_store
 from tests.data import publish
-from tests.faults.autoscaling import autoscaling_cluster, until
+from tests.faults.autoscaling import autoscaling_cluster, short_folder, until
 from tests.specs import BACKBONE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,8 +99,10 @@ def test_a_cluster_grows_for_stage_2_replaces_a_killed_node_and_goes_back_to_not
 
             def wait_for(what: str, condition: Any) -> None:
                 def holds() -> bool:
-                    assert process.poll() in (None, 0), said(stormy)
-                    return bool(condition())
+                    ended = process.poll() is not None
+                    result = bool(condition())
+                    assert result or not ended, f"the job ended before {what}\n{said(stormy)}"
+                    return result
 
                 until(what, holds, WAIT_S, lambda: f"{said(stormy)}\n{cluster.log()}")
 
@@ -118,6 +120,6 @@ def test_a_cluster_grows_for_stage_2_replaces_a_killed_node_and_goes_back_to_not
     assert [number for number, _ in restarts] == ["1"]
     assert EVERY_STEPS <= int(restarts[0][1]) < STEPS
     assert f"restart 1 of 3 from step {restarts[0][1]}" in said(stormy)
-    with job(quiet, RAY_TMPDIR=str(cluster.folder)) as process:
+    with short_folder() as short, job(quiet, RAY_TMPDIR=short) as process:
         assert process.wait(WAIT_S) == 0, said(quiet)
     assert outcome(tmp_path / "runs/quiet") == outcome(run)
