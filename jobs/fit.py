@@ -228,4 +228,4 @@ def _trainer(prepared: Prepared, stop: int, board: Any) -> Any:
 
 def _first_failure(error: BaseException) -> str:
     failures = getattr(error, "worker_failures", {})
-    return str(next(iter(failures.values()), error)).strip().splitlines()[-1].partition(". ")[0][:200]
+    return str(next(iter(failures.values()), error)).strip().splitlines()[-1].strip().partition(". ")[0][:200]
