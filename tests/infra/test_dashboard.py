@@ -4,6 +4,7 @@ Chromium runs without a window and is told what to do by its DevTools protocol. 
 """
 
 import asyncio
+import base64
 import itertools
 import json
 import re
@@ -52,6 +53,11 @@ class Page:
             assert time.monotonic() < deadline_s, f"no {pattern} on the page:\n{text}"
             await asyncio.sleep(0.5)
         return text
+
+    async def picture(self, path: Path) -> None:
+        """A PNG file of what a reader sees."""
+        told = await self.tell("Page.captureScreenshot")
+        path.write_bytes(base64.b64decode(told["result"]["data"]))
 
     async def type(self, text: str) -> None:
         """Into the field that has the focus, and Enter."""
@@ -121,6 +127,9 @@ async def look(folder: Path, url: str, token: str) -> None:
         await page.type(token)
         row = "{}(?:(?!rzen-).)*{}".format  # the states are in the rows that they belong to
         await page.wait_for(f"(?s)(?=.*{row('rzen-good', 'SUCCEEDED')})(?=.*{row('rzen-bad', 'FAILED')})")
+
+        await page.picture(folder / "jobs.png")  # for whoever wants to see; pytest keeps the folders of three runs
+        assert (folder / "jobs.png").stat().st_size > 10_000
 
         await page.tell("Page.navigate", url=f"{url}/#/jobs/rzen-bad")
         await page.wait_for(r"(?s)\A(?!.*rzen-good).*rzen-bad.*FAILED")
