@@ -66,7 +66,8 @@ class _Standing:
 def run(spec: BenchmarkSpec) -> dict[str, Any]:
     """Scores every model, writes files, tables and page, and prints the means."""
     entries, rows, missing = _datasets(spec)
-    say(f"  {len(spec.models)} models on {len(entries)} datasets of {len(rows)} suites; {len(missing)} are missing")
+    lacking = sum(map(len, missing.values()))
+    say(f"  {len(spec.models)} models on {len(entries)} datasets of {len(rows)} suites; {lacking} are missing")
     suites: dict[str, dict[str, list[Line]]] = {suite: {} for suite in rows}
     known: dict[str, dict[str, _Standing]] = {suite: {} for suite in rows}
     settings: dict[str, Any] = {}
@@ -79,7 +80,7 @@ def run(spec: BenchmarkSpec) -> dict[str, Any]:
             standings = _score(spec, model, how, way, entries)
             for suite, suite_rows in rows.items():
                 standing = standings.get(suite, _Standing())
-                lines = _write(spec, suite, model, suite_rows, standing, missing, settings)
+                lines = _write(spec, suite, model, suite_rows, standing, missing.get(suite, {}), settings)
                 suites[suite][model], known[suite][model] = lines, standing
                 say(f"\n  {model}, {suite}")
                 console.print(terminal(lines))
@@ -91,11 +92,11 @@ def run(spec: BenchmarkSpec) -> dict[str, Any]:
     return {"outputs": [spec.out]}
 
 
-def _datasets(spec: BenchmarkSpec) -> tuple[list[Entry], dict[str, list[Row]], dict[str, str]]:
-    """What can be opened, the rows of every suite, and what is missing: dataset -> how to get it."""
+def _datasets(spec: BenchmarkSpec) -> tuple[list[Entry], dict[str, list[Row]], dict[str, dict[str, str]]]:
+    """What can be opened; by suite its rows, and what is missing: dataset -> how to get it."""
     entries: list[Entry] = []
     rows: dict[str, list[Row]] = {}
-    missing: dict[str, str] = {}
+    missing: dict[str, dict[str, str]] = {}
     roots: dict[str, Path] = {suite: Path(root) for suite, root in spec.suites.items()}
     found = survey(roots)
     if unknown := sorted(set(spec.datasets or []) - {one.row.name for one in found}):
@@ -105,7 +106,7 @@ def _datasets(spec: BenchmarkSpec) -> tuple[list[Entry], dict[str, list[Row]], d
         if spec.datasets is not None and one.row.name not in spec.datasets:
             continue
         if one.missing:
-            missing[one.row.name] = one.missing
+            missing.setdefault(one.row.suite, {})[one.row.name] = one.missing
         else:
             entries.append((one.row, partial(open_dataset, one.row, roots[one.row.suite])))
     for name, path in spec.own.items():
@@ -113,7 +114,7 @@ def _datasets(spec: BenchmarkSpec) -> tuple[list[Entry], dict[str, list[Row]], d
         rows.setdefault(dataset.row.suite, []).append(dataset.row)
         entries.append((dataset.row, lambda dataset=dataset: dataset))  # type: ignore[misc]
     if not entries:
-        first = next(iter(missing.values()), "none is named")
+        first = next((why for some in missing.values() for why in some.values()), "none is named")
         raise UserError("suites", f"no dataset is there; the first lacks: {first}", "see `rzen evaluate --list`")
     return entries, rows, missing
 
@@ -174,7 +175,7 @@ def _score(
         bad: dict[str, str] = {}
         done = 0
         for group in _groups(entries, standings):
-            bad |= encode(_items(group, embedded, spec.instruction_sensitivity), cache, how, on_progress)
+            bad |= encode(_items(spec, group, embedded), cache, how, on_progress)
             for dataset in group:
                 suite, name = dataset.row.suite, dataset.row.name
                 standing = standings.setdefault(suite, _Standing())
@@ -209,14 +210,21 @@ def _groups(entries: Iterable[Entry], standings: dict[str, _Standing]) -> Iterat
         yield group
 
 
-def _items(group: Sequence[Dataset], embedded: set[str], without: bool) -> Iterator[Item]:
+def _items(spec: BenchmarkSpec, group: Sequence[Dataset], embedded: set[str]) -> Iterator[Item]:
     """Everything to embed for a group; a corpus only the first time."""
     for dataset in group:
-        for asked in (dataset, without_instructions(dataset)) if without else (dataset,):
+        for asked in filter(None, (dataset, _plain(spec, dataset))):
             yield from (query.item for query in asked.queries)
         if dataset.corpus not in embedded:
             embedded.add(dataset.corpus)
             yield from dataset.candidates
+
+
+def _plain(spec: BenchmarkSpec, dataset: Dataset) -> Dataset | None:
+    """The dataset without instructions, where it has some and is to be asked without them, too."""
+    if spec.instruction_sensitivity and any(query.item.instruction for query in dataset.queries):
+        return without_instructions(dataset)
+    return None
 
 
 class _Corpora:
@@ -255,8 +263,7 @@ def _score_one(
         "target_modality_accuracy": target_modality_accuracy(scored),
         "remarks": scored.remarks,
     }
-    if spec.instruction_sensitivity and any(query.item.instruction for query in dataset.queries):
-        plain = without_instructions(dataset)
+    if plain := _plain(spec, dataset):
         gained, changed = instruction_sensitivity(
             scored, score_dataset(plain, corpora.queries(plain), candidates, pool=pool)
         )

@@ -131,7 +131,7 @@ def _rows(work: list[list[Item]], store: Store, how: Encoding) -> Iterator[dict[
 def _prepare(
     row: dict[str, Any], ref: ModelRef, prompt: PromptConfig, endpoint: str | None, media: MediaConfig
 ) -> dict[str, Any]:
-    """Token ids and patches of a unit: `ids`, `sides` (one batch of one side each), and `bad`, all pickled."""
+    """A unit, pickled: `good` is id -> token ids and patches of one side, `bad` is id -> why there are none."""
     processor, decoder = _tools(ref.base, prompt, endpoint, media)
     good: dict[str, EncodedBatch] = {}
     bad: dict[str, str] = {}

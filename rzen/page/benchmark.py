@@ -49,6 +49,7 @@ def write_benchmark_page(path: Path, *, title: str, reports: Sequence[SuiteRepor
                 if found.get(dataset)
             }
             for dataset in (line.row.name for line in next(iter(report.standings.values())))
+            if any(found.get(dataset) for found in report.examples.values())
         }
         for report in reports
     }
@@ -56,7 +57,7 @@ def write_benchmark_page(path: Path, *, title: str, reports: Sequence[SuiteRepor
         path,
         "benchmark.html.jinja",
         title=title,
-        sections={"scores": reports, "plots": reports, "examples": any(map(any, wrong.values())), "settings": facts},
+        sections={"scores": reports, "plots": reports, "examples": any(wrong.values()), "settings": facts},
         reports=reports,
         means={report.suite: _means(report.standings) for report in reports},
         problems={report.suite: _problems(report.standings) for report in reports},
