@@ -11,11 +11,10 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from rzen.evaluation.report import FAINT, INK, PANELS_PER_ROW, QUIET, STYLE, colours, svg_text, task_title
+from rzen.evaluation.figures import FAINT, INK, colours, plot_panels
+from rzen.evaluation.report import task_title
 
 MEAN = "mean"
 """Stands among the tasks for the mean over all of them."""
@@ -102,18 +101,15 @@ def plot_effects(found: Sequence[Effect], baseline: str) -> str:
     """One panel per task, one line per arm: the difference in points and its interval. SVG, the same every time."""
     others = [effect for effect in found if effect.arm != baseline]
     arms, tasks = _arms(others), [MEAN, *(task for task in _tasks(others) if task != MEAN)]
-    num_across = min(len(tasks), PANELS_PER_ROW)
-    num_down = math.ceil(len(tasks) / PANELS_PER_ROW)
     reach = 110 * max(max(abs(effect.low), abs(effect.high)) for effect in others) or 1.0
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(1.6 + 2.1 * num_across, num_down * (0.8 + 0.26 * len(arms))), layout="constrained")
-        grid = list(figure.subplots(num_down, num_across, squeeze=False, sharey=True).flat)
-        for axes, task in zip(grid, tasks, strict=False):
-            _draw(axes, arms, [effect for effect in others if effect.task == task], reach)
-        for axes in grid[len(tasks) :]:
-            axes.remove()
-        figure.supxlabel(f"points above {baseline}, with 95% intervals paired by seed", fontsize=9, color=QUIET)
-        return svg_text(figure, f"Difference to {baseline} in points, with 95% intervals paired by seed")
+    unit = "with 95% intervals paired by seed"
+    return plot_panels(
+        tasks,
+        arms,
+        lambda axes, task: _draw(axes, arms, [effect for effect in others if effect.task == task], reach),
+        f"Difference to {baseline} in points, {unit}",
+        f"points above {baseline}, {unit}",
+    )
 
 
 def _draw(axes: Axes, arms: list[str], found: Sequence[Effect], reach: float) -> None:
@@ -123,12 +119,8 @@ def _draw(axes: Axes, arms: list[str], found: Sequence[Effect], reach: float) ->
         axes.plot([100 * effect.difference], [height], color=colour, marker="o", markersize=4)
     axes.axvline(0, color=INK, linewidth=0.8, linestyle=":")
     axes.set_title(_title(found[0].task), loc="left", fontsize=9, color=INK)
-    axes.set_yticks(range(len(arms)), arms)
-    axes.set_ylim(len(arms) - 0.4, -0.6)
     axes.set_xlim(-reach, reach)
     axes.grid(axis="x", color=FAINT, linewidth=0.5)
-    axes.tick_params(length=0)
-    axes.spines[["left", "bottom"]].set_visible(False)
 
 
 def _arms(found: Sequence[Effect]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -17,26 +16,8 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from rich.text import Text
 
+from rzen.evaluation.figures import FAINT, INK, QUIET, STYLE, colours, draw_bars, plot_panels, svg_text
 from rzen.evaluation.tasks import TASKS
-
-# Okabe and Ito's colours, told apart by the colour-blind; pure greys, which a page may recolour for a dark background.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-INK, QUIET, FAINT = "#333333", "#777777", "#dddddd"
-STYLE = {
-    "svg.hashsalt": "rzen",  # equal plots are equal bytes
-    "font.size": 9,
-    "text.color": INK,
-    "axes.labelcolor": QUIET,
-    "axes.edgecolor": FAINT,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": QUIET,
-    "ytick.color": QUIET,
-    "xtick.labelcolor": QUIET,
-    "ytick.labelcolor": INK,
-    "lines.linewidth": 1.2,
-}
-PANELS_PER_ROW = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,16 +80,12 @@ def terminal_table(rows: Sequence[Result]) -> Table:
 def plot_scores(rows: Sequence[Result]) -> str:
     """One panel per task and metric, one thin bar per model, a dotted line at chance. SVG text, the same every time."""
     models, columns, found = _index(rows)
-    num_across = min(len(columns), PANELS_PER_ROW)
-    num_down = math.ceil(len(columns) / PANELS_PER_ROW)
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(1.2 + 2.1 * num_across, num_down * (0.8 + 0.26 * len(models))), layout="constrained")
-        grid = list(figure.subplots(num_down, num_across, squeeze=False, sharey=True).flat)
-        for axes, column in zip(grid, columns, strict=False):
-            _draw_scores(axes, models, column, found)
-        for axes in grid[len(columns) :]:
-            axes.remove()
-        return svg_text(figure, "Retrieval scores by task and model")
+    return plot_panels(
+        columns,
+        models,
+        lambda axes, column: _draw_scores(axes, models, column, found),
+        "Retrieval scores by task and model",
+    )
 
 
 def plot_losses(curves: Mapping[str, Sequence[tuple[int, float]]]) -> str:
@@ -160,24 +137,11 @@ def _table(rows: Sequence[Result]) -> tuple[list[str], list[tuple[str, list[tupl
 
 def _draw_scores(axes: Axes, models: list[str], column: Column, found: Mapping[tuple[str, Column], Result]) -> None:
     task, metric = column
-    for height, (model, colour) in enumerate(zip(models, colours(len(models)), strict=True)):
-        row = found.get((model, column))
-        if row is not None:
-            axes.plot([0, 100 * row.value], [height, height], color=colour, linewidth=4, solid_capstyle="butt")
-            axes.annotate(
-                _percent(row.value), (100 * row.value, height), (4, 0), textcoords="offset points", va="center"
-            )
     chance = _chance(column, found)
     axes.axvline(100 * chance, color=INK, linewidth=0.8, linestyle=":")
-    axes.set_title(
-        f"{task_title(task)}\n{_metric(metric)}, %  ⋮ chance {_percent(chance)}", loc="left", fontsize=9, color=INK
-    )
-    axes.set_yticks(range(len(models)), models)
-    axes.set_ylim(len(models) - 0.4, -0.6)
-    axes.set_xlim(0, 118)
-    axes.set_xticks([0, 50, 100])
-    axes.tick_params(length=0)
-    axes.spines[["left", "bottom"]].set_visible(False)
+    rows = [found.get((model, column)) for model in models]
+    title = f"{task_title(task)}\n{_metric(metric)}, %  ⋮ chance {_percent(chance)}"
+    draw_bars(axes, [row.value if row else None for row in rows], _percent, title)
 
 
 def _label_ends(axes: Axes, curves: Mapping[str, Sequence[tuple[int, float]]]) -> None:
@@ -205,11 +169,6 @@ def _columns(curves: Mapping[str, Sequence[tuple[int, float]]]) -> list[tuple[li
     return [([step for step, _ in curve], [loss for _, loss in curve]) for curve in curves.values()]
 
 
-def colours(count: int) -> list[str]:
-    """So many, repeated where there are not enough."""
-    return [COLOURS[index % len(COLOURS)] for index in range(count)]
-
-
 def _chance(column: Column, found: Mapping[tuple[str, Column], Result]) -> float:
     return next(row.chance for (_, c), row in found.items() if c == column)
 
@@ -226,11 +185,3 @@ def _metric(metric: str) -> str:
 def _percent(value: float) -> str:
     """With one decimal; chance of large pools keeps two digits."""
     return f"{100 * value:.2f}" if 0 < value < 0.01 else f"{100 * value:.1f}"
-
-
-def svg_text(figure: Figure, title: str) -> str:
-    """The figure as an SVG element; equal figures give equal text."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", facecolor="white", metadata={"Title": title, "Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]

@@ -6,21 +6,18 @@ named and counts 0 in it; what the others alone have on average stands beside.
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from rich.table import Table
 from rich.text import Text
 
 from pipelines.benchmarks.contract import Row
-from rzen.evaluation.report import INK, PANELS_PER_ROW, STYLE, colours, svg_text, write_json
+from rzen.evaluation.figures import draw_bars, plot_panels
+from rzen.evaluation.report import write_json
 
 Scores = Mapping[str, float | int]
 """The content of a `{dataset}_score.json`."""
@@ -128,16 +125,12 @@ def plot_means(standings: Mapping[str, Sequence[Line]]) -> str:
     """One panel for each mean, one thin bar for each model: official means in percent. SVG, the same every time."""
     table = _official(standings)
     models, names = list(table), list(next(iter(table.values())))
-    num_across = min(len(names), PANELS_PER_ROW)
-    num_down = math.ceil(len(names) / PANELS_PER_ROW)
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(1.2 + 2.1 * num_across, num_down * (0.6 + 0.26 * len(models))), layout="constrained")
-        grid = list(figure.subplots(num_down, num_across, squeeze=False, sharey=True).flat)
-        for axes, name in zip(grid, names, strict=False):
-            _draw(axes, name, {model: values[name] for model, values in table.items()})
-        for axes in grid[len(names) :]:
-            axes.remove()
-        return svg_text(figure, "Official means by meta-task and model")
+    return plot_panels(
+        names,
+        models,
+        lambda axes, name: draw_bars(axes, [values[name] for values in table.values()], _percent, name),
+        "Official means by meta-task and model",
+    )
 
 
 def write_standing(path: Path, lines: Sequence[Line], settings: Mapping[str, Any]) -> None:
@@ -160,19 +153,6 @@ def _official(standings: Mapping[str, Sequence[Line]]) -> dict[str, dict[str, fl
         if [line.row.name for line in lines] != [line.row.name for line in standings[first]]:
             raise ValueError(f"{model} was not measured on the datasets of {first}")
     return {model: {mean.name: mean.official for mean in means(lines)} for model, lines in standings.items()}
-
-
-def _draw(axes: Axes, name: str, values: Mapping[str, float]) -> None:
-    for height, (value, colour) in enumerate(zip(values.values(), colours(len(values)), strict=True)):
-        axes.plot([0, 100 * value], [height, height], color=colour, linewidth=4, solid_capstyle="butt")
-        axes.annotate(_percent(value), (100 * value, height), (4, 0), textcoords="offset points", va="center")
-    axes.set_title(name, loc="left", fontsize=9, color=INK)
-    axes.set_yticks(range(len(values)), list(values))
-    axes.set_ylim(len(values) - 0.4, -0.6)
-    axes.set_xlim(0, 118)
-    axes.set_xticks([0, 50, 100])
-    axes.tick_params(length=0)
-    axes.spines[["left", "bottom"]].set_visible(False)
 
 
 def _mean(name: str, lines: Sequence[Line]) -> Mean:
