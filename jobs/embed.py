@@ -22,6 +22,7 @@ import ray.data
 from jobs.cluster import Resources, check_size, ray_cluster, ray_data
 from jobs.models import load_exported
 from jobs.progress import Bars, say
+from jobs.runs import as_json
 from jobs.spec import EmbedSpec
 from pipelines.config import DataConfig
 from pipelines.reader import Reader
@@ -65,7 +66,7 @@ def run(spec: EmbedSpec) -> dict[str, Any]:
         "dtype": spec.dtype,
         "data": spec.data.model_dump(mode="json") | {"root": open_store(spec.data.root, spec.data.endpoint).url},
     }
-    store.write(MANIFEST, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
+    store.write(MANIFEST, as_json(content))
     for reason, count in skipped.items():
         say(f"  skipped: {reason} {count:,}", "yellow")
     return {"outputs": [spec.out], "vectors": content["num_vectors"], "skipped": dict(skipped)}

@@ -14,6 +14,7 @@ from jobs.cluster import ray_cluster
 from jobs.dispatch import named_specs, run_spec
 from jobs.load import Document, check, read_document, substitute
 from jobs.progress import duration, say
+from jobs.runs import as_json
 from jobs.spec import IndexSpec, IngestSpec, PipelineSpec, Spec
 from pipelines.errors import UserError
 from pipelines.storage import open_store
@@ -63,7 +64,7 @@ def run(spec: PipelineSpec, document: Document) -> dict[str, Any]:
             outputs = result["outputs"]
             elapsed_s = round(time.monotonic() - begun_s, 1)
             record = {"key": key, "elapsed_s": elapsed_s, "result": result}
-            state.write(_record(name), (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
+            state.write(_record(name), as_json(record))
             say(f"  done in {duration(elapsed_s)}", "dim")
     say(f"{spec.name} complete in {duration(time.monotonic() - started_s)}", "bold")
     return {"outputs": outputs}

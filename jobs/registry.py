@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.models import publish_folder
+from jobs.runs import as_json
 from pipelines.errors import UserError
 from pipelines.store import Store
 
@@ -60,7 +61,7 @@ class Registry:
             raise UserError(place.url, "is there already, and models never change", "publish it under another id")
         publish_folder(folder, place)
         content = {**lineage, "id": model, **_signature()}
-        if not place.write_if(LINEAGE, _json(content), None):
+        if not place.write_if(LINEAGE, as_json(content), None):
             raise UserError(
                 place.url, "was published by somebody else at the same time", "look at it: rzen registry show"
             )
@@ -99,7 +100,7 @@ class Registry:
                 "url": self.url(promotion["model"]),
                 **_signature(),
             }
-            self.store.write_if(CHAMPION, _json(content), tag)  # if it fails, another has done it
+            self.store.write_if(CHAMPION, as_json(content), tag)  # if it fails, another has done it
         return Champion(newest, str(promotion["model"]))
 
     def promote(
@@ -119,7 +120,7 @@ class Registry:
             "report": report,
             **_signature(),
         }
-        if self._newest() >= generation or not self.store.write_if(_path(generation), _json(content), None):
+        if self._newest() >= generation or not self.store.write_if(_path(generation), as_json(content), None):
             now = self.champion()
             problem = f"has another champion by now: {now.model if now else 'none'}"
             raise UserError(self.store.url, problem, "compare with that one: give the command again")
@@ -141,7 +142,7 @@ class Registry:
 
     def record(self, tick: str, content: Mapping[str, Any]) -> None:
         """Replaces what is known of a tick."""
-        self.store.write(f"{TICKS}/{tick}.json", _json({**content, "tick": tick, **_signature()}))
+        self.store.write(f"{TICKS}/{tick}.json", as_json({**content, "tick": tick, **_signature()}))
 
     def tick(self, tick: str) -> dict[str, Any]:
         """What is known of a tick; nothing, if it is new."""
@@ -220,7 +221,7 @@ class Lease:
     def _renew(self, seconds: float | None = None) -> bool:
         until_s = time.time() + (self._seconds if seconds is None else seconds)
         content = {"holder": self._id, "until": until_s, "nonce": uuid.uuid4().hex, **_signature()}
-        if not self._store.write_if(LEASE, _json(content), self._tag):
+        if not self._store.write_if(LEASE, as_json(content), self._tag):
             return False
         data, self._tag = self._store.read_tagged(LEASE)
         self._until_s = until_s if json.loads(data)["holder"] == self._id else 0.0
@@ -247,7 +248,3 @@ def _signature() -> dict[str, str]:
 def _read(store: Store, path: str) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(store.read(path))
     return content
-
-
-def _json(content: Mapping[str, Any]) -> bytes:
-    return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()

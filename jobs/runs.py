@@ -87,7 +87,7 @@ class Run:
         self.store.ensure_bucket()
         self.store.delete_tree("")
         facts = {"id": uuid.uuid4().hex, "versions": versions(), "revision": revision()}
-        self.store.write(SPEC, _json(identity | facts))
+        self.store.write(SPEC, as_json(identity | facts))
         return True
 
     def step(self) -> int:
@@ -107,7 +107,7 @@ class Run:
 
     def record(self, phase: Phase) -> None:
         """Adds a change of the mixture."""
-        self.store.write(PHASES, _json([asdict(some) for some in (*self.phases(), phase)]))
+        self.store.write(PHASES, as_json([asdict(some) for some in (*self.phases(), phase)]))
 
     def log(self, event: str) -> None:
         """Adds a line to `log.txt`. The driver's, one thread a run."""
@@ -117,7 +117,7 @@ class Run:
     def finish(self, summary: dict[str, Any], metrics: list[dict[str, Any]]) -> None:
         """Makes the end of the run known. The result is in place by now."""
         self.store.write(METRICS, to_lines(metrics))
-        self.store.write(DONE, _json(summary))
+        self.store.write(DONE, as_json(summary))
         self.store.delete_tree("checkpoints")
         self.store.delete(LATEST)
 
@@ -164,7 +164,7 @@ class Checkpoints:
             this = {"path": path, "accuracy": _accuracy(rows, before["step"])}
             state["best"] = max(this, before.get("best", this), key=lambda some: some["accuracy"])
             kept.add(state["best"]["path"])
-        self._store.write(LATEST, _json(state))
+        self._store.write(LATEST, as_json(state))
         self.published_s = time.time()
         shutil.rmtree(folder, ignore_errors=True)
         names = sorted({"/".join(name.split("/")[:2]) for name in self._store.list("checkpoints")})
@@ -209,7 +209,8 @@ def differences(before: Any, after: Any, key: str = "") -> list[str]:
     return [] if before == after else [f"{key} {before!r} -> {after!r}"]
 
 
-def _json(content: Any) -> bytes:
+def as_json(content: Any) -> bytes:
+    """A file of JSON for people and programs: equal contents are equal bytes."""
     return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
 
 
