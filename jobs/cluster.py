@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 from jobs.progress import Bars
 from jobs.spec import TrainSpec
@@ -33,6 +34,7 @@ class Resources:
 
 
 POLL_S = 0.3
+MAX_LINKED = 16  # runs that a link names
 _ROUNDING = 1e-9
 
 
@@ -55,6 +57,18 @@ def set_environment() -> None:
     # Ray's processes are new interpreters: they must find this package, and the commands beside this interpreter.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+
+def metrics_link(runs: Sequence[str]) -> str | None:
+    """Grafana's page of these runs; None where the cluster's head, whose variables its jobs inherit, knows no Grafana.
+
+    Ray's dashboard reads the same variables, and embeds the same page.
+    """
+    host = os.environ.get("RAY_GRAFANA_IFRAME_HOST") or os.environ.get("RAY_GRAFANA_HOST")
+    if not host:
+        return None
+    chosen = f"?{urlencode({'var-run': runs}, doseq=True)}" if len(runs) <= MAX_LINKED else ""  # else all of them
+    return f"{host.rstrip('/')}/d/rzen{chosen}"
 
 
 @contextmanager

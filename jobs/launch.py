@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from threading import Event, Thread
 from typing import Any
 
-from jobs.cluster import POLL_S, Resources, check_size, has_room, ray_cluster, user_error
+from jobs.cluster import POLL_S, Resources, check_size, has_room, metrics_link, ray_cluster, user_error
 from jobs.fit import Prepared, fit, prepare
 from jobs.progress import Board, RunTable, say
 from jobs.runs import DONE, Run
@@ -49,6 +49,8 @@ def launch(
             if not spec.cluster.autoscaling:
                 each = Resources(spec.cluster.cpus_per_worker, spec.cluster.gpus_per_worker)
                 check_size("workers", spec.cluster.workers, each, spec.feed)
+        if link := metrics_link([prepared.run.spec.name for prepared in unfinished]):
+            say(f"  metrics  {link}", "dim")
         with ExitStack() as stack:
             table = stack.enter_context(RunTable([prepared.run.spec.name for prepared in unfinished]))
             abandoned = Event()

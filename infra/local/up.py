@@ -22,6 +22,7 @@ import yaml
 from jobs.local_s3 import free_port
 
 MONITORING = Path(__file__).resolve().parents[1] / "monitoring"
+RAY_DASHBOARD = "session_latest/metrics/grafana/dashboards/default_grafana_dashboard.json"
 _DISCOVERY = "prom_metrics_service_discovery.json"
 _POLL_S = 0.2
 _GRACE_S = 20
@@ -75,20 +76,25 @@ def _environment(options: argparse.Namespace) -> dict[str, str]:
         # These two ports are the same for every Ray of a machine, and it says nothing if they are taken.
         "AUTOSCALER_METRIC_PORT": os.environ.get("AUTOSCALER_METRIC_PORT", str(free_port())),
         "DASHBOARD_METRIC_PORT": os.environ.get("DASHBOARD_METRIC_PORT", str(free_port())),
-        # Ray's dashboard shows Prometheus' and Grafana's panels.
         "RAY_PROMETHEUS_HOST": f"http://127.0.0.1:{options.prometheus_port}",
-        "RAY_GRAFANA_HOST": f"http://127.0.0.1:{options.grafana_port}",
-        "RAY_GRAFANA_IFRAME_HOST": f"http://127.0.0.1:{options.grafana_port}",
-        # For Grafana and its files in infra/monitoring/grafana.
-        "RZEN_PROMETHEUS": f"http://127.0.0.1:{options.prometheus_port}",
-        "RZEN_DASHBOARDS": str(MONITORING / "grafana"),
-        "GF_SERVER_HTTP_ADDR": "127.0.0.1",
-        "GF_SERVER_HTTP_PORT": str(options.grafana_port),
-        "GF_PATHS_DATA": f"{options.temp_dir}/grafana",
-        "GF_PATHS_PROVISIONING": f"{options.temp_dir}/provisioning",
-        "GF_SECURITY_ALLOW_EMBEDDING": "true",
-        "GF_AUTH_ANONYMOUS_ENABLED": "true",
     }
+    if shutil.which("grafana"):
+        chosen |= {
+            # Ray's dashboard embeds Grafana's: its own on one tab of the page Metrics, ours on the other.
+            "RAY_GRAFANA_HOST": f"http://127.0.0.1:{options.grafana_port}",
+            "RAY_GRAFANA_DATA_DASHBOARD_UID": "rzen",
+            "RAY_PROMETHEUS_NAME": "rzen",
+            # For Grafana and its files in infra/monitoring/grafana.
+            "RZEN_PROMETHEUS": f"http://127.0.0.1:{options.prometheus_port}",
+            "RZEN_DASHBOARDS": str(MONITORING / "grafana"),
+            "RZENRAY_DASHBOARD": f"{options.temp_dir}/{RAY_DASHBOARD}",
+            "GF_SERVER_HTTP_ADDR": "127.0.0.1",
+            "GF_SERVER_HTTP_PORT": str(options.grafana_port),
+            "GF_PATHS_DATA": f"{options.temp_dir}/grafana",
+            "GF_PATHS_PROVISIONING": f"{options.temp_dir}/provisioning",
+            "GF_SECURITY_ALLOW_EMBEDDING": "true",
+            "GF_AUTH_ANONYMOUS_ENABLED": "true",
+        }
     if chosen["RAY_AUTH_MODE"] == "token" and not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
         chosen["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     return chosen

@@ -29,16 +29,18 @@ class LocalCluster:
     environment: dict[str, str]
     """Of a shell that has taken over what the cluster said."""
     prometheus: str
-    """URL."""
+    grafana: str
+    """URLs, whether these programs are installed or not."""
 
 
 @contextmanager
-def local_cluster(*options: str) -> Iterator[LocalCluster]:
-    """Ends with the block, and leaves nothing behind."""
+def local_cluster(*options: str, programs: Path | None = None) -> Iterator[LocalCluster]:
+    """Ends with the block, and leaves nothing behind. `programs`: a folder that comes first in PATH."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    kept["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), kept["PATH"]])
+    first = [str(programs)] if programs else []
+    kept["PATH"] = os.pathsep.join([*first, str(Path(sys.executable).parent), kept["PATH"]])
     folder = Path(tempfile.mkdtemp(prefix="rzi", dir="/tmp"))  # short: sockets of Ray lie in it
-    ports = {name: free_port() for name in ("port", "dashboard-port", "client-port", "prometheus-port")}
+    ports = {name: free_port() for name in ("port", "dashboard-port", "client-port", "prometheus-port", "grafana-port")}
     command = [sys.executable, "-m", "infra.local.up", f"--temp-dir={folder}", *options]
     command += [f"--{name}={port}" for name, port in ports.items()]
     process = subprocess.Popen(command, cwd=ROOT, env=kept, stdout=subprocess.PIPE, text=True)
@@ -47,7 +49,8 @@ def local_cluster(*options: str) -> Iterator[LocalCluster]:
         told = "".join(takewhile(lambda line: "Ctrl-C" not in line, process.stdout))
         exports = dict(re.findall(r"export (RAY_\w+)=(\S+)", told))
         assert exports["RAY_AUTH_MODE"] == "token"
-        yield LocalCluster(folder, kept | exports, f"http://127.0.0.1:{ports['prometheus-port']}")
+        urls = [f"http://127.0.0.1:{ports[name]}" for name in ("prometheus-port", "grafana-port")]
+        yield LocalCluster(folder, kept | exports, *urls)
     finally:
         end(process)
         _remove(folder)

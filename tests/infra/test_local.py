@@ -108,6 +108,8 @@ def test_ray_gets_a_token_and_monitoring_finds_it(programs: Path, tmp_path: Path
     assert "RAY_AUTH_MODE=token" in environment
     assert f"export {token}" in lines
     assert "RAY_PROMETHEUS_HOST=http://127.0.0.1:9090" in environment
+    assert "RAY_GRAFANA_HOST=http://127.0.0.1:3000" in environment
+    assert "RAY_GRAFANA_DATA_DASHBOARD_UID=rzen" in environment  # Ray's dashboard shows ours
     assert "--dashboard-host=127.0.0.1" in arguments
     assert "--num-cpus=2" in arguments
     config = yaml.safe_load((folder / "prometheus.yaml").read_text())
@@ -133,6 +135,7 @@ def test_without_monitoring_and_without_token_if_the_user_says_so(programs: Path
         process.wait(20)
     assert "export RAY_AUTH_MODE=disabled" in lines
     assert "RAY_AUTH_TOKEN" not in environment
+    assert "RAY_GRAFANA_HOST" not in environment
     assert {"# prometheus is not installed", "# grafana is not installed"} <= set(lines)
 
 

@@ -1,10 +1,11 @@
+import json
 import os
 from concurrent.futures import Future
 from typing import Any
 
 import pytest
 
-from jobs.cluster import set_environment, user_error
+from jobs.cluster import MAX_LINKED, ROOT, metrics_link, set_environment, user_error
 from pipelines.errors import UserError
 
 MISTAKE = UserError("place", "problem", "fix")
@@ -65,6 +66,20 @@ def test_local_ray_gets_a_token_of_its_own_and_a_cluster_keeps_its_own(monkeypat
     assert "RAY_AUTH_TOKEN" not in os.environ
     assert os.environ["RAY_TRAIN_ENABLE_STATE_TRACKING"] == "1"
     monkeypatch.delenv("RAY_TRAIN_ENABLE_STATE_TRACKING")
+
+
+def test_link_to_the_numbers_is_that_of_our_dashboard_as_a_browser_knows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_GRAFANA_HOST", "RAY_GRAFANA_IFRAME_HOST"):
+        monkeypatch.delenv(name, raising=False)
+    assert metrics_link(["stage2"]) is None
+    monkeypatch.setenv("RAY_GRAFANA_HOST", "http://grafana.monitoring")
+    assert metrics_link(["stage2"]) == "http://grafana.monitoring/d/rzen?var-run=stage2"
+    monkeypatch.setenv("RAY_GRAFANA_IFRAME_HOST", "https://numbers.example/")
+    assert metrics_link(["a b", "c"]) == "https://numbers.example/d/rzen?var-run=a+b&var-run=c"
+    assert metrics_link(["run"] * (MAX_LINKED + 1)) == "https://numbers.example/d/rzen"
+    board = json.loads((ROOT / "infra/monitoring/grafana/rzen.json").read_text())
+    assert board["uid"] == "rzen"
+    assert "run" in [variable["name"] for variable in board["templating"]["list"]]
 
 
 @pytest.mark.ray
