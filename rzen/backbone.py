@@ -18,7 +18,7 @@ from rzen.checkpoints import checkpoint_dir
 from rzen.config import ModelConfig, TinyBackbone
 from rzen.families import FAMILIES
 from rzen.prompts import END_OF_TEXT, IM_END, IM_START, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START, fixed_texts
-from rzen.vision_attention import use_grouped_attention
+from rzen.vision import use_fast_vision
 
 SPECIAL_TOKENS = (END_OF_TEXT, IM_START, IM_END, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD)
 
@@ -36,8 +36,7 @@ def load_backbone(path_or_hub: str, model: ModelConfig) -> PreTrainedModel:
         attn_implementation=model.attention,
         **(_nf4(dtype) if model.quantize else {}),
     )
-    if model.attention == "sdpa":
-        use_grouped_attention(backbone)
+    use_fast_vision(backbone)
     if model.gradient_checkpointing:
         # Non-reentrant checkpoints need no input that requires a gradient, so that adapters alone can be trained.
         backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

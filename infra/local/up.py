@@ -35,7 +35,8 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     environment = os.environ | _environment(options)
     commands = _commands(options, folder)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell that starts it in the background has SIGINT ignored
+        signal.signal(number, signal.default_int_handler)
     started: dict[str, subprocess.Popen[bytes]] = {}
     try:
         for name, command in commands.items():

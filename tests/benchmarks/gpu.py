@@ -12,7 +12,8 @@ encoded beforehand: short texts against images of 256, 576 and 1280 tokens, and 
     plain     transformers' model and processor output, padded, InfoNCE by cross-entropy, in the largest that fit
 
 All train one model with one optimizer, in one process, and take turns; ratios are to `plain` of the same turn. `plain`
-has the vision attention of transformers, a call for each image. Only `cached` contrasts all pairs with each other.
+has the vision tower of transformers: a call of attention for each image, patches by a convolution. Only `cached`
+contrasts all pairs with each other.
 
 Ceiling: bf16 products of square matrices on the same device, median. Operations are counted by formula (`flops.py`):
 `needed` is forward and backward without padding and without anything repeated, as in the usual MFU; `computed` adds
@@ -48,6 +49,7 @@ from rzen.processor import EncodedBatch
 from rzen.training.batch import EncodedPairs
 from rzen.training.optim import build_optimizer
 from rzen.training.step import Learner
+from rzen.vision import PatchProjection
 from tests.benchmarks import flops, plain, synthetic
 from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.turns import say, show, spread
@@ -79,7 +81,8 @@ class Bench:
         embedder = Embedder(self.model, synthetic.LAYOUT)
         self.learner = Learner(embedder, Objective(ObjectiveConfig(), ["t"])).to(device).train()
         self.optimizer = build_optimizer(self.learner, OptimConfig())
-        self._attention = {"ours": self.model.visual.config._attn_implementation, "plain": attention}
+        self._ours = self.model.visual.config._attn_implementation
+        self._plain = attention
 
     def batch(self, case: str, num_pairs: int) -> list[EncodedPairs]:
         """Pairs of a case, each for itself."""
@@ -100,7 +103,8 @@ class Bench:
             losses = [lambda part=part: self.learner(part, [("t", len(part))], LATER)[0] for part in parts]
 
         def step() -> None:
-            self.model.visual.config._attn_implementation = self._attention["plain" if way == "plain" else "ours"]
+            self.model.visual.config._attn_implementation = self._plain if way == "plain" else self._ours
+            self.model.visual.patch_embed.proj.__class__ = nn.Conv3d if way == "plain" else PatchProjection
             self.learner.chunk_tokens = self.chunk_tokens if way == "cached" else None
             for loss in losses:
                 loss().backward()

@@ -17,7 +17,7 @@ from rzen.lora import add_lora
 from rzen.processor import GRID_KINDS, EncodedBatch, Processor, VisionLayout
 from rzen.prompts import VisionKind
 from rzen.training.batch import EncodedPairs, PairEncoder
-from rzen.vision_attention import use_grouped_attention
+from rzen.vision import use_fast_vision
 
 HEAD_TOKENS, TAIL_TOKENS = 30, 15  # about what a template puts around a side
 LAYOUT = VisionLayout(14, 2, 2, CLIP_MEAN, CLIP_STD)
@@ -72,8 +72,7 @@ def build(shape: Shape, device: str, attention: str, *, checkpointing: bool = Tr
     torch.manual_seed(0)
     with torch.device(device):
         backbone: PreTrainedModel = AutoModel.from_config(shape.config, dtype=dtype, attn_implementation=attention)
-    if attention == "sdpa":
-        use_grouped_attention(backbone)
+    use_fast_vision(backbone)
     if checkpointing:
         backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = add_lora(backbone, LoraConfig(), seed=0)

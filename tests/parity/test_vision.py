@@ -1,4 +1,4 @@
-"""Vision attention over neighbours of one size at once against transformers' loop over single images."""
+"""The fast vision tower against transformers' own: neighbours of one size at once, patches by a product."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModel
 
 from pipelines.samples import DecodedSide
-from rzen import vision_attention
+from rzen import vision
 from rzen.backbone import load_backbone
 from rzen.embedder import Embedder
 from rzen.families import FAMILIES
@@ -44,16 +44,16 @@ def vectors_and_gradients(backbone: Any, processor: Processor, sides: Sequence[D
         ([DecodedSide(visuals=(noise("video", 6, 57, 83), noise("image", 1, 60, 60)))], [3]),
     ],
 )
-def test_grouped_attention_equals_the_loop(
+def test_the_fast_tower_equals_the_slow_one(
     model_dir: str, sides: list[DecodedSide], together: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kernel, batches = vision_attention.scaled_dot_product_attention, []
+    kernel, batches = vision.scaled_dot_product_attention, []
 
     def counted(query: Tensor, *rest: Tensor, **options: Any) -> Tensor:
         batches.append(len(query))
         return kernel(query, *rest, **options)
 
-    monkeypatch.setattr(vision_attention, "scaled_dot_product_attention", counted)
+    monkeypatch.setattr(vision, "scaled_dot_product_attention", counted)
     processor = Processor(model_dir, PROMPT)
     grouped = vectors_and_gradients(load_backbone(model_dir, tiny_model(model_dir)), processor, sides)
     looped = vectors_and_gradients(AutoModel.from_pretrained(model_dir), processor, sides)
@@ -63,7 +63,27 @@ def test_grouped_attention_equals_the_loop(
     assert batches[-len(together) :] == together  # in the last block: whole images and frames
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_patches_by_a_product_equal_the_convolution(dtype: torch.dtype) -> None:
+    for bias in (True, False):
+        convolution = torch.nn.Conv3d(3, 24, (2, 5, 5), (2, 5, 5), bias=bias, dtype=dtype)
+        patches = torch.randn(7, 3, 2, 5, 5, dtype=dtype)
+        expected = convolution(patches)
+        convolution.__class__ = vision.PatchProjection
+        found = convolution(patches)
+        assert found.shape == expected.shape
+        torch.testing.assert_close(found, expected)
+
+
+def test_patches_larger_than_the_kernel_are_refused() -> None:
+    projection = vision.PatchProjection(3, 24, (2, 5, 5), (2, 5, 5))
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        projection(torch.randn(7, 3, 2, 10, 5))
+
+
 def test_a_backbone_is_stored_without_it(model_dir: str, tmp_path: Path) -> None:
     load_backbone(model_dir, tiny_model(model_dir)).save_pretrained(tmp_path)
-    assert vision_attention.NAME not in (tmp_path / "config.json").read_text()
-    assert AutoModel.from_pretrained(tmp_path).visual.config._attn_implementation == "sdpa"
+    assert vision.NAME not in (tmp_path / "config.json").read_text()
+    visual = AutoModel.from_pretrained(tmp_path).visual
+    assert visual.config._attn_implementation == "sdpa"
+    assert type(visual.patch_embed.proj) is torch.nn.Conv3d
