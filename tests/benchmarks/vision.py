@@ -46,7 +46,7 @@ def tower(size: str, device: str) -> Any:
     config = synthetic.SHAPES[size].config
     if size == "2b" and device == "cpu":
         config.vision_config.depth = CPU_DEPTH
-    config.text_config.num_hidden_layers = 1  # not used
+    config.text_config.num_hidden_layers = config.text_config.vocab_size = 1  # not used
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     with torch.device(device):

@@ -18,7 +18,7 @@ from rzen.embedder import Embedder
 from rzen.loss import Objective
 from rzen.processor import EncodedBatch
 from rzen.training.step import Learner
-from tests.benchmarks import flops, padding, plain, soup, synthetic
+from tests.benchmarks import flops, padding, plain, soup, synthetic, vision
 from tests.benchmarks.turns import ROOT
 
 TINY = synthetic.SHAPES["tiny"]
@@ -100,6 +100,13 @@ def test_the_padding_benchmark_runs() -> None:
 
 @pytest.mark.slow
 @pytest.mark.long
+def test_the_vision_benchmark_runs() -> None:
+    options = vision.arguments(["--images", "1", "--turns", "1"])
+    (tiny, *_, both) = vision.times("tiny", options)  # which compares the vectors of all ways
+    assert "| tiny | 2 | transformers | 1.00 |" in tiny
+    assert "| both |" in both
+
+
 def test_the_soup_benchmark_runs_and_tells_right_from_wrong() -> None:
     found = soup.report(soup.arguments(["--blocks", "1", "--turns", "1"]))
     cells = [line.strip("| ").split(" | ") for line in found.splitlines() if line.startswith("| ")]
