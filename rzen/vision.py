@@ -5,7 +5,7 @@ With an implementation whose name contains `flash` they call it once for all pat
 `grouped_sdpa` is registered under such a name, and hands neighbours of one size to torch as one batch.
 
 Patches: the first layer is a convolution whose kernel is as large as what it is given, hence a product of matrices; the
-kernels for convolutions take several times as long (tests/benchmarks/vision.py).
+kernels for convolutions take longer, which counts in small towers (tests/benchmarks/vision.md).
 """
 
 from __future__ import annotations
