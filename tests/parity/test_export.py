@@ -32,6 +32,7 @@ from rzen.families import FAMILIES
 from rzen.lora import load_adapter
 from rzen.processor import Processor
 from rzen.prompts import IMAGE_PAD, TEMPLATES, render
+from rzen.vision import use_fast_vision
 from tests.export.make import trained_adapter
 from tests.tiny import PROMPT, TEXTS, mixed_sides, noise, tiny_checkpoint, tiny_model
 
@@ -190,7 +191,9 @@ def test_peft_loads_the_adapter(tmp_path: Path) -> None:
     identity = ModelIdentity(prompt=PROMPT)
     base, adapter, out = export(tmp_path, identity, "adapter")
     named = json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"]
-    model = peft.PeftModel.from_pretrained(AutoModel.from_pretrained(named), out).eval()
+    backbone = AutoModel.from_pretrained(named)
+    use_fast_vision(backbone)  # the last bits are those of the kernels
+    model = peft.PeftModel.from_pretrained(backbone, out).eval()
     own = load_adapter(load_backbone(base, tiny_model(base)), adapter)
     processor = Processor(base, PROMPT)
     with torch.no_grad():
