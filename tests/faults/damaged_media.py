@@ -381,7 +381,9 @@ def clip(
         av.open(file.name, "w", format=form, options=container_options or {}) as container,
     ):
         container.flags |= av.container.Flags.bitexact.value
-        stream: Any = container.add_stream(codec, rate=_RATE, options=codec_options or {})
+        # Equal bytes in every run: x264's macroblock tree reads memory that it has not written.
+        constant = {"mbtree": "0"} if codec == "libx264" else {}
+        stream: Any = container.add_stream(codec, rate=_RATE, options=constant | (codec_options or {}))
         stream.width, stream.height, stream.pix_fmt = *size, pix_fmt
         stream.codec_context.time_base = Fraction(1, 1000) if times else Fraction(1, _RATE)
         stream.codec_context.gop_size = gop

@@ -490,6 +490,14 @@ def test_a_clip_shows_the_motion_its_caption_tells(motion: str, place: str, capt
     assert side > 0.4
 
 
+def test_a_clip_is_the_same_file_in_every_run() -> None:
+    frames = draw_clip(Clip(RED_CIRCLE, BLUE_STAR, "right", "below"), 90, 11, Random(0))
+    data = encode_clip(frames)
+    assert data == encode_clip(frames)
+    # What x264 says of itself in the file. Without these, other bytes are too rare to wait for.
+    assert all(setting in data for setting in (b" threads=1 ", b" mbtree=0 "))
+
+
 @pytest.mark.parametrize("chart", ["bar", "line", "pie"])
 def test_a_page_tells_the_same_numbers_in_text_table_and_chart(chart: str) -> None:
     page = Page("tea exports", chart, "green", "red", chart_first=True)
