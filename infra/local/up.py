@@ -88,7 +88,7 @@ def _environment(options: argparse.Namespace) -> dict[str, str]:
             # For Grafana and its files in infra/monitoring/grafana.
             "RZEN_PROMETHEUS": f"http://127.0.0.1:{options.prometheus_port}",
             "RZEN_DASHBOARDS": str(MONITORING / "grafana"),
-            "RZENRAY_DASHBOARD": f"{options.temp_dir}/{RAY_DASHBOARD}",
+            "RZEN_RAY_DASHBOARD": f"{options.temp_dir}/{RAY_DASHBOARD}",
             "GF_SERVER_HTTP_ADDR": "127.0.0.1",
             "GF_SERVER_HTTP_PORT": str(options.grafana_port),
             "GF_PATHS_DATA": f"{options.temp_dir}/grafana",

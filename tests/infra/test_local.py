@@ -1,6 +1,7 @@
 """The local cluster with stand-ins for ray, prometheus and grafana: what it starts, says and ends."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+from infra.local.up import RAY_DASHBOARD
 
 ROOT = Path(__file__).resolve().parents[2]
 STAND_IN = f"""#!{sys.executable}
@@ -118,9 +121,11 @@ def test_ray_gets_a_token_and_monitoring_finds_it(programs: Path, tmp_path: Path
     assert discovery == [str(folder / "prom_metrics_service_discovery.json")]
     assert (folder / "provisioning" / "dashboards" / "provider.yaml").is_file()
     assert (folder / "provisioning" / "datasources" / "datasource.yaml").is_file()
-    grafana = (programs / "grafana.environment").read_text().splitlines()
-    (dashboards,) = [line.partition("=")[2] for line in grafana if line.startswith("RZEN_DASHBOARDS=")]
-    assert (Path(dashboards) / "rzen.json").is_file()
+    grafana = dict(line.split("=", 1) for line in wait_for(programs / "grafana.environment").splitlines())
+    assert (Path(grafana["RZEN_DASHBOARDS"]) / "rzen.json").is_file()
+    assert grafana["RZEN_RAY_DASHBOARD"] == str(folder / RAY_DASHBOARD)
+    provisioned = "".join(path.read_text() for path in (folder / "provisioning").rglob("*.yaml"))
+    assert set(re.findall(r"\$\{(\w+)\}", provisioned)) <= set(grafana)
 
 
 def test_without_monitoring_and_without_token_if_the_user_says_so(programs: Path, tmp_path: Path) -> None:
