@@ -30,7 +30,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -49,10 +48,10 @@ from rzen.processor import EncodedBatch
 from rzen.training.batch import EncodedPairs
 from rzen.training.optim import build_optimizer
 from rzen.training.step import Learner
-from rzen.vision import PatchProjection
+from rzen.vision import use_fast_vision
 from tests.benchmarks import flops, plain, synthetic
 from tests.benchmarks.machine import describe_machine
-from tests.benchmarks.turns import say, show, spread
+from tests.benchmarks.turns import say, seconds_of, show, spread
 
 CASES = {"256": 128, "576": 96, "1280": 48, "mixed": 96}  # pairs of a step: some seconds
 WAYS = {
@@ -76,13 +75,11 @@ class Bench:
     """The model, and a step of each way."""
 
     def __init__(self, shape: synthetic.Shape, device: str, attention: str, chunk_tokens: int) -> None:
-        self.shape, self.device, self.chunk_tokens = shape, device, chunk_tokens
+        self.shape, self.device, self.attention, self.chunk_tokens = shape, device, attention, chunk_tokens
         self.model: Any = synthetic.build(shape, device, attention)
         embedder = Embedder(self.model, synthetic.LAYOUT)
         self.learner = Learner(embedder, Objective(ObjectiveConfig(), ["t"])).to(device).train()
         self.optimizer = build_optimizer(self.learner, OptimConfig())
-        self._ours = self.model.visual.config._attn_implementation
-        self._plain = attention
 
     def batch(self, case: str, num_pairs: int) -> list[EncodedPairs]:
         """Pairs of a case, each for itself."""
@@ -103,8 +100,10 @@ class Bench:
             losses = [lambda part=part: self.learner(part, [("t", len(part))], LATER)[0] for part in parts]
 
         def step() -> None:
-            self.model.visual.config._attn_implementation = self._plain if way == "plain" else self._ours
-            self.model.visual.patch_embed.proj.__class__ = nn.Conv3d if way == "plain" else PatchProjection
+            if way == "plain":
+                plain.use_plain_vision(self.model, self.attention)
+            else:
+                use_fast_vision(self.model)
             self.learner.chunk_tokens = self.chunk_tokens if way == "cached" else None
             for loss in losses:
                 loss().backward()
@@ -131,13 +130,9 @@ class Bench:
 
     def measure(self, step: Callable[[], None]) -> Run:
         """One step, its time and peak of memory."""
-        self.synchronize()
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        begun_s = time.perf_counter()
-        step()
-        self.synchronize()
-        seconds = time.perf_counter() - begun_s
+        seconds = seconds_of(step, self.device)
         return Run(seconds, torch.cuda.max_memory_allocated() / 2**30 if self.device == "cuda" else 0.0)
 
     def operations(self, way: str, pairs: list[EncodedPairs], size: int) -> tuple[float, float]:
@@ -155,32 +150,18 @@ class Bench:
             computed += all_computed.step(cached=way == "cached" and len(chunks) > 1, checkpointing=True)
         return needed, computed
 
-    def synchronize(self) -> None:
-        """Waits for the device."""
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-
     def ceiling(self) -> float:
         """Operations a second of a product of square matrices: 8192 wide in bf16 on a GPU."""
         width, dtype = (8192, torch.bfloat16) if self.device == "cuda" else (512, torch.float32)
         a, b = torch.randn(2, width, width, device=self.device, dtype=dtype)
-        seconds = []
-        for _ in range(30):
-            self.synchronize()
-            begun_s = time.perf_counter()
-            a @ b
-            self.synchronize()
-            seconds.append(time.perf_counter() - begun_s)
+        seconds = [seconds_of(lambda: a @ b, self.device) for _ in range(30)]
         return 2 * width**3 / statistics.median(seconds[10:])
 
     def costs(self, step: Callable[[], None]) -> list[str]:
         """Markdown: the ten kernels (on a CPU: operators) that take longest."""
         on_gpu = self.device == "cuda"
         with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
-            begun_s = time.perf_counter()
-            step()
-            self.synchronize()
-            seconds = time.perf_counter() - begun_s
+            seconds = seconds_of(step, self.device)
         found = [(event, _own_s(event, on_gpu)) for event in profiler.key_averages()]
         total_s = sum(own_s for _, own_s in found)
         lines = [f"Busy {min(1, total_s / seconds):.0%} of the step.", "", "| kernel | share | s | calls |"]

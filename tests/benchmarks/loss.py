@@ -24,7 +24,6 @@ import argparse
 import importlib.util
 import json
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -35,7 +34,7 @@ from torch.nn.functional import normalize
 from rzen.config import FalseNegativeConfig, HardnessConfig, ObjectiveConfig, TemperatureConfig
 from rzen.loss import Objective
 from tests.benchmarks.machine import describe_machine
-from tests.benchmarks.turns import answer, say, show, spread
+from tests.benchmarks.turns import answer, say, seconds_of, show, spread
 
 WIDTH, TILE_ROWS, TAU, SEED = 1536, 512, 0.02, 0
 TURNS = {4096: 5, 8192: 5, 16384: 2, 32768: 1}
@@ -109,20 +108,10 @@ def inputs(num_rows: int, device: str) -> tuple[Tensor, Tensor]:
 
 def once(loss: Callable[[Tensor, Tensor], Tensor], queries: Tensor, targets: Tensor, device: str) -> float:
     """Seconds of forward and backward."""
-    synchronize(device)
-    begun_s = time.perf_counter()
-    loss(queries, targets).backward()
-    synchronize(device)
-    seconds = time.perf_counter() - begun_s
+    seconds = seconds_of(lambda: loss(queries, targets).backward(), device)
     assert queries.grad is not None
     assert targets.grad is not None
     return seconds
-
-
-def synchronize(device: str) -> None:
-    """Waits for the device."""
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def start_peak(device: str) -> int:

@@ -21,8 +21,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,7 @@ from rzen.embedder import Embedder
 from rzen.processor import EncodedBatch
 from tests.benchmarks import synthetic
 from tests.benchmarks.machine import describe_machine
-from tests.benchmarks.turns import say, show, spread
+from tests.benchmarks.turns import say, seconds_of, show, spread
 
 WAYS = ("whole", "grouped", "packed")
 BUDGETS = (4096, 8192, 16384, 32768)
@@ -75,19 +75,10 @@ def vectors(embedder: Embedder, sides: EncodedBatch, way: str, budget: int) -> T
     return embed(embedder, sides.split(), chunks(way, sides.lengths, budget), twice=False)
 
 
-def seconds(embedder: Embedder, sides: EncodedBatch, way: str, budget: int) -> float:
-    """Of forward and backward."""
-    _synchronize()
-    begun_s = time.perf_counter()
+def step(embedder: Embedder, sides: EncodedBatch, way: str, budget: int) -> None:
+    """Forward and backward."""
     queries_BD, targets_BD = vectors(embedder, sides, way, budget).chunk(2)
     cross_entropy(50 * queries_BD @ targets_BD.T, torch.arange(len(queries_BD), device=queries_BD.device)).backward()
-    _synchronize()
-    return time.perf_counter() - begun_s
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def times(shape: synthetic.Shape, options: argparse.Namespace, attention: str) -> list[str]:
@@ -103,10 +94,10 @@ def times(shape: synthetic.Shape, options: argparse.Namespace, attention: str) -
     assert apart < (1e-5 if options.device == "cpu" else 0.1), apart  # bf16 has 8 bits
     runs: dict[str, list[float]] = {way: [] for way in WAYS}
     for way in WAYS:
-        seconds(embedder, sides, way, budget)
+        step(embedder, sides, way, budget)
     for turn in range(options.turns):
         for way in WAYS:
-            runs[way].append(seconds(embedder, sides, way, budget))
+            runs[way].append(seconds_of(partial(step, embedder, sides, way, budget), options.device))
             say(f"turn {turn + 1}, {way}: {runs[way][-1]:.3g} s")
     lines = [
         f"{options.pairs} pairs, chunks of {budget:,} tokens, attention {attention}. Vectors, of length 1, lie"

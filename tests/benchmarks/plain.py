@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 from torch.nn.utils.rnn import pad_sequence
 
@@ -13,6 +13,12 @@ from rzen.processor import EncodedBatch
 from tests.benchmarks.synthetic import LAYOUT
 
 TAU = 0.02
+
+
+def use_plain_vision(model: Any, attention: str) -> None:
+    """Take `use_fast_vision` back, in place."""
+    model.visual.config._attn_implementation = attention
+    model.visual.patch_embed.proj.__class__ = nn.Conv3d
 
 
 def inputs(sides: EncodedBatch, config: Any) -> dict[str, Tensor]:

@@ -7,7 +7,8 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,22 @@ def answer(module: str, *words: str, **environment: str) -> Any:
     variables = os.environ | {"PYTHONPATH": path} | environment
     done = subprocess.run(command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def seconds_of(step: Callable[[], object], device: str) -> float:
+    """How long a step takes until the device has done it."""
+    _synchronize(device)
+    begun_s = time.perf_counter()
+    step()
+    _synchronize(device)
+    return time.perf_counter() - begun_s
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        import torch  # most benchmarks need none
+
+        torch.cuda.synchronize()
 
 
 def spread(values: Sequence[float], form: str) -> str:

@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from transformers import AutoModel
 from rzen.vision import NAME, PatchProjection, use_fast_vision
 from tests.benchmarks import synthetic
 from tests.benchmarks.machine import describe_machine
-from tests.benchmarks.turns import say, show, spread
+from tests.benchmarks.turns import say, seconds_of, show, spread
 
 WAYS = {
     "transformers": ("sdpa", nn.Conv3d),
@@ -64,20 +64,6 @@ def run(visual: Any, way: str, patches: Tensor, grids: Tensor) -> Tensor:
     return vectors.detach()
 
 
-def seconds(visual: Any, way: str, patches: Tensor, grids: Tensor) -> float:
-    """Of forward and backward."""
-    _synchronize()
-    begun_s = time.perf_counter()
-    run(visual, way, patches, grids)
-    _synchronize()
-    return time.perf_counter() - begun_s
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def times(size: str, options: argparse.Namespace) -> list[str]:
     """Rows of the table. Raises `AssertionError` where vectors differ."""
     visual = tower(size, options.device)
@@ -91,7 +77,7 @@ def times(size: str, options: argparse.Namespace) -> list[str]:
     runs: dict[str, list[float]] = {way: [] for way in WAYS}
     for turn in range(options.turns):
         for way in WAYS:
-            runs[way].append(seconds(visual, way, patches, grids))
+            runs[way].append(seconds_of(partial(run, visual, way, patches, grids), options.device))
             say(f"{size}, turn {turn + 1}, {way}: {runs[way][-1]:.3g} s")
     rows = []
     for way, own in runs.items():

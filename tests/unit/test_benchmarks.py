@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from rzen.chunks import Indices, chunks_of
@@ -60,8 +59,7 @@ def test_the_plain_loop_has_the_same_vectors() -> None:
     targets = pairs_of(model).targets
     with torch.no_grad():
         ours = Embedder(model, synthetic.LAYOUT)(targets)
-        model.visual.config._attn_implementation = "sdpa"
-        model.visual.patch_embed.proj.__class__ = nn.Conv3d
+        plain.use_plain_vision(model, "sdpa")
         torch.testing.assert_close(plain.vectors(model, plain.inputs(targets, model.config)), ours, rtol=0, atol=1e-5)
     assert float((ours - ours[:1]).norm(dim=1)[1:].min()) > 0.1
 
