@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, PreTrainedModel
 
 NAME = "flash_free_grouped_sdpa"
+_RUNS: Any = WeakTensorKeyDictionary()
 
 
 def use_fast_vision(backbone: PreTrainedModel) -> None:
@@ -55,7 +57,7 @@ def grouped_sdpa(
     Returns `[1, patches, heads, width]`, as transformers wants it. Only neighbours are put together: gathering the
     others costs more than it saves.
     """
-    runs = [(length, len(list(run))) for length, run in groupby(cu_seq_lens_q.diff().tolist())]
+    runs = _runs(cu_seq_lens_q)
     sizes = [length * count for length, count in runs]
     splits = (torch.split(states[0], sizes, dim=1) for states in (query, key, value))
     parts = []
@@ -64,3 +66,13 @@ def grouped_sdpa(
         attended = scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling)
         parts.append(attended.transpose(1, 2).flatten(0, 1))
     return torch.cat(parts)[None], None
+
+
+def _runs(starts: Tensor) -> list[tuple[int, int]]:
+    """Stretches of one length in a row, as (length, how many). A tower gives all its layers the same tensor, so that
+    the GPU is waited for once.
+    """
+    if starts not in _RUNS:
+        _RUNS[starts] = [(length, len(list(run))) for length, run in groupby(starts.diff().tolist())]
+    runs: list[tuple[int, int]] = _RUNS[starts]
+    return runs

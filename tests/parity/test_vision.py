@@ -63,6 +63,26 @@ def test_the_fast_tower_equals_the_slow_one(
     assert batches[-len(together) :] == together  # in the last block: whole images and frames
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_device_is_asked_for_the_sizes_once_and_not_by_every_layer(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    by_length = vision.groupby
+
+    def counted(lengths: list[int]) -> Any:
+        asked.append(len(lengths))
+        return by_length(lengths)
+
+    monkeypatch.setattr(vision, "groupby", counted)
+    model_dir = tiny_checkpoint(tmp_path, TINY.model_copy(update={"family": family, "vision_depth": 4}))
+    model = tiny_model(model_dir).model_copy(update={"gradient_checkpointing": True})
+    backbone: Any = load_backbone(model_dir, model).train()
+    vectors_and_gradients(backbone, Processor(model_dir, PROMPT), images((60, 60), (120, 61)))
+    # Qwen2.5-VL has layers that look at windows, and layers that look at whole images.
+    assert len(asked) == (2 if family == "qwen2_5_vl" else 1)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_patches_by_a_product_equal_the_convolution(dtype: torch.dtype) -> None:
     for bias in (True, False):
