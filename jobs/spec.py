@@ -248,9 +248,11 @@ class TrainSpec(JobConfig):
     """What it needs."""
 
     @model_validator(mode="after")
-    def _adapter_needs_lora(self) -> TrainSpec:
+    def _possible(self) -> TrainSpec:
         if self.init_adapter is not None and self.model.tune != "lora":
             raise ValueError("init_adapter needs model.tune: lora")
+        if self.model.quantize and self.optim.zero_stage == 3:
+            raise ValueError(f"model.quantize={self.model.quantize} works with optim.zero_stage 1 and 2 alone")
         return self
 
 

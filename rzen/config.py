@@ -242,8 +242,9 @@ class OptimConfig(Config):
     max_skipped_steps: NonNegativeInt = 5
     """So many steps in a row may be skipped because their loss or gradient is not finite; one more ends the run, which
     then names the samples. Our choice."""
-    zero_stage: Literal[1, 2] = 1
-    """DeepSpeed ZeRO stage. Stage 3 cannot yet be resumed on another number of workers and is refused."""
+    zero_stage: Literal[1, 2, 3] = 1
+    """What DeepSpeed ZeRO spreads over the workers: 1 the optimizer's state, 2 gradients too, 3 all weights too, which
+    are gathered whenever they are used: for models that do not fit otherwise."""
 
 
 class WeightedSoup(Config):

@@ -1,4 +1,4 @@
-"""Consolidated checkpoints of a DeepSpeed engine, ZeRO stage 1 or 2, that any number of workers can resume.
+"""Consolidated checkpoints of a DeepSpeed engine of any ZeRO stage, for any number of workers and stage to resume.
 
     step-000123/
         parameters.safetensors      trained parameters, full, fp32
@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.functional import pad
 
 from pipelines.errors import UserError
 from rzen.checkpoints import file_sha256
@@ -32,20 +33,17 @@ FIX = "resume from another checkpoint, or start a run under a new name"
 
 
 def create_moments(engine: Any) -> None:
-    """Give a new engine AdamW's state, all zero, and link it to the parameters, so that both can be read and written.
+    """Give a new engine AdamW's state, all zero, so that it can be read and written.
 
-    DeepSpeed would link all parameter groups once the first of them has stepped, when the others have no state yet.
-    Raises `UserError` for ZeRO stage 3, of which `restore` would load wrong values without an error.
+    DeepSpeed would link it to the parameters once the first group has stepped, when the others have no state yet.
     """
-    stage = int(engine.zero_optimization_stage())
-    if stage not in (1, 2):
-        raise UserError("optim.zero_stage", f"stage {stage} cannot be checkpointed", "use 1 or 2")
-    adamw = engine.optimizer.optimizer
-    for group in adamw.param_groups:
-        for flat in group["params"]:
-            moments = {moment: torch.zeros_like(flat) for moment in MOMENT_NAMES}
-            adamw.state[flat] = {"step": torch.tensor(0.0), **moments}
-    engine.optimizer._lazy_init_hp_params_optimizer_state()
+    adamw, sharded = engine.optimizer.optimizer, _is_sharded(engine)
+    flats = engine.optimizer.fp32_partitioned_groups_flat if sharded else _flat_parameters(adamw)
+    for flat in flats:
+        moments = {moment: torch.zeros_like(flat) for moment in MOMENT_NAMES}
+        adamw.state[flat] = {"step": torch.tensor(0.0), **moments}
+    if not sharded:
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 @dataclass(frozen=True)
@@ -93,18 +91,19 @@ def restore(engine: Any, folder: Path, *, plan_fingerprint: str) -> int:
     if state.plan_fingerprint != plan_fingerprint:
         problem = f"belongs to plan {state.plan_fingerprint}, this run has plan {plan_fingerprint}"
         raise UserError(str(folder), problem, "restore data, mixture, batch size, steps and seed, or name a new run")
-    trained = _trained(engine)
-    parameters = _read_tensors(folder / PARAMETERS, trained)
-    by_moment = {f"{moment}:{name}": value for moment in MOMENT_NAMES for name, value in trained.items()}
+    trained, shapes = _trained(engine), _shapes(engine)
+    parameters = _read_tensors(folder / PARAMETERS, shapes)
+    by_moment = {f"{moment}:{name}": shape for moment in MOMENT_NAMES for name, shape in shapes.items()}
     moments = _read_tensors(folder / MOMENTS, by_moment)
 
     for moments_of_flat in engine.optimizer.optimizer.state.values():
         moments_of_flat["step"].fill_(state.updates)
+    put = _put_piece if _is_sharded(engine) else _put_whole
     for name, parameter in trained.items():
-        parameter.set_full_hp_param(parameters[name])
+        put(parameter, parameters[name])
         for moment in MOMENT_NAMES:
-            parameter.set_full_hp_param(moments[f"{moment}:{name}"], moment)
-    engine.optimizer.update_lp_params()
+            put(parameter, moments[f"{moment}:{name}"], moment)
+    _use_masters(engine)
     return state.step
 
 
@@ -113,9 +112,11 @@ def full_parameters(engine: Any, moment: str | None = None) -> dict[str, Tensor]
 
     A collective. Goes through one parameter at a time: no other rank ever holds more than one of them whole.
     """
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
     full = {}
     for name, parameter in _trained(engine).items():
-        value = parameter.get_full_hp_param(moment)
+        value = safe_get_full_optimizer_state(parameter, moment) if moment else safe_get_full_fp32_param(parameter)
         if dist.get_rank() == 0:
             full[name] = value.cpu()
     return full
@@ -124,11 +125,52 @@ def full_parameters(engine: Any, moment: str | None = None) -> dict[str, Tensor]
 def read_parameters(engine: Any, folder: Path) -> dict[str, Tensor]:
     """Of a checkpoint, by name, on the CPU. Raises `UserError` as `restore` does."""
     _read_state(folder)
-    return _read_tensors(folder / PARAMETERS, _trained(engine))
+    return _read_tensors(folder / PARAMETERS, _shapes(engine))
 
 
 def _updates(engine: Any) -> int:
     return int(next(iter(engine.optimizer.optimizer.state.values()))["step"])
+
+
+def _is_sharded(engine: Any) -> bool:
+    """Whether the parameters lie in pieces on the ranks: ZeRO stage 3."""
+    return int(engine.zero_optimization_stage()) == 3
+
+
+def _flat_parameters(adamw: Any) -> list[Tensor]:
+    return [flat for group in adamw.param_groups for flat in group["params"]]
+
+
+def _put_whole(parameter: Any, value: Tensor, moment: str | None = None) -> None:
+    parameter.set_full_hp_param(value, moment)
+
+
+def _put_piece(parameter: Any, value: Tensor, moment: str | None = None) -> None:
+    """This rank's piece of the value: all pieces are equally long, with padding at the end of the last.
+
+    DeepSpeed's own call for the whole value knows no padding: it fails, or leaves out the last rank's piece.
+    """
+    from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+    size = parameter.ds_tensor.numel()
+    padded = pad(value.flatten(), (0, size * dist.get_world_size() - value.numel()))
+    piece = padded.narrow(0, size * dist.get_rank(), size)
+    if moment is None:
+        safe_set_local_fp32_param(parameter, piece)
+    else:
+        safe_set_local_optimizer_state(parameter, piece, moment)
+
+
+def _use_masters(engine: Any) -> None:
+    """Give the model the values of its fp32 parameters, in its own type."""
+    optimizer = engine.optimizer
+    if not _is_sharded(engine):
+        optimizer.update_lp_params()
+        return
+    optimizer.checkpoint_event_prologue()
+    for group in range(len(optimizer.fp16_groups)):
+        optimizer._reassign_or_swap_out_partitioned_parameters(group)
+    optimizer.checkpoint_event_epilogue()
 
 
 def _trained(engine: Any) -> dict[str, Any]:
@@ -164,18 +206,23 @@ def _read_state(folder: Path) -> _State:
     return state
 
 
-def _read_tensors(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _shapes(engine: Any) -> dict[str, torch.Size]:
+    """Of the trained parameters. ZeRO stage 3 leaves them empty, and keeps their shape beside them."""
+    return {name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in _trained(engine).items()}
+
+
+def _read_tensors(path: Path, expected: Mapping[str, torch.Size]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = load_file(path)
     unmatched = set(tensors) ^ set(expected)
     if unmatched:
         problem = f"is of another model: {len(unmatched)} tensors without a partner, such as {min(unmatched)}"
         raise UserError(str(path), problem, FIX)
-    for name, value in expected.items():
-        if tensors[name].shape != value.shape:
-            problem = f"is of another model: {name} has shape {_shape(tensors[name])}, not {_shape(value)}"
+    for name, shape in expected.items():
+        if tensors[name].shape != shape:
+            problem = f"is of another model: {name} has shape {_listed(tensors[name].shape)}, not {_listed(shape)}"
             raise UserError(str(path), problem, FIX)
     return tensors
 
 
-def _shape(tensor: Tensor) -> str:
-    return " x ".join(map(str, tensor.shape))
+def _listed(shape: torch.Size) -> str:
+    return " x ".join(map(str, shape))

@@ -40,7 +40,7 @@ def _broken(learner: Learner, pairs: EncodedPairs) -> list[str]:
         return [
             key
             for key, sides in zip(pairs.keys, _sides(pairs), strict=True)
-            if not learner.embedder(EncodedBatch.concat(sides)).isfinite().all()
+            if not learner.embedder(EncodedBatch.concat([*sides, *learner.blanks]))[: len(sides)].isfinite().all()
         ]
 
 

@@ -19,6 +19,7 @@ from rzen.embedder import Embedder
 from rzen.gather import gather_ids, gather_with_gradient
 from rzen.loss import Mined, Objective
 from rzen.training.batch import EncodedPairs
+from rzen.training.lockstep import blank_side, in_step
 
 
 class Learner(nn.Module):
@@ -28,12 +29,16 @@ class Learner(nn.Module):
     temperatures alike (tests/parity/test_training_step.py).
     """
 
-    def __init__(self, embedder: Embedder, objective: Objective, chunk_tokens: int | None = None) -> None:
+    def __init__(
+        self, embedder: Embedder, objective: Objective, chunk_tokens: int | None = None, *, lockstep: bool = False
+    ) -> None:
         super().__init__()
         self.embedder = embedder
         self.objective = objective
         self.chunk_tokens = chunk_tokens
         backbone: Any = embedder.backbone
+        self.blanks = [blank_side(backbone)] if lockstep else []
+        """Sides that are embedded with every chunk, for ZeRO stage 3."""
         objective.widths(backbone.config.get_text_config().hidden_size)  # refuses a wider one before the first batch
 
     def forward(
@@ -84,7 +89,11 @@ class Learner(nn.Module):
             start += size
         shares = torch.tensor([size for _, size in blocks], device=ids_B.device) / len(pairs)
         means = {name: _mean([some[name] for some in stats], shares) for name in stats[0]}
-        return reach_all(_mean(losses, shares), self), means | counts
+        return self._reach_all(_mean(losses, shares)), means | counts
+
+    def _reach_all(self, loss: Tensor) -> Tensor:
+        # In lockstep the blank sides do so; parameters are in pieces, which have other shapes than their gradients.
+        return reach_all(loss, [] if self.blanks else [p for p in self.parameters() if p.requires_grad])
 
     def _vectors(self, pairs: EncodedPairs) -> tuple[list[Tensor], dict[str, Tensor]]:
         """Of queries, of targets, and of mined negatives where there are any; and counts of tokens.
@@ -99,8 +108,10 @@ class Learner(nn.Module):
             chunks = np.split(np.arange(len(lengths)), np.cumsum(sizes)[:-1])
         else:
             chunks = chunks_of(lengths, self.chunk_tokens, packed=self.embedder.packs)
-        twice = self.chunk_tokens is not None and len(chunks) > 1
-        vectors = embed(self.embedder, [side for role in roles for side in role.split()], chunks, twice=twice)
+        sides = [side for role in roles for side in role.split()]
+        called = in_step(chunks, len(sides), self.embedder.image_mean.device) if self.blanks else chunks
+        twice = self.chunk_tokens is not None and len(called) > 1
+        vectors = embed(self.embedder, [*sides, *self.blanks], called, twice=twice)[: len(sides)]
         padding = padding_fraction(lengths, chunks, packed=self.embedder.packs)
         counts = {"tokens": torch.tensor(lengths.sum()), "padding_fraction": torch.tensor(padding)}
         return list(torch.split(vectors, sizes)), counts
@@ -134,14 +145,14 @@ def _mean(values: Sequence[Tensor], shares: Tensor) -> Tensor:
     return values[0] if len(values) == 1 else (torch.stack(list(values)) * shares).sum()
 
 
-def reach_all(loss: Tensor, module: nn.Module) -> Tensor:
-    """The loss unchanged, with a gradient for every trained parameter: zero where the loss does not depend on it, and
+def reach_all(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """The loss unchanged, with a gradient for each of the parameters: zero where the loss does not depend on it, and
     nowhere finite where the loss is not, so that the step is skipped on all ranks.
 
     Without it, a batch of text leaves the vision tower without gradient. Ranks whose batches differ in that would fill
     their communication buckets differently, and wait for each other for ever or reduce the wrong numbers.
     """
-    reached: Tensor = _Reach.apply(loss, *(p for p in module.parameters() if p.requires_grad))  # type: ignore[no-untyped-call]
+    reached: Tensor = _Reach.apply(loss, *parameters)  # type: ignore[no-untyped-call]
     return reached
 
 

@@ -36,8 +36,11 @@ from rzen.training.saver import ASK_S, CheckpointStore, Saver
 from rzen.training.step import Learner
 from rzen.training.telemetry import Row, step_row
 
-# Gradients sent at once. DeepSpeed's 500 million would be buffers larger than an adapter. Our choice.
+# Gradients sent at once: DeepSpeed's 500 million would be buffers larger than an adapter. In ZeRO stage 3 also weights
+# gathered ahead. Our choice.
 BUCKET_ELEMENTS = 50_000_000
+# Parameters that ZeRO stage 3 leaves whole on all ranks, being smaller: DeepSpeed's number.
+WHOLE_ELEMENTS = 100_000
 
 
 @dataclass(frozen=True)
@@ -196,13 +199,14 @@ def build_learner(stage: Stage, backbone_dir: str, init_adapter: Path | None, ta
         raise UserError("init_adapter", "needs tune=lora", "export base and adapter, and train the result")
     layout = VisionLayout.read(str(checkpoint_dir(backbone_dir)))
     embedder = Embedder(backbone, layout, model.readout, model.packing)
-    return Learner(embedder, Objective(stage.objective, tasks), stage.chunk_tokens)
+    lockstep = stage.optim.zero_stage == 3
+    return Learner(embedder, Objective(stage.objective, tasks), stage.chunk_tokens, lockstep=lockstep)
 
 
 def build_engine(learner: Learner, stage: Stage) -> tuple[Any, torch.optim.Optimizer]:
     """DeepSpeed's engine around the learner, and the AdamW within it, whose groups the learning rate is set on.
 
-    On the GPU if the process group has NCCL, else on the CPU. Raises `UserError` for ZeRO stage 3.
+    On the GPU if the process group has NCCL, else on the CPU.
     """
     on_gpu = "nccl" in dist.get_backend_config()
     if not on_gpu:
@@ -228,6 +232,11 @@ def build_engine(learner: Learner, stage: Stage) -> tuple[Any, torch.optim.Optim
             "overlap_comm": False,  # see `update`
             "reduce_bucket_size": BUCKET_ELEMENTS,
             "allgather_bucket_size": BUCKET_ELEMENTS,
+            "stage3_prefetch_bucket_size": BUCKET_ELEMENTS,
+            # Weights are let go after each use: to find out when the next one comes takes DeepSpeed minutes in models
+            # of many small modules, such as those with adapters.
+            "stage3_max_reuse_distance": 0,
+            "stage3_param_persistence_threshold": WHOLE_ELEMENTS,
         },
     }
     engine, *_ = deepspeed.initialize(model=learner, optimizer=optimizer, config=settings)

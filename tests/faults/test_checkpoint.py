@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -162,10 +161,6 @@ def worker(_rank: int, _world_size: int, root: Path, model_dir: str) -> dict[str
     after = checkpoint.full_parameters(engine)
     untouched = all(torch.equal(value, after[name]) for name, value in before.items())
     done = checkpoint.restore(engine, root / "good" / "step-000002", plan_fingerprint="plan-1")
-
-    stage_3 = stage_of(model_dir)
-    stage_3 = replace(stage_3, optim=stage_3.optim.model_copy(update={"zero_stage": 3}))
-    messages["stage 3"] = message(lambda: engine_of(stage_3, model_dir))
     return {"messages": messages, "untouched": untouched, "done": done}
 
 
@@ -209,10 +204,6 @@ def test_a_diverging_run_stops_before_its_checkpoint(outcome: dict[str, Any], ro
 def test_batches_that_end_or_skip_are_told(outcome: dict[str, Any]) -> None:
     assert outcome["messages"]["ending"] == "the feed brought nothing for step 1"
     assert outcome["messages"]["skipping"] == "the feed brought 1 for step 0"
-
-
-def test_zero_stage_3_is_refused(outcome: dict[str, Any]) -> None:
-    assert outcome["messages"]["stage 3"] == "optim.zero_stage: stage 3 cannot be checkpointed; use 1 or 2"
 
 
 def test_a_run_lost_after_its_last_checkpoint_only_writes_its_model(outcome: dict[str, Any], root: Path) -> None:

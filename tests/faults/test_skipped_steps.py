@@ -18,6 +18,7 @@ from pipelines.errors import UserError
 from rzen.config import LoraConfig, ObjectiveConfig, OptimConfig
 from rzen.embedder import Embedder
 from rzen.processor import EncodedBatch, Processor
+from rzen.training import worker
 from rzen.training.worker import Stage, train_stage
 from tests.gloo import run_workers
 from tests.integration.test_training import GLOBAL_BATCH, Batch, Folders, batches
@@ -30,9 +31,10 @@ STEPS = 6
 Poisoned = Mapping[int, tuple[int, ...]]  # step -> samples of its global batch
 
 
-def stage_of(model_dir: str) -> Stage:
+def stage_of(model_dir: str, zero_stage: int) -> Stage:
     model = tiny_model(model_dir).model_copy(update={"lora": LoraConfig(rank=2)})
-    return Stage(model, ObjectiveConfig(), OptimConfig(lr=1e-3, max_skipped_steps=1), STEPS, 0, 2, "plan-1")
+    optim = OptimConfig.model_validate({"lr": 1e-3, "max_skipped_steps": 1, "zero_stage": zero_stage})
+    return Stage(model, ObjectiveConfig(), optim, STEPS, 0, 2, "plan-1")
 
 
 def poisoned_batches(processor: Processor, start: int, rank: int, poisoned: Poisoned) -> Iterator[Batch]:
@@ -58,7 +60,8 @@ def poison_embedder() -> None:
     Embedder.forward = poisoned  # type: ignore[method-assign]
 
 
-def worker(rank: int, _world_size: int, root: Path, model_dir: str) -> dict[str, Any]:
+def run_all(rank: int, _world_size: int, root: Path, model_dir: str, zero_stage: int) -> dict[str, Any]:
+    worker.WHOLE_ELEMENTS, worker.BUCKET_ELEMENTS = 0, 10_000  # all parameters are small here
     poison_embedder()
     processor = Processor(model_dir, PROMPT)
 
@@ -66,7 +69,7 @@ def worker(rank: int, _world_size: int, root: Path, model_dir: str) -> dict[str,
         rows: list[dict[str, Any]] = []
         (root / name).mkdir(exist_ok=True)
         train_stage(
-            stage_of(model_dir),
+            stage_of(model_dir, zero_stage),
             backbone_dir=model_dir,
             init_adapter=None,
             tasks=["a", "b"],
@@ -87,14 +90,19 @@ def worker(rank: int, _world_size: int, root: Path, model_dir: str) -> dict[str,
     return found
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("runs")
+@pytest.fixture(scope="module", params=[1, 3], ids=lambda stage: f"zero-{stage}")
+def zero_stage(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
 
 
 @pytest.fixture(scope="module")
-def outcome(root: Path) -> list[dict[str, Any]]:
-    return run_workers(worker, 2, root, tiny_checkpoint(root / "tiny"))
+def root(tmp_path_factory: pytest.TempPathFactory, zero_stage: int) -> Path:
+    return tmp_path_factory.mktemp(f"runs-{zero_stage}")
+
+
+@pytest.fixture(scope="module")
+def outcome(root: Path, zero_stage: int) -> list[dict[str, Any]]:
+    return run_workers(run_all, 2, root, tiny_checkpoint(root / "tiny"), zero_stage)
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(outcome: list[dict[str, Any]], root: Path) -> None:

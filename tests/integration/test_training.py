@@ -24,6 +24,7 @@ from pipelines.samples import DecodedSample, DecodedSide, Rejected, Sample, Side
 from rzen.config import LoraConfig, ModelConfig, ObjectiveConfig, OptimConfig, TemperatureConfig
 from rzen.export import load_encoder
 from rzen.processor import Processor
+from rzen.training import worker
 from rzen.training.batch import EncodedPairs, PairEncoder
 from rzen.training.telemetry import METRICS
 from rzen.training.worker import Stage, build_learner, train_stage
@@ -100,12 +101,15 @@ def stages(model_dir: str) -> dict[str, Stage]:
         "full": stage_of(full),
         "lora": stage_of(lora, zero_stage=2),
         "bf16": stage_of(low_precision),
+        "sharded": replace(stage_of(full, zero_stage=3), chunk_tokens=60),
+        "sharded-bf16": stage_of(low_precision, zero_stage=3),
     }
 
 
 def train(stage: Stage, folder: Path, checkpoints: Folders | None = None) -> list[dict[str, Any]]:
     """Train into `folder`; the rows of rank 0."""
     rows: list[dict[str, Any]] = []
+    worker.WHOLE_ELEMENTS, worker.BUCKET_ELEMENTS = 0, 10_000  # all parameters are small here
     backbone_dir = str(stage.model.backbone)
     processor = Processor(backbone_dir, PROMPT)
     folder.mkdir(parents=True, exist_ok=True)
@@ -139,6 +143,8 @@ def resumed(_rank: int, _world_size: int, root: Path, model_dir: str) -> dict[st
     chosen = stages(model_dir)
     chosen["lora-reseeded"] = replace(chosen["lora"], seed=12)
     resume(chosen["full"], root, "full-alone", "full-one-to-two")
+    resume(chosen["sharded"], root, "full-alone", "sharded-one-to-two")
+    resume(chosen["sharded"], root, "full", "full-to-sharded")
     return {name: resume(stage, root, name, f"{name}-resumed") for name, stage in chosen.items()}
 
 
@@ -149,9 +155,12 @@ def alone(_rank: int, root: Path, model_dir: str) -> None:
 
 
 def alone_resumed(_rank: int, root: Path, model_dir: str) -> None:
-    """Without a process group: the whole model from the checkpoint of two ranks."""
+    """Without a process group: the whole model from the checkpoints of two ranks."""
     torch.set_num_threads(1)
-    resume(stages(model_dir)["full"], root, "full", "full-two-to-one")
+    chosen = stages(model_dir)
+    resume(chosen["full"], root, "full", "full-two-to-one")
+    resume(chosen["sharded"], root, "sharded", "sharded-two-to-one")
+    resume(chosen["full"], root, "sharded", "sharded-to-full")
 
 
 def resume(stage: Stage, root: Path, name: str, out: str) -> list[dict[str, Any]]:
@@ -185,7 +194,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(root, model_dir, first[0], second[0])
 
 
-WEIGHTS = {"full": "model.safetensors", "lora": "adapter_model.safetensors", "bf16": "adapter_model.safetensors"}
+WEIGHTS = dict.fromkeys(["full", "sharded"], "model.safetensors")
+WEIGHTS |= dict.fromkeys(["lora", "bf16", "sharded-bf16"], "adapter_model.safetensors")
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
@@ -208,8 +218,18 @@ def test_another_seed_draws_other_dropout(runs: Runs) -> None:
     assert abs(losses[0] - losses[1]) > 1e-3
 
 
-@pytest.mark.parametrize(("straight", "run"), [("full", "full-two-to-one"), ("full-alone", "full-one-to-two")])
-def test_a_run_resumed_on_another_number_of_workers_ends_with_the_same_weights(
+@pytest.mark.parametrize(
+    ("straight", "run"),
+    [
+        ("full", "full-two-to-one"),
+        ("full-alone", "full-one-to-two"),
+        ("full", "full-to-sharded"),
+        ("sharded", "sharded-two-to-one"),
+        ("sharded", "sharded-to-full"),
+        ("full-alone", "sharded-one-to-two"),
+    ],
+)
+def test_other_numbers_of_workers_and_zero_stages_end_with_the_same_weights(
     runs: Runs, straight: str, run: str
 ) -> None:
     expected, found = (runs.tensors(name, "step-000004/parameters.safetensors") for name in (straight, run))
@@ -242,13 +262,14 @@ def test_rows_name_every_metric_and_count_over_ranks(runs: Runs) -> None:
 
 
 def test_the_model_is_written_once_in_the_form_of_its_kind(runs: Runs) -> None:
-    trained = runs.tensors("full", "step-000004/parameters.safetensors")
-    _, embedder = load_encoder(str(runs.root / "full" / "model" / "0"))
-    for name, parameter in embedder.backbone.named_parameters():
-        assert torch.equal(parameter, trained[f"embedder.backbone.{name}"]), name
-    identity = json.loads((runs.root / "full" / "model" / "0" / "rzen.json").read_text())
-    assert identity["lineage"]["base"] == runs.model_dir
-    for name in ("lora", "bf16"):
+    for run in ("full", "sharded"):
+        trained = runs.tensors(run, "step-000004/parameters.safetensors")
+        _, embedder = load_encoder(str(runs.root / run / "model" / "0"))
+        for name, parameter in embedder.backbone.named_parameters():
+            assert torch.equal(parameter, trained[f"embedder.backbone.{name}"]), name
+        identity = json.loads((runs.root / run / "model" / "0" / "rzen.json").read_text())
+        assert identity["lineage"]["base"] == runs.model_dir
+    for name in ("lora", "bf16", "sharded-bf16"):
         adapter = runs.tensors(name, "model/0/adapter_model.safetensors")
         masters = runs.tensors(name, "step-000004/parameters.safetensors")
         assert len(adapter) == 48 == len(masters) - 1
@@ -259,12 +280,13 @@ def test_the_model_is_written_once_in_the_form_of_its_kind(runs: Runs) -> None:
     assert not list(runs.root.glob("*/model/1"))
 
 
-def test_the_best_checkpoint_becomes_a_model_too(runs: Runs) -> None:
-    trained = runs.tensors("full", "step-000002/parameters.safetensors")
-    _, embedder = load_encoder(str(runs.root / "full" / "model" / "best"))
+@pytest.mark.parametrize("run", ["full", "sharded"])
+def test_the_best_checkpoint_becomes_a_model_too(runs: Runs, run: str) -> None:
+    trained = runs.tensors(run, "step-000002/parameters.safetensors")
+    _, embedder = load_encoder(str(runs.root / run / "model" / "best"))
     for name, parameter in embedder.backbone.named_parameters():
         assert torch.equal(parameter, trained[f"embedder.backbone.{name}"]), name
-    assert not (runs.root / "full-resumed" / "model" / "best").exists()
+    assert not (runs.root / f"{run}-resumed" / "model" / "best").exists()
 
 
 def test_training_goes_on_from_an_adapter(runs: Runs) -> None:

@@ -111,7 +111,7 @@ def test_base_on_itself_is_refused(tmp_path: Path) -> None:
         ("global_batch: 1\n", "{path}:7: global_batch=1: input should be greater than or equal to 2"),
         ("name: a/b\n", "{path}:7: 'name' is given twice; keep one of them"),
         ("optim:\n  lr: quick\n", "{path}:8: optim.lr='quick': input should be a valid number"),
-        ("optim:\n  zero_stage: 3\n", "{path}:8: optim.zero_stage=3: input should be 1 or 2"),
+        ("optim:\n  zero_stage: 4\n", "{path}:8: optim.zero_stage=4: input should be 1, 2 or 3"),
         ("objective:\n  temperature: {initial: 0.9}\n", "{path}:8: objective.temperature: initial=0.9 must lie in"),
         ("init_adapter: x\nmodel:\n  tune: full\n", "{path}:8: 'model' is given twice"),
         ("x: [\n", "{path}:8: is not YAML"),
@@ -142,6 +142,11 @@ def test_every_mistake_gets_a_line(tmp_path: Path) -> None:
 )
 def test_mistakes_on_the_command_line_name_it(tmp_path: Path, override_: str, expected: str) -> None:
     assert complaint(written(tmp_path, MINIMAL), override_).startswith(expected)
+
+
+def test_weights_of_four_bits_are_not_spread(tmp_path: Path) -> None:
+    told = complaint(written(tmp_path, MINIMAL), "model.quantize=nf4", "optim.zero_stage=3")
+    assert "model.quantize=nf4 works with optim.zero_stage 1 and 2 alone" in told
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,50 @@
+"""For ZeRO stage 3: every rank calls the same modules in the same order, whatever its share of the batch is.
+
+Stage 3 gathers the weights of a module from all ranks when it is called. A rank whose share has no visuals, or makes
+fewer chunks, would not call what the others call, and all would wait for each other for ever. So each chunk gets a
+blank side, the smallest image and video that there are, and ranks with fewer chunks get chunks of it alone. Its vectors
+are dropped, which leaves gradients of zero: the step is that of the samples alone (tests/parity/test_deepspeed.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from rzen.chunks import Indices
+from rzen.processor import GRID_KINDS, EncodedBatch
+
+
+def blank_side(backbone: Any) -> EncodedBatch:
+    """One side of six tokens: an image and a video of one token each."""
+    config = backbone.config
+    vision = config.vision_config
+    merged = vision.spatial_merge_size
+    ids = [
+        token
+        for visual in (config.image_token_id, config.video_token_id)
+        for token in (config.vision_start_token_id, visual, config.vision_end_token_id)
+    ]
+    return EncodedBatch(
+        input_ids=np.array(ids, np.int32),
+        instruction=np.zeros(len(ids), np.bool_),
+        lengths=np.array([len(ids)], np.int32),
+        visual_counts=np.array([2], np.int32),
+        patches=np.zeros((2 * merged**2, 3 * vision.temporal_patch_size * vision.patch_size**2), np.uint8),
+        grids=np.array([[1, merged, merged]] * 2, np.int32),
+        grid_kinds=np.array([GRID_KINDS["image"], GRID_KINDS["video"]], np.uint8),
+        grid_seconds=np.ones(2, np.float32),
+    )
+
+
+def in_step(chunks: Sequence[Indices], blank: int, device: torch.device) -> list[Indices]:
+    """The chunks with side `blank` at the end of each, and as many on every rank. A collective."""
+    num_chunks = torch.tensor(len(chunks), device=device)
+    if dist.is_initialized():
+        dist.all_reduce(num_chunks, dist.ReduceOp.MAX)
+    none = np.zeros(0, np.int64)
+    return [np.append(chunk, blank) for chunk in [*chunks, *[none] * (int(num_chunks) - len(chunks))]]
