@@ -197,6 +197,7 @@ def _science(identity: dict[str, Any]) -> dict[str, Any]:
     """What decides the weights. Data are known by their fingerprints, wherever they lie."""
     spec = {key: value for key, value in identity["spec"].items() if key not in _NOT_SCIENCE}
     spec["data"] = {key: value for key, value in spec["data"].items() if key not in ("root", "endpoint")}
+    spec["optim"] = {key: value for key, value in spec["optim"].items() if key != "zero_stage"}
     return {"plan": identity["data"]} | spec
 
 
