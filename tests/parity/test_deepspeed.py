@@ -58,6 +58,8 @@ def engines(rank: int, world_size: int, model_dir: str) -> dict[str, tuple[float
                 loss, _ = engine(pairs, [(TASKS[step % 2], len(pairs))], step)
                 update(engine, loss)
                 norms.append(float(engine.get_global_grad_norm()))
+            if zero_stage == 3:  # between steps a rank holds its pieces alone
+                assert not any(parameter.numel() for parameter in engine.module.parameters())
             found[f"zero {zero_stage}, {name}"] = norms[0], checkpoint.full_parameters(engine)
     assert dist.get_world_size() == world_size
     return found
