@@ -31,6 +31,7 @@ from PIL import Image
 from pipelines.adapters.folder import KINDS
 from pipelines.config import MediaConfig
 from pipelines.samples import MediaKind, UInt8Array
+from tests.encoders import scheduling_kept
 
 LIMITS = MediaConfig(
     frames=4,
@@ -377,6 +378,7 @@ def clip(
     pictures = [_numbered(i, size) for i in range(frames)] if isinstance(frames, int) else frames
     # To a file: moving the index to the front (faststart) reopens it by name.
     with (
+        scheduling_kept(),
         tempfile.NamedTemporaryFile() as file,
         av.open(file.name, "w", format=form, options=container_options or {}) as container,
     ):

@@ -1,6 +1,7 @@
 """Over 500 hostile, damaged and odd files, decoded one by one and through the ingest job: each has one known end."""
 
 import json
+import os
 import tarfile
 import threading
 import time
@@ -105,6 +106,7 @@ def decoded(decoder: Decoder, file: CorpusFile) -> tuple[str, str]:
 
 def test_the_corpus_is_large_seeded_and_of_every_kind() -> None:
     assert {name for name in changed(corpus(), files()) if not name.startswith("encrypted-")} == set()
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
     others = changed(corpus(seed=1), files())
     assert {name for name in others if not name.startswith("encrypted-")} == {
         file.name for file in files() if file.name.startswith("random-")

@@ -24,6 +24,7 @@ from pipelines.media.decode import Decoder, decode_member, decode_pixels, decode
 from pipelines.media.images import decode_image
 from pipelines.media.videos import decode_video, sample_frames, uniform_indices
 from pipelines.samples import Media, Sample, Side
+from tests.encoders import scheduling_kept
 
 CONFIG = MediaConfig()
 BACKENDS = [MediaConfig(document_backend="pymupdf"), MediaConfig(document_backend="pypdfium2")]
@@ -150,6 +151,7 @@ def video(num_frames: int, form="mp4", codec="libx264", size=(64, 48), gop=10, s
     """Frame i is grey 8 * i + 8, with a red top left corner. 10 frames a second; `shift` delays or cuts the start."""
     # To a file: moving the index to the front (faststart) reopens it by name.
     with (
+        scheduling_kept(),
         tempfile.NamedTemporaryFile() as file,
         av.open(file.name, "w", format=form, options=options.pop("container", {})) as container,
     ):
