@@ -49,7 +49,10 @@ def padding_fraction(lengths: npt.NDArray[np.int32], chunks: Sequence[Indices], 
 
 
 def embed(embedder: Embedder, sides: Sequence[EncodedBatch], chunks: Sequence[Indices], *, twice: bool) -> Tensor:
-    """Vectors `[B, D]` of B batches of one side each, in their order; `twice` is gradient caching."""
+    """Vectors `[B, D]` of B batches of one side each, in their order; `twice` is gradient caching.
+
+    A side that is in several chunks has a vector of each, one after the other.
+    """
     vectors = []
     for chunk in chunks:
         batch = EncodedBatch.concat([sides[side] for side in chunk])
