@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from pipelines.samples import DecodedSide, MediaKind, Visual
 from rzen.backbone import build_tiny
 from rzen.config import ModelConfig, PromptConfig, TinyBackbone
+from rzen.training import worker
 
 TEXTS = (
     "a red circle left of a blue square",
@@ -31,6 +32,14 @@ def tiny_checkpoint(folder: Path, config: TinyBackbone = TINY) -> str:
 def tiny_model(model_dir: str, prompt: PromptConfig = PROMPT) -> ModelConfig:
     """Settings for a tiny backbone on a CPU."""
     return ModelConfig(backbone=model_dir, prompt=prompt, dtype="float32", gradient_checkpointing=False)
+
+
+def small_pieces() -> None:
+    """Let this process, a worker of its own, send and spread the parameters of a tiny model as if they were large.
+
+    Otherwise ZeRO stage 3 would leave all of them whole.
+    """
+    worker.WHOLE_ELEMENTS, worker.BUCKET_ELEMENTS = 0, 10_000
 
 
 def trainable_state(module: nn.Module) -> dict[str, Tensor]:

@@ -18,11 +18,10 @@ from pipelines.errors import UserError
 from rzen.config import LoraConfig, ObjectiveConfig, OptimConfig
 from rzen.embedder import Embedder
 from rzen.processor import EncodedBatch, Processor
-from rzen.training import worker
 from rzen.training.worker import Stage, train_stage
 from tests.gloo import run_workers
 from tests.integration.test_training import GLOBAL_BATCH, Batch, Folders, batches
-from tests.tiny import PROMPT, tiny_checkpoint, tiny_model
+from tests.tiny import PROMPT, small_pieces, tiny_checkpoint, tiny_model
 
 pytestmark = pytest.mark.slow
 POISON = 7  # as the first token of a side
@@ -61,7 +60,7 @@ def poison_embedder() -> None:
 
 
 def run_all(rank: int, _world_size: int, root: Path, model_dir: str, zero_stage: int) -> dict[str, Any]:
-    worker.WHOLE_ELEMENTS, worker.BUCKET_ELEMENTS = 0, 10_000  # all parameters are small here
+    small_pieces()
     poison_embedder()
     processor = Processor(model_dir, PROMPT)
 

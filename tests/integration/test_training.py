@@ -24,12 +24,11 @@ from pipelines.samples import DecodedSample, DecodedSide, Rejected, Sample, Side
 from rzen.config import LoraConfig, ModelConfig, ObjectiveConfig, OptimConfig, TemperatureConfig
 from rzen.export import load_encoder
 from rzen.processor import Processor
-from rzen.training import worker
 from rzen.training.batch import EncodedPairs, PairEncoder
 from rzen.training.telemetry import METRICS
 from rzen.training.worker import Stage, build_learner, train_stage
 from tests.gloo import run_workers
-from tests.tiny import PROMPT, TEXTS, noise, tiny_checkpoint, tiny_model
+from tests.tiny import PROMPT, TEXTS, noise, small_pieces, tiny_checkpoint, tiny_model
 
 pytestmark = pytest.mark.slow
 GLOBAL_BATCH, STEPS, EVERY = 6, 4, 2
@@ -109,7 +108,7 @@ def stages(model_dir: str) -> dict[str, Stage]:
 def train(stage: Stage, folder: Path, checkpoints: Folders | None = None) -> list[dict[str, Any]]:
     """Train into `folder`; the rows of rank 0."""
     rows: list[dict[str, Any]] = []
-    worker.WHOLE_ELEMENTS, worker.BUCKET_ELEMENTS = 0, 10_000  # all parameters are small here
+    small_pieces()
     backbone_dir = str(stage.model.backbone)
     processor = Processor(backbone_dir, PROMPT)
     folder.mkdir(parents=True, exist_ok=True)

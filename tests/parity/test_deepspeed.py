@@ -12,13 +12,13 @@ from torch import Tensor
 
 from rzen.config import HardnessConfig, LoraConfig, ObjectiveConfig, OptimConfig, TemperatureConfig
 from rzen.processor import Processor
-from rzen.training import checkpoint, worker
+from rzen.training import checkpoint
 from rzen.training.batch import EncodedPairs, PairEncoder
 from rzen.training.optim import build_optimizer, lr_at, set_lr
 from rzen.training.worker import Stage, build_engine, build_learner, update
 from tests.gloo import run_workers
 from tests.parity.test_training_step import pairs_by_rank
-from tests.tiny import PROMPT, tiny_checkpoint, tiny_model
+from tests.tiny import PROMPT, small_pieces, tiny_checkpoint, tiny_model
 
 pytestmark = pytest.mark.slow
 STEPS, TASKS = 3, ("a", "b")
@@ -44,7 +44,7 @@ def share_of(model_dir: str, rank: int, world_size: int, step: int) -> EncodedPa
 
 def engines(rank: int, world_size: int, model_dir: str) -> dict[str, tuple[float, dict[str, Tensor]]]:
     """Gradient norm of the first step, and parameters after the last, by stage and chunks."""
-    worker.WHOLE_ELEMENTS, worker.BUCKET_ELEMENTS = 0, 10_000  # all parameters are small here
+    small_pieces()
     found = {}
     for zero_stage in (1, 2, 3):
         for name, chunk_tokens in CHUNKS.items():
