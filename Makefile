@@ -31,7 +31,7 @@ $(READY): pyproject.toml requirements.lock
 	@touch $@
 
 demo: setup
-	$(if $(filter s3,$(STORE)),$(BIN)/python -m jobs.local_s3) $(BIN)/rzen run $(SPEC) $(SET)
+	$(if $(filter s3,$(STORE)),$(BIN)/python -m jobs.runtime.local_s3) $(BIN)/rzen run $(SPEC) $(SET)
 
 test: setup
 	$(BIN)/python -m pytest -m "not long"

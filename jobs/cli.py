@@ -12,17 +12,17 @@ from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from jobs.load import Document, check, override, read_document
-from jobs.spec import BenchmarkSpec, Spec
+from jobs.spec.load import Document, check, override, read_document
+from jobs.spec.schema import BenchmarkSpec, Spec
 from pipelines.errors import UserError
 
 if TYPE_CHECKING:
-    from jobs.registry import Champion, Registry
+    from jobs.workflows.registry import Champion, Registry
 
 DESCRIPTION = """\
 Train universal multimodal embeddings: one vector space for text, images, videos and documents.
 
-Everything is a job: a YAML file (jobs/*.yaml, every field documented in jobs/spec.py) that says what is read,
+Everything is a job: a YAML file (jobs/*.yaml, every field documented in jobs/spec/schema.py) that says what is read,
 what is trained and where results go. Settings are changed in the file, or for once with --set.
 """
 EPILOG = """\
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on from the last finished station or checkpoint", file=sys.stderr)
+        print("\ninterrupted: the same command goes on from the last finished job or checkpoint", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 1
@@ -148,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument(
         "--modality", action="append", choices=["image", "page", "video", "text"], help="may be repeated"
     )
-    search.add_argument("--page", help="HTML file to write")
+    search.add_argument("--html", help="HTML file to write")
     search.set_defaults(command=_search, spec="jobs/search.yaml")
 
     export = commands.add_parser("export", help="make a directory that other libraries load, with a model card")
@@ -175,13 +175,13 @@ def _parser() -> argparse.ArgumentParser:
 
     registry = commands.add_parser(
         "registry",
-        help="the models of scheduled re-training: list, show, diff, promote, rollback",
+        help="the models of scheduled retraining: list, show, diff, promote, rollback",
         description="What `kind: retrain` has made, and which model is the champion. Promotions are never undone: going"
         " back is a promotion of the model before.",
     )
     registry.add_argument("--registry", help="directory or s3:// URL (default: that of jobs/retrain.yaml)")
     verbs = registry.add_subparsers(required=True, metavar="VERB")
-    verbs.add_parser("list", help="models, promotions and ticks").set_defaults(verb=_registry_list)
+    verbs.add_parser("list", help="models, promotions and retraining runs").set_defaults(verb=_registry_list)
     show = verbs.add_parser("show", help="lineage of a model as JSON: data, settings, parents, scores, verdict")
     show.add_argument("model", nargs="?", help="id (default: the champion)")
     show.set_defaults(verb=_registry_show)
@@ -205,7 +205,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _validate(options: argparse.Namespace) -> int:
-    from jobs.dispatch import named_specs
+    from jobs.runtime.dispatch import named_specs
 
     failed = False
     for path in options.spec:
@@ -228,15 +228,15 @@ def _load(path: str, overrides: Sequence[str]) -> tuple[Spec, Document]:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from jobs.dispatch import run_spec
+    from jobs.runtime.dispatch import run_spec
 
     run_spec(*_load(options.spec, options.set))
     return 0
 
 
 def _submit(options: argparse.Namespace) -> int:
-    from jobs.dispatch import named_specs
-    from jobs.submit import submit
+    from jobs.runtime.dispatch import named_specs
+    from jobs.runtime.submit import submit
 
     spec, document = _load(options.spec, options.set)  # a mistake is told here, not in a log
     named_specs(spec, document)  # and these are valid, with what is changed in them
@@ -251,7 +251,7 @@ def _ingest(options: argparse.Namespace) -> int:
 
 
 def _index(options: argparse.Namespace) -> int:
-    from pipelines.adapters.folder import INSTRUCTIONS
+    from pipelines.sources.folder import INSTRUCTIONS
 
     mapping: dict[str, Any] = read_document(options.spec).data["sources"][INDEX_SOURCE]
     mapping["urls"] = options.url
@@ -275,9 +275,9 @@ def _index(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from jobs.progress import Bars
-    from pipelines.shards import manifest_path, read_manifest, verify
-    from pipelines.storage import open_store
+    from jobs.runtime.progress import Bars
+    from pipelines.shards.shards import manifest_path, read_manifest, verify
+    from pipelines.storage.location import open_store
 
     store = open_store(options.root)
     there = [split for split in ("train", "held_out") if store.exists(manifest_path(split))]
@@ -307,20 +307,20 @@ def _evaluate(options: argparse.Namespace) -> int:
         return _run(options)
     from pathlib import Path
 
-    from pipelines.benchmarks.library import listing, survey
+    from pipelines.benchmarks.catalog import check_datasets, format_status
 
     spec, _ = _load(options.spec, options.set)
     if not isinstance(spec, BenchmarkSpec):
         raise UserError(options.spec, f"kind={spec.kind!r} knows no benchmarks", "name a spec of kind: benchmark")
-    print(listing(survey({suite: Path(root) for suite, root in spec.suites.items()})), end="")
-    for name, path in spec.own.items():
-        print(f"own: {name}, {path}{'' if Path(path).exists() else ', which does not exist'}")
+    print(format_status(check_datasets({suite: Path(root) for suite, root in spec.suites.items()})), end="")
+    for name, path in spec.custom.items():
+        print(f"custom: {name}, {path}{'' if Path(path).exists() else ', which does not exist'}")
     return 0
 
 
 def _registry(options: argparse.Namespace) -> int:
-    from jobs.registry import Registry
-    from pipelines.storage import open_store
+    from jobs.workflows.registry import Registry
+    from pipelines.storage.location import open_store
 
     url = options.registry or read_document("jobs/retrain.yaml").data["registry"]
     options.verb(options, Registry(open_store(url)))
@@ -340,8 +340,8 @@ def _registry_list(options: argparse.Namespace, registry: Registry) -> None:
         was = f" in place of {promotion['previous']}" if promotion["previous"] else ""
         told = f"{promotion['model']}{was}: {promotion['reason']} ({promotion['by']})"
         print(f"promotion {promotion['generation']}  {promotion['at'][:19]}  {told}")
-    for tick in registry.ticks():
-        print(f"tick {tick['tick']}  {tick['at'][:19]}  {tick['outcome']}")
+    for retraining in registry.retrainings():
+        print(f"retraining {retraining['id']}  {retraining['at'][:19]}  {retraining['outcome']}")
     if champion is None:
         print(f"{registry.store.url}: no champion yet")
 
@@ -351,7 +351,7 @@ def _registry_show(options: argparse.Namespace, registry: Registry) -> None:
 
 
 def _registry_diff(options: argparse.Namespace, registry: Registry) -> None:
-    from jobs.runs import differences
+    from jobs.runtime.records import differences
 
     other = options.other or _champion(registry).model
     for change in differences(registry.lineage(other), registry.lineage(options.model)):
@@ -376,7 +376,7 @@ def _champion(registry: Registry) -> Champion:
 
 
 def _search(options: argparse.Namespace) -> int:
-    given = {"vectors": options.vectors, "top_k": options.top_k, "modalities": options.modality, "page": options.page}
+    given = {"vectors": options.vectors, "top_k": options.top_k, "modalities": options.modality, "html": options.html}
     changes = {"queries": options.query} | {key: value for key, value in given.items() if value is not None}
     options.set = [*(f"{key}={json.dumps(value)}" for key, value in changes.items()), *options.set]
     return _run(options)

@@ -72,14 +72,14 @@ class MixtureConfig(Config):
     """Name -> sources that are merged into one, as the paper does with image classification (section 4). The group
     takes the place of its members: each batch is drawn from all of them, by their size."""
     max_samples_per_source: PositiveInt = 100_000
-    """At most this many samples of a source are used (paper, section 4): random runs of neighbours, others for another
+    """At most this many samples of a source are used (paper, section 4): random runs of neighbors, others for another
     `seed`."""
     blocks: dict[str, PositiveInt] = {}
     """Source or group -> samples that are contrasted with each other, fewer than a global batch, which then consists of
     several blocks of one size, each from one source. Sources not named fill whole global batches (paper)."""
     run_length: PositiveInt = 16
-    """Neighbouring samples of a shard that stay together when an epoch is permuted: one range request each.
-    Samples are shuffled globally when shards are written, so neighbours are strangers. Our choice."""
+    """Neighboring samples of a shard that stay together when an epoch is permuted: one range request each.
+    Samples are shuffled globally when shards are written, so neighbors are strangers. Our choice."""
     resample: ResampleConfig | None = None
     """Change the weights during the run, from the losses so far. The changes are recorded with the run."""
     merge_small: bool = False

@@ -29,7 +29,7 @@ class Media:
 
 
 @dataclass(frozen=True, slots=True)
-class Side:
+class Input:
     """One end of a pair, before decoding: text, media, or both. At least one of them is present."""
 
     text: str = ""
@@ -50,16 +50,16 @@ class Sample:
     key: str
     source: str
     task: str
-    query: Side
-    positive: Side
-    negatives: tuple[Side, ...] = ()
+    query: Input
+    positive: Input
+    negatives: tuple[Input, ...] = ()
     instruction: str = ""
     target_instruction: str = ""
     target_sha256: str = ""
     origin: str = ""
     relevance: float | None = None
 
-    def sides(self) -> tuple[Side, ...]:
+    def sides(self) -> tuple[Input, ...]:
         """Query, positive, then the negatives."""
         return (self.query, self.positive, *self.negatives)
 
@@ -82,8 +82,8 @@ class Sample:
             raise ValueError(f"not a sample: {error}") from error
 
 
-def _side(fields: dict[str, Any]) -> Side:
-    return Side(text=fields["text"], media=tuple(Media(**media) for media in fields["media"]))
+def _side(fields: dict[str, Any]) -> Input:
+    return Input(text=fields["text"], media=tuple(Media(**media) for media in fields["media"]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,7 @@ class Visual:
 
 
 @dataclass(frozen=True, slots=True)
-class DecodedSide:
+class DecodedInput:
     """A side with pixels in place of files. `instruction` is empty in stages without instructions."""
 
     text: str = ""
@@ -141,6 +141,6 @@ class DecodedSample:
     """A sample with pixels in place of files, ready for the processor."""
 
     sample: Sample
-    query: DecodedSide
-    positive: DecodedSide
-    negatives: tuple[DecodedSide, ...] = ()
+    query: DecodedInput
+    positive: DecodedInput
+    negatives: tuple[DecodedInput, ...] = ()

@@ -18,7 +18,7 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 
 
 class TinyBackbone(Config):
-    """A small, randomly initialised backbone of transformers' real classes, for machines without weights."""
+    """A small, randomly initialized backbone of transformers' real classes, for machines without weights."""
 
     family: BackboneFamily = "qwen2_vl"
     """Whose classes, patches and positions (`model_type` of transformers)."""
@@ -194,7 +194,7 @@ class ObjectiveConfig(Config):
     """One learnable temperature per task."""
     mined: MinedConfig = MinedConfig()
     """Mined hard negatives."""
-    copies: Literal["drop", "positive"] = "drop"
+    duplicates: Literal["drop", "positive"] = "drop"
     """Other targets of the batch with the content of the positive: left out, or positives too, with the mean of the
     losses of a query's positives."""
     margin: Annotated[float, Field(ge=0, lt=2)] | None = None

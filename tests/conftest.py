@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT))
 
 import pytest  # noqa: E402
 
-from jobs.local_s3 import CREDENTIALS, free_port, s3_server  # noqa: E402
+from jobs.runtime.local_s3 import CREDENTIALS, free_port, s3_server  # noqa: E402
 
 # Before anything imports Ray or a maths library; Ray's workers inherit them.
 os.environ |= {

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipelines.copies import with_copies
 from pipelines.errors import BadMedia
-from pipelines.samples import DecodedSample, Media, Sample, Side
-from pipelines.shards import (
+from pipelines.samples import DecodedSample, Input, Media, Sample
+from pipelines.shards.duplicates import with_duplicates
+from pipelines.shards.shards import (
     Manifest,
     Members,
     ShardInfo,
@@ -22,7 +22,7 @@ from pipelines.shards import (
     target_sha256,
     write_shard,
 )
-from pipelines.store import Store
+from pipelines.storage.store import Store
 
 SAMPLES_PER_SHARD = 8
 
@@ -37,9 +37,9 @@ def make_sample(source: str, task: str, number: int, bad: bool, colour: int | No
         key=f"{number:08d}",
         source=source,
         task=task,
-        query=Side(f"{source} {number}"),
-        positive=Side("", (Media("image", "p0.png"),)),
-        negatives=(Side(f"not {source} {number}"), Side("nor this")),
+        query=Input(f"{source} {number}"),
+        positive=Input("", (Media("image", "p0.png"),)),
+        negatives=(Input(f"not {source} {number}"), Input("nor this")),
         instruction="Find the colour.",
         origin=f"{number}.png",
     )
@@ -50,20 +50,20 @@ def publish(
     store: Store,
     sources: Mapping[str, tuple[str, int]],
     bad: Mapping[str, Collection[int]] | None = None,
-    copies: Mapping[str, Collection[int]] | None = None,
+    duplicates: Mapping[str, Collection[int]] | None = None,
 ) -> Manifest:
     """Writes the split `train`: source -> (task, number of samples). Those in `bad` cannot be decoded, those in
-    `copies` show what sample 0 shows. Shards hold 8.
+    `duplicates` show what sample 0 shows. Shards hold 8.
     """
     store.ensure_bucket()
     infos = {}
     for source, (task, count) in sources.items():
-        unusable, same = ((some or {}).get(source, ()) for some in (bad, copies))
+        unusable, same = ((some or {}).get(source, ()) for some in (bad, duplicates))
         samples = [make_sample(source, task, n, n in unusable, 0 if n in same else n) for n in range(count)]
         parts = [samples[start : start + SAMPLES_PER_SHARD] for start in range(0, count, SAMPLES_PER_SHARD)]
         shards = tuple(_store_shard(store, source, ordinal, part) for ordinal, part in enumerate(parts))
         infos[source] = SourceInfo(task, count, shards)
-    manifest = with_copies(store, Manifest("train", infos))
+    manifest = with_duplicates(store, Manifest("train", infos))
     publish_manifest(store, manifest)
     return manifest
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pipelines.benchmarks.contract import Dataset
+from pipelines.benchmarks.types import Dataset
 from rzen.evaluation.benchmark import Vectors
 
 Lines = Sequence[Mapping[str, Any]]

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor, nn
 
-from pipelines.samples import DecodedSide, MediaKind, Visual
-from rzen.backbone import build_tiny
+from pipelines.samples import DecodedInput, MediaKind, Visual
 from rzen.config import ModelConfig, PromptConfig, TinyBackbone
+from rzen.model.backbone import build_tiny
 from rzen.training import worker
 
 TEXTS = (
@@ -55,20 +55,20 @@ def noise(
     return Visual(kind, pixels, times_s)
 
 
-def mixed_sides() -> list[DecodedSide]:
+def mixed_sides() -> list[DecodedInput]:
     """Text, image, page, video (odd number of frames), several of them, and fused sides, with sizes that divide
     nothing.
     """
     image, page, video = noise("image", 1, 61, 97), noise("document", 1, 120, 85, 1), noise("video", 5, 59, 83, 2)
     timed = noise("video", 4, 70, 66, 3, times_s=(0.0, 0.7, 1.4, 2.1))
     return [
-        DecodedSide(text=TEXTS[0]),
-        DecodedSide(visuals=(image,)),
-        DecodedSide(text=TEXTS[3], instruction="Find the page that answers the question."),
-        DecodedSide(visuals=(page,), instruction="Represent the page."),
-        DecodedSide(visuals=(video,)),
-        DecodedSide(text=TEXTS[2], visuals=(timed, image, video), instruction="Find the video."),
-        DecodedSide(text="x"),
-        DecodedSide(text=TEXTS[1], visuals=(image, page)),
-        DecodedSide(visuals=(page, page, image)),
+        DecodedInput(text=TEXTS[0]),
+        DecodedInput(visuals=(image,)),
+        DecodedInput(text=TEXTS[3], instruction="Find the page that answers the question."),
+        DecodedInput(visuals=(page,), instruction="Represent the page."),
+        DecodedInput(visuals=(video,)),
+        DecodedInput(text=TEXTS[2], visuals=(timed, image, video), instruction="Find the video."),
+        DecodedInput(text="x"),
+        DecodedInput(text=TEXTS[1], visuals=(image, page)),
+        DecodedInput(visuals=(page, page, image)),
     ]

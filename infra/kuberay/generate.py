@@ -20,9 +20,9 @@ from typing import Any
 
 import yaml
 
-from jobs.dispatch import named_specs
-from jobs.load import check, override, read_document
-from jobs.spec import (
+from jobs.runtime.dispatch import named_specs
+from jobs.spec.load import check, override, read_document
+from jobs.spec.schema import (
     EmbedSpec,
     EvaluateSpec,
     ExportSpec,
@@ -43,7 +43,7 @@ _GPU = "nvidia.com/gpu"
 LOCAL_KINDS = {
     "corpus": "draws files into a local folder",
     "ingest": "reads a local folder on every node",
-    "pipeline": "the shipped ones start from a local folder; re-training has a manifest of its own",
+    "pipeline": "the shipped ones start from a local folder; retraining has a manifest of its own",
     "ablation": "writes its report to a local folder",
     "benchmark": "reads its files at the same path on every node",
     "search": "writes a local page",

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import yaml
 
-from jobs.local_s3 import free_port
+from jobs.runtime.local_s3 import free_port
 
 MONITORING = Path(__file__).resolve().parents[1] / "monitoring"
 RAY_DASHBOARD = "session_latest/metrics/grafana/dashboards/default_grafana_dashboard.json"

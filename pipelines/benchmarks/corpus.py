@@ -6,8 +6,8 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.benchmarks.contract import Item
 from pipelines.benchmarks.files import Line, read_lines
+from pipelines.benchmarks.types import Item
 from pipelines.errors import UserError
 
 

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.benchmarks.contract import FRAMES, Item
 from pipelines.benchmarks.frames import choose_frames
+from pipelines.benchmarks.types import FRAMES, Item
 from pipelines.config import MediaConfig
 from pipelines.errors import BadMedia
 from pipelines.media.decode import Decoder
 from pipelines.media.documents import extract_page
+from pipelines.media.files import read_file
 from pipelines.media.images import decode_image
-from pipelines.members import read_file
-from pipelines.samples import DecodedSide, FileRef, Media, UInt8Array, Visual
+from pipelines.samples import DecodedInput, FileRef, Media, UInt8Array, Visual
 
 
 class ItemDecoder:
@@ -24,12 +24,12 @@ class ItemDecoder:
         self._config = config
         self._decoder = Decoder(config)
 
-    def side(self, item: Item) -> DecodedSide:
+    def side(self, item: Item) -> DecodedInput:
         """Text, pixels and instruction. Raises `BadMedia` that names the file: missing_file, unreadable_file,
         too_many_bytes, unequal_frames, and the reasons of `pipelines.media`.
         """
         visuals = tuple(self._visual(media, item.files[media.member]) for media in item.side.media)
-        return DecodedSide(item.side.text, visuals, item.instruction)
+        return DecodedInput(item.side.text, visuals, item.instruction)
 
     def _visual(self, media: Media, ref: FileRef) -> Visual:
         try:

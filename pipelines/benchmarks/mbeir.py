@@ -22,9 +22,9 @@ import re
 from functools import partial
 from pathlib import Path
 
-from pipelines.benchmarks.contract import Dataset, Item, Query, Row, file_in, make_item
 from pipelines.benchmarks.corpus import Corpus
 from pipelines.benchmarks.files import Line, read_lines
+from pipelines.benchmarks.types import Dataset, Item, Query, Row, file_in, make_item
 from pipelines.errors import UserError
 from pipelines.samples import FileRef
 

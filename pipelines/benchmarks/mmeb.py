@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from pipelines.benchmarks.contract import Dataset, Item, Query, Row, file_in, make_item
 from pipelines.benchmarks.files import Line, find_parts, read_parts
+from pipelines.benchmarks.types import Dataset, Item, Query, Row, file_in, make_item
 from pipelines.errors import UserError
 from pipelines.samples import FileRef, MediaKind
 

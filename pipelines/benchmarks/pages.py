@@ -20,8 +20,8 @@ from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 
-from pipelines.benchmarks.contract import Dataset, Item, Query, Row, file_in, make_item
 from pipelines.benchmarks.files import Line, find_parts, read_parts
+from pipelines.benchmarks.types import Dataset, Item, Query, Row, file_in, make_item
 from pipelines.errors import UserError
 from pipelines.samples import FileRef
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from pipelines.benchmarks.contract import Modality, Row
+from pipelines.benchmarks.types import Modality, Row
 
 HUB = "https://huggingface.co/datasets/"
 META_TASKS = (

@@ -13,7 +13,7 @@ from pipelines.media.images import decode_image
 from pipelines.media.materialized import is_page_image
 from pipelines.media.sandbox import Sandbox
 from pipelines.media.videos import decode_video
-from pipelines.samples import DecodedSample, DecodedSide, MediaKind, Sample, Side, UInt8Array, Visual
+from pipelines.samples import DecodedInput, DecodedSample, Input, MediaKind, Sample, UInt8Array, Visual
 
 
 def decode_pixels(kind: MediaKind, data: bytes, config: MediaConfig) -> tuple[UInt8Array, list[float]]:
@@ -82,12 +82,12 @@ class Decoder:
 def _decode_sides(
     sample: Sample, members: dict[str, bytes], instructions: bool, decode: Callable[[MediaKind, bytes], Visual]
 ) -> DecodedSample:
-    def decoded(side: Side, instruction: str) -> DecodedSide:
+    def decoded(side: Input, instruction: str) -> DecodedInput:
         missing = [media.member for media in side.media if media.member not in members]
         if missing:
             raise BadMedia("missing_member", missing[0])
         visuals = tuple(decode(media.kind, members[media.member]) for media in side.media)
-        return DecodedSide(side.text, visuals, instruction if instructions else "")
+        return DecodedInput(side.text, visuals, instruction if instructions else "")
 
     return DecodedSample(
         sample=sample,

@@ -100,7 +100,7 @@ class _Mupdf:
     """pymupdf, the default."""
 
     def __init__(self, data: bytes) -> None:
-        with sandbox.uncounted():
+        with sandbox.exclude_from_cpu_limit():
             import pymupdf
 
         # The library writes to stderr, once per damaged object.
@@ -144,7 +144,7 @@ class _Pdfium:
     """pypdfium2: permissive licence, faster to import and to render."""
 
     def __init__(self, data: bytes) -> None:
-        with sandbox.uncounted():
+        with sandbox.exclude_from_cpu_limit():
             import pypdfium2
 
         self._pdfium: Any = pypdfium2

@@ -39,7 +39,7 @@ from pipelines.errors import BadMedia, UserError
 Result = TypeVar("Result")
 _INSIDE = "RZEN_MEDIA_SANDBOX"
 _LENGTHS = struct.Struct("<QQ")
-# By the clock: for a child that waits instead of computing, is starved by its neighbours, or loads libraries.
+# By the clock: for a child that waits instead of computing, is starved by its neighbors, or loads libraries.
 _WALL_PER_CPU_S = 4.0
 _WALL_EXTRA_S = 15.0
 _START_S = 60.0
@@ -54,19 +54,19 @@ class _NotImported(UserError):
     """A library of the child, for want of an installation or of memory."""
 
 
-def inside() -> bool:
+def in_sandbox() -> bool:
     """Whether this process is a sandbox child."""
     return _INSIDE in os.environ
 
 
 @contextmanager
-def uncounted() -> Iterator[None]:
+def exclude_from_cpu_limit() -> Iterator[None]:
     """What is done here does not count towards the child's CPU limit: importing pymupdf takes longer than many files.
 
     Does nothing outside a sandbox child.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_CPU)
-    if not inside() or soft == hard:
+    if not in_sandbox() or soft == hard:
         yield
         return
     resource.setrlimit(resource.RLIMIT_CPU, (hard, hard))
@@ -224,7 +224,7 @@ def _death(returncode: int) -> BadMedia:
 
 def _answer(request: bytes) -> tuple[dict[str, Any], bytes | memoryview]:
     try:
-        with uncounted():
+        with exclude_from_cpu_limit():
             function, args, max_cpu_s = pickle.loads(request)
         _limit_cpu(max_cpu_s)
         result = function(*args)

@@ -263,7 +263,7 @@ def _upright(frames: UInt8Array, matrix: npt.NDArray[np.int32]) -> UInt8Array:
 
 def _decode_decord(data: bytes, config: MediaConfig, scan: _Scan) -> tuple[UInt8Array, list[float]]:
     """decord 0.6 (FFmpeg 4.1) never returns on some files and shows wrong frames of others: refused or contained."""
-    if not sandbox.inside():
+    if not sandbox.in_sandbox():
         problem = "decord can hang for ever and decodes only in the killable child"
         raise UserError("media.video_backend=decord", problem, "use Decoder or Sandbox, or the pyav backend")
     with _open(data) as container:
@@ -271,7 +271,7 @@ def _decode_decord(data: bytes, config: MediaConfig, scan: _Scan) -> tuple[UInt8
     turned = first is not None and SideDataType.DISPLAYMATRIX in first.side_data
     if trap := scan.decord_trap or ("display matrix" if turned else ""):
         raise BadMedia("decord_unsupported", trap)
-    with sandbox.uncounted():
+    with sandbox.exclude_from_cpu_limit():
         import decord
 
     try:

@@ -32,7 +32,7 @@ from pipelines.synthetic.classes import QUESTIONS, Group, all_groups, draw_group
 from pipelines.synthetic.clips import Clip, all_clips, draw_clip, encode_clip
 from pipelines.synthetic.config import CorpusConfig
 from pipelines.synthetic.documents import Page, all_pages, draw_document
-from pipelines.synthetic.scenes import Scene, all_scenes, draw_scene, edit_into, encode_image, neighbours
+from pipelines.synthetic.scenes import Scene, all_scenes, draw_scene, edit_into, encode_image, neighbors
 
 COMPLETE, BUILDING, CAPTIONS = ".complete", ".building", "captions.jsonl"
 
@@ -158,14 +158,14 @@ def _distinct(space: Iterable[_T], count: int, config: CorpusConfig, setting: st
 
 
 def _with_hard_negatives(config: CorpusConfig, scenes: list[Scene], others: set[Scene]) -> list[Scene]:
-    """The scenes with the last ones replaced by neighbours of the first ones, the same number for each. All distinct,
+    """The scenes with the last ones replaced by neighbors of the first ones, the same number for each. All distinct,
     and none of `others`.
     """
     num_hard = round(config.hard_fraction * len(scenes))
     anchors = scenes[: len(scenes) - num_hard]
     taken = others | set(anchors)
     rng = _rng(config, "hard negatives")
-    waiting = [rng.sample(near, len(near)) for near in map(neighbours, anchors)]
+    waiting = [rng.sample(near, len(near)) for near in map(neighbors, anchors)]
     hard: list[Scene] = []
     while len(hard) < num_hard and (waiting := [near for near in waiting if near]):
         for near in waiting[: num_hard - len(hard)]:
@@ -173,7 +173,7 @@ def _with_hard_negatives(config: CorpusConfig, scenes: list[Scene], others: set[
                 hard.append(scene)
                 taken.add(scene)
     if len(hard) < num_hard:
-        problem = f"{num_hard} neighbours of {len(anchors)} scenes are asked for, {len(hard)} are free"
+        problem = f"{num_hard} neighbors of {len(anchors)} scenes are asked for, {len(hard)} are free"
         raise UserError("hard_fraction", problem, "lower it")
     return anchors + hard
 

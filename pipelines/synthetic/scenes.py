@@ -56,7 +56,7 @@ def all_scenes() -> Iterator[Scene]:
             yield Scene(first, second, relation)
 
 
-def neighbours(scene: Scene) -> list[Scene]:
+def neighbors(scene: Scene) -> list[Scene]:
     """Every scene that differs in exactly one attribute: 6 + 6 colours, 6 + 6 shapes, and the other relation."""
     found = [replace(scene, relation=relation) for relation in RELATIONS if relation != scene.relation]
     found += [replace(scene, first=other) for other in _others(scene.first, scene.second)]

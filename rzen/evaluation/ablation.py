@@ -1,4 +1,4 @@
-"""What an ablation says: mean scores of its arms, differences to the baseline with paired intervals, table and plot.
+"""What an ablation says: mean scores of its variants, paired differences to the baseline, table and plot.
 
 Runs of one seed belong together: they see the same data in the same order, so that much of what a seed does is the
 same in both and falls out of their difference. The interval is that of Student's t over these differences.
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 
 from rzen.evaluation.figures import FAINT, INK, colours, plot_panels
-from rzen.evaluation.report import task_title
+from rzen.evaluation.results import task_title
 
 MEAN = "mean"
 """Stands among the tasks for the mean over all of them."""
@@ -26,17 +26,17 @@ _T95 = (
 )
 
 Scores = Mapping[str, Mapping[int, Mapping[str, float]]]
-"""Arm -> seed -> task -> score in [0, 1]. All arms have the same seeds, and all runs the same tasks."""
+"""Variant -> seed -> task -> score in [0, 1]. All variants have the same seeds, and all runs the same tasks."""
 
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """An arm on a task, or on their mean: its mean score over the seeds, and the paired difference to the baseline.
+    """a variant on a task, or on their mean: its mean score over the seeds, and the paired difference to the baseline.
 
     `low` and `high` bound the 95% interval of the difference; all three are 0 for the baseline itself.
     """
 
-    arm: str
+    variant: str
     task: str
     score: float
     difference: float
@@ -46,19 +46,19 @@ class Effect:
 
 
 def effects(scores: Scores, baseline: str) -> list[Effect]:
-    """Every arm on every task, the mean of the tasks last. Raises `ValueError` where a run is missing."""
+    """Every variant on every task, the mean of the tasks last. Raises `ValueError` where a run is missing."""
     seeds = sorted(scores[baseline])
     tasks = list(scores[baseline][seeds[0]])
-    table = {arm: {seed: _with_mean(of_arm[seed]) for seed in sorted(of_arm)} for arm, of_arm in scores.items()}
-    for arm, of_arm in table.items():
+    table = {variant: {seed: _with_mean(of_arm[seed]) for seed in sorted(of_arm)} for variant, of_arm in scores.items()}
+    for variant, of_arm in table.items():
         if list(of_arm) != seeds or any(list(values) != [*tasks, MEAN] for values in of_arm.values()):
-            raise ValueError(f"{arm} was not scored on the seeds and tasks of {baseline}")
+            raise ValueError(f"{variant} was not scored on the seeds and tasks of {baseline}")
     found = []
     for task in (*tasks, MEAN):
-        for arm, of_arm in table.items():
+        for variant, of_arm in table.items():
             differences = [of_arm[seed][task] - table[baseline][seed][task] for seed in seeds]
             score = statistics.fmean(of_arm[seed][task] for seed in seeds)
-            found.append(Effect(arm, task, score, *paired_interval(differences), len(seeds)))
+            found.append(Effect(variant, task, score, *paired_interval(differences), len(seeds)))
     return found
 
 
@@ -75,7 +75,7 @@ def _with_mean(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def score_table(found: Sequence[Effect]) -> str:
-    """Arms down, tasks across: mean scores over the seeds, in percent."""
+    """Variants down, tasks across: mean scores over the seeds, in percent."""
     return _markdown(found, lambda effect: f"{100 * effect.score:.1f}")
 
 
@@ -86,35 +86,35 @@ def difference_table(found: Sequence[Effect], baseline: str) -> str:
         text = f"{100 * effect.difference:+.1f} [{100 * effect.low:+.1f}, {100 * effect.high:+.1f}]"
         return f"**{text}**" if effect.low > 0 or effect.high < 0 else text
 
-    return _markdown([effect for effect in found if effect.arm != baseline], cell)
+    return _markdown([effect for effect in found if effect.variant != baseline], cell)
 
 
 def _markdown(found: Sequence[Effect], cell: Callable[[Effect], str]) -> str:
-    arms, tasks = _arms(found), _tasks(found)
-    cells = {(effect.arm, effect.task): cell(effect) for effect in found}
-    lines = [["arm", *map(_title, tasks)], ["---", *["---:"] * len(tasks)]]
-    lines += [[arm, *(cells[arm, task] for task in tasks)] for arm in arms]
+    variants, tasks = _arms(found), _tasks(found)
+    cells = {(effect.variant, effect.task): cell(effect) for effect in found}
+    lines = [["variant", *map(_title, tasks)], ["---", *["---:"] * len(tasks)]]
+    lines += [[variant, *(cells[variant, task] for task in tasks)] for variant in variants]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def plot_effects(found: Sequence[Effect], baseline: str) -> str:
-    """One panel per task, one line per arm: the difference in points and its interval. SVG, the same every time."""
-    others = [effect for effect in found if effect.arm != baseline]
-    arms, tasks = _arms(others), [MEAN, *(task for task in _tasks(others) if task != MEAN)]
+    """One panel per task, one line per variant: the difference in points and its interval. SVG, the same every time."""
+    others = [effect for effect in found if effect.variant != baseline]
+    variants, tasks = _arms(others), [MEAN, *(task for task in _tasks(others) if task != MEAN)]
     reach = 110 * max(max(abs(effect.low), abs(effect.high)) for effect in others) or 1.0
     unit = "with 95% intervals paired by seed"
     return plot_panels(
         tasks,
-        arms,
-        lambda axes, task: _draw(axes, arms, [effect for effect in others if effect.task == task], reach),
+        variants,
+        lambda axes, task: _draw(axes, variants, [effect for effect in others if effect.task == task], reach),
         f"Difference to {baseline} in points, {unit}",
         f"points above {baseline}, {unit}",
     )
 
 
-def _draw(axes: Axes, arms: list[str], found: Sequence[Effect], reach: float) -> None:
-    for effect, colour in zip(found, colours(len(arms)), strict=True):
-        height = arms.index(effect.arm)
+def _draw(axes: Axes, variants: list[str], found: Sequence[Effect], reach: float) -> None:
+    for effect, colour in zip(found, colours(len(variants)), strict=True):
+        height = variants.index(effect.variant)
         axes.plot([100 * effect.low, 100 * effect.high], [height, height], color=colour, linewidth=1.5)
         axes.plot([100 * effect.difference], [height], color=colour, marker="o", markersize=4)
     axes.axvline(0, color=INK, linewidth=0.8, linestyle=":")
@@ -124,7 +124,7 @@ def _draw(axes: Axes, arms: list[str], found: Sequence[Effect], reach: float) ->
 
 
 def _arms(found: Sequence[Effect]) -> list[str]:
-    return list(dict.fromkeys(effect.arm for effect in found))
+    return list(dict.fromkeys(effect.variant for effect in found))
 
 
 def _tasks(found: Sequence[Effect]) -> list[str]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.benchmarks.contract import Dataset, Pool, as_ids, check, read_pool
+from pipelines.benchmarks.types import Dataset, Pool, as_ids, check, read_pool
 from pipelines.errors import UserError
 from rzen.evaluation.metrics import METRIC_NAMES, Relevant, metrics_by_query
 from rzen.evaluation.scoring import Ranked, rank_candidates, rank_pools
@@ -59,7 +59,7 @@ class Vectors:
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
+class DatasetScores:
     """The scores of a dataset: means over its queries (`metrics`), and each query's own, `[Q]`.
 
     `names` has the benchmark's name of every candidate that the files mention, by its row. `unanswerable` queries have
@@ -101,7 +101,7 @@ def score_dataset(
     pool: Pool | None = None,
     num_top: int = 100,
     device: str = "",
-) -> Scored:
+) -> DatasetScores:
     """Raises `UserError` for whatever would make the scores untrue. `num_top` is how many candidates files list.
 
     `pool` is what `read_pool` gave for a dataset of the same corpus; it is read where it is not given.
@@ -119,7 +119,7 @@ def score_dataset(
     if widths[0] != widths[1]:
         problem = f"has queries of width {widths[0]} and candidates of width {widths[1]}"
         raise UserError(row.name, problem, "encode both with one model")
-    place_of = _Places(pool.ids, candidate_rows)
+    place_of = _IdIndex(pool.ids, candidate_rows)
     relevant = _relevant(dataset, place_of)
     asked_QD = queries.rows[query_rows]
     if dataset.queries[0].pool is None:
@@ -131,7 +131,7 @@ def score_dataset(
     mentioned = np.concatenate([relevant.row, ranked.rows[ranked.rows != NONE]])
     places = np.flatnonzero(np.isin(candidate_rows, mentioned)).tolist()
     shown = {int(candidate_rows[place]): item for place, item in dataset.pick(places).items()}
-    return Scored(
+    return DatasetScores(
         dataset=dataset,
         metrics={name: float(values.mean()) for name, values in by_query.items()},
         by_query=by_query,
@@ -145,7 +145,7 @@ def score_dataset(
     )
 
 
-class _Places:
+class _IdIndex:
     """Rows of the vectors by id, found by bisection: a dictionary of ten million ids is a gigabyte."""
 
     def __init__(self, ids: npt.NDArray[np.bytes_], rows: IntArray) -> None:
@@ -157,7 +157,7 @@ class _Places:
         return found
 
 
-def _relevant(dataset: Dataset, places: _Places) -> Relevant:
+def _relevant(dataset: Dataset, places: _IdIndex) -> Relevant:
     pairs = [(number, *pair) for number, query in enumerate(dataset.queries) for pair in query.relevance.items()]
     return Relevant(
         np.array([number for number, _, _ in pairs], dtype=np.int64),

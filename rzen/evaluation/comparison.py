@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipelines.errors import UserError
-from rzen.evaluation.benchmark import Scored
+from rzen.evaluation.benchmark import DatasetScores
 from rzen.evaluation.vectors import NONE, FloatArray
 
 MEAN = "mean"
@@ -31,7 +31,7 @@ class Difference:
 
 
 def compare(
-    first: Mapping[str, Scored], second: Mapping[str, Scored], *, num_draws: int = 2000, seed: int = 0
+    first: Mapping[str, DatasetScores], second: Mapping[str, DatasetScores], *, num_draws: int = 2000, seed: int = 0
 ) -> dict[str, Difference]:
     """Of every dataset that both have, on the metric that counts; last, under `mean`, their plain mean.
 
@@ -55,7 +55,7 @@ def paired_intervals(
     return {**found, MEAN: _interval(float(means), np.mean(list(drawn.values()), axis=0), total)}
 
 
-def instruction_sensitivity(with_instruction: Scored, without: Scored) -> tuple[Difference, float]:
+def instruction_sensitivity(with_instruction: DatasetScores, without: DatasetScores) -> tuple[Difference, float]:
     """What a model gains by the instructions of queries, and the share of queries whose first candidate they change."""
     name = with_instruction.dataset.row.name
     gained = compare({name: without}, {name: with_instruction})[name]
@@ -71,7 +71,7 @@ def modality_gap(queries_QD: FloatArray, candidates_ND: FloatArray) -> float:
     return float(np.linalg.norm(means[0] - means[1]))
 
 
-def target_modality_accuracy(scored: Scored) -> float:
+def target_modality_accuracy(scored: DatasetScores) -> float:
     """Share of the queries whose first candidate has the modality of a relevant one; in mixed pools a model may find
     the wrong kind of thing.
     """
@@ -93,18 +93,18 @@ def comparison_table(differences: Mapping[str, Difference], first: str, second: 
     return "\n".join(lines) + "\n"
 
 
-def _differences(first: Scored, second: Scored) -> FloatArray:
+def _differences(first: DatasetScores, second: DatasetScores) -> FloatArray:
     row = first.dataset.row
     if _asked(first) != _asked(second):
         raise UserError(row.name, "the two models were asked different queries", "score both on the same files")
     return second.by_query[row.metric] - first.by_query[row.metric]
 
 
-def _first(scored: Scored) -> list[str]:
+def _first(scored: DatasetScores) -> list[str]:
     return [scored.names.get(int(row), "") for row in scored.ranked.rows[:, 0]]
 
 
-def _asked(scored: Scored) -> Sequence[str]:
+def _asked(scored: DatasetScores) -> Sequence[str]:
     return [query.item.name for query in scored.dataset.queries]
 
 

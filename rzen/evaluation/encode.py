@@ -8,13 +8,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipelines.samples import DecodedSide
-from rzen.embedder import Embedder
-from rzen.processor import Processor
+from pipelines.samples import DecodedInput
+from rzen.inputs.processor import Processor
+from rzen.model.embedding_model import EmbeddingModel
 
 
-def embed_sides(
-    processor: Processor, embedder: Embedder, sides: Sequence[DecodedSide], batch_size: int
+def embed_inputs(
+    processor: Processor, embedder: EmbeddingModel, sides: Sequence[DecodedInput], batch_size: int
 ) -> npt.NDArray[np.float32]:
     """Unit vectors `[len(sides), D]` in the order given; at least one side.
 

@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from rzen.evaluation.benchmark import Scored
-from rzen.evaluation.report import write_json
+from rzen.evaluation.benchmark import DatasetScores
+from rzen.evaluation.results import write_json
 from rzen.evaluation.vectors import NONE
 
 
-def write_files(scored: Scored, folder: Path) -> None:
+def write_files(scored: DatasetScores, folder: Path) -> None:
     """Each written whole or not at all, the score last: where there is one, the others are there.
 
     `folder` is that of one model and one suite: M-BEIR names its tasks alike for both pools.
@@ -34,13 +34,13 @@ def write_files(scored: Scored, folder: Path) -> None:
     write_json(folder / f"{name}_score.json", score_of(scored))
 
 
-def score_of(scored: Scored) -> dict[str, float | int]:
+def score_of(scored: DatasetScores) -> dict[str, float | int]:
     """The content of `{dataset}_score.json`."""
     count = len(scored.dataset.queries)
     return {**scored.metrics, "num_pred": count, "num_data": count}
 
 
-def _info(scored: Scored) -> Iterable[Mapping[str, Any]]:
+def _info(scored: DatasetScores) -> Iterable[Mapping[str, Any]]:
     wanted = {id for query in scored.dataset.queries for id in query.pool or ()}
     name_of = {item.id: item.name for item in scored.dataset.candidates if item.id in wanted}
     for (_, pairs), query in zip(_pairs(scored), scored.dataset.queries, strict=True):
@@ -54,7 +54,7 @@ def _info(scored: Scored) -> Iterable[Mapping[str, Any]]:
         }
 
 
-def _predictions(scored: Scored) -> Iterable[Mapping[str, Any]]:
+def _predictions(scored: DatasetScores) -> Iterable[Mapping[str, Any]]:
     for (number, pairs), query in zip(_pairs(scored), scored.dataset.queries, strict=True):
         exists = scored.ranked.rows[number] != NONE
         yield {
@@ -67,7 +67,7 @@ def _predictions(scored: Scored) -> Iterable[Mapping[str, Any]]:
         }
 
 
-def _pairs(scored: Scored) -> Iterable[tuple[int, slice]]:
+def _pairs(scored: DatasetScores) -> Iterable[tuple[int, slice]]:
     """Each query's number, and where its relevant candidates stand."""
     bounds = np.searchsorted(scored.relevant.query, np.arange(len(scored.dataset.queries) + 1))
     return ((number, slice(bounds[number], bounds[number + 1])) for number in range(len(bounds) - 1))

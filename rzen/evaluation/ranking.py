@@ -22,7 +22,7 @@ def rank_of_gold(
     """Ranks of the relevant targets by cosine over all N targets, in the shape of `gold`: `[Q]`, or `[Q, R]`.
 
     `gold` holds rows of `targets_ND`; `NONE` in it, where a query has fewer than R, has rank 0. Targets that are not
-    relevant and score as high up to `TIE` stand before. Vectors are L2-normalised. Memory is `block_rows` squared.
+    relevant and score as high up to `TIE` stand before. Vectors are L2-normalized. Memory is `block_rows` squared.
     Raises `UserError` for NaN, infinity, vectors of other lengths, and gold that names no target.
     """
     from rzen.evaluation.scoring import rank_candidates  # torch, which whoever reads a spec need not load
@@ -53,7 +53,7 @@ def mrr(ranks: IntArray) -> float:
 
 
 def ndcg_at_k(ranks: IntArray, k: int, grades: npt.ArrayLike | None = None) -> float:
-    """Mean normalised discounted cumulative gain with linear gain: grade / log2(1 + rank) over the first k.
+    """Mean normalized discounted cumulative gain with linear gain: grade / log2(1 + rank) over the first k.
 
     `grades` are non-negative, in the shape of `ranks`; all 1 where not given. Raises `UserError` for a query whose
     grades are all 0: it has no ideal ranking.

@@ -16,9 +16,9 @@ from pipelines.benchmarks.table import MMEB_V2, MODALITIES, submitted_name
 from pipelines.config import Config, Fraction, PositiveInt
 from pipelines.errors import UserError
 from rzen.config import ModelCard
+from rzen.evaluation.leaderboard import Scores
 from rzen.evaluation.metrics import METRIC_NAMES
-from rzen.evaluation.report import write_json
-from rzen.evaluation.standing import Scores
+from rzen.evaluation.results import write_json
 
 
 class Metadata(ModelCard):

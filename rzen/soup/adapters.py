@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rzen.config import DareSoup, SlerpSoup, SoupConfig, TiesSoup
-from rzen.lora import CONFIG, WEIGHTS
+from rzen.model.lora import CONFIG, WEIGHTS
 from rzen.soup.factors import Factors, Truncated, concatenate, factorise, inner, truncate
 from rzen.soup.methods import merge, slerp_coefficients
 from rzen.soup.parents import FACTORS, Adapter, write_json

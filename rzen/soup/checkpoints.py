@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from pipelines.errors import UserError
-from rzen.checkpoints import IDENTITY
 from rzen.config import DareSoup, SlerpSoup, SoupConfig, TiesSoup
+from rzen.model.checkpoints import IDENTITY
 from rzen.soup.methods import merge, slerp_coefficients
 from rzen.soup.parents import LINEAGE, Checkpoint, open_checkpoint
 from rzen.soup.tensors import write_tensors

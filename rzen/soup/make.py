@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import UserError
-from rzen.checkpoints import IDENTITY, appearing
 from rzen.config import GreedySoup, MeanSoup, SearchedSoup, SoupConfig
+from rzen.model.checkpoints import IDENTITY, atomic_directory
 from rzen.soup.adapters import write_adapter
 from rzen.soup.checkpoints import write_checkpoint
 from rzen.soup.parents import LINEAGE, Adapter, Checkpoint, Parent, open_parents, write_json
@@ -41,7 +41,7 @@ def make_soup(
     total = sum(weights.values())
     shares = [weight / total for weight in weights.values()]
     opened = open_parents({name: parents[name] for name in weights})
-    with appearing(out) as partial:
+    with atomic_directory(out) as partial:
         made = _write(opened, shares, partial, config, base)
         coefficients = made.pop("coefficients", shares)
         lineage = {

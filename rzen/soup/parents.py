@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from pipelines.errors import UserError
-from rzen.checkpoints import IDENTITY, checkpoint_sha256, file_sha256
 from rzen.config import ReadoutConfig
-from rzen.lora import CONFIG, WEIGHTS
+from rzen.model.checkpoints import IDENTITY, checkpoint_sha256, file_sha256
+from rzen.model.lora import CONFIG, WEIGHTS
 from rzen.soup.factors import Factors
 from rzen.soup.tensors import Tensors
 
@@ -131,7 +131,7 @@ def _open_adapter(name: str, path: Path) -> Adapter:
 
 
 def _check_plain(path: Path, config: dict[str, Any]) -> None:
-    """Refuse what changes the meaning of B.A: ranks per module, and initialisations that also change the base."""
+    """Refuse what changes the meaning of B.A: ranks per module, and initializations that also change the base."""
     for key in ("rank_pattern", "alpha_pattern"):
         if config.get(key):
             raise UserError(f"{path / CONFIG} {key}", f"{config[key]} is not supported", "use one rank for all modules")

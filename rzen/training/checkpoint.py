@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from pipelines.errors import UserError
-from rzen.checkpoints import file_sha256
+from rzen.model.checkpoints import file_sha256
 
 PARAMETERS, MOMENTS, STATE = "parameters.safetensors", "moments.safetensors", "state.json"
 MOMENT_NAMES = ("exp_avg", "exp_avg_sq")

@@ -8,15 +8,16 @@ import torch
 import torch.distributed as dist
 
 from pipelines.errors import UserError
-from rzen.processor import EncodedBatch
-from rzen.training.batch import EncodedPairs, Fed
+from rzen.inputs.pairs import EncodedPairs
+from rzen.inputs.processor import EncodedBatch
+from rzen.training.batch import FeedBatchProtocol
 from rzen.training.step import Learner
 from rzen.training.telemetry import Row
 
 _NAMED = 5
 
 
-def divergence(learner: Learner, fed: Fed, row: Row, num_skipped: int) -> UserError:
+def divergence_error(learner: Learner, fed: FeedBatchProtocol, row: Row, num_skipped: int) -> UserError:
     """The error that ends a run whose last `num_skipped` steps were skipped; `fed` and `row` are those of the last one.
 
     A collective. The weights are those before these steps, so that embedding the samples again, each alone, tells

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from rzen.chunks import Indices
-from rzen.processor import GRID_KINDS, EncodedBatch
+from rzen.inputs.processor import GRID_KINDS, EncodedBatch
+from rzen.model.chunks import Indices
 
 
-def blank_side(backbone: Any) -> EncodedBatch:
+def dummy_input(backbone: Any) -> EncodedBatch:
     """One side of six tokens: an image and a video of one token each."""
     config = backbone.config
     vision = config.vision_config
@@ -41,7 +41,7 @@ def blank_side(backbone: Any) -> EncodedBatch:
     )
 
 
-def in_step(chunks: Sequence[Indices], blank: int, device: torch.device) -> list[Indices]:
+def align_chunk_counts(chunks: Sequence[Indices], blank: int, device: torch.device) -> list[Indices]:
     """The chunks with side `blank` at the end of each, and as many on every rank. A collective."""
     num_chunks = torch.tensor(len(chunks), device=device)
     if dist.is_initialized():

@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rzen.chunks import chunks_of, embed, padding_fraction
-from rzen.embedder import Embedder
-from rzen.gather import gather_ids, gather_with_gradient
-from rzen.loss import Mined, Objective
-from rzen.training.batch import EncodedPairs
-from rzen.training.lockstep import blank_side, in_step
+from rzen.inputs.pairs import EncodedPairs
+from rzen.model.chunks import chunks_of, embed, padding_fraction
+from rzen.model.embedding_model import EmbeddingModel
+from rzen.objective.gather import gather_ids, gather_with_gradient
+from rzen.objective.loss import Mined, Objective
+from rzen.training.lockstep import align_chunk_counts, dummy_input
 
 
 class Learner(nn.Module):
@@ -30,14 +30,14 @@ class Learner(nn.Module):
     """
 
     def __init__(
-        self, embedder: Embedder, objective: Objective, chunk_tokens: int | None = None, *, lockstep: bool = False
+        self, embedder: EmbeddingModel, objective: Objective, chunk_tokens: int | None = None, *, lockstep: bool = False
     ) -> None:
         super().__init__()
         self.embedder = embedder
         self.objective = objective
         self.chunk_tokens = chunk_tokens
         backbone: Any = embedder.backbone
-        self.blanks = [blank_side(backbone)] if lockstep else []
+        self.blanks = [dummy_input(backbone)] if lockstep else []
         """Sides that are embedded with every chunk, for ZeRO stage 3."""
         objective.widths(backbone.config.get_text_config().hidden_size)  # refuses a wider one before the first batch
 
@@ -89,11 +89,13 @@ class Learner(nn.Module):
             start += size
         shares = torch.tensor([size for _, size in blocks], device=ids_B.device) / len(pairs)
         means = {name: _mean([some[name] for some in stats], shares) for name in stats[0]}
-        return self._reach_all(_mean(losses, shares)), means | counts
+        return self._with_zero_grads(_mean(losses, shares)), means | counts
 
-    def _reach_all(self, loss: Tensor) -> Tensor:
+    def _with_zero_grads(self, loss: Tensor) -> Tensor:
         # In lockstep the blank sides do so; parameters are in pieces, which have other shapes than their gradients.
-        return reach_all(loss, [] if self.blanks else [p for p in self.parameters() if p.requires_grad])
+        return with_zero_grads_for_unused(
+            loss, [] if self.blanks else [p for p in self.parameters() if p.requires_grad]
+        )
 
     def _vectors(self, pairs: EncodedPairs) -> tuple[list[Tensor], dict[str, Tensor]]:
         """Of queries, of targets, and of mined negatives where there are any; and counts of tokens.
@@ -109,7 +111,7 @@ class Learner(nn.Module):
         else:
             chunks = chunks_of(lengths, self.chunk_tokens, packed=self.embedder.packs)
         sides = [side for role in roles for side in role.split()]
-        called = in_step(chunks, len(sides), self.embedder.image_mean.device) if self.blanks else chunks
+        called = align_chunk_counts(chunks, len(sides), self.embedder.image_mean.device) if self.blanks else chunks
         twice = self.chunk_tokens is not None and len(called) > 1
         vectors = embed(self.embedder, [*sides, *self.blanks], called, twice=twice)[: len(sides)]
         padding = padding_fraction(lengths, chunks, packed=self.embedder.packs)
@@ -145,7 +147,7 @@ def _mean(values: Sequence[Tensor], shares: Tensor) -> Tensor:
     return values[0] if len(values) == 1 else (torch.stack(list(values)) * shares).sum()
 
 
-def reach_all(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+def with_zero_grads_for_unused(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     """The loss unchanged, with a gradient for each of the parameters: zero where the loss does not depend on it, and
     nowhere finite where the loss is not, so that the step is skipped on all ranks.
 

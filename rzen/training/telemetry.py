@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rzen.training.batch import Fed
+from rzen.training.batch import FeedBatchProtocol
 
 Row = dict[str, float | int | str]
 
@@ -26,7 +26,7 @@ METRICS = {
     "loss": Metric("of the objective, mean over ranks; not comparable across its options"),
     "accuracy": Metric("queries whose positive beats every kept negative; of graded pairs, those in order", "fraction"),
     "temperature": Metric("tau of the step's task"),
-    "dropped_fraction": Metric("negatives dropped as copies, false negatives or by the margin", "fraction"),
+    "dropped_fraction": Metric("negatives dropped as duplicates, false negatives or by the margin", "fraction"),
     "effective_fraction": Metric("kept negatives that weigh in, by their hardness weights (Kish)", "fraction"),
     "positive_similarity": Metric("mean cosine of query and positive"),
     "negative_similarity": Metric("mean cosine of query and negatives, dropped ones included"),
@@ -55,7 +55,7 @@ REJECTED = "rejected"
 
 
 def step_row(
-    fed: Fed,
+    fed: FeedBatchProtocol,
     stats: Mapping[str, Tensor],
     *,
     skipped: bool,

@@ -20,19 +20,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipelines.errors import UserError
-from rzen.backbone import load_backbone
-from rzen.checkpoints import checkpoint_dir, checkpoint_sha256
 from rzen.config import ModelConfig, ObjectiveConfig, OptimConfig
-from rzen.embedder import Embedder
-from rzen.export import write_model
-from rzen.lora import add_lora, load_adapter, save_adapter
-from rzen.loss import Objective
-from rzen.processor import VisionLayout
+from rzen.export.export import write_model
+from rzen.inputs.processor import VisionLayout
+from rzen.model.backbone import load_backbone
+from rzen.model.checkpoints import checkpoint_dir, checkpoint_sha256
+from rzen.model.embedding_model import EmbeddingModel
+from rzen.model.lora import add_lora, load_adapter, save_adapter
+from rzen.objective.loss import Objective
 from rzen.training import checkpoint
-from rzen.training.batch import Fed
-from rzen.training.divergence import divergence
+from rzen.training.batch import FeedBatchProtocol
+from rzen.training.checkpoint_manager import ASK_S, CheckpointManager, CheckpointStore
+from rzen.training.divergence import divergence_error
 from rzen.training.optim import build_optimizer, lr_at, set_lr
-from rzen.training.saver import ASK_S, CheckpointStore, Saver
 from rzen.training.step import Learner
 from rzen.training.telemetry import Row, step_row
 
@@ -57,7 +57,7 @@ class Stage:
     plan_fingerprint: str
     """A checkpoint of another plan is refused."""
     chunk_tokens: int | None = None
-    """Gradient caching in chunks of so many tokens (`rzen.chunks`). Decides memory and time, not the weights."""
+    """Gradient caching in chunks of so many tokens (`rzen.model.chunks`). Decides memory and time, not the weights."""
     stop: int | None = None
     """Pause with a checkpoint after so many steps; a model is written after the last one only. `None`: do not pause."""
 
@@ -68,7 +68,7 @@ def train_stage(
     backbone_dir: str,
     init_adapter: Path | None,
     tasks: Sequence[str],
-    batches: Callable[[int], Iterator[Fed]],
+    batches: Callable[[int], Iterator[FeedBatchProtocol]],
     checkpoints: CheckpointStore,
     output: Path,
     on_metrics: Callable[[Row], None],
@@ -99,7 +99,7 @@ def train_stage(
     stop = stage.num_steps if stage.stop is None else stage.stop
     engine.train()
     if start < stop:
-        saver = Saver(
+        checkpoint_manager = CheckpointManager(
             engine,
             checkpoints,
             start=start,
@@ -109,9 +109,9 @@ def train_stage(
         )
         feed = ThreadPoolExecutor(max_workers=1)
         try:
-            with saver:
-                arrivals = _arrivals(feed, batches(start), saver, start)
-                _run_steps(stage, engine, optimizer, range(start, stop), arrivals, saver, on_metrics)
+            with checkpoint_manager:
+                arrivals = _arrivals(feed, batches(start), checkpoint_manager, start)
+                _run_steps(stage, engine, optimizer, range(start, stop), arrivals, checkpoint_manager, on_metrics)
         finally:
             feed.shutdown(wait=False)  # after an error it may wait for a batch that never comes
     if stop == stage.num_steps:
@@ -122,7 +122,9 @@ def train_stage(
             save_model(stage, engine, weights, backbone_dir, output.with_name("best"))
 
 
-def _arrivals(feed: Executor, batches: Iterator[Fed], saver: Saver, start: int) -> Iterator[Fed | None]:
+def _arrivals(
+    feed: Executor, batches: Iterator[FeedBatchProtocol], checkpoint_manager: CheckpointManager, start: int
+) -> Iterator[FeedBatchProtocol | None]:
     """The batches from step `start` on, each when all ranks have theirs; None where they end."""
     for step in count(start):
         coming = feed.submit(next, batches, None)
@@ -131,7 +133,7 @@ def _arrivals(feed: Executor, batches: Iterator[Fed], saver: Saver, start: int) 
             wait([coming], timeout=ASK_S)
             if coming.done() and (error := coming.exception()) is not None:
                 raise error
-            ready = saver.all_ready(coming.done(), step)
+            ready = checkpoint_manager.all_ready(coming.done(), step)
         yield coming.result()
 
 
@@ -140,8 +142,8 @@ def _run_steps(
     engine: Any,
     optimizer: torch.optim.Optimizer,
     steps: range,
-    arrivals: Iterator[Fed | None],
-    saver: Saver,
+    arrivals: Iterator[FeedBatchProtocol | None],
+    checkpoint_manager: CheckpointManager,
     on_metrics: Callable[[Row], None],
 ) -> None:
     skipped_in_a_row = 0
@@ -172,8 +174,8 @@ def _run_steps(
             on_metrics(row)
         skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
         if skipped_in_a_row > stage.optim.max_skipped_steps:
-            raise divergence(engine.module, fed, row, skipped_in_a_row)
-        saver.after(row, is_last=step + 1 == steps.stop)
+            raise divergence_error(engine.module, fed, row, skipped_in_a_row)
+        checkpoint_manager.after(row, is_last=step + 1 == steps.stop)
 
 
 def ensure_process_group() -> None:
@@ -198,7 +200,7 @@ def build_learner(stage: Stage, backbone_dir: str, init_adapter: Path | None, ta
     elif init_adapter is not None:
         raise UserError("init_adapter", "needs tune=lora", "export base and adapter, and train the result")
     layout = VisionLayout.read(str(checkpoint_dir(backbone_dir)))
-    embedder = Embedder(backbone, layout, model.readout, model.packing)
+    embedder = EmbeddingModel(backbone, layout, model.readout, model.packing)
     lockstep = stage.optim.zero_stage == 3
     return Learner(embedder, Objective(stage.objective, tasks), stage.chunk_tokens, lockstep=lockstep)
 

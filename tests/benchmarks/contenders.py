@@ -31,11 +31,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipelines.config import DataConfig, FeedConfig, MixtureConfig
+from pipelines.feed.reader import Reader
 from pipelines.media.decode import decode_sample
-from pipelines.plan import Plan, build_plan
-from pipelines.reader import Reader
+from pipelines.plan.plan import Plan, build_plan
 from pipelines.samples import DecodedSample, Sample
-from pipelines.shards import Members
+from pipelines.shards.shards import Members
 
 WORKERS = 2
 MDS = "mds"
@@ -176,10 +176,10 @@ def run_reader(run: Run) -> Result:
 
 
 def _reader_counts(run: Run, rank: int, argument: tuple[Plan, Reader]) -> Iterator[int]:
-    from pipelines.feed import keep_freed_memory
+    from pipelines.feed.feed import disable_malloc_trim
 
     plan, reader = argument
-    keep_freed_memory()  # as the tasks do
+    disable_malloc_trim()  # as the tasks do
     for step in range(plan.num_steps):
         yield reader.batch(plan, step, rank, WORKERS).num_samples
 
@@ -194,7 +194,7 @@ class Zero:
 def run_ray(run: Run) -> Result:
     import ray
 
-    from pipelines.feed import PlannedFeed, batches
+    from pipelines.feed.feed import PlannedFeed, batches
 
     folder = tempfile.mkdtemp(prefix="rz", dir="/tmp")  # sockets lie in it, and their paths must be short
     ray.init(num_cpus=WORKERS, include_dashboard=False, log_to_driver=False, _temp_dir=folder)

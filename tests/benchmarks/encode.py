@@ -6,7 +6,7 @@
 The corpus is files: texts of 5 to 400 words, JPEGs of many sizes, pages of PDFs and clips. Each way decodes them from
 disk, one after the other, and has one thread and the same backbone, random, of a real class.
 
-    rzen                    what a task and an actor of `kind: benchmark` do (`jobs/encode.py`), in one process
+    rzen                    what tasks and actors of `kind: benchmark` do, in one process
     plain                   32 items in the order given, padded to the longest, through transformers
     sentence-transformers   `encode` of the exported model, in batches of 32; only where there is torchvision
 
@@ -32,18 +32,18 @@ import pymupdf
 import torch
 from PIL import Image
 
-from jobs.encode import units
-from pipelines.benchmarks.contract import Item
+from jobs.embedding.encode import units
+from pipelines.benchmarks.custom import read_custom
 from pipelines.benchmarks.decode import ItemDecoder
-from pipelines.benchmarks.own import read_own
+from pipelines.benchmarks.types import Item
 from pipelines.config import MediaConfig
-from pipelines.samples import DecodedSide
-from rzen.backbone import build_tiny
-from rzen.chunks import chunks_of, embed
+from pipelines.samples import DecodedInput
 from rzen.config import ModelIdentity, PromptConfig, TinyBackbone
-from rzen.embedder import Embedder
-from rzen.export import ExportOptions, export_model, load_encoder
-from rzen.processor import EncodedBatch, Processor
+from rzen.export.export import ExportOptions, export_model, load_encoder
+from rzen.inputs.processor import EncodedBatch, Processor
+from rzen.model.backbone import build_tiny
+from rzen.model.chunks import chunks_of, embed
+from rzen.model.embedding_model import EmbeddingModel
 from tests.benchmarks import plain
 from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.turns import answer, say, show, spread
@@ -141,7 +141,7 @@ def by_sentence_transformers(model: Path) -> Way:
     return encode
 
 
-def _input(side: DecodedSide) -> str | dict[str, Any]:
+def _input(side: DecodedInput) -> str | dict[str, Any]:
     if not side.visuals:
         return side.text
     (visual,) = side.visuals
@@ -150,13 +150,13 @@ def _input(side: DecodedSide) -> str | dict[str, Any]:
     return {"image": Image.fromarray(visual.frames[0])}
 
 
-def _batches(items: Sequence[Item]) -> Iterator[list[DecodedSide]]:
+def _batches(items: Sequence[Item]) -> Iterator[list[DecodedInput]]:
     decoder = ItemDecoder(MEDIA)
     for start in range(0, len(items), BATCH):
         yield [decoder.side(item) for item in items[start : start + BATCH]]
 
 
-def _loaded(model: Path) -> tuple[Processor, Embedder]:
+def _loaded(model: Path) -> tuple[Processor, EmbeddingModel]:
     processor, embedder = load_encoder(str(model), "float32")
     return processor, embedder.requires_grad_(False).eval()
 
@@ -171,7 +171,7 @@ WAYS: dict[str, Callable[[Path], Way]] = {
 def measure(way: str, folder: Path) -> None:
     """One turn, in this process; prints seconds and peak bytes, and leaves the vectors in the folder."""
     torch.set_num_threads(1)
-    items = list(read_own(folder / "corpus", "corpus").candidates)
+    items = list(read_custom(folder / "corpus", "corpus").candidates)
     with torch.inference_mode():
         encode = WAYS[way](folder / "model")
         encode(items[:WARM_UP])

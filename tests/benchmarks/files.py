@@ -21,9 +21,17 @@ import numpy as np
 import pymupdf
 from PIL import Image
 
-from pipelines.samples import Media, MediaKind, Sample, Side
-from pipelines.shards import Manifest, Members, ShardInfo, SourceInfo, publish_manifest, target_sha256, write_shard
-from pipelines.storage import open_store
+from pipelines.samples import Input, Media, MediaKind, Sample
+from pipelines.shards.shards import (
+    Manifest,
+    Members,
+    ShardInfo,
+    SourceInfo,
+    publish_manifest,
+    target_sha256,
+    write_shard,
+)
+from pipelines.storage.location import open_store
 from pipelines.synthetic.clips import encode_clip
 
 NUM_SHARDS = 8  # so that two workers get equally many
@@ -158,13 +166,13 @@ def _samples(kind: str, numbers: range, seed: int) -> Iterator[tuple[Sample, Mem
     for number in numbers:
         caption = _sentence(random.Random(f"{seed} caption {number}"), 12)
         members = {member: make_bytes(number, seed)}
-        positive = Side("", (Media(medium, member),))
+        positive = Input("", (Media(medium, member),))
         yield (
             Sample(
                 key=f"{number:08d}",
                 source=kind,
                 task=f"text_{kind}",
-                query=Side(caption),
+                query=Input(caption),
                 positive=positive,
                 instruction="Find what is described.",
                 target_sha256=target_sha256(positive, members),

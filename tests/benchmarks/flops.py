@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from rzen.processor import EncodedBatch
+from rzen.inputs.processor import EncodedBatch
 
 
 @dataclass(frozen=True)

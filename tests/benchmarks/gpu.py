@@ -40,15 +40,15 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers.utils import is_flash_attn_2_available
 
-from rzen.chunks import chunks_of
 from rzen.config import ObjectiveConfig, OptimConfig
-from rzen.embedder import Embedder
-from rzen.loss import Objective
-from rzen.processor import EncodedBatch
-from rzen.training.batch import EncodedPairs
+from rzen.inputs.pairs import EncodedPairs
+from rzen.inputs.processor import EncodedBatch
+from rzen.model.chunks import chunks_of
+from rzen.model.embedding_model import EmbeddingModel
+from rzen.model.vision import use_fast_vision
+from rzen.objective.loss import Objective
 from rzen.training.optim import build_optimizer
 from rzen.training.step import Learner
-from rzen.vision import use_fast_vision
 from tests.benchmarks import flops, plain, synthetic
 from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.turns import say, seconds_of, show, spread
@@ -77,7 +77,7 @@ class Bench:
     def __init__(self, shape: synthetic.Shape, device: str, attention: str, chunk_tokens: int) -> None:
         self.shape, self.device, self.attention, self.chunk_tokens = shape, device, attention, chunk_tokens
         self.model: Any = synthetic.build(shape, device, attention)
-        embedder = Embedder(self.model, synthetic.LAYOUT)
+        embedder = EmbeddingModel(self.model, synthetic.LAYOUT)
         self.learner = Learner(embedder, Objective(ObjectiveConfig(), ["t"])).to(device).train()
         self.optimizer = build_optimizer(self.learner, OptimConfig())
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from rzen.config import FalseNegativeConfig, HardnessConfig, ObjectiveConfig, TemperatureConfig
-from rzen.loss import Objective
+from rzen.objective.loss import Objective
 from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.turns import answer, say, seconds_of, show, spread
 

@@ -7,7 +7,7 @@ import os
 import platform
 from pathlib import Path
 
-from jobs.revision import revision
+from jobs.runtime.revision import revision
 
 
 def describe_machine(device: str | None = None) -> str:

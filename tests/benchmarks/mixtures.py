@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from jobs.cli import main as rzen
-from jobs.load import read_document
+from jobs.spec.load import read_document
 from rzen.evaluation.ablation import difference_table, effects, score_table
 from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.turns import ROOT, show
@@ -32,21 +32,21 @@ SINGLE = "one mixture, on average"
 
 
 def pipeline(out: Path, seeds: int, steps: int | None, size: float) -> dict[str, Any]:
-    """A job: the first stations of the demo, a probe, and a set of fine-tunes for each seed."""
+    """A job: the first jobs of the demo, a probe, and a set of fine-tunes for each seed."""
     demo = read_document(ROOT / "jobs/demo.yaml").data
-    stations = {name: demo["stations"][name] for name in ("corpus", "ingest", "stage1")}
-    tune = demo["stations"]["finetunes"]
+    jobs = {name: demo["jobs"][name] for name in ("corpus", "ingest", "stage1")}
+    tune = demo["jobs"]["finetunes"]
     media = tune["set"]["set"]["data"]["media"]
     if steps is not None:
-        stations["stage1"]["set"]["steps"] = tune["set"]["set"]["steps"] = steps
-    for corpus in (stations["corpus"]["set"]["corpus"], PROBE):
+        jobs["stage1"]["set"]["steps"] = tune["set"]["set"]["steps"] = steps
+    for corpus in (jobs["corpus"]["set"]["corpus"], PROBE):
         corpus |= {name: max(8, round(count * size)) for name, count in corpus.items() if count}
     probe = {"out": "${out}/probe", "corpus": PROBE | {"seed": 1}}
-    stations["probe_corpus"] = {"spec": "corpus.yaml", "set": probe}
+    jobs["probe_corpus"] = {"spec": "corpus.yaml", "set": probe}
     ingest = {"input": "${out}/probe", "out": "${store}/probe", "held_out_fraction": 0.0}
-    stations["probe"] = {"spec": "ingest.yaml", "set": ingest}
+    jobs["probe"] = {"spec": "ingest.yaml", "set": ingest}
     for seed in range(seeds):
-        stations[f"seed{seed}"] = {
+        jobs[f"seed{seed}"] = {
             "spec": tune["spec"],
             "set": tune["set"]
             | {
@@ -58,10 +58,10 @@ def pipeline(out: Path, seeds: int, steps: int | None, size: float) -> dict[str,
                 "out": f"${{store}}/soups-{seed}",
             },
         }
-    for station in stations.values():
-        station["spec"] = str(ROOT / "jobs" / station["spec"])
+    for job in jobs.values():
+        job["spec"] = str(ROOT / "jobs" / job["spec"])
     places = {"out": str(out), "store": str(out / "store")}
-    return {"kind": "pipeline", "name": "mixtures", "vars": places, "state": "${store}/stations", "stations": stations}
+    return {"kind": "pipeline", "name": "mixtures", "vars": places, "state": "${store}/jobs", "jobs": jobs}
 
 
 def _evaluate(root: str, split: str, media: Any) -> dict[str, Any]:
@@ -76,15 +76,18 @@ def report(out: Path, seeds: int) -> str:
     for seed in range(seeds):
         summary = json.loads((out / f"store/soups-{seed}/summary.json").read_text())
         for row in summary["rows"]:
-            arm = row["model"].removesuffix(f"-seed-{seed}")
-            scores[arm].setdefault(seed, {}).setdefault(row["task"], row["value"])
-        singles = [some[seed] for arm, some in scores.items() if arm not in (*SOUPS, SINGLE)]
+            variant = row["model"].removesuffix(f"-seed-{seed}")
+            scores[variant].setdefault(seed, {}).setdefault(row["task"], row["value"])
+        singles = [some[seed] for variant, some in scores.items() if variant not in (*SOUPS, SINGLE)]
         scores[SINGLE][seed] = {task: statistics.fmean(some[task] for some in singles) for task in singles[0]}
         for name in ("greedy", "searched"):
             parents = summary["soups"][name]["parents"]
             told = ", ".join(f"{one['coefficient']:.2f} {one['name'].removesuffix(f'-seed-{seed}')}" for one in parents)
             weights[name].append(f"seed {seed}: {told}")
-    ordered = {arm: scores[arm] for arm in sorted(scores, key=lambda arm: (arm in SOUPS, arm == SINGLE))}
+    ordered = {
+        variant: scores[variant]
+        for variant in sorted(scores, key=lambda variant: (variant in SOUPS, variant == SINGLE))
+    }
     found = effects(ordered, SINGLE)
     chosen = "\n".join(f"* {name}: {'; '.join(told)}" for name, told in weights.items())
     return f"""# Soups of three mixtures, on the demo's toy

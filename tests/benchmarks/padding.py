@@ -7,7 +7,7 @@
 Pairs are synthetic: short texts against texts, images, pages and clips in turn (`synthetic.mixed`).
 
     whole      queries in one padded batch, targets in another
-    grouped    neighbours in length together, in chunks of at most so many tokens, padding included
+    grouped    neighbors in length together, in chunks of at most so many tokens, padding included
     packed     the same chunks without padding, end to end in one row
 
 Shares of padding are exact: they follow from the lengths of the pairs at their real size, and no model takes part.
@@ -31,9 +31,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers.utils import is_flash_attn_2_available
 
-from rzen.chunks import Indices, chunks_of, embed, padding_fraction
-from rzen.embedder import Embedder
-from rzen.processor import EncodedBatch
+from rzen.inputs.processor import EncodedBatch
+from rzen.model.chunks import Indices, chunks_of, embed, padding_fraction
+from rzen.model.embedding_model import EmbeddingModel
 from tests.benchmarks import synthetic
 from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.turns import say, seconds_of, show, spread
@@ -69,13 +69,13 @@ def shares(num_pairs: int) -> list[str]:
     return lines
 
 
-def vectors(embedder: Embedder, sides: EncodedBatch, way: str, budget: int) -> Tensor:
+def vectors(embedder: EmbeddingModel, sides: EncodedBatch, way: str, budget: int) -> Tensor:
     """Of all sides, in their order."""
     embedder.packing = "packed" if way == "packed" else "padded"
     return embed(embedder, sides.split(), chunks(way, sides.lengths, budget), twice=False)
 
 
-def step(embedder: Embedder, sides: EncodedBatch, way: str, budget: int) -> None:
+def step(embedder: EmbeddingModel, sides: EncodedBatch, way: str, budget: int) -> None:
     """Forward and backward."""
     queries_BD, targets_BD = vectors(embedder, sides, way, budget).chunk(2)
     cross_entropy(50 * queries_BD @ targets_BD.T, torch.arange(len(queries_BD), device=queries_BD.device)).backward()
@@ -85,7 +85,7 @@ def times(shape: synthetic.Shape, options: argparse.Namespace, attention: str) -
     """Markdown: time of each way. Raises `AssertionError` where vectors differ."""
     budget = options.chunk_tokens // shape.shrink**2
     model: Any = synthetic.build(shape, options.device, attention, checkpointing=options.device == "cuda")
-    embedder = Embedder(model, synthetic.LAYOUT).to(options.device)
+    embedder = EmbeddingModel(model, synthetic.LAYOUT).to(options.device)
     pairs = synthetic.collate(synthetic.encode(synthetic.mixed(options.pairs, shape.shrink), model.config))
     sides = EncodedBatch.concat([pairs.queries, pairs.targets])
     with torch.no_grad():

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 from torch.nn.utils.rnn import pad_sequence
 
-from rzen.processor import EncodedBatch
+from rzen.inputs.processor import EncodedBatch
 from tests.benchmarks.synthetic import LAYOUT
 
 TAU = 0.02

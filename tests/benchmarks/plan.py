@@ -19,16 +19,16 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.config import MixtureConfig
-from pipelines.plan import Plan, SourceTable, build_plan
-from pipelines.shards import Manifest, ShardInfo, SourceInfo, publish_manifest, read_manifest
-from pipelines.storage import open_store
+from pipelines.plan.plan import Plan, SourceTable, build_plan
+from pipelines.shards.shards import Manifest, ShardInfo, SourceInfo, publish_manifest, read_manifest
+from pipelines.storage.location import open_store
 from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.turns import answer, show, spread
 
 RANKS, BATCH, REPEATS, STEPS, SHARDS = 4096, 32768, 5, 2000, 1_000_000
 CASES = {
-    # name: (sources, samples of each, of these in copies, samples used of each)
-    "100 sources of 10 million, 1% copies": (100, 10_000_000, 100_000, 10_000_000),
+    # name: (sources, samples of each, of these in duplicates, samples used of each)
+    "100 sources of 10 million, 1% duplicates": (100, 10_000_000, 100_000, 10_000_000),
     "100 sources of 10 million, 100,000 of each used": (100, 10_000_000, 100_000, 100_000),
     "one source of a billion": (1, 1_000_000_000, 0, 1_000_000_000),
 }
@@ -44,11 +44,11 @@ def publish(folder: str, sources: int, size: int) -> None:
             sha256 = hashlib.sha256(f"{source} {number}".encode()).hexdigest()
             path = f"train/{source}/{source}-{number:06d}.tar"
             shards.append(ShardInfo(path, size * sources // SHARDS, 300_000_000, sha256, sha256[::-1]))
-        infos[source] = SourceInfo("task", size, tuple(shards), copies_sha256=sha256)
+        infos[source] = SourceInfo("task", size, tuple(shards), duplicates_sha256=sha256)
     publish_manifest(open_store(folder), Manifest("train", infos))
 
 
-def measure(folder: str, sources: int, size: int, copies: int, used: int) -> dict[str, float]:
+def measure(folder: str, sources: int, size: int, duplicates: int, used: int) -> dict[str, float]:
     """One repeat, in this process: the numbers of `COLUMNS`."""
     begun_s = time.perf_counter()
     manifest = read_manifest(open_store(folder), "train")
@@ -56,8 +56,8 @@ def measure(folder: str, sources: int, size: int, copies: int, used: int) -> dic
     rng = np.random.default_rng(0)
     tables = {}
     for name, source in manifest.sources.items():
-        samples = np.unique(rng.integers(0, size, copies))
-        tables[name] = SourceTable(source.num_samples, samples, rng.integers(0, copies // 3 + 1, len(samples)))
+        samples = np.unique(rng.integers(0, size, duplicates))
+        tables[name] = SourceTable(source.num_samples, samples, rng.integers(0, duplicates // 3 + 1, len(samples)))
     begun_s = time.perf_counter()
     plan = build_plan(tables, MixtureConfig(max_samples_per_source=used), global_batch=BATCH, steps=100_000)
     plan.fingerprint()

@@ -43,7 +43,7 @@ from torch import Tensor
 from transformers import AutoModel
 
 from rzen.config import MeanSoup
-from rzen.lora import CONFIG, WEIGHTS
+from rzen.model.lora import CONFIG, WEIGHTS
 from rzen.soup.make import make_soup
 from rzen.soup.parents import open_parents
 from tests.benchmarks import synthetic

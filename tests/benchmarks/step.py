@@ -33,10 +33,10 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from pipelines.reader import FedBlock
-from rzen.backbone import build_tiny
+from pipelines.feed.reader import FeedBlock
 from rzen.config import ModelConfig, ObjectiveConfig, OptimConfig, TinyBackbone
-from rzen.training.batch import EncodedPairs
+from rzen.inputs.pairs import EncodedPairs
+from rzen.model.backbone import build_tiny
 from rzen.training.optim import build_optimizer, lr_at, set_lr
 from rzen.training.worker import Stage, build_learner, seed_step, train_stage
 from tests.benchmarks import synthetic
@@ -71,7 +71,7 @@ class Batch:
     """What the feed gives to a rank."""
 
     step: int
-    blocks: tuple[FedBlock, ...]
+    blocks: tuple[FeedBlock, ...]
     batch: EncodedPairs
     rejected: tuple[()] = ()
 
@@ -149,7 +149,7 @@ def with_deepspeed(setting: Setting) -> Result:
 
     def batches(start: int) -> Iterator[Batch]:
         for step in count(start):
-            yield Batch(step, (FedBlock("synthetic", TASK, 0, setting.num_pairs),), given[step % NUM_BATCHES])
+            yield Batch(step, (FeedBlock("synthetic", TASK, 0, setting.num_pairs),), given[step % NUM_BATCHES])
 
     with tempfile.TemporaryDirectory() as folder:
         train_stage(

@@ -13,11 +13,11 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 
 from rzen.config import LoraConfig, PromptConfig, TinyBackbone
 from rzen.families import CLIP_MEAN, CLIP_STD, FAMILIES
-from rzen.lora import add_lora
-from rzen.processor import GRID_KINDS, EncodedBatch, Processor, VisionLayout
-from rzen.prompts import VisionKind
-from rzen.training.batch import EncodedPairs, PairEncoder
-from rzen.vision import use_fast_vision
+from rzen.inputs.pairs import EncodedPairs, PairEncoder
+from rzen.inputs.processor import GRID_KINDS, EncodedBatch, Processor, VisionLayout
+from rzen.inputs.prompts import VisionKind
+from rzen.model.lora import add_lora
+from rzen.model.vision import use_fast_vision
 
 HEAD_TOKENS, TAIL_TOKENS = 30, 15  # about what a template puts around a side
 LAYOUT = VisionLayout(14, 2, 2, CLIP_MEAN, CLIP_STD)
@@ -130,7 +130,7 @@ def mixed(num_pairs: int, shrink: int) -> list[Pair]:
 
 
 def encode(pairs: Sequence[Pair], config: Any) -> list[EncodedPairs]:
-    """Each pair for a backbone of this configuration, with random ids and pixels. No two targets are copies."""
+    """Each pair for a backbone of this configuration, with random ids and pixels. No two targets are duplicates."""
     rng = np.random.default_rng(1)
     return [
         EncodedPairs(

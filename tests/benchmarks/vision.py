@@ -1,4 +1,4 @@
-"""What the vision tower costs with transformers' kernels, and with those of `rzen.vision`.
+"""What the vision tower costs with transformers' kernels, and with those of `rzen.model.vision`.
 
     python -m tests.benchmarks.vision --write                         some minutes on two cores; writes vision.md
     python -m tests.benchmarks.vision --images 2 --turns 1            a glance
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel
 
-from rzen.vision import NAME, PatchProjection, use_fast_vision
+from rzen.model.vision import NAME, PatchProjection, use_fast_vision
 from tests.benchmarks import synthetic
 from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.turns import say, seconds_of, show, spread

@@ -18,11 +18,11 @@ from mteb.abstasks.retrieval import AbsTaskRetrieval
 from mteb.models.models_protocols import EncoderProtocol
 from PIL import Image
 
-from pipelines.samples import DecodedSide
+from pipelines.samples import DecodedInput
 from pipelines.samples import Visual as DecodedVisual
-from rzen.evaluation.encode import embed_sides
+from rzen.evaluation.encode import embed_inputs
 from rzen.evaluation.ranking import hit_at_k, ndcg_at_k, rank_of_gold
-from rzen.formats.mteb import load
+from rzen.export.mteb import load
 from tests.export.report import report
 from tests.export.sides import INSTRUCTION, noise
 
@@ -72,9 +72,9 @@ def main(out: Path) -> None:
     result = mteb.evaluate(encoder, TextsForImages(), cache=None, encode_kwargs={"batch_size": 5})
     scores = result.task_results[0].scores["test"][0]
 
-    queries = [DecodedSide(text=text, instruction=INSTRUCTION) for text in TEXTS]
-    targets = [DecodedSide(visuals=(DecodedVisual("image", pixels),)) for pixels in IMAGES]
-    vectors = [embed_sides(encoder._processor, encoder._embedder, sides, 5) for sides in (queries, targets)]
+    queries = [DecodedInput(text=text, instruction=INSTRUCTION) for text in TEXTS]
+    targets = [DecodedInput(visuals=(DecodedVisual("image", pixels),)) for pixels in IMAGES]
+    vectors = [embed_inputs(encoder._processor, encoder._embedder, sides, 5) for sides in (queries, targets)]
     ranks = rank_of_gold(*vectors, np.arange(NUM))
     own = {"ndcg_at_10": ndcg_at_k(ranks, 10), "hit_rate_at_1": hit_at_k(ranks, 1), "hit_rate_at_5": hit_at_k(ranks, 5)}
     differences: dict[str, float | str] = {name: abs(scores[name] - value) for name, value in own.items()}

@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipelines.samples import DecodedSide
+from pipelines.samples import DecodedInput
 from pipelines.samples import Visual as DecodedVisual
-from rzen.backbone import load_backbone
-from rzen.checkpoints import checkpoint_sha256
 from rzen.config import LoraConfig, ModelIdentity, PromptConfig, ReadoutConfig, TinyBackbone
-from rzen.export import ExportOptions, Format, export_model, load_encoder
+from rzen.export.export import ExportOptions, Format, export_model, load_encoder
 from rzen.families import FAMILIES
-from rzen.lora import add_lora, save_adapter
+from rzen.model.backbone import load_backbone
+from rzen.model.checkpoints import checkpoint_sha256
+from rzen.model.lora import add_lora, save_adapter
 from tests.export.sides import FRAMES, Side, sides
 from tests.tiny import tiny_checkpoint, tiny_model
 
@@ -28,10 +28,10 @@ RELEASE = ModelIdentity(
 )
 
 
-def decoded(side: Side) -> DecodedSide:
+def decoded(side: Side) -> DecodedInput:
     """As rzen takes it."""
     visuals = tuple(DecodedVisual(visual.kind, visual.pixels) for visual in side.visuals)
-    return DecodedSide(text=side.text, instruction=side.instruction, visuals=visuals)
+    return DecodedInput(text=side.text, instruction=side.instruction, visuals=visuals)
 
 
 def trained_adapter(base: str, folder: Path, identity: ModelIdentity) -> Path:

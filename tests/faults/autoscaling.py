@@ -28,7 +28,7 @@ from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE
 from ray.autoscaler.v2.utils import is_autoscaler_v2
 from ray.core.generated.gcs_pb2 import GcsNodeInfo
 
-from jobs.local_s3 import free_port
+from jobs.runtime.local_s3 import free_port
 
 START_S, STOP_S, ANSWER_S = 120, 20, 30
 

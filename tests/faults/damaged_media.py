@@ -28,9 +28,9 @@ import numpy as np
 import pymupdf
 from PIL import Image
 
-from pipelines.adapters.folder import KINDS
 from pipelines.config import MediaConfig
 from pipelines.samples import MediaKind, UInt8Array
+from pipelines.sources.folder import KINDS
 from tests.encoders import scheduling_kept
 
 LIMITS = MediaConfig(

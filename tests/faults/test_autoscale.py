@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
-from jobs.runs import LATEST, LOG, METRICS
-from pipelines.storage import open_store
+from jobs.training.runs import LATEST, LOG, METRICS
+from pipelines.storage.location import open_store
 from tests.data import publish
 from tests.faults.autoscaling import autoscaling_cluster, short_folder, until
 from tests.specs import BACKBONE

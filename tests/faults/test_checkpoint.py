@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipelines.errors import UserError
-from rzen.checkpoints import file_sha256
 from rzen.config import LoraConfig, ObjectiveConfig, OptimConfig
-from rzen.processor import Processor
+from rzen.inputs.processor import Processor
+from rzen.model.checkpoints import file_sha256
 from rzen.training import checkpoint
 from rzen.training.worker import Stage, build_engine, build_learner, train_stage
 from tests.gloo import run_workers

@@ -14,16 +14,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipelines import ingest as ingest_module
-from pipelines.adapters.folder import LIST_NAME, read_folder
 from pipelines.config import MediaConfig
 from pipelines.errors import BadMedia
-from pipelines.ingest import TRAIN, ingest
+from pipelines.ingest import ingest as ingest_module
+from pipelines.ingest.ingest import TRAIN, ingest
 from pipelines.media.decode import Decoder
 from pipelines.media.reasons import REASONS
 from pipelines.samples import MediaKind, RawSample, Rejected, Sample
-from pipelines.shards import verify
-from pipelines.storage import open_store
+from pipelines.shards.shards import verify
+from pipelines.sources.folder import LIST_NAME, read_folder
+from pipelines.storage.location import open_store
 from tests.faults.damaged_media import DAMAGE, LIMITS, STOPPED, USED, CorpusFile, corpus
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]

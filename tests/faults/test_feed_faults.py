@@ -16,12 +16,12 @@ import pytest
 
 from pipelines.config import DataConfig, FeedConfig, MixtureConfig
 from pipelines.errors import UserError
-from pipelines.feed import PlannedFeed, batches
-from pipelines.plan import Plan, build_plan
-from pipelines.reader import FedBatch, Reader
+from pipelines.feed.feed import PlannedFeed, batches
+from pipelines.feed.reader import FeedBatch, Reader
+from pipelines.plan.plan import Plan, build_plan
 from pipelines.samples import DecodedSample
-from pipelines.storage import open_store
-from pipelines.store import Store
+from pipelines.storage.location import open_store
+from pipelines.storage.store import Store
 from tests.data import ColourEncoder, publish
 from tests.faults.s3_proxy import BODYLESS, FAULTS, Fault, StormyProxy
 
@@ -40,18 +40,18 @@ def make_plan(reader: Reader, steps: int | None = None) -> Plan:
     return build_plan(reader.tables(), MixtureConfig(run_length=1), global_batch=8, steps=steps)
 
 
-def feed(plan: Plan, reader: Reader, world_size: int = WORLD_SIZE) -> list[Iterator[FedBatch]]:
+def feed(plan: Plan, reader: Reader, world_size: int = WORLD_SIZE) -> list[Iterator[FeedBatch]]:
     """The batches of each rank. All must be consumed at the same time."""
     shards = PlannedFeed(plan, reader, lambda: 0, FeedConfig(samples_per_task=16)).shards(world_size)
     return [batches(shard, plan, rank=rank, world_size=world_size) for rank, shard in enumerate(shards)]
 
 
 def consume(
-    plan: Plan, reader: Reader, after_each: Callable[[FedBatch], object] = lambda _: None
-) -> list[list[FedBatch]]:
+    plan: Plan, reader: Reader, after_each: Callable[[FeedBatch], object] = lambda _: None
+) -> list[list[FeedBatch]]:
     """All batches by rank, each told to `after_each` as soon as it is there."""
 
-    def told(mine: Iterator[FedBatch]) -> list[FedBatch]:
+    def told(mine: Iterator[FeedBatch]) -> list[FeedBatch]:
         received = []
         for fed in mine:
             after_each(fed)
@@ -69,7 +69,7 @@ class ListEncoder(ColourEncoder):
         return samples
 
 
-def assert_identical(plan: Plan, quiet: Reader, fed: list[list[FedBatch]]) -> None:
+def assert_identical(plan: Plan, quiet: Reader, fed: list[list[FeedBatch]]) -> None:
     """Each rank got what the reader gives by itself, from a store without faults: nothing lost, nothing twice."""
     for rank, mine in enumerate(fed):
         assert mine == [quiet.batch(plan, step, rank, WORLD_SIZE) for step in range(plan.num_steps)]
@@ -168,7 +168,7 @@ def test_a_store_that_breaks_for_good_ends_the_feed_with_one_error(
 @pytest.fixture
 def stormy(bucket_url: str, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Store, StormyProxy]]:
     """A store that is reached through a proxy, without faults so far, and without patience between attempts."""
-    monkeypatch.setattr("pipelines.s3._PAUSES_S", (0.01,) * 7)
+    monkeypatch.setattr("pipelines.storage.s3._PAUSES_S", (0.01,) * 7)
     with StormyProxy(s3_endpoint, delay_s=0.1) as proxy:
         yield open_store(bucket_url, proxy.url), proxy
 

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from jobs.cli import main
-from pipelines.storage import open_store
+from pipelines.storage.location import open_store
 from tests.data import publish
 from tests.specs import evaluate, stage
 

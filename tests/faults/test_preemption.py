@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from jobs import train
-from jobs.fit import FAILURE
-from jobs.runs import LATEST, Run
-from pipelines.storage import open_store
+from jobs.training import train
+from jobs.training.fit import FAILURE
+from jobs.training.runs import LATEST, Run
+from pipelines.storage.location import open_store
 from tests.data import publish
 from tests.faults.test_restart import make_spec, steps_done
 

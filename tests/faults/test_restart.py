@@ -12,13 +12,13 @@ from typing import Any
 import psutil
 import pytest
 
-from jobs import train
-from jobs.fit import FAILURE, prepare
-from jobs.progress import News, RunTable
-from jobs.runs import Run
-from jobs.spec import TrainSpec
+from jobs.runtime.progress import Progress, RunTable
+from jobs.spec.schema import TrainSpec
+from jobs.training import train
+from jobs.training.fit import FAILURE, prepare
+from jobs.training.runs import Run
 from pipelines.errors import UserError
-from pipelines.storage import open_store
+from pipelines.storage.location import open_store
 from tests.data import publish
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -61,7 +61,7 @@ def steps_done(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     done: list[int] = []
     update = RunTable.update
 
-    def record(table: RunTable, name: str, news: News, every: int) -> None:
+    def record(table: RunTable, name: str, news: Progress, every: int) -> None:
         done.append(news.done)
         update(table, name, news, every)
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from pipelines.errors import UserError
 from rzen.config import LoraConfig, ObjectiveConfig, OptimConfig
-from rzen.embedder import Embedder
-from rzen.processor import EncodedBatch, Processor
+from rzen.inputs.processor import EncodedBatch, Processor
+from rzen.model.embedding_model import EmbeddingModel
 from rzen.training.worker import Stage, train_stage
 from tests.gloo import run_workers
 from tests.integration.test_training import GLOBAL_BATCH, Batch, Folders, batches
@@ -49,14 +49,14 @@ def poisoned_batches(processor: Processor, start: int, rank: int, poisoned: Pois
 
 
 def poison_embedder() -> None:
-    forward = Embedder.forward
+    forward = EmbeddingModel.forward
 
-    def poisoned(self: Embedder, batch: EncodedBatch) -> Tensor:
+    def poisoned(self: EmbeddingModel, batch: EncodedBatch) -> Tensor:
         first = batch.input_ids[np.cumsum(batch.lengths) - batch.lengths]
         factor_B = torch.where(torch.from_numpy(first == POISON), torch.nan, 1.0)
         return forward(self, batch) * factor_B[:, None]
 
-    Embedder.forward = poisoned  # type: ignore[method-assign]
+    EmbeddingModel.forward = poisoned  # type: ignore[method-assign]
 
 
 def run_all(rank: int, _world_size: int, root: Path, model_dir: str, zero_stage: int) -> dict[str, Any]:

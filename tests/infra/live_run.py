@@ -19,7 +19,7 @@ from rzen.training.telemetry import METRICS, REJECTED, RUN_METRICS
 
 
 def worker() -> None:
-    """Sets every gauge and counts as jobs/worker.py does."""
+    """Sets every gauge and counts as jobs/training/worker.py does."""
     gauges = {
         name: Gauge(f"rzen_{name}", metric.description, ("run", "source", "task")) for name, metric in METRICS.items()
     }
@@ -36,7 +36,7 @@ def worker() -> None:
 
 
 def driver() -> None:
-    """Sets the gauge of jobs/launch.py as often as that does."""
+    """Sets the gauge of jobs/training/launch.py as often as that does."""
     runs = Gauge("rzen_runs", "Training runs of this job that are in a state", ("state",))
     while True:
         runs.set(1, {"state": "running"})

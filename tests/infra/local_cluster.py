@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
-from jobs.local_s3 import free_port
+from jobs.runtime.local_s3 import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 _PATIENCE_S = 60

@@ -23,7 +23,7 @@ import aiohttp
 import pytest
 
 from infra.local.up import RAY_DASHBOARD
-from pipelines.storage import open_store
+from pipelines.storage.location import open_store
 from tests.data import publish
 from tests.infra.local_cluster import LocalCluster, local_cluster
 from tests.specs import stage

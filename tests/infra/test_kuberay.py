@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from infra.kuberay import generate
-from jobs.spec import KINDS
+from jobs.spec.schema import KINDS
 from tests.infra import manifests
 from tests.infra.manifests import Manifest
 
@@ -249,7 +249,7 @@ def test_accounts_network_and_monitoring_name_what_there_is() -> None:
         for spec in [document["spec"].get("rayClusterSpec", document["spec"])]
         for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])
     ]
-    assert {pod["serviceAccountName"] for pod in pods} | {"rzen-tick"} == accounts
+    assert {pod["serviceAccountName"] for pod in pods} | {"rzen-retrain-run"} == accounts
     retrain = next(document for document in ray_documents() if document["metadata"]["name"] == "retrain")
     groups = retrain["spec"]["rayClusterSpec"]
     assert groups["headGroupSpec"]["template"]["spec"]["serviceAccountName"] == "rzen-promoter"

@@ -1,4 +1,4 @@
-"""The timer of re-training, by systemd's own checks where these are installed."""
+"""The timer of retraining, by systemd's own checks where these are installed."""
 
 import shutil
 import subprocess

@@ -1,4 +1,4 @@
-"""An ablation of two arms with two seeds, from the runs to the report, and again where a part of it is gone.
+"""An ablation of two variants with two seeds, from the runs to the report, and again where a part of it is gone.
 
 Ray evaluates; training is left out, which four times would take minutes: every run ends with the weights it began with.
 """
@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 
-import jobs.launch
+import jobs.training.launch
 from jobs.cli import main
-from jobs.encoder import BACKBONE
-from jobs.fit import prepare
-from jobs.models import local_folder, publish_folder
-from jobs.spec import TrainSpec
-from pipelines.adapters.folder import read_folder
+from jobs.runtime.models import local_folder, publish_folder
+from jobs.spec.schema import TrainSpec
+from jobs.training.encoder import BACKBONE
+from jobs.training.fit import prepare
 from pipelines.config import MediaConfig
-from pipelines.ingest import ingest
-from pipelines.storage import open_store
+from pipelines.ingest.ingest import ingest
+from pipelines.sources.folder import read_folder
+from pipelines.storage.location import open_store
 from pipelines.synthetic.config import CorpusConfig
 from pipelines.synthetic.corpus import make_corpus
 
@@ -59,7 +59,7 @@ ABLATION = """\
 kind: ablation
 stage: stage.yaml
 set: {{objective: {{false_negatives: null}}}}
-arms:
+variants:
   baseline: {{objective: {{hardness: null}}}}
   other: {{model: {{backbone: {{seed: 5}}}}}}
 seeds: 2
@@ -87,7 +87,7 @@ def end_at_the_start(specs: list[TrainSpec], max_parallel: int) -> None:
 @pytest.fixture(scope="module")
 def untrained() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jobs.launch, "launch", end_at_the_start)
+        patch.setattr(jobs.training.launch, "launch", end_at_the_start)
         yield
 
 
@@ -108,16 +108,16 @@ def report(job: Path) -> Any:
     return json.loads((job / "out/ablation.json").read_text())
 
 
-def test_every_arm_is_scored_with_every_seed(job: Path) -> None:
+def test_every_variant_is_scored_with_every_seed(job: Path) -> None:
     content = report(job)
-    assert [(run["arm"], run["seed"]) for run in content["runs"]] == [
+    assert [(run["variant"], run["seed"]) for run in content["runs"]] == [
         ("baseline", 0),
         ("other", 0),
         ("baseline", 1),
         ("other", 1),
     ]
     assert {row["task"] for run in content["runs"] for row in run["rows"]} == {"text_image", "image_class"}
-    assert [(some["arm"], some["task"], some["num_seeds"]) for some in content["effects"]][-2:] == [
+    assert [(some["variant"], some["task"], some["num_seeds"]) for some in content["effects"]][-2:] == [
         ("baseline", "mean", 2),
         ("other", "mean", 2),
     ]
@@ -127,13 +127,13 @@ def test_every_arm_is_scored_with_every_seed(job: Path) -> None:
         orders[name] = (spec["data"]["seed"], spec["spec"]["seed"])
     assert orders == {"baseline-s0": (0, 0), "other-s0": (0, 0), "baseline-s1": (1, 1)}
     page = (job / "out/ablation.md").read_text()
-    assert "* 2 arms x 2 seeds (of 2 asked for)" in page
+    assert "* 2 variants x 2 seeds (of 2 asked for)" in page
     assert "workers computed 2 s in steps" in page
 
 
-def test_both_seeds_of_an_untrained_arm_are_one_model_and_the_arms_are_two(job: Path) -> None:
+def test_both_seeds_of_an_untrained_variant_are_one_model_and_the_variants_are_two(job: Path) -> None:
     """So that a score that went to a wrong run would show."""
-    rows = {(run["arm"], run["seed"]): [row["value"] for row in run["rows"]] for run in report(job)["runs"]}
+    rows = {(run["variant"], run["seed"]): [row["value"] for row in run["rows"]] for run in report(job)["runs"]}
     assert rows["baseline", 0] == rows["baseline", 1] != rows["other", 0] == rows["other", 1]
 
 

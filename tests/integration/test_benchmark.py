@@ -15,20 +15,20 @@ import numpy as np
 import pytest
 import ray
 
-from jobs.benchmark import _encoding, run
 from jobs.cli import main
-from jobs.encode import units
-from jobs.models import load_model
-from jobs.spec import BenchmarkSpec
-from jobs.vectors import VectorCache, write_part
-from pipelines.benchmarks.contract import as_ids
+from jobs.embedding.encode import units
+from jobs.embedding.vectors import VectorCache, write_part
+from jobs.evaluation.benchmark import _encoding, run
+from jobs.runtime.models import load_model
+from jobs.spec.schema import BenchmarkSpec
+from pipelines.benchmarks.catalog import open_dataset
+from pipelines.benchmarks.custom import read_custom
 from pipelines.benchmarks.decode import ItemDecoder
-from pipelines.benchmarks.library import open_dataset
-from pipelines.benchmarks.own import read_own
 from pipelines.benchmarks.table import M_BEIR, M_BEIR_GLOBAL, MMEB_V2
+from pipelines.benchmarks.types import as_ids
 from pipelines.errors import UserError
-from pipelines.storage import open_store
-from rzen.evaluation.encode import embed_sides
+from pipelines.storage.location import open_store
+from rzen.evaluation.encode import embed_inputs
 from tests.layouts import picture, planted, put, put_frames, put_lines, put_mbeir, put_mmeb
 from tests.tiny import tiny_checkpoint
 
@@ -61,7 +61,7 @@ def spec_of(tmp_path: Path, backbone: str, **changes: Any) -> BenchmarkSpec:
 def files(folder: Path) -> dict[str, bytes]:
     """Everything below a folder but what says where it is."""
     found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    return {name: path.read_bytes() for name, path in found.items() if not name.endswith("standing.json")}
+    return {name: path.read_bytes() for name, path in found.items() if not name.endswith("leaderboard.json")}
 
 
 @pytest.mark.ray
@@ -102,7 +102,7 @@ def test_scores_of_all_meta_tasks_are_those_computed_by_hand(tmp_path: Path, bac
     for name, (_, score) in wanted.items():
         content = json.loads((out / f"MMEB-V2/tiny/{name}_score.json").read_text())
         assert content[MMEB_V2[name].metric] == pytest.approx(score), name
-    mean = json.loads((out / "MMEB-V2/tiny/standing.json").read_text())["means"][-1]
+    mean = json.loads((out / "MMEB-V2/tiny/leaderboard.json").read_text())["means"][-1]
     assert (mean["num_datasets"], mean["num_counted"]) == (78, 0)  # none has the queries of the protocol
     assert mean["official"] == 0.0
     for suite, caption, question in (("M-BEIR", 1.0, 0.0), ("M-BEIR-global", 0.5, 0.0)):
@@ -146,20 +146,20 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(tmp_path_factory: pytest.TempPathFactory, backbone: str, own: Path, ray_cluster: None) -> Path:
     """Folder of a run with one actor, which nothing disturbed."""
     folder = tmp_path_factory.mktemp("whole")
-    run(spec_of(folder, backbone, own={"mine": str(own)}, instruction_sensitivity=True))
+    run(spec_of(folder, backbone, custom={"mine": str(own)}, instruction_sensitivity=True))
     return folder
 
 
 @pytest.mark.ray
 def test_vectors_are_those_of_each_item_alone_and_scores_follow(whole: Path, backbone: str, own: Path) -> None:
-    spec = spec_of(whole, backbone, own={"mine": str(own)})
-    dataset = read_own(own, "mine")
-    how, way = _encoding(spec, "tiny")
-    cache = VectorCache(open_store(spec.cache), way)
+    spec = spec_of(whole, backbone, custom={"mine": str(own)})
+    dataset = read_custom(own, "mine")
+    how, config = _encoding(spec, "tiny")
+    cache = VectorCache(open_store(spec.cache), config)
     processor, embedder = load_model(how.model, None, how.identity, "float32")
     decoder = ItemDecoder(spec.media)
     items = [*(query.item for query in dataset.queries), *dataset.candidates]
-    alone = np.concatenate([embed_sides(processor, embedder, [decoder.side(item)], 1) for item in items])
+    alone = np.concatenate([embed_inputs(processor, embedder, [decoder.side(item)], 1) for item in items])
     got = cache.load(as_ids(item.id for item in items), whole / "loaded.npy")
     assert np.abs(got.rows - alone).max() < 1e-5
     queries, candidates = np.split(alone.astype(np.float64), [len(dataset.queries)])
@@ -179,7 +179,7 @@ def test_vectors_are_those_of_each_item_alone_and_scores_follow(whole: Path, bac
 @pytest.mark.ray
 @pytest.mark.slow
 def test_two_actors_write_the_same_files(whole: Path, tmp_path: Path, backbone: str, own: Path) -> None:
-    run(spec_of(tmp_path, backbone, own={"mine": str(own)}, instruction_sensitivity=True, actors=2))
+    run(spec_of(tmp_path, backbone, custom={"mine": str(own)}, instruction_sensitivity=True, actors=2))
     assert files(tmp_path / "out") == files(whole / "out")
     assert files(tmp_path / "cache") == files(whole / "cache")
 
@@ -188,7 +188,7 @@ def test_two_actors_write_the_same_files(whole: Path, tmp_path: Path, backbone: 
 @pytest.mark.slow
 @pytest.mark.long
 def test_a_job_that_was_killed_goes_on_to_the_same_files(whole: Path, tmp_path: Path, backbone: str, own: Path) -> None:
-    spec = spec_of(tmp_path, backbone, own={"mine": str(own)}, instruction_sensitivity=True)
+    spec = spec_of(tmp_path, backbone, custom={"mine": str(own)}, instruction_sensitivity=True)
     path = put(tmp_path / "spec.yaml", spec.model_dump_json())
     environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     job = subprocess.Popen([sys.executable, "-m", "jobs.run", str(path)], cwd=ROOT, env=environment)
@@ -210,13 +210,13 @@ def test_a_job_that_was_killed_goes_on_to_the_same_files(whole: Path, tmp_path: 
 def test_another_prompt_is_embedded_anew_and_the_same_not_at_all(
     whole: Path, backbone: str, own: Path, tmp_path: Path
 ) -> None:
-    changed = spec_of(whole, backbone, own={"mine": str(own)}, prompt={"max_visual_tokens": 4})
+    changed = spec_of(whole, backbone, custom={"mine": str(own)}, prompt={"max_visual_tokens": 4})
     before = files(whole / "cache")
-    run(spec_of(whole, backbone, own={"mine": str(own)}, out=str(tmp_path / "again")))
+    run(spec_of(whole, backbone, custom={"mine": str(own)}, out=str(tmp_path / "again")))
     assert files(whole / "cache") == before
     first, second = (
         VectorCache(open_store(str(tmp_path)), _encoding(s, "tiny")[1]).store.url
-        for s in (spec_of(whole, backbone, own={"mine": str(own)}), changed)
+        for s in (spec_of(whole, backbone, custom={"mine": str(own)}), changed)
     )
     assert first != second
 
@@ -235,19 +235,19 @@ def test_a_picture_that_cannot_be_read_stops_its_dataset_alone(
         put_lines(root / "queries.jsonl", [{"_id": "q", "image": "0.jpg"}])
         put(root / "qrels/test.tsv", f"q\t{name}0\t1\n")
     own = {name: str(tmp_path / name) for name in ("bad", "good")}
-    run(spec_of(tmp_path, backbone, own=own))
-    lines = json.loads((tmp_path / "out/own/tiny/standing.json").read_text())["datasets"]
+    run(spec_of(tmp_path, backbone, custom=own))
+    lines = json.loads((tmp_path / "out/own/tiny/leaderboard.json").read_text())["datasets"]
     problems = {line["name"]: line["problem"] for line in lines}
     assert problems["good"] == ""
     assert "1 of 4 items cannot be embedded, the first: bad1: unsupported_format: " in problems["bad"]
     assert not (tmp_path / "out/own/tiny/bad_score.json").exists()
     put(tmp_path / "bad/1.jpg", picture("mended"))
-    run(spec_of(tmp_path, backbone, own=own))
+    run(spec_of(tmp_path, backbone, custom=own))
     assert (tmp_path / "out/own/tiny/bad_score.json").exists()
 
 
 def test_units_are_of_like_items_whatever_their_order(own: Path) -> None:
-    items = list(read_own(own, "mine").candidates)
+    items = list(read_custom(own, "mine").candidates)
     found = units(items)
     assert found == units(items[::-1])
     assert sorted(item.id for unit in found for item in unit) == sorted(item.id for item in items)

@@ -14,11 +14,11 @@ import ray.train
 
 from pipelines.config import DataConfig, FeedConfig, MixtureConfig
 from pipelines.errors import UserError
-from pipelines.feed import PlannedFeed, batches, step_spans
-from pipelines.plan import Plan, build_plan
-from pipelines.reader import FedBatch, Reader
+from pipelines.feed.feed import PlannedFeed, batches, step_spans
+from pipelines.feed.reader import FeedBatch, Reader
+from pipelines.plan.plan import Plan, build_plan
 from pipelines.samples import DecodedSample
-from pipelines.storage import open_store
+from pipelines.storage.location import open_store
 from tests.data import ColourEncoder, publish
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -50,12 +50,12 @@ class From:
 
 def consume(
     plan: Plan, reader: Reader, world_size: int, start: int = 0, samples_per_task: int = 12, expected: int | None = None
-) -> list[list[FedBatch]]:
+) -> list[list[FeedBatch]]:
     """All batches by rank, ranks consuming at the same time. The worker expects step `expected`, or `start`."""
     feed = PlannedFeed(plan, reader, From(start), FeedConfig(samples_per_task=samples_per_task, cpus_per_task=1))
     shards = feed.configure({"train": None}, world_size, None, None)
 
-    def rank_batches(rank: int) -> list[FedBatch]:
+    def rank_batches(rank: int) -> list[FeedBatch]:
         first = start if expected is None else expected
         return [*batches(shards[rank]["train"], plan, rank=rank, world_size=world_size, start=first)]
 
@@ -63,7 +63,7 @@ def consume(
         return [*pool.map(rank_batches, range(world_size))]
 
 
-def assert_fed(plan: Plan, reader: Reader, fed: list[list[FedBatch]], start: int = 0) -> None:
+def assert_fed(plan: Plan, reader: Reader, fed: list[list[FeedBatch]], start: int = 0) -> None:
     for rank, mine in enumerate(fed):
         assert [batch.step for batch in mine] == list(range(start, plan.num_steps))
         for got in mine:

@@ -13,13 +13,13 @@ import webdataset
 from jobs.cli import main
 from pipelines.config import DataConfig
 from pipelines.errors import UserError
-from pipelines.indexing import index
-from pipelines.mapping import SideMapping, SourceMapping
-from pipelines.reader import Reader
+from pipelines.feed.reader import Reader
+from pipelines.ingest.indexing import index
 from pipelines.samples import Sample
-from pipelines.shards import read_manifest, verify
-from pipelines.storage import open_store
-from pipelines.store import Store
+from pipelines.shards.mapping import SideMapping, SourceMapping
+from pipelines.shards.shards import read_manifest, verify
+from pipelines.storage.location import open_store
+from pipelines.storage.store import Store
 from tests.data import publish
 from tests.foreign import img2dataset_samples, write_img2dataset
 
@@ -54,8 +54,8 @@ def test_unshuffled_shards_on_s3_are_trained_from_in_place(
     assert main(["index", f"{bucket}/theirs/{{00000..00002}}.tar", f"{bucket}/data", "--source", "web"]) == 0
     told = capsys.readouterr().out
     assert "index: shards 3/3" in told
-    assert "web is not shuffled: neighbours share 8" in told
-    assert "With run_length 16 a batch of 256 holds 16 neighbourhoods" in told
+    assert "web is not shuffled: neighbors share 8" in told
+    assert "With run_length 16 a batch of 256 holds 16 neighborhoods" in told
     assert main(["verify", f"{bucket}/data"]) == 0
     assert f"{bucket}/data/train: 72 samples in 3 shards, sound" in capsys.readouterr().out
 
@@ -75,7 +75,7 @@ def test_unshuffled_shards_on_s3_are_trained_from_in_place(
     sets = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
     spec = str(Path(__file__).resolve().parents[2] / "jobs/stage1.yaml")
     assert main(["run", spec, *sets]) == 0
-    assert "With run_length 16 a batch of 8 holds 1 neighbourhood, and 100% of" in capsys.readouterr().out
+    assert "With run_length 16 a batch of 8 holds 1 neighborhood, and 100% of" in capsys.readouterr().out
     done = json.loads(open_store(f"{bucket}/runs/own").read("done.json"))
     assert (done["steps"], done["last"]["bad_samples"]) == (3, 0)
     assert theirs.tags() == before
@@ -140,7 +140,7 @@ def test_an_interrupted_index_goes_on_and_reads_only_what_is_new(tmp_path: Path)
     once = read_manifest(out, "train")
     again = run([str(tmp_path / "theirs")], out)
     assert (again.num_reused, read_manifest(out, "train")) == (3, once)
-    assert (again.neighbours, again.rejected, again.seen) == (resumed.neighbours, resumed.rejected, resumed.seen)
+    assert (again.neighbors, again.rejected, again.seen) == (resumed.neighbors, resumed.rejected, resumed.seen)
     straight = open_store(str(tmp_path / "straight"))
     run([str(tmp_path / "theirs")], straight)
     assert read_manifest(straight, "train") == once

@@ -16,15 +16,15 @@ import pymupdf
 import pytest
 from PIL import Image
 
-from jobs.local_s3 import free_port
+from jobs.runtime.local_s3 import free_port
 from pipelines.config import DataConfig, MediaConfig
 from pipelines.errors import UserError
-from pipelines.ingest import IngestReport, ingest, plan_blocks
-from pipelines.reader import Reader
-from pipelines.samples import FileRef, Media, MediaKind, RawSample, Rejected, Sample, Side
-from pipelines.shards import Members, read_manifest, target_sha256, verify
-from pipelines.storage import open_store
-from pipelines.store import Store
+from pipelines.feed.reader import Reader
+from pipelines.ingest.ingest import IngestReport, ingest, plan_blocks
+from pipelines.samples import FileRef, Input, Media, MediaKind, RawSample, Rejected, Sample
+from pipelines.shards.shards import Members, read_manifest, target_sha256, verify
+from pipelines.storage.location import open_store
+from pipelines.storage.store import Store
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 MEDIA = MediaConfig(frames=2, page_pixels=40_000)
@@ -32,7 +32,7 @@ MEDIA = MediaConfig(frames=2, page_pixels=40_000)
 
 def text_to(kind: MediaKind, path: Path, text: str, source: str = "cars", page: int | None = None) -> RawSample:
     member = f"p0{path.suffix}"
-    sample = Sample("", source, "t2i", Side(text), Side("", (Media(kind, member),)), origin=path.name)
+    sample = Sample("", source, "t2i", Input(text), Input("", (Media(kind, member),)), origin=path.name)
     return RawSample(sample, {member: FileRef(str(path), page)})
 
 
@@ -84,7 +84,7 @@ def test_every_medium_arrives_whole(tmp_path: Path) -> None:
     write_pdf(tmp_path / "raw/paper.pdf", 3)
     raws.append(text_to("video", tmp_path / "raw/clip.mp4", "a clip", "clips"))
     raws += [text_to("document", tmp_path / "raw/paper.pdf", f"about {n}", "papers", page=n) for n in (0, 2)]
-    raws.append(RawSample(Sample("", "words", "t2t", Side("left"), Side("right"), (Side("wrong"),))))
+    raws.append(RawSample(Sample("", "words", "t2t", Input("left"), Input("right"), (Input("wrong"),))))
     out = open_store(str(tmp_path / "out"))
     progress: list[tuple[int, int]] = []
     report = run(raws, out, held_out_fraction=0.0, on_progress=lambda done, total: progress.append((done, total)))
@@ -131,7 +131,7 @@ def plant(folder: Path) -> Iterator[tuple[RawSample, str]]:
     yield text_to("image", folder, "a folder"), folder.name
     (folder / "large.jpg").write_bytes(picture.getvalue() + bytes(200_000))
     yield text_to("image", folder / "large.jpg", "large"), "large.jpg"
-    nameless = Sample("", "cars", "t2i", Side("nameless"), Side("", (Media("image", "p0.jpg"),)), origin="nameless")
+    nameless = Sample("", "cars", "t2i", Input("nameless"), Input("", (Media("image", "p0.jpg"),)), origin="nameless")
     yield RawSample(nameless), "nameless"
 
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-import jobs.launch
-from jobs.fit import Prepared
-from jobs.launch import launch
-from jobs.runs import DONE, Run
-from jobs.spec import TrainSpec
+import jobs.training.launch
+from jobs.spec.schema import TrainSpec
+from jobs.training.fit import Prepared
+from jobs.training.launch import launch
+from jobs.training.runs import DONE, Run
 from pipelines.errors import UserError
-from pipelines.storage import open_store
+from pipelines.storage.location import open_store
 from tests.data import publish
 
 pytestmark = pytest.mark.ray
@@ -60,7 +60,7 @@ class Fits:
 @pytest.fixture
 def fits(monkeypatch: pytest.MonkeyPatch, ray_cluster: None) -> Fits:
     fits = Fits()
-    monkeypatch.setattr(jobs.launch, "fit", fits)
+    monkeypatch.setattr(jobs.training.launch, "fit", fits)
     return fits
 
 
@@ -123,6 +123,6 @@ def test_an_error_that_is_nobodys_mistake_is_not_taken_for_a_lost_run(
     def broken(*_: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(jobs.launch, "fit", broken)
+    monkeypatch.setattr(jobs.training.launch, "fit", broken)
     with pytest.raises(ZeroDivisionError):
         launch(specs(tmp_path, "r1 r2"), max_parallel=2, min_survivors=1)

@@ -1,4 +1,4 @@
-"""Ticks of scheduled re-training against an S3 API: promoted, nothing new, refused, killed on the way, rolled back."""
+"""Ticks of scheduled retraining against an S3 API: promoted, nothing new, refused, killed on the way, rolled back."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from jobs.cli import main
-from jobs.registry import Registry
-from pipelines.storage import open_store
-from pipelines.store import Store
+from jobs.workflows.registry import Registry
+from pipelines.storage.location import open_store
+from pipelines.storage.store import Store
 from tests.data import publish
 from tests.specs import evaluate, stage
 
@@ -44,9 +44,9 @@ def test_ticks_promote_refuse_and_do_nothing(
     tmp_path: Path, bucket: Store, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry = Registry(bucket.child("registry"))
-    tick = ["run", str(tmp_path / "retrain.yaml")]
+    run = ["run", str(tmp_path / "retrain.yaml")]
 
-    assert main(tick) == 0
+    assert main(run) == 0
     assert "promoted after-0-" in capsys.readouterr().out
     first = registry.champion()
     assert first is not None
@@ -54,22 +54,22 @@ def test_ticks_promote_refuse_and_do_nothing(
     lineage = registry.lineage(first.model)
     assert (lineage["parent"], lineage["soup"], lineage["data"]["samples"]) == (None, None, {"red": 16})
 
-    assert main(tick) == 0
+    assert main(run) == 0
     assert f"nothing new: the data are those of the champion, {first.model}" in capsys.readouterr().out
     publish(bucket.child("data"), {"red": ("text_image", 18)})
-    assert main(tick) == 0
+    assert main(run) == 0
     assert "nothing to do yet: 2 new samples, fewer than 4" in capsys.readouterr().out
 
     publish(bucket.child("data"), {"red": ("text_image", 24)})
-    no_better = [*tick, "--set", "gate.min_gain=1.0"]
+    no_better = [*run, "--set", "gate.min_gain=1.0"]
     assert main(no_better) == 0
     assert "not all above 1.0" in capsys.readouterr().out
     assert registry.champion() == first
     assert main(no_better) == 0
     assert "was made of these data and refused" in capsys.readouterr().out
 
-    # Killed between publishing and promoting: the next tick promotes, and trains nothing.
-    anything = [*tick, "--set", "gate.min_gain=-1.0", "--set", "gate.max_drop=1.0"]
+    # Killed between publishing and promoting: the next run promotes, and trains nothing.
+    anything = [*run, "--set", "gate.min_gain=-1.0", "--set", "gate.max_drop=1.0"]
     with monkeypatch.context() as killed:
         killed.setattr(Registry, "promote", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         assert main(anything) == 130
@@ -93,8 +93,8 @@ def test_ticks_promote_refuse_and_do_nothing(
     assert lineage["spec"]["init_adapter"] == registry.url(first.model)
 
     with registry.lease(60):
-        assert main(tick) == 1
-    assert "re-trains" in capsys.readouterr().err
+        assert main(run) == 1
+    assert "retrains" in capsys.readouterr().err
 
     assert main(["registry", "--registry", "s3://retrain/registry", "rollback", "--reason", "complaints"]) == 0
     rolled_back = registry.champion()

@@ -10,9 +10,9 @@ import pytest
 from transformers import AutoModel
 
 from jobs.cli import main
-from jobs.models import local_folder
-from pipelines.storage import open_store
-from rzen.evaluation.report import Result, markdown_table
+from jobs.runtime.models import local_folder
+from pipelines.storage.location import open_store
+from rzen.evaluation.results import Result, markdown_table
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,16 +20,16 @@ MODELS = ["stage1", "balanced", "images", "soup"]
 TASKS = ["text_image", "text_page", "text_video", "image_text_image"]
 SMALL = {
     "vars.store": "s3://road/demo",
-    "stations.corpus.set.corpus": "{num_images: 40, num_composed: 40, num_documents: 5, num_clips: 40, num_texts: 40}",
-    "stations.stage1.set.global_batch": "8",
-    "stations.stage1.set.steps": "6",
-    "stations.stage1.set.checkpoint.every_steps": "3",
-    "stations.finetunes.set.runs.documents": "null",  # two are enough to be souped
-    "stations.evaluate.set.models.documents": "null",
-    "stations.evaluate.set.models.before": "null",
-    "stations.search.set.curves.documents": "null",
-    "stations.finetunes.set.set.global_batch": "8",
-    "stations.finetunes.set.set.steps": "4",
+    "jobs.corpus.set.corpus": "{num_images: 40, num_composed: 40, num_documents: 5, num_clips: 40, num_texts: 40}",
+    "jobs.stage1.set.global_batch": "8",
+    "jobs.stage1.set.steps": "6",
+    "jobs.stage1.set.checkpoint.every_steps": "3",
+    "jobs.finetunes.set.runs.documents": "null",  # two are enough to be souped
+    "jobs.evaluate.set.models.documents": "null",
+    "jobs.evaluate.set.models.before": "null",
+    "jobs.search.set.curves.documents": "null",
+    "jobs.finetunes.set.set.global_batch": "8",
+    "jobs.finetunes.set.set.steps": "4",
 }
 
 
@@ -95,7 +95,7 @@ def test_finished_stations_are_not_repeated_and_a_changed_one_is(road: Any, caps
     _, command = road
     assert main(command) == 0
     assert capsys.readouterr().out.count("done before") == 8
-    assert main([*command, "--set", "stations.search.set.top_k=3"]) == 0
+    assert main([*command, "--set", "jobs.search.set.top_k=3"]) == 0
     again = capsys.readouterr().out
     assert again.count("done before") == 7
     assert "[8/8] search (search)" in again
@@ -105,14 +105,14 @@ def test_finished_stations_are_not_repeated_and_a_changed_one_is(road: Any, caps
 def test_search_from_the_command_line(road: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     page = tmp_path / "hits.html"
     arguments = ["search", "a green star", "--vectors", "s3://road/demo/vectors", "--top-k", "2", "--modality", "page"]
-    assert main([*arguments, "--page", str(page)]) == 0
+    assert main([*arguments, "--html", str(page)]) == 0
     out = capsys.readouterr().out
     assert out.count("documents/") == 2
     assert page.exists()
 
 
 def test_search_without_queries_takes_captions_of_the_corpus(road: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    sets = ["--set", "queries=null", "--set", "vectors=s3://road/demo/vectors", "--set", "page=null"]
+    sets = ["--set", "queries=null", "--set", "vectors=s3://road/demo/vectors", "--set", "html=null"]
     assert main(["run", str(ROOT / "jobs/search.yaml"), *sets]) == 0
     assert capsys.readouterr().out.count("rank  score") == 4
 

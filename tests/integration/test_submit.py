@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.local_s3 import free_port
-from pipelines.storage import open_store
+from jobs.runtime.local_s3 import free_port
+from pipelines.storage.location import open_store
 from tests.data import publish
 from tests.specs import stage
 

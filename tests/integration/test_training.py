@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pipelines.errors import UserError
-from pipelines.reader import FedBlock
-from pipelines.samples import DecodedSample, DecodedSide, Rejected, Sample, Side
+from pipelines.feed.reader import FeedBlock
+from pipelines.samples import DecodedInput, DecodedSample, Input, Rejected, Sample
 from rzen.config import LoraConfig, ModelConfig, ObjectiveConfig, OptimConfig, TemperatureConfig
-from rzen.export import load_encoder
-from rzen.processor import Processor
-from rzen.training.batch import EncodedPairs, PairEncoder
+from rzen.export.export import load_encoder
+from rzen.inputs.pairs import EncodedPairs, PairEncoder
+from rzen.inputs.processor import Processor
 from rzen.training.telemetry import METRICS
 from rzen.training.worker import Stage, build_learner, train_stage
 from tests.gloo import run_workers
@@ -40,7 +40,7 @@ class Batch:
     """What the feed gives to one rank."""
 
     step: int
-    blocks: tuple[FedBlock, ...]
+    blocks: tuple[FeedBlock, ...]
     batch: EncodedPairs
     rejected: list[Rejected] = field(default_factory=list)
 
@@ -67,11 +67,11 @@ class Folders:
 
 def encode(processor: Processor, step: int, index: int) -> EncodedPairs:
     """Sample `index` of a step: the first half of a batch is text alone, the second has images on one side."""
-    target = DecodedSide(text=f"{TEXTS[index % 5]} {step}")
+    target = DecodedInput(text=f"{TEXTS[index % 5]} {step}")
     if index >= GLOBAL_BATCH // 2:
-        target = DecodedSide(visuals=(noise("image", 1, 61, 97, 10 * step + index),))
-    sample = Sample(f"{step}-{index}", "s", "a", Side(), Side(), target_sha256=f"{step:02x}{index:02x}" * 16)
-    query = DecodedSide(text=f"{TEXTS[(index + step) % 5]} {index}")
+        target = DecodedInput(visuals=(noise("image", 1, 61, 97, 10 * step + index),))
+    sample = Sample(f"{step}-{index}", "s", "a", Input(), Input(), target_sha256=f"{step:02x}{index:02x}" * 16)
+    query = DecodedInput(text=f"{TEXTS[(index + step) % 5]} {index}")
     return PairEncoder(processor).sample(DecodedSample(sample, query, target))
 
 
@@ -83,7 +83,7 @@ def batches(processor: Processor, start: int) -> Iterator[Batch]:
         mine = range(dist.get_rank() * share, (dist.get_rank() + 1) * share)
         pairs = PairEncoder(processor).collate([encode(processor, step, index) for index in mine])
         bad = [Rejected(f"{step}-0", "truncated")] if step == 1 else []
-        yield Batch(step, (FedBlock("scenes", ("a", "b")[step % 2], 0, share),), pairs, bad)
+        yield Batch(step, (FeedBlock("scenes", ("a", "b")[step % 2], 0, share),), pairs, bad)
 
 
 def stage_of(model: ModelConfig, zero_stage: int = 1, **changes: Any) -> Stage:

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rzen import chunks
-from rzen.backbone import load_backbone
-from rzen.chunks import chunks_of
 from rzen.config import LoraConfig, ObjectiveConfig
-from rzen.embedder import Embedder
-from rzen.lora import add_lora
-from rzen.loss import Objective
-from rzen.processor import Processor
-from rzen.training.batch import EncodedPairs, PairEncoder
+from rzen.inputs.pairs import EncodedPairs, PairEncoder
+from rzen.inputs.processor import Processor
+from rzen.model import chunks
+from rzen.model.backbone import load_backbone
+from rzen.model.chunks import chunks_of
+from rzen.model.embedding_model import EmbeddingModel
+from rzen.model.lora import add_lora
+from rzen.objective.loss import Objective
 from rzen.training.step import Learner
 from tests.parity.test_training_step import pairs_by_rank
 from tests.tiny import PROMPT, tiny_checkpoint, tiny_model
@@ -47,7 +47,9 @@ def learner_of(model_dir: str, chunk_tokens: int | None, dropout: float = 0.0, c
     if dropout:
         backbone = add_lora(backbone, LoraConfig(rank=3, dropout=dropout), seed=0)
         shake_lora(backbone)
-    learner = Learner(Embedder(backbone, Processor(model_dir, PROMPT).layout), Objective(ObjectiveConfig(), ["a"]))
+    learner = Learner(
+        EmbeddingModel(backbone, Processor(model_dir, PROMPT).layout), Objective(ObjectiveConfig(), ["a"])
+    )
     learner.chunk_tokens = chunk_tokens
     return learner.train()
 
@@ -150,7 +152,7 @@ def test_activations_of_one_chunk_at_a_time_are_kept(model_dir: str, pairs: Enco
     assert peak == most
 
 
-def test_chunks_hold_neighbours_in_length_within_the_budget() -> None:
+def test_chunks_hold_neighbors_in_length_within_the_budget() -> None:
     lengths = np.array([5, 90, 7, 5, 40, 90, 200, 6], np.int32)
     found = chunks_of(lengths, 180, packed=False)
     assert [chunk.tolist() for chunk in found] == [[6], [1, 5], [4, 2, 7, 0], [3]]

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rzen.config import HardnessConfig, LoraConfig, ObjectiveConfig, OptimConfig, TemperatureConfig
-from rzen.processor import Processor
+from rzen.inputs.pairs import EncodedPairs, PairEncoder
+from rzen.inputs.processor import Processor
 from rzen.training import checkpoint
-from rzen.training.batch import EncodedPairs, PairEncoder
 from rzen.training.optim import build_optimizer, lr_at, set_lr
 from rzen.training.worker import Stage, build_engine, build_learner, update
 from tests.gloo import run_workers

@@ -18,16 +18,16 @@ from transformers import AttentionInterface, AutoModel, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from pipelines.errors import UserError
-from pipelines.samples import DecodedSide, Visual
-from rzen import embedder as embedder_module
-from rzen.backbone import load_backbone
+from pipelines.samples import DecodedInput, Visual
 from rzen.config import LoraConfig, ModelIdentity, ReadoutConfig
-from rzen.embedder import Embedder
 from rzen.families import FAMILIES
-from rzen.layout import BatchLayout
-from rzen.lora import add_lora, load_adapter, save_adapter
-from rzen.processor import Processor
-from rzen.prompts import render
+from rzen.inputs.layout import BatchLayout
+from rzen.inputs.processor import Processor
+from rzen.inputs.prompts import render
+from rzen.model import embedding_model as embedder_module
+from rzen.model.backbone import load_backbone
+from rzen.model.embedding_model import EmbeddingModel
+from rzen.model.lora import add_lora, load_adapter, save_adapter
 from tests.tiny import PROMPT, TEXTS, TINY, mixed_sides, noise, tiny_checkpoint, tiny_model, trainable_state
 
 LORA = LoraConfig(rank=3)
@@ -74,9 +74,9 @@ def processor(model_dir: str) -> Processor:
 
 def embedder_of(
     model_dir: str, processor: Processor, readout: ReadoutConfig | None = None, packing: Any = "auto", **settings: Any
-) -> Embedder:
+) -> EmbeddingModel:
     model = tiny_model(model_dir).model_copy(update=settings)
-    return Embedder(load_backbone(model_dir, model), processor.layout, readout, packing)
+    return EmbeddingModel(load_backbone(model_dir, model), processor.layout, readout, packing)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def expected(library: dict[str, Tensor]) -> Tensor:
 
 
 def reference_vectors(
-    model_dir: str, processor: Processor, sides: Sequence[DecodedSide], readout: ReadoutConfig
+    model_dir: str, processor: Processor, sides: Sequence[DecodedInput], readout: ReadoutConfig
 ) -> Tensor:
     """[B, D]: the library's tokenizer, image processor and model, one side at a time, without padding."""
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
@@ -171,7 +171,7 @@ def library_video(frames: np.ndarray, family: Any) -> tuple[Tensor, list[int]]:
     return pairs.reshape(-1, 3 * 2 * patch * patch), [groups, *singles[0][1]]
 
 
-def vectors(embedder: Embedder, processor: Processor, sides: Sequence[DecodedSide]) -> Tensor:
+def vectors(embedder: EmbeddingModel, processor: Processor, sides: Sequence[DecodedInput]) -> Tensor:
     with torch.no_grad():
         return embedder(processor.encode(sides))
 
@@ -216,8 +216,8 @@ def test_a_backbone_can_be_read_one_way_and_then_the_other(
     model_dir: str, processor: Processor, expected: Tensor
 ) -> None:
     backbone = load_backbone(model_dir, tiny_model(model_dir))
-    Embedder(backbone, processor.layout, UMARVEL)
-    actual = vectors(Embedder(backbone, processor.layout), processor, mixed_sides())
+    EmbeddingModel(backbone, processor.layout, UMARVEL)
+    actual = vectors(EmbeddingModel(backbone, processor.layout), processor, mixed_sides())
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
 
 
@@ -295,14 +295,14 @@ def test_pooling_faults_show(model_dir: str, processor: Processor, expected: Ten
 
 def test_videos_fed_as_images_show(model_dir: str, processor: Processor, expected: Tensor) -> None:
     video = mixed_sides()[4].visuals[0]
-    images = DecodedSide(visuals=tuple(Visual("image", frame[None]) for frame in video.frames))
+    images = DecodedInput(visuals=tuple(Visual("image", frame[None]) for frame in video.frames))
     actual = vectors(embedder_of(model_dir, processor), processor, [images])
     assert (actual - expected[4]).abs().max() > 1e-2
 
 
-def with_lora(model_dir: str, processor: Processor, seed: int = 0, **settings: Any) -> Embedder:
+def with_lora(model_dir: str, processor: Processor, seed: int = 0, **settings: Any) -> EmbeddingModel:
     model = tiny_model(model_dir).model_copy(update=settings)
-    return Embedder(add_lora(load_backbone(model_dir, model), LORA, seed), processor.layout)
+    return EmbeddingModel(add_lora(load_backbone(model_dir, model), LORA, seed), processor.layout)
 
 
 def test_lora_is_on_every_linear_layer_and_nothing_else_is_trained(
@@ -322,10 +322,10 @@ def test_a_merged_adapter_gives_the_vectors_of_the_unmerged_one(
     model_dir: str, processor: Processor, library: dict[str, Tensor], readout: str
 ) -> None:
     embedder = with_lora(model_dir, processor)
-    embedder = Embedder(embedder.backbone, processor.layout, READOUTS[readout])
+    embedder = EmbeddingModel(embedder.backbone, processor.layout, READOUTS[readout])
     shake(embedder, 0.1)
     unmerged = vectors(embedder, processor, mixed_sides())
-    merged = Embedder(embedder.backbone.merge_and_unload(), processor.layout, READOUTS[readout])
+    merged = EmbeddingModel(embedder.backbone.merge_and_unload(), processor.layout, READOUTS[readout])
     torch.testing.assert_close(vectors(merged, processor, mixed_sides()), unmerged, atol=1e-5, rtol=0)
     assert (unmerged - library[readout]).abs().max() > 1e-2
 
@@ -348,7 +348,7 @@ def test_gradients_reach_the_vision_tower_with_and_without_checkpointing(
     for checkpointing in (False, True):
         model = tiny_model(model_dir).model_copy(update={"gradient_checkpointing": checkpointing})
         backbone = load_backbone(model_dir, model)
-        embedder = Embedder(add_lora(backbone, LORA, 0) if tune == "lora" else backbone, processor.layout).train()
+        embedder = EmbeddingModel(add_lora(backbone, LORA, 0) if tune == "lora" else backbone, processor.layout).train()
         shake(embedder, 0.1)
         batch = processor.encode(mixed_sides())
         embedder(batch)[:, 0].sum().backward()
@@ -379,7 +379,7 @@ def test_a_saved_adapter_is_loaded_by_us_and_by_peft(
     theirs = peft.PeftModel.from_pretrained(load_backbone(model_dir, tiny_model(model_dir)), str(tmp_path / "one"))
     for loaded in (ours, theirs):
         torch.testing.assert_close(
-            vectors(Embedder(loaded, processor.layout), processor, sides), before, atol=0, rtol=0
+            vectors(EmbeddingModel(loaded, processor.layout), processor, sides), before, atol=0, rtol=0
         )
     assert len(trainable_state(ours)) == 2 * LINEARS[family]
     assert len(trainable_state(theirs)) == 0
@@ -403,7 +403,7 @@ def test_an_adapter_of_another_backbone_is_refused(
 
 
 def test_a_read_only_batch_is_accepted(model_dir: str, processor: Processor) -> None:
-    batch = processor.encode([DecodedSide(text=TEXTS[0], visuals=(noise("image", 1, 40, 40),))])
+    batch = processor.encode([DecodedInput(text=TEXTS[0], visuals=(noise("image", 1, 40, 40),))])
     for array in vars(batch).values():
         array.flags.writeable = False  # as arrays that come from Ray's object store
     with torch.no_grad():

@@ -23,24 +23,24 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-from pipelines.samples import DecodedSide
-from rzen.backbone import load_backbone
+from pipelines.samples import DecodedInput
 from rzen.config import BackboneFamily, ModelIdentity, PromptConfig, ReadoutConfig, TinyBackbone
-from rzen.embedder import Embedder
-from rzen.export import ExportOptions, Format, export_model, load_encoder
+from rzen.export.export import ExportOptions, Format, export_model, load_encoder
 from rzen.families import FAMILIES
-from rzen.lora import load_adapter
-from rzen.processor import Processor
-from rzen.prompts import IMAGE_PAD, TEMPLATES, render
-from rzen.vision import use_fast_vision
+from rzen.inputs.processor import Processor
+from rzen.inputs.prompts import IMAGE_PAD, TEMPLATES, render
+from rzen.model.backbone import load_backbone
+from rzen.model.embedding_model import EmbeddingModel
+from rzen.model.lora import load_adapter
+from rzen.model.vision import use_fast_vision
 from tests.export.make import trained_adapter
 from tests.tiny import PROMPT, TEXTS, mixed_sides, noise, tiny_checkpoint, tiny_model
 
 INSTRUCTION = "Find what matches the given side."
 TEXT_SIDES = [
-    *(DecodedSide(text=text) for text in TEXTS),
-    *(DecodedSide(text=text, instruction=INSTRUCTION) for text in TEXTS),
-    DecodedSide(text=f"  {TEXTS[3]}\n", instruction=f" {INSTRUCTION} "),
+    *(DecodedInput(text=text) for text in TEXTS),
+    *(DecodedInput(text=text, instruction=INSTRUCTION) for text in TEXTS),
+    DecodedInput(text=f"  {TEXTS[3]}\n", instruction=f" {INSTRUCTION} "),
 ]
 IMAGE_SIDES = [side for side in mixed_sides() if all(visual.kind != "video" for visual in side.visuals)]
 Made = tuple[str, Path, Path]
@@ -66,12 +66,12 @@ def qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export(tmp_path_factory.mktemp("qwen2"), ModelIdentity(prompt=PROMPT))[2]
 
 
-def rzen_vectors(out: Path, sides: list[DecodedSide]) -> Tensor:
+def rzen_vectors(out: Path, sides: list[DecodedInput]) -> Tensor:
     processor, embedder = load_encoder(str(out))
     return embedder(processor.encode(sides))
 
 
-def messages(side: DecodedSide) -> list[dict[str, Any]]:
+def messages(side: DecodedInput) -> list[dict[str, Any]]:
     """A side as chat templates take it."""
     content: list[dict[str, Any]] = [
         {"type": "video"} if visual.kind == "video" else {"type": "image"} for visual in side.visuals
@@ -98,13 +98,13 @@ def sentence_transformer(out: Path, scratch: Path) -> SentenceTransformer:
     return SentenceTransformer(modules=modules, device="cpu")
 
 
-def encode(model: SentenceTransformer, sides: list[DecodedSide], **settings: Any) -> Tensor:
+def encode(model: SentenceTransformer, sides: list[DecodedInput], **settings: Any) -> Tensor:
     """One at a time, as each has a prompt of its own."""
     vectors = [model.encode(side.text, prompt=side.instruction or None, **settings) for side in sides]
     return torch.tensor(np.stack(vectors))
 
 
-def auto_vectors(out: Path, sides: list[DecodedSide]) -> Tensor:
+def auto_vectors(out: Path, sides: list[DecodedInput]) -> Tensor:
     """Without rzen: chat template, tokenizer, Pillow's image processor, AutoModel, last state of each side."""
     tokenizer, model = AutoTokenizer.from_pretrained(out), AutoModel.from_pretrained(out)
     image_processor = AutoImageProcessor.from_pretrained(out, backend="pil")
@@ -197,7 +197,9 @@ def test_peft_loads_the_adapter(tmp_path: Path) -> None:
     own = load_adapter(load_backbone(base, tiny_model(base)), adapter)
     processor = Processor(base, PROMPT)
     with torch.no_grad():
-        actual, expected = (Embedder(some, processor.layout)(processor.encode(mixed_sides())) for some in (model, own))
+        actual, expected = (
+            EmbeddingModel(some, processor.layout)(processor.encode(mixed_sides())) for some in (model, own)
+        )
     torch.testing.assert_close(actual, expected, atol=0, rtol=0)
     export_model(base, out, tmp_path / "merged", identity, ExportOptions(dtype="float32"))  # it is an adapter to rzen
     torch.testing.assert_close(rzen_vectors(tmp_path / "merged", mixed_sides()), expected, atol=1e-5, rtol=0)
@@ -218,7 +220,7 @@ def test_the_directory_for_the_released_script_is_one_of_transformers_4(tmp_path
     assert not (out / "modules.json").exists()
     processor, own = Processor(base, prompt), load_adapter(load_backbone(base, tiny_model(base)), adapter)
     with torch.no_grad():
-        expected = Embedder(own, processor.layout, ReadoutConfig(positions="1d"))(processor.encode(mixed_sides()))
+        expected = EmbeddingModel(own, processor.layout, ReadoutConfig(positions="1d"))(processor.encode(mixed_sides()))
     torch.testing.assert_close(rzen_vectors(out, mixed_sides()), expected, atol=1e-5, rtol=0)
 
 
@@ -242,9 +244,9 @@ def test_planted_faults_of_exports_show(qwen2: Path, tmp_path: Path) -> None:
     assert (encode(sentence_transformer(unpooled, tmp_path / "b"), TEXT_SIDES) - expected).abs().max() > 1e-2
 
     modules = json.loads((qwen2 / "modules.json").read_text())
-    normalising = json.dumps(modules[-1], indent=2).replace("\n", "\n  ")
-    unnormalised = copy("long", "modules.json", f",\n  {normalising}", "")
-    assert (encode(sentence_transformer(unnormalised, tmp_path / "c"), TEXT_SIDES) - expected).abs().max() > 1e-2
+    normalizing = json.dumps(modules[-1], indent=2).replace("\n", "\n  ")
+    unnormalized = copy("long", "modules.json", f",\n  {normalizing}", "")
+    assert (encode(sentence_transformer(unnormalized, tmp_path / "c"), TEXT_SIDES) - expected).abs().max() > 1e-2
 
     larger = copy(
         "larger", "preprocessor_config.json", f'"longest_edge": {24 * 28**2}', f'"longest_edge": {48 * 28**2}'
@@ -254,7 +256,7 @@ def test_planted_faults_of_exports_show(qwen2: Path, tmp_path: Path) -> None:
         .read_text()
         .replace(f'"max_pixels": {24 * 28**2}', f'"max_pixels": {48 * 28**2}')
     )
-    page = [DecodedSide(visuals=(noise("document", 1, 250, 170),))]
+    page = [DecodedInput(visuals=(noise("document", 1, 250, 170),))]
     torch.testing.assert_close(auto_vectors(qwen2, page), rzen_vectors(qwen2, page), atol=1e-5, rtol=0)
     assert (auto_vectors(larger, page) - rzen_vectors(qwen2, page)).abs().max() > 1e-2
 
@@ -271,7 +273,7 @@ def test_pooling_at_the_last_padded_place_shows(qwen2: Path, tmp_path: Path) -> 
 
 def test_mteb_reads_sides(qwen2: Path) -> None:
     pytest.importorskip("mteb", reason="mteb is not installed; tests/export/mteb.md holds the result where it is")
-    from rzen.formats.mteb import load
+    from rzen.export.mteb import load
 
     encoder = load(str(qwen2))
     metadata = type("Metadata", (), {"name": "Any", "prompt": {"query": INSTRUCTION}})
@@ -279,7 +281,7 @@ def test_mteb_reads_sides(qwen2: Path) -> None:
     batches = [{"text": list(TEXTS[:2])}, {"text": [TEXTS[2]], "image": [Image.fromarray(image.frames[0])]}]
     kind = type("Kind", (), {"value": "query"})
     actual = torch.tensor(encoder.encode(batches, task_metadata=metadata, prompt_type=kind))
-    sides = [DecodedSide(text=text, instruction=INSTRUCTION) for text in TEXTS[:2]]
-    sides.append(DecodedSide(text=TEXTS[2], instruction=INSTRUCTION, visuals=(image,)))
+    sides = [DecodedInput(text=text, instruction=INSTRUCTION) for text in TEXTS[:2]]
+    sides.append(DecodedInput(text=TEXTS[2], instruction=INSTRUCTION, visuals=(image,)))
     torch.testing.assert_close(actual, rzen_vectors(qwen2, sides), atol=1e-6, rtol=0)
     assert encoder.mteb_model_meta.embed_dim == 64

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rzen.config import FalseNegativeConfig, ObjectiveConfig, TemperatureConfig
-from rzen.gather import gather_ids, gather_with_gradient
-from rzen.loss import Mined, Objective
+from rzen.objective.gather import gather_ids, gather_with_gradient
+from rzen.objective.loss import Mined, Objective
 from tests.gloo import run_workers
 
 ROWS, NEGATIVES, INPUT, WIDTH = 12, 6, 7, 5
@@ -32,7 +32,7 @@ def inputs() -> dict[str, Tensor]:
         "queries": normal(ROWS, INPUT),
         "targets": normal(ROWS, INPUT),
         "negatives": normal(NEGATIVES, INPUT),
-        "ids": torch.tensor([0, 1, 2, 3, 0, 5, 6, 3, 8, 9, 10, 0]),  # copies within and across ranks
+        "ids": torch.tensor([0, 1, 2, 3, 0, 5, 6, 3, 8, 9, 10, 0]),  # duplicates within and across ranks
         "encoder": normal(INPUT, WIDTH),
     }
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from rzen.backbone import load_backbone
-from rzen.embedder import Embedder
 from rzen.families import FAMILIES
-from rzen.processor import EncodedBatch, Processor
-from rzen.training.lockstep import blank_side, in_step
+from rzen.inputs.processor import EncodedBatch, Processor
+from rzen.model.backbone import load_backbone
+from rzen.model.embedding_model import EmbeddingModel
+from rzen.training.lockstep import align_chunk_counts, dummy_input
 from tests.tiny import PROMPT, TINY, mixed_sides, tiny_checkpoint, tiny_model
 
 
@@ -22,8 +22,8 @@ def test_a_blank_side_reaches_every_parameter_and_changes_no_vector(family: str,
     model_dir = tiny_checkpoint(tmp_path, TINY.model_copy(update={"family": family}))
     processor = Processor(model_dir, PROMPT)
     model = tiny_model(model_dir).model_copy(update={"packing": packing})
-    embedder = Embedder(load_backbone(model_dir, model), processor.layout, packing=model.packing)
-    blank, sides = blank_side(embedder.backbone), processor.encode(mixed_sides())
+    embedder = EmbeddingModel(load_backbone(model_dir, model), processor.layout, packing=model.packing)
+    blank, sides = dummy_input(embedder.backbone), processor.encode(mixed_sides())
     with torch.no_grad():
         found = embedder(EncodedBatch.concat([sides, blank]))
         torch.testing.assert_close(found[:-1], embedder(sides), atol=2e-6, rtol=0)
@@ -33,5 +33,5 @@ def test_a_blank_side_reaches_every_parameter_and_changes_no_vector(family: str,
 
 
 def test_every_chunk_ends_with_the_blank_side() -> None:
-    chunks = in_step([np.array([3, 1]), np.array([0, 2])], 4, torch.device("cpu"))
+    chunks = align_chunk_counts([np.array([3, 1]), np.array([0, 2])], 4, torch.device("cpu"))
     assert [chunk.tolist() for chunk in chunks] == [[3, 1, 4], [0, 2, 4]]

@@ -17,13 +17,25 @@ from torch.utils._pytree import tree_leaves
 
 from pipelines.errors import UserError
 from rzen.config import FalseNegativeConfig, HardnessConfig, MinedConfig, ObjectiveConfig, TemperatureConfig
-from rzen.loss import Mined, Objective, cosent
+from rzen.objective.loss import Mined, Objective, cosent
 
 RULE = FalseNegativeConfig(threshold=0.2, warmup_steps=10, max_dropped_fraction=0.3)
 NO_CAP = FalseNegativeConfig(threshold=0.2, warmup_steps=10, max_dropped_fraction=1.0)
 TASKS = ["text_video", "text_image"]
 OFFSET, OWN, ALL, MINED, WIDTH = 4, 5, 11, 6, 6
-IDS = [0, 1, 2, 3, 4, 5, 4, 7, 8, 5, 4]  # rows 4 to 8 are positives; 6 and 10 are copies of 4, 9 is a copy of 5
+IDS = [
+    0,
+    1,
+    2,
+    3,
+    4,
+    5,
+    4,
+    7,
+    8,
+    5,
+    4,
+]  # rows 4 to 8 are positives; 6 and 10 are duplicates of 4, 9 is a duplicate of 5
 OWNERS = [4, 4, 6, -1, 8, 1]  # queries that the mined negatives belong to; one is padding
 
 
@@ -95,7 +107,7 @@ class Oracle:
         return sum(per_width) / len(per_width)
 
     def cut(self, vectors: Tensor, dims: int) -> Tensor:
-        return vectors[:, :dims] if self.fault == "widths not normalised" else cut(vectors, dims)
+        return vectors[:, :dims] if self.fault == "widths not normalized" else cut(vectors, dims)
 
     def columns(self, batch: Batch, i: int, dims: int) -> tuple[Column, list[Column]]:
         """The positive of query i, and everything else it meets."""
@@ -134,14 +146,14 @@ class Oracle:
 
     def row(self, positive: Column, others: list[Column], tau: Tensor) -> Tensor:
         rule = self.config.false_negatives if self.step >= 10 else None
-        copies = [column for column in others if column.content is not None and column.content == positive.content]
-        dropped = set() if self.fault == "copies stay" else {id(column) for column in copies}
+        duplicates = [column for column in others if column.content is not None and column.content == positive.content]
+        dropped = set() if self.fault == "duplicates stay" else {id(column) for column in duplicates}
         if rule is not None:
             like = {id(column): float(column.key @ positive.key) for column in others}
             if self.fault == "likeness to the query":
                 like = {id(column): float(column.score.detach()) for column in others}
-            if self.fault != "copies stay":
-                like |= {id(column): math.inf for column in copies}
+            if self.fault != "duplicates stay":
+                like |= {id(column): math.inf for column in duplicates}
             cap = len(others) if self.fault == "no cap" else int(rule.max_dropped_fraction * len(others))
             most_alike = sorted(others, key=lambda column: -like[id(column)])[:cap]
             dropped |= {id(column) for column in most_alike if like[id(column)] > rule.threshold}
@@ -162,8 +174,8 @@ class Oracle:
             for weight, column in zip(weights, group, strict=True):
                 negatives = negatives + weight * torch.exp(column.score / tau)
         wanted = [positive]
-        if self.config.copies == "positive":
-            wanted += [column for column in copies if column.pool == "targets"]
+        if self.config.duplicates == "positive":
+            wanted += [column for column in duplicates if column.pool == "targets"]
         losses = []
         for column in wanted:
             numerator = torch.exp(column.score / tau)
@@ -236,7 +248,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "flowing": {"hardness": HardnessConfig(gradient="flowing")},
     "normalized": {"hardness": HardnessConfig(normalized=True)},
     "normalized, flowing": {"hardness": HardnessConfig(normalized=True, gradient="flowing")},
-    "copies are positives": {"copies": "positive"},
+    "duplicates are positives": {"duplicates": "positive"},
     "margin": {"margin": 0.05},
     "focal": {"focal_gamma": 2.0},
     "symmetric": {"symmetric": 0.5},
@@ -249,7 +261,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mined normalized": {"mined": MinedConfig(hardness=HardnessConfig(alpha=2.0, normalized=True))},
     "everything": {
         "hardness": HardnessConfig(alpha=5.0, gradient="flowing", normalized=True),
-        "copies": "positive",
+        "duplicates": "positive",
         "margin": 0.2,
         "focal_gamma": 1.5,
         "symmetric": 0.3,
@@ -287,11 +299,11 @@ FAULTS: dict[str, dict[str, Any]] = {
     "rule too early": {},
     "no cap": {},
     "own rows from zero": {},
-    "copies stay": {},
+    "duplicates stay": {},
     "likeness to the query": {},
     "mined for the next query": {"mined": MinedConfig(shared=False)},
     "a row is its own negative": {"same_side": ["queries", "targets"]},
-    "widths not normalised": {"matryoshka": [2, 4]},
+    "widths not normalized": {"matryoshka": [2, 4]},
     "margin from zero": {"margin": 0.05, "false_negatives": None},
     "mean over dropped too": {"hardness": HardnessConfig(normalized=True)},
 }
@@ -445,7 +457,7 @@ def test_guard_keeps_the_loss_of_an_untrained_model_above_zero(noise: float) -> 
 
 
 def test_copies_fill_the_cap_first() -> None:
-    """Of 4 negatives 3 are copies by id; a cap of one half is spent, and the fourth, as alike as they are, stays."""
+    """Of 4 negatives, 3 are duplicates by id. They use up a cap of one half, so the fourth, as similar, stays."""
     targets = torch.tensor([[1.0, 0.0]]).repeat(5, 1)
     rule = FalseNegativeConfig(threshold=0.9, warmup_steps=0, max_dropped_fraction=0.5)
     _, stats = Objective(config(rule=rule), ["t"])(

@@ -21,12 +21,12 @@ from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.video_utils import VideoMetadata
 
 from pipelines.errors import BadMedia, UserError
-from pipelines.samples import DecodedSide, Visual
+from pipelines.samples import DecodedInput, Visual
 from rzen.config import PromptConfig
-from rzen.embedder import Embedder
 from rzen.families import FAMILIES
-from rzen.processor import EncodedBatch, Processor, smart_resize
-from rzen.prompts import TEMPLATES, render
+from rzen.inputs.processor import EncodedBatch, Processor, smart_resize
+from rzen.inputs.prompts import TEMPLATES, render
+from rzen.model.embedding_model import EmbeddingModel
 from tests.tiny import PROMPT, TEXTS, TINY, mixed_sides, noise, tiny_checkpoint
 
 FACTOR_PX = 28  # of Qwen2-VL
@@ -63,8 +63,8 @@ def library_pixels(
     return output["pixel_values"], output["image_grid_thw"]
 
 
-def normalised(processor: Processor, patches: np.ndarray) -> np.ndarray:
-    return Embedder(torch.nn.Identity(), processor.layout)._normalised(torch.tensor(patches)).numpy()
+def normalized(processor: Processor, patches: np.ndarray) -> np.ndarray:
+    return EmbeddingModel(torch.nn.Identity(), processor.layout)._normalized(torch.tensor(patches)).numpy()
 
 
 @pytest.mark.parametrize(
@@ -74,11 +74,11 @@ def test_patches_equal_the_librarys_bit_for_bit(
     processor: Processor, model_dir: str, height_px: int, width_px: int
 ) -> None:
     visual = noise("image", 1, height_px, width_px)
-    batch = processor.encode([DecodedSide(visuals=(visual,))])
+    batch = processor.encode([DecodedInput(visuals=(visual,))])
     pixels, grid = library_pixels(visual.frames[0], PROMPT.min_visual_tokens, PROMPT.max_visual_tokens, model_dir)
     assert batch.patches.dtype == np.uint8
     assert batch.grids.tolist() == grid.tolist()
-    assert normalised(processor, batch.patches).tobytes() == pixels.astype(np.float32).tobytes()
+    assert normalized(processor, batch.patches).tobytes() == pixels.astype(np.float32).tobytes()
 
 
 @given(height_px=st.integers(1, 3000), width_px=st.integers(1, 3000), low=st.integers(1, 9), high=st.integers(10, 1280))
@@ -95,28 +95,28 @@ def test_sizes_equal_the_librarys(height_px: int, width_px: int, low: int, high:
 def test_video_patches_hold_two_frames_each_and_the_last_frame_twice(processor: Processor) -> None:
     p = processor.layout.patch_px
     video = noise("video", 5, 4 * p, 6 * p)
-    batch = processor.encode([DecodedSide(visuals=(video,))])
+    batch = processor.encode([DecodedInput(visuals=(video,))])
     assert batch.grids.tolist() == [[3, 4, 6]]
     assert batch.grid_kinds.tolist() == [2]
     patches = batch.patches.reshape(3, 24, 3, 2, p, p)
     for group, (first, second) in enumerate([(0, 1), (2, 3), (4, 4)]):
         for position, frame in enumerate((first, second)):
-            alone = processor.encode([DecodedSide(visuals=(Visual("image", video.frames[frame : frame + 1]),))])
+            alone = processor.encode([DecodedInput(visuals=(Visual("image", video.frames[frame : frame + 1]),))])
             assert alone.grids.tolist() == [[1, 4, 6]]
             assert np.array_equal(patches[group, :, :, position], alone.patches.reshape(24, 3, 2, p, p)[:, :, 0])
 
 
 def test_frames_of_a_video_share_the_token_budget(model_dir: str) -> None:
     processor = Processor(model_dir, PromptConfig(max_visual_tokens=26))
-    batch = processor.encode([DecodedSide(visuals=(noise("video", 7, 300, 300),))])
+    batch = processor.encode([DecodedInput(visuals=(noise("video", 7, 300, 300),))])
     assert batch.grids.tolist() == [[4, 4, 4]]  # 26 // 4 = 6 tokens a frame pair allow 2 x 2
-    batch = processor.encode([DecodedSide(visuals=(noise("image", 1, 300, 300),))])
+    batch = processor.encode([DecodedInput(visuals=(noise("image", 1, 300, 300),))])
     assert batch.grids.tolist() == [[1, 10, 10]]  # 26 tokens allow 5 x 5
 
 
 def test_release_prompt_feeds_frames_as_images(model_dir: str) -> None:
     processor = Processor(model_dir, PromptConfig(template="rzen_release"))
-    batch = processor.encode([DecodedSide(visuals=(noise("video", 3, 90, 160),))])
+    batch = processor.encode([DecodedInput(visuals=(noise("video", 3, 90, 160),))])
     assert batch.grid_kinds.tolist() == [1, 1, 1]
     tokens = batch.grids.prod(axis=1) // 4
     assert tokens.tolist() == [170, 170, 170]  # 10 x 17, within 160 .. 180
@@ -131,7 +131,7 @@ def test_videos_are_written_as_the_librarys_processor_writes_them(
     that it writes itself, in place of those of the chat template (transformers 5.23 leaves these where they are).
     """
     times_s = tuple(frame / fps for frame in range(frames)) if fps else ()
-    side = DecodedSide(visuals=(noise("video", frames, 100, 170, times_s=times_s),))
+    side = DecodedInput(visuals=(noise("video", frames, 100, 170, times_s=times_s),))
     grid = processor.encode([side]).grids[0]
     if family == "qwen3_vl":
         parts = SimpleNamespace(
@@ -152,14 +152,16 @@ def test_videos_are_written_as_the_librarys_processor_writes_them(
 
 def test_seconds_between_temporal_patches_are_those_of_the_frames(processor: Processor) -> None:
     videos = [noise("video", 4, 60, 60, times_s=times) for times in ((), (0.0, 2.0, 4.0, 6.0), (1.0, 1.5, 2.5, 2.8))]
-    sides = [DecodedSide(visuals=(video,)) for video in (*videos, noise("video", 1, 60, 60), noise("image", 1, 60, 60))]
+    sides = [
+        DecodedInput(visuals=(video,)) for video in (*videos, noise("video", 1, 60, 60), noise("image", 1, 60, 60))
+    ]
     assert processor.encode(sides).grid_seconds.tolist() == pytest.approx([2 / 24, 4.0, 1.2, 2 / 24, 0.0])
 
 
 def test_instruction_tokens_are_those_of_the_instruction(model_dir: str, tokenizer: PreTrainedTokenizerBase) -> None:
     visual = noise("image", 1, 60, 60)
     sides = [
-        DecodedSide(text=text, instruction=instruction, visuals=visuals)
+        DecodedInput(text=text, instruction=instruction, visuals=visuals)
         for instruction in ("", " Find the page. ", "Find 3", "naïve:")
         for text in ("", "3 cats", "'s cat", "\n a cat\n", "Find the page.")
         for visuals in ((), (visual,))
@@ -170,7 +172,9 @@ def test_instruction_tokens_are_those_of_the_instruction(model_dir: str, tokeniz
         wanted = tokenizer(side.instruction.strip())["input_ids"] if side.instruction else []
         assert own.input_ids[own.instruction].tolist() == wanted
         assert np.flatnonzero(np.diff(own.instruction.astype(int), prepend=0) == 1).size == bool(wanted)  # one stretch
-    cut = Processor(model_dir, PromptConfig(max_text_tokens=3)).encode([DecodedSide("a cat", (), "Find the grey page")])
+    cut = Processor(model_dir, PromptConfig(max_text_tokens=3)).encode(
+        [DecodedInput("a cat", (), "Find the grey page")]
+    )
     assert cut.instruction.sum() == 3
 
 
@@ -190,7 +194,7 @@ def test_ids_equal_the_tokenizers_on_the_rendered_prompt(
         "1 2",
         "",
     ]
-    for side in [*mixed_sides(), *(DecodedSide(text=text) for text in texts)]:
+    for side in [*mixed_sides(), *(DecodedInput(text=text) for text in texts)]:
         ids = processor.encode([side]).input_ids
         assert ids.dtype == np.int32
         assert ids.tolist() == tokenizer(render(processor.pieces(side)))["input_ids"]
@@ -201,8 +205,8 @@ def test_special_tokens_in_a_users_text_are_text(
     processor: Processor, tokenizer: PreTrainedTokenizerBase, text: str
 ) -> None:
     special = set(tokenizer.all_special_ids)
-    ids = processor.encode([DecodedSide(text=text)]).input_ids.tolist()
-    plain = processor.encode([DecodedSide(text="x")]).input_ids.tolist()
+    ids = processor.encode([DecodedInput(text=text)]).input_ids.tolist()
+    plain = processor.encode([DecodedInput(text="x")]).input_ids.tolist()
     assert [i for i in ids if i in special] == [i for i in plain if i in special]
     assert text in tokenizer.decode(ids)
     assert tokenizer(text)["input_ids"] != tokenizer("x")["input_ids"]
@@ -210,7 +214,7 @@ def test_special_tokens_in_a_users_text_are_text(
 
 
 def test_long_text_is_cut_and_the_prompt_stays_whole(model_dir: str) -> None:
-    one, short, long = (DecodedSide(text=text) for text in ("7", "7 7 7 7 7", "7 " * 5000))  # 1, 9, 9999 tokens
+    one, short, long = (DecodedInput(text=text) for text in ("7", "7 7 7 7 7", "7 " * 5000))  # 1, 9, 9999 tokens
     cutting = Processor(model_dir, PromptConfig(max_text_tokens=9))
     lengths = np.array([cutting.encode([side]).lengths[0] for side in (one, short, long)])
     assert (lengths - lengths[0]).tolist() == [0, 8, 8]
@@ -219,7 +223,7 @@ def test_long_text_is_cut_and_the_prompt_stays_whole(model_dir: str) -> None:
 
 
 def test_the_paper_prompt_costs_one_token_a_word(processor: Processor) -> None:
-    assert processor.encode([DecodedSide(text=TEXTS[0])]).lengths.tolist() == [53]
+    assert processor.encode([DecodedInput(text=TEXTS[0])]).lengths.tolist() == [53]
 
 
 def test_slices_and_concatenation_are_inverse(processor: Processor) -> None:
@@ -246,10 +250,12 @@ def test_a_used_processor_survives_pickling(processor: Processor) -> None:
 
 
 def test_import_brings_no_torch_or_transformers() -> None:
-    code = "import rzen.processor, sys; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'ray')))"
+    code = (
+        "import rzen.inputs.processor, sys; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'ray')))"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0
 
 
 def test_a_missing_checkpoint_is_the_users_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"preprocessor_config.json: does not exist"):
-        Processor(str(tmp_path), PROMPT).encode([DecodedSide(text="x")])
+        Processor(str(tmp_path), PROMPT).encode([DecodedInput(text="x")])

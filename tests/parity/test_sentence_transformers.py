@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from rzen.config import HardnessConfig, MinedConfig, ObjectiveConfig, TemperatureConfig
-from rzen.loss import Mined, Objective
+from rzen.objective.loss import Mined, Objective
 
 PAIRS, WIDTH, TAU = 7, 6, 0.05
 HARD = HardnessConfig(alpha=9.0)
@@ -73,7 +73,7 @@ def theirs(sides: int, loss: nn.Module, labels: Tensor | None = None) -> list[Te
     vectors = [normalize(side, dim=1).detach().requires_grad_() for side in inputs]
     value = loss([{"vectors": part} for part in vectors], labels)
     value.backward()
-    # Their losses normalise too, and the cached one brings its gradients from a hook.
+    # Their losses normalize too, and the cached one brings its gradients from a hook.
     found = [
         torch.autograd.grad(normalize(side, dim=1), side, part.grad)[0]
         for side, part in zip(inputs, vectors, strict=True)

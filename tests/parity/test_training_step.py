@@ -17,8 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipelines.errors import UserError
-from pipelines.samples import DecodedSample, DecodedSide, Sample, Side
-from rzen.backbone import load_backbone
+from pipelines.samples import DecodedInput, DecodedSample, Input, Sample
 from rzen.config import (
     FalseNegativeConfig,
     HardnessConfig,
@@ -28,11 +27,12 @@ from rzen.config import (
     OptimConfig,
     TemperatureConfig,
 )
-from rzen.embedder import Embedder
-from rzen.lora import add_lora
-from rzen.loss import Objective
-from rzen.processor import Processor
-from rzen.training.batch import EncodedPairs, PairEncoder
+from rzen.inputs.pairs import EncodedPairs, PairEncoder
+from rzen.inputs.processor import Processor
+from rzen.model.backbone import load_backbone
+from rzen.model.embedding_model import EmbeddingModel
+from rzen.model.lora import add_lora
+from rzen.objective.loss import Objective
 from rzen.training.optim import build_optimizer, lr_at, parameter_groups, set_lr
 from rzen.training.step import Learner
 from tests.gloo import run_workers
@@ -63,11 +63,11 @@ def learner_of(model_dir: str, lora: LoraConfig | None = None, config: Objective
     backbone: Any = load_backbone(model_dir, tiny_model(model_dir))
     if lora is not None:
         backbone = add_lora(backbone, lora, seed=0)
-    return Learner(Embedder(backbone, Processor(model_dir, PROMPT).layout), Objective(config, ["b", "a"]))
+    return Learner(EmbeddingModel(backbone, Processor(model_dir, PROMPT).layout), Objective(config, ["b", "a"]))
 
 
-def decoded(query: DecodedSide, target: DecodedSide, sha256: str, *negatives: DecodedSide) -> DecodedSample:
-    sample = Sample("000017", "flickr", "a", Side(), Side(), target_sha256=sha256)
+def decoded(query: DecodedInput, target: DecodedInput, sha256: str, *negatives: DecodedInput) -> DecodedSample:
+    sample = Sample("000017", "flickr", "a", Input(), Input(), target_sha256=sha256)
     return DecodedSample(sample, query, target, negatives)
 
 
@@ -78,23 +78,23 @@ def pairs_by_rank(model_dir: str) -> list[list[EncodedPairs]]:
     """
     encoder = PairEncoder(Processor(model_dir, PROMPT))
     image, video = noise("image", 1, 61, 97), noise("video", 3, 59, 83, 2)
-    video_side, text_side = DecodedSide(visuals=(video,)), DecodedSide(text=TEXTS[0])
+    video_side, text_side = DecodedInput(visuals=(video,)), DecodedInput(text=TEXTS[0])
     same, others = "ab" * 32, [f"{digit}0" * 32 for digit in range(1, 6)]
     text = [
-        decoded(DecodedSide(text=TEXTS[0]), DecodedSide(text=TEXTS[1]), same),
-        decoded(DecodedSide(text=TEXTS[2]), DecodedSide(text=TEXTS[3]), others[0]),
-        decoded(DecodedSide(text=TEXTS[4]), DecodedSide(text="x"), others[1], DecodedSide(text="y")),
+        decoded(DecodedInput(text=TEXTS[0]), DecodedInput(text=TEXTS[1]), same),
+        decoded(DecodedInput(text=TEXTS[2]), DecodedInput(text=TEXTS[3]), others[0]),
+        decoded(DecodedInput(text=TEXTS[4]), DecodedInput(text="x"), others[1], DecodedInput(text="y")),
     ]
     mixed = [
-        decoded(DecodedSide(text=TEXTS[3]), DecodedSide(visuals=(image,)), others[2]),
+        decoded(DecodedInput(text=TEXTS[3]), DecodedInput(visuals=(image,)), others[2]),
         decoded(
-            DecodedSide(text=TEXTS[2], visuals=(image,)),
-            DecodedSide(visuals=(video,)),
+            DecodedInput(text=TEXTS[2], visuals=(image,)),
+            DecodedInput(visuals=(video,)),
             others[3],
             video_side,
             text_side,
         ),
-        decoded(DecodedSide(visuals=(video,)), DecodedSide(text=TEXTS[1]), same),
+        decoded(DecodedInput(visuals=(video,)), DecodedInput(text=TEXTS[1]), same),
     ]
     return [[encoder.sample(sample) for sample in samples] for samples in (text, mixed)]
 
@@ -171,7 +171,7 @@ def test_two_ranks_of_different_modality_equal_one_process(
     if relevance == "graded":
         assert expected["dropped_fraction"] == 0
     elif len(blocks) == 1 and config is CONFIG:
-        assert expected["dropped_fraction"] > 2 / 30  # more than the two copies
+        assert expected["dropped_fraction"] > 2 / 30  # more than the two duplicates
     found = on_two_ranks[case]
     assert list(found) == list(expected)
     trained = [name for name, parameter in learner.named_parameters() if parameter.requires_grad]
@@ -205,7 +205,7 @@ def refused(rank: int, _world_size: int, model_dir: str, relevance: list[list[fl
 
 def test_a_graded_pair_brings_its_relevance_and_no_negatives(model_dir: str) -> None:
     encoder = PairEncoder(Processor(model_dir, PROMPT))
-    plain = decoded(DecodedSide(text="x"), DecodedSide(text="y"), "ab" * 32, DecodedSide(text="z"))
+    plain = decoded(DecodedInput(text="x"), DecodedInput(text="y"), "ab" * 32, DecodedInput(text="z"))
     graded = replace(plain, sample=replace(plain.sample, relevance=2.5))
     pairs = encoder.collate([encoder.sample(plain), encoder.sample(graded)])
     np.testing.assert_array_equal(pairs.relevance, [NAN, 2.5])
@@ -243,7 +243,7 @@ def test_every_trained_parameter_gets_a_gradient_from_text_alone(model_dir: str)
 def test_pairs_are_encoded_alone_and_joined_in_order(model_dir: str) -> None:
     processor = Processor(model_dir, PROMPT)
     encoder: PairEncoder = pickle.loads(pickle.dumps(PairEncoder(processor)))
-    sides = [DecodedSide(text=TEXTS[0]), DecodedSide(visuals=(noise("image", 1, 61, 97),)), DecodedSide(text="x")]
+    sides = [DecodedInput(text=TEXTS[0]), DecodedInput(visuals=(noise("image", 1, 61, 97),)), DecodedInput(text="x")]
     samples = [
         decoded(sides[0], sides[1], "ffffffffffffffff" + "00" * 24),
         decoded(sides[1], sides[2], "0000000000000102" + "ff" * 24),
@@ -263,7 +263,7 @@ def test_pairs_are_encoded_alone_and_joined_in_order(model_dir: str) -> None:
 def test_a_sample_without_content_hash_is_refused(model_dir: str) -> None:
     encoder = PairEncoder(Processor(model_dir, PROMPT))
     with pytest.raises(UserError, match=r"^flickr/000017: has no target_sha256; ingest its source again$"):
-        encoder.sample(decoded(DecodedSide(text="x"), DecodedSide(text="y"), ""))
+        encoder.sample(decoded(DecodedInput(text="x"), DecodedInput(text="y"), ""))
 
 
 def test_the_learning_rate_rises_linearly_and_falls_along_a_cosine() -> None:
@@ -296,6 +296,6 @@ def test_only_matrices_decay_and_temperatures_have_their_own_rate(model_dir: str
 
 def test_importing_the_encoder_does_not_import_torch() -> None:
 
-    code = "import sys, rzen.training.batch; print([m for m in ('torch', 'transformers', 'ray') if m in sys.modules])"
+    code = "import sys, rzen.inputs.pairs; print([m for m in ('torch', 'transformers', 'ray') if m in sys.modules])"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path.cwd())
     assert ran.stdout == "[]\n"

@@ -1,4 +1,4 @@
-"""The fast vision tower against transformers' own: neighbours of one size at once, patches by a product."""
+"""The fast vision tower against transformers' own: neighbors of one size at once, patches by a product."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModel
 
-from pipelines.samples import DecodedSide
-from rzen import vision
-from rzen.backbone import load_backbone
-from rzen.embedder import Embedder
+from pipelines.samples import DecodedInput
 from rzen.families import FAMILIES
-from rzen.processor import Processor
+from rzen.inputs.processor import Processor
+from rzen.model import vision
+from rzen.model.backbone import load_backbone
+from rzen.model.embedding_model import EmbeddingModel
 from tests.tiny import PROMPT, TINY, noise, tiny_checkpoint, tiny_model
 
 
@@ -25,12 +25,12 @@ def model_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return tiny_checkpoint(tmp_path_factory.mktemp("tiny"), TINY.model_copy(update={"family": request.param}))
 
 
-def images(*sizes_px: tuple[int, int]) -> list[DecodedSide]:
-    return [DecodedSide(visuals=(noise("image", 1, *size, seed),)) for seed, size in enumerate(sizes_px)]
+def images(*sizes_px: tuple[int, int]) -> list[DecodedInput]:
+    return [DecodedInput(visuals=(noise("image", 1, *size, seed),)) for seed, size in enumerate(sizes_px)]
 
 
-def vectors_and_gradients(backbone: Any, processor: Processor, sides: Sequence[DecodedSide]) -> list[Tensor]:
-    embedder = Embedder(backbone, processor.layout)
+def vectors_and_gradients(backbone: Any, processor: Processor, sides: Sequence[DecodedInput]) -> list[Tensor]:
+    embedder = EmbeddingModel(backbone, processor.layout)
     vectors_BD = embedder(processor.encode(sides))
     (vectors_BD * torch.arange(vectors_BD.shape[1])).sum().backward()
     return [vectors_BD.detach(), *(parameter.grad for parameter in backbone.visual.parameters())]
@@ -41,11 +41,11 @@ def vectors_and_gradients(backbone: Any, processor: Processor, sides: Sequence[D
     [
         (images((60, 60), (60, 60), (60, 60)), [3]),
         (images((60, 60), (120, 61), (60, 60), (60, 60), (61, 120)), [1, 1, 2, 1]),
-        ([DecodedSide(visuals=(noise("video", 6, 57, 83), noise("image", 1, 60, 60)))], [3]),
+        ([DecodedInput(visuals=(noise("video", 6, 57, 83), noise("image", 1, 60, 60)))], [3]),
     ],
 )
 def test_the_fast_tower_equals_the_slow_one(
-    model_dir: str, sides: list[DecodedSide], together: list[int], monkeypatch: pytest.MonkeyPatch
+    model_dir: str, sides: list[DecodedInput], together: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kernel, batches = vision.scaled_dot_product_attention, []
 

@@ -12,10 +12,10 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from jobs.ablation import Finished, resolve, write_report
 from jobs.cli import main
-from jobs.load import check, override, read_document
-from jobs.spec import AblationSpec, EvaluateSpec, TrainSpec
+from jobs.spec.load import check, override, read_document
+from jobs.spec.schema import AblationSpec, EvaluateSpec, TrainSpec
+from jobs.sweeps.ablation import Finished, resolve, write_report
 from pipelines.errors import UserError
 from rzen.evaluation.ablation import (
     MEAN,
@@ -27,14 +27,14 @@ from rzen.evaluation.ablation import (
     plot_effects,
     score_table,
 )
-from rzen.evaluation.report import Result
+from rzen.evaluation.results import Result
 
 ROOT = Path(__file__).resolve().parents[2]
 JOB = """\
 kind: ablation
 stage: stage.yaml
 set: {steps: 7}
-arms:
+variants:
   baseline: {objective: {hardness: null}}
   hardness: {objective: {hardness: {alpha: 3.0}}}
 seeds: [4, 9]
@@ -57,7 +57,7 @@ def resolved(path: str, *overrides: str) -> tuple[dict[tuple[str, int], TrainSpe
     return resolve(spec, document)
 
 
-def test_every_arm_and_seed_is_a_run_of_its_own(tmp_path: Path) -> None:
+def test_every_variant_and_seed_is_a_run_of_its_own(tmp_path: Path) -> None:
     runs, evaluate = resolved(written(tmp_path))
     assert list(runs) == [("baseline", 4), ("hardness", 4), ("baseline", 9), ("hardness", 9)]
     assert [(run.name, run.seed, run.steps) for run in runs.values()] == [
@@ -71,8 +71,8 @@ def test_every_arm_and_seed_is_a_run_of_its_own(tmp_path: Path) -> None:
     assert (evaluate.dtype, list(evaluate.models)) == ("float32", ["run"])
 
 
-def test_an_arm_cannot_change_the_name_or_seed_of_its_runs(tmp_path: Path) -> None:
-    runs, _ = resolved(written(tmp_path), "arms.hardness.name=mine", "arms.hardness.seed=1")
+def test_an_variant_cannot_change_the_name_or_seed_of_its_runs(tmp_path: Path) -> None:
+    runs, _ = resolved(written(tmp_path), "variants.hardness.name=mine", "variants.hardness.seed=1")
     assert (runs["hardness", 9].name, runs["hardness", 9].seed) == ("hardness-s9", 9)
 
 
@@ -82,10 +82,10 @@ def test_an_arm_cannot_change_the_name_or_seed_of_its_runs(tmp_path: Path) -> No
         ("seeds=1", "seeds=1: input should be greater than or equal to 2"),
         ("seeds=[3]", "seeds=[3]"),
         ("seeds=[3, 3]", "seeds=[3, 3] names one twice"),
-        ("baseline=plain", "baseline='plain' is not one of the arms: baseline, hardness"),
-        ("arms.hardness=null", "value should have at least 2 items after validation, not 1"),
-        ("arms.same={objective: {hardness: null}}", "arm 'same' trains the same as arm 'baseline'"),
-        ("arms.wrong={objective: {hardnes: null}}", "objective.hardnes is not a setting; did you mean 'hardness'?"),
+        ("baseline=plain", "baseline='plain' is not one of the variants: baseline, hardness"),
+        ("variants.hardness=null", "value should have at least 2 items after validation, not 1"),
+        ("variants.same={objective: {hardness: null}}", "variant 'same' trains the same as variant 'baseline'"),
+        ("variants.wrong={objective: {hardnes: null}}", "objective.hardnes is not a setting; did you mean 'hardness'?"),
         ("set.kind=evaluate", "name is not a setting"),
         ("evaluate.spec=stage.yaml", "models is not a setting"),
         ("evaluate.set.batch_size=0", "batch_size=0: input should be greater than or equal to 1"),
@@ -97,15 +97,15 @@ def test_what_could_not_be_compared_is_refused(tmp_path: Path, change: str, expe
     assert expected in str(caught.value)
 
 
-def test_shipped_arms_add_one_part_each_and_all_of_them() -> None:
-    document = read_document(ROOT / "jobs/arms.yaml")
+def test_shipped_variants_add_one_part_each_and_all_of_them() -> None:
+    document = read_document(ROOT / "jobs/variants.yaml")
     spec = check(document)
     assert isinstance(spec, AblationSpec)
     runs, _ = resolve(spec, document)
     assert spec.seed_list == list(range(10))
 
-    def parts(arm: str) -> set[str]:
-        run = runs[arm, 0]
+    def parts(variant: str) -> set[str]:
+        run = runs[variant, 0]
         on = {
             "hardness": run.objective.hardness is not None,
             "false_negatives": run.objective.false_negatives is not None,
@@ -116,19 +116,19 @@ def test_shipped_arms_add_one_part_each_and_all_of_them() -> None:
         }
         return {part for part, is_on in on.items() if is_on}
 
-    every = list(spec.arms)
+    every = list(spec.variants)
     assert (every[0], every[-1], len(every)) == ("baseline", "all", 8)
-    assert {arm: parts(arm) for arm in every} == {
+    assert {variant: parts(variant) for variant in every} == {
         "baseline": set(),
-        **{arm: {arm} for arm in every[1:-1]},
+        **{variant: {variant} for variant in every[1:-1]},
         "all": set(every[1:-1]),
     }
 
 
-def test_a_pipeline_checks_the_arms_of_its_station(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_pipeline_checks_the_variants_of_its_station(capsys: pytest.CaptureFixture[str]) -> None:
     job = ["validate", str(ROOT / "jobs/ablation.yaml"), "--set"]
-    assert main([*job, "stations.ablation.set.seeds=12"]) == 0
-    assert main([*job, "stations.ablation.set.arms.hardness.objectiv=1"]) == 1
+    assert main([*job, "jobs.ablation.set.seeds=12"]) == 0
+    assert main([*job, "jobs.ablation.set.variants.hardness.objectiv=1"]) == 1
     assert "objectiv is not a setting; did you mean 'objective'?" in capsys.readouterr().err
 
 
@@ -153,8 +153,8 @@ def test_table_of_t_holds_what_lies_within_95_percent(freedom: int) -> None:
     assert 0.9499 < inside < (0.9501 if freedom <= 30 else 0.955)
 
 
-# Seeds differ by ten points, the arm is one point better in each, a little more or less. The arms list seeds in unlike
-# orders, as runs that were done at unlike times do.
+# Seeds differ by ten points. The variant is one point better in each, a little more or less. The variants list seeds
+# in different orders, as runs that were done at different times do.
 NOISY: Scores = {
     "baseline": {1: {"a": 0.10}, 2: {"a": 0.20}, 3: {"a": 0.30}, 4: {"a": 0.40}},
     "better": {4: {"a": 0.411}, 2: {"a": 0.209}, 1: {"a": 0.111}, 3: {"a": 0.309}},
@@ -162,8 +162,8 @@ NOISY: Scores = {
 
 
 def unpaired(scores: Scores, baseline: str) -> list[Effect]:
-    """Planted: an interval from the spread of each arm by itself (Welch)."""
-    ours, theirs = ([values["a"] for values in scores[arm].values()] for arm in ("better", baseline))
+    """Planted: an interval from the spread of each variant by itself (Welch)."""
+    ours, theirs = ([values["a"] for values in scores[variant].values()] for variant in ("better", baseline))
     difference = statistics.fmean(ours) - statistics.fmean(theirs)
     half = 2.447 * math.sqrt(statistics.variance(ours) / len(ours) + statistics.variance(theirs) / len(theirs))
     return [Effect("better", "a", statistics.fmean(ours), difference, difference - half, difference + half, 4)]
@@ -178,7 +178,7 @@ def paired_by_order(scores: Scores, baseline: str) -> list[Effect]:
 
 def check_paired(function: Callable[[Scores, str], Sequence[Effect]]) -> None:
     """Differences 0.011, 0.009, 0.009, 0.011: mean 0.01, deviation 0.001155, half width 3.182 * 0.001155 / 2."""
-    effect = next(some for some in function(NOISY, "baseline") if (some.arm, some.task) == ("better", "a"))
+    effect = next(some for some in function(NOISY, "baseline") if (some.variant, some.task) == ("better", "a"))
     assert (effect.score, effect.difference) == pytest.approx((0.26, 0.01))
     assert (effect.low, effect.high) == pytest.approx((0.008163, 0.011837), abs=1e-6)
 
@@ -198,7 +198,7 @@ def test_mean_of_the_tasks_is_taken_within_each_run() -> None:
         "baseline": {0: {"a": 0.2, "b": 0.4}, 1: {"a": 0.3, "b": 0.5}},
         "other": {0: {"a": 0.3, "b": 0.3}, 1: {"a": 0.4, "b": 0.4}},
     }
-    found = {(some.arm, some.task): some for some in effects(scores, "baseline")}
+    found = {(some.variant, some.task): some for some in effects(scores, "baseline")}
     mean = found["other", MEAN]
     assert (mean.score, mean.difference, mean.low, mean.high) == pytest.approx((0.35, 0, 0, 0))
     assert found["baseline", MEAN] == Effect("baseline", MEAN, pytest.approx(0.35), 0.0, 0.0, 0.0, 2)
@@ -224,11 +224,11 @@ FOUND = [
 
 def test_tables_of_scores_and_differences() -> None:
     assert score_table(FOUND) == (
-        "| arm | Text → image | Mean of the tasks |\n| --- | ---: | ---: |\n"
+        "| variant | Text → image | Mean of the tasks |\n| --- | ---: | ---: |\n"
         "| baseline | 20.0 | 30.0 |\n| hardness | 25.1 | 30.0 |\n| resampling | 19.0 | 28.0 |\n"
     )
     assert difference_table(FOUND, "baseline") == (
-        "| arm | Text → image | Mean of the tasks |\n| --- | ---: | ---: |\n"
+        "| variant | Text → image | Mean of the tasks |\n| --- | ---: | ---: |\n"
         "| hardness | **+5.1 [+1.2, +9.0]** | +0.0 [-1.0, +1.0] |\n"
         "| resampling | -1.0 [-3.0, +1.0] | **-2.0 [-3.0, -1.0]** |\n"
     )
@@ -263,7 +263,7 @@ def test_report_says_how_many_seeds_where_when_and_what_the_parts_did(tmp_path: 
     where = {"date": "2026-11-21", "revision": "abc", "hardware": "2 CPUs"}
     write_report(spec, finished, where)
     page = (tmp_path / "out/ablation.md").read_text()
-    assert "* 2 arms x 2 seeds (of 3 asked for), 2026-11-21, revision abc\n" in page
+    assert "* 2 variants x 2 seeds (of 3 asked for), 2026-11-21, revision abc\n" in page
     assert "* 2 CPUs; workers computed 4,000 s in steps" in page
     assert "* text_image hit@1\n* A toy.\n" in page
     assert "| hardness | **+5.0 [+5.0, +5.0]** |" in page
@@ -271,7 +271,7 @@ def test_report_says_how_many_seeds_where_when_and_what_the_parts_did(tmp_path: 
     assert "ndcg" not in page
     content = json.loads((tmp_path / "out/ablation.json").read_text())
     assert content["settings"]["spec"]["seeds"] == [4, 9, 2]
-    assert [(some["arm"], some["seed"]) for some in content["runs"]] == list(finished)
+    assert [(some["variant"], some["seed"]) for some in content["runs"]] == list(finished)
     assert (tmp_path / "out/ablation.svg").read_text() == plot_effects(
         [Effect(**some) for some in content["effects"]], "baseline"
     )

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines.benchmarks.contract import Dataset, check, read_pool, without_instructions
+from pipelines.benchmarks.catalog import check_datasets, format_status, open_dataset
+from pipelines.benchmarks.custom import read_custom
 from pipelines.benchmarks.frames import choose_frames
-from pipelines.benchmarks.library import listing, open_dataset, survey
-from pipelines.benchmarks.own import read_own
 from pipelines.benchmarks.table import M_BEIR, M_BEIR_GLOBAL, MMEB_V2, SUITES
+from pipelines.benchmarks.types import Dataset, check, read_pool, without_instructions
 from pipelines.errors import UserError
-from rzen.evaluation.benchmark import Scored, score_dataset
+from rzen.evaluation.benchmark import DatasetScores, score_dataset
 from rzen.evaluation.metrics import METRIC_NAMES
 from tests.layouts import (
     grade,
@@ -39,7 +39,7 @@ from tests.layouts import (
 SECOND = 1 / math.log2(3)  # what a hit on the second place is worth
 
 
-def scored(dataset: Dataset, found: Mapping[str, Sequence[str]]) -> Scored:
+def scored(dataset: Dataset, found: Mapping[str, Sequence[str]]) -> DatasetScores:
     return score_dataset(dataset, *planted(dataset, found))
 
 
@@ -377,7 +377,7 @@ def own_folder(root: Path, qrels: str) -> Path:
 )
 def test_own_folder(qrels: str, tmp_path: Path) -> None:
     """q1 finds d2 (grade 1) before d1 (grade 2); q2 finds d2; q3 has no grades."""
-    dataset = read_own(own_folder(tmp_path, qrels), "mine")
+    dataset = read_custom(own_folder(tmp_path, qrels), "mine")
     assert [item.modality for item in dataset.candidates] == ["image", "text", "text"]
     assert [item.side.text for item in dataset.candidates] == ["", "Two dogs", "x"]
     result = scored(dataset, {"q1": ["d2", "d1"], "q2": ["d2"]})
@@ -389,7 +389,7 @@ def test_own_pages(tmp_path: Path) -> None:
     """As ViDoRe has them; their pictures are written beside."""
     put_pages(tmp_path, "test", {"q": "which?"}, [page("1"), page("2")], [grade("q", "2", 1)])
     put(tmp_path / "dataset.json", '{"metric": "ndcg_linear@5", "modality": "visdoc"}')
-    dataset = read_own(tmp_path, "mine")
+    dataset = read_custom(tmp_path, "mine")
     assert scored(dataset, {"q": ["2"]}).value == 1.0
     assert (tmp_path / "pictures/2.png").read_bytes() == picture("2")
 
@@ -399,7 +399,7 @@ def test_own_lists(tmp_path: Path) -> None:
     cat = put(tmp_path / "cat.jpg", "cat").name
     line = {"query": {"text": "?"}, "candidates": [{"image": cat}, {"text": "dog"}], "relevance": [0, 3]}
     path = put_lines(tmp_path / "lists.jsonl", [line, line])
-    dataset = read_own(path)
+    dataset = read_custom(path)
     assert (dataset.row.name, dataset.row.pool, dataset.queries[0].item.instruction) == ("lists", "local", "Answer:")
     assert scored(dataset, {"0": ["dog"], "1": ["cat.jpg", "dog"]}).value == 1 / 2
 
@@ -415,20 +415,20 @@ def test_own_lists(tmp_path: Path) -> None:
 )
 def test_own_grades_that_fit_nothing_are_refused(qrels: str, problem: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=problem):
-        read_own(own_folder(tmp_path, qrels))
+        read_custom(own_folder(tmp_path, qrels))
 
 
 def test_own_names_that_are_there_twice_and_paths_outside_are_refused(tmp_path: Path) -> None:
     root = own_folder(tmp_path / "data", "q1\td2\t1\n")
     put_lines(root / "corpus.jsonl", [{"_id": "d2", "text": "one"}, {"_id": "d2", "text": "another"}])
     with pytest.raises(UserError, match="d2: is there twice"):
-        read_own(root)
+        read_custom(root)
     put_lines(root / "corpus.jsonl", [{"_id": "d2", "image": "../secret.jpg"}])
     with pytest.raises(UserError, match="outside the folder"):
-        read_own(root)
+        read_custom(root)
     put(root / "dataset.json", '{"metrics": "hit@1"}')
     with pytest.raises(UserError, match="metrics: Extra inputs"):
-        read_own(root)
+        read_custom(root)
 
 
 def test_equal_names_with_different_content_do_not_collapse(tmp_path: Path) -> None:
@@ -441,7 +441,7 @@ def test_equal_names_with_different_content_do_not_collapse(tmp_path: Path) -> N
         }
         for n in range(2)
     ]
-    dataset = read_own(put_lines(tmp_path / "lists.jsonl", lines))
+    dataset = read_custom(put_lines(tmp_path / "lists.jsonl", lines))
     assert [item.name for item in dataset.candidates] == ["a", "b", "a"]
     assert len({item.id for item in dataset.candidates}) == 3
     assert dataset.queries[0].relevance != dataset.queries[1].relevance
@@ -449,9 +449,9 @@ def test_equal_names_with_different_content_do_not_collapse(tmp_path: Path) -> N
 
 def test_a_file_of_another_size_is_another_candidate(tmp_path: Path) -> None:
     root = own_folder(tmp_path, "q1\td1\t1\n")
-    before = read_own(root).queries[0].relevance
+    before = read_custom(root).queries[0].relevance
     put(root / "cat.jpg", "another cat")
-    assert read_own(root).queries[0].relevance != before
+    assert read_custom(root).queries[0].relevance != before
 
 
 def test_instructions_of_queries_on_candidates_are_refused(tmp_path: Path) -> None:
@@ -477,7 +477,7 @@ def test_without_instructions_only_queries_change(tmp_path: Path) -> None:
 
 
 def test_candidates_that_are_there_twice_and_stray_pools_are_refused(tmp_path: Path) -> None:
-    dataset = read_own(own_folder(tmp_path, "q1\td1\t1\n"), "mine")
+    dataset = read_custom(own_folder(tmp_path, "q1\td1\t1\n"), "mine")
     items, pool = list(dataset.candidates), read_pool(dataset)
     check(dataset, pool)
     with pytest.raises(UserError, match="mine d2: is among the candidates twice"):
@@ -548,7 +548,7 @@ def test_what_is_missing_is_told_in_one_line_with_what_to_fetch(tmp_path: Path) 
     put_vidore(tmp_path)
     put_lines(tmp_path / "video-tasks/MSVD/test.jsonl", [])
     put_mbeir(tmp_path / "mbeir")
-    found = survey({"MMEB-V2": tmp_path, "M-BEIR": tmp_path / "mbeir", "M-BEIR global": tmp_path / "mbeir"})
+    found = check_datasets({"MMEB-V2": tmp_path, "M-BEIR": tmp_path / "mbeir", "M-BEIR global": tmp_path / "mbeir"})
     assert len(found) == 78 + 16 + 16
     there = [(one.row.suite, one.row.name) for one in found if not one.missing]
     assert there == [
@@ -561,7 +561,7 @@ def test_what_is_missing_is_told_in_one_line_with_what_to_fetch(tmp_path: Path) 
         "fetch https://huggingface.co/datasets/TIGER-Lab/MMEB-V2 and unpack its archives there"
     )
     assert missing["GQA"].endswith(f"MMEB_Test_Instruct/tree/main/GQA into {tmp_path}/image-tasks/GQA")
-    text = listing(found)
+    text = format_status(found)
     assert "MMEB-V2: 1 of 78 datasets are there" in text
     assert "GQA" in text
     assert all(line.count("\n") == 0 for line in missing.values())

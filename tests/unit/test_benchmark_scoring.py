@@ -15,17 +15,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pipelines.benchmarks.contract import Dataset, Item, Query, Row
+from pipelines.benchmarks.types import Dataset, Item, Query, Row
 from pipelines.errors import UserError
-from pipelines.samples import Side
-from rzen.evaluation.benchmark import Scored, Vectors, score_dataset
+from pipelines.samples import Input
+from rzen.evaluation.benchmark import DatasetScores, Vectors, score_dataset
 from rzen.evaluation.files import write_files
 from rzen.evaluation.metrics import METRIC_NAMES, Relevant, metrics_by_query
 from rzen.evaluation.scoring import rank_candidates, rank_pools
 from rzen.evaluation.vectors import NONE, FloatArray, check_block_by_block
 
 EAST, NORTH, WEST = (1.0, 0.0), (0.0, 1.0), (-1.0, 0.0)
-ROW = Row("toy", "own", "mixed", "toy", "global", "hit@1", None, "own")
+ROW = Row("toy", "custom", "mixed", "toy", "global", "hit@1", None, "custom")
 
 
 def unit(vectors: object) -> FloatArray:
@@ -45,7 +45,7 @@ def pairs(relevant: Sequence[dict[int, float]]) -> Relevant:
 
 
 def item(name: str) -> Item:
-    return Item(f"{name:0>32}", name, Side(name))
+    return Item(f"{name:0>32}", name, Input(name))
 
 
 def toy(
@@ -67,7 +67,7 @@ def vectors(names: Sequence[str], rows: object) -> Vectors:
     return Vectors.of([item(name).id for name in names], np.asarray(rows, dtype=np.float32))
 
 
-def score(dataset: Dataset, queries: object, candidates: object, **options: int) -> Scored:
+def score(dataset: Dataset, queries: object, candidates: object, **options: int) -> DatasetScores:
     return score_dataset(
         dataset,
         vectors([query.item.name for query in dataset.queries], queries),

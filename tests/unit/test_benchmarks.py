@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from rzen.chunks import Indices, chunks_of
 from rzen.config import ObjectiveConfig, ReadoutConfig
-from rzen.embedder import Embedder
-from rzen.loss import Objective
-from rzen.processor import EncodedBatch
+from rzen.inputs.processor import EncodedBatch
+from rzen.model.chunks import Indices, chunks_of
+from rzen.model.embedding_model import EmbeddingModel
+from rzen.objective.loss import Objective
 from rzen.training.step import Learner
 from tests.benchmarks import flops, padding, plain, soup, synthetic, vision
 from tests.benchmarks.turns import ROOT
@@ -58,7 +58,7 @@ def test_the_plain_loop_has_the_same_vectors() -> None:
     model = synthetic.build(TINY, "cpu", "sdpa")
     targets = pairs_of(model).targets
     with torch.no_grad():
-        ours = Embedder(model, synthetic.LAYOUT)(targets)
+        ours = EmbeddingModel(model, synthetic.LAYOUT)(targets)
         plain.use_plain_vision(model, "sdpa")
         torch.testing.assert_close(plain.vectors(model, plain.inputs(targets, model.config)), ours, rtol=0, atol=1e-5)
     assert float((ours - ours[:1]).norm(dim=1)[1:].min()) > 0.1
@@ -70,7 +70,7 @@ def test_operations_are_those_that_torch_counts(chunk_tokens: int | None, checkp
     model = synthetic.build(TINY, "cpu", "eager", checkpointing=True)
     if not checkpointing:
         model.gradient_checkpointing_disable()
-    embedder = Embedder(model, synthetic.LAYOUT, ReadoutConfig(direction="bidirectional"))
+    embedder = EmbeddingModel(model, synthetic.LAYOUT, ReadoutConfig(direction="bidirectional"))
     learner = Learner(embedder, Objective(ObjectiveConfig(), ["t"]), chunk_tokens)
     pairs = pairs_of(model)
     sides = EncodedBatch.concat([pairs.queries, pairs.targets])

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from jobs import progress
 from jobs.cli import _load, main
-from jobs.progress import Bars, News, RunTable, duration
-from jobs.spec import IndexSpec
+from jobs.runtime import progress
+from jobs.runtime.progress import Bars, Progress, RunTable, duration
+from jobs.spec.schema import IndexSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -123,10 +123,10 @@ def to_log(monkeypatch: pytest.MonkeyPatch, **options: Any) -> io.StringIO:
 def test_logs_get_a_line_every_n_steps_and_one_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     sink = to_log(monkeypatch)
     with RunTable(["run"]) as table:
-        table.tell("run", "starting")
+        table.set_state("run", "starting")
         for done in range(26):
-            table.update("run", News(done, 25, figures={"loss": "1"}), every=10)
-        table.tell("run", "finished")
+            table.update("run", Progress(done, 25, figures={"loss": "1"}), every=10)
+        table.set_state("run", "finished")
     lines = sink.getvalue().splitlines()
     assert [line.split(" (")[0].strip() for line in lines] == [
         "run: steps 10/25",
@@ -139,18 +139,18 @@ def test_logs_get_a_line_every_n_steps_and_one_at_the_end(monkeypatch: pytest.Mo
 def test_a_continued_run_counts_its_rate_from_where_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     sink = to_log(monkeypatch)
     with RunTable(["run"]) as table:
-        table.update("run", News(500, 1000), every=10)
+        table.update("run", Progress(500, 1000), every=10)
         assert sink.getvalue() == ""
-        table.update("run", News(510, 1000), every=10)
+        table.update("run", Progress(510, 1000), every=10)
     assert sink.getvalue().startswith("  run: steps 510/1,000 (")
 
 
 def test_logs_of_several_runs_tell_their_states(monkeypatch: pytest.MonkeyPatch) -> None:
     sink = to_log(monkeypatch)
     with RunTable(["a", "b"]) as table:
-        table.tell("a", "starting")
-        table.update("a", News(1, 3), every=10)
-        table.tell("a", "failed", "lost")
+        table.set_state("a", "starting")
+        table.update("a", Progress(1, 3), every=10)
+        table.set_state("a", "failed", "lost")
         assert table.states() == {"queued": 1, "starting": 0, "running": 0, "restart": 0, "finished": 0, "failed": 1}
     assert sink.getvalue().splitlines() == ["  a: starting", "  a: failed: lost"]
 
@@ -158,8 +158,8 @@ def test_logs_of_several_runs_tell_their_states(monkeypatch: pytest.MonkeyPatch)
 def test_a_terminal_shows_every_run_with_its_state_and_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     sink = to_log(monkeypatch, force_terminal=True)
     with RunTable(["a", "b"]) as table:
-        table.tell("a", "restart 1 of 3")
-        table.update("b", News(7, 20, figures={"loss": "2.5", "source": "red"}), every=10)
+        table.set_state("a", "restart 1 of 3")
+        table.update("b", Progress(7, 20, figures={"loss": "2.5", "source": "red"}), every=10)
     shown = sink.getvalue()
     for word in ("a", "restart 1 of 3", "b", "running", "7/20", "loss", "2.5", "red"):
         assert word in shown

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from jobs.cluster import MAX_LINKED, ROOT, metrics_link, set_environment, user_error
+from jobs.runtime.cluster import MAX_LINKED, ROOT, metrics_link, set_environment, user_error
 from pipelines.errors import UserError
 
 MISTAKE = UserError("place", "problem", "fix")
@@ -86,10 +86,10 @@ def test_link_to_the_numbers_is_that_of_our_dashboard_as_a_browser_knows_it(monk
 def test_watch_raises_the_first_failure_as_itself(ray_cluster: None) -> None:
     import ray
 
-    from jobs.cluster import watch
-    from jobs.progress import Board
+    from jobs.runtime.cluster import watch
+    from jobs.runtime.progress import ProgressTracker
 
-    board = ray.remote(num_cpus=0)(Board).remote()
+    board = ray.remote(num_cpus=0)(ProgressTracker).remote()
     good: Future[Any] = Future()
     bad: Future[Any] = Future()
     good.set_result(1)

@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pipelines.benchmarks.contract import Dataset, Item, Query, Row, without_instructions
+from pipelines.benchmarks.types import Dataset, Item, Query, Row, without_instructions
 from pipelines.errors import UserError
-from pipelines.samples import Media, Side
-from rzen.evaluation.benchmark import Scored, Vectors, score_dataset
+from pipelines.samples import Input, Media
+from rzen.evaluation.benchmark import DatasetScores, Vectors, score_dataset
 from rzen.evaluation.comparison import (
     compare,
     comparison_table,
@@ -19,20 +19,23 @@ from rzen.evaluation.comparison import (
     target_modality_accuracy,
 )
 
-ROW = Row("toy", "own", "mixed", "toy", "global", "hit@1", None, "own")
+ROW = Row("toy", "custom", "mixed", "toy", "global", "hit@1", None, "custom")
 
 
 def dataset(num_queries: int, name: str = "toy") -> Dataset:
     """Candidates: a text, which is relevant to all, and an image."""
-    text, image = Item(f"{1:032}", "text", Side("a")), Item(f"{2:032}", "image", Side("", (Media("image", "p0.jpg"),)))
+    text, image = (
+        Item(f"{1:032}", "text", Input("a")),
+        Item(f"{2:032}", "image", Input("", (Media("image", "p0.jpg"),))),
+    )
     queries = [
-        Query(Item(f"q{number:031}", str(number), Side("?"), "Find it:"), {text.id: 1.0})
+        Query(Item(f"q{number:031}", str(number), Input("?"), "Find it:"), {text.id: 1.0})
         for number in range(num_queries)
     ]
     return Dataset(replace(ROW, name=name), queries, [text, image], name)
 
 
-def scored(right: list[int], name: str = "toy", of: Dataset | None = None) -> Scored:
+def scored(right: list[int], name: str = "toy", of: Dataset | None = None) -> DatasetScores:
     """Queries with 1 find the text, those with 0 the image. No two queries are alike, as that would be a collapse."""
     asked = of or dataset(len(right), name)
     queries = np.eye(len(right), len(right) + 2, k=2, dtype=np.float32)

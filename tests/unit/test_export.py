@@ -14,21 +14,21 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-from jobs.export import run as run_export
-from jobs.models import local_folder
-from jobs.spec import ExportSpec
+from jobs.runtime.models import local_folder
+from jobs.serving.export import run as run_export
+from jobs.spec.schema import ExportSpec
 from pipelines.errors import UserError
-from rzen.backbone import build_tiny, load_backbone
-from rzen.checkpoints import checkpoint_dir, checkpoint_sha256
 from rzen.config import LoraConfig, MeanSoup, ModelIdentity, PromptConfig, ReadoutConfig, TinyBackbone
-from rzen.embedder import Embedder
-from rzen.export import ExportOptions, export_model, load_encoder
-from rzen.formats.card import Facts
-from rzen.formats.mteb import sides_of
-from rzen.lora import add_lora, load_adapter, save_adapter
-from rzen.processor import Processor
+from rzen.export.card import ModelCardData
+from rzen.export.export import ExportOptions, export_model, load_encoder
+from rzen.export.mteb import sides_of
+from rzen.inputs.processor import Processor
+from rzen.model.backbone import build_tiny, load_backbone
+from rzen.model.checkpoints import checkpoint_dir, checkpoint_sha256
+from rzen.model.embedding_model import EmbeddingModel
+from rzen.model.lora import add_lora, load_adapter, save_adapter
+from rzen.model.vision import use_fast_vision
 from rzen.soup.make import make_soup
-from rzen.vision import use_fast_vision
 from tests.tiny import PROMPT, TEXTS, TINY, mixed_sides, tiny_checkpoint, tiny_model
 
 IDENTITY = ModelIdentity(prompt=PROMPT)
@@ -59,7 +59,7 @@ def unmerged_vectors(base: str, adapter: Path | None) -> Tensor:
     backbone = load_backbone(base, tiny_model(base))
     model = load_adapter(backbone, adapter) if adapter else backbone
     with torch.no_grad():
-        return Embedder(model, processor.layout)(processor.encode(mixed_sides()))
+        return EmbeddingModel(model, processor.layout)(processor.encode(mixed_sides()))
 
 
 def exported_vectors(model_dir: Path) -> Tensor:
@@ -83,7 +83,7 @@ def test_the_exported_model_is_an_ordinary_checkpoint(base: str, tmp_path: Path)
     model = AutoModel.from_pretrained(model_dir)
     use_fast_vision(model)  # the last bits are those of the kernels
     with torch.no_grad():
-        actual = Embedder(model, processor.layout)(processor.encode(mixed_sides()))
+        actual = EmbeddingModel(model, processor.layout)(processor.encode(mixed_sides()))
     torch.testing.assert_close(actual, exported_vectors(tmp_path / "model"), atol=0, rtol=0)
     assert AutoTokenizer.from_pretrained(model_dir)(TEXTS[0]) == AutoTokenizer.from_pretrained(base)(TEXTS[0])
     assert AutoImageProcessor.from_pretrained(model_dir, backend="pil").patch_size == 14
@@ -198,7 +198,7 @@ def test_what_breaks_leaves_nothing_behind(base: str, tmp_path: Path, monkeypatc
     def full(*arguments: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("rzen.export.write_identity", full)
+    monkeypatch.setattr("rzen.export.export.write_identity", full)
     with pytest.raises(OSError, match="no space left"):
         export_model(base, None, tmp_path / "model", IDENTITY, FP32)
     assert list(tmp_path.iterdir()) == []
@@ -316,7 +316,7 @@ def test_an_export_in_object_storage_is_whole(
 
 
 def test_a_hub_name_is_linked_and_nothing_is_invented(base: str, tmp_path: Path) -> None:
-    options = ExportOptions(dtype="float32", facts=Facts(base="Qwen/Qwen2-VL-2B-Instruct"))
+    options = ExportOptions(dtype="float32", facts=ModelCardData(base="Qwen/Qwen2-VL-2B-Instruct"))
     export_model(base, None, tmp_path / "model", IDENTITY, options)
     _, front, card = (tmp_path / "model/README.md").read_text().split("---\n", 2)
     fields = yaml.safe_load(front)

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from jobs.finetunes import resolve
-from jobs.load import check, override, read_document
-from jobs.spec import FinetunesSpec
+from jobs.spec.load import check, override, read_document
+from jobs.spec.schema import FinetunesSpec
+from jobs.sweeps.finetunes import resolve
 from pipelines.errors import UserError
 
 STAGE = """\

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.adapters.folder import INSTRUCTIONS, KINDS, read_folder
-from pipelines.adapters.passages import choose_passages
 from pipelines.config import MediaConfig
 from pipelines.errors import UserError
-from pipelines.samples import FileRef, Media, RawSample, Rejected, Side
+from pipelines.samples import FileRef, Input, Media, RawSample, Rejected
+from pipelines.sources.folder import INSTRUCTIONS, KINDS, read_folder
+from pipelines.sources.passages import choose_passages
 
 CONFIG = MediaConfig()
 
@@ -47,9 +47,9 @@ def pdf(*pages: str) -> bytes:
 def test_each_line_beside_a_medium_is_a_sample(tmp_path):
     samples, refused = read(tmp_path, {"b/Cat.JPG": b"x", "b/Cat.txt": "\ufeffa cat\n\n  a tabby cat \n"})
     assert refused == []
-    assert [raw.sample.query for raw in samples] == [Side("a cat"), Side("a tabby cat")]
+    assert [raw.sample.query for raw in samples] == [Input("a cat"), Input("a tabby cat")]
     first = samples[0]
-    assert first.sample.positive == Side("", (Media("image", "p0.jpg"),))
+    assert first.sample.positive == Input("", (Media("image", "p0.jpg"),))
     assert first.files == {"p0.jpg": FileRef(str(tmp_path / "b/Cat.JPG"))}
     assert first.sample.origin == "b/Cat.JPG"
     assert first.sample.source == first.sample.task == "text_image"
@@ -58,7 +58,7 @@ def test_each_line_beside_a_medium_is_a_sample(tmp_path):
 
 
 @pytest.mark.parametrize("extension", sorted(KINDS))
-def test_every_extension_is_recognised_in_any_case(tmp_path, extension):
+def test_every_extension_is_recognized_in_any_case(tmp_path, extension):
     name = f"a{extension.upper()}"
     samples, refused = read(tmp_path, {name: b"x", "a.txt": "caption"})
     assert refused == []
@@ -96,8 +96,8 @@ def test_composed_retrieval_has_a_medium_on_both_sides(tmp_path):
     samples, refused = read(tmp_path, {"captions.jsonl": lines(entry), "a.PNG": b"x", "b.jpg": b"x"})
     assert refused == []
     (raw,) = samples
-    assert raw.sample.query == Side("make it blue", (Media("image", "q0.png"),))
-    assert raw.sample.positive == Side("", (Media("image", "p0.jpg"),))
+    assert raw.sample.query == Input("make it blue", (Media("image", "q0.png"),))
+    assert raw.sample.positive == Input("", (Media("image", "p0.jpg"),))
     assert raw.files == {"q0.png": FileRef(str(tmp_path / "a.PNG")), "p0.jpg": FileRef(str(tmp_path / "b.jpg"))}
     assert raw.sample.source == "image_text_image"
 
@@ -116,7 +116,7 @@ def test_a_line_may_name_a_class_and_its_split(tmp_path):
     listed = [line, line | {"source": "shapes", "split": "held_out"}, line | {"split": "test"}]
     samples, rejected = read(tmp_path, {"captions.jsonl": lines(*listed), "a.jpg": b"1"})
     first, second = (raw.sample for raw in samples)
-    assert (first.query, first.positive) == (Side(media=(Media("image", "q0.jpg"),)), Side("ring"))
+    assert (first.query, first.positive) == (Input(media=(Media("image", "q0.jpg"),)), Input("ring"))
     assert (first.source, first.task, first.instruction) == (
         "image_class",
         "image_class",
@@ -131,8 +131,8 @@ def test_a_line_may_name_a_class_and_its_split(tmp_path):
 def test_text_pairs_need_no_media(tmp_path):
     samples, refused = read(tmp_path, {"captions.jsonl": lines({"query": "q?", "positive": "p."})})
     assert refused == []
-    assert samples[0].sample.query == Side("q?")
-    assert samples[0].sample.positive == Side("p.")
+    assert samples[0].sample.query == Input("q?")
+    assert samples[0].sample.positive == Input("p.")
     assert samples[0].files == {}
     assert samples[0].sample.origin == "captions.jsonl:1"
     assert samples[0].sample.source == "text_text"

@@ -17,12 +17,11 @@ from pydantic import ValidationError
 
 from pipelines.config import DataConfig, MediaConfig
 from pipelines.errors import BadMedia, UserError
-from pipelines.foreign import ScanJob, Tally, index_shard, scan
-from pipelines.mapping import SampleMapper, SideMapping, SourceMapping
-from pipelines.neighbours import Likeness, likeness, measure, warning, words_of
-from pipelines.reader import Reader
-from pipelines.samples import DecodedSample, Media, Rejected, Sample, Side
-from pipelines.shards import (
+from pipelines.feed.reader import Reader
+from pipelines.samples import DecodedSample, Input, Media, Rejected, Sample
+from pipelines.shards.external import ScanCounts, ScanJob, index_shard, scan
+from pipelines.shards.mapping import SampleMapper, SideMapping, SourceMapping
+from pipelines.shards.shards import (
     IndexRow,
     Manifest,
     SourceInfo,
@@ -30,9 +29,10 @@ from pipelines.shards import (
     target_sha256,
     verify,
 )
-from pipelines.storage import open_store
-from pipelines.tars import Entry, Finding, Header, entries, groups, read_header
-from pipelines.urls import Found, find_shards, spell_out
+from pipelines.shards.shuffle_check import NeighborSimilarity, likeness, measure, warning, words_of
+from pipelines.shards.tars import Entry, Finding, Header, entries, groups, read_header
+from pipelines.storage.location import open_store
+from pipelines.storage.shard_urls import ShardFile, expand_braces, find_shards
 from tests.foreign import img2dataset_samples, picture, write_img2dataset
 
 CAPTIONED = SourceMapping()
@@ -62,7 +62,7 @@ def pairs(count: int, folder: str = "") -> list[tuple[str, bytes]]:
 WHOLE = make_tar(pairs(12))
 
 
-def scanned(data: bytes, mapping: SourceMapping = CAPTIONED) -> tuple[list[IndexRow], Tally]:
+def scanned(data: bytes, mapping: SourceMapping = CAPTIONED) -> tuple[list[IndexRow], ScanCounts]:
     rows, tally, _ = scan(data, SampleMapper("s", mapping))
     return rows, tally
 
@@ -277,9 +277,9 @@ def test_a_mapping_reads_both_sides_negatives_and_instructions() -> None:
         key="k",
         source="edits",
         task="image_text_image",
-        query=Side("make it red", (Media("image", "source.jpg"),)),
-        positive=Side("A title", (Media("video", "target.mp4"),)),
-        negatives=(Side("", (Media("document", "n1.pdf"),)), Side("a"), Side("b")),
+        query=Input("make it red", (Media("image", "source.jpg"),)),
+        positive=Input("A title", (Media("video", "target.mp4"),)),
+        negatives=(Input("", (Media("document", "n1.pdf"),)), Input("a"), Input("b")),
         instruction="Find.",
         target_instruction="Represent it.",
         origin="here",
@@ -370,7 +370,7 @@ def test_indexed_shards_are_read_in_place_by_range(tmp_path: Path) -> None:
     for number, (sample, members) in enumerate(samples):
         assert members == {"jpg": picture(number % 4 if number < 4 else number - 4)}
         assert sample.target_sha256 == target_sha256(sample.positive, members)
-        assert sample.positive == Side("", (Media("image", "jpg"),))
+        assert sample.positive == Input("", (Media("image", "jpg"),))
     (decoded,) = reader.samples("s", [5])
     assert decoded.query.text == "caption 1"  # type: ignore[union-attr]
     assert decoded.positive.visuals[0].frames.shape == (1, 24, 32, 3)  # type: ignore[union-attr]
@@ -392,7 +392,7 @@ def test_documents_of_strangers_are_decoded_in_a_child(tmp_path: Path) -> None:
     assert {"_isolated_decoder", "_decoder"} & set(vars(reader)) == {"_isolated_decoder"}
 
 
-def test_skipped_samples_between_neighbours_are_read_over(tmp_path: Path) -> None:
+def test_skipped_samples_between_neighbors_are_read_over(tmp_path: Path) -> None:
     files = pairs(5)
     del files[5]  # the caption of sample 2
     reader = published(tmp_path, {"0.tar": make_tar(files)})
@@ -427,7 +427,7 @@ def test_an_index_is_made_once_for_a_shard_and_a_selection(tmp_path: Path) -> No
     first = run()
     again = run()
     assert (first.reused, again.reused) == (False, True)
-    assert (again.shard, again.tally, again.neighbours) == (first.shard, first.tally, first.neighbours)
+    assert (again.shard, again.tally, again.neighbors) == (first.shard, first.tally, first.neighbors)
     assert run(SourceMapping(instruction="Find.", task="other")).reused
     assert not run(SourceMapping(query=SideMapping(text="txt"))).reused
     assert not run().reused
@@ -476,21 +476,21 @@ def test_shards_are_found_by_path_folder_glob_and_braces(tmp_path: Path) -> None
 
 
 def test_braces_are_spelt_out_as_by_a_shell() -> None:
-    assert list(spell_out("s3://b/{08..11}.tar")) == [
+    assert list(expand_braces("s3://b/{08..11}.tar")) == [
         "s3://b/08.tar",
         "s3://b/09.tar",
         "s3://b/10.tar",
         "s3://b/11.tar",
     ]
-    assert list(spell_out("{a,b}{0..1}")) == ["a0", "a1", "b0", "b1"]
-    assert list(spell_out("{x}")) == ["{x}"]
+    assert list(expand_braces("{a,b}{0..1}")) == ["a0", "a1", "b0", "b1"]
+    assert list(expand_braces("{x}")) == ["{x}"]
 
 
 def texts_of(captions: list[str]) -> list[tuple[str, frozenset[int]]]:
     return [(hashlib.sha256(caption.encode()).hexdigest(), words_of(caption)) for caption in captions]
 
 
-def test_neighbours_are_told_from_strangers() -> None:
+def test_neighbors_are_told_from_strangers() -> None:
     captions = [sample["txt"] for sample in img2dataset_samples(72)]
     alike = likeness([measure(texts_of(captions[start : start + 24])) for start in (0, 24, 48)])
     strangers = likeness([measure(texts_of(captions[offset::3])) for offset in range(3)])
@@ -507,15 +507,15 @@ def test_neighbours_are_told_from_strangers() -> None:
 
 
 def test_the_warning_gives_the_figures() -> None:
-    alike = Likeness(words=0.41, random_words=0.06, same_target=0.0, random_same_target=0.0)
+    alike = NeighborSimilarity(words=0.41, random_words=0.06, same_target=0.0, random_same_target=0.0)
     assert warning("web", alike, 16, 256) == (
-        "web is not shuffled: neighbours share 41% of their words (random pairs 6%). With run_length 16 a batch of 256"
-        " holds 16 neighbourhoods, and 6% of a sample's in-batch negatives come from its own. Set"
+        "web is not shuffled: neighbors share 41% of their words (random pairs 6%). With run_length 16 a batch of 256"
+        " holds 16 neighborhoods, and 6% of a sample's in-batch negatives come from its own. Set"
         " data.mixture.run_length: 1 (more, smaller range requests), or shuffle the shards when they are written"
     )
     assert warning("web", alike, 1, 256) is None
-    assert warning("web", Likeness(0.07, 0.06, 0.0, 0.0), 16, 256) is None
-    same = Likeness(words=0.0, random_words=0.0, same_target=0.8, random_same_target=0.01)
+    assert warning("web", NeighborSimilarity(0.07, 0.06, 0.0, 0.0), 16, 256) is None
+    same = NeighborSimilarity(words=0.0, random_words=0.0, same_target=0.8, random_same_target=0.01)
     assert "80% of the time their target (1%)" in str(warning("web", same, 16, 256))
 
 
@@ -524,10 +524,10 @@ def test_shard_writer_and_img2dataset_layout_need_no_settings(tmp_path: Path) ->
     rows, tally = scanned(shard.read_bytes())
     assert [row.key for row in rows] == [f"{n:09d}" for n in range(6)]
     assert (tally.rejected, tally.findings) == ({}, {})
-    assert rows[3].target_sha256 == target_sha256(Side("", (Media("image", "jpg"),)), {"jpg": picture(3)})
+    assert rows[3].target_sha256 == target_sha256(Input("", (Media("image", "jpg"),)), {"jpg": picture(3)})
 
 
 def test_the_found_tag_is_that_of_the_store(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(b"x")
     tag = open_store(str(tmp_path)).tags()["a.tar"]
-    assert find_shards([str(tmp_path / "a.tar")]) == [Found(f"{tmp_path}/a.tar", tag)]
+    assert find_shards([str(tmp_path / "a.tar")]) == [ShardFile(f"{tmp_path}/a.tar", tag)]

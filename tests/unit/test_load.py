@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.load import check, override, read_document, substitute
-from jobs.spec import FinetunesSpec, TrainSpec
+from jobs.spec.load import check, override, read_document, substitute
+from jobs.spec.schema import FinetunesSpec, TrainSpec
 from pipelines.errors import UserError
 from rzen.config import TinyBackbone
 
@@ -127,7 +127,7 @@ def test_every_mistake_gets_a_line(tmp_path: Path) -> None:
     assert complaint(path).splitlines() == [
         f"{path}:3: data.root is missing; add it",
         f"{path}:4: data.rot is not a setting; did you mean 'root'?",
-        f"{path}:7: steps=0: input should be greater than or equal to 1; jobs/spec.py documents it",
+        f"{path}:7: steps=0: input should be greater than or equal to 1; jobs/spec/schema.py documents it",
     ]
 
 

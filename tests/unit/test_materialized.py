@@ -9,10 +9,10 @@ from PIL import Image
 
 from pipelines.config import MediaConfig
 from pipelines.errors import BadMedia
+from pipelines.ingest.members import load_sample
 from pipelines.media.decode import decode_member, decode_sample
 from pipelines.media.materialized import materialize
-from pipelines.members import load_sample
-from pipelines.samples import FileRef, Media, RawSample, Sample, Side
+from pipelines.samples import FileRef, Input, Media, RawSample, Sample
 from tests.unit.test_media import video
 
 CONFIG = MediaConfig(frames=5, page_pixels=90_000)
@@ -32,8 +32,8 @@ def raw(tmp_path: Path) -> RawSample:
         key="1",
         source="s",
         task="t",
-        query=Side("which?", (Media("image", "q0.png"),)),
-        positive=Side("", (Media("video", "p0.mp4"), Media("document", "p1.pdf"), Media("image", "p2.png"))),
+        query=Input("which?", (Media("image", "q0.png"),)),
+        positive=Input("", (Media("video", "p0.mp4"), Media("document", "p1.pdf"), Media("image", "p2.png"))),
     )
     files = {"q0.png": "photo.png", "p0.mp4": "clip.mp4", "p2.png": "photo.png"}
     refs = {member: FileRef(str(tmp_path / name)) for member, name in files.items()}

@@ -23,7 +23,7 @@ from pipelines.media import documents
 from pipelines.media.decode import Decoder, decode_member, decode_pixels, decode_sample
 from pipelines.media.images import decode_image
 from pipelines.media.videos import decode_video, sample_frames, uniform_indices
-from pipelines.samples import Media, Sample, Side
+from pipelines.samples import Input, Media, Sample
 from tests.encoders import scheduling_kept
 
 CONFIG = MediaConfig()
@@ -545,9 +545,9 @@ def composed() -> tuple[Sample, dict[str, bytes]]:
         key="000001",
         source="s",
         task="t",
-        query=Side("make it blue", (Media("image", "q0.png"),)),
-        positive=Side(media=(Media("video", "p0.mp4"),)),
-        negatives=(Side(media=(Media("document", "n0.pdf"),)), Side("only text")),
+        query=Input("make it blue", (Media("image", "q0.png"),)),
+        positive=Input(media=(Media("video", "p0.mp4"),)),
+        negatives=(Input(media=(Media("document", "n0.pdf"),)), Input("only text")),
         instruction="Find:",
         target_instruction="Understand:",
     )

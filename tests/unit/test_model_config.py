@@ -9,9 +9,9 @@ import torch
 from pydantic import ValidationError
 
 from pipelines.errors import UserError
-from rzen.backbone import load_backbone
-from rzen.checkpoints import read_identity
 from rzen.config import ModelConfig, ModelIdentity, PromptConfig, ReadoutConfig
+from rzen.model.backbone import load_backbone
+from rzen.model.checkpoints import read_identity
 from tests.tiny import tiny_checkpoint, tiny_model
 
 
@@ -28,9 +28,9 @@ def test_what_cannot_work_together_is_refused(settings: dict[str, str], problem:
 
 
 @pytest.mark.skipif(
-    bool(importlib.util.find_spec("bitsandbytes")) and torch.cuda.is_available(), reason="quantising is possible here"
+    bool(importlib.util.find_spec("bitsandbytes")) and torch.cuda.is_available(), reason="quantizing is possible here"
 )
-def test_quantising_without_what_it_needs_is_the_users_error(tmp_path: Path) -> None:
+def test_quantizing_without_what_it_needs_is_the_users_error(tmp_path: Path) -> None:
     model_dir = tiny_checkpoint(tmp_path)
     model = tiny_model(model_dir).model_copy(update={"quantize": "nf4"})
     with pytest.raises(UserError, match=r"model.quantize=nf4: is impossible here: .*; install the extra rzen\[qlora\]"):

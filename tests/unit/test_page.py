@@ -13,14 +13,14 @@ from PIL import Image
 from rich.console import Console
 
 from pipelines.errors import UserError
-from rzen.page import Hit, Search, terminal_hits, write_page
-from rzen.page.hits import MODALITIES
-from rzen.page.plots import inline_svg
-from rzen.page.scores import score_tables, task_label
-from rzen.page.thumbnails import ThumbnailPool
+from rzen.report import Hit, Search, terminal_hits, write_page
+from rzen.report.hits import MODALITIES
+from rzen.report.plots import inline_svg
+from rzen.report.scores import score_tables, task_label
+from rzen.report.thumbnails import ThumbnailPool
 
 HOSTILE = "</script><script>alert(1)</script> \"' onload=x & <img src=//evil.example/a.png>"
-CSS = resources.files("rzen.page").joinpath("page.css").read_text()
+CSS = resources.files("rzen.report").joinpath("page.css").read_text()
 VOID = {"meta", "input", "br", "img", "link", "hr"}
 
 

@@ -1,4 +1,4 @@
-"""The schedule of a run: shares, epochs, runs of neighbours, purity, and what cannot be planned."""
+"""The schedule of a run: shares, epochs, runs of neighbors, purity, and what cannot be planned."""
 
 import pickle
 from collections import Counter
@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from pipelines.config import MixtureConfig, ResampleConfig
 from pipelines.errors import UserError
-from pipelines.plan import SMALL, Phase, Plan, Row, SourceTable, build_plan
-from pipelines.resample import due_phase
+from pipelines.plan.plan import SMALL, MixturePhase, Plan, Row, SourceTable, build_plan
+from pipelines.plan.resample import next_mixture_change
 
 
 def tables(sizes: dict[str, int]) -> dict[str, SourceTable]:
@@ -25,7 +25,7 @@ def all_rows(plan: Plan) -> list[tuple[str, int]]:
 
 
 def runs_in(indices: list[int], num_samples: int) -> list[list[int]]:
-    """Cuts where the next index is not the neighbour of the last; the epoch's ring is closed."""
+    """Cuts where the next index is not the neighbor of the last; the epoch's ring is closed."""
     runs = [[indices[0]]]
     for index in indices[1:]:
         if index == (runs[-1][-1] + 1) % num_samples:
@@ -114,11 +114,11 @@ def test_a_batch_depends_on_nothing_but_the_plan() -> None:
     def fresh() -> Plan:
         return build_plan(tables({"a": 40, "b": 30}), MixtureConfig(), global_batch=5, seed=11)
 
-    plan, backwards, copy = fresh(), fresh(), pickle.loads(pickle.dumps(fresh()))
+    plan, backwards, duplicate = fresh(), fresh(), pickle.loads(pickle.dumps(fresh()))
     expected = [plan.batch(step) for step in range(plan.num_steps)]
     assert [backwards.batch(step) for step in reversed(range(plan.num_steps))] == expected[::-1]
     np.random.default_rng(0).random()
-    assert [copy.batch(step) for step in range(plan.num_steps)] == expected
+    assert [duplicate.batch(step) for step in range(plan.num_steps)] == expected
     shuffled = build_plan(tables({"b": 30, "a": 40}), MixtureConfig(), global_batch=5, seed=11)
     assert [shuffled.batch(step) for step in range(plan.num_steps)] == expected
 
@@ -147,7 +147,7 @@ def test_steps_outside_the_plan_are_refused() -> None:
         (1, 12, [1] * 12),
     ],
 )
-def test_runs_of_neighbours_stay_together(run_length: int, num_samples: int, run_sizes: list[int]) -> None:
+def test_runs_of_neighbors_stay_together(run_length: int, num_samples: int, run_sizes: list[int]) -> None:
     plan = build_plan(
         tables({"a": num_samples}), MixtureConfig(run_length=run_length), global_batch=num_samples, epochs=5
     )
@@ -215,7 +215,7 @@ def test_what_cannot_be_planned_is_told() -> None:
 
 
 @st.composite
-def sources_with_copies(draw: st.DrawFn) -> tuple[SourceTable, npt.NDArray[np.int64]]:
+def sources_with_duplicates(draw: st.DrawFn) -> tuple[SourceTable, npt.NDArray[np.int64]]:
     """A source and the target of each of its samples."""
     num_samples = draw(st.integers(8, 120))
     targets = np.array(draw(st.lists(st.integers(0, 60), min_size=num_samples, max_size=num_samples)))
@@ -224,7 +224,7 @@ def sources_with_copies(draw: st.DrawFn) -> tuple[SourceTable, npt.NDArray[np.in
 
 @settings(max_examples=150, deadline=None)
 @given(
-    source=sources_with_copies(),
+    source=sources_with_duplicates(),
     batch=st.integers(2, 8),
     run_length=st.integers(1, 20),
     limit=st.integers(8, 140),
@@ -249,7 +249,7 @@ def test_copies_of_a_target_are_apart(
         assert len(rows) == len(set(rows)) == num_batches * batch
     for step in range(plan.num_steps):
         for target, count in Counter(targets[[i for _, i in plan.batch(step).rows]].tolist()).items():
-            # As few as a batch must have: one, unless the target has more copies than the epoch has batches.
+            # As few as a batch must have: one, unless the target has more duplicates than the epoch has batches.
             assert count <= -(-max(in_use[target], 1) // num_batches)
 
 
@@ -257,12 +257,12 @@ def test_more_copies_than_batches_are_told() -> None:
     targets = np.array([0] * 9 + list(range(1, 12)))
     plan = build_plan({"a": SourceTable(20, np.arange(20), targets)}, MixtureConfig(), global_batch=5)
     assert plan.summary()[1:] == [
-        "a: 1 targets have more copies (up to 9) than an epoch has batches (4): some batches hold copies, which are not"
-        " scored against each other"
+        "a: 1 targets have more duplicates (up to 9) than an epoch has batches (4): some batches hold"
+        " duplicates, which are not scored against each other"
     ]
 
 
-def test_runs_stay_whole_beside_copies() -> None:
+def test_runs_stay_whole_beside_duplicates() -> None:
     table = SourceTable(100, np.array([10, 11, 50, 77]), np.array([1, 2, 1, 2]))
     plan = build_plan({"a": table}, MixtureConfig(run_length=8), global_batch=20)
     for step in range(plan.num_steps):
@@ -277,9 +277,9 @@ def sources_with_clusters(draw: st.DrawFn) -> SourceTable:
     clusters = np.array([(stop - length, stop) for stop, (_, length) in zip(stops, lengths, strict=True)], np.int64)
     spare = 5 * sum(length for _, length in lengths) + 24  # much more room than clusters: none has to be divided
     num_samples = int(stops[-1] if len(stops) else 0) + spare
-    copies = draw(st.lists(st.integers(0, num_samples - 1), max_size=6, unique=True))
+    duplicates = draw(st.lists(st.integers(0, num_samples - 1), max_size=6, unique=True))
     return SourceTable(
-        num_samples, np.sort(np.array(copies, np.int64)), np.arange(len(copies)) // 2, clusters.reshape(-1, 2)
+        num_samples, np.sort(np.array(duplicates, np.int64)), np.arange(len(duplicates)) // 2, clusters.reshape(-1, 2)
     )
 
 
@@ -287,7 +287,7 @@ def sources_with_clusters(draw: st.DrawFn) -> SourceTable:
 @given(table=sources_with_clusters(), run_length=st.integers(1, 9), seed=st.integers(0, 99))
 def test_clusters_share_a_batch(table: SourceTable, run_length: int, seed: int) -> None:
     plan = build_plan({"a": table}, MixtureConfig(run_length=run_length), global_batch=12, seed=seed, epochs=2)
-    target_of = dict(zip(table.copies.tolist(), table.targets.tolist(), strict=True))
+    target_of = dict(zip(table.duplicates.tolist(), table.targets.tolist(), strict=True))
     for epoch in range(2):
         rows = [plan.batch(step).rows for step in range(plan.num_steps) if plan.batch(step).blocks[0].epoch == epoch]
         place = {index: (step, position) for step, some in enumerate(rows) for position, (_, index) in enumerate(some)}
@@ -352,12 +352,12 @@ def test_groups_that_make_no_sense_are_told(changes: dict[str, object], problem:
 @settings(max_examples=60, deadline=None)
 @given(first=st.integers(1, 59), weights=st.tuples(st.floats(0.1, 9), st.floats(0.1, 9)), seed=st.integers(0, 99))
 def test_new_weights_hold_from_their_step_on(first: int, weights: tuple[float, float], seed: int) -> None:
-    def plan_of(*phases: Phase) -> Plan:
+    def plan_of(*phases: MixturePhase) -> Plan:
         some = MixtureConfig(weights={"a": 3.0, "b": 1.0}, run_length=3)
         plan = build_plan(tables({"a": 33, "b": 20}), some, global_batch=4, steps=60, seed=seed)
-        return reduce(Plan.with_phase, phases, plan)
+        return reduce(Plan.with_mixture_phase, phases, plan)
 
-    before, after = plan_of(), plan_of(Phase(first, dict(zip("ab", weights, strict=True))))
+    before, after = plan_of(), plan_of(MixturePhase(first, dict(zip("ab", weights, strict=True))))
     assert [after.batch(step) for step in range(first)] == [before.batch(step) for step in range(first)]
     counts = Counter(after.batch(step).blocks[0].source for step in range(first, 60))
     assert abs(counts["a"] - (60 - first) * weights[0] / sum(weights)) < 1
@@ -373,10 +373,12 @@ def test_new_weights_hold_from_their_step_on(first: int, weights: tuple[float, f
 
 
 def test_phases_out_of_order_are_told() -> None:
-    plan = build_plan(tables({"a": 33}), MixtureConfig(), global_batch=4, steps=60).with_phase(Phase(5, {"a": 1.0}))
+    plan = build_plan(tables({"a": 33}), MixtureConfig(), global_batch=4, steps=60).with_mixture_phase(
+        MixturePhase(5, {"a": 1.0})
+    )
     for step in (5, 3, 0, 60):
         with pytest.raises(UserError, match="phases: begin at steps"):
-            plan.with_phase(Phase(step, {"a": 1.0}))
+            plan.with_mixture_phase(MixturePhase(step, {"a": 1.0}))
 
 
 def test_slow_sources_are_drawn_more() -> None:
@@ -388,12 +390,12 @@ def test_slow_sources_are_drawn_more() -> None:
         {"step": step, "source": source, "loss": 2.0 if step < 10 else loss}
         for step, (source, loss) in enumerate(list(now.items()) * 10)
     ]
-    phase = due_phase(plan, rows, 20, config)
+    phase = next_mixture_change(plan, rows, 20, config)
     assert phase is not None
     assert phase.first_step == 20
     assert phase.weights == pytest.approx({"fast": 1 / 3, "slow": 0.7**2, "stuck": 3.0, "unseen": 2.0})
-    assert [due_phase(plan, rows, step, config) for step in (0, 15, 60)] == [None] * 3
-    assert due_phase(plan.with_phase(phase), rows, 20, config) is None
+    assert [next_mixture_change(plan, rows, step, config) for step in (0, 15, 60)] == [None] * 3
+    assert next_mixture_change(plan.with_mixture_phase(phase), rows, 20, config) is None
 
 
 def test_another_source_changes_no_order_within_a_source() -> None:
@@ -450,7 +452,7 @@ def test_blocks_share_a_global_batch(weights: tuple[float, ...], seed: int, firs
     assert set(seen.values()) == {1}
     for name, weight in mixture.weights.items() if mixture.weights else ():
         assert abs(steps_of[name] - 40 * weight / sum(weights)) < (1 if name in "ad" else 1.25)
-    changed = plan.with_phase(Phase(first, {"b": 1.0, "c": 3.0}))
+    changed = plan.with_mixture_phase(MixturePhase(first, {"b": 1.0, "c": 3.0}))
     assert [changed.batch(step) for step in range(first)] == [plan.batch(step) for step in range(first)]
     later = Counter(block.source for step in range(first, 40) for block in changed.batch(step).blocks)
     assert set(later) <= {"b", "c"}

@@ -1,6 +1,6 @@
 import pytest
 
-from rzen.prompts import TEMPLATES, Piece, Span, render, side_pieces
+from rzen.inputs.prompts import TEMPLATES, Piece, Span, render, side_pieces
 
 SYSTEM = "Given an image, summarize the provided image in one word. Given only text, describe the text in one word."
 

@@ -11,12 +11,12 @@ import pytest
 
 from pipelines.config import DataConfig, MixtureConfig
 from pipelines.errors import BadMedia, UserError
-from pipelines.plan import Plan, SourceTable, build_plan
-from pipelines.reader import MAX_RESERVES, FedBatch, FedBlock, Reader
+from pipelines.feed.reader import MAX_RESERVES, FeedBatch, FeedBlock, Reader
+from pipelines.plan.plan import Plan, SourceTable, build_plan
 from pipelines.samples import DecodedSample, Rejected
-from pipelines.shards import read_shard_index
-from pipelines.storage import open_store
-from pipelines.store import LocalStore
+from pipelines.shards.shards import read_shard_index
+from pipelines.storage.location import open_store
+from pipelines.storage.store import LocalStore
 from tests.data import SAMPLES_PER_SHARD, ColourEncoder, make_sample, publish
 
 CARS = {"cars": ("t2i", 20)}
@@ -75,7 +75,7 @@ def test_a_batch_holds_the_rows_of_the_plan_in_order(tmp_path: Path) -> None:
             wanted = [index for _, index in plan.batch(step, rank, 3).rows]
             assert fed.batch.tolist() == [[number, number] for number in wanted]
             (block,) = whole.blocks
-            fed_block = FedBlock(block.source, {"cars": "t2i", "dogs": "i2i"}[block.source], 0, 2)
+            fed_block = FeedBlock(block.source, {"cars": "t2i", "dogs": "i2i"}[block.source], 0, 2)
             assert (fed.step, fed.rank, fed.blocks) == (step, rank, (fed_block,))
             assert (fed.num_samples, fed.rejected) == (2, ())
 
@@ -127,7 +127,7 @@ def test_merged_sources_share_a_task_or_become_one(task: str, merged: str, tmp_p
     assert reader.tasks(plan) == tuple(sorted({"t2i", merged}))
 
 
-def test_neighbours_in_a_shard_are_read_at_once(tmp_path: Path, ranges: list[str]) -> None:
+def test_neighbors_in_a_shard_are_read_at_once(tmp_path: Path, ranges: list[str]) -> None:
     reader = make_reader(tmp_path)
     assert numbers([*reader.samples("cars", [3, 4, 5, 9, 10, 2, 3])]) == [3, 4, 5, 9, 10, 2, 3]
     first, second = (f"train/cars/cars-{n:06d}.tar" for n in (0, 1))
@@ -154,7 +154,7 @@ def test_long_stretches_are_read_in_parts(tmp_path: Path, ranges: list[str], mon
     reader = make_reader(tmp_path)
     store = open_store(str(tmp_path))
     _, length = read_shard_index(store, publish(store, CARS).sources["cars"].shards[0]).span(0, 0)
-    monkeypatch.setattr("pipelines.reader._RANGE_BYTES", 3 * length)
+    monkeypatch.setattr("pipelines.feed.reader._RANGE_BYTES", 3 * length)
     assert numbers([*reader.samples("cars", range(8))]) == list(range(8))
     assert len(ranges) == 3
 
@@ -168,7 +168,7 @@ def test_samples_tells_the_bad_ones_in_their_place(tmp_path: Path) -> None:
     )
 
 
-def test_damaged_bytes_cost_one_sample_and_not_its_neighbours(tmp_path: Path, ranges: list[str]) -> None:
+def test_damaged_bytes_cost_one_sample_and_not_its_neighbors(tmp_path: Path, ranges: list[str]) -> None:
     spoil_header(tmp_path, 5)
     reader = Reader(DataConfig(root=str(tmp_path)))
     items = [*reader.samples("cars", range(3, 8))]
@@ -186,7 +186,7 @@ def test_raw_gives_files_as_they_were_stored(tmp_path: Path) -> None:
         list(Reader(DataConfig(root=str(tmp_path))).raw("cars", [4, 5]))
 
 
-def all_batches(reader: Reader, plan: Plan, world_size: int) -> list[FedBatch]:
+def all_batches(reader: Reader, plan: Plan, world_size: int) -> list[FeedBatch]:
     return [reader.batch(plan, step, rank, world_size) for step in range(plan.num_steps) for rank in range(world_size)]
 
 
@@ -271,9 +271,9 @@ def test_indices_are_read_when_needed_and_kept_within_bounds(tmp_path: Path, mon
     reader = make_reader(tmp_path)  # shards of 8, 8 and 4
     monkeypatch.setattr(LocalStore, "read", counting)
     plan_for(reader, 4)
-    assert reads == ["train/manifest.json", "train/cars/copies.parquet"]
+    assert reads == ["train/manifest.json", "train/cars/duplicates.parquet"]
     one_index = 8 * (8 + 8 + 8 + 4)
-    monkeypatch.setattr("pipelines.reader._INDEX_BYTES", 2 * one_index)
+    monkeypatch.setattr("pipelines.feed.reader._INDEX_BYTES", 2 * one_index)
     for position, expected in ((0, [0]), (7, []), (8, [1]), (1, []), (19, [2]), (0, []), (9, [1])):
         reads.clear()
         assert numbers([*reader.samples("cars", [position])]) == [position]

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from jobs.registry import CHAMPION, Champion, Registry
+from jobs.workflows.registry import CHAMPION, Champion, Registry
 from pipelines.errors import UserError
-from pipelines.storage import open_store
-from pipelines.store import Store
+from pipelines.storage.location import open_store
+from pipelines.storage.store import Store
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -109,7 +109,7 @@ def test_what_a_killed_promoter_left_is_finished_by_the_next_who_looks(registry:
 
 def test_one_holds_the_lease_and_the_other_is_told(registry: Registry) -> None:
     other = Registry(registry.store)
-    with registry.lease(30), pytest.raises(UserError, match="re-trains"), other.lease(30):
+    with registry.lease(30), pytest.raises(UserError, match="retrains"), other.lease(30):
         pass
     with other.lease(30) as lease:  # given back
         lease.check()
@@ -139,8 +139,8 @@ def test_a_lease_is_renewed_while_its_holder_lives_and_ends_after_its_death(
         lease.check()
         with pytest.raises(UserError), Registry(registry.store).lease(30):
             pass
-    monkeypatch.setattr("jobs.registry.Lease._keep", lambda _: None)
-    monkeypatch.setattr("jobs.registry.Lease.release", lambda _: None)
+    monkeypatch.setattr("jobs.workflows.registry.Lease._keep", lambda _: None)
+    monkeypatch.setattr("jobs.workflows.registry.Lease.release", lambda _: None)
     with registry.lease(0.5) as dead:  # never renewed, never given back
         time.sleep(0.6)
         with pytest.raises(UserError, match="was not renewed in time"):
@@ -153,6 +153,6 @@ def test_ticks_are_kept_in_order(registry: Registry) -> None:
     registry.record("2", {"outcome": "nothing new"})
     registry.record("1", {"outcome": "training"})
     registry.record("2", {"outcome": "promoted"})
-    told: list[Any] = [(tick["tick"], tick["outcome"]) for tick in registry.ticks()]
+    told: list[Any] = [(retraining["id"], retraining["outcome"]) for retraining in registry.retrainings()]
     assert told == [("1", "training"), ("2", "promoted")]
-    assert registry.tick("3") == {}
+    assert registry.retraining("3") == {}

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
-from rzen.evaluation.report import Result, markdown_table, plot_losses, plot_scores, terminal_table, write_results
+from rzen.evaluation.results import Result, markdown_table, plot_losses, plot_scores, terminal_table, write_results
 
 
 def result(model: str, task: str, metric: str, value: float) -> Result:

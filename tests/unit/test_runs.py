@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from jobs.runs import METRICS, Checkpoints, Run, read_rows
-from jobs.spec import TrainSpec
+from jobs.spec.schema import TrainSpec
+from jobs.training.runs import METRICS, Checkpoints, Run, read_rows
 from pipelines.errors import UserError
-from pipelines.plan import Phase
+from pipelines.plan.plan import MixturePhase
 
 DATA = {"data": "d1", "sources": {"photos": {"members": {"photos": 40}, "tables": "t1"}}}
 OTHER_DATA = {"data": "d1", "sources": {"photos": {"members": {"photos": 39}, "tables": "t1"}}}
@@ -142,7 +142,7 @@ def test_changes_of_the_mixture_are_kept_with_the_run(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     run.begin(DATA)
     assert (run.phases(), run.rows()) == ([], [])
-    phases = [Phase(3, {"photos": 1.0, "pages": 0.25}), Phase(6, {"photos": 0.5, "pages": 2.0})]
+    phases = [MixturePhase(3, {"photos": 1.0, "pages": 0.25}), MixturePhase(6, {"photos": 0.5, "pages": 2.0})]
     for phase in phases:
         run.record(phase)
     publish(Checkpoints(make_run(tmp_path)), tmp_path, 3)

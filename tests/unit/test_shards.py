@@ -14,8 +14,8 @@ import ray.data
 import webdataset
 
 from pipelines.errors import BadMedia, UserError
-from pipelines.samples import Media, Sample, Side
-from pipelines.shards import (
+from pipelines.samples import Input, Media, Sample
+from pipelines.shards.shards import (
     Manifest,
     Members,
     ShardInfo,
@@ -30,22 +30,22 @@ from pipelines.shards import (
     verify,
     write_shard,
 )
-from pipelines.storage import open_store
-from pipelines.store import Store
+from pipelines.storage.location import open_store
+from pipelines.storage.store import Store
 
 
 def make_samples(count: int) -> list[tuple[Sample, Members]]:
     samples = []
     for n in range(count):
         members = {"p0.png": bytes([n]) * (n * 300), "n0.png": b"negative", "q0.mp4": b"q" * 512}
-        sides = {"query": Side("ü?", (Media("video", "q0.mp4"),)), "positive": Side("", (Media("image", "p0.png"),))}
-        sample = Sample(f"{n:08d}", "cars", "t2i", negatives=(Side("", (Media("image", "n0.png"),)),), **sides)
+        sides = {"query": Input("ü?", (Media("video", "q0.mp4"),)), "positive": Input("", (Media("image", "p0.png"),))}
+        sample = Sample(f"{n:08d}", "cars", "t2i", negatives=(Input("", (Media("image", "n0.png"),)),), **sides)
         samples.append((replace(sample, target_sha256=target_sha256(sample.positive, members)), members))
     return samples
 
 
 def test_a_sample_without_relevance_has_the_bytes_it_always_had() -> None:
-    sample = Sample("k", "s", "t", Side("q"), Side("p"), target_sha256="ab", origin="o")
+    sample = Sample("k", "s", "t", Input("q"), Input("p"), target_sha256="ab", origin="o")
     assert sample.to_json() == (
         b'{"instruction":"","key":"k","negatives":[],"origin":"o","positive":{"media":[],"text":"p"},'
         b'"query":{"media":[],"text":"q"},"source":"s","target_instruction":"","target_sha256":"ab","task":"t"}'
@@ -124,7 +124,7 @@ def test_one_range_gives_one_sample_or_several(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["header", "json", "key", "cut", "middle", "zeros"])
-def test_damage_is_told_and_costs_no_neighbour(where: str, tmp_path: Path) -> None:
+def test_damage_is_told_and_costs_no_neighbor(where: str, tmp_path: Path) -> None:
     samples, store = make_samples(4), open_store(str(tmp_path))
     index = read_shard_index(store, write_shard(tmp_path / "a.tar", samples))
     data = bytearray((tmp_path / "a.tar").read_bytes())
@@ -150,7 +150,7 @@ def test_damage_is_told_and_costs_no_neighbour(where: str, tmp_path: Path) -> No
 
 
 def test_target_sha256_is_that_of_text_and_bytes() -> None:
-    side = Side("a", (Media("image", "p0.png"), Media("image", "p1.png")))
+    side = Input("a", (Media("image", "p0.png"), Media("image", "p1.png")))
     base = target_sha256(side, {"p0.png": b"xy", "p1.png": b"z"})
     assert base == target_sha256(side, {"p0.png": b"xy", "p1.png": b"z", "q0.png": b"other"})
     assert base != target_sha256(side, {"p0.png": b"x", "p1.png": b"yz"})
@@ -200,8 +200,8 @@ def test_bad_manifests_are_told(tmp_path: Path) -> None:
     store.write("train/manifest.json", manifest.to_json().replace(b'"seed": 7', b'"seed": 8'))
     with pytest.raises(UserError, match="fingerprint"):
         read_manifest(store, "train")
-    store.write("train/manifest.json", manifest.to_json().replace(b'"format_version": 1', b'"format_version": 2'))
-    with pytest.raises(UserError, match="format version 2, this program reads 1"):
+    store.write("train/manifest.json", manifest.to_json().replace(b'"format_version": 2', b'"format_version": 3'))
+    with pytest.raises(UserError, match="format version 3, this program reads 2"):
         read_manifest(store, "train")
     for damaged in (b"{", b"[]", b"{}", b'{"format_version": 1}'):
         store.write("train/manifest.json", damaged)

@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import AutoModel
 
 from pipelines.errors import UserError
-from rzen.checkpoints import checkpoint_sha256
 from rzen.config import DareSoup, MeanSoup, SlerpSoup, TiesSoup
+from rzen.model.checkpoints import checkpoint_sha256
 from rzen.soup.make import make_soup, total_weight
 from tests.tiny import tiny_checkpoint
 

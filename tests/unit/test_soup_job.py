@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-import jobs.evaluate
-import jobs.soup
+import jobs.evaluation.evaluate
+import jobs.sweeps.soup
 from jobs.cli import main
-from jobs.evaluate import ModelScores
-from jobs.spec import EvaluateSpec
-from pipelines.storage import open_store
-from rzen.evaluation.report import Result
+from jobs.evaluation.evaluate import ModelScores
+from jobs.spec.schema import EvaluateSpec
+from pipelines.storage.location import open_store
+from rzen.evaluation.results import Result
 from tests.adapters import adapter, dense
 from tests.data import publish
 from tests.specs import evaluate
@@ -61,8 +61,8 @@ def judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Judge:
     (tmp_path / "evaluate.yaml").write_text(evaluate(f"{tmp_path}/data"))
     (tmp_path / "job.yaml").write_text(JOB.format(tmp_path))
     judge = Judge()
-    monkeypatch.setattr(jobs.evaluate, "score", judge)
-    monkeypatch.setattr(jobs.soup, "ray_cluster", nullcontext)
+    monkeypatch.setattr(jobs.evaluation.evaluate, "score", judge)
+    monkeypatch.setattr(jobs.sweeps.soup, "ray_cluster", nullcontext)
     return judge
 
 

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from jobs.local_s3 import free_port
+from jobs.runtime.local_s3 import free_port
 from pipelines.errors import UserError
-from pipelines.storage import localize, open_store
-from pipelines.store import LocalStore, Store
+from pipelines.storage.location import localize, open_store
+from pipelines.storage.store import LocalStore, Store
 from tests.faults.s3_proxy import Fault, StormyProxy
 
 
@@ -199,7 +199,7 @@ def test_passing_faults_are_survived(fault: Fault, bucket_url: str, proxy: Storm
 def test_a_lasting_fault_ends_with_a_user_error(
     bucket_url: str, proxy: StormyProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipelines.s3._PAUSES_S", (0.01, 0.01))
+    monkeypatch.setattr("pipelines.storage.s3._PAUSES_S", (0.01, 0.01))
     store = open_store(bucket_url, proxy.url)
     store.write("x", b"0123456789")
     proxy.faults = ["short"] * 50
@@ -221,7 +221,7 @@ def test_a_whole_object_of_the_wrong_content_is_asked_for_again(bucket_url: str,
 def test_a_silent_answer_is_asked_for_again(
     bucket_url: str, proxy: StormyProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipelines.s3._READ_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("pipelines.storage.s3._READ_TIMEOUT_S", 0.2)
     store = open_store(bucket_url, proxy.url)
     store.write("x", b"0123456789")
     proxy.delay_s = 1.0
@@ -231,9 +231,9 @@ def test_a_silent_answer_is_asked_for_again(
 
 
 def test_an_answer_that_drips_is_given_up(bucket_url: str, proxy: StormyProxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.s3._PAUSES_S", (0.01,))
-    monkeypatch.setattr("pipelines.s3._READ_TIMEOUT_S", 1.0)  # longer than the pauses between the drops
-    monkeypatch.setattr("pipelines.s3._MIN_BYTES_PER_S", 10_000_000)
+    monkeypatch.setattr("pipelines.storage.s3._PAUSES_S", (0.01,))
+    monkeypatch.setattr("pipelines.storage.s3._READ_TIMEOUT_S", 1.0)  # longer than the pauses between the drops
+    monkeypatch.setattr("pipelines.storage.s3._MIN_BYTES_PER_S", 10_000_000)
     store = open_store(bucket_url, proxy.url)
     data = os.urandom(500_000)
     store.write("x", data)
@@ -249,7 +249,7 @@ def test_an_answer_that_drips_is_given_up(bucket_url: str, proxy: StormyProxy, m
 def test_a_listing_without_content_is_not_an_empty_folder(
     bucket_url: str, proxy: StormyProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipelines.s3._PAUSES_S", (0.01, 0.01))
+    monkeypatch.setattr("pipelines.storage.s3._PAUSES_S", (0.01, 0.01))
     store = open_store(bucket_url, proxy.url)
     proxy.faults = ["empty"] * 6
     for look in (store.list, lambda: store.exists("x")):
@@ -261,8 +261,8 @@ def test_a_listing_without_content_is_not_an_empty_folder(
 def test_an_object_that_is_replaced_while_it_is_downloaded_is_told(
     bucket_url: str, proxy: StormyProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipelines.s3._PART_BYTES", 4)
-    monkeypatch.setattr("pipelines.s3._NUM_PARTS_AT_ONCE", 1)
+    monkeypatch.setattr("pipelines.storage.s3._PART_BYTES", 4)
+    monkeypatch.setattr("pipelines.storage.s3._NUM_PARTS_AT_ONCE", 1)
     store = open_store(bucket_url, proxy.url)
     store.write("x", b"0123456789")
     store.download("x", tmp_path / "copy")
@@ -322,7 +322,7 @@ def test_a_missing_bucket_is_told(s3_endpoint: str) -> None:
 
 def test_missing_credentials_are_told(s3_endpoint: str, tmp_path: Path) -> None:
     code = (
-        "from pipelines.storage import open_store; from pipelines.errors import UserError\n"
+        "from pipelines.storage.location import open_store; from pipelines.errors import UserError\n"
         f"try: open_store('s3://b', {s3_endpoint!r}).read('x')\n"
         "except UserError as error: raise SystemExit(str(error))"
     )
@@ -374,7 +374,7 @@ def test_localize_downloads_once_for_all_processes(
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
     open_store(f"{bucket_url}/model").write("a/w.bin", b"weights")
     code = (
-        "import pathlib, sys; from pipelines.storage import localize\n"
+        "import pathlib, sys; from pipelines.storage.location import localize\n"
         "print(localize(sys.argv[1], pathlib.Path(sys.argv[2])))"
     )
     command = [sys.executable, "-c", code, f"{bucket_url}/model", str(tmp_path / "cache")]

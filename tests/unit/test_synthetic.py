@@ -20,7 +20,7 @@ from pipelines.synthetic.clips import Clip, all_clips, draw_clip, encode_clip
 from pipelines.synthetic.config import CorpusConfig
 from pipelines.synthetic.corpus import fingerprint, make_corpus
 from pipelines.synthetic.documents import Page, all_pages, draw_document
-from pipelines.synthetic.scenes import Scene, all_scenes, draw_scene, edit_into, neighbours
+from pipelines.synthetic.scenes import Scene, all_scenes, draw_scene, edit_into, neighbors
 from pipelines.synthetic.shapes import Thing, all_pairs
 
 # Odd numbers throughout; 35 pages, 17 images of which 2 are PNGs.
@@ -268,14 +268,14 @@ def test_hard_negatives_differ_from_another_scene_in_exactly_one_attribute(share
     assert [scene_of[caption] for caption in before[:-num_hard]] == anchors
 
 
-def test_neighbours_of_a_scene_are_all_others_with_one_change() -> None:
-    near = neighbours(Scene(RED_CIRCLE, BLUE_STAR, "above"))
+def test_neighbors_of_a_scene_are_all_others_with_one_change() -> None:
+    near = neighbors(Scene(RED_CIRCLE, BLUE_STAR, "above"))
     assert len(set(near)) == len(near) == 6 + 6 + 6 + 6 + 1
     assert set(near) <= set(all_scenes())
 
 
-def test_more_neighbours_than_exist_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="hard_fraction: 78 neighbours of 2 scenes are asked for, 38 are free"):
+def test_more_neighbors_than_exist_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="hard_fraction: 78 neighbors of 2 scenes are asked for, 38 are free"):
         make_corpus(tmp_path / "corpus", CorpusConfig(num_images=80, hard_fraction=0.98))
     with pytest.raises(ValidationError, match="num_repeated=3 is more than num_images=2"):
         CorpusConfig(num_images=2, num_repeated=3)

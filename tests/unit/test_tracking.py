@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from jobs import tracking
-from jobs.runs import METRICS, Run, read_rows
-from jobs.tracking import TENSORBOARD, UNTRACKED, Tracker, check_tracking, scalars
+from jobs.training import tracking
+from jobs.training.runs import METRICS, Run, read_rows
+from jobs.training.tracking import TENSORBOARD, UNTRACKED, Tracker, check_tracking, scalars
 from pipelines.errors import UserError
 from tests.unit.test_runs import DATA, make_run
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jobs.vectors import VectorCache, write_part
-from pipelines.benchmarks.contract import as_ids
-from pipelines.storage import open_store
+from jobs.embedding.vectors import VectorCache, write_part
+from pipelines.benchmarks.types import as_ids
+from pipelines.storage.location import open_store
 
 WAY = {"weights": "a", "media": {"frames": 8}}
 IDS = [f"{number:032x}" for number in range(7)]

@@ -1,0 +1,25 @@
+"""Job of kind `corpus`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jobs.runtime.progress import Bars, say
+from jobs.spec.schema import CorpusSpec
+from pipelines.storage.store import disk_errors
+from pipelines.synthetic.corpus import make_corpus
+
+
+def run(spec: CorpusSpec) -> dict[str, Any]:
+    """Draws the corpus; a finished one is left as it is."""
+    with disk_errors(spec.out), Bars() as bars:
+        samples = make_corpus(
+            Path(spec.out), spec.corpus, lambda done, total: bars.update("draw", done, total, unit="files")
+        )
+    say(f"  {sum(samples.values()):,} samples in {spec.out}: {_listed(samples)}")
+    return {"outputs": [spec.out], "samples": samples}
+
+
+def _listed(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items())

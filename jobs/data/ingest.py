@@ -1,0 +1,43 @@
+"""Job of kind `ingest`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jobs.runtime.cluster import ray_cluster
+from jobs.runtime.progress import Bars, duration, say
+from jobs.spec.schema import IngestSpec
+from pipelines.ingest.ingest import REPORT_PATH, IngestReport, ingest
+from pipelines.sources.folder import read_folder
+from pipelines.storage.location import open_store
+
+
+def run(spec: IngestSpec) -> dict[str, Any]:
+    """Writes the data set and tells what became of every sample."""
+    raw = read_folder(spec.input, spec.media)
+    store = open_store(spec.out, spec.endpoint)
+    say(f"  {spec.input} -> {store.url}, {spec.held_out_fraction:.0%} held out")
+    with ray_cluster(), Bars() as bars:
+        report = ingest(
+            raw,
+            store,
+            media=spec.media,
+            held_out_fraction=spec.held_out_fraction,
+            seed=spec.seed,
+            samples_per_shard=spec.samples_per_shard,
+            materialized=spec.materialized,
+            on_progress=lambda done, total: bars.update("ingest", done, total),
+        )
+    _print_report(report)
+    return {"outputs": [spec.out], "samples": report.accepted, "rejected": report.rejected}
+
+
+def _print_report(report: IngestReport) -> None:
+    for split, sources in report.accepted.items():
+        if sources:
+            say(f"  {split}: " + ", ".join(f"{name} {count:,}" for name, count in sorted(sources.items())))
+    if report.rejected:
+        say(f"  not used: {report.num_rejected:,} of {report.seen:,} samples ({REPORT_PATH} lists them)", "yellow")
+    for reason, count in sorted(report.rejected.items(), key=lambda item: -item[1]):
+        say(f"    {reason} {count:,}, such as {report.examples[reason][0]}", "yellow")
+    say(f"  {report.num_bytes / 1e6:.1f} MB in {duration(report.elapsed_s)}")

@@ -1,0 +1,80 @@
+"""What a model answered wrongly on a benchmark, with pictures: query, relevant candidate, first five."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+from pipelines.benchmarks.decode import ItemDecoder
+from pipelines.benchmarks.types import Item
+from pipelines.config import MediaConfig
+from pipelines.errors import BadMedia
+from pipelines.samples import UInt8Array
+from rzen.evaluation.benchmark import DatasetScores
+from rzen.evaluation.vectors import NONE
+from rzen.report.hits import Hit, Modality, Search
+from rzen.report.thumbnails import MAX_HEIGHT_PX, MAX_WIDTH_PX
+
+_TOP = 5
+_KINDS: dict[str, Modality] = {"image": "image", "document": "page", "video": "video"}
+
+
+def wrong_answers(scored: DatasetScores, media: MediaConfig, count: int) -> list[Search]:
+    """Of `count` queries whose first candidate is wrong, evenly spread over the dataset: the first candidates, and the
+    best relevant one where it is not among them.
+
+    The rows of `scored` must be those of the dataset's candidates in their order.
+    """
+    wrong = np.flatnonzero(scored.by_query["hit@1"] == 0)
+    chosen = wrong[np.linspace(0, len(wrong) - 1, min(count, len(wrong)), dtype=int)].tolist()
+    answers = {number: _answers(scored, number) for number in chosen}
+    items = scored.dataset.pick({row for rows in answers.values() for row, _, _, _ in rows})
+    decoder = ItemDecoder(media)
+    return [
+        Search(
+            _text(scored.dataset.queries[number].item),
+            [_hit(items[row], rank, score, right, decoder) for row, rank, score, right in rows],
+            _thumbnails(scored.dataset.queries[number].item, decoder),
+        )
+        for number, rows in answers.items()
+    ]
+
+
+def _answers(scored: DatasetScores, number: int) -> list[tuple[int, int, float | None, bool]]:
+    """Row, rank, cosine where it is known, and whether it is relevant."""
+    mine = scored.relevant.query == number
+    right = dict(zip(scored.relevant.row[mine].tolist(), scored.ranked.rank[mine].tolist(), strict=True))
+    found: list[tuple[int, int, float | None, bool]] = [
+        (row, place + 1, float(scored.ranked.scores[number, place]), row in right)
+        for place, row in enumerate(scored.ranked.rows[number, :_TOP].tolist())
+        if row != NONE
+    ]
+    if right and not any(relevant for *_, relevant in found):
+        best = min(right, key=lambda row: right[row])
+        found.append((best, right[best], None, True))
+    return found
+
+
+def _hit(item: Item, rank: int, score: float | None, relevant: bool, decoder: ItemDecoder) -> Hit:
+    kinds = [_KINDS[media.kind] for media in item.side.media]
+    modality: Modality = kinds[0] if kinds else "text"
+    return Hit(rank, score, modality, _text(item), item.name, _thumbnails(item, decoder), relevant)
+
+
+def _text(item: Item) -> str:
+    return " ".join(filter(None, [item.instruction, item.side.text])) or item.name
+
+
+def _thumbnails(item: Item, decoder: ItemDecoder) -> list[UInt8Array]:
+    """Small, because a page may show a thousand."""
+    try:
+        visuals = decoder.side(item).visuals
+    except BadMedia:  # it could be read when it was embedded
+        return []
+    return [_small(frame) for visual in visuals for frame in visual.frames]
+
+
+def _small(frame_HWC: UInt8Array) -> UInt8Array:
+    image = Image.fromarray(frame_HWC)
+    image.thumbnail((MAX_WIDTH_PX, MAX_HEIGHT_PX))
+    return np.asarray(image)

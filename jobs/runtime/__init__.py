@@ -1,0 +1,1 @@
+"""What every job needs: the Ray cluster, progress, submission, model files."""

@@ -1,0 +1,187 @@
+"""The Ray under a job: the cluster that submitted it, the one that RAY_ADDRESS names, or one of this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+from jobs.runtime.progress import Bars
+from jobs.spec.schema import TrainSpec
+from pipelines.config import FeedConfig
+from pipelines.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+LOCAL: dict[str, Any] = {"include_dashboard": False}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a worker, task or actor reserves."""
+
+    cpus: float
+    gpus: float
+
+
+POLL_S = 0.3
+MAX_LINKED = 16  # runs that a link names
+_ROUNDING = 1e-9
+
+
+def set_environment() -> None:
+    """What Ray and the maths libraries read from the environment once, when they are imported: call this before."""
+    os.environ |= {"RAY_TQDM": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}  # no bars, no hints among our lines
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # relative paths of a spec mean the folder of the job, on workers too
+    if os.environ.get("RAY_ADDRESS"):
+        # Ray Train's runs at /api/train/v2/runs/v1 (this Ray's dashboard has no page for them), at the price of an
+        # actor of 400 MB. A Ray of our own has no dashboard.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
+        return
+    # A local Ray listens on all interfaces, so that it asks for a token; one of our own leaves no trace at home.
+    if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    # Fractions of CPUs mean more processes than CPUs, of which Ray would warn every few seconds.
+    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # Ray's processes are new interpreters: they must find this package, and the commands beside this interpreter.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+
+def metrics_link(runs: Sequence[str]) -> str | None:
+    """Grafana's page of these runs; None where the cluster's head, whose variables its jobs inherit, knows no Grafana.
+
+    Ray's dashboard reads the same variables, and embeds the same page.
+    """
+    host = os.environ.get("RAY_GRAFANA_IFRAME_HOST") or os.environ.get("RAY_GRAFANA_HOST")
+    if not host:
+        return None
+    chosen = f"?{urlencode({'var-run': runs}, doseq=True)}" if len(runs) <= MAX_LINKED else ""  # else all of them
+    return f"{host.rstrip('/')}/d/rzen{chosen}"
+
+
+@contextmanager
+def ray_cluster() -> Iterator[None]:
+    """Connects to Ray, or starts one that ends with the block. Within an existing connection, nothing happens."""
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    _quiet()
+    address = os.environ.get("RAY_ADDRESS")
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(
+            address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **({} if address else LOCAL)
+        )
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler leaves no time for a last checkpoint
+    except (ConnectionError, TimeoutError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        if address:
+            raise UserError(f"RAY_ADDRESS={address}", f"no Ray answers ({reason})", "start it, or unset it") from error
+        raise UserError("Ray", f"does not start on this machine: {reason}", "its logs are in /tmp/ray") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def ray_data() -> Iterator[None]:
+    """Ray Data without bars of its own; a `UserError` of a task comes out as itself."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    with ray.data.DataContext.current(context):
+        try:
+            yield
+        except Exception as error:
+            raise user_error(error) or error from error
+
+
+def _quiet() -> None:
+    import ray.data  # sets its own level when it is imported
+
+    logging.getLogger(ray.data.__name__).setLevel(logging.ERROR)
+    # It warns that there is no GPU, and sets its own level when it is imported.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno > logging.WARNING)
+
+
+def check_size(what: str, count: int, each: Resources, feed: FeedConfig | None = None) -> None:
+    """Raise `UserError` if the cluster can never hold `count` of `what` and one task of a feed at once.
+
+    Ray would wait for ever, without a word.
+    """
+    import ray
+
+    present = ray.cluster_resources()
+    feed_cpus = feed.cpus_per_task if feed else 0.0
+    for resource, amount, rest in (("CPU", each.cpus, feed_cpus), ("GPU", each.gpus, 0.0)):
+        needed = count * amount + rest
+        if needed > present.get(resource, 0.0) + _ROUNDING:
+            feed_share = f" + {rest:g} for the feed" if rest else ""
+            raise UserError(
+                f"the cluster has {present.get(resource, 0.0):g} {resource}s",
+                f"{count} {what} x {amount:g}{feed_share} need {needed:g}",
+                "ask for less in the spec, add nodes, or set autoscaling: true there if the cluster can grow",
+            )
+
+
+def has_room(running: Sequence[TrainSpec], another: TrainSpec) -> bool:
+    """Whether the cluster, as large as it is now, holds another run beside these and one task of a feed.
+
+    Always, where none runs or the cluster can grow: what it has no room for is what it grows for.
+    """
+    import ray
+
+    if not running or another.cluster.autoscaling:
+        return True
+    clusters = [spec.cluster for spec in (*running, another)]
+    needed = {
+        "CPU": sum(some.workers * some.cpus_per_worker for some in clusters) + another.feed.cpus_per_task,
+        "GPU": sum(some.workers * some.gpus_per_worker for some in clusters),
+    }
+    present = ray.cluster_resources()
+    return all(amount <= present.get(resource, 0.0) + _ROUNDING for resource, amount in needed.items())
+
+
+def watch(work: Mapping[str, Future[Any]], board: Any) -> dict[str, Any]:
+    """Waits for work and shows what it posts on `board`; returns the results by name, in the order of `work`.
+
+    The first failure is raised, as itself if it is a `UserError`.
+    """
+    import ray
+
+    waiting = set(work.values())
+    with Bars() as bars:
+        while waiting:
+            done, waiting = wait(waiting, timeout=POLL_S, return_when=FIRST_EXCEPTION)
+            for name, news in ray.get(board.news.remote()).items():
+                bars.update(name, news.done, news.total, note=news.note)
+            for error in filter(None, (future.exception() for future in done)):
+                raise user_error(error) or error from error
+    return {name: future.result() for name, future in work.items()}
+
+
+def user_error(error: BaseException) -> UserError | None:
+    """The `UserError` inside what Ray made of it: task errors wrap causes, Ray Train lists failures by rank."""
+    if type(error) is UserError:  # Ray's own subclass of it prints a traceback and keeps the original as `cause`
+        return error
+    inside = [error.__cause__, getattr(error, "cause", None), getattr(error, "controller_failure", None)]
+    inside += getattr(error, "worker_failures", {}).values()
+    causes = [user_error(cause) for cause in inside if isinstance(cause, BaseException) and cause is not error]
+    return next((cause for cause in causes if cause), None)

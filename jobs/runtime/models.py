@@ -1,0 +1,93 @@
+"""Finding the files of a model on whatever machine asks: a directory, an s3:// URL or a hub name."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from jobs.spec.schema import ModelRef
+from pipelines.errors import UserError
+from pipelines.storage.location import localize
+from pipelines.storage.store import Store
+from rzen.config import ModelConfig, ModelIdentity
+
+if TYPE_CHECKING:
+    from rzen.inputs.processor import Processor
+    from rzen.model.embedding_model import EmbeddingModel
+
+IDENTITY = "rzen.json"
+Dtype = Literal["float32", "bfloat16"]
+
+
+def cache_dir() -> Path:
+    """Where copies of models in object storage are kept: RZEN_CACHE, or the user's cache folder."""
+    return Path(os.environ.get("RZEN_CACHE") or Path.home() / ".cache" / "rzen")
+
+
+def local_folder(url: str, endpoint: str | None) -> str:
+    """A local directory with the files of `url`; a hub name is left as it is. Raises `UserError` if there are none."""
+    if "://" not in url:
+        return url
+    try:
+        return str(localize(url, cache_dir(), endpoint))
+    except FileNotFoundError as error:
+        raise UserError(url, "there is nothing", "check the URL, or run the job that writes it first") from error
+
+
+def checkpoint_folder(url: str, endpoint: str | None) -> str:
+    """As `local_folder`; a hub name is downloaded or found in its cache. Raises `UserError` if it is no checkpoint."""
+    from rzen.model.checkpoints import checkpoint_dir
+
+    return str(checkpoint_dir(local_folder(url, endpoint)))
+
+
+def load_model(
+    ref: ModelRef, endpoint: str | None, default: ModelIdentity, dtype: Dtype
+) -> tuple[Processor, EmbeddingModel]:
+    """Processor and frozen embedder of a checkpoint with or without adapter, on the GPU where there is one.
+
+    `default` holds for models that do not say how they are read.
+    """
+    import torch
+
+    from rzen.inputs.processor import Processor
+    from rzen.model.backbone import load_backbone
+    from rzen.model.checkpoints import read_identity
+    from rzen.model.embedding_model import EmbeddingModel
+    from rzen.model.lora import load_adapter
+
+    base = checkpoint_folder(ref.base, endpoint)
+    adapter = local_folder(ref.adapter, endpoint) if ref.adapter else None
+    identity = read_identity(Path(adapter or base), default)
+    config = ModelConfig(backbone=base, dtype=dtype, gradient_checkpointing=False)
+    backbone = load_backbone(base, config)
+    model = load_adapter(backbone, Path(adapter)) if adapter else backbone
+    processor = Processor(base, identity.prompt)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return processor, EmbeddingModel(model, processor.layout, identity.readout).requires_grad_(False).eval().to(device)
+
+
+def load_exported(url: str, endpoint: str | None, dtype: Dtype | None) -> tuple[Processor, EmbeddingModel]:
+    """Processor and frozen embedder of an exported model, on the GPU where there is one."""
+    import torch
+
+    from rzen.export.export import load_encoder
+
+    processor, embedder = load_encoder(local_folder(url, endpoint), dtype)
+    return processor, embedder.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def publish_folder(local: Path, store: Store) -> None:
+    """Replaces what is in `store` by a model or adapter folder; `rzen.json` goes last and stands for the whole."""
+    store.ensure_bucket()
+    store.delete(IDENTITY)
+    store.delete_tree("")
+    files = [file for file in local.rglob("*") if file.is_file()]
+    for file in sorted(files, key=lambda file: (file.name == IDENTITY, file)):
+        store.upload(file, file.relative_to(local).as_posix())
+
+
+def is_published(store: Store) -> bool:
+    """Whether a model or adapter folder is there, whole."""
+    return store.exists(IDENTITY)

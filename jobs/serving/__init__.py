@@ -1,0 +1,1 @@
+"""Jobs that hand models and vectors to users."""

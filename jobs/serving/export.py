@@ -1,0 +1,115 @@
+"""Job of kind `export`."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from jobs.runtime.models import checkpoint_folder, local_folder, publish_folder
+from jobs.runtime.progress import say
+from jobs.runtime.revision import revision, versions
+from jobs.spec.schema import ExportSpec
+from jobs.training.runs import SPEC
+from pipelines.errors import UserError
+from pipelines.storage.location import open_store
+from pipelines.storage.store import disk_errors
+
+FRAMES = 8  # as the released script of RzenEmbed
+SOUP = "soup.json"
+
+
+def run(spec: ExportSpec) -> dict[str, Any]:
+    """Writes the directory."""
+    from rzen.export.card import ModelCardData
+    from rzen.export.export import ExportOptions, export_model
+    from rzen.model.checkpoints import read_identity
+
+    scores = _scores(spec)
+    base = checkpoint_folder(spec.model.base, spec.endpoint)
+    adapter = Path(local_folder(spec.model.adapter, spec.endpoint)) if spec.model.adapter else None
+    soup = _soup(adapter or Path(base))
+    weights = {parent["place"]: parent["coefficient"] for parent in soup.get("parents", [])}
+    recipes = _recipes(spec, list(weights))
+    facts = ModelCardData(
+        title=Path(spec.out).name,
+        base=spec.model.base,
+        adapter=spec.model.adapter,
+        recipes=recipes,
+        weights={_run_name(url): weight for url, weight in weights.items()},
+        method=soup["settings"]["method"] if soup else None,
+        scores=scores,
+        license=spec.license,
+        versions=versions() | {"revision": revision()},
+    )
+    options = ExportOptions(spec.format, spec.dtype, spec.frames or _frames(recipes), dict(spec.instructions), facts)
+    identity = read_identity(adapter or Path(base), spec.identity)
+    with disk_errors(tempfile.gettempdir()), tempfile.TemporaryDirectory(prefix="rzen-export-") as folder:
+        local = Path(folder, "model")
+        unsupported_reason = export_model(base, adapter, local, identity, options)
+        publish_folder(local, open_store(spec.out, spec.endpoint))
+    say(f"  {spec.out}: {_TARGETS[spec.format]} ({spec.dtype}), prompt {identity.prompt.template}")
+    if spec.format == "model":
+        say(
+            f"    no files for sentence-transformers and vLLM: {unsupported_reason}; rzen and mteb read it as trained"
+            if unsupported_reason
+            else "    and for sentence-transformers, vLLM and mteb",
+            "yellow" if unsupported_reason else "dim",
+        )
+    return {"outputs": [spec.out]}
+
+
+_TARGETS = {
+    "model": "a checkpoint for AutoModel",
+    "adapter": "an adapter for PEFT",
+    "rzen_release": "a checkpoint for the released script",
+}
+
+
+def _soup(folder: Path) -> dict[str, Any]:
+    """The lineage of a soup; nothing for what is none."""
+    lineage: dict[str, Any] = json.loads((folder / SOUP).read_text()) if (folder / SOUP).is_file() else {}
+    return lineage
+
+
+def _recipes(spec: ExportSpec, parents: list[str]) -> dict[str, Any]:
+    """`spec.json` of the runs that have made base and adapters, where it lies in the folder above theirs."""
+    recipes = {}
+    for url in (spec.model.base, *([spec.model.adapter] if spec.model.adapter else []), *parents):
+        above, _, _ = url.rstrip("/").rpartition("/")
+        store = open_store(above, spec.endpoint) if above else None
+        if store and store.exists(SPEC):
+            recipes[_run_name(url)] = json.loads(store.read(SPEC))
+    return recipes
+
+
+def _run_name(url: str) -> str:
+    return url.rstrip("/").split("/")[-2] if "/" in url.rstrip("/") else url
+
+
+def _frames(recipes: dict[str, Any]) -> int:
+    """Most of any run, made even."""
+    frames = [recipe["spec"]["data"]["media"]["frames"] for recipe in recipes.values()]
+    return (max(frames, default=FRAMES) + 1) // 2 * 2
+
+
+def _scores(spec: ExportSpec) -> dict[str, Any]:
+    """Of an evaluation, the rows of the model that is exported."""
+    if spec.scores is None:
+        return {}
+    path = Path(spec.scores)
+    if not path.is_file():
+        raise UserError(f"scores {path}", "does not exist", "evaluate the model first, or set scores: null")
+    results = json.loads(path.read_text())
+    models = results["settings"]["spec"]["models"]
+    mine = {
+        name for name, ref in models.items() if (ref["base"], ref["adapter"]) == (spec.model.base, spec.model.adapter)
+    }
+    rows = [row for row in results["rows"] if row["model"] in mine]
+    if not rows:
+        problem = f"has no score of base {spec.model.base} with adapter {spec.model.adapter}"
+        raise UserError(
+            f"scores {path}", problem, f"it has {', '.join(models)}: evaluate this one, or set scores: null"
+        )
+    return {"rows": rows, "settings": results["settings"]}

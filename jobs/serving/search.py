@@ -1,0 +1,130 @@
+"""Job of kind `search`: words in, ranked hits on the terminal and on one HTML page out."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from jobs.embedding.embed import MANIFEST, data_of
+from jobs.runtime.models import load_exported
+from jobs.runtime.progress import console, say
+from jobs.runtime.revision import revision, versions
+from jobs.spec.schema import SearchSpec
+from jobs.training.runs import METRICS, read_rows
+from pipelines.config import DataConfig
+from pipelines.errors import UserError
+from pipelines.feed.reader import Reader
+from pipelines.samples import DecodedInput, DecodedSample
+from pipelines.storage.location import open_store
+from pipelines.storage.store import Store
+from rzen.evaluation.encode import embed_inputs
+from rzen.evaluation.ranking import top_k
+from rzen.evaluation.results import Result, plot_losses, plot_scores
+from rzen.report.hits import MODALITIES, Hit, Search, terminal_hits
+from rzen.report.write import write_page
+
+_NUM_CAPTIONS = 4
+
+
+def run(spec: SearchSpec) -> dict[str, Any]:
+    """Prints the hits of every query; writes the page where one is asked for."""
+    store = open_store(spec.vectors, spec.endpoint)
+    manifest = _read_manifest(store)
+    corpus, vectors_ND = _read_vectors(store, manifest, spec)
+    processor, embedder = load_exported(manifest["model"], spec.endpoint, manifest["dtype"])
+    queries = spec.queries or _captions(corpus)
+    sides = [DecodedInput(text=query, instruction=spec.instruction) for query in queries]
+    rows_QK, scores_QK = top_k(embed_inputs(processor, embedder, sides, len(sides)), vectors_ND, spec.top_k)
+    data = DataConfig.model_validate(manifest["data"])
+    searches = [
+        Search(query, _hits(data, corpus.take(rows_K).to_pylist(), scores_K))
+        for query, rows_K, scores_K in zip(queries, rows_QK, scores_QK, strict=True)
+    ]
+    for search in searches:
+        console.print(terminal_hits(search))
+    if spec.html is None:
+        return {"outputs": []}
+    _write_page(spec, manifest, searches)
+    say(f"  {spec.html}")
+    return {"outputs": [spec.html]}
+
+
+def _read_manifest(store: Store) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads(store.read(MANIFEST))
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{store.url}/{MANIFEST}", "does not exist", "run a job of kind embed that writes here"
+        ) from error
+    return manifest
+
+
+def _read_vectors(store: Store, manifest: dict[str, Any], spec: SearchSpec) -> tuple[pa.Table, Any]:
+    """Rows that may be found and their vectors `[N, D]`; of equal targets the first one."""
+    tables = [pq.read_table(io.BytesIO(store.read(part))) for part in manifest["parts"]]
+    table = pa.concat_tables([part for part in tables if len(part)])
+    _, first = np.unique(table["target_sha256"].to_numpy(zero_copy_only=False), return_index=True)
+    wanted = np.isin(table["modality"].to_numpy(zero_copy_only=False), spec.modalities or MODALITIES)
+    kept = np.intersect1d(first, np.flatnonzero(wanted))
+    if not len(kept):
+        raise UserError("modalities", f"{store.url} holds none of {', '.join(spec.modalities or [])}", "ask for others")
+    table = table.take(kept)
+    return table.drop_columns(["vector"]), np.stack(table["vector"].to_numpy(zero_copy_only=False))
+
+
+def _captions(corpus: pa.Table) -> list[str]:
+    """Titles of a few targets, spread over the corpus."""
+    spread = np.linspace(0, len(corpus) - 1, min(_NUM_CAPTIONS, len(corpus)), dtype=int)
+    return list(dict.fromkeys(corpus["title"].take(spread).to_pylist()))
+
+
+def _hits(data: DataConfig, rows: list[dict[str, Any]], scores_K: Any) -> list[Hit]:
+    return [
+        Hit(
+            rank=rank,
+            score=float(score),
+            modality=row["modality"],
+            title=row["title"],
+            origin=row["origin"],
+            thumbnails=_thumbnails(data, row),
+        )
+        for rank, (row, score) in enumerate(zip(rows, scores_K, strict=True), start=1)
+    ]
+
+
+def _thumbnails(data: DataConfig, row: dict[str, Any]) -> list[Any]:
+    """The target's frames; none for a text, or where the file has become unreadable."""
+    if row["modality"] == "text":
+        return []
+    (item,) = Reader(data_of(data, row["split"])).samples(row["source"], [row["index"]])
+    if not isinstance(item, DecodedSample):
+        return []
+    return [frame for visual in item.positive.visuals for frame in visual.frames]
+
+
+def _write_page(spec: SearchSpec, manifest: dict[str, Any], searches: list[Search]) -> None:
+    results = json.loads(Path(spec.results).read_text()) if spec.results else {"settings": {}, "rows": []}
+    plots = {}
+    if spec.curves:
+        plots["Training loss"] = plot_losses({name: _curve(spec, url) for name, url in spec.curves.items()})
+    if results["rows"]:
+        plots["Retrieval scores"] = plot_scores([Result(**row) for row in results["rows"]])
+    facts = {
+        "model": manifest["model"],
+        "corpus": f"{manifest['num_vectors']:,} targets of {manifest['data']['root']}",
+        "code": revision(),
+        **versions(),
+    }
+    assert spec.html is not None
+    write_page(Path(spec.html), title="rzen", searches=searches, results=results, plots=plots, facts=facts)
+
+
+def _curve(spec: SearchSpec, url: str) -> list[tuple[int, float]]:
+    rows = read_rows(open_store(url, spec.endpoint).read(METRICS))
+    return [(row["step"], row["loss"]) for row in rows if not row["skipped"]]

@@ -1,0 +1,1 @@
+"""Job specs: the schema, the YAML loader and the dispatcher."""

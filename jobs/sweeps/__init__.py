@@ -1,0 +1,1 @@
+"""Jobs that train several models and merge or compare them."""

@@ -1,0 +1,215 @@
+"""Job of kind `ablation`: the same training with and without parts of the recipe, each with several seeds.
+
+Every pair of variant and seed is a training run of its own, with its scores in its folder: the same command continues.
+Seed by seed, so that all variants of a seed are complete early, and a report of the finished seeds is always there.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jobs.evaluation.scores import Scorer, evaluation, model_of
+from jobs.runtime.cluster import ray_cluster
+from jobs.runtime.progress import duration, say
+from jobs.runtime.revision import revision, versions
+from jobs.spec.load import Document
+from jobs.spec.schema import AblationSpec, EvaluateSpec, Spec, TrainSpec
+from jobs.sweeps.finetunes import check_train, stage_document
+from jobs.training.runs import METRICS, Run, read_rows
+from pipelines.errors import UserError
+from pipelines.feed.reader import Reader
+
+if TYPE_CHECKING:
+    from rzen.evaluation.ablation import Effect
+    from rzen.evaluation.results import Result
+
+_TOLD = ("dropped_fraction", "effective_fraction", "temperature")
+VariantAndSeed = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What is known of a finished run: its scores, its metrics step by step, and the seconds that all its workers
+    spent in steps, waiting for data apart: with one thread each, no fewer than their CPU seconds.
+    """
+
+    results: list[Result]
+    steps: list[dict[str, Any]]
+    worker_s: float
+
+
+def resolve(spec: AblationSpec, document: Document) -> tuple[dict[VariantAndSeed, TrainSpec], EvaluateSpec]:
+    """The spec of each run, seed by seed, and the evaluation (without models); `document` is what `spec` was read from.
+
+    Raises `UserError` for two variants that train the same.
+    """
+    stage = stage_document(spec, document)
+    runs: dict[VariantAndSeed, TrainSpec] = {}
+    for seed in spec.seed_list:
+        alike: dict[str, str] = {}
+        for variant, changes in spec.variants.items():
+            place = document.place_under("variants", variant)
+            own = {"name": f"{variant}-s{seed}", "seed": seed}
+            train = check_train(stage.overlaid(changes, place).overlaid(own, place))
+            content = train.model_dump_json(exclude={"name"})
+            if content in alike:
+                problem = f"variant {variant!r} trains the same as variant {alike[content]!r}"
+                raise UserError(
+                    document.place(("variants", variant)), problem, "let it change something, or leave it out"
+                )
+            alike[content] = variant
+            runs[variant, seed] = train
+    return runs, evaluation(spec.evaluate, document, "evaluate")
+
+
+def named(spec: AblationSpec, document: Document) -> list[Spec]:
+    """The specs of its runs, and of their evaluation."""
+    runs, evaluate = resolve(spec, document)
+    return [*runs.values(), evaluate]
+
+
+def run(spec: AblationSpec, document: Document) -> dict[str, Any]:
+    """Trains and scores what is not there yet, and writes the report."""
+    from jobs.training.launch import launch
+
+    runs, evaluate = resolve(spec, document)
+    say(f"  {len(spec.variants)} variants x {len(spec.seed_list)} seeds: {', '.join(spec.variants)}")
+    seeds_at_once = max(1, spec.max_parallel // len(spec.variants))  # so that there is always enough to do
+    finished: dict[VariantAndSeed, Finished] = {}
+    started_s = time.monotonic()
+    with ray_cluster():
+        for begin in range(0, len(spec.seed_list), seeds_at_once):
+            seeds = spec.seed_list[begin : begin + seeds_at_once]
+            group = {key: train for key, train in runs.items() if key[1] in seeds}
+            launch(list(group.values()), spec.max_parallel)
+            finished |= _scored(group, evaluate)
+            if len(finished) >= 2 * len(spec.variants):
+                write_report(spec, finished, facts(evaluate, time.monotonic() - started_s))
+            say(f"  {begin + len(seeds)} of {len(spec.seed_list)} seeds, {duration(time.monotonic() - started_s)}")
+    say(f"  {spec.out}: ablation.json, ablation.md, ablation.svg")
+    return {"outputs": [f"{spec.out}/ablation.json"]}
+
+
+def _scored(group: Mapping[VariantAndSeed, TrainSpec], evaluate: EvaluateSpec) -> dict[VariantAndSeed, Finished]:
+    folders = {train.name: Run(train) for train in group.values()}
+    results = Scorer(evaluate).scores({name: model_of(some) for name, some in folders.items()})
+    finished = {}
+    for key, train in group.items():
+        steps = read_rows(folders[train.name].store.read(METRICS))
+        worker_s = train.cluster.workers * sum(row["step_s"] - row["feed_wait_s"] for row in steps)
+        finished[key] = Finished(results[train.name], steps, worker_s)
+    return finished
+
+
+def facts(evaluate: EvaluateSpec, elapsed_s: float) -> dict[str, Any]:
+    """When, where, by which code and in which time; under a connected Ray."""
+    import ray
+
+    present = ray.cluster_resources()
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "revision": revision(),
+        "versions": versions(),
+        "hardware": f"nodes {len([node for node in ray.nodes() if node['Alive']])}, CPUs {present.get('CPU', 0):g},"
+        f" GPUs {present.get('GPU', 0):g}, {_processor()}",
+        "data": Reader(evaluate.data).fingerprint,
+        "elapsed_s": round(elapsed_s, 1),
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()} x {os.cpu_count()}"
+
+
+def write_report(spec: AblationSpec, finished: Mapping[VariantAndSeed, Finished], where: dict[str, Any]) -> None:
+    """The numbers, the tables and the plot of all runs that are there."""
+    from rzen.evaluation.ablation import effects, plot_effects
+    from rzen.evaluation.results import write_json
+
+    scores: dict[str, dict[int, dict[str, float]]] = {variant: defaultdict(dict) for variant in spec.variants}
+    for (variant, seed), some in finished.items():
+        for row in some.results:
+            scores[variant][seed].setdefault(row.task, row.value)  # of several metrics the first one, which is compared
+    found = effects(scores, spec.baseline)
+    runs = [
+        {
+            "variant": variant,
+            "seed": seed,
+            "training": _of_training(some.steps),
+            "rows": [asdict(row) for row in some.results],
+        }
+        for (variant, seed), some in finished.items()
+    ]
+    worker_s = sum(some.worker_s for some in finished.values())
+    settings = where | {"spec": spec.model_dump(mode="json"), "worker_s": round(worker_s, 1)}
+    out = Path(spec.out)
+    write_json(out / "ablation.json", {"settings": settings, "effects": [asdict(some) for some in found], "runs": runs})
+    (out / "ablation.svg").write_text(plot_effects(found, spec.baseline), encoding="utf-8")
+    (out / "ablation.md").write_text(_page(spec, found, runs, settings), encoding="utf-8")
+
+
+def _of_training(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Means over the steps: whether a part of the recipe had anything to do."""
+    return {name: statistics.fmean(row[name] for row in steps if not row["skipped"]) for name in _TOLD}
+
+
+def _page(
+    spec: AblationSpec, found: Sequence[Effect], runs: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]
+) -> str:
+    from rzen.evaluation.ablation import difference_table, score_table
+
+    num_seeds = found[0].num_seeds
+    metrics: dict[str, str] = {}
+    for row in runs[0]["rows"]:
+        metrics.setdefault(row["task"], row["metric"])
+    num_intervals = len([effect for effect in found if effect.variant != spec.baseline])
+    notes = "".join(f"* {note}\n" for note in spec.notes)
+    compared = ", ".join(f"{task} {metric}" for task, metric in metrics.items())
+    seeds = f"{len(spec.variants)} variants x {num_seeds} seeds (of {len(spec.seed_list)} asked for)"
+    return f"""# What the parts change
+
+* {seeds}, {settings["date"]}, revision {settings["revision"]}
+* {settings["hardware"]}; workers computed {settings["worker_s"]:,.0f} s in steps (starts, feed and evaluation apart)
+* {compared}
+{notes}
+## Difference to {spec.baseline}, points
+
+Mean over the seeds with its 95% interval (Student's t, paired by seed), bold where the interval leaves 0 out. It covers
+what the seed changes in a run, not the choice of the held-out samples, nor of what all runs start from. There are
+{num_intervals} intervals, and one in twenty of such misses the truth by chance: the mean of the tasks is the column to
+look at first, and what is not bold is not shown to help or to harm.
+
+{difference_table(found, spec.baseline)}
+![differences](ablation.svg)
+
+## Mean scores, %
+
+{score_table(found)}
+## What the parts did in training
+
+Means over steps and seeds: negatives dropped (as duplicates, or as false negatives), kept negatives that weigh in,
+and the temperature.
+
+{_training_table(runs)}"""
+
+
+def _training_table(runs: Sequence[Mapping[str, Any]]) -> str:
+    lines = ["| variant | dropped, % | weigh in, % | temperature |", "| --- | ---: | ---: | ---: |"]
+    for variant in dict.fromkeys(run["variant"] for run in runs):
+        dropped, effective, temperature = (
+            statistics.fmean(run["training"][name] for run in runs if run["variant"] == variant) for name in _TOLD
+        )
+        lines.append(f"| {variant} | {100 * dropped:.2f} | {100 * effective:.1f} | {temperature:.4f} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,77 @@
+"""Job of kind `finetunes`: fine-tunes side by side, then their soups."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from jobs.evaluation.scores import model_of
+from jobs.runtime.progress import say
+from jobs.spec.load import Document, Key, check, nested, read_document
+from jobs.spec.schema import AblationSpec, FinetunesSpec, RetrainSpec, Spec, TrainSpec
+from jobs.sweeps import soup
+from jobs.training.runs import DONE, Run
+from pipelines.errors import UserError
+
+
+def resolve(spec: FinetunesSpec, document: Document) -> dict[str, TrainSpec]:
+    """The spec of each fine-tune; `document` is what `spec` was read from."""
+    stage = stage_document(spec, document)
+    specs: dict[str, TrainSpec] = {}
+    for name, (run, values) in spec.changes().items():
+        of_run = document.place_under("runs", run) if run else document.place
+        train = stage.overlaid({"name": name}, of_run).overlaid(spec.runs[run] if run else {}, of_run)
+        for setting, value in values.items():
+            train = train.overlaid(nested(setting, value), partial(_place, document.place(("grid", setting))))
+        specs[name] = check_train(train)
+    if len(kinds := {train.model.tune for train in specs.values()}) > 1:
+        raise UserError(document.place(("runs",)), f"train {' and '.join(sorted(kinds))}", "give all one model.tune")
+    return specs
+
+
+def _place(where: str, key: Key) -> str:
+    return where
+
+
+def stage_document(spec: FinetunesSpec | AblationSpec | RetrainSpec, document: Document) -> Document:
+    """What all runs start from: the stage with the changes for all of them."""
+    return read_document(spec.stage, document.folder).overlaid(spec.set, document.place_under("set"))
+
+
+def check_train(document: Document) -> TrainSpec:
+    """The spec of one run. Raises `UserError` if it is of another kind."""
+    train = check(document)
+    if not isinstance(train, TrainSpec):
+        raise UserError(document.place(("kind",)), f"kind={train.kind!r} does not train", "use kind: train")
+    return train
+
+
+def named(spec: FinetunesSpec, document: Document) -> list[Spec]:
+    """The specs of its runs and evaluations."""
+    return [*resolve(spec, document).values(), *soup.named(spec, document)]
+
+
+def run(spec: FinetunesSpec, document: Document) -> dict[str, Any]:
+    """Trains all, then makes the soups of those that ended well. A job that is finished reports, and no more."""
+    from jobs.training.launch import launch
+
+    specs = resolve(spec, document)
+    runs = {name: Run(train) for name, train in specs.items()}
+    before = soup.stored_runs(spec)
+    failed_before = {name: some["id"] for name, some in before.items() if some["state"] == "failed"}
+    retried = {} if spec.retry_failed else failed_before
+    failures = launch([*specs.values()], spec.max_parallel, spec.min_survivors, retried)
+    states = {name: _state(some, failures.get(name), before.get(name, {})) for name, some in runs.items()}
+    survivors = {name: model_of(some) for name, some in runs.items() if states[name]["state"] == "finished"}
+    builder = soup.SoupBuilder(spec, document, survivors)
+    builder.report(builder.summary({"runs": states}))
+    for name in states.keys() - survivors.keys():
+        say(f"  {name} failed for good and is not in the soups: {states[name]['reason']}", "red")
+    return {"outputs": [*builder.outputs(), *(runs[name].result_url for name in survivors)]}
+
+
+def _state(some: Run, failure: UserError | None, before: Mapping[str, Any]) -> dict[str, Any]:
+    if some.store.exists(DONE):
+        return {"id": some.id, "state": "finished"}
+    return {"id": some.id, "state": "failed", "reason": str(failure) if failure else before["reason"]}

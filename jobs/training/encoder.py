@@ -1,0 +1,49 @@
+"""What the feed's tasks encode with. Light to import: many processes on many nodes do, and none of them needs torch."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+from jobs.runtime.models import checkpoint_folder
+from jobs.training.runs import Run
+from pipelines.samples import DecodedSample
+from rzen.config import PromptConfig, TinyBackbone
+from rzen.inputs.pairs import EncodedPairs, PairEncoder
+from rzen.inputs.processor import Processor
+
+BACKBONE = "backbone"
+
+
+def backbone_url(run: Run) -> str:
+    """Of the run's own tiny backbone, or what the spec names."""
+    named = run.spec.model.backbone
+    return run.store.child(BACKBONE).url if isinstance(named, TinyBackbone) else named
+
+
+class LocalEncoder:
+    """A `PairEncoder` for tasks on any node: finds the backbone's files when it encodes its first sample."""
+
+    def __init__(self, backbone: str, endpoint: str | None, prompt: PromptConfig) -> None:
+        self._arguments = (backbone, endpoint, prompt)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LocalEncoder, self._arguments
+
+    @cached_property
+    def _encoder(self) -> PairEncoder:
+        backbone, endpoint, prompt = self._arguments
+        return PairEncoder(Processor(checkpoint_folder(backbone, endpoint), prompt))
+
+    def sample(self, decoded: DecodedSample) -> EncodedPairs:
+        """As `PairEncoder.sample`."""
+        return self._encoder.sample(decoded)
+
+    def collate(self, pairs: list[EncodedPairs]) -> EncodedPairs:
+        """As `PairEncoder.collate`."""
+        return self._encoder.collate(pairs)
+
+
+def encoder_of(run: Run) -> LocalEncoder:
+    """What turns decoded samples into the pairs that this run trains on."""
+    return LocalEncoder(backbone_url(run), run.endpoint, run.spec.model.prompt)

@@ -1,0 +1,232 @@
+"""One training run, the driver's side: check, summarize, train, restart what was lost.
+
+A run that lost a worker goes on from its last checkpoint, and so does the same command given again.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import traceback
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+from ray.exceptions import RayError
+from ray.train import TrainingFailedError
+
+from jobs.runtime.cluster import user_error
+from jobs.runtime.models import is_published, local_folder, publish_folder
+from jobs.runtime.progress import say
+from jobs.runtime.records import differences
+from jobs.spec.schema import TrainSpec
+from jobs.training.encoder import BACKBONE, encoder_of
+from jobs.training.runs import Run
+from jobs.training.tracking import UNTRACKED, check_tracking
+from jobs.training.worker import train_worker
+from pipelines.errors import UserError
+from pipelines.feed.reader import Reader
+from pipelines.plan.plan import Plan, build_plan
+from pipelines.plan.resample import next_mixture_change
+from rzen.config import TinyBackbone
+from rzen.model.checkpoints import HUB_NAME, checkpoint_dir, read_identity
+
+FAILURE = "failure.txt"
+_MAX_TEXTS = 4000  # of a source; what a tiny tokenizer is trained on
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that may start: everything that can be wrong with it has been looked at. Picklable."""
+
+    run: Run
+    plan: Plan
+    tasks: tuple[str, ...]
+
+
+def prepare(spec: TrainSpec) -> Prepared | None:
+    """Looks at everything that needs no workers, and says what is going to happen; None if the run is finished."""
+    reader = Reader(spec.data)
+    plan = build_plan(
+        reader.tables(),
+        spec.data.mixture,
+        global_batch=spec.global_batch,
+        steps=spec.steps,
+        epochs=spec.epochs,
+        seed=spec.seed,
+    )
+    plan.check_world_size(spec.cluster.workers)
+    _check_models(spec)
+    check_tracking(spec.run.tracking)
+    run = Run(spec)
+    if not run.begin({"data": reader.fingerprints(plan)} | plan.describe()):
+        say(f"  {run.store.url}: finished before")
+        return None
+    if isinstance(spec.model.backbone, TinyBackbone) and not is_published(run.store.child(BACKBONE)):
+        _build_backbone(run, spec.model.backbone, reader)
+    _summarize(run, plan)
+    for text in reader.unshuffled(plan):
+        say(f"    {text}", "yellow")
+    return Prepared(run, plan, reader.tasks(plan))
+
+
+def _check_models(spec: TrainSpec) -> None:
+    """Raise `UserError` for a missing local model here, and not on a worker half a minute later."""
+    backbone = spec.model.backbone
+    if isinstance(backbone, str) and "://" not in backbone and not HUB_NAME.fullmatch(backbone):
+        checkpoint_dir(backbone)
+    adapter = spec.init_adapter
+    if adapter and "://" not in adapter and not Path(adapter).is_dir():
+        raise UserError(f"init_adapter {adapter}", "does not exist", "run stage 1 first, or set init_adapter: null")
+
+
+def _build_backbone(run: Run, config: TinyBackbone, reader: Reader) -> None:
+    """From the captions and instructions of the data, which the spec asks for in place of real weights."""
+    from rzen.export.export import write_identity
+    from rzen.model.backbone import build_tiny
+
+    texts = []
+    for source, size in reader.sizes().items():
+        for sample, _ in reader.raw(source, range(min(size, _MAX_TEXTS))):
+            texts += [sample.query.text, sample.positive.text, sample.instruction, sample.target_instruction]
+    with tempfile.TemporaryDirectory(prefix="rzen-backbone-") as scratch:
+        build_tiny(Path(scratch), config, [text for text in texts if text])
+        write_identity(Path(scratch), run.spec.model.identity, "float32", {"base": "random weights"})
+        publish_folder(Path(scratch), run.store.child(BACKBONE))
+
+
+def _summarize(run: Run, plan: Plan) -> None:
+    spec = run.spec
+    per_worker = spec.global_batch // spec.cluster.workers
+    shares = f"{spec.cluster.workers} x {per_worker}" if spec.cluster.workers > 1 else "1 worker"
+    backbone = "a tiny random backbone" if isinstance(spec.model.backbone, TinyBackbone) else spec.model.backbone
+    tuning = f"LoRA rank {spec.model.lora.rank}" if spec.model.tune == "lora" else "every weight"
+    say(f"  {spec.name}: {plan.num_steps:,} steps of {spec.global_batch} pairs ({shares})")
+    for line in plan.summary():
+        say(f"    {line}", "dim")
+    say(
+        f"    {backbone}, {tuning}, {spec.model.dtype}; instructions {'on' if spec.data.instructions else 'off'}", "dim"
+    )
+    say(f"    {run.store.url}, checkpoint every {spec.checkpoint.every_steps} steps", "dim")
+    if spec.init_adapter is not None:
+        adapter = Path(local_folder(spec.init_adapter, run.endpoint))
+        before = read_identity(adapter, spec.model.identity)
+        for change in differences(before.model_dump(), spec.model.identity.model_dump()):
+            say(f"    the adapter it goes on from was trained otherwise: {change}", "yellow")
+    if step := run.step():
+        say(f"    goes on from step {step}")
+
+
+def fit(prepared: Prepared, board: Any, set_state: Callable[[str, str], None], abandoned: Event) -> None:
+    """One run to its end. Raises `UserError` for everything that stops it for good.
+
+    Workers post how far they are on `board`; `set_state(name, state)` is called where they start again.
+    """
+    run = prepared.run
+    run.log(f"starts at step {run.step()} of {prepared.plan.num_steps}, {run.spec.cluster.workers} workers")
+    try:
+        _fit(prepared, board, set_state, abandoned)
+    except UserError as error:
+        run.log(f"failed for good: {error}")
+        raise
+    run.log("finished")
+
+
+def _fit(prepared: Prepared, board: Any, set_state: Callable[[str, str], None], abandoned: Event) -> None:
+    run, spec = prepared.run, prepared.run.spec
+    restarts = 0
+    while True:
+        prepared = _with_phases(prepared)
+        stop = _stop(prepared)
+        try:
+            _trainer(prepared, stop, board).fit()
+            if stop == prepared.plan.num_steps:
+                if run.store.exists(UNTRACKED):
+                    _report(run, run.store.read(UNTRACKED).decode().strip(), "yellow")
+                return
+            continue
+        except (TrainingFailedError, RayError) as error:
+            if cause := user_error(error):
+                raise cause from None
+            if abandoned.is_set():  # interrupted, or another run has failed: nobody waits for this one
+                raise
+            run.store.write(FAILURE, "".join(traceback.format_exception(error)).encode())
+            if restarts == spec.cluster.max_restarts:
+                problem = f"failed {restarts + 1} times, last with {_first_failure(error)}"
+                raise UserError(run.store.url, problem, f"{FAILURE} there holds the traceback") from None
+            restarts += 1
+            again = f"restart {restarts} of {spec.cluster.max_restarts}"
+            lost = f"lost a worker ({_first_failure(error)}; {run.store.url}/{FAILURE})"
+        _report(run, f"{lost}; {again} from step {run.step()}", "yellow")
+        set_state(spec.name, again)
+
+
+def _report(run: Run, event: str, style: str = "") -> None:
+    """To whoever watches, and into the run's log."""
+    say(f"  {run.spec.name}: {event}", style)
+    run.log(event)
+
+
+def _with_phases(prepared: Prepared) -> Prepared:
+    """The plan with all changes of the mixture up to now, the one that is due recorded first."""
+    run, resample = prepared.run, prepared.run.spec.data.mixture.resample
+    if resample is None:
+        return prepared
+    recorded = run.phases()
+    plan = prepared.plan
+    for phase in recorded:
+        if phase.first_step not in plan.phase_starts:
+            plan = plan.with_mixture_phase(phase)
+    if due := next_mixture_change(plan, run.rows(), run.step(), resample):
+        run.record(due)
+        plan = plan.with_mixture_phase(due)
+        total = sum(due.weights.values())
+        shares = ", ".join(f"{name} {weight / total:.1%}" for name, weight in due.weights.items())
+        _report(run, f"from step {due.first_step} on {shares}")
+    return replace(prepared, plan=plan)
+
+
+def _stop(prepared: Prepared) -> int:
+    """Where the workers stop: before the mixture changes, or at the end."""
+    resample = prepared.run.spec.data.mixture.resample
+    if resample is None:
+        return prepared.plan.num_steps
+    return min(prepared.plan.num_steps, (prepared.run.step() // resample.every_steps + 1) * resample.every_steps)
+
+
+def _trainer(prepared: Prepared, stop: int, board: Any) -> Any:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from pipelines.feed.feed import PlannedFeed
+
+    run, spec = prepared.run, prepared.run.spec
+    cluster = spec.cluster
+    resources = {"CPU": cluster.cpus_per_worker}
+    if cluster.gpus_per_worker:
+        resources["GPU"] = cluster.gpus_per_worker
+    feed = PlannedFeed(prepared.plan.until(stop), Reader(spec.data, encoder_of(run)), run.step, spec.feed)
+    filesystem, path = run.store.child("ray").arrow_filesystem()
+    return TorchTrainer(
+        train_worker,
+        train_loop_config={"prepared": prepared, "stop": stop, "board": board},
+        scaling_config=ScalingConfig(
+            num_workers=cluster.workers, use_gpu=cluster.gpus_per_worker > 0, resources_per_worker=resources
+        ),
+        torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
+        # Restarts are ours: Ray would also repeat what no repetition can mend. Ray resumes runs of one name by itself.
+        run_config=RunConfig(
+            name=f"{spec.name}-{uuid.uuid4().hex[:8]}",
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=0),
+        ),
+        **feed.trainer_arguments(),
+    )
+
+
+def _first_failure(error: BaseException) -> str:
+    failures = getattr(error, "worker_failures", {})
+    return str(next(iter(failures.values()), error)).strip().splitlines()[-1].strip().partition(". ")[0][:200]

@@ -1,0 +1,151 @@
+"""Training runs side by side: as many as the cluster has room for, the others in a queue."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import ExitStack
+from threading import Event, Thread
+from typing import Any
+
+from jobs.runtime.cluster import POLL_S, Resources, check_size, has_room, metrics_link, ray_cluster, user_error
+from jobs.runtime.progress import ProgressTracker, RunTable, say
+from jobs.spec.schema import TrainSpec
+from jobs.training.fit import Prepared, fit, prepare
+from jobs.training.runs import DONE, Run
+from pipelines.errors import UserError
+
+SAVE_S = 30  # at most, for a last checkpoint
+
+
+def launch(
+    specs: Sequence[TrainSpec],
+    max_parallel: int,
+    min_survivors: int | None = None,
+    failed_before: Mapping[str, str] | None = None,
+) -> dict[str, UserError]:
+    """Trains all, at most `max_parallel` at once and no more than the cluster has room for, in their order.
+
+    Finished runs are left as they are, and so are those of `failed_before` (name -> id of the run), unless they have
+    begun anew. Returns what failed now, and why. Raises `UserError` as soon as fewer than `min_survivors` (all of
+    `specs`, where not given) can be left; what runs then is given up, and goes on from its last checkpoint when it is
+    launched again.
+    """
+    unfinished = [prepared for spec in specs if (prepared := prepare(spec))]
+    given_up = [prepared for prepared in unfinished if _is_known(prepared.run, failed_before or {})]
+    unfinished = [prepared for prepared in unfinished if prepared not in given_up]
+    may_fail = 0 if min_survivors is None else len(specs) - len(given_up) - min_survivors
+    if may_fail < 0:
+        names = ", ".join(prepared.run.spec.name for prepared in given_up)
+        raise UserError(names, "failed for good before", f"{min_survivors} must end well; set retry_failed: true")
+    if not unfinished:
+        return {}
+    import ray
+
+    with ray_cluster():
+        for spec in (prepared.run.spec for prepared in unfinished):
+            if not spec.cluster.autoscaling:
+                each = Resources(spec.cluster.cpus_per_worker, spec.cluster.gpus_per_worker)
+                check_size("workers", spec.cluster.workers, each, spec.feed)
+        if link := metrics_link([prepared.run.spec.name for prepared in unfinished]):
+            say(f"  metrics  {link}", "dim")
+        with ExitStack() as stack:
+            table = stack.enter_context(RunTable([prepared.run.spec.name for prepared in unfinished]))
+            abandoned = Event()
+            stack.callback(abandoned.set)
+            board = ray.remote(num_cpus=0)(ProgressTracker).remote()
+            try:
+                return _run_queue(unfinished, max_parallel, may_fail, table, board, abandoned)
+            except KeyboardInterrupt:
+                _save(unfinished, board)
+                raise
+
+
+def _save(runs: Sequence[Prepared], board: Any) -> None:
+    """Waits a while for a checkpoint of every run that has gone on since its last one."""
+    import ray
+
+    news = ray.get(board.news.remote())
+    done = {prepared.run: news[name].done for prepared in runs if (name := prepared.run.spec.name) in news}
+    ray.get(board.stop.remote())
+    say("  saving; the same command goes on from there", "yellow")
+    deadline_s = time.monotonic() + SAVE_S
+    while any(run.step() < step and not run.store.exists(DONE) for run, step in done.items()):
+        if time.monotonic() > deadline_s:
+            say(f"  not saved within {SAVE_S} s", "yellow")
+            return
+        time.sleep(POLL_S)
+
+
+def _is_known(run: Run, failed_before: Mapping[str, str]) -> bool:
+    return failed_before.get(run.spec.name) == run.id
+
+
+def _run_queue(
+    unfinished: Sequence[Prepared], max_parallel: int, may_fail: int, table: RunTable, board: Any, abandoned: Event
+) -> dict[str, UserError]:
+    import ray
+    from ray.util.metrics import Gauge
+
+    gauge = Gauge("rzen_runs", "Training runs of this job that are in a state", ("state",))
+    waiting = deque(unfinished)
+    running: dict[str, Prepared] = {}
+    futures: dict[str, Future[None]] = {}
+    failures: dict[str, UserError] = {}
+    while waiting or running:
+        while waiting and len(running) < max_parallel and _fits(running, waiting[0]):
+            prepared = waiting.popleft()
+            name = prepared.run.spec.name
+            table.set_state(name, "starting")
+            running[name] = prepared
+            futures[name] = _in_thread(fit, prepared, board, table.set_state, abandoned)
+        done, _ = wait(futures.values(), timeout=POLL_S, return_when=FIRST_COMPLETED)
+        for name, news in ray.get(board.news.remote()).items():
+            if name in running:
+                table.update(name, news, running[name].run.spec.run.log_every_steps)
+        for name in [name for name, future in futures.items() if future in done]:
+            del running[name]
+            if (error := futures.pop(name).exception()) is None:
+                table.set_state(name, "finished")
+                continue
+            cause = user_error(error)
+            if cause is None:
+                raise error
+            failures[name] = cause
+            table.set_state(name, "failed", cause.problem)
+            if len(failures) > may_fail:
+                raise _too_few(failures, len(unfinished))
+        for state, count in table.states().items():
+            gauge.set(count, {"state": state})
+    return failures
+
+
+def _fits(running: Mapping[str, Prepared], another: Prepared) -> bool:
+    return has_room([prepared.run.spec for prepared in running.values()], another.run.spec)
+
+
+def _too_few(failures: dict[str, UserError], count: int) -> UserError:
+    if count == 1:
+        return next(iter(failures.values()))
+    first, *others = failures.items()
+    also = f"; so did {', '.join(name for name, _ in others)}" if others else ""
+    name, cause = first
+    problem = f"failed for good: {cause.place}: {cause.problem}{also}"
+    return UserError(name, problem, f"{cause.fix}; the same command goes on with what is left")
+
+
+def _in_thread(function: Callable[..., None], *arguments: Any) -> Future[None]:
+    """Like an executor's `submit`, but nobody waits for the thread when the program ends."""
+    future: Future[None] = Future()
+
+    def work() -> None:
+        try:
+            function(*arguments)
+            future.set_result(None)
+        except BaseException as error:  # noqa: BLE001  handed to whoever waits
+            future.set_exception(error)
+
+    Thread(target=work, daemon=True).start()
+    return future

@@ -1,0 +1,214 @@
+"""The folder of a training run in the store: what it was asked, how far it is, what it made.
+
+{root}/{name}/spec.json           resolved spec, versions, fingerprint of the data: what makes two runs the same
+              backbone/           a tiny backbone, where the spec asks for one
+              checkpoints/000200/ trained parameters, moments, and the metrics so far
+              latest.json         the newest complete checkpoint, written after it
+              phases.json         changes of the mixture, where the spec asks for resampling
+              model/ or adapter/  the result
+              best/               that of the best checkpoint, where it is not the last
+              metrics.jsonl       one row a step, some seconds after it
+              log.txt             starts, lost workers, changes of the mixture, and how it ended, with their times
+              tensorboard/        the same as event files
+              tracking.txt        what MLflow or W&B did not take
+              done.json           written last
+              scores/             of the result, one file for each way of scoring
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from jobs.runtime.records import as_json, differences
+from jobs.runtime.revision import revision, versions
+from jobs.spec.schema import TrainSpec
+from pipelines.errors import UserError
+from pipelines.plan.plan import MixturePhase
+from pipelines.storage.location import open_store, resolve_endpoint
+from pipelines.storage.store import Store
+
+SPEC, LATEST, DONE, METRICS, PHASES = "spec.json", "latest.json", "done.json", "metrics.jsonl", "phases.json"
+BEST, LOG = "best", "log.txt"
+# Settings that change where and how fast a run goes, never what it computes.
+_NOT_SCIENCE = {"run", "feed", "checkpoint", "cluster", "submit"}
+
+
+class Run:
+    """One training run in its store. Picklable; made by the driver, whose environment may name the S3 endpoint."""
+
+    def __init__(self, spec: TrainSpec) -> None:
+        self.spec = spec
+        self.endpoint = resolve_endpoint(spec.run.endpoint)
+        self.store: Store = open_store(spec.run.root, self.endpoint).child(spec.name)
+
+    @property
+    def result(self) -> str:
+        """Folder of the result, below the run."""
+        return "adapter" if self.spec.model.tune == "lora" else "model"
+
+    @property
+    def result_url(self) -> str:
+        """Where the trained adapter or model is."""
+        return self.store.child(self.result).url
+
+    @property
+    def id(self) -> str:
+        """Of this beginning of the run, for trackers; another after `overwrite`."""
+        return str(json.loads(self.store.read(SPEC))["id"])
+
+    def begin(self, data: dict[str, Any]) -> bool:
+        """Claims the folder for this spec and these `data` (plain, as JSON has it); False if the run is finished.
+
+        Raises `UserError` if the folder holds a run of other settings or data, unless it may be overwritten.
+        """
+        identity = {"spec": self.spec.model_dump(mode="json"), "data": data}
+        if self.store.exists(SPEC):
+            before = json.loads(self.store.read(SPEC))
+            changes = differences(_science(before), _science(identity))
+            if not changes:
+                return not self.store.exists(DONE)
+            if not self.spec.run.overwrite:
+                raise UserError(
+                    self.store.url,
+                    f"holds a run with other settings: {'; '.join(changes[:5])}",
+                    "choose another name, or set run.overwrite: true to begin anew",
+                )
+        self.store.ensure_bucket()
+        self.store.delete_tree("")
+        facts = {"id": uuid.uuid4().hex, "versions": versions(), "revision": revision()}
+        self.store.write(SPEC, as_json(identity | facts))
+        return True
+
+    def step(self) -> int:
+        """Of the newest checkpoint; 0 if there is none."""
+        return int(json.loads(self.store.read(LATEST))["step"]) if self.store.exists(LATEST) else 0
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Metrics of every step up to the newest checkpoint."""
+        if not self.store.exists(LATEST):
+            return []
+        path = json.loads(self.store.read(LATEST))["path"]
+        return read_rows(self.store.read(f"{path}/{METRICS}"))
+
+    def phases(self) -> list[MixturePhase]:
+        """The changes of the mixture so far."""
+        return (
+            [MixturePhase(**fields) for fields in json.loads(self.store.read(PHASES))]
+            if self.store.exists(PHASES)
+            else []
+        )
+
+    def record(self, phase: MixturePhase) -> None:
+        """Adds a change of the mixture."""
+        self.store.write(PHASES, as_json([asdict(some) for some in (*self.phases(), phase)]))
+
+    def log(self, event: str) -> None:
+        """Adds a line to `log.txt`. The driver's, one thread a run."""
+        before = self.store.read(LOG) if self.store.exists(LOG) else b""
+        self.store.write(LOG, before + f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}  {event}\n".encode())
+
+    def finish(self, summary: dict[str, Any], metrics: list[dict[str, Any]]) -> None:
+        """Makes the end of the run known. The result is in place by now."""
+        self.store.write(METRICS, to_lines(metrics))
+        self.store.write(DONE, as_json(summary))
+        self.store.delete_tree("checkpoints")
+        self.store.delete(LATEST)
+
+
+class Checkpoints:
+    """Checkpoints of a run, as the trainer asks for them: complete ones only, the last few of them and the best.
+
+    The best has the highest mean accuracy in the batches since the one before it. `metrics` are the rows of all steps
+    up to the checkpoint that was found, then of the steps since. `published_s` is the time of the newest one that was
+    published here, at first that of the beginning.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._store = run.store
+        self._config = run.spec.checkpoint
+        self.metrics: list[dict[str, Any]] = []
+        self.published_s = time.time()
+
+    def latest(self) -> Path | None:
+        """A local copy of the newest checkpoint, which the process keeps until it ends."""
+        if not self._store.exists(LATEST):
+            return None
+        folder = self._download(self._state()["path"])
+        self.metrics = read_rows((folder / METRICS).read_bytes())
+        return folder
+
+    def best(self) -> Path | None:
+        """A local copy of the best checkpoint, unless it is the newest."""
+        state = self._state()
+        best = state.get("best", state)
+        return None if best["path"] == state["path"] else self._download(best["path"])
+
+    def publish(self, folder: Path, step: int) -> None:
+        """Uploads a checkpoint with the metrics so far, names it the latest, and deletes what need not be kept."""
+        path = f"checkpoints/{step:06d}"
+        rows = [row for row in list(self.metrics) if row["step"] < step]  # training may have gone on
+        (folder / METRICS).write_bytes(to_lines(rows))
+        self._store.delete_tree(path)
+        self._store.upload_tree(folder, path)
+        state: dict[str, Any] = {"step": step, "path": path}
+        kept = {path}
+        if self._config.keep_best:
+            before = self._state() if self._store.exists(LATEST) else {"step": 0}
+            this = {"path": path, "accuracy": _accuracy(rows, before["step"])}
+            state["best"] = max(this, before.get("best", this), key=lambda some: some["accuracy"])
+            kept.add(state["best"]["path"])
+        self._store.write(LATEST, as_json(state))
+        self.published_s = time.time()
+        shutil.rmtree(folder, ignore_errors=True)
+        names = sorted({"/".join(name.split("/")[:2]) for name in self._store.list("checkpoints")})
+        for name in names[: -self._config.keep]:
+            if name not in kept:
+                self._store.delete_tree(name)
+
+    def _state(self) -> dict[str, Any]:
+        state: dict[str, Any] = json.loads(self._store.read(LATEST))
+        return state
+
+    def _download(self, path: str) -> Path:
+        folder = Path(tempfile.mkdtemp(prefix="rzen-checkpoint-"))
+        self._store.download_tree(path, folder)
+        return folder
+
+
+def _accuracy(rows: list[dict[str, Any]], start: int) -> float:
+    """Mean over the steps from `start` on that were not skipped."""
+    values = [row["accuracy"] for row in rows if row["step"] >= start and not row["skipped"]]
+    return sum(values) / len(values) if values else 0.0
+
+
+def _science(identity: dict[str, Any]) -> dict[str, Any]:
+    """What decides the weights. Data are known by their fingerprints, wherever they lie."""
+    spec = {key: value for key, value in identity["spec"].items() if key not in _NOT_SCIENCE}
+    spec["data"] = {key: value for key, value in spec["data"].items() if key not in ("root", "endpoint")}
+    spec["optim"] = {key: value for key, value in spec["optim"].items() if key != "zero_stage"}
+    return {"plan": identity["data"]} | spec
+
+
+def read_rows(lines: bytes) -> list[dict[str, Any]]:
+    """Of `metrics.jsonl`. JSON has no number that is not finite: such are null there, and nan here."""
+    rows: list[dict[str, Any]] = [json.loads(line) for line in lines.splitlines()]
+    return [{name: math.nan if value is None else value for name, value in row.items()} for row in rows]
+
+
+def to_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    """For `metrics.jsonl`."""
+    finite = (
+        {name: value if isinstance(value, str) or math.isfinite(value) else None for name, value in row.items()}
+        for row in rows
+    )
+    return "".join(json.dumps(row, sort_keys=True) + "\n" for row in finite).encode()

@@ -1,0 +1,226 @@
+"""Where the numbers of a run go while it runs: `metrics.jsonl` and TensorBoard beside it, MLflow and W&B by choice.
+
+A thread hands them over every few seconds, so that no server holds up a step, and none ends a run: what one did not
+take until the end is told in `tracking.txt`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any, Protocol
+
+from jobs.spec.schema import TrackingConfig
+from jobs.training.runs import METRICS, Run, to_lines
+from pipelines.errors import UserError
+
+TENSORBOARD, UNTRACKED = "tensorboard", "tracking.txt"
+EVERY_S = 15.0
+_LABELS = ("step", "source", "task")
+_MLFLOW_PARAMS = 100  # of one request
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+class _Sink(Protocol):
+    def add(self, rows: Rows) -> None:
+        """Takes rows in the order of their steps, each once."""
+
+    def close(self) -> None:
+        """After the last row."""
+
+
+def check_tracking(config: TrackingConfig) -> None:
+    """Raise `UserError` where a package is missing that the spec needs."""
+    for package, wanted in (("mlflow", config.mlflow), ("wandb", config.wandb)):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise UserError(f"run.tracking.{package}", "is not installed", "pip install 'rzen[tracking]'")
+
+
+class Tracker:
+    """Hands rows over in a thread. `before` are the rows of earlier starts, which sinks that keep them have already."""
+
+    def __init__(self, run: Run, before: Rows) -> None:
+        self._run = run
+        self._rows = list(before)
+        start = len(self._rows)
+        config = run.spec.run.tracking
+        makers: dict[str, Callable[[], _Sink]] = {METRICS: lambda: _Lines(run, before)}
+        if config.tensorboard:
+            makers["TensorBoard"] = lambda: _TensorBoard(run, start)
+        if config.mlflow:
+            makers["MLflow"] = lambda: _Mlflow(run, config)
+        if config.wandb:
+            makers["W&B"] = lambda: _Wandb(run, config)
+        self._makers = makers
+        self._sinks: dict[str, _Sink] = {}
+        self._given = dict.fromkeys(makers, start)
+        self._problems: dict[str, str] = {}
+        self._ended = Event()
+        self._thread = Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Takes a row; returns at once."""
+        self._rows.append(row)
+
+    def close(self) -> None:
+        """Hands over what is left, and waits for it. A sink that still fails is told in `tracking.txt`."""
+        self._ended.set()
+        self._thread.join()
+        if self._problems:
+            lines = [f"{name}: {problem}\n" for name, problem in self._problems.items()]
+            self._run.store.write(UNTRACKED, "".join(lines).encode())
+
+    def _work(self) -> None:
+        self._hand_over()  # whoever watches sees from the first step on that there is a run
+        while not self._ended.wait(EVERY_S):
+            self._hand_over()
+        self._hand_over()
+        for name, sink in self._sinks.items():
+            self._attempt(name, sink.close)
+
+    def _hand_over(self) -> None:
+        for name in self._makers:
+            self._attempt(name, lambda name=name: self._feed(name))
+
+    def _feed(self, name: str) -> None:
+        if name not in self._sinks:
+            self._sinks[name] = self._makers[name]()
+        end = len(self._rows)
+        if end > self._given[name]:
+            self._sinks[name].add(self._rows[self._given[name] : end])
+            self._given[name] = end
+        self._problems.pop(name, None)
+
+    def _attempt(self, name: str, work: Any) -> None:
+        try:
+            work()
+        except Exception as error:  # noqa: BLE001  whatever a server or its client does, training goes on
+            missing = len(self._rows) - self._given[name]
+            first = str(error).strip().splitlines()[:1]
+            self._problems[name] = f"{missing} steps not handed over: {type(error).__name__} {' '.join(first)}"
+
+
+class _Lines:
+    """`metrics.jsonl`, written anew."""
+
+    def __init__(self, run: Run, before: Rows) -> None:
+        self._run = run
+        self._lines = to_lines(before)
+
+    def add(self, rows: Rows) -> None:
+        lines = self._lines + to_lines(rows)
+        self._run.store.write(METRICS, lines)
+        self._lines = lines
+
+    def close(self) -> None:
+        pass
+
+
+class _TensorBoard:
+    """Event files below the run; steps that are repeated after a restart replace those before."""
+
+    def __init__(self, run: Run, start: int) -> None:
+        from tensorboardX import SummaryWriter
+
+        self._run = run
+        self._scratch = tempfile.TemporaryDirectory(prefix=f"rzen-tensorboard-{run.spec.name}-")
+        self._writer = SummaryWriter(self._scratch.name, purge_step=start, filename_suffix=f".{start:06d}")
+
+    def add(self, rows: Rows) -> None:
+        for row in rows:
+            for name, value in scalars(row).items():
+                self._writer.add_scalar(name, value, row["step"])
+        self._writer.flush()
+        self._upload()
+
+    def close(self) -> None:
+        self._writer.close()  # writes the last of it
+        self._upload()
+        self._scratch.cleanup()
+
+    def _upload(self) -> None:
+        self._run.store.upload_tree(Path(self._scratch.name), TENSORBOARD)
+
+
+class _Mlflow:
+    """One run of MLflow for a run of ours, however often it is started."""
+
+    def __init__(self, run: Run, config: TrackingConfig) -> None:
+        from mlflow import MlflowClient
+
+        self._client = MlflowClient(config.mlflow)
+        experiment = self._client.get_experiment_by_name(config.project)
+        experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(config.project)
+        found = self._client.search_runs([experiment_id], filter_string=f"tags.rzen = '{run.id}'")
+        if found:
+            self._id = found[0].info.run_id
+            return
+        self._id = self._client.create_run(experiment_id, run_name=run.spec.name, tags={"rzen": run.id}).info.run_id
+        from mlflow.entities import Param
+
+        params = [Param(name, value) for name, value in _flat(run.spec.model_dump(mode="json")).items()]
+        for start in range(0, len(params), _MLFLOW_PARAMS):
+            self._client.log_batch(self._id, params=params[start : start + _MLFLOW_PARAMS])
+
+    def add(self, rows: Rows) -> None:
+        from mlflow.entities import Metric
+
+        now_ms = int(time.time() * 1000)
+        for row in rows:
+            values = scalars(row).items()
+            metrics = [Metric(_mlflow_name(name), value, now_ms, row["step"]) for name, value in values]
+            self._client.log_batch(self._id, metrics=metrics)
+
+    def close(self) -> None:
+        self._client.set_terminated(self._id)
+
+
+class _Wandb:
+    """One run of W&B for a run of ours. Its steps only rise: repeated ones are ignored there."""
+
+    def __init__(self, run: Run, config: TrackingConfig) -> None:
+        import wandb
+
+        self._run = wandb.init(
+            project=config.project,
+            name=run.spec.name,
+            id=run.id,
+            resume="allow",
+            config=run.spec.model_dump(mode="json"),
+            settings=wandb.Settings(console="off", silent=True),
+        )
+
+    def add(self, rows: Rows) -> None:
+        for row in rows:
+            self._run.log(scalars(row), step=row["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def scalars(row: Mapping[str, Any]) -> dict[str, float]:
+    """`loss/_all` and `loss/SOURCE`, and so on for every number of a row: one chart each in TensorBoard and W&B."""
+    numbers = {name: float(value) for name, value in row.items() if name not in _LABELS}
+    return {f"{name}/{of}": value for name, value in numbers.items() for of in ("_all", row["source"])}
+
+
+def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """`optim.lr` -> `0.0002` for every leaf, as long as MLflow takes."""
+    flat: dict[str, str] = {}
+    for name, value in fields.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = str(value)[:500]
+    return flat
+
+
+def _mlflow_name(name: str) -> str:
+    return re.sub(r"[^\w\-./: ]", "_", name)

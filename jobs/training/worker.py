@@ -1,0 +1,114 @@
+"""One Ray Train worker: brings the feed, the trainer and the run's folder together."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+import ray.train
+from ray.util.metrics import Counter, Gauge
+
+from jobs.runtime.models import checkpoint_folder, local_folder, publish_folder
+from jobs.runtime.progress import Progress
+from jobs.training.encoder import backbone_url
+from jobs.training.runs import BEST, Checkpoints
+from jobs.training.tracking import Tracker
+
+if TYPE_CHECKING:
+    from pipelines.feed.reader import FeedBatch
+    from rzen.training.telemetry import Row
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """What Ray Train runs on every worker. `config` holds the prepared run and the board of its driver."""
+    from pipelines.feed.feed import SHARD, batches
+    from rzen.training.telemetry import METRICS, REJECTED, RUN_METRICS
+    from rzen.training.worker import Stage, train_stage
+
+    prepared, stop, board = config["prepared"], config["stop"], config["board"]
+    run, plan, spec = prepared.run, prepared.plan, prepared.run.spec
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    checkpoints = Checkpoints(run)
+    trackers: list[Tracker] = []
+    gauges = {
+        name: Gauge(f"rzen_{name}", metric.description, ("run", "source", "task")) for name, metric in METRICS.items()
+    }
+    run_gauges = {name: Gauge(f"rzen_{name}", metric.description, ("run",)) for name, metric in RUN_METRICS.items()}
+    rejected = Counter(f"rzen_{REJECTED}", "samples that were replaced", ("run", "source", "reason"))
+
+    def counted(feds: Iterator[FeedBatch]) -> Iterator[FeedBatch]:
+        for fed in feds:
+            for item in fed.rejected:
+                rejected.inc(1, {"run": spec.name, "source": fed.source, "reason": item.reason})
+            yield fed
+
+    def on_metrics(row: Row) -> None:
+        if not trackers:  # by now the rows before are known
+            trackers.append(tracking.enter_context(closing(Tracker(run, checkpoints.metrics))))
+        trackers[0].log(row)
+        checkpoints.metrics.append(row)
+        run_gauges["progress"].set((int(row["step"]) + 1) / plan.num_steps, {"run": spec.name})
+        run_gauges["checkpoint_time_s"].set(checkpoints.published_s, {"run": spec.name})
+        labels = {"run": spec.name, "source": str(row["source"]), "task": str(row["task"])}
+        for name, gauge in gauges.items():
+            gauge.set(float(row[name]), labels)
+        board.post.remote(spec.name, Progress(int(row["step"]) + 1, plan.num_steps, figures=_figures(row)))
+
+    with tempfile.TemporaryDirectory(prefix="rzen-result-") as scratch:
+        output = Path(scratch, "result")
+        with ExitStack() as tracking:
+            train_stage(
+                Stage(
+                    model=spec.model,
+                    objective=spec.objective,
+                    optim=spec.optim,
+                    num_steps=plan.num_steps,
+                    seed=spec.seed,
+                    checkpoint_every_steps=spec.checkpoint.every_steps,
+                    plan_fingerprint=plan.fingerprint(),
+                    chunk_tokens=spec.cluster.chunk_tokens,
+                    stop=stop,
+                ),
+                backbone_dir=checkpoint_folder(backbone_url(run), run.endpoint),
+                init_adapter=Path(local_folder(spec.init_adapter, run.endpoint)) if spec.init_adapter else None,
+                tasks=prepared.tasks,
+                batches=lambda start: counted(
+                    batches(
+                        ray.train.get_dataset_shard(SHARD),
+                        plan.until(stop),
+                        rank=rank,
+                        world_size=world_size,
+                        start=start,
+                        max_bad_fraction=spec.data.max_bad_fraction,
+                        prefetch=spec.feed.prefetch_tasks,
+                    )
+                ),
+                checkpoints=checkpoints,
+                output=output,
+                on_metrics=on_metrics,
+                preempted=lambda: ray.train.get_preemption_info() is not None or ray.get(board.is_stopping.remote()),
+                num_threads=spec.cluster.threads_per_worker,
+            )
+        if rank == 0 and stop == plan.num_steps:
+            publish_folder(output, run.store.child(run.result))
+            if (best := output.with_name(BEST)).is_dir():
+                publish_folder(best, run.store.child(BEST))
+            run.finish({"steps": plan.num_steps, "last": checkpoints.metrics[-1]}, checkpoints.metrics)
+
+
+def _figures(row: Row) -> dict[str, str]:
+    """The part of a row that one watches."""
+    watched = {
+        "loss": f"{row['loss']:.3f}",
+        "accuracy": f"{row['accuracy']:.0%}",
+        "tau": f"{row['temperature']:.3f}",
+        "samples/s": f"{row['samples_per_s']:.0f}",
+        "waiting": f"{row['feed_wait_fraction']:.0%}",
+        "source": str(row["source"]),
+    }
+    return watched | ({"skipped": f"gradient norm {row['grad_norm']}"} if row["skipped"] else {})

@@ -1,0 +1,99 @@
+"""Job of kind `pipeline`: jobs one after the other, each of which is done once.
+
+A job is repeated when its resolved settings, any job before it, or the files it starts from have changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from typing import Any
+
+from jobs.runtime.cluster import ray_cluster
+from jobs.runtime.dispatch import named_specs, run_spec
+from jobs.runtime.progress import duration, say
+from jobs.runtime.records import as_json
+from jobs.spec.load import Document, check, read_document, substitute
+from jobs.spec.schema import IndexSpec, IngestSpec, PipelineSpec, Spec
+from pipelines.errors import UserError
+from pipelines.storage.location import open_store
+from pipelines.storage.shard_urls import find_shards
+from pipelines.storage.store import Store
+
+
+def resolve_jobs(spec: PipelineSpec, document: Document) -> dict[str, tuple[Spec, Document]]:
+    """Checked spec of every job, and what it was read from; `document` is what `spec` was read from."""
+    jobs: dict[str, tuple[Spec, Document]] = {}
+    for name, job in spec.jobs.items():
+        around = ("jobs", name)
+        changes = substitute(job.set, spec.vars, document.place((*around, "set")))
+        changed = read_document(job.spec, document.folder).overlaid(changes, document.place_under(*around, "set"))
+        resolved = check(changed)
+        if isinstance(resolved, PipelineSpec):
+            raise UserError(document.place(around), f"{name} is a pipeline itself", "name a job of another kind")
+        named_specs(resolved, changed)
+        jobs[name] = (resolved, changed)
+    return jobs
+
+
+def named(spec: PipelineSpec, document: Document) -> list[Spec]:
+    """The specs of its jobs."""
+    return [job for job, _ in resolve_jobs(spec, document).values()]
+
+
+def run(spec: PipelineSpec, document: Document) -> dict[str, Any]:
+    """Runs what is not done yet, under one Ray."""
+    jobs = resolve_jobs(spec, document)
+    state = open_store(str(substitute(spec.state, spec.vars, "state")), spec.endpoint)
+    state.ensure_bucket()
+    started_s = time.monotonic()
+    key = ""
+    outputs: list[str] = []
+    with ray_cluster():
+        for number, (name, (job, source)) in enumerate(jobs.items(), start=1):
+            key = _key(job, source, key)
+            title = f"[{number}/{len(jobs)}] {name} ({job.kind})"
+            if _is_done(state, name, key, spec.endpoint):
+                say(f"{title}: done before", "dim")
+                continue
+            say(title, "bold")
+            begun_s = time.monotonic()
+            state.delete(_record(name))
+            result = run_spec(job, source)
+            outputs = result["outputs"]
+            elapsed_s = round(time.monotonic() - begun_s, 1)
+            record = {"key": key, "elapsed_s": elapsed_s, "result": result}
+            state.write(_record(name), as_json(record))
+            say(f"  done in {duration(elapsed_s)}", "dim")
+    say(f"{spec.name} complete in {duration(time.monotonic() - started_s)}", "bold")
+    return {"outputs": outputs}
+
+
+def _record(name: str) -> str:
+    return f"{name}.json"
+
+
+def _key(job: Spec, document: Document, before: str) -> str:
+    """Identity of a job's work: its settings, those of all jobs before it, and the raw files it reads."""
+    specs = [job, *named_specs(job, document)]
+    content: list[Any] = [before, *(spec.model_dump(mode="json", exclude={"submit"}) for spec in specs)]
+    if isinstance(job, IngestSpec):
+        content.append(open_store(job.input).tags())
+    if isinstance(job, IndexSpec):
+        shards = (found for source in job.sources.values() for found in find_shards(source.urls, job.endpoint))
+        content.append({found.url: found.tag for found in shards})
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _is_done(state: Store, name: str, key: str, endpoint: str | None) -> bool:
+    """Done with the same key, and what it made has not been deleted since."""
+    if not state.exists(_record(name)):
+        return False
+    record = json.loads(state.read(_record(name)))
+    return record["key"] == key and all(_exists(url, endpoint) for url in record["result"]["outputs"])
+
+
+def _exists(url: str, endpoint: str | None) -> bool:
+    parent, _, name = url.rpartition("/")
+    return bool(open_store(url, endpoint).list()) or open_store(parent or ".", endpoint).exists(name)

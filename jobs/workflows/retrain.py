@@ -1,0 +1,194 @@
+"""Job of kind `retrain`: one run of scheduled retraining. The same command given again goes on, or does nothing.
+
+lease -> new data? -> train from the champion -> soup with it -> score both -> publish -> gate -> promote or refuse
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from jobs.evaluation.scores import Model, Scorer, evaluation
+from jobs.runtime.models import is_published, local_folder, publish_folder
+from jobs.runtime.progress import say
+from jobs.runtime.revision import revision, versions
+from jobs.spec.load import Document
+from jobs.spec.schema import ModelRef, RetrainSpec, Spec, TrainSpec
+from jobs.sweeps.finetunes import check_train, stage_document
+from jobs.training.encoder import backbone_url
+from jobs.training.runs import SPEC, Run
+from jobs.workflows.registry import Champion, Lease, Registry
+from pipelines.feed.reader import Reader
+from pipelines.storage.location import open_store, resolve_endpoint
+
+WORK, SCORES = "work", "scores"
+
+
+def named(spec: RetrainSpec, document: Document) -> list[Spec]:
+    """The specs of the first training and of the evaluation."""
+    return [_train_spec(spec, document, "first", None), evaluation(spec.evaluate, document, "evaluate")]
+
+
+def run(spec: RetrainSpec, document: Document) -> dict[str, Any]:
+    """Does what is due, and records it. Raises `UserError` while another one is at it."""
+    registry = Registry(open_store(spec.registry, spec.endpoint))
+    with registry.lease(spec.lease_s) as lease:
+        retraining = _RetrainRun(spec, document, registry, registry.champion())
+        outcome = retraining.nothing_to_do() or retraining.work(lease)
+        say(f"  {outcome}")
+    champion = registry.champion()
+    say(f"  champion: {champion.model if champion else 'none'}")
+    return {"outputs": [registry.url(champion.model)] if champion else []}
+
+
+class _RetrainRun:
+    """One candidate against one champion. The names of its run and model follow from the champion, the data and the
+    settings, so that a run that was interrupted is found again by the next one.
+    """
+
+    def __init__(self, spec: RetrainSpec, document: Document, registry: Registry, champion: Champion | None) -> None:
+        self._spec, self._document, self._registry, self._champion = spec, document, registry, champion
+        self._endpoint = resolve_endpoint(spec.endpoint)
+        before = registry.lineage(champion.model) if champion else {}
+        self._data_before: dict[str, Any] = before.get("data", {})
+        self._parent = _ref(before, registry.url(champion.model)) if champion else None
+        self._evaluate = evaluation(spec.evaluate, document, "evaluate")
+        train = _train_spec(spec, document, "first", None)
+        reader = Reader(train.data)
+        self._data: dict[str, Any] = {"fingerprint": reader.fingerprint, "samples": reader.sizes()}
+        number = champion.generation if champion else 0
+        model = champion.model if champion else None
+        trained = [train.model_dump(mode="json"), spec.start, self._data, model]
+        self._run_name = f"retrain-{number}-{_hash(trained)}"  # another gate or soup does not train again
+        decided = [spec.model_dump(mode="json", include={"soup", "gate"}), self._evaluate.model_dump(mode="json")]
+        self.id = f"after-{number}-{_hash([trained, decided])}"
+
+    def nothing_to_do(self) -> str | None:
+        """Why, if so."""
+        before: Mapping[str, int] = self._data_before.get("samples", {})
+        new = sum(max(0, size - before.get(source, 0)) for source, size in self._data["samples"].items())
+        if self._champion and self._data_before.get("fingerprint") == self._data["fingerprint"]:
+            return f"nothing new: the data are those of the champion, {self._champion.model}"
+        if self._champion and new < self._spec.min_new_samples:
+            return f"nothing to do yet: {new:,} new samples, fewer than {self._spec.min_new_samples:,}"
+        if any(promotion["model"] == self.id for promotion in self._registry.promotions()):
+            return f"nothing new: {self.id} was made of these data, promoted, and replaced since"
+        if self._registry.has(self.id) and not self._registry.lineage(self.id)["verdict"]["promote"]:
+            return f"nothing new: {self.id} was made of these data and refused"
+        say(f"  {self.id}: {new:,} new samples, champion {self._champion.model if self._champion else 'none'}")
+        return None
+
+    def work(self, lease: Lease) -> str:
+        """Trains, publishes and decides; returns the outcome."""
+        self._registry.record(self.id, {"outcome": "training", "data": self._data})
+        if not self._registry.has(self.id):
+            self._publish()
+        verdict = self._registry.lineage(self.id)["verdict"]
+        lease.check()
+        reason = "; ".join(verdict["reasons"])
+        if verdict["promote"]:
+            self._registry.promote(self.id, reason=reason, instead_of=self._champion, report=verdict)
+        outcome = f"{'promoted' if verdict['promote'] else 'refused'} {self.id}: {reason}"
+        self._registry.record(self.id, {"outcome": outcome, "data": self._data})
+        return outcome
+
+    def _publish(self) -> None:
+        from jobs.training.launch import launch
+
+        train = _train_spec(self._spec, self._document, self._run_name, self._parent)
+        launch([train], max_parallel=1)
+        run = Run(train)
+        trained = Path(local_folder(run.result_url, self._endpoint))
+        base = self._base(run)
+        with tempfile.TemporaryDirectory(prefix="rzen-retrain-") as scratch:
+            folder, soup = trained, None
+            if self._parent and self._spec.soup:
+                folder, soup = self._soup_with_champion(trained, run.result_url, Path(scratch, "soup"))
+            work = self._registry.store.child(WORK).child(self.id)
+            publish_folder(folder, work)
+            scores = self._scores(_ref({"base": base, "tune": train.model.tune} | _facts(train), work.url))
+            self._registry.publish(self.id, folder, self._lineage(run, base, soup) | scores)
+            work.delete_tree("")
+
+    def _soup_with_champion(self, trained: Path, place: str, out: Path) -> tuple[Path, dict[str, Any]]:
+        from rzen.soup.make import make_soup
+
+        assert self._parent is not None
+        assert self._spec.soup is not None
+        url = self._parent.adapter or self._parent.base
+        parents = {"champion": Path(local_folder(url, self._endpoint)), "candidate": trained}
+        return out, make_soup(parents, out, self._spec.soup, places={"champion": url, "candidate": place})
+
+    def _scores(self, candidate: ModelRef) -> dict[str, Any]:
+        """Verdict and scores, for the lineage."""
+        from rzen.evaluation.gate import judge
+
+        kept = self._registry.store.child(SCORES)
+        models = {self.id: Model(candidate, kept.child(self.id))}
+        if self._champion and self._parent:
+            models[self._champion.model] = Model(self._parent, kept.child(self._champion.model))
+        scorer = Scorer(self._evaluate)
+        by_query = scorer.by_query(models)
+        champion = by_query[self._champion.model] if self._champion else None
+        gate = self._spec.gate.model_dump()
+        return {
+            "verdict": asdict(judge(champion, by_query[self.id], **gate)),
+            "frozen_set": scorer.scoring_config["data"],
+        }
+
+    def _base(self, run: Run) -> str | None:
+        """What an adapter belongs on, for good: not in the folder of a run that may be gone."""
+        if run.spec.model.tune == "full":
+            return None
+        if self._parent:
+            return self._parent.base
+        url = backbone_url(run)
+        if url == run.spec.model.backbone:
+            return url
+        base = self._registry.store.child("bases").child(self.id)
+        if not is_published(base):
+            publish_folder(Path(local_folder(url, self._endpoint)), base)
+        return base.url
+
+    def _lineage(self, run: Run, base: str | None, soup: Mapping[str, Any] | None) -> dict[str, Any]:
+        spec = json.loads(run.store.read(SPEC))
+        return {
+            "base": base,
+            "tune": run.spec.model.tune,
+            "data": self._data,
+            "parent": self._champion.model if self._champion else None,
+            "run": run.store.url,
+            "spec": spec["spec"],
+            "soup": soup,
+            "versions": versions(),
+            "revision": revision(),
+        } | _facts(run.spec)
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def _facts(train: TrainSpec) -> dict[str, Any]:
+    return {"instructions": train.data.instructions}
+
+
+def _ref(lineage: Mapping[str, Any], url: str) -> ModelRef:
+    """How a model of the registry is loaded."""
+    if lineage["tune"] == "lora":
+        return ModelRef(base=lineage["base"], adapter=url, instructions=lineage["instructions"])
+    return ModelRef(base=url, instructions=lineage["instructions"])
+
+
+def _train_spec(spec: RetrainSpec, document: Document, name: str, parent: ModelRef | None) -> TrainSpec:
+    place = document.place_under("set")
+    stage = stage_document(spec, document).overlaid({"name": name}, place)
+    if parent and spec.start == "champion":
+        goes_on = {"backbone": parent.base}
+        stage = stage.overlaid({"model": goes_on, "init_adapter": parent.adapter}, place)
+    return check_train(stage)

@@ -1,0 +1,242 @@
+"""What a benchmark gives: queries and candidates as sides with unique ids, pools, relevance, and its row of the table.
+
+Ids are digests of name and content. Equal names with unlike content are two candidates, as are unlike names with equal
+content: the protocols count candidates by name, and their own scripts merge what shares a name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import posixpath
+import stat
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from pipelines.errors import UserError
+from pipelines.samples import FileRef, Input, Media, MediaKind
+
+Suite = Literal["MMEB-V2", "M-BEIR", "M-BEIR global", "custom"]
+Modality = Literal["image", "video", "visdoc", "mixed"]
+ID = "S32"
+"""numpy's type of an id."""
+FRAMES = "frames"
+"""Suffix of the member of a video that lies on disk as a folder of pictures (`pipelines.benchmarks.frames`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One dataset of the table: what is scored, and where its files lie.
+
+    `pool` is `local` where every query has candidates of its own (in M-BEIR: where the task has), else `global`.
+    `metric` is the one that counts. `num_queries` are those of the protocol; a dataset with another number is
+    incomplete. `data` and `media` are folders under the benchmark's, `source` and `revision` what to fetch. The other
+    fields tell the reader `layout` where things are.
+    """
+
+    name: str
+    suite: Suite
+    modality: Modality
+    meta_task: str
+    pool: Literal["local", "global"]
+    metric: str
+    num_queries: int | None
+    layout: str
+    data: str = ""
+    media: str = ""
+    source: str = ""
+    revision: str = ""
+    subset: str = ""
+    split: str = "test"
+    id_column: str = ""
+    text_column: str = ""
+    num_classes: int = 0
+    instruction: str = ""
+    target_instruction: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A query or a candidate. `name` is the benchmark's own, which its files speak of; `id` is 32 hex digits.
+
+    `files` has a file for every member of `side`, and a folder for a video of frames (member `*.frames`).
+    """
+
+    id: str
+    name: str
+    side: Input
+    instruction: str = ""
+    files: dict[str, FileRef] = field(default_factory=dict)
+
+    @property
+    def modality(self) -> str:
+        """`text`, `image`, `image+text`, `video`, ...: what it shows, instructions apart."""
+        kinds = sorted({media.kind for media in self.side.media})
+        return "+".join([*kinds, *(["text"] if self.side.text else [])])
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """A query with the grades of its relevant candidates by id, all above 0, and its pool: ids, or None for all.
+
+    `relevance` is empty where no relevant candidate is in the pool at all: the query scores 0 and is counted.
+    """
+
+    item: Item
+    relevance: Mapping[str, float]
+    pool: tuple[str, ...] | None = None
+
+
+class Stream(Protocol):
+    """Candidates that are too many to hold, read anew each time."""
+
+    def __iter__(self) -> Iterator[Item]: ...
+
+    def pick(self, places: Collection[int]) -> dict[int, Item]:
+        """Those at these places, from zero; quicker than a pass over all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """One benchmark dataset. `candidates` has every candidate once, in the same order each time.
+
+    Datasets of one `corpus` have the same candidates, which need to be embedded and read once (`Pool`).
+    """
+
+    row: Row
+    queries: Sequence[Query]
+    candidates: Sequence[Item] | Stream
+    corpus: str
+
+    def pick(self, places: Iterable[int]) -> dict[int, Item]:
+        """The candidates at these places."""
+        if isinstance(self.candidates, Sequence):
+            return {place: self.candidates[place] for place in places}
+        return self.candidates.pick(set(places))
+
+
+def make_item(
+    name: str, text: str, media: Sequence[tuple[MediaKind, FileRef]], root: Path, slot: str, instruction: str = ""
+) -> Item:
+    """An item of text, files, or both. `slot` is `q` for queries and `p` for candidates, as in samples.
+
+    A file counts by its path under `root`, its page and its size: whoever puts another file of the same size in its
+    place must drop what was computed from it. Raises `UserError` for an item of nothing and a file that is not there.
+    """
+    if not text and not media:
+        raise UserError(f"{root} {name}", "has neither text nor media", "repair the file")
+    members: list[Media] = []
+    files: dict[str, FileRef] = {}
+    content: list[object] = [name, text, instruction]
+    for number, (kind, ref) in enumerate(media):
+        path = Path(ref.path)
+        size = _size(path, kind)
+        suffix = path.suffix.lower().removeprefix(".") if isinstance(size, int) else FRAMES
+        member = f"{slot}{number}.{suffix}"
+        members.append(Media(kind, member))
+        files[member] = ref
+        content += [kind, path.relative_to(root).as_posix(), ref.page, size]
+    digest = hashlib.sha256(json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
+    return Item(digest[:32], name, Input(text, tuple(members)), instruction, files)
+
+
+def _size(path: Path, kind: MediaKind) -> int | list[tuple[str, int]]:
+    """Bytes of a file; of a video's folder the names and bytes of its frames."""
+    try:
+        info = path.stat()
+        if not stat.S_ISDIR(info.st_mode):
+            return info.st_size
+        frames = sorted((entry.name, entry.stat().st_size) for entry in path.iterdir())
+    except OSError as error:
+        raise UserError(str(path), error.strerror or "cannot be read", "fetch it, or repair the list") from error
+    if kind != "video" or not frames:
+        raise UserError(str(path), "has no frames" if kind == "video" else "is a folder", "unpack it again")
+    return frames
+
+
+def without_instructions(dataset: Dataset) -> Dataset:
+    """The same questions without instruction, under ids of their own; candidates stay as they are."""
+    queries = []
+    for query in dataset.queries:
+        id = hashlib.sha256(f"{query.item.id} without instruction".encode()).hexdigest()[:32]
+        queries.append(replace(query, item=replace(query.item, id=id, instruction="")))
+    return replace(dataset, queries=queries)
+
+
+def file_in(root: Path, name: str) -> Path:
+    """The file that a list names, relative to `root`. Raises `UserError` where it would lie outside."""
+    relative = posixpath.normpath(name)
+    if posixpath.isabs(relative) or relative == ".." or relative.startswith("../"):
+        raise UserError(f"{root} {name}", "lies outside the folder of the benchmark", "put it inside")
+    return root / relative
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """The ids of a corpus in its order, `[N]` as bytes of 32, and the instructions that its candidates carry."""
+
+    ids: npt.NDArray[np.bytes_]
+    instructions: frozenset[str]
+
+
+def read_pool(dataset: Dataset) -> Pool:
+    """One pass over the candidates, for all datasets of the corpus. Raises `UserError` for one that is there twice."""
+    instructions = set[str]()
+
+    def ids() -> Iterator[bytes]:
+        for item in dataset.candidates:
+            instructions.add(item.instruction)
+            yield item.id.encode()
+
+    found = np.fromiter(ids(), dtype=ID)
+    order = np.argsort(found, kind="stable")
+    twice = order[1:][found[order[1:]] == found[order[:-1]]]
+    if len(twice):
+        name = dataset.pick([int(twice[0])])[int(twice[0])].name
+        raise UserError(f"{dataset.row.name} {name}", "is among the candidates twice", "repair its reader")
+    return Pool(found, frozenset(instructions))
+
+
+def as_ids(ids: Iterable[str]) -> npt.NDArray[np.bytes_]:
+    """Ids as an array of bytes, as `Pool` has them."""
+    return np.fromiter((id.encode() for id in ids), dtype=ID)
+
+
+def check(dataset: Dataset, pool: Pool) -> None:
+    """Raise `UserError` for queries that are there twice, relevance or pools that name no candidate, no answer at all,
+    and instructions on candidates that the protocol gives none or others: these cost points and no error.
+    """
+    row = dataset.row
+    wrong = pool.instructions - {row.target_instruction}
+    if wrong and not _brings_instructions(row):
+        problem = f"has candidates with the instruction {min(wrong)!r}, not {row.target_instruction!r}"
+        raise UserError(row.name, problem, "candidates carry what the protocol gives them, never that of queries")
+    if not len(dataset.queries) or not len(pool.ids):
+        raise UserError(row.name, f"has {len(dataset.queries)} queries, {len(pool.ids)} candidates", "fetch it again")
+    ids = Counter(query.item.id for query in dataset.queries)
+    for query in dataset.queries:
+        place = f"{row.name} {query.item.name}"
+        if ids[query.item.id] > 1:
+            raise UserError(place, "is among the queries twice", "repair its reader")
+        if query.pool is not None and len(set(query.pool)) < len(query.pool):
+            raise UserError(place, "has a pool with a candidate twice", "repair its reader")
+        if query.pool is not None and not query.relevance.keys() <= set(query.pool):
+            raise UserError(place, "has a relevant candidate outside its pool", "repair its reader")
+        if any(not 0 < grade < float("inf") for grade in query.relevance.values()):
+            raise UserError(place, "has a relevant candidate of grade 0 or less, or of none", "leave it out")
+    named = {id for query in dataset.queries for id in (*query.relevance, *(query.pool or ()))}
+    if (strangers := np.setdiff1d(as_ids(named), pool.ids)).size:
+        raise UserError(row.name, f"names a candidate {strangers[0].decode()} that it has not", "repair its reader")
+    if not any(query.relevance for query in dataset.queries):
+        raise UserError(row.name, "has no relevant candidate for any query", "fetch it again")
+
+
+def _brings_instructions(row: Row) -> bool:
+    """Own data, and image sets whose targets show something: there the files say what candidates carry."""
+    return row.suite == "custom" or row.meta_task in ("image retrieval", "image grounding")

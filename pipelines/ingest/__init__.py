@@ -1,0 +1,1 @@
+"""Raw files to shards, and indices of external shards, as Ray tasks."""

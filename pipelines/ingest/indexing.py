@@ -1,0 +1,202 @@
+"""The Ray job that indexes other people's shards: one task a shard, each done once, then the manifest.
+
+URLs -> shards with the store's tags -> one task each -> index below our data root
+all shards indexed -> report -> manifest
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from pathlib import PurePosixPath
+
+import ray
+
+from pipelines.config import MediaConfig
+from pipelines.errors import UserError
+from pipelines.shards.duplicates import with_duplicates
+from pipelines.shards.external import IndexedShard, ScanCounts, ScanJob, index_shard
+from pipelines.shards.mapping import SourceMapping
+from pipelines.shards.shards import (
+    Manifest,
+    SourceInfo,
+    manifest_path,
+    publish_manifest,
+    report_path,
+)
+from pipelines.shards.shuffle_check import SETTING, NeighborSimilarity, ShardSimilarity, likeness
+from pipelines.storage.location import resolve_endpoint
+from pipelines.storage.shard_urls import find_shards
+from pipelines.storage.store import Store
+
+_MAX_EXAMPLES = 20
+_CPUS_PER_TASK = 0.5  # a task waits for its shard about as long as it hashes it
+_TASKS_PER_CPU = 4  # handed to Ray at a time: a data set may have a million shards
+
+
+@dataclass(slots=True)
+class IndexReport:
+    """What became of every sample of every shard: `seen` is the sum of all counts in `accepted` and `rejected`.
+
+    `findings` are places that belong to no sample, with their bytes: damage, and files without an extension.
+    """
+
+    seen: int = 0
+    accepted: dict[str, int] = field(default_factory=dict)  # source -> samples
+    rejected: dict[str, int] = field(default_factory=dict)  # reason -> samples
+    findings: dict[str, dict[str, int]] = field(default_factory=dict)  # reason -> places, bytes
+    examples: dict[str, list[str]] = field(default_factory=dict)  # reason -> shards, keys and details, the first 20
+    neighbors: dict[str, NeighborSimilarity] = field(
+        default_factory=dict
+    )  # source -> how alike, where there are enough
+    num_shards: int = 0
+    num_reused: int = 0  # shards that an earlier job has indexed
+    num_bytes: int = 0
+    elapsed_s: float = 0.0
+
+    def add(self, url: str, tally: ScanCounts) -> None:
+        """Counts one shard."""
+        self.seen += tally.seen
+        for reason, count in tally.rejected.items():
+            self.rejected[reason] = self.rejected.get(reason, 0) + count
+        for reason, (places, num_bytes) in tally.findings.items():
+            sums = self.findings.setdefault(reason, {"places": 0, "bytes": 0})
+            sums["places"] += places
+            sums["bytes"] += num_bytes
+        for reason, examples in tally.examples.items():
+            known = self.examples.setdefault(reason, [])
+            known += [f"{url} {example}" for example in examples][: _MAX_EXAMPLES - len(known)]
+
+    def to_json(self) -> bytes:
+        """Readable JSON."""
+        return (json.dumps(asdict(self), indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def index(
+    sources: Mapping[str, tuple[SourceMapping, Sequence[str]]],
+    out: Store,
+    split: str,
+    *,
+    endpoint: str | None = None,
+    media: MediaConfig | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> IndexReport:
+    """Indexes the shards of each source (its mapping, its URLs) and publishes them as a split of `out`.
+
+    With `media` every file is decoded once. `on_progress` gets (done, all) shards. Shards that an earlier job has
+    indexed are not read again. Raises `UserError` for shards that are not there, for a source without one usable
+    sample, and for a split that holds anything this job does not name.
+    """
+    started_s = time.monotonic()
+    endpoint = resolve_endpoint(endpoint)
+    _check_split(out, split, sources)
+    jobs = [
+        ScanJob(source, found, _index_path(split, source, found.url), mapping, media)
+        for source, (mapping, urls) in sources.items()
+        for found in find_shards(urls, endpoint)
+    ]
+    out.ensure_bucket()
+    outcomes: list[IndexedShard | None] = [None] * len(jobs)
+    for done, (number, outcome) in enumerate(_run(jobs, out, endpoint), start=1):
+        outcomes[number] = outcome
+        if on_progress:
+            on_progress(done, len(jobs))
+    return _publish(sources, jobs, [outcome for outcome in outcomes if outcome], out, split, started_s)
+
+
+def _check_split(out: Store, split: str, sources: Mapping[str, object]) -> None:
+    """Raise `UserError` if publishing would drop a source that another job has made."""
+    try:
+        earlier = Manifest.from_json(out.read(manifest_path(split)))
+    except (FileNotFoundError, ValueError):  # none yet, or a damaged one, which this job replaces
+        return
+    place = f"{out.url}/{split}"
+    for name, source in earlier.sources.items():
+        if name not in sources:
+            raise UserError(
+                place, f"holds source {name!r}, which this job does not name", "name it too, or another out"
+            )
+        if source.mapping is None:
+            raise UserError(place, f"holds shards of our own under {name!r}", "choose another out, or another name")
+
+
+def _index_path(split: str, source: str, url: str) -> str:
+    """Named after the shard and its URL, so that shards may come and go without a new index for the others."""
+    return f"{split}/{source}/{PurePosixPath(url).stem}-{sha256(url.encode()).hexdigest()[:12]}.idx.parquet"
+
+
+def _run(jobs: Sequence[ScanJob], out: Store, endpoint: str | None) -> Iterator[tuple[int, IndexedShard]]:
+    """Outcomes as they come, with the number of their job. Raises the first `UserError` of a task."""
+    task = ray.remote(num_cpus=_CPUS_PER_TASK)(_task)
+    waiting = iter(enumerate(jobs))
+    running: dict[ray.ObjectRef, int] = {}
+    try:
+        while True:
+            most = max(1, int(ray.cluster_resources().get("CPU", 1.0) * _TASKS_PER_CPU))  # the cluster may grow
+            while len(running) < most and (following := next(waiting, None)):
+                number, job = following
+                running[task.remote(job, out, endpoint)] = number
+            if not running:
+                return
+            (ready, *_), _ = ray.wait([*running])
+            outcome = ray.get(ready)
+            if isinstance(outcome, UserError):
+                raise outcome
+            yield running.pop(ready), outcome
+    finally:
+        for reference in running:
+            ray.cancel(reference)
+
+
+def _task(job: ScanJob, out: Store, endpoint: str | None) -> IndexedShard | UserError:
+    """Errors of the user travel as values: Ray would wrap them, retry the task and log tracebacks."""
+    try:
+        return index_shard(job, out, endpoint)
+    except UserError as error:
+        return error
+
+
+def _publish(
+    sources: Mapping[str, tuple[SourceMapping, Sequence[str]]],
+    jobs: Sequence[ScanJob],
+    outcomes: Sequence[IndexedShard],
+    out: Store,
+    split: str,
+    started_s: float,
+) -> IndexReport:
+    report = IndexReport()
+    infos: dict[str, SourceInfo] = {}
+    neighbors: dict[str, list[ShardSimilarity]] = {source: [] for source in sources}
+    for job, outcome in zip(jobs, outcomes, strict=True):
+        report.add(job.found.url, outcome.tally)
+        report.num_shards += 1
+        report.num_reused += outcome.reused
+        report.num_bytes += outcome.shard.num_bytes
+        neighbors[job.source].append(outcome.neighbors)
+    for source, (mapping, _) in sources.items():
+        shards = tuple(o.shard for job, o in zip(jobs, outcomes, strict=True) if job.source == source)
+        report.accepted[source] = sum(shard.num_samples for shard in shards)
+        infos[source] = SourceInfo(mapping.task, report.accepted[source], shards, _plain(mapping))
+        if found := likeness(neighbors[source]):
+            report.neighbors[source] = found
+    report.elapsed_s = round(time.monotonic() - started_s, 3)
+    out.write(report_path(split), report.to_json())
+    if unusable := [source for source, count in report.accepted.items() if not count]:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(report.rejected.items()))
+        problem = f"has no usable sample; over all sources: {reasons or 'there are none'}"
+        raise UserError(f"source {unusable[0]}", problem, f"see {out.url}/{report_path(split)}, and check the mapping")
+    settings = {SETTING: {source: asdict(found) for source, found in report.neighbors.items()}}
+    publish_manifest(out, with_duplicates(out, Manifest(split, infos, settings)))
+    kept = {outcome.shard.index_path for outcome in outcomes}
+    for path in (path for source in sources for path in out.list(f"{split}/{source}") if path not in kept):
+        if path.endswith(".idx.parquet"):  # of shards that are no longer named
+            out.delete(path)
+    return report
+
+
+def _plain(mapping: SourceMapping) -> dict[str, object]:
+    """Without the fields that a spec adds to a mapping."""
+    return mapping.model_dump(include=set(SourceMapping.model_fields))

@@ -1,0 +1,1 @@
+"""Shards on disk: tar files, indices, manifests, and what is known of external shards."""

@@ -1,0 +1,212 @@
+"""Shards of other people, read once to index them: what is in them, what of it is usable, and where it lies.
+
+A shard stays where it is, and is never written to. Its index is like those of our own shards, with the outcome of the
+scan in its metadata, so that the index alone tells whether a shard has to be read again. Files are hashed and not
+decoded, unless that is asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import mmap
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.config import MediaConfig
+from pipelines.errors import BadMedia, UserError
+from pipelines.media.decode import Decoder
+from pipelines.samples import Sample
+from pipelines.shards.mapping import SampleMapper, SourceMapping
+from pipelines.shards.shards import IndexRow, ShardInfo, index_bytes, on_disk, target_sha256
+from pipelines.shards.shuffle_check import ShardSimilarity, Words, measure, words_of
+from pipelines.shards.tars import Finding, Group, entries, groups
+from pipelines.storage.location import open_store
+from pipelines.storage.shard_urls import ShardFile
+from pipelines.storage.store import Store
+
+SCAN_VERSION = 1
+_METADATA = b"rzen"
+_MAX_EXAMPLES = 3  # of a shard and reason
+
+
+@dataclass(slots=True)
+class ScanCounts:
+    """What became of the samples of a shard: `seen` is the sum of `accepted` and of all counts in `rejected`.
+
+    `findings` are places that belong to no sample, and their bytes: damage, files without an extension.
+    """
+
+    seen: int = 0
+    accepted: int = 0
+    rejected: dict[str, int] = field(default_factory=dict)
+    findings: dict[str, list[int]] = field(default_factory=dict)  # reason -> [places, bytes]
+    examples: dict[str, list[str]] = field(default_factory=dict)  # reason -> keys or offsets, with details
+
+    def reject(self, key: str, error: BadMedia) -> None:
+        """Counts a sample that is not used."""
+        self.rejected[error.reason] = self.rejected.get(error.reason, 0) + 1
+        self._example(error.reason, f"{key}: {error.detail}" if error.detail else key)
+
+    def find(self, finding: Finding) -> None:
+        """Counts what belongs to no sample."""
+        places, num_bytes = self.findings.get(finding.reason, (0, 0))
+        self.findings[finding.reason] = [places + 1, num_bytes + finding.num_bytes]
+        self._example(finding.reason, f"at byte {finding.offset}")
+
+    def _example(self, reason: str, text: str) -> None:
+        examples = self.examples.setdefault(reason, [])
+        if len(examples) < _MAX_EXAMPLES:
+            examples.append(text)
+
+
+@dataclass(frozen=True, slots=True)
+class ScanJob:
+    """One shard to index. With `media`, every file is decoded once, in a killable child."""
+
+    source: str
+    found: ShardFile
+    index_path: str
+    mapping: SourceMapping
+    media: MediaConfig | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """An index made with an equal one needs not be made again."""
+        media = self.media.model_dump() if self.media else None
+        content = {"url": self.found.url, "tag": self.found.tag, "selection": self.mapping.selection(), "media": media}
+        return {"scan_version": SCAN_VERSION, **content}
+
+
+@dataclass(frozen=True, slots=True)
+class IndexedShard:
+    """A shard with its index in place. `reused` if it was indexed before."""
+
+    shard: ShardInfo
+    tally: ScanCounts
+    neighbors: ShardSimilarity
+    reused: bool = False
+
+
+def index_shard(job: ScanJob, out: Store, endpoint: str | None = None) -> IndexedShard:
+    """Indexes a shard, or finds that this was done. Raises `UserError` for one that is gone or out of reach."""
+    try:
+        index = out.read(job.index_path)
+    except FileNotFoundError:
+        pass
+    else:
+        if outcome := _earlier(job, index):
+            return outcome
+    rows, tally, neighbors, num_bytes, sha256 = _scan(job, endpoint)
+    content = {"num_bytes": num_bytes, "sha256": sha256, "tally": asdict(tally), "neighbors": asdict(neighbors)}
+    metadata = json.dumps(job.identity() | content, sort_keys=True).encode()
+    index = index_bytes(rows, {_METADATA: metadata})
+    out.write(job.index_path, index)
+    return IndexedShard(_shard_info(job, index, len(rows), num_bytes, sha256), tally, neighbors)
+
+
+def _earlier(job: ScanJob, index: bytes) -> IndexedShard | None:
+    """The outcome of the scan that made an index, None if it is not of this shard, this mapping and this program."""
+    try:
+        schema = pq.read_schema(io.BytesIO(index))
+        content = json.loads((schema.metadata or {})[_METADATA])
+    except (pa.ArrowInvalid, KeyError, ValueError):
+        return None
+    if any(content.get(name) != value for name, value in job.identity().items()):
+        return None
+    tally, neighbors = ScanCounts(**content["tally"]), ShardSimilarity(**content["neighbors"])
+    neighbors.pool = [(target, words) for target, words in neighbors.pool]
+    shard = _shard_info(job, index, tally.accepted, content["num_bytes"], content["sha256"])
+    return IndexedShard(shard, tally, neighbors, reused=True)
+
+
+def _shard_info(job: ScanJob, index: bytes, num_samples: int, num_bytes: int, sha256: str) -> ShardInfo:
+    digest = hashlib.sha256(index).hexdigest()
+    return ShardInfo(job.found.url, num_samples, num_bytes, sha256, digest, job.index_path, job.found.tag)
+
+
+def _scan(job: ScanJob, endpoint: str | None) -> tuple[list[IndexRow], ScanCounts, ShardSimilarity, int, str]:
+    folder, _, name = job.found.url.rpartition("/")
+    try:
+        with on_disk(open_store(folder or "/", endpoint), name) as path, path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            num_bytes = file.tell()
+            if not num_bytes:  # nothing that could be mapped
+                return [], ScanCounts(findings={"no_end_marker": [1, 0]}), ShardSimilarity(), 0, sha256
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                rows, tally, texts = scan(data, SampleMapper(job.source, job.mapping), job.media)
+    except FileNotFoundError as error:
+        problem = "was there when the job began, and is gone"
+        raise UserError(job.found.url, problem, "give the command again") from error
+    return rows, tally, measure(texts), num_bytes, sha256
+
+
+def scan(
+    data: bytes | mmap.mmap, mapper: SampleMapper, media: MediaConfig | None = None
+) -> tuple[list[IndexRow], ScanCounts, list[tuple[str, Words]]]:
+    """Rows of the usable samples of a tar in order, what became of all, and (target, words) of each usable one.
+
+    Reasons for not using a sample: damaged, duplicate_member, duplicate_key, those of `SampleMapper.sample`, and with
+    `media` those of the decoders.
+    """
+    rows: list[IndexRow] = []
+    texts: list[tuple[str, Words]] = []
+    tally = ScanCounts()
+    for group in _tallied(data, tally):
+        try:
+            sample, target = _usable(data, group, mapper, media)
+        except BadMedia as error:
+            tally.reject(_printable(group.key), error)
+            continue
+        rows.append(IndexRow(group.key, group.offset, group.end - group.offset, target, len(group.members)))
+        texts.append((target, words_of(f"{sample.query.text} {sample.positive.text}")))
+    tally.accepted = len(rows)
+    assert tally.seen == tally.accepted + sum(tally.rejected.values())
+    return rows, tally, texts
+
+
+def _tallied(data: bytes | mmap.mmap, tally: ScanCounts) -> Iterator[Group]:
+    """The samples of a tar, one for each key; all else is counted."""
+    keys: set[str] = set()
+    for item in groups(entries(data)):
+        if isinstance(item, Finding):
+            tally.find(item)
+            continue
+        tally.seen += 1
+        if item.key in keys:
+            tally.reject(_printable(item.key), BadMedia("duplicate_key", "an earlier sample of the shard has it"))
+            continue
+        keys.add(item.key)
+        yield item
+
+
+def _usable(
+    data: bytes | mmap.mmap, group: Group, mapper: SampleMapper, media: MediaConfig | None
+) -> tuple[Sample, str]:
+    """A sample and the identity of its target. Raises `BadMedia`."""
+    if group.problem:
+        raise BadMedia(group.problem)
+    if _printable(group.key) != group.key:
+        raise BadMedia("not_utf8", "the names of its members")
+    if len({name.lower() for name in group.members}) < len(group.members):
+        raise BadMedia("duplicate_member", "extensions differ in case only")
+    members = mapper.select(data, group)
+    sample = mapper.sample(group.key, members)
+    if media:
+        _isolated_decoder(media).sample(sample, members, instructions=False)
+    return sample, target_sha256(sample.positive, members)
+
+
+@cache
+def _isolated_decoder(media: MediaConfig) -> Decoder:
+    """One child per process and settings; it ends with the process."""
+    return Decoder(media, isolated=True)
+
+
+def _printable(key: str) -> str:
+    return key.encode(errors="replace").decode()

@@ -1,0 +1,324 @@
+"""An ordinary folder of files to samples: media with captions beside them, `captions.jsonl` lists, and PDFs.
+
+    cat.jpg + cat.txt       each line that is not empty is a caption, and each caption a sample
+    captions.jsonl          in any folder, paths relative to it, one object a line:
+                              {"file", "caption"}                 text -> medium; "page" for PDFs, from zero
+                              {"query_file", "query", "file"}     composed retrieval: medium + text -> medium
+                              {"query", "positive"}               text -> text
+                              {"query_file", "positive"}          medium -> name of its class
+                            each with optional "source", "task", "instruction", "relevance", "split"
+    report.pdf              without captions: a passage of each page's own text layer -> that page
+
+A caption of a PDF without "page" belongs to page 0. Hidden files and folders are left alone.
+"""
+
+from __future__ import annotations
+
+import codecs
+import os
+import posixpath
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from pydantic import FiniteFloat, ValidationError
+
+from pipelines.config import Config, MediaConfig, NonNegativeInt
+from pipelines.errors import BadMedia, UserError
+from pipelines.media.documents import page_texts
+from pipelines.media.sandbox import Sandbox
+from pipelines.samples import FileRef, Input, Media, MediaKind, RawSample, Rejected, Sample
+from pipelines.sources.passages import choose_passages
+
+LIST_NAME = "captions.jsonl"
+_EXTENSIONS: dict[MediaKind, tuple[str, ...]] = {
+    "image": (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
+    "document": (".pdf",),
+    "video": (
+        *(".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".flv", ".ogv", ".wmv", ".asf"),
+        *(".mpg", ".mpeg", ".ts", ".mts", ".m2ts"),
+    ),
+}
+KINDS: dict[str, MediaKind] = {extension: kind for kind, group in _EXTENSIONS.items() for extension in group}
+
+# source and task -> instruction of the query, instruction of the targets, worded like those of MMEB-V2
+INSTRUCTIONS: dict[str, tuple[str, str]] = {
+    "text_image": ("Find an image that matches the given caption:", "Understand the content of the provided image."),
+    "text_page": (
+        "Find a document image that matches the given query:",
+        "Understand the content of the provided document image.",
+    ),
+    "text_video": (
+        "Find the clip that corresponds to the given text:",
+        "Understand the content of the provided video clip.",
+    ),
+    "image_text_image": (
+        "Given an image, find a similar image with the described changes:",
+        "Understand the content of the provided image.",
+    ),
+    "text_text": ("Find a text that matches the given query:", ""),
+    "image_class": ("Represent the given image for classification.", ""),
+}
+_TEXT_TO: dict[MediaKind, str] = {"image": "text_image", "document": "text_page", "video": "text_video"}
+
+
+class _Line(Config):
+    """One line of `captions.jsonl`; `_FORMS` says which fields go together."""
+
+    file: str | None = None
+    caption: str | None = None
+    page: NonNegativeInt | None = None
+    query_file: str | None = None
+    query: str | None = None
+    positive: str | None = None
+    source: str | None = None
+    task: str | None = None
+    instruction: str | None = None
+    relevance: FiniteFloat | None = None
+    split: Literal["train", "held_out"] | None = None
+
+
+_OPTIONS = {"source", "task", "instruction", "relevance"}  # fields of the sample; `split` is the raw sample's
+_FORMS = (
+    {"file", "caption"},
+    {"file", "caption", "page"},
+    {"query_file", "query", "file"},
+    {"query", "positive"},
+    {"query_file", "positive"},
+)
+
+
+def read_folder(path: str, config: MediaConfig) -> Iterator[RawSample | Rejected]:
+    """All samples of a folder and all that cannot be one, in an order that depends on names alone.
+
+    First the lines of every `captions.jsonl`, then every other file. Media are named and not read, except the text
+    layers of PDFs without captions, which are read in a sandbox. Links are followed to files, as download caches use
+    them, and not to folders. Keys are left empty. `origin` is the path in the folder, with `#page=` from zero for
+    PDFs, or `captions.jsonl:line`.
+
+    Raises `UserError` at once for a missing path, a file, and a folder without a usable file. Reasons of `Rejected`:
+    no_caption, empty_caption, unsupported_format, unreadable, bad_json, missing_file, outside_folder, empty_file,
+    no_text_layer, and those of `pipelines.media` for PDFs.
+    """
+    root = Path(path).absolute()
+    if not root.is_dir():
+        problem = "is not a folder" if root.exists() else "does not exist"
+        raise UserError(str(path), problem, "name a folder of images, videos or PDFs")
+    tree = _list(root)
+    if not any(_kind(name) or _is_list(name) for name in tree.sizes):
+        known = " ".join(KINDS)
+        raise UserError(str(path), "holds no usable file", f"put files with {known} or a {LIST_NAME} into it")
+    return _read(tree, config)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tree:
+    """Files by path relative to `root` with `/`, sorted, and their sizes in bytes; None where unreadable."""
+
+    root: Path
+    sizes: dict[str, int | None]
+
+    def read(self, name: str) -> bytes:
+        if self.sizes[name] is None:
+            raise BadMedia("unreadable", name)  # opening a named pipe would wait for ever
+        try:
+            return (self.root / name).read_bytes()
+        except OSError as error:
+            raise BadMedia("unreadable", str(error)) from error
+
+
+def _list(root: Path) -> _Tree:
+    sizes: dict[str, int | None] = {}
+
+    def unreadable(error: OSError) -> None:
+        sizes[Path(error.filename).relative_to(root).as_posix()] = None
+
+    for folder, subfolders, names in os.walk(root, onerror=unreadable):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        place = Path(folder)
+        prefix = place.relative_to(root).as_posix()
+        for name in names:
+            if not name.startswith("."):
+                raw = posixpath.normpath(f"{prefix}/{name}")
+                # A name that is not UTF-8 could not be stored: it is told as far as it can be, and not used.
+                shown = os.fsencode(raw).decode(errors="replace")
+                sizes[shown] = _size(place / name) if shown == raw else None
+    return _Tree(root, dict(sorted(sizes.items())))
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size if path.is_file() and os.access(path, os.R_OK) else None
+    except OSError:
+        return None
+
+
+def _read(tree: _Tree, config: MediaConfig) -> Iterator[RawSample | Rejected]:
+    captioned: set[str] = set()
+    for name in filter(_is_list, tree.sizes):
+        yield from _read_list(tree, name, captioned)
+    stems = {posixpath.splitext(name)[0] for name in tree.sizes if _kind(name)}
+    with Sandbox(config) as sandbox:
+        for name in tree.sizes:
+            if _is_list(name):
+                continue
+            if _kind(name):
+                yield from _read_medium(tree, name, name in captioned, config, sandbox)
+            elif not name.endswith(".txt"):
+                reason = "unreadable" if tree.sizes[name] is None else "unsupported_format"
+                yield Rejected(name, reason)
+            elif posixpath.splitext(name)[0] not in stems:
+                yield Rejected(name, "missing_file", "a caption, and no medium of the same name beside it")
+
+
+def _read_medium(
+    tree: _Tree, name: str, captioned: bool, config: MediaConfig, sandbox: Sandbox
+) -> Iterator[RawSample | Rejected]:
+    """A medium with the `.txt` beside it; a PDF without one by its own text. Listed media are done already."""
+    caption_file = posixpath.splitext(name)[0] + ".txt"
+    try:
+        if caption_file in tree.sizes:
+            _check_file(tree, name)
+            for caption in _captions(tree, caption_file):
+                yield _captioned(tree, name, None, caption)
+        elif not captioned:
+            _check_file(tree, name)
+            if _kind(name) != "document":
+                raise BadMedia("no_caption")
+            yield from _read_pdf(tree, name, config, sandbox)
+    except BadMedia as bad:
+        yield Rejected(name, bad.reason, bad.detail)
+
+
+def _captions(tree: _Tree, name: str) -> list[str]:
+    try:
+        lines = tree.read(name).decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise BadMedia("unreadable", f"{name}: {error}") from error
+    captions = [line.strip() for line in lines if line.strip()]
+    if not captions:
+        raise BadMedia("empty_caption", name)
+    return captions
+
+
+def _read_pdf(tree: _Tree, name: str, config: MediaConfig, sandbox: Sandbox) -> Iterator[RawSample | Rejected]:
+    if (tree.sizes[name] or 0) > config.max_bytes:
+        raise BadMedia("too_many_bytes", f"{tree.sizes[name]} > {config.max_bytes}")
+    texts = sandbox.call(page_texts, tree.read(name), config)
+    for page, passage in enumerate(choose_passages(texts)):
+        if passage:
+            yield _captioned(tree, name, page, passage)
+        else:
+            yield Rejected(f"{name}#page={page}", "no_text_layer")
+
+
+def _read_list(tree: _Tree, name: str, captioned: set[str]) -> Iterator[RawSample | Rejected]:
+    """The samples of one `captions.jsonl`; adds every file it names to `captioned`."""
+    try:
+        _check_file(tree, name)
+        with (tree.root / name).open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                origin = f"{name}:{number}"
+                try:
+                    yield _listed(tree, posixpath.dirname(name), _parse(line), origin, captioned)
+                except BadMedia as bad:
+                    yield Rejected(origin, bad.reason, bad.detail)
+    except BadMedia as bad:
+        yield Rejected(name, bad.reason, bad.detail)
+
+
+def _parse(line: bytes) -> _Line:
+    try:
+        parsed = _Line.model_validate_json(line.removeprefix(codecs.BOM_UTF8))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise BadMedia("bad_json", ": ".join([*map(str, first["loc"]), first["msg"]])) from error
+    fields = {field for field, value in parsed if value is not None} - _OPTIONS - {"split"}
+    if fields not in _FORMS:
+        forms = " or ".join("+".join(sorted(form)) for form in _FORMS)
+        raise BadMedia("bad_json", f"has {'+'.join(sorted(fields)) or 'nothing'}, needs {forms}")
+    return parsed
+
+
+def _listed(tree: _Tree, folder: str, line: _Line, origin: str, captioned: set[str]) -> RawSample:
+    query_file = _resolve(folder, line.query_file)
+    file = _resolve(folder, line.file)
+    captioned.update(name for name in (query_file, file) if name)
+    texts = [text.strip() for text in (line.caption, line.query, line.positive) if text is not None]
+    if not all(texts):
+        raise BadMedia("empty_caption")
+    if file is None and query_file:
+        query, query_ref = _medium(tree, "q0", query_file)
+        pair = _sample("image_class", Input(media=(query,)), Input(texts[0]), {query.member: query_ref}, query_file)
+    elif file is None:
+        pair = _sample("text_text", Input(texts[0]), Input(texts[1]), {}, origin)
+    elif query_file is None:
+        pair = _captioned(tree, file, line.page, texts[0])
+    else:
+        (query, query_ref), (target, target_ref) = _medium(tree, "q0", query_file), _medium(tree, "p0", file)
+        files = {query.member: query_ref, target.member: target_ref}
+        pair = _sample("image_text_image", Input(texts[0], (query,)), Input(media=(target,)), files, file)
+    options = {name: value for name in _OPTIONS if (value := getattr(line, name)) is not None}
+    return replace(pair, sample=replace(pair.sample, **options), split=line.split)
+
+
+def _resolve(folder: str, name: str | None) -> str | None:
+    """A path of a list, relative to the root. By its letters alone: nothing outside the root is even looked at."""
+    if name is None:
+        return None
+    resolved = posixpath.normpath(posixpath.join(folder, name))
+    if posixpath.isabs(resolved) or resolved == ".." or resolved.startswith("../"):
+        raise BadMedia("outside_folder", name)
+    return resolved
+
+
+def _captioned(tree: _Tree, name: str, page: int | None, caption: str) -> RawSample:
+    medium, ref = _medium(tree, "p0", name, page)
+    origin = name if ref.page is None else f"{name}#page={ref.page}"
+    return _sample(_TEXT_TO[medium.kind], Input(caption), Input(media=(medium,)), {medium.member: ref}, origin)
+
+
+def _medium(tree: _Tree, slot: str, name: str, page: int | None = None) -> tuple[Media, FileRef]:
+    kind = _kind(name)
+    if kind is None:
+        raise BadMedia("unsupported_format", name)
+    if page is not None and kind != "document":
+        raise BadMedia("bad_json", f"{name} has no pages")
+    _check_file(tree, name)
+    ref = FileRef(str(tree.root / name), (page or 0) if kind == "document" else None)
+    return Media(kind, slot + posixpath.splitext(name)[1].lower()), ref
+
+
+def _sample(form: str, query: Input, positive: Input, files: dict[str, FileRef], origin: str) -> RawSample:
+    instruction, target_instruction = INSTRUCTIONS[form]
+    sample = Sample(
+        key="",
+        source=form,
+        task=form,
+        query=query,
+        positive=positive,
+        instruction=instruction,
+        target_instruction=target_instruction,
+        origin=origin,
+    )
+    return RawSample(sample, files)
+
+
+def _check_file(tree: _Tree, name: str) -> None:
+    if name not in tree.sizes:
+        raise BadMedia("missing_file", name)
+    if tree.sizes[name] is None:
+        raise BadMedia("unreadable", name)
+    if tree.sizes[name] == 0:
+        raise BadMedia("empty_file", name)
+
+
+def _is_list(name: str) -> bool:
+    return posixpath.basename(name) == LIST_NAME
+
+
+def _kind(name: str) -> MediaKind | None:
+    return KINDS.get(posixpath.splitext(name)[1].lower())

@@ -1,0 +1,59 @@
+"""Open a local folder, a file:// or an s3:// URL as a `Store`."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+from urllib.parse import unquote
+
+from pipelines.errors import UserError
+from pipelines.storage.store import PARTIAL, LocalStore, Store, disk_errors
+
+
+def open_store(url: str, endpoint: str | None = None) -> Store:
+    """Opens a local path, file:// or s3:// URL. Nothing is contacted or created.
+
+    `endpoint` names another object store than AWS; `resolve_endpoint` is applied to it, and the result travels with
+    the store. Credentials are each machine's own.
+    """
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        return LocalStore(Path(url).expanduser().absolute())
+    if scheme == "file":
+        return LocalStore(Path(unquote(rest)))
+    if scheme != "s3":
+        raise UserError(url, f"unknown scheme {scheme}://", "use a local path, file:// or s3://")
+    from pipelines.storage.s3 import open_s3  # boto3 is loaded only where it is used
+
+    return open_s3(url, resolve_endpoint(endpoint))
+
+
+def resolve_endpoint(endpoint: str | None) -> str | None:
+    """What was given, or AWS_ENDPOINT_URL_S3, or AWS_ENDPOINT_URL. For drivers: workers need not have the variables."""
+    return endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+
+
+def localize(url: str, cache_dir: Path, endpoint: str | None = None) -> Path:
+    """A local folder with the content of `url`: a local path as it is, an s3:// tree downloaded once.
+
+    Copies are named by the content listed at the URL, appear in `cache_dir` only when complete, and are shared by
+    the processes of a machine: one downloads, the others wait. Raises `FileNotFoundError` if there is nothing.
+    """
+    store = open_store(url, endpoint)
+    if isinstance(store, LocalStore):
+        return store.root
+    target = cache_dir / hashlib.sha256(repr((store, store.tags())).encode()).hexdigest()[:32]
+    if target.is_dir():
+        return target
+    with disk_errors(cache_dir):
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with target.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not target.is_dir():
+                with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=cache_dir) as partial:
+                    store.download_tree("", Path(partial, "tree"))
+                    Path(partial, "tree").rename(target)
+    return target

@@ -1,0 +1,104 @@
+"""Which shards a user means: local paths, file:// and s3:// URLs, folders, globs and braces to absolute URLs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cache
+
+from pipelines.errors import UserError
+from pipelines.storage.location import open_store
+
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_GLOB = re.compile(r"[*?[]")
+_MAX_RANGE = 10_000_000
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
+
+
+@dataclass(frozen=True, slots=True)
+class ShardFile:
+    """An object in a store: absolute URL, and the store's tag of its content."""
+
+    url: str
+    tag: str
+
+
+def find_shards(urls: Sequence[str], endpoint: str | None = None) -> list[ShardFile]:
+    """All tars that the URLs mean, each once, in the order given and by name within a folder or glob.
+
+    `{000..099}` and `{a,b}` are spelt out first; a folder stands for all tars below it. Raises `UserError` for a shard
+    that is not there, and for a URL without any.
+    """
+
+    @cache
+    def listed(folder: str) -> _Listing:
+        store = open_store(folder, endpoint)
+        return _Listing(store.url.rstrip("/"), store.tags())
+
+    found: dict[str, str] = {}
+    for url in urls:
+        for spelt in expand_braces(url):
+            found |= _matching(spelt, listed)
+    return [ShardFile(url, tag) for url, tag in found.items()]
+
+
+def expand_braces(url: str) -> Iterator[str]:
+    """`a{0..2}{x,y}` -> a0x, a0y, a1x, ... Braces without a range or a comma stay as they are."""
+    matched = next((match for match in _BRACES.finditer(url) if "," in match[1] or ".." in match[1]), None)
+    if not matched:
+        yield url
+        return
+    head, tail = url[: matched.start()], url[matched.end() :]
+    for choice in _choices(matched[1], url):
+        for rest in expand_braces(tail):
+            yield f"{head}{choice}{rest}"
+
+
+def _choices(inside: str, url: str) -> Iterator[str]:
+    if "," in inside:
+        yield from inside.split(",")
+        return
+    first, _, last = inside.partition("..")
+    if not (first.isdecimal() and last.isdecimal() and 0 <= int(last) - int(first) < _MAX_RANGE):
+        raise UserError(url, f"{{{inside}}} is no range of numbers", "write it like {000..099} or {a,b}")
+    width = len(first) if first.startswith("0") else 0
+    yield from (str(number).zfill(width) for number in range(int(first), int(last) + 1))
+
+
+@dataclass(frozen=True, slots=True)
+class _Listing:
+    """A folder's absolute URL, and every object below it: relative path -> tag."""
+
+    url: str
+    tags: dict[str, str]
+
+    def absolute(self, paths: Iterable[str]) -> dict[str, str]:
+        return {f"{self.url}/{path}": self.tags[path] for path in paths if path in self.tags}
+
+
+def _matching(url: str, listed: Callable[[str], _Listing]) -> dict[str, str]:
+    """Absolute URL -> tag of the tars that a URL without braces means."""
+    if url.endswith(_COMPRESSED):
+        raise UserError(url, "is compressed: no range of it can be read by itself", "unpack it to a .tar")
+    if _GLOB.search(url):
+        parts = url.split("/")
+        depth = next(number for number, part in enumerate(parts) if _GLOB.search(part))
+        listing = listed("/".join(parts[:depth]) or ("." if depth == 0 else "/"))
+        hits = listing.absolute(path for path in listing.tags if _fits(path.split("/"), parts[depth:]))
+    elif url.endswith(".tar"):
+        folder, slash, name = url.rpartition("/")
+        hits = listed(folder or (slash or ".")).absolute([name])
+    else:
+        listing = listed(url)
+        hits = listing.absolute(path for path in listing.tags if path.endswith(".tar"))
+    if not hits:
+        problem = "there is no such shard" if url.endswith(".tar") else "holds no .tar"
+        raise UserError(url, problem, "name tars, a folder of them, a glob like s3://bucket/a/*.tar, or {000..099}")
+    return hits
+
+
+def _fits(parts: list[str], pattern: list[str]) -> bool:
+    """A `*` stays within its folder, as in a shell."""
+    return len(parts) == len(pattern) and all(map(fnmatchcase, parts, pattern))

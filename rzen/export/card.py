@@ -1,0 +1,260 @@
+"""The model card: README.md of an export, in Markdown with the front matter that the hub reads.
+
+It tells what the directory and the files that it was made from say, and nothing that nobody has said.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rzen.config import ModelIdentity
+from rzen.export import sentence_transformers
+from rzen.families import read_family
+from rzen.inputs.prompts import TEMPLATES
+from rzen.model.checkpoints import HUB_NAME, IDENTITY
+
+CARD = "README.md"
+
+
+@dataclass(frozen=True)
+class ModelCardData:
+    """What the weights do not tell."""
+
+    title: str = "An embedding model trained with rzen"
+    base: str | None = None
+    """The base as the job names it: a hub name is linked."""
+    adapter: str | None = None
+    """The adapter as the job names it."""
+    recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Name of a training run -> its `spec.json`: resolved spec, data fingerprints, versions, revision of the code."""
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """Name of a run -> its weight, where this is a soup."""
+    method: str | None = None
+    """Of the soup."""
+    scores: Mapping[str, Any] = field(default_factory=dict)
+    """Of this model: `rows` of an evaluation's results.json, and its `settings`."""
+    license: str | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Of what exported it, with `revision` among them."""
+
+
+def model_card(
+    folder: Path,
+    identity: ModelIdentity,
+    format: str,
+    unsupported_reason: str | None,
+    frames: int,
+    facts: ModelCardData,
+) -> str:
+    """Return the card of an exported directory, whose files are in place.
+
+    `unsupported_reason` says why other libraries cannot read it.
+    """
+    parts = [
+        _front_matter(folder, format, unsupported_reason, facts),
+        f"# {facts.title}",
+        "Text, images, document pages, videos and any mix of them become vectors of length 1 in one space; the inner"
+        " product of two is their similarity.",
+        "## How to load it",
+        *_loading(folder, identity, format, unsupported_reason),
+        "## How it reads a side",
+        _reading(identity),
+        "## How it was made",
+        *_making(folder, facts),
+        "## Scores",
+        _scores(facts.scores),
+        "## Limits",
+        _bullets(_limits(folder, identity, format, unsupported_reason, frames)),
+        "## Versions",
+        _bullets([f"{name} {version}" for name, version in sorted(facts.versions.items())] or ["Not recorded."]),
+    ]
+    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def _front_matter(folder: Path, format: str, unsupported_reason: str | None, facts: ModelCardData) -> str:
+    library = "peft" if format == "adapter" else "transformers"
+    if format == "model" and unsupported_reason is None:
+        library = "sentence-transformers"
+    config = folder / "config.json"
+    tags = ["feature-extraction", "multimodal-embeddings", "rzen"]
+    if config.is_file():
+        tags.append(json.loads(config.read_text())["model_type"])
+    fields: dict[str, Any] = {"library_name": library, "pipeline_tag": "feature-extraction", "tags": tags}
+    if facts.base and HUB_NAME.fullmatch(facts.base) and not Path(facts.base).exists():
+        relation = "adapter" if format == "adapter" else "finetune"
+        fields |= {"base_model": facts.base, "base_model_relation": relation}
+    if facts.license:
+        fields["license"] = facts.license
+    return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---"
+
+
+def _loading(folder: Path, identity: ModelIdentity, format: str, unsupported_reason: str | None) -> list[str]:
+    if format == "adapter":
+        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        return [
+            "An adapter for PEFT. Prompt and reading of its base are in `rzen.json`; `rzen` folds it into its base.",
+            _code(
+                "from peft import PeftModel",
+                "from transformers import AutoModel",
+                "",
+                f'model = PeftModel.from_pretrained(AutoModel.from_pretrained("{base}"), "PATH")',
+            ),
+        ]
+    blocks = [
+        "rzen, every kind of side:",
+        _code(
+            "from pipelines.samples import DecodedSide",
+            "from rzen.export.export import load_encoder",
+            "",
+            'processor, embedder = load_encoder("PATH")',
+            'vectors = embedder(processor.encode([DecodedSide(text="a red circle")]))',
+        ),
+    ]
+    if format == "rzen_release":
+        low, high = identity.prompt.min_visual_tokens, identity.prompt.max_visual_tokens
+        return [
+            *blocks,
+            "The inference script released with RzenEmbed, under transformers 4.51:",
+            _code(
+                "from rzen_embed_inference import RzenEmbed",
+                "",
+                f'model = RzenEmbed("PATH", min_image_tokens={low}, max_image_tokens={high})',
+                'vectors = model.get_fused_embeddings(texts=["a red circle"], instruction="Find an image: ")',
+            ),
+        ]
+    if unsupported_reason is not None:
+        return [
+            *blocks,
+            f"There are no files for sentence-transformers and vLLM: {unsupported_reason}. `AutoModel` loads the"
+            " weights, but only rzen makes of them what was trained.",
+            *_MTEB,
+        ]
+    return [
+        *blocks,
+        "sentence-transformers 6 (with `torchvision`; videos given as files also need a decoder), the instruction as"
+        " `prompt`:",
+        _code(
+            "from sentence_transformers import SentenceTransformer",
+            "",
+            'model = SentenceTransformer("PATH")',
+            'model.encode("a red circle", prompt="Find an image that matches the given caption.")',
+            'model.encode([image, {"text": "the same at night", "image": image}])',
+        ),
+        "vLLM, with the files of sentence-transformers; sides as messages, the instruction as system message:",
+        _code(
+            "from vllm import LLM",
+            "",
+            'llm = LLM("PATH", runner="pooling")  # or: vllm serve PATH --runner pooling',
+        ),
+        "transformers 5, where the last state of the last token, divided by its length, is the vector:",
+        _code(
+            "from transformers import AutoModel, AutoProcessor",
+            "",
+            'model = AutoModel.from_pretrained("PATH")',
+            'processor = AutoProcessor.from_pretrained("PATH", use_fast=False)  # images resized by Pillow, as trained',
+            'side = [{"role": "user", "content": [{"type": "text", "text": "a red circle"}]}]',
+            'inputs = processor.apply_chat_template([side], tokenize=True, return_dict=True, return_tensors="pt")',
+            "vector = model(**inputs).last_hidden_state[:, -1]",
+        )
+        if identity.readout.pooling == "last_token"
+        else "",
+        *_MTEB,
+    ]
+
+
+def _reading(identity: ModelIdentity) -> str:
+    readout, prompt = identity.readout, identity.prompt
+    return _bullets(
+        [
+            f"prompt `{prompt.template}`, written by `chat_template.jinja` where there is one:"
+            f" system prompt {TEMPLATES[prompt.template].system!r}, visuals, instruction, text",
+            f"at most {prompt.max_text_tokens} tokens of instruction and text, {prompt.min_visual_tokens} to"
+            f" {prompt.max_visual_tokens} tokens for an image, or for all frames of a video together",
+            f"positions `{readout.positions}`, attention `{readout.direction}`, pooling `{readout.pooling}`, length 1",
+        ]
+    )
+
+
+def _making(folder: Path, facts: ModelCardData) -> list[str]:
+    lineage = json.loads((folder / IDENTITY).read_text())["lineage"]
+    parts = [_bullets([f"{name.replace('_', ' ')}: `{value}`" for name, value in lineage.items()])]
+    if facts.weights:
+        shares = [f"{weight:.3f} x {name}" for name, weight in facts.weights.items()]
+        parts.append(f"A soup (`{facts.method}`) of {', '.join(shares)}.")
+    for name, recipe in facts.recipes.items():
+        data, spec = recipe["data"].get("data", {}), recipe["spec"]
+        parts += [
+            f"### Run {name}",
+            f"{recipe['data'].get('steps', '?')} steps of {spec['global_batch']} pairs, code revision"
+            f" `{recipe.get('revision', 'unknown')}`. Data, by the fingerprints of their manifest:",
+            _bullets([f"{source}: `{fingerprint}`" for source, fingerprint in data.items()] or ["Not recorded."]),
+            "The settings:",
+            f"```json\n{json.dumps(spec, indent=1, sort_keys=True)}\n```",
+        ]
+    if not facts.recipes:
+        parts.append("No settings of a training run were found beside the weights.")
+    return parts
+
+
+def _scores(scores: Mapping[str, Any]) -> str:
+    if not scores:
+        return "None were given."
+    head = "| task | metric | % | chance % | queries | candidates | split |\n|---|---|---:|---:|---:|---:|---|"
+    rows = [
+        f"| {row['task']} | {row['metric']} | {100 * row['value']:.1f} | {100 * row['chance']:.1f} |"
+        f" {row['num_queries']} | {row['num_candidates']} | {row['split']} |"
+        for row in scores["rows"]
+    ]
+    data = scores["settings"].get("data", "unknown")
+    return "\n".join([head, *rows, "", f"Measured by `rzen evaluate` on the data with fingerprint `{data}`."])
+
+
+def _limits(
+    folder: Path, identity: ModelIdentity, format: str, unsupported_reason: str | None, frames: int
+) -> list[str]:
+    limits = ["What it knows of languages and pictures is its base's; what it finds alike is its data's."]
+    if format == "rzen_release":
+        limits += [
+            "The script cuts a sequence at its `max_length` from the right, together with the token that is pooled.",
+            "It resizes twice what is outside of its limits, and computes in bfloat16.",
+        ]
+    if format == "model" and unsupported_reason is None:
+        limit = sentence_transformers.text_limit(folder, identity.prompt)
+        limits += [
+            "Other libraries do not cut long texts: they would cut from the right, which beside visuals takes the token"
+            " that is pooled. For sides of text alone, sentence-transformers cuts as rzen with `encode(...,"
+            f" processing_kwargs={{'text': {{'truncation': True, 'max_length': {limit}}}}})`.",
+            f"Other libraries give {frames} frames to a video, sampled by their own rule, and refuse shorter ones;"
+            " frames are resized by torchvision, which rounds otherwise than Pillow.",
+            "vLLM has not been run.",
+            "In other libraries, `<|im_end|>` and the like within a text are marks, not text.",
+        ]
+        if read_family(folder).timestamps:
+            limits.append(
+                "vLLM wants marks around a video of Qwen3-VL that transformers writes itself: none are there."
+            )
+        if TEMPLATES[identity.prompt.template].frame_tokens:
+            limits.append("Videos are read by rzen alone.")
+        if identity.readout.pooling == "mean":
+            limits.append("Instructions are read by rzen alone, for their tokens are not averaged in.")
+    return limits
+
+
+def _bullets(lines: list[str]) -> str:
+    return "\n".join(f"* {line}" for line in lines)
+
+
+def _code(*lines: str) -> str:
+    return "\n".join(["```python", *lines, "```"])
+
+
+_MTEB = (
+    "mteb, through rzen (`pip install rzen[mteb]`):",
+    _code("import mteb", "from rzen.export.mteb import load", "", 'mteb.evaluate(load("PATH"), tasks)'),
+)

@@ -1,0 +1,180 @@
+"""One directory for everybody: adapter folded into the base, and what other libraries need to read it alike.
+
+    model          weights, tokenizer, sizes of media: AutoModel and rzen, which mteb is given; by the files of
+                   rzen/export sentence-transformers and vLLM, where they can read the model as it was trained
+    adapter        the adapter as it was trained, for PEFT
+    rzen_release   weights for the inference script released with RzenEmbed
+
+`rzen.json` in each holds what a transformers checkpoint does not, prompt, readout and descent; README.md is its card.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoModelForImageTextToText, PreTrainedModel
+
+from pipelines.errors import UserError
+from rzen.config import ModelConfig, ModelIdentity
+from rzen.export import release, sentence_transformers
+from rzen.export.card import CARD, ModelCardData, model_card
+from rzen.inputs.processor import Processor
+from rzen.model.backbone import load_backbone
+from rzen.model.checkpoints import (
+    IDENTITY,
+    atomic_directory,
+    checkpoint_dir,
+    checkpoint_sha256,
+    file_sha256,
+    read_identity,
+)
+from rzen.model.embedding_model import EmbeddingModel
+from rzen.model.lora import CONFIG, WEIGHTS, load_adapter
+from rzen.soup.parents import LINEAGE
+
+Dtype = Literal["float32", "bfloat16"]
+Format = Literal["model", "adapter", "rzen_release"]
+COMPANIONS = ("*.txt", "*.jinja", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What an exported directory is to be, beside its weights."""
+
+    format: Format = "model"
+    dtype: Dtype = "bfloat16"
+    frames: int = 8
+    """Of a video, for libraries that sample frames and size them by a fixed number. Even."""
+    instructions: dict[str, str] = field(default_factory=dict)
+    """Name -> instruction, for `encode(..., prompt_name=...)` of sentence-transformers."""
+    facts: ModelCardData = field(default_factory=ModelCardData)
+    """What the card tells."""
+
+
+def export_model(
+    base_dir: str, adapter_dir: Path | None, out_dir: Path, identity: ModelIdentity, options: ExportOptions
+) -> str | None:
+    """Write the base with the adapter merged in fp32 and rounded once. Appears complete or not at all.
+
+    Returns why libraries other than rzen and the one of the format cannot read it as it was trained, if they cannot.
+    Raises `UserError` where `out_dir` exists, the adapter does not fit the base or was trained with another identity,
+    and for a format that cannot hold the model.
+    """
+    if out_dir.exists():
+        raise UserError(str(out_dir), "exists already", "name a new directory for the model")
+    base = checkpoint_dir(base_dir)
+    base_sha256 = checkpoint_sha256(base)
+    lineage = {"base": options.facts.base or base_dir, "base_sha256": base_sha256}
+    if options.format == "rzen_release":
+        release.check(base, identity)
+    model = load_backbone(str(base), _plain(base_dir, "float32"))
+    if adapter_dir is not None:
+        _check_identity(adapter_dir, identity, base_sha256)
+        adapted = load_adapter(model, adapter_dir)
+        lineage |= {
+            "adapter": options.facts.adapter or str(adapter_dir),
+            "adapter_sha256": file_sha256(adapter_dir / WEIGHTS),
+        }
+        model = adapted.merge_and_unload(safe_merge=True) if options.format != "adapter" else model
+    elif options.format == "adapter":
+        raise UserError("format=adapter", "there is no adapter", "name one in model.adapter, or set format: model")
+    unsupported_reason = sentence_transformers.unsupported_reason(identity)
+    with atomic_directory(out_dir) as folder:
+        if options.format == "adapter":
+            assert adapter_dir is not None
+            _copy_adapter(adapter_dir, folder, lineage)
+            content = identity.model_dump() | {"base_sha256": base_sha256, "lineage": lineage}
+            _write_json(folder / IDENTITY, content)
+        else:
+            _write_weights(model, base, folder, options.dtype)
+            write_identity(folder, identity, options.dtype, lineage)
+        if options.format == "rzen_release":
+            release.write_files(folder, identity)
+        elif options.format == "model" and unsupported_reason is None:
+            sentence_transformers.write_files(folder, identity, options.frames, options.instructions)
+        card = model_card(folder, identity, options.format, unsupported_reason, options.frames, options.facts)
+        (folder / CARD).write_text(card, encoding="utf-8")
+    return unsupported_reason
+
+
+def write_model(
+    model: PreTrainedModel, base: Path, out_dir: Path, identity: ModelIdentity, dtype: Dtype, lineage: dict[str, str]
+) -> None:
+    """Write a full model, rounded once to `dtype` in place, with the tokenizer and preprocessor of its `base`.
+
+    `lineage` says what it was made from. Appears complete or not at all.
+    """
+    with atomic_directory(out_dir) as folder:
+        _write_weights(model, base, folder, dtype)
+        write_identity(folder, identity, dtype, lineage)
+
+
+def write_identity(folder: Path, identity: ModelIdentity, dtype: Dtype, lineage: dict[str, str]) -> None:
+    """Write `rzen.json` into a checkpoint directory, for `load_encoder` to open it."""
+    _write_json(folder / IDENTITY, identity.model_dump() | {"normalize": True, "dtype": dtype, "lineage": lineage})
+
+
+def load_encoder(model_dir: str, dtype: Dtype | None = None) -> tuple[Processor, EmbeddingModel]:
+    """Processor and frozen embedder of an exported model, on the CPU; `dtype` replaces the stored one.
+
+    Raises `UserError` where the directory is no exported model.
+    """
+    path = Path(model_dir) / IDENTITY
+    if not path.is_file() or "dtype" not in (saved := json.loads(path.read_text())):
+        raise UserError(str(path), "is missing, or an adapter's", "name a directory with a model, written by export")
+    identity = read_identity(Path(model_dir), ModelIdentity())
+    stored: Dtype = saved["dtype"]
+    processor = Processor(model_dir, identity.prompt)
+    backbone = load_backbone(model_dir, _plain(model_dir, dtype or stored))
+    return processor, EmbeddingModel(backbone, processor.layout, identity.readout).requires_grad_(False).eval()
+
+
+def _plain(base_dir: str, dtype: Dtype) -> ModelConfig:
+    return ModelConfig(backbone=base_dir, tune="full", dtype=dtype, gradient_checkpointing=False)
+
+
+def _write_weights(model: PreTrainedModel, base: Path, folder: Path, dtype: Dtype) -> None:
+    """The weights under the names and the architecture that checkpoints of the family have on the hub.
+
+    AutoModel finds its own in them, vLLM and transformers 4 know no others. There is no head: it is tied to the
+    embeddings, so that none is missing where one is made.
+    """
+    config = type(model.config).from_dict(model.config.to_dict() | {"tie_word_embeddings": True})
+    with torch.device("meta"):
+        whole = AutoModelForImageTextToText.from_config(config)
+    whole.model = model.to(getattr(torch, dtype))
+    whole.tie_weights()
+    whole.save_pretrained(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)  # it generates nothing
+    for pattern in (*COMPANIONS, "*preprocessor_config.json"):
+        for path in base.glob(pattern):
+            shutil.copyfile(path, folder / path.name)
+
+
+def _copy_adapter(adapter_dir: Path, folder: Path, lineage: dict[str, str]) -> None:
+    """PEFT's files, which name the base as the export does, not as a worker found it."""
+    shutil.copyfile(adapter_dir / WEIGHTS, folder / WEIGHTS)
+    config = json.loads((adapter_dir / CONFIG).read_text())
+    _write_json(folder / CONFIG, config | {"base_model_name_or_path": lineage["base"]})
+    if (adapter_dir / LINEAGE).is_file():
+        shutil.copyfile(adapter_dir / LINEAGE, folder / LINEAGE)
+
+
+def _check_identity(adapter_dir: Path, identity: ModelIdentity, base_sha256: str) -> None:
+    """An adapter that says what it was trained with must say the same; one from elsewhere says nothing."""
+    path = adapter_dir / IDENTITY
+    saved = json.loads(path.read_text()) if path.is_file() else {}
+    trained = read_identity(adapter_dir, identity).model_dump() | {"base_sha256": saved.get("base_sha256", base_sha256)}
+    for key, value in (identity.model_dump() | {"base_sha256": base_sha256}).items():
+        if trained[key] != value:
+            problem = f"the adapter was trained with {trained[key]}, not {value}"
+            raise UserError(f"{path} {key}", problem, "export it with the base, prompt and readout of its training")
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,133 @@
+"""The small files by which sentence-transformers 6 and vLLM's pooling runner read an exported model as it was trained.
+
+Both read the same: a list of modules, how to pool, how large images and videos may be, and the chat template. Names and
+order are those that vLLM compares: it takes the first true value of the pooling's settings.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipelines.samples import DecodedInput
+from rzen.config import ModelIdentity, PromptConfig
+from rzen.export.chat_template import FILE, chat_template
+from rzen.families import read_family
+from rzen.inputs.processor import Processor
+
+POOLINGS = {"last_token": "lasttoken", "mean": "mean"}
+_MODES = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
+_MODULES = ("", "1_Pooling", "2_Normalize")
+
+
+def unsupported_reason(identity: ModelIdentity) -> str | None:
+    """Why other libraries cannot read a model as it was trained; None where they can."""
+    if identity.readout.direction == "bidirectional":
+        return "its tokens see those after them too, which other libraries cannot be told"
+    if identity.readout.positions == "1d":
+        return "its positions count all tokens, and other libraries give patches a time, a height and a width"
+    return None
+
+
+def write_files(folder: Path, identity: ModelIdentity, frames: int, instructions: Mapping[str, str]) -> None:
+    """Add the files to an exported model, whose identity must be one that `unsupported_reason` has nothing against.
+
+    `frames` of a video share `max_visual_tokens`; `instructions` by name, for `encode(..., prompt_name=...)`.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    width = config.get("text_config", config)["hidden_size"]
+    mode = POOLINGS[identity.readout.pooling]
+    pooling = {f"pooling_mode_{name}": name.removesuffix("_tokens") == mode for name in _MODES}
+    modules = [
+        {"idx": number, "name": str(number), "path": path, "type": f"sentence_transformers.models.{name}"}
+        for number, (path, name) in enumerate(zip(_MODULES, ("Transformer", "Pooling", "Normalize"), strict=True))
+    ]
+    for path in _MODULES[1:]:
+        (folder / path).mkdir()
+    _write(folder / "modules.json", modules)
+    _write(folder / "1_Pooling/config.json", {"word_embedding_dimension": width} | pooling | {"include_prompt": True})
+    _write(folder / "2_Normalize/config.json", {})
+    _write(folder / "sentence_bert_config.json", _transformer())
+    _write(folder / "config_sentence_transformers.json", _prompts(instructions))
+    _write_processors(folder, identity.prompt, frames)
+    _write_template(folder, identity)
+
+
+def text_limit(folder: Path, prompt: PromptConfig) -> int:
+    """Tokens of a text side of an exported model at which its text is cut: the budget and what stands around it."""
+    processor = Processor(str(folder), prompt.model_copy(update={"max_text_tokens": 1}))
+    return len(processor.encode([DecodedInput(text="a")]).input_ids) - 1 + prompt.max_text_tokens
+
+
+def _transformer() -> dict[str, Any]:
+    """Inputs go through the chat template, whole. Cut, a side with visuals would lose the token that is pooled."""
+    output = {"method": "forward", "method_output_name": "last_hidden_state"}
+    modalities = dict.fromkeys(("text", "image", "video"), output)
+    return {
+        "transformer_task": "feature-extraction",
+        "modality_config": modalities | {"message": output | {"format": "structured"}},
+        "module_output_name": "token_embeddings",
+        "processing_kwargs": {"text": {"truncation": False}},
+        "processor_kwargs": {"use_fast": False},  # Pillow's resize, with which it was trained; torchvision's is another
+        "unpad_inputs": False,  # it knows no M-RoPE
+    }
+
+
+def _prompts(instructions: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "model_type": "SentenceTransformer",
+        "prompts": {"query": "", "document": ""} | dict(instructions),
+        "default_prompt_name": None,
+        "similarity_fn_name": "cosine",
+    }
+
+
+def _write_processors(folder: Path, prompt: PromptConfig, frames: int) -> None:
+    """Sizes of images and of videos of `frames` frames, in the words of transformers 4 and 5."""
+    path = folder / "preprocessor_config.json"
+    settings = json.loads(path.read_text())
+    layout = Processor(str(folder), prompt).layout
+    token_pixels = layout.factor_px**2
+    low, high = prompt.min_visual_tokens, prompt.max_visual_tokens
+    _write(path, settings | _sizes(low * token_pixels, high * token_pixels))
+    share = max(1, high // math.ceil(frames / layout.temporal_patch_frames))
+    # Qwen3-VL's processor counts the pixels of all frames, those of the others the pixels of one.
+    family = read_family(folder)
+    counted = token_pixels * (frames if family.timestamps else 1)
+    video = {
+        name: value
+        for name, value in settings.items()
+        if name not in ("image_processor_type", "min_pixels", "max_pixels", "processor_class", "resample")
+    }
+    video |= {
+        "video_processor_type": "Qwen3VLVideoProcessor" if family.timestamps else "Qwen2VLVideoProcessor",
+        "size": _sizes(min(low, share) * counted, share * counted)["size"],
+        "resample": 3,
+        "do_sample_frames": True,
+        "num_frames": frames,
+        "fps": None,
+        "cap_pixels_per_frame": False,
+    }
+    _write(folder / "video_preprocessor_config.json", video)
+
+
+def _sizes(min_pixels: int, max_pixels: int) -> dict[str, Any]:
+    size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
+    return {"size": size, "min_pixels": min_pixels, "max_pixels": max_pixels}
+
+
+def _write_template(folder: Path, identity: ModelIdentity) -> None:
+    """As a file, and nowhere else: the base has one for chats, in a file or among the tokenizer's settings."""
+    for path in (folder / "tokenizer_config.json", folder / "processor_config.json"):
+        if path.is_file():
+            settings = json.loads(path.read_text())
+            settings.pop("chat_template", None)
+            _write(path, settings)
+    (folder / FILE).write_text(chat_template(identity, read_family(folder)))
+
+
+def _write(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,1 @@
+"""From decoded inputs to token ids, patches and positions."""

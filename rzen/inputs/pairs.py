@@ -1,0 +1,81 @@
+"""Encoded pairs: built one sample at a time in the tasks that decode, then joined into one rank's batch.
+
+Workers that decode media import this module, so that it imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pipelines.errors import UserError
+from pipelines.samples import DecodedSample
+from rzen.inputs.processor import EncodedBatch, Processor
+
+
+@dataclass(frozen=True)
+class EncodedPairs:
+    """Pairs ready for the embedder: target b is the positive of query b."""
+
+    queries: EncodedBatch
+    """B query sides."""
+    targets: EncodedBatch
+    """B target sides."""
+    target_ids: npt.NDArray[np.int64]
+    """[B], equal for targets of equal content: the first 8 bytes of `target_sha256`."""
+    negatives: EncodedBatch | None
+    """Mined negatives, those of query 0 first; None if there are none at all."""
+    negative_counts: npt.NDArray[np.int64]
+    """[B], how many of them each query has."""
+    keys: tuple[str, ...]
+    """[B], `source/key` of each sample, for messages."""
+    relevance: npt.NDArray[np.float64]
+    """[B], how well each target answers its query; NaN for pairs that are not graded."""
+
+    def __len__(self) -> int:
+        return len(self.target_ids)
+
+
+@dataclass(frozen=True)
+class PairEncoder:
+    """Encodes decoded samples for one checkpoint and prompt. Pickles as the processor does, without its files."""
+
+    processor: Processor
+
+    def sample(self, decoded: DecodedSample) -> EncodedPairs:
+        """One pair. Raises `BadMedia` for a shape that the backbone cannot take, `UserError` without content hash.
+
+        Negatives of a graded pair are left out: it is not contrasted.
+        """
+        place = f"{decoded.sample.source}/{decoded.sample.key}"
+        sha256 = decoded.sample.target_sha256
+        if not sha256:
+            # With one id for all, every target would count as a copy of every positive, and the loss would be zero.
+            raise UserError(place, "has no target_sha256", "ingest its source again")
+        relevance = decoded.sample.relevance
+        negatives = decoded.negatives if relevance is None else ()
+        return EncodedPairs(
+            queries=self.processor.encode([decoded.query]),
+            targets=self.processor.encode([decoded.positive]),
+            target_ids=np.array([int.from_bytes(bytes.fromhex(sha256)[:8], signed=True)], np.int64),
+            keys=(place,),
+            negatives=self.processor.encode(negatives) if negatives else None,
+            negative_counts=np.array([len(negatives)], np.int64),
+            relevance=np.array([relevance], np.float64),  # None becomes NaN
+        )
+
+    def collate(self, pairs: Sequence[EncodedPairs]) -> EncodedPairs:
+        """All pairs in order, at least one."""
+        negatives = [pair.negatives for pair in pairs if pair.negatives is not None]
+        return EncodedPairs(
+            queries=EncodedBatch.concat([pair.queries for pair in pairs]),
+            targets=EncodedBatch.concat([pair.targets for pair in pairs]),
+            target_ids=np.concatenate([pair.target_ids for pair in pairs]),
+            negatives=EncodedBatch.concat(negatives) if negatives else None,
+            negative_counts=np.concatenate([pair.negative_counts for pair in pairs]),
+            keys=tuple(key for pair in pairs for key in pair.keys),
+            relevance=np.concatenate([pair.relevance for pair in pairs]),
+        )

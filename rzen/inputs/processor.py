@@ -1,0 +1,321 @@
+"""From decoded sides to token ids and uint8 patches, equal to the library's processor, without torch or transformers.
+
+Workers that decode media import this module, so that it must be quick to import. Pixels stay uint8; the embedder
+normalizes them on its device. Shapes: N tokens, B sides, P patches, V visuals, D = C * tp * p * p values of a patch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from tokenizers import Tokenizer
+
+from pipelines.errors import BadMedia, UserError
+from pipelines.samples import DecodedInput, UInt8Array, Visual
+from rzen.config import PromptConfig
+from rzen.families import Family, read_family
+from rzen.inputs.prompts import TEMPLATES, Piece, Span, VisionKind, side_pieces
+
+Int32Array = npt.NDArray[np.int32]
+BoolArray = npt.NDArray[np.bool_]
+Float32Array = npt.NDArray[np.float32]
+GRID_KINDS: dict[VisionKind, int] = {"image": 1, "video": 2}
+MAX_ASPECT_RATIO = 200
+UNKNOWN_FPS = 24
+"""Of videos that do not say when their frames are shown: what transformers' processors take."""
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """Sides ready for the embedder: sequences end to end without padding, visuals in the order of their tokens."""
+
+    input_ids: Int32Array
+    """[N], the sequences of all sides one after the other."""
+    instruction: BoolArray
+    """[N], whether the token is part of a side's instruction."""
+    lengths: Int32Array
+    """[B], tokens of each side."""
+    visual_counts: Int32Array
+    """[B], visuals of each side."""
+    patches: UInt8Array
+    """[P, D], patches of all visuals in the library's order (t, h/m, w/m, m, m)."""
+    grids: Int32Array
+    """[V, 3], patches of each visual along time, height and width."""
+    grid_kinds: UInt8Array
+    """[V], 1 image or page, 2 video."""
+    grid_seconds: Float32Array
+    """[V], seconds from one temporal patch of a video to the next, for families whose positions count them."""
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @classmethod
+    def concat(cls, batches: Sequence[EncodedBatch]) -> EncodedBatch:
+        """All sides in order. At least one batch is needed."""
+        return cls(
+            **{field.name: np.concatenate([getattr(batch, field.name) for batch in batches]) for field in fields(cls)}
+        )
+
+    def slice(self, start: int, stop: int) -> EncodedBatch:
+        """Sides [start, stop) as views; bounds are treated like those of a list."""
+        sides = slice(*slice(start, stop).indices(len(self)))
+        tokens = _span(self.lengths, sides)
+        visuals = _span(self.visual_counts, sides)
+        patches = _span(self.grids.prod(axis=1), visuals)
+        return EncodedBatch(
+            self.input_ids[tokens],
+            self.instruction[tokens],
+            self.lengths[sides],
+            self.visual_counts[sides],
+            self.patches[patches],
+            self.grids[visuals],
+            self.grid_kinds[visuals],
+            self.grid_seconds[visuals],
+        )
+
+    def split(self) -> list[EncodedBatch]:
+        """Each side alone, as views."""
+        return [self.slice(side, side + 1) for side in range(len(self))]
+
+
+def _span(counts: npt.NDArray[Any], groups: slice) -> slice:
+    """Where the elements of `groups` lie when group i holds counts[i] elements."""
+    ends = np.concatenate([[0], np.cumsum(counts)])
+    return slice(int(ends[groups.start]), int(ends[max(groups.start, groups.stop)]))
+
+
+@dataclass(frozen=True)
+class VisionLayout:
+    """How a checkpoint cuts pixels into patches and normalizes them (its `preprocessor_config.json`)."""
+
+    patch_px: int
+    temporal_patch_frames: int
+    merge_patches: int
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
+
+    @classmethod
+    def read(cls, model_dir: str) -> VisionLayout:
+        """Raises `UserError` where the file is missing or lacks a setting."""
+        path = Path(model_dir) / "preprocessor_config.json"
+        try:
+            config = json.loads(path.read_text())
+            return cls(
+                patch_px=config["patch_size"],
+                temporal_patch_frames=config["temporal_patch_size"],
+                merge_patches=config["merge_size"],
+                image_mean=tuple(config["image_mean"]),
+                image_std=tuple(config["image_std"]),
+            )
+        except FileNotFoundError as error:
+            raise UserError(str(path), "does not exist", "name the directory of a checkpoint") from error
+        except KeyError as error:
+            raise UserError(str(path), f"has no {error}", "name a checkpoint of a Qwen-VL family") from error
+
+    @property
+    def factor_px(self) -> int:
+        """Side of the square that becomes one token."""
+        return self.patch_px * self.merge_patches
+
+
+def smart_resize(height_px: int, width_px: int, factor_px: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """(height, width) in multiples of the factor, about the same shape, within the pixel budget: the library's rule.
+
+    Very long shapes may exceed `max_pixels`, as in the library. Raises `BadMedia` beyond an aspect ratio of 200.
+    """
+    sides_px = (height_px, width_px)
+    if max(sides_px) / min(sides_px) > MAX_ASPECT_RATIO:
+        raise BadMedia("extreme_aspect_ratio", f"{width_px} x {height_px} pixels")
+    height, width = (round(side / factor_px) * factor_px for side in sides_px)
+    if height * width > max_pixels:
+        shrink = math.sqrt((height_px * width_px) / max_pixels)
+        height, width = (max(factor_px, math.floor(side / shrink / factor_px) * factor_px) for side in sides_px)
+    elif height * width < min_pixels:
+        enlarge = math.sqrt(min_pixels / (height_px * width_px))
+        height, width = (math.ceil(side * enlarge / factor_px) * factor_px for side in sides_px)
+    return height, width
+
+
+def resize(frames: UInt8Array, height_px: int, width_px: int) -> UInt8Array:
+    """Bicubic resize of [T, H, W, 3] frames."""
+    if frames.shape[1:3] == (height_px, width_px):
+        return frames
+    size = (width_px, height_px)
+    return np.stack([np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC)) for frame in frames])
+
+
+def patchify(frames: UInt8Array, layout: VisionLayout) -> tuple[UInt8Array, tuple[int, int, int]]:
+    """Patches [t * h * w, D] of [T, H, W, C] frames and the grid (t, h, w). The last frame fills up the last group."""
+    p, m, tp = layout.patch_px, layout.merge_patches, layout.temporal_patch_frames
+    missing = -len(frames) % tp
+    frames = np.concatenate([frames, np.repeat(frames[-1:], missing, axis=0)]) if missing else frames
+    t, h, w, channels = len(frames) // tp, frames.shape[1] // p, frames.shape[2] // p, frames.shape[3]
+    blocks = frames.reshape(t, tp, h // m, m, p, w // m, m, p, channels).transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
+    return blocks.reshape(t * h * w, channels * tp * p * p), (t, h, w)
+
+
+def patch_times_s(times_s: Sequence[float], num_frames: int, frames_per_patch: int) -> list[float]:
+    """When each temporal patch of a video is shown: the mean of its first and last frame, as Qwen3-VL's processor.
+
+    Frames without times follow each other as those of a video at 24 frames per second.
+    """
+    times = list(times_s) or [frame / UNKNOWN_FPS for frame in range(num_frames)]
+    times += times[-1:] * (-num_frames % frames_per_patch)
+    return [(times[i] + times[i + frames_per_patch - 1]) / 2 for i in range(0, len(times), frames_per_patch)]
+
+
+@dataclass(frozen=True)
+class _VisionInput:
+    kind: VisionKind
+    patches: UInt8Array
+    grid: tuple[int, int, int]
+    num_frames: int
+    times_s: tuple[float, ...]
+    """Of the frames of a video, where they are known."""
+
+    def seconds(self, frames_per_patch: int) -> float:
+        """From one temporal patch to the next, at the mean rate of the frames; images have no time."""
+        if self.kind == "image":
+            return 0.0
+        span_s = self.times_s[-1] - self.times_s[0] if len(self.times_s) > 1 else 0.0
+        return frames_per_patch * (span_s / (len(self.times_s) - 1) if span_s else 1 / UNKNOWN_FPS)
+
+
+class Processor:
+    """Encodes sides for one checkpoint and prompt. Files are read at first use; only their path is pickled."""
+
+    def __init__(self, model_dir: str, prompt: PromptConfig) -> None:
+        self.model_dir = model_dir
+        self.prompt = prompt
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model_dir": self.model_dir, "prompt": self.prompt}
+
+    @cached_property
+    def layout(self) -> VisionLayout:
+        """Patch geometry and normalization of the checkpoint."""
+        return VisionLayout.read(self.model_dir)
+
+    def encode(self, sides: Sequence[DecodedInput]) -> EncodedBatch:
+        """Token ids and patches of one or more sides. Raises `BadMedia` for a shape that the backbone cannot take."""
+        return EncodedBatch.concat([self._encode_side(side) for side in sides])
+
+    def pieces(self, side: DecodedInput) -> list[Piece]:
+        """The sequence of a side before it becomes token ids."""
+        return self._pieces(side, self._vision_inputs(side.visuals))
+
+    def _encode_side(self, side: DecodedInput) -> EncodedBatch:
+        tp = self.layout.temporal_patch_frames
+        visuals = self._vision_inputs(side.visuals)
+        ids, instruction = self._ids(self._pieces(side, visuals))
+        patch_values = 3 * tp * self.layout.patch_px**2
+        return EncodedBatch(
+            input_ids=np.array(ids, np.int32),
+            instruction=np.array(instruction, np.bool_),
+            lengths=np.array([len(ids)], np.int32),
+            visual_counts=np.array([len(visuals)], np.int32),
+            patches=np.concatenate([np.empty((0, patch_values), np.uint8), *(visual.patches for visual in visuals)]),
+            grids=np.array([visual.grid for visual in visuals], np.int32).reshape(-1, 3),
+            grid_kinds=np.array([GRID_KINDS[visual.kind] for visual in visuals], np.uint8),
+            grid_seconds=np.array([visual.seconds(tp) for visual in visuals], np.float32),
+        )
+
+    def _pieces(self, side: DecodedInput, visuals: Sequence[_VisionInput]) -> list[Piece]:
+        spans = [span for visual in visuals for span in self._spans(visual)]
+        return side_pieces(self.prompt.template, side.instruction, side.text, spans)
+
+    def _spans(self, visual: _VisionInput) -> list[Span]:
+        """One span; of a video, where the family writes times, one for each temporal patch."""
+        t, h, w = visual.grid
+        tokens = h * w // self.layout.merge_patches**2
+        if visual.kind == "image" or not self._family.timestamps:
+            return [Span(visual.kind, t * tokens)]
+        times_s = patch_times_s(visual.times_s, visual.num_frames, self.layout.temporal_patch_frames)
+        return [Span("video", tokens, f"<{time_s:.1f} seconds>") for time_s in times_s]
+
+    def _vision_inputs(self, visuals: Sequence[Visual]) -> list[_VisionInput]:
+        frame_tokens = TEMPLATES[self.prompt.template].frame_tokens
+        low, high = self.prompt.min_visual_tokens, self.prompt.max_visual_tokens
+        inputs = []
+        for visual in visuals:
+            if visual.kind != "video":
+                inputs.append(self._vision_input("image", visual.frames, low, high))
+            elif frame_tokens:
+                inputs += [self._vision_input("image", frame[None], *frame_tokens) for frame in visual.frames]
+            else:
+                groups = math.ceil(len(visual.frames) / self.layout.temporal_patch_frames)
+                share = max(1, high // groups)
+                inputs.append(self._vision_input("video", visual.frames, min(low, share), share, visual.times_s))
+        return inputs
+
+    def _vision_input(
+        self,
+        kind: VisionKind,
+        frames: UInt8Array,
+        low_tokens: int,
+        high_tokens: int,
+        times_s: tuple[float, ...] = (),
+    ) -> _VisionInput:
+        factor_px = self.layout.factor_px
+        _, height, width, _ = frames.shape
+        size = smart_resize(height, width, factor_px, low_tokens * factor_px**2, high_tokens * factor_px**2)
+        return _VisionInput(kind, *patchify(resize(frames, *size), self.layout), len(frames), times_s)
+
+    def _ids(self, pieces: Sequence[Piece]) -> tuple[list[int], list[bool]]:
+        """Token ids, and which of them are the instruction's. Instruction and text share `max_text_tokens`."""
+        ids: list[int] = []
+        instruction: list[bool] = []
+        left = self.prompt.max_text_tokens
+        for piece in pieces:
+            if piece.kind in ("instruction", "text"):
+                some = self._text_ids(piece.text)[:left]
+                left -= len(some)
+            else:
+                some = self._fixed_ids(piece)
+            ids += some
+            instruction += [piece.kind == "instruction"] * len(some)
+        return ids, instruction
+
+    def _fixed_ids(self, piece: Piece) -> list[int]:
+        if piece.text not in self._known_ids:
+            ids = [self._special_id(piece.text)] if piece.kind == "special" else self._text_ids(piece.text)
+            self._known_ids[piece.text] = ids
+        return self._known_ids[piece.text] * piece.count
+
+    @cached_property
+    def _known_ids(self) -> dict[str, list[int]]:
+        return {}
+
+    def _text_ids(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def _special_id(self, token: str) -> int:
+        token_id: int | None = self._tokenizer.token_to_id(token)
+        if token_id is None:
+            raise UserError(self.model_dir, f"the tokenizer has no {token}", "name a checkpoint of a Qwen-VL family")
+        return token_id
+
+    @cached_property
+    def _family(self) -> Family:
+        return read_family(Path(self.model_dir))
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        path = Path(self.model_dir) / "tokenizer.json"
+        if not path.exists():
+            raise UserError(str(path), "does not exist", "name the directory of a checkpoint with a fast tokenizer")
+        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True  # "<|im_end|>" in a user's text is text
+        return tokenizer

@@ -1,0 +1,1 @@
+"""Backbones, adapters, checkpoints, and the model that turns encoded inputs into vectors."""

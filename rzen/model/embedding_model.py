@@ -1,0 +1,105 @@
+"""From encoded sides to unit vectors: backbone, pooling after the final norm, L2 normalization.
+
+RzenEmbed (arXiv 2510.27350v1), section 3, and U-MARVEL (arXiv 2507.14902) by choice. Shapes: B sides, N tokens of all,
+P patches, D width of the vectors.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rzen.config import ReadoutConfig
+from rzen.inputs.layout import BatchLayout
+from rzen.inputs.processor import GRID_KINDS, EncodedBatch, VisionLayout
+
+
+class EmbeddingModel(nn.Module):
+    """One vector of length 1 for each side, pooled after the final norm: of its last token, or the mean of its tokens.
+
+    `backbone` is a model of `load_backbone`, with or without adapters; it is changed where attention is to go both
+    ways. `layout` comes from the same checkpoint, `readout` from its identity; `packing` changes speed alone.
+    """
+
+    image_mean: Tensor
+    image_std: Tensor
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        layout: VisionLayout,
+        readout: ReadoutConfig | None = None,
+        packing: Literal["auto", "packed", "padded"] = "auto",
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.readout = readout or ReadoutConfig()
+        self.packing = packing
+        _set_direction(backbone, causal=self.readout.direction == "causal")
+        for name in ("image_mean", "image_std"):
+            values = torch.tensor(getattr(layout, name), dtype=torch.float32)
+            self.register_buffer(name, values.view(1, -1, 1), persistent=False)
+
+    @property
+    def packs(self) -> bool:
+        """Whether sides go end to end, without padding."""
+        backbone: Any = self.backbone
+        return "flash" in backbone.config._attn_implementation if self.packing == "auto" else self.packing == "packed"
+
+    def forward(self, batch: EncodedBatch) -> Tensor:
+        """Vectors [B, D] of length 1 in fp32, on the embedder's device; equal to each side on its own (parity test)."""
+        backbone: Any = self.backbone
+        device, attention = self.image_mean.device, backbone.config._attn_implementation
+        layout = BatchLayout(batch, self.packs)
+        mask = layout.mask(self.readout, attention, backbone.dtype)
+        hidden = backbone(
+            input_ids=layout.tokens().to(device),
+            # Always given: left to itself, Qwen2.5-VL falls back to 1-D positions, and the others may reuse old ones.
+            position_ids=layout.positions(backbone, self.readout).to(device),
+            attention_mask=None if mask is None else mask.to(device),
+            use_cache=False,
+            **self._visuals(batch, device),
+        ).last_hidden_state
+        pooled_BD = _pool(hidden.flatten(0, 1), layout.rows().to(device), batch, self.readout)
+        return nn.functional.normalize(pooled_BD, dim=-1)
+
+    def _visuals(self, batch: EncodedBatch, device: torch.device) -> dict[str, Tensor]:
+        """Pixels and grids of the images and of the videos, each in the order of their tokens."""
+        patch_kinds_P = np.repeat(batch.grid_kinds, batch.grids.prod(axis=1))
+        visuals = {}
+        for kind, pixels, grids in (
+            (GRID_KINDS["image"], "pixel_values", "image_grid_thw"),
+            (GRID_KINDS["video"], "pixel_values_videos", "video_grid_thw"),
+        ):
+            chosen_V = np.equal(batch.grid_kinds, kind)
+            if chosen_V.any():
+                patches = batch.patches if chosen_V.all() else batch.patches[patch_kinds_P == kind]
+                visuals[pixels] = self._normalized(torch.tensor(patches, device=device))
+                visuals[grids] = torch.tensor(batch.grids[chosen_V], dtype=torch.int64, device=device)
+        return visuals
+
+    def _normalized(self, patches: Tensor) -> Tensor:
+        """fp32 from uint8 [P, C * rest], bit for bit what the library's image processor gives."""
+        values = patches.view(len(patches), self.image_mean.numel(), -1).float()
+        return values.div_(255).sub_(self.image_mean).div_(self.image_std).flatten(1)
+
+
+def _pool(hidden: Tensor, rows_N: Tensor, batch: EncodedBatch, readout: ReadoutConfig) -> Tensor:
+    """fp32 [B, D] of the hidden states of all places of the input; `rows_N` says where the tokens lie."""
+    if readout.pooling == "last_token":
+        return hidden[rows_N[torch.tensor(np.cumsum(batch.lengths) - 1, device=hidden.device)]].float()
+    counted_N = torch.tensor(~batch.instruction, device=hidden.device)
+    starts_B = np.cumsum(batch.lengths) - batch.lengths
+    counts_B = batch.lengths - np.add.reduceat(batch.instruction, starts_B, dtype=np.int32)
+    # One by one: adding up by index would take another order, and give other last digits, at every call on a GPU.
+    return torch.stack([own.float().mean(dim=0) for own in torch.split(hidden[rows_N[counted_N]], counts_B.tolist())])
+
+
+def _set_direction(backbone: nn.Module, causal: bool) -> None:
+    """Without this the mask alone would decide: where none is needed, attention would be causal all the same."""
+    for name, module in backbone.named_modules():
+        if "language_model" in name and hasattr(module, "is_causal"):
+            module.is_causal = causal

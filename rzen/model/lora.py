@@ -1,0 +1,84 @@
+"""Low-rank adapters on every linear layer of the vision tower, the merger and the language model (PEFT)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from peft.utils import get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pipelines.errors import UserError
+from rzen.config import LoraConfig, ModelIdentity
+from rzen.model.checkpoints import IDENTITY
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def add_lora(backbone: PreTrainedModel, config: LoraConfig, seed: int) -> peft.PeftModel:
+    """Freeze the backbone, in place, and put a new adapter on it. Equal seeds give equal adapters; B starts at zero.
+
+    `all-linear` leaves out the patch embedding, a convolution, and covers the vision tower, which the usual list of
+    projection names misses.
+    """
+    settings = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha or 2 * config.rank,
+        lora_dropout=config.dropout,
+        target_modules="all-linear",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return peft.get_peft_model(backbone, settings)
+
+
+def save_adapter(model: peft.PeftModel, folder: Path, *, identity: ModelIdentity, base: str, base_sha256: str) -> None:
+    """Write the adapter as a PEFT directory, what it belongs to beside it (`rzen.json`). Equal adapters, equal bytes.
+
+    `base` is the backbone as the job names it, `base_sha256` its `checkpoint_sha256`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.contiguous().cpu() for name, value in _adapter_state(model).items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    model.peft_config["default"].save_pretrained(str(folder))
+    config = json.loads((folder / CONFIG).read_text())
+    config["target_modules"] = sorted(config["target_modules"])  # PEFT writes a set, in any order
+    _write_json(folder / CONFIG, config | {"base_model_name_or_path": base, "inference_mode": True})
+    _write_json(folder / IDENTITY, identity.model_dump() | {"base_sha256": base_sha256})
+
+
+def load_adapter(backbone: PreTrainedModel, folder: Path, *, trainable: bool = False) -> peft.PeftModel:
+    """Put a saved adapter (of `save_adapter`, PEFT or a soup) on the backbone, in place.
+
+    Raises `UserError` where the directory holds no adapter or one of another backbone; PEFT would only warn.
+    """
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise UserError(str(folder), f"has no {name}", "name the directory of a PEFT adapter")
+    try:
+        model = peft.PeftModel.from_pretrained(backbone, str(folder), is_trainable=trainable)
+    except (ValueError, RuntimeError) as error:
+        first = " ".join(str(error).splitlines()[:2])  # torch lists every tensor
+        raise UserError(str(folder), f"does not fit the backbone ({first})", "name the base of its training") from error
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        unmatched = set(file.keys()) ^ set(_adapter_state(model))
+    if unmatched:
+        problem = f"does not fit the backbone: {len(unmatched)} tensors without a partner, such as {min(unmatched)}"
+        raise UserError(str(folder), problem, "name the base of its training")
+    return model
+
+
+def _adapter_state(model: peft.PeftModel) -> dict[str, Tensor]:
+    """Tensors by their names in a file. Left to itself, PEFT asks the hub whether the vocabulary has changed."""
+    state: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return state
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,1 @@
+"""The training objective, and the gather that makes it one across ranks."""

@@ -1,6 +1,0 @@
-"""The page a demo ends with: searches, scores, curves and settings in one HTML file that opens offline."""
-
-from rzen.page.hits import Hit, Search, terminal_hits
-from rzen.page.write import write_page
-
-__all__ = ["Hit", "Search", "terminal_hits", "write_page"]

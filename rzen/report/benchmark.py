@@ -1,0 +1,93 @@
+"""The page of a benchmark: means, every dataset, what does not count, differences, and what was answered wrongly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rzen.evaluation.comparison import Difference
+from rzen.evaluation.leaderboard import DatasetScore, Mean, means, plot_means
+from rzen.report.hits import Hit, Search
+from rzen.report.render import Card, make_card, write_html
+from rzen.report.thumbnails import ThumbnailPool
+
+
+@dataclass(frozen=True, slots=True)
+class SuiteReport:
+    """One suite. `standings`: model -> a line for each dataset, the same for all models. `comparisons`: model ->
+    dataset -> its difference to the first model. `diagnostics`: model -> dataset -> `modality_gap`,
+    `target_modality_accuracy`, `remarks`, by choice `changed_by_instruction`. `examples`: model -> dataset -> what it
+    answered wrongly.
+    """
+
+    suite: str
+    standings: Mapping[str, Sequence[DatasetScore]]
+    comparisons: Mapping[str, Mapping[str, Difference]]
+    diagnostics: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    examples: Mapping[str, Mapping[str, Sequence[Search]]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Example:
+    """A wrong answer: the query, what it shows as a card of its own, and the candidates."""
+
+    query: str
+    shown: Card | None
+    cards: list[Card]
+
+
+def write_benchmark_page(path: Path, *, title: str, reports: Sequence[SuiteReport], facts: Mapping[str, str]) -> None:
+    """As `write_html`. `facts` maps a setting to its value."""
+    pool = ThumbnailPool()
+    wrong = {
+        report.suite: {
+            dataset: {
+                model: [_example(search, pool) for search in found[dataset]]
+                for model, found in report.examples.items()
+                if found.get(dataset)
+            }
+            for dataset in (line.row.name for line in next(iter(report.standings.values())))
+            if any(found.get(dataset) for found in report.examples.values())
+        }
+        for report in reports
+    }
+    write_html(
+        path,
+        "benchmark.html.jinja",
+        title=title,
+        sections={"scores": reports, "plots": reports, "examples": any(wrong.values()), "settings": facts},
+        reports=reports,
+        means={report.suite: _means(report.standings) for report in reports},
+        problems={report.suite: _problems(report.standings) for report in reports},
+        wrong=wrong,
+        plots={f"{report.suite}: official means in percent": plot_means(report.standings) for report in reports},
+        facts=facts,
+        pool=pool,
+    )
+
+
+def _means(standings: Mapping[str, Sequence[DatasetScore]]) -> dict[str, list[Mean]]:
+    """Name of the mean -> that of each model."""
+    columns = [means(lines) for lines in standings.values()]
+    return {row[0].name: list(row) for row in zip(*columns, strict=True)}
+
+
+def _problems(standings: Mapping[str, Sequence[DatasetScore]]) -> dict[str, str]:
+    """Dataset -> why it counts 0: of all models, or of each."""
+    found = {}
+    for lines in zip(*standings.values(), strict=True):
+        told = dict(zip(standings, (line.problem for line in lines), strict=True))
+        alike = len(set(told.values())) == 1
+        each = [f"{model}: {problem}" for model, problem in told.items() if problem]
+        found[lines[0].row.name] = lines[0].problem if alike else "; ".join(each)
+    return found
+
+
+def _example(search: Search, pool: ThumbnailPool) -> _Example:
+    shown = None
+    if search.thumbnails:
+        modality = "image" if len(search.thumbnails) == 1 else "video"
+        shown = make_card(Hit(0, None, modality, search.query, "", search.thumbnails), pool)  # type: ignore[arg-type]
+    return _Example(search.query, shown, [make_card(hit, pool) for hit in search.hits])

@@ -1,0 +1,66 @@
+"""Fills a template: everything from outside is escaped, nothing is fetched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from rzen.report.hits import Hit
+from rzen.report.plots import inline_svg
+from rzen.report.thumbnails import Thumbnail, ThumbnailPool
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A hit with its pictures encoded, laid out as a contact sheet of `columns` by `rows`."""
+
+    hit: Hit
+    thumbnails: list[Thumbnail]
+    columns: int
+    rows: int
+
+
+def write_html(
+    path: Path,
+    template: str,
+    *,
+    plots: Mapping[str, str],
+    facts: Mapping[str, str],
+    pool: ThumbnailPool,
+    **content: Any,
+) -> None:
+    """One HTML file that needs no network, no script and no other file. Equal input gives equal bytes.
+
+    `plots` maps a caption to SVG text, `facts` a setting to its value, `pool` holds all pictures of the page. Raises
+    `UserError` for a plot that is not SVG and `ValueError` for numbers that JSON cannot hold (NaN).
+    """
+    svgs = {name: inline_svg(svg, name, f"plot-{i}-") for i, (name, svg) in enumerate(plots.items())}
+    rendered = _environment().get_template(template)
+    html = rendered.render(plots=svgs, facts=facts, thumbnails=pool.all(), **content)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # File names that are not UTF-8 reach us as lone surrogates, which no encoding holds.
+    path.write_text(html, encoding="utf-8", errors="replace", newline="\n")
+
+
+def make_card(hit: Hit, pool: ThumbnailPool) -> Card:
+    """A hit with its pictures in the pool."""
+    num_frames = len(hit.thumbnails)
+    columns = num_frames if num_frames <= 6 else min(8, (num_frames + 1) // 2)
+    rows = -(-num_frames // max(columns, 1))
+    return Card(hit, [pool.add(pixels) for pixels in hit.thumbnails], columns, rows)
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("rzen.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False}
+    return environment
