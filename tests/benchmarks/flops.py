@@ -5,7 +5,7 @@ for that of its weights where they are trained: adapters. Attention over L token
 and the sum they weigh), half of it where it is causal, and twice that backward. A vision tower attends within frames.
 Norms, activations, rotations, embeddings, loss and optimizer are left out: less than a hundredth.
 
-tests/unit/test_benchmarks.py compares with what torch counts.
+tests/benchmarks/test_benchmarks.py compares with what torch counts.
 """
 
 from __future__ import annotations

@@ -19,9 +19,9 @@ from jobs.training.runs import LATEST, LOG, METRICS
 from pipelines.storage.location import open_store
 from tests.data import publish
 from tests.faults.autoscaling import autoscaling_cluster, short_folder, until
+from tests.paths import ROOT
 from tests.specs import BACKBONE
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long]
 STEPS, EVERY_STEPS = 40, 4
 NODE_CPUS, WORKER_CPUS, TASK_CPUS = 2.0, 1.5, 0.5  # a node holds one worker and one task of the feed

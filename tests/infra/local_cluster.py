@@ -15,8 +15,8 @@ from itertools import takewhile
 from pathlib import Path
 
 from jobs.runtime.local_s3 import free_port
+from tests.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 _PATIENCE_S = 60
 
 

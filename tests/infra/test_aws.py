@@ -14,7 +14,8 @@ import yaml
 from botocore.exceptions import ClientError
 from moto import mock_aws
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.paths import ROOT
+
 FOLDER = ROOT / "infra" / "cluster"
 REGION = "us-west-2"
 Config = dict[str, Any]

@@ -10,7 +10,9 @@ import jsonschema
 import pytest
 import yaml
 
-FILE = Path(__file__).resolve().parents[2] / "infra" / "cluster" / "gcp.yaml"
+from tests.paths import ROOT
+
+FILE = ROOT / "infra" / "cluster" / "gcp.yaml"
 Config = dict[str, Any]
 
 

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).resolve().parents[2] / "infra"
+from tests.paths import ROOT
+
+FOLDER = ROOT / "infra"
 WITHOUT_COMMENTS = {"iam", "grafana"}  # JSON; the README's table names them
 FILES = [path for path in sorted(FOLDER.rglob("*")) if path.is_file() and "__pycache__" not in path.parts]
 

@@ -17,8 +17,8 @@ from infra.kuberay import generate
 from jobs.spec.schema import KINDS
 from tests.infra import manifests
 from tests.infra.manifests import Manifest
+from tests.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "infra" / "kuberay"
 PLAIN = [path for path in sorted(FOLDER.rglob("*.yaml")) if path.name != "kustomization.yaml"]
 RAY_KINDS = ("RayCluster", "RayJob")

@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from infra.local.up import RAY_DASHBOARD
+from tests.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 STAND_IN = f"""#!{sys.executable}
 import os, pathlib, signal, sys, time
 me = pathlib.Path(__file__)

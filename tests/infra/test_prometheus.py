@@ -21,8 +21,8 @@ import yaml
 
 from rzen.training.telemetry import METRICS, REJECTED, RUN_METRICS
 from tests.infra.local_cluster import end, local_cluster
+from tests.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "infra" / "monitoring"
 NEEDS_PROMETHEUS = pytest.mark.skipif(not shutil.which("promtool"), reason="Prometheus is not installed")
 

@@ -20,7 +20,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-FOLDER = Path(__file__).resolve().parents[2] / "infra" / "kuberay" / "retrain"
+from tests.paths import ROOT
+
+FOLDER = ROOT / "infra" / "kuberay" / "retrain"
 PATH = "/apis/ray.io/v1/namespaces/rzen/rayjobs"
 
 

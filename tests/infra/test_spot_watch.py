@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[2] / "infra" / "cluster" / "spot_watch.py"
+from tests.paths import ROOT
+
+SCRIPT = ROOT / "infra" / "cluster" / "spot_watch.py"
 QUIET = 3  # polls without a notice
 
 

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-FOLDER = Path(__file__).resolve().parents[2] / "infra" / "cluster" / "systemd"
+from tests.paths import ROOT
+
+FOLDER = ROOT / "infra" / "cluster" / "systemd"
 RETRAIN = FOLDER.parents[1] / "kuberay" / "retrain" / "cronjob.yaml"
 
 

@@ -30,9 +30,9 @@ from pipelines.errors import UserError
 from pipelines.storage.location import open_store
 from rzen.evaluation.encode import embed_inputs
 from tests.layouts import picture, planted, put, put_frames, put_lines, put_mbeir, put_mmeb
+from tests.paths import ROOT
 from tests.tiny import tiny_checkpoint
 
-ROOT = Path(__file__).resolve().parents[2]
 SUITES = ("MMEB-V2", "M-BEIR", "M-BEIR global")
 TASKS = ("mscoco_task0", "oven_task6")
 NUM_PICTURES = 400

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from jobs.cli import main
+from tests.paths import ROOT
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long, pytest.mark.usefixtures("ray_cluster")]
-STAGE1 = str(Path(__file__).resolve().parents[2] / "jobs/stage1.yaml")
+STAGE1 = str(ROOT / "jobs/stage1.yaml")
 STEPS = 30
 COLOURS = ("red", "green", "blue", "grey", "pink", "brown")
 

@@ -18,10 +18,10 @@ import pytest
 from jobs.runtime.local_s3 import free_port
 from pipelines.storage.location import open_store
 from tests.data import publish
+from tests.paths import ROOT
 from tests.specs import stage
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
-ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 HOOK = {"RAY_JOB_SUBMIT_HOOK": "jobs.hook.submit"}
 CORPUS = (

@@ -27,6 +27,7 @@ from rzen.families import FAMILIES
 from rzen.inputs.processor import EncodedBatch, Processor, smart_resize
 from rzen.inputs.prompts import TEMPLATES, render
 from rzen.model.embedding_model import EmbeddingModel
+from tests.paths import ROOT
 from tests.tiny import PROMPT, TEXTS, TINY, mixed_sides, noise, tiny_checkpoint
 
 FACTOR_PX = 28  # of Qwen2-VL
@@ -253,7 +254,7 @@ def test_import_brings_no_torch_or_transformers() -> None:
     code = (
         "import rzen.inputs.processor, sys; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'ray')))"
     )
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 def test_a_missing_checkpoint_is_the_users_error(tmp_path: Path) -> None:

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from jobs.runtime.cluster import MAX_LINKED, ROOT, metrics_link, set_environment, user_error
+from jobs.runtime.cluster import MAX_LINKED, metrics_link, set_environment, user_error
 from pipelines.errors import UserError
+from tests.paths import ROOT
 
 MISTAKE = UserError("place", "problem", "fix")
 

@@ -21,7 +21,8 @@ from pipelines.shards.shards import read_manifest, verify
 from pipelines.storage.location import open_store
 from pipelines.storage.store import Store
 from tests.data import publish
-from tests.foreign import img2dataset_samples, write_img2dataset
+from tests.external import img2dataset_samples, write_img2dataset
+from tests.paths import ROOT
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 COUNT, PER_SHARD = 72, 24
@@ -73,7 +74,7 @@ def test_unshuffled_shards_on_s3_are_trained_from_in_place(
         "cluster": "{workers: 1, cpus_per_worker: 0.5, gpus_per_worker: 0}",
     }
     sets = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
-    spec = str(Path(__file__).resolve().parents[2] / "jobs/stage1.yaml")
+    spec = str(ROOT / "jobs/stage1.yaml")
     assert main(["run", spec, *sets]) == 0
     assert "With run_length 16 a batch of 8 holds 1 neighborhood, and 100% of" in capsys.readouterr().out
     done = json.loads(open_store(f"{bucket}/runs/own").read("done.json"))

@@ -28,8 +28,8 @@ from rzen.evaluation.ablation import (
     score_table,
 )
 from rzen.evaluation.results import Result
+from tests.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 JOB = """\
 kind: ablation
 stage: stage.yaml

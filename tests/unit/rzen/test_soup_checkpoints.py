@@ -22,11 +22,11 @@ from pipelines.errors import UserError
 from rzen.config import DareSoup, MeanSoup, SlerpSoup, TiesSoup
 from rzen.model.checkpoints import checkpoint_sha256
 from rzen.soup.make import make_soup, total_weight
+from tests.paths import ROOT
 from tests.tiny import tiny_checkpoint
 
 WEIGHTS = {"a": 1.0, "b": 2.0, "c": 1.0}
 SHARES = [0.25, 0.5, 0.25]
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def save(folder: Path, tensors: Mapping[str, Tensor], *, like: Path, base_sha256: str | None = None) -> Path:

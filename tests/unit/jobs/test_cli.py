@@ -9,8 +9,7 @@ from jobs.cli import _load, main
 from jobs.runtime import progress
 from jobs.runtime.progress import Bars, Progress, RunTable, duration
 from jobs.spec.schema import IndexSpec
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.paths import ROOT
 
 
 def test_help_teaches_the_road(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,8 +8,8 @@ from jobs.spec.load import check, override, read_document, substitute
 from jobs.spec.schema import FinetunesSpec, TrainSpec
 from pipelines.errors import UserError
 from rzen.config import TinyBackbone
+from tests.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "jobs").rglob("*.yaml"))
 MINIMAL = """\
 kind: train

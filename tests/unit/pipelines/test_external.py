@@ -33,7 +33,7 @@ from pipelines.shards.shuffle_check import NeighborSimilarity, likeness, measure
 from pipelines.shards.tars import Entry, Finding, Header, entries, groups, read_header
 from pipelines.storage.location import open_store
 from pipelines.storage.shard_urls import ShardFile, expand_braces, find_shards
-from tests.foreign import img2dataset_samples, picture, write_img2dataset
+from tests.external import img2dataset_samples, picture, write_img2dataset
 
 CAPTIONED = SourceMapping()
 

@@ -13,7 +13,7 @@ from pipelines.ingest.members import load_sample
 from pipelines.media.decode import decode_member, decode_sample
 from pipelines.media.materialized import materialize
 from pipelines.samples import FileRef, Input, Media, RawSample, Sample
-from tests.unit.test_media import video
+from tests.unit.pipelines.test_media import video
 
 CONFIG = MediaConfig(frames=5, page_pixels=90_000)
 

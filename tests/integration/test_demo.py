@@ -13,9 +13,9 @@ from jobs.cli import main
 from jobs.runtime.models import local_folder
 from pipelines.storage.location import open_store
 from rzen.evaluation.results import Result, markdown_table
+from tests.paths import ROOT
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
-ROOT = Path(__file__).resolve().parents[2]
 MODELS = ["stage1", "balanced", "images", "soup"]
 TASKS = ["text_image", "text_page", "text_video", "image_text_image"]
 SMALL = {

@@ -14,7 +14,7 @@ from jobs.training import tracking
 from jobs.training.runs import METRICS, Run, read_rows
 from jobs.training.tracking import TENSORBOARD, UNTRACKED, Tracker, check_tracking, scalars
 from pipelines.errors import UserError
-from tests.unit.test_runs import DATA, make_run
+from tests.unit.jobs.test_runs import DATA, make_run
 
 ROWS: list[dict[str, Any]] = [
     {"step": step, "source": ("pages", "photos")[step % 2], "task": "a", "loss": 2.0 - step, "skipped": 0}
