@@ -130,7 +130,7 @@ def test_every_query_of_the_dashboard_is_a_query(tmp_path: Path) -> None:
 
 def test_dashboard_shows_every_number_of_ours_and_no_other() -> None:
     literal = re.compile(r"""\b(?:Gauge|Counter|Histogram)\("rzen_(\w+)\"""")
-    by_name = {name for path in (ROOT / "jobs").glob("*.py") for name in literal.findall(path.read_text())}
+    by_name = {name for path in (ROOT / "jobs").rglob("*.py") for name in literal.findall(path.read_text())}
     exported = {f"ray_rzen_{name}" for name in (*METRICS, *RUN_METRICS, f"{REJECTED}_total", *by_name)}
     shown = {name for query in dashboard_queries().values() for name in series_of(query)}
     assert {name for name in shown if name.startswith("ray_rzen_")} == exported
