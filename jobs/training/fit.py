@@ -28,7 +28,8 @@ from jobs.training.tracking import UNTRACKED, check_tracking
 from jobs.training.worker import train_worker
 from pipelines.errors import UserError
 from pipelines.feed.reader import Reader
-from pipelines.plan.plan import Plan, build_plan
+from pipelines.plan.build import build_plan
+from pipelines.plan.plan import Plan
 from pipelines.plan.resample import next_mixture_change
 from rzen.config import TinyBackbone
 from rzen.model.checkpoints import HUB_NAME, checkpoint_dir, read_identity

@@ -33,7 +33,7 @@ from jobs.runtime.records import as_json, differences
 from jobs.runtime.revision import revision, versions
 from jobs.spec.schema import TrainSpec
 from pipelines.errors import UserError
-from pipelines.plan.plan import MixturePhase
+from pipelines.plan.types import MixturePhase
 from pipelines.storage.location import open_store, resolve_endpoint
 from pipelines.storage.store import Store
 

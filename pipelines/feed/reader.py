@@ -19,7 +19,9 @@ import numpy.typing as npt
 from pipelines.config import DataConfig
 from pipelines.errors import BadMedia, UserError
 from pipelines.media.decode import Decoder
-from pipelines.plan.plan import Plan, PlanSource, Row, SourceTable
+from pipelines.plan.plan import Plan
+from pipelines.plan.sources import PlanSource
+from pipelines.plan.types import Row, SourceTable
 from pipelines.samples import DecodedSample, Rejected, Sample
 from pipelines.shards.duplicates import source_table
 from pipelines.shards.mapping import SourceMapping

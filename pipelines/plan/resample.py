@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipelines.config import ResampleConfig
-from pipelines.plan.plan import MixturePhase, Plan
+from pipelines.plan.plan import Plan
+from pipelines.plan.types import MixturePhase
 
 
 def next_mixture_change(

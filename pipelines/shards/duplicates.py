@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.errors import UserError
-from pipelines.plan.plan import SourceTable
+from pipelines.plan.types import SourceTable
 from pipelines.shards.shards import Manifest, ShardInfo, SourceInfo, duplicates_path, read_index_table
 from pipelines.storage.store import Store
 

@@ -33,7 +33,8 @@ from typing import Any, NamedTuple
 from pipelines.config import DataConfig, FeedConfig, MixtureConfig
 from pipelines.feed.reader import Reader
 from pipelines.media.decode import decode_sample
-from pipelines.plan.plan import Plan, build_plan
+from pipelines.plan.build import build_plan
+from pipelines.plan.plan import Plan
 from pipelines.samples import DecodedSample, Sample
 from pipelines.shards.shards import Members
 

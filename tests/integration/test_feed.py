@@ -16,7 +16,8 @@ from pipelines.config import DataConfig, FeedConfig, MixtureConfig
 from pipelines.errors import UserError
 from pipelines.feed.feed import PlannedFeed, batches, step_spans
 from pipelines.feed.reader import FeedBatch, Reader
-from pipelines.plan.plan import Plan, build_plan
+from pipelines.plan.build import build_plan
+from pipelines.plan.plan import Plan
 from pipelines.samples import DecodedSample
 from pipelines.storage.location import open_store
 from tests.data import ColourEncoder, publish

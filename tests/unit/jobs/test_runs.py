@@ -7,7 +7,7 @@ import pytest
 from jobs.spec.schema import TrainSpec
 from jobs.training.runs import METRICS, Checkpoints, Run, read_rows
 from pipelines.errors import UserError
-from pipelines.plan.plan import MixturePhase
+from pipelines.plan.types import MixturePhase
 
 DATA = {"data": "d1", "sources": {"photos": {"members": {"photos": 40}, "tables": "t1"}}}
 OTHER_DATA = {"data": "d1", "sources": {"photos": {"members": {"photos": 39}, "tables": "t1"}}}

@@ -9,7 +9,7 @@ import pytest
 from pipelines.config import DataConfig, MixtureConfig
 from pipelines.errors import UserError
 from pipelines.feed.reader import Reader
-from pipelines.plan.plan import build_plan
+from pipelines.plan.build import build_plan
 from pipelines.shards.duplicates import source_table
 from pipelines.shards.shards import Manifest, duplicates_path, publish_manifest, read_manifest, verify
 from pipelines.storage.store import LocalStore

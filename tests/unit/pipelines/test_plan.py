@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from pipelines.config import MixtureConfig, ResampleConfig
 from pipelines.errors import UserError
-from pipelines.plan.plan import SMALL, MixturePhase, Plan, Row, SourceTable, build_plan
+from pipelines.plan.build import SMALL, build_plan
+from pipelines.plan.plan import Plan
 from pipelines.plan.resample import next_mixture_change
+from pipelines.plan.types import MixturePhase, Row, SourceTable
 
 
 def tables(sizes: dict[str, int]) -> dict[str, SourceTable]:

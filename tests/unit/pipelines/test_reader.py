@@ -12,7 +12,9 @@ import pytest
 from pipelines.config import DataConfig, MixtureConfig
 from pipelines.errors import BadMedia, UserError
 from pipelines.feed.reader import MAX_RESERVES, FeedBatch, FeedBlock, Reader
-from pipelines.plan.plan import Plan, SourceTable, build_plan
+from pipelines.plan.build import build_plan
+from pipelines.plan.plan import Plan
+from pipelines.plan.types import SourceTable
 from pipelines.samples import DecodedSample, Rejected
 from pipelines.shards.shards import read_shard_index
 from pipelines.storage.location import open_store

@@ -1,0 +1,85 @@
+"""What a batch is drawn from: one source, or several merged into one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import numpy as np
+
+from pipelines.config import MixtureConfig
+from pipelines.plan.epoch import Epoch
+from pipelines.plan.placement import ConstrainedSamples
+from pipelines.plan.subset import SourceSubset
+from pipelines.plan.types import Int64Array, Row, SourceTable
+
+
+class PlanSource:
+    """One source, or several merged ones: `members`, and the number of their used samples in `sizes`.
+
+    `batch` samples are contrasted with each other. `blocks` times as many, of several sources, make a global batch.
+    Each used sample has a number in 0 .. num_samples - 1, counted through all members.
+    """
+
+    def __init__(
+        self, name: str, tables: Mapping[str, SourceTable], batch: int, blocks: int, mixture: MixtureConfig, seed: int
+    ) -> None:
+        self.name = name
+        self.members = tuple(tables)
+        self.batch = batch
+        self.blocks = blocks
+        self.run_length = mixture.run_length
+        self._subsets = [
+            SourceSubset.choose(table.num_samples, mixture, seed, member) for member, table in tables.items()
+        ]
+        self.sizes = tuple(subset.size for subset in self._subsets)
+        self._starts = np.concatenate([[0], np.cumsum(self.sizes)]).astype(np.int64)
+        self.num_samples = int(self._starts[-1])
+        self._constrained = ConstrainedSamples.find(list(tables.values()), self._subsets, self._starts)
+        self.tables_fingerprint = _fingerprint(tables)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Whole batches of one epoch. Left-over samples are dropped, different ones in each epoch."""
+        return self.num_samples // self.batch
+
+    def draw_epoch(self, seed: int, epoch: int) -> Epoch:
+        """Return the order of one epoch."""
+        return Epoch.draw(self._constrained, self.num_samples, self.batch, self.run_length, seed, self.name, epoch)
+
+    def rows(self, numbers: Int64Array) -> tuple[Row, ...]:
+        """Return the samples with these numbers."""
+        member_R = np.searchsorted(self._starts, numbers, side="right") - 1
+        index_R = numbers - self._starts[member_R]
+        for ordinal in np.unique(member_R):
+            of_member = member_R == ordinal
+            index_R[of_member] = self._subsets[ordinal].samples(index_R[of_member])
+        return tuple((self.members[m], i) for m, i in zip(member_R.tolist(), index_R.tolist(), strict=True))
+
+    def reserves(self, rng: np.random.Generator, member: str, used: Int64Array, position: int, count: int) -> list[Row]:
+        """Return up to `count` random samples of a member that are not `used`.
+
+        Rows of one global batch get different reserves as long as the member has enough samples.
+        """
+        subset = self._subsets[self.members.index(member)]
+        num_rows = self.batch * self.blocks
+        drawn = rng.choice(subset.size, min(subset.size, len(used) + count * num_rows), replace=False)
+        samples = subset.samples(drawn)
+        free = samples[~np.isin(samples, used)]
+        own = free[position::num_rows]  # every row takes another residue, so that no two rows share a reserve
+        others = np.roll(free, -position)
+        distinct = dict.fromkeys([*own.tolist(), *others[:count].tolist()])
+        return [(member, index) for index in distinct][:count]
+
+    def notes(self) -> list[str]:
+        """Describe, one line each, what the order of an epoch cannot meet."""
+        return self._constrained.notes(self.batches_per_epoch, self.batch)
+
+
+def _fingerprint(tables: Mapping[str, SourceTable]) -> str:
+    digest = hashlib.sha256()
+    for name, table in tables.items():
+        digest.update(f"{name} {table.num_samples} ".encode())
+        for array in (table.duplicates, table.targets, table.clusters):
+            digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,62 @@
+"""What a plan takes and gives: tables of the sources, changes of the mixture, and global batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Row = tuple[str, int]
+"""Source, and index of the sample in it."""
+Int64Array = npt.NDArray[np.int64]
+
+NO_SAMPLES: Int64Array = np.zeros(0, np.int64)
+_NO_CLUSTERS: Int64Array = np.zeros((0, 2), np.int64)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SourceTable:
+    """What a plan has to know about a source. Sample i is the i-th in stored order.
+
+    `duplicates` `[D]` are the samples, ascending, whose target other samples may have too. `targets` `[D]` are equal
+    for equal targets, also between sources. `clusters` `[C, 2]` are first and stop of adjacent samples that have to
+    share a batch, such as mined hard negatives or clips of one video. A cluster has at least two samples; clusters
+    are ascending and do not overlap.
+    """
+
+    num_samples: int
+    duplicates: Int64Array = field(default_factory=lambda: NO_SAMPLES)
+    targets: npt.NDArray[np.integer[Any]] = field(default_factory=lambda: NO_SAMPLES)
+    clusters: Int64Array = field(default_factory=lambda: _NO_CLUSTERS)
+
+
+@dataclass(frozen=True, slots=True)
+class MixturePhase:
+    """From `first_step` on, sources are drawn by `weights` (member source -> relative share of the steps)."""
+
+    first_step: int
+    weights: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Samples of one source that are contrasted with each other, in the order in which they are scored."""
+
+    source: str
+    epoch: int
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GlobalBatch:
+    """One optimizer step, or one rank's share of it: one block, or several of one size if the mixture sets `blocks`."""
+
+    step: int
+    blocks: tuple[Block, ...]
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """Return the rows of all blocks, in order."""
+        return tuple(row for block in self.blocks for row in block.rows)
