@@ -276,7 +276,8 @@ def _index(options: argparse.Namespace) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     from jobs.runtime.progress import Bars
-    from pipelines.shards.shards import manifest_path, read_manifest, verify
+    from pipelines.shards.manifest import manifest_path, read_manifest
+    from pipelines.shards.verify import verify
     from pipelines.storage.location import open_store
 
     store = open_store(options.root)

@@ -1,9 +1,9 @@
-"""The contract of the whole house: what a sample is, in storage, decoded, and in memory.
+"""Shared data types: what a sample is in storage, decoded, and in memory.
 
-A sample is one (query, positive, negatives) triple. Each side is text, media, or both. In a shard a sample is
-`{key}.json` (this module's `Sample.to_json`) followed by its members `{key}.{member}`, for example `000017.p0.jpg`.
+A sample is one (query, positive, negatives) triple. Each of these inputs is text, media, or both. In a shard, a sample
+is `{key}.json` (`Sample.to_json`), followed by its members `{key}.{member}`, for example `000017.p0.jpg`.
 
-Everything here is plain data: no Ray, no torch, and nothing of ours is imported.
+Everything here is plain data: no Ray, no torch, and no import from other modules of the project.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ import numpy.typing as npt
 MediaKind = Literal["image", "video", "document"]
 MEDIA_KINDS: tuple[MediaKind, ...] = ("image", "video", "document")
 UInt8Array = npt.NDArray[np.uint8]
+Members = dict[str, bytes]
+"""Member of a sample -> bytes of the file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Media:
-    """One file of a sample. `member` is its name inside the shard after the key: `q0.png`, `p0.mp4`, `p0.pdf`."""
+    """One file of a sample. `member` is its name in the shard after the key: `q0.png`, `p0.mp4`, `p0.pdf`."""
 
     kind: MediaKind
     member: str
@@ -30,7 +32,7 @@ class Media:
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """One end of a pair, before decoding: text, media, or both. At least one of them is present."""
+    """A query or target before decoding: text, media, or both. At least one of them is present."""
 
     text: str = ""
     media: tuple[Media, ...] = ()
@@ -40,11 +42,11 @@ class Input:
 class Sample:
     """One training or evaluation pair.
 
-    `source` is the data set (a global batch is drawn from one), `task` owns a temperature. `instruction` goes with
-    the query and `target_instruction` with the targets, in stages that use instructions. `target_sha256` identifies
-    the content of the positive (text and bytes), so that duplicates can be told apart from negatives. `relevance` says
-    how well the positive answers the query, any finite number, in data sets that grade their pairs (as STS does, 0 to
-    5); only its order counts. `origin` says where the sample came from (file, and page or line in it).
+    `source` is the dataset, and a global batch is drawn from one. Each `task` has its own temperature. `instruction`
+    is put before the query and `target_instruction` before the targets, in stages with instructions. `target_sha256`
+    identifies the content of the positive (text and bytes), so that duplicates are not scored as negatives.
+    `relevance` is a finite number: how well the positive answers the query, in datasets that grade their pairs (STS
+    has 0 to 5). Only its order counts. `origin` says where the sample came from: file, and page or line in it.
     """
 
     key: str
@@ -59,12 +61,12 @@ class Sample:
     origin: str = ""
     relevance: float | None = None
 
-    def sides(self) -> tuple[Input, ...]:
-        """Query, positive, then the negatives."""
+    def inputs(self) -> tuple[Input, ...]:
+        """Return the query, the positive, then the negatives."""
         return (self.query, self.positive, *self.negatives)
 
     def to_json(self) -> bytes:
-        """UTF-8 JSON with sorted keys: equal samples give equal bytes. Without a relevance it is not named."""
+        """Return UTF-8 JSON with sorted keys: equal samples give equal bytes. A missing relevance is left out."""
         fields = asdict(self)
         if self.relevance is None:
             del fields["relevance"]
@@ -72,23 +74,23 @@ class Sample:
 
     @classmethod
     def from_json(cls, data: bytes | str) -> Sample:
-        """Inverse of `to_json`. Raises `ValueError` for anything else."""
+        """Parse what `to_json` wrote. Raises `ValueError` for anything else."""
         try:
             fields = json.loads(data)
-            query, positive = _side(fields.pop("query")), _side(fields.pop("positive"))
-            negatives = tuple(_side(negative) for negative in fields.pop("negatives"))
+            query, positive = _parse_input(fields.pop("query")), _parse_input(fields.pop("positive"))
+            negatives = tuple(_parse_input(negative) for negative in fields.pop("negatives"))
             return cls(query=query, positive=positive, negatives=negatives, **fields)
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"not a sample: {error}") from error
 
 
-def _side(fields: dict[str, Any]) -> Input:
+def _parse_input(fields: dict[str, Any]) -> Input:
     return Input(text=fields["text"], media=tuple(Media(**media) for media in fields["media"]))
 
 
 @dataclass(frozen=True, slots=True)
 class FileRef:
-    """Where an adapter found the bytes of a member: a local file, or one zero-based `page` of a document."""
+    """Where the bytes of a member come from: a local file, or one zero-based `page` of a document."""
 
     path: str
     page: int | None = None
@@ -96,9 +98,9 @@ class FileRef:
 
 @dataclass(frozen=True, slots=True)
 class RawSample:
-    """What an adapter yields: the sample (its `target_sha256` still empty) and a file for every member it names.
+    """What a source yields: a sample whose `target_sha256` is still empty, and a file for every member it names.
 
-    `split` is given where the data come with a split of their own.
+    `split` is set if the data define their own split.
     """
 
     sample: Sample
@@ -108,7 +110,7 @@ class RawSample:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """A file, line or sample that was not used: `origin` (file, page or line), countable `reason`, human `detail`."""
+    """A file, line or sample that is not used: `origin` (file, page or line), countable `reason`, readable `detail`."""
 
     origin: str
     reason: str
@@ -119,7 +121,7 @@ class Rejected:
 class Visual:
     """Decoded pixels. `frames` is uint8 RGB `[T, H, W, 3]`; T is 1 for images and document pages.
 
-    `times_s` says when each frame of a video is shown, in seconds from its start; empty where it is not known.
+    `times_s` says when each frame of a video is shown, in seconds from its start. It is empty if that is unknown.
     """
 
     kind: MediaKind
@@ -129,7 +131,7 @@ class Visual:
 
 @dataclass(frozen=True, slots=True)
 class DecodedInput:
-    """A side with pixels in place of files. `instruction` is empty in stages without instructions."""
+    """A query or target with pixels instead of files. `instruction` is empty in stages without instructions."""
 
     text: str = ""
     visuals: tuple[Visual, ...] = ()
@@ -138,7 +140,7 @@ class DecodedInput:
 
 @dataclass(frozen=True, slots=True)
 class DecodedSample:
-    """A sample with pixels in place of files, ready for the processor."""
+    """A sample with pixels instead of files, ready for the processor."""
 
     sample: Sample
     query: DecodedInput

@@ -10,18 +10,11 @@ import numpy as np
 from PIL import Image
 
 from pipelines.errors import BadMedia
-from pipelines.samples import DecodedSample, Input, Media, Sample
+from pipelines.samples import DecodedSample, Input, Media, Members, Sample
 from pipelines.shards.duplicates import with_duplicates
-from pipelines.shards.shards import (
-    Manifest,
-    Members,
-    ShardInfo,
-    SourceInfo,
-    index_path,
-    publish_manifest,
-    target_sha256,
-    write_shard,
-)
+from pipelines.shards.index import target_sha256
+from pipelines.shards.manifest import Manifest, ShardInfo, SourceInfo, index_path, publish_manifest
+from pipelines.shards.write import write_shard
 from pipelines.storage.store import Store
 
 SAMPLES_PER_SHARD = 8

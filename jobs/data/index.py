@@ -9,7 +9,7 @@ from jobs.runtime.progress import Bars, duration, say
 from jobs.spec.schema import IndexSpec
 from pipelines.config import MixtureConfig
 from pipelines.ingest.indexing import IndexReport, index
-from pipelines.shards.shards import report_path
+from pipelines.shards.manifest import report_path
 from pipelines.shards.shuffle_check import warning
 from pipelines.storage.location import open_store
 

@@ -22,23 +22,12 @@ from pipelines.media.decode import Decoder
 from pipelines.plan.plan import Plan
 from pipelines.plan.sources import PlanSource
 from pipelines.plan.types import Row, SourceTable
-from pipelines.samples import DecodedSample, Rejected, Sample
+from pipelines.samples import DecodedSample, Members, Rejected, Sample
 from pipelines.shards.duplicates import source_table
+from pipelines.shards.index import ShardIndex, read_shard_index
+from pipelines.shards.manifest import Manifest, ShardInfo, read_manifest, source_info
 from pipelines.shards.mapping import SourceMapping
-from pipelines.shards.shards import (
-    Manifest,
-    Members,
-    Parser,
-    ShardIndex,
-    ShardInfo,
-    external_sample_parser,
-    parse_native_sample,
-    read_manifest,
-    read_samples,
-    read_shard_index,
-    shard_file,
-    source_info,
-)
+from pipelines.shards.read import Parser, external_sample_parser, parse_native_sample, read_samples, shard_file
 from pipelines.shards.shuffle_check import SETTING, NeighborSimilarity, warning
 from pipelines.storage.location import open_store, resolve_endpoint
 from pipelines.storage.store import Store
@@ -260,7 +249,7 @@ class Reader:
         # Images cannot run away, as their size is limited before they are decoded.
         sample, members = item
         sample = replace(sample, negatives=sample.negatives[: self.data.negatives_per_sample])
-        kinds = {media.kind for side in sample.sides() for media in side.media}
+        kinds = {media.kind for side in sample.inputs() for media in side.media}
         is_foreign = self._manifest.sources[sample.source].mapping is not None
         decoder = self._isolated_decoder if is_foreign and kinds - {"image"} else self._decoder
         return decoder.sample(sample, members, self.data.instructions)

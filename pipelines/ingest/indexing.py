@@ -19,14 +19,8 @@ from pipelines.config import MediaConfig
 from pipelines.errors import UserError
 from pipelines.shards.duplicates import with_duplicates
 from pipelines.shards.external import IndexedShard, ScanCounts, ScanJob, index_shard
+from pipelines.shards.manifest import Manifest, SourceInfo, manifest_path, publish_manifest, report_path
 from pipelines.shards.mapping import SourceMapping
-from pipelines.shards.shards import (
-    Manifest,
-    SourceInfo,
-    manifest_path,
-    publish_manifest,
-    report_path,
-)
 from pipelines.shards.shuffle_check import SETTING, NeighborSimilarity, ShardSimilarity, likeness
 from pipelines.storage.location import resolve_endpoint
 from pipelines.storage.shard_urls import find_shards

@@ -28,11 +28,10 @@ import ray.data
 from pipelines.config import MediaConfig
 from pipelines.errors import BadMedia, UserError
 from pipelines.ingest.members import load_sample
-from pipelines.samples import FileRef, Input, RawSample, Rejected, Sample
+from pipelines.samples import FileRef, Input, Members, RawSample, Rejected, Sample
 from pipelines.shards.duplicates import with_duplicates
-from pipelines.shards.shards import (
+from pipelines.shards.manifest import (
     Manifest,
-    Members,
     ShardInfo,
     SourceInfo,
     index_path,
@@ -40,8 +39,8 @@ from pipelines.shards.shards import (
     manifest_path,
     publish_manifest,
     read_manifest,
-    write_shard,
 )
+from pipelines.shards.write import write_shard
 from pipelines.storage.store import Store, disk_errors
 
 TRAIN, HELD_OUT = "train", "held_out"

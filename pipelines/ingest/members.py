@@ -16,8 +16,8 @@ from pipelines.media.documents import extract_page
 from pipelines.media.files import read_file
 from pipelines.media.materialized import SUFFIX, materialize
 from pipelines.media.sandbox import Sandbox
-from pipelines.samples import Media, MediaKind, RawSample, Sample
-from pipelines.shards.shards import Members, target_sha256
+from pipelines.samples import Media, MediaKind, Members, RawSample, Sample
+from pipelines.shards.index import target_sha256
 
 
 def load_sample(raw: RawSample, config: MediaConfig, *, materialized: bool = False) -> tuple[Sample, Members]:
@@ -28,7 +28,7 @@ def load_sample(raw: RawSample, config: MediaConfig, *, materialized: bool = Fal
     `pipelines.media`.
     """
     members: Members = {}
-    for media in (media for side in raw.sample.sides() for media in side.media):
+    for media in (media for side in raw.sample.inputs() for media in side.media):
         if media.member not in raw.files:
             raise BadMedia("missing_file", f"no file is given for {media.member}")
         ref = raw.files[media.member]
@@ -58,7 +58,7 @@ def _stored(media: Media, materialized: bool) -> Media:
 
 
 def _with_sides(sample: Sample, stored: Callable[[Media], Media]) -> Sample:
-    query, positive, *negatives = (replace(side, media=tuple(map(stored, side.media))) for side in sample.sides())
+    query, positive, *negatives = (replace(side, media=tuple(map(stored, side.media))) for side in sample.inputs())
     return replace(sample, query=query, positive=positive, negatives=tuple(negatives))
 
 

@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 
 from pipelines.errors import UserError
 from pipelines.plan.types import SourceTable
-from pipelines.shards.shards import Manifest, ShardInfo, SourceInfo, duplicates_path, read_index_table
+from pipelines.shards.index import read_index_table
+from pipelines.shards.manifest import Manifest, ShardInfo, SourceInfo, duplicates_path
 from pipelines.storage.store import Store
 
 _SCHEMA = pa.schema([("sample", pa.int64()), ("target", pa.uint64())])

@@ -23,8 +23,10 @@ from pipelines.config import MediaConfig
 from pipelines.errors import BadMedia, UserError
 from pipelines.media.decode import Decoder
 from pipelines.samples import Sample
+from pipelines.shards.index import IndexRow, index_bytes, target_sha256
+from pipelines.shards.manifest import ShardInfo
 from pipelines.shards.mapping import SampleMapper, SourceMapping
-from pipelines.shards.shards import IndexRow, ShardInfo, index_bytes, on_disk, target_sha256
+from pipelines.shards.read import on_disk
 from pipelines.shards.shuffle_check import ShardSimilarity, Words, measure, words_of
 from pipelines.shards.tars import Finding, Group, entries, groups
 from pipelines.storage.location import open_store

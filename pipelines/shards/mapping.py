@@ -53,7 +53,7 @@ TextSelector = Annotated[str, AfterValidator(_check_text)]
 MediaSelector = Annotated[str, AfterValidator(_check_media)]
 
 
-class SideMapping(Config):
+class InputMapping(Config):
     """Where a side comes from. A side with both has both: a sample that lacks one of them is not used."""
 
     text: TextSelector | None = None
@@ -63,7 +63,7 @@ class SideMapping(Config):
     videos, pdf is a document of which the first page is seen."""
 
     @model_validator(mode="after")
-    def _not_empty(self) -> SideMapping:
+    def _not_empty(self) -> InputMapping:
         if self.text is None and self.media is None:
             raise ValueError("names neither text nor media")
         return self
@@ -81,11 +81,11 @@ class SourceMapping(Config):
 
     task: Annotated[str, Field(min_length=1)] = "text_image"
     """Task of all samples: owns a temperature. `rzen evaluate` knows text_image, text_page, text_video and others."""
-    query: SideMapping = SideMapping(text="txt | json:caption")
+    query: InputMapping = InputMapping(text="txt | json:caption")
     """What is asked."""
-    positive: SideMapping = SideMapping(media="jpg | jpeg | png | webp")
+    positive: InputMapping = InputMapping(media="jpg | jpeg | png | webp")
     """What answers it."""
-    negatives: list[SideMapping] = Field(default_factory=list)
+    negatives: list[InputMapping] = Field(default_factory=list)
     """Mined negatives; a field may hold a list of texts. Those that a sample lacks are left out."""
     instruction: str | FromMember = ""
     """Put before the query, in stages with instructions; `{member: json:prompt}` reads it from each sample."""
@@ -145,12 +145,12 @@ def _named(selection: Any) -> Iterator[str]:
             yield from _named(part)
 
 
-def _side(mapping: SideMapping, members: Mapping[str, bytes]) -> Input:
+def _side(mapping: InputMapping, members: Mapping[str, bytes]) -> Input:
     text = _text(_found(mapping.text, members), mapping.text) if mapping.text else ""
     return Input(text, (_media(mapping.media, members),) if mapping.media else ())
 
 
-def _negatives(mapping: SideMapping, members: Mapping[str, bytes]) -> list[Input]:
+def _negatives(mapping: InputMapping, members: Mapping[str, bytes]) -> list[Input]:
     try:
         if mapping.text and isinstance(texts := _found(mapping.text, members), list):
             media = (_media(mapping.media, members),) if mapping.media else ()

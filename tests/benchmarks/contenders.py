@@ -35,8 +35,7 @@ from pipelines.feed.reader import Reader
 from pipelines.media.decode import decode_sample
 from pipelines.plan.build import build_plan
 from pipelines.plan.plan import Plan
-from pipelines.samples import DecodedSample, Sample
-from pipelines.shards.shards import Members
+from pipelines.samples import DecodedSample, Members, Sample
 
 WORKERS = 2
 MDS = "mds"

@@ -21,16 +21,10 @@ import numpy as np
 import pymupdf
 from PIL import Image
 
-from pipelines.samples import Input, Media, MediaKind, Sample
-from pipelines.shards.shards import (
-    Manifest,
-    Members,
-    ShardInfo,
-    SourceInfo,
-    publish_manifest,
-    target_sha256,
-    write_shard,
-)
+from pipelines.samples import Input, Media, MediaKind, Members, Sample
+from pipelines.shards.index import target_sha256
+from pipelines.shards.manifest import Manifest, ShardInfo, SourceInfo, publish_manifest
+from pipelines.shards.write import write_shard
 from pipelines.storage.location import open_store
 from pipelines.synthetic.clips import encode_clip
 

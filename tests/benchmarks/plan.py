@@ -22,7 +22,7 @@ from pipelines.config import MixtureConfig
 from pipelines.plan.build import build_plan
 from pipelines.plan.plan import Plan
 from pipelines.plan.types import SourceTable
-from pipelines.shards.shards import Manifest, ShardInfo, SourceInfo, publish_manifest, read_manifest
+from pipelines.shards.manifest import Manifest, ShardInfo, SourceInfo, publish_manifest, read_manifest
 from pipelines.storage.location import open_store
 from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.turns import answer, show, spread

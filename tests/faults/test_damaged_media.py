@@ -21,7 +21,7 @@ from pipelines.ingest.ingest import TRAIN, ingest
 from pipelines.media.decode import Decoder
 from pipelines.media.reasons import REASONS
 from pipelines.samples import MediaKind, RawSample, Rejected, Sample
-from pipelines.shards.shards import verify
+from pipelines.shards.verify import verify
 from pipelines.sources.folder import LIST_NAME, read_folder
 from pipelines.storage.location import open_store
 from tests.faults.damaged_media import DAMAGE, LIMITS, STOPPED, USED, CorpusFile, corpus

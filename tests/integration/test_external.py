@@ -16,8 +16,9 @@ from pipelines.errors import UserError
 from pipelines.feed.reader import Reader
 from pipelines.ingest.indexing import index
 from pipelines.samples import Sample
-from pipelines.shards.mapping import SideMapping, SourceMapping
-from pipelines.shards.shards import read_manifest, verify
+from pipelines.shards.manifest import read_manifest
+from pipelines.shards.mapping import InputMapping, SourceMapping
+from pipelines.shards.verify import verify
 from pipelines.storage.location import open_store
 from pipelines.storage.store import Store
 from tests.data import publish
@@ -159,7 +160,7 @@ def test_what_cannot_be_published_is_told(tmp_path: Path) -> None:
         run([str(tmp_path / "theirs")], own)
     own.write("train/manifest.json", b"torn")
     assert run([str(tmp_path / "theirs")], own).accepted == {"web": 4}
-    captions = SourceMapping(query=SideMapping(text="cap"))
+    captions = SourceMapping(query=InputMapping(text="cap"))
     with pytest.raises(UserError, match="source web: has no usable sample; over all sources: missing_member 4"):
         index({"web": (captions, [str(tmp_path / "theirs")])}, own.child("x"), "train")
     assert main(["index", str(tmp_path / "nowhere"), str(tmp_path / "out")]) == 1

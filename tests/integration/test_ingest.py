@@ -21,8 +21,10 @@ from pipelines.config import DataConfig, MediaConfig
 from pipelines.errors import UserError
 from pipelines.feed.reader import Reader
 from pipelines.ingest.ingest import IngestReport, ingest, plan_blocks
-from pipelines.samples import FileRef, Input, Media, MediaKind, RawSample, Rejected, Sample
-from pipelines.shards.shards import Members, read_manifest, target_sha256, verify
+from pipelines.samples import FileRef, Input, Media, MediaKind, Members, RawSample, Rejected, Sample
+from pipelines.shards.index import target_sha256
+from pipelines.shards.manifest import read_manifest
+from pipelines.shards.verify import verify
 from pipelines.storage.location import open_store
 from pipelines.storage.store import Store
 

@@ -11,7 +11,8 @@ from pipelines.errors import UserError
 from pipelines.feed.reader import Reader
 from pipelines.plan.build import build_plan
 from pipelines.shards.duplicates import source_table
-from pipelines.shards.shards import Manifest, duplicates_path, publish_manifest, read_manifest, verify
+from pipelines.shards.manifest import Manifest, duplicates_path, publish_manifest, read_manifest
+from pipelines.shards.verify import verify
 from pipelines.storage.store import LocalStore
 from tests.data import publish
 

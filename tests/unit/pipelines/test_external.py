@@ -20,17 +20,12 @@ from pipelines.errors import BadMedia, UserError
 from pipelines.feed.reader import Reader
 from pipelines.samples import DecodedSample, Input, Media, Rejected, Sample
 from pipelines.shards.external import ScanCounts, ScanJob, index_shard, scan
-from pipelines.shards.mapping import SampleMapper, SideMapping, SourceMapping
-from pipelines.shards.shards import (
-    IndexRow,
-    Manifest,
-    SourceInfo,
-    publish_manifest,
-    target_sha256,
-    verify,
-)
+from pipelines.shards.index import IndexRow, target_sha256
+from pipelines.shards.manifest import Manifest, SourceInfo, publish_manifest
+from pipelines.shards.mapping import InputMapping, SampleMapper, SourceMapping
 from pipelines.shards.shuffle_check import NeighborSimilarity, likeness, measure, warning, words_of
 from pipelines.shards.tars import Entry, Finding, Header, entries, groups, read_header
+from pipelines.shards.verify import verify
 from pipelines.storage.location import open_store
 from pipelines.storage.shard_urls import ShardFile, expand_braces, find_shards
 from tests.external import img2dataset_samples, picture, write_img2dataset
@@ -382,7 +377,7 @@ def test_documents_of_strangers_are_decoded_in_a_child(tmp_path: Path) -> None:
         document.new_page(width=200, height=100)
         page = document.tobytes()
     files = [("a.pdf", page), ("a.txt", b"a page"), ("b.pdf", b"%PDF-1.4 no more"), ("b.txt", b"damaged")]
-    mapping = SourceMapping(positive=SideMapping(media="pdf"), task="text_page")
+    mapping = SourceMapping(positive=InputMapping(media="pdf"), task="text_page")
     reader = published(tmp_path, {"0.tar": make_tar(files)}, mapping)
     good, bad = reader.samples("s", [0, 1])
     assert isinstance(good, DecodedSample)
@@ -429,7 +424,7 @@ def test_an_index_is_made_once_for_a_shard_and_a_selection(tmp_path: Path) -> No
     assert (first.reused, again.reused) == (False, True)
     assert (again.shard, again.tally, again.neighbors) == (first.shard, first.tally, first.neighbors)
     assert run(SourceMapping(instruction="Find.", task="other")).reused
-    assert not run(SourceMapping(query=SideMapping(text="txt"))).reused
+    assert not run(SourceMapping(query=InputMapping(text="txt"))).reused
     assert not run().reused
     assert not run(media=MediaConfig()).reused
     (tmp_path / "a.tar").write_bytes(make_tar(pairs(4)))

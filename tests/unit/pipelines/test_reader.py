@@ -16,7 +16,7 @@ from pipelines.plan.build import build_plan
 from pipelines.plan.plan import Plan
 from pipelines.plan.types import SourceTable
 from pipelines.samples import DecodedSample, Rejected
-from pipelines.shards.shards import read_shard_index
+from pipelines.shards.index import read_shard_index
 from pipelines.storage.location import open_store
 from pipelines.storage.store import LocalStore
 from tests.data import SAMPLES_PER_SHARD, ColourEncoder, make_sample, publish

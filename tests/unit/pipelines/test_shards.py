@@ -14,22 +14,20 @@ import ray.data
 import webdataset
 
 from pipelines.errors import BadMedia, UserError
-from pipelines.samples import Input, Media, Sample
-from pipelines.shards.shards import (
+from pipelines.samples import Input, Media, Members, Sample
+from pipelines.shards.index import read_shard_index, target_sha256
+from pipelines.shards.manifest import (
     Manifest,
-    Members,
     ShardInfo,
     SourceInfo,
     index_path,
     publish_manifest,
     read_manifest,
-    read_samples,
-    read_shard_index,
     source_info,
-    target_sha256,
-    verify,
-    write_shard,
 )
+from pipelines.shards.read import read_samples
+from pipelines.shards.verify import verify
+from pipelines.shards.write import write_shard
 from pipelines.storage.location import open_store
 from pipelines.storage.store import Store
 

@@ -1,0 +1,213 @@
+"""The manifest of a split: which shards it consists of, and the settings that they were made with.
+
+    {split}/{source}/{source}-000000.tar           a shard
+    {split}/{source}/{source}-000000.idx.parquet   its index
+    {split}/{source}/duplicates.parquet            samples of the source that share a target
+    {split}/manifest.json                          written last; readers trust nothing else
+
+External shards stay where they are. The manifest names them by absolute URL, with a mapping for each source. Only
+their indices are below the data root.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from pipelines.errors import UserError
+from pipelines.storage.store import Store
+
+FORMAT_VERSION = 2
+_SHARDS_PER_PIECE = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class ShardInfo:
+    """One shard: `path` relative to the data root, or to its folder as `write_shard` returns it.
+
+    For an external shard, `path` is an absolute URL, `index` is the path of its index below the data root, and `tag`
+    is the store's tag of its content when it was indexed. Both are None for shards that ingest wrote.
+    """
+
+    path: str
+    num_samples: int
+    num_bytes: int
+    sha256: str
+    index_sha256: str
+    index: str | None = None
+    tag: str | None = None
+
+    @property
+    def index_path(self) -> str:
+        """Path of the index below the data root."""
+        return self.index or index_path(self.path)
+
+    @property
+    def remedy(self) -> str:
+        """What the user should do if the shard is not as the manifest says."""
+        return f"run the {'index' if self.index else 'ingest'} job again"
+
+
+@dataclass(frozen=True, slots=True)
+class SourceInfo:
+    """The shards of one source in a split; all samples of a source have one task.
+
+    `mapping` is a `SourceMapping` as plain data, which makes samples of external shards. It is None for shards that
+    ingest wrote. `duplicates_sha256` is the hash of the file at `duplicates_path`, or None before that file exists.
+    """
+
+    task: str
+    num_samples: int
+    shards: tuple[ShardInfo, ...]
+    mapping: dict[str, Any] | None = None
+    duplicates_sha256: str | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the content: equal for byte-identical data."""
+        return _fingerprint(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a split consists of, and the settings that it was made with."""
+
+    split: str
+    sources: dict[str, SourceInfo]
+    settings: dict[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of all sources."""
+        return sum(source.num_samples for source in self.sources.values())
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the canonical content: equal fingerprints mean byte-identical data."""
+        return _fingerprint(self)
+
+    def to_json(self) -> bytes:
+        """Return readable JSON that includes the fingerprint."""
+        content = _plain(self) | {"fingerprint": self.fingerprint}
+        return (json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False, default=_plain) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Manifest:
+        """Parse what `to_json` wrote. Raises `ValueError` for anything else, an edited manifest included."""
+        try:
+            content = json.loads(data, object_hook=_parse_shard)
+            if content["format_version"] != FORMAT_VERSION:
+                raise ValueError(f"format version {content['format_version']}, this program reads {FORMAT_VERSION}")
+            fingerprint = content.pop("fingerprint")
+            sources = {name: _parse_source(source) for name, source in content.pop("sources").items()}
+            manifest = cls(sources=sources, **content)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"not a manifest: {error!r}") from error
+        if manifest.fingerprint != fingerprint:
+            raise ValueError("its fingerprint is not that of its content")
+        return manifest
+
+
+def manifest_path(split: str) -> str:
+    """Return the path of a split's manifest below the data root."""
+    return f"{split}/manifest.json"
+
+
+def report_path(split: str) -> str:
+    """Return the path of an index job's report below the data root."""
+    return f"{split}/report.json"
+
+
+def index_path(shard_path: str) -> str:
+    """Return the path of a shard's index, which is next to the shard."""
+    return f"{shard_path.removesuffix('.tar')}.idx.parquet"
+
+
+def duplicates_path(split: str, source: str) -> str:
+    """Return the path, below the data root, of the file that names samples with a common target."""
+    return f"{split}/{source}/duplicates.parquet"
+
+
+def manifest_files(manifest: Manifest) -> set[str]:
+    """Return the files of a split below the data root, without its manifest."""
+    files = set()
+    for name, source in manifest.sources.items():
+        for shard in source.shards:
+            files.add(shard.index_path)
+            if not shard.index:  # external shards are elsewhere
+                files.add(shard.path)
+        if source.duplicates_sha256:
+            files.add(duplicates_path(manifest.split, name))
+    return files
+
+
+def publish_manifest(store: Store, manifest: Manifest) -> None:
+    """Make a split visible. Call it when all of its shards are in place."""
+    store.write(manifest_path(manifest.split), manifest.to_json())
+
+
+def read_manifest(store: Store, split: str) -> Manifest:
+    """Read the manifest of a split. Raises `UserError` if it is missing or damaged."""
+    place = f"{store.url}/{manifest_path(split)}"
+    try:
+        return Manifest.from_json(store.read(manifest_path(split)))
+    except FileNotFoundError as error:
+        fix = "run a job of kind ingest or index that writes here"
+        raise UserError(place, "there is no such manifest", fix) from error
+    except ValueError as error:
+        raise UserError(place, f"cannot be read: {error}", "run the job again that wrote it") from error
+
+
+def source_info(store: Store, manifest: Manifest, source: str) -> SourceInfo:
+    """Return a source of a manifest. Raises `UserError` if there is no such source."""
+    if source not in manifest.sources:
+        known = ", ".join(sorted(manifest.sources)) or "none"
+        raise UserError(f"{store.url}/{manifest.split}", f"has no source {source!r}", f"its sources: {known}")
+    return manifest.sources[source]
+
+
+def _plain(part: Manifest | SourceInfo | ShardInfo) -> dict[str, Any]:
+    """Return the fields of a manifest, source or shard that have a value."""
+    values = {item.name: getattr(part, item.name) for item in fields(part)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _fingerprint(part: Manifest | SourceInfo) -> str:
+    digest = hashlib.sha256()
+    for piece in _canonical(part):
+        digest.update(piece.encode())
+    return digest.hexdigest()
+
+
+def _canonical(part: object) -> Iterator[str]:
+    """Yield JSON with sorted keys and without spaces, in pieces: that of a million shards is half a gigabyte."""
+    if isinstance(part, Manifest | SourceInfo):
+        part = _plain(part)
+    if isinstance(part, dict) and part:
+        for position, name in enumerate(sorted(part)):
+            yield f"{',' if position else '{'}{_compact(name)}:"
+            yield from _canonical(part[name])
+        yield "}"
+    elif isinstance(part, tuple) and part:
+        for start in range(0, len(part), _SHARDS_PER_PIECE):
+            yield f"{',' if start else '['}{_compact(part[start : start + _SHARDS_PER_PIECE])[1:-1]}"
+        yield "]"
+    else:
+        yield _compact(part)
+
+
+def _compact(part: object) -> str:
+    return json.dumps(part, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=_plain)
+
+
+def _parse_shard(parsed: dict[str, Any]) -> ShardInfo | dict[str, Any]:
+    """Make a shard as soon as it is parsed, so that a million dicts never exist at once. Other dicts stay."""
+    return ShardInfo(**parsed) if parsed.keys() >= {"path", "index_sha256"} else parsed
+
+
+def _parse_source(parsed: dict[str, Any]) -> SourceInfo:
+    return SourceInfo(**parsed | {"shards": tuple(parsed["shards"])})
