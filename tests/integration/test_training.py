@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -27,7 +26,7 @@ from rzen.inputs.pairs import EncodedPairs, PairEncoder
 from rzen.inputs.processor import Processor
 from rzen.training.telemetry import METRICS
 from rzen.training.worker import Stage, build_learner, train_stage
-from tests.gloo import run_workers
+from tests.gloo import run_processes, run_workers
 from tests.tiny import PROMPT, TEXTS, noise, small_pieces, tiny_checkpoint, tiny_model
 
 pytestmark = pytest.mark.slow
@@ -186,9 +185,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_EXTENSIONS_DIR", str(root / "extensions"))
         first = run_workers(straight, 2, root, model_dir)
-        mp.spawn(alone, (root, model_dir), nprocs=1)
+        run_processes(alone, 1, root, model_dir)
         second = run_workers(resumed, 2, root, model_dir)
-        mp.spawn(alone_resumed, (root, model_dir), nprocs=1)
+        run_processes(alone_resumed, 1, root, model_dir)
     assert first[1] == {name: [] for name in first[0]}  # rows are for rank 0 alone
     return Runs(root, model_dir, first[0], second[0])
 
