@@ -119,8 +119,8 @@ def _docstrings(tree: ast.Module | ast.ClassDef) -> Iterator[tuple[int, str, str
             yield from _docstring(node)
         elif isinstance(before, ast.Assign | ast.AnnAssign) and isinstance(node, ast.Expr):
             # An attribute's docstring is a string on a line of its own after the assignment.
-            if text := _literal(node.value).replace(VALUE, ""):
-                yield node.lineno, "docstring", inspect.cleandoc(text)
+            text = inspect.cleandoc(_literal(node.value)).replace(VALUE, "")
+            yield from [(node.lineno, "docstring", text)] if text else ()
 
 
 def _docstring(
