@@ -12,8 +12,9 @@ from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from jobs.evaluation.specs import BenchmarkSpec
+from jobs.spec.job import JobConfig
 from jobs.spec.load import Document, check, override, read_document
-from jobs.spec.schema import BenchmarkSpec, Spec
 from pipelines.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Train universal multimodal embeddings: one vector space for text, images, videos and documents.
 
-Everything is a job: a YAML file (jobs/*.yaml, every field documented in jobs/spec/schema.py) that says what is read,
+Everything is a job: a YAML file (jobs/*.yaml, `rzen schema KIND` documents every field) that says what is read,
 what is trained and where results go. Settings are changed in the file, or for once with --set.
 """
 EPILOG = """\
@@ -222,7 +223,7 @@ def _validate(options: argparse.Namespace) -> int:
     return int(failed)
 
 
-def _load(path: str, overrides: Sequence[str]) -> tuple[Spec, Document]:
+def _load(path: str, overrides: Sequence[str]) -> tuple[JobConfig, Document]:
     document = override(read_document(path), overrides)
     return check(document), document
 

@@ -21,34 +21,15 @@ from typing import Any
 import yaml
 
 from jobs.runtime.dispatch import named_specs
+from jobs.spec.job import JobConfig
+from jobs.spec.kinds import gpus_of
 from jobs.spec.load import check, override, read_document
-from jobs.spec.schema import (
-    EmbedSpec,
-    EvaluateSpec,
-    ExportSpec,
-    FinetunesSpec,
-    IndexSpec,
-    RetrainSpec,
-    SoupSpec,
-    Spec,
-    TrainSpec,
-)
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CLUSTER = HERE / "base" / "raycluster.yaml"
 RULES = HERE.parent / "monitoring" / "rules.yaml"
 _GPU = "nvidia.com/gpu"
-
-LOCAL_KINDS = {
-    "corpus": "draws files into a local folder",
-    "ingest": "reads a local folder on every node",
-    "pipeline": "the shipped ones start from a local folder; retraining has a manifest of its own",
-    "ablation": "writes its report to a local folder",
-    "benchmark": "reads its files at the same path on every node",
-    "search": "writes a local page",
-}
-"""Kinds of job without a RayJob, and why: run them with `rzen run` where the files are."""
 
 _ADAPTER = "$RZEN_STORE/runs/{}/adapter"
 _SOUP = "$RZEN_STORE/runs/soups/uniform/adapter"
@@ -168,7 +149,8 @@ def files() -> dict[Path, str]:
 
 def rayjob(name: str, job: Job) -> dict[str, Any]:
     """The manifest of a job."""
-    gpus = _gpus(*specs(job))
+    spec, *named = specs(job)
+    gpus = gpus_of(spec, named)
     cluster = copy.deepcopy(yaml.safe_load(CLUSTER.read_text())["spec"])
     cluster["headGroupSpec"]["template"]["spec"]["serviceAccountName"] = job.account
     cluster["workerGroupSpecs"] = list(filter(None, (_sized(group, gpus) for group in cluster["workerGroupSpecs"])))
@@ -203,30 +185,11 @@ def command(job: Job) -> str:
     return f"sh -c {shlex.quote(' '.join(words))}"
 
 
-def specs(job: Job) -> list[Spec]:
+def specs(job: Job) -> list[JobConfig]:
     """The checked spec of a job and those that it names. Raises `UserError` if one is not valid."""
     document = override(read_document(ROOT / "jobs" / job.spec), job.set)
     spec = check(document)
     return [spec, *named_specs(spec, document)]
-
-
-def _gpus(spec: Spec, *named: Spec) -> float:
-    """How many GPUs a job can use at once; `named` are the specs that it names."""
-    match spec:
-        case TrainSpec():
-            return spec.cluster.workers * spec.cluster.gpus_per_worker
-        case FinetunesSpec():
-            runs = sorted((_gpus(some) for some in named if isinstance(some, TrainSpec)), reverse=True)
-            return sum(runs[: spec.max_parallel])
-        case RetrainSpec():
-            return max(_gpus(some) for some in named)
-        case EvaluateSpec():
-            return len(spec.models) * spec.gpus_per_model
-        case EmbedSpec():
-            return spec.actors * spec.gpus_per_actor
-        case IndexSpec() | ExportSpec() | SoupSpec():
-            return 0.0
-    raise ValueError(f"how many GPUs a job of kind {spec.kind} uses is not written here yet")
 
 
 def _sized(group: dict[str, Any], gpus: float) -> dict[str, Any] | None:

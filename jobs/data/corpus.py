@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from jobs.data.specs import CorpusSpec
 from jobs.runtime.progress import Bars, say
-from jobs.spec.schema import CorpusSpec
 from pipelines.storage.store import disk_errors
 from pipelines.synthetic.corpus import make_corpus
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from jobs.data.specs import IndexSpec
 from jobs.runtime.cluster import ray_cluster
 from jobs.runtime.progress import Bars, duration, say
-from jobs.spec.schema import IndexSpec
 from pipelines.config import MixtureConfig
 from pipelines.ingest.indexing import IndexReport, index
 from pipelines.shards.manifest import report_path
 from pipelines.shards.shuffle_check import warning
 from pipelines.storage.location import open_store
+from pipelines.storage.shard_urls import find_shards
 
 _EXAMPLE_BATCH = 256  # for the warning; the batch of a run is not known yet
 
@@ -31,6 +32,12 @@ def run(spec: IndexSpec) -> dict[str, Any]:
         )
     _print_report(report, report_path(spec.split))
     return {"outputs": [f"{store.url}/{spec.split}"], "samples": report.accepted, "rejected": report.rejected}
+
+
+def fingerprint(spec: IndexSpec) -> dict[str, str]:
+    """Return the tag of every shard by its URL."""
+    found = (shard for source in spec.sources.values() for shard in find_shards(source.urls, spec.endpoint))
+    return {shard.url: shard.tag for shard in found}
 
 
 def _print_report(report: IndexReport, place: str) -> None:

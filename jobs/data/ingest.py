@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from jobs.data.specs import IngestSpec
 from jobs.runtime.cluster import ray_cluster
 from jobs.runtime.progress import Bars, duration, say
-from jobs.spec.schema import IngestSpec
 from pipelines.ingest.ingest import REPORT_PATH, IngestReport, ingest
 from pipelines.sources.folder import read_folder
 from pipelines.storage.location import open_store
@@ -30,6 +30,11 @@ def run(spec: IngestSpec) -> dict[str, Any]:
         )
     _print_report(report)
     return {"outputs": [spec.out], "samples": report.accepted, "rejected": report.rejected}
+
+
+def fingerprint(spec: IngestSpec) -> dict[str, str]:
+    """Return the tag of every raw file by its path."""
+    return open_store(spec.input).tags()
 
 
 def _print_report(report: IngestReport) -> None:

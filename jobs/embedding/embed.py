@@ -19,11 +19,11 @@ import pyarrow.parquet as pq
 import ray
 import ray.data
 
+from jobs.embedding.specs import EmbedSpec
 from jobs.runtime.cluster import Resources, check_size, ray_cluster, ray_data
 from jobs.runtime.models import load_exported
 from jobs.runtime.progress import Bars, say
 from jobs.runtime.records import as_json
-from jobs.spec.schema import EmbedSpec
 from pipelines.config import DataConfig
 from pipelines.feed.reader import Reader
 from pipelines.samples import DecodedSample, MediaKind, Rejected, Sample

@@ -19,7 +19,7 @@ import ray.data
 from jobs.embedding.vectors import VectorCache, write_part
 from jobs.runtime.cluster import ray_data
 from jobs.runtime.models import Dtype, checkpoint_folder, load_model
-from jobs.spec.schema import ModelRef
+from jobs.spec.model import ModelRef
 from pipelines.benchmarks.decode import ItemDecoder
 from pipelines.benchmarks.types import Item, as_ids
 from pipelines.config import MediaConfig

@@ -22,11 +22,11 @@ import numpy as np
 from jobs.embedding.encode import WINDOW_ITEMS, Encoding, encode
 from jobs.embedding.vectors import VectorCache
 from jobs.evaluation.examples import wrong_answers
+from jobs.evaluation.specs import BenchmarkSpec
 from jobs.runtime.cluster import Resources, check_size, ray_cluster
 from jobs.runtime.models import checkpoint_folder, local_folder
 from jobs.runtime.progress import Bars, console, say
 from jobs.runtime.revision import revision, versions
-from jobs.spec.schema import BenchmarkSpec
 from pipelines.benchmarks.catalog import check_datasets, open_dataset
 from pipelines.benchmarks.custom import read_custom
 from pipelines.benchmarks.types import Dataset, Item, Pool, Row, as_ids, read_pool, without_instructions

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import ray
 
+from jobs.evaluation.specs import EvaluateSpec
 from jobs.runtime.cluster import Resources, check_size, ray_cluster, watch
 from jobs.runtime.models import load_model
 from jobs.runtime.progress import Progress, ProgressTracker, console, say
 from jobs.runtime.revision import revision, versions
-from jobs.spec.schema import EvaluateSpec
 from pipelines.errors import UserError
 from pipelines.feed.reader import Reader
 from pipelines.samples import DecodedSample, Rejected

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from jobs.evaluation.specs import EVALUATE, EvaluateSpec
+from jobs.spec.job import FileChanges
 from jobs.spec.load import Document, check, read_document
-from jobs.spec.schema import EvaluateSpec, FileChanges, ModelRef
+from jobs.spec.model import ModelRef
 from jobs.training.encoder import backbone_url
 from jobs.training.runs import Run
 from pipelines.errors import UserError
@@ -22,8 +24,6 @@ from pipelines.storage.store import Store
 
 if TYPE_CHECKING:
     from rzen.evaluation.results import Result
-
-_NOT_OF_THE_SCORES = {"models", "out", "cpus_per_model", "gpus_per_model", "autoscaling", "batch_size", "submit"}
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Scorer:
     def __init__(self, evaluate: EvaluateSpec) -> None:
         self._evaluate = evaluate
         self._reader = Reader(evaluate.data)
-        spec = evaluate.model_dump(mode="json", exclude=_NOT_OF_THE_SCORES)
+        spec = EVALUATE.science(evaluate.model_dump(mode="json"))
         self.scoring_config = {"data": self._reader.fingerprint, "spec": spec}
         self._path = (
             f"scores/{hashlib.sha256(json.dumps(self.scoring_config, sort_keys=True).encode()).hexdigest()[:16]}.json"

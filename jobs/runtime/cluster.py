@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 from jobs.runtime.progress import Bars
-from jobs.spec.schema import TrainSpec
+from jobs.spec.run import ClusterConfig
 from pipelines.config import FeedConfig
 from pipelines.errors import UserError
 
@@ -141,18 +141,18 @@ def check_size(what: str, count: int, each: Resources, feed: FeedConfig | None =
             )
 
 
-def has_room(running: Sequence[TrainSpec], another: TrainSpec) -> bool:
-    """Whether the cluster, as large as it is now, holds another run beside these and one task of a feed.
+def has_room(running: Sequence[ClusterConfig], another: ClusterConfig, feed: FeedConfig) -> bool:
+    """Return whether the cluster at its present size holds another training run and one task of its data loader.
 
-    Always, where none runs or the cluster can grow: what it has no room for is what it grows for.
+    Always true if nothing runs or the cluster can grow: it grows for work that has no room.
     """
     import ray
 
-    if not running or another.cluster.autoscaling:
+    if not running or another.autoscaling:
         return True
-    clusters = [spec.cluster for spec in (*running, another)]
+    clusters = [*running, another]
     needed = {
-        "CPU": sum(some.workers * some.cpus_per_worker for some in clusters) + another.feed.cpus_per_task,
+        "CPU": sum(some.workers * some.cpus_per_worker for some in clusters) + feed.cpus_per_task,
         "GPU": sum(some.workers * some.gpus_per_worker for some in clusters),
     }
     present = ray.cluster_resources()

@@ -1,51 +1,38 @@
-"""A checked spec to the handler of its kind."""
+"""Runs a checked spec in the handler of its kind."""
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 from typing import Any
 
 from jobs.runtime.cluster import set_environment
+from jobs.spec.job import JobConfig
+from jobs.spec.kinds import find_kind
 from jobs.spec.load import Document
-from jobs.spec.schema import AblationSpec, FinetunesSpec, PipelineSpec, RetrainSpec, SoupSpec, Spec
-
-_NAMING = AblationSpec | FinetunesSpec | PipelineSpec | RetrainSpec | SoupSpec  # these name other files
-
-_ROOMS = {
-    "corpus": "data",
-    "ingest": "data",
-    "index": "data",
-    "train": "training",
-    "finetunes": "sweeps",
-    "soup": "sweeps",
-    "ablation": "sweeps",
-    "retrain": "workflows",
-    "evaluate": "evaluation",
-    "benchmark": "evaluation",
-    "export": "serving",
-    "embed": "embedding",
-    "search": "serving",
-    "pipeline": "workflows",
-}
 
 
-def named_specs(spec: Spec, document: Document) -> list[Spec]:
-    """The checked specs of the files that a spec names, with what it changes in them; `document` is what it was read
-    from.
+def named_specs(spec: JobConfig, document: Document) -> list[JobConfig]:
+    """Return the checked specs of the files that a spec names, with its changes to them.
+
+    `document` is what the spec was read from.
     """
-    if not isinstance(spec, _NAMING):
+    kind = find_kind(spec.kind)
+    if kind.named is None:
         return []
-    named: list[Spec] = _handler(spec).named(spec, document)
+    named: list[JobConfig] = pkgutil.resolve_name(kind.named)(spec, document)
     return named
 
 
-def run_spec(spec: Spec, document: Document) -> dict[str, Any]:
-    """Runs a checked spec in its handler, that of its kind. Returns what it made, under `outputs` its places."""
+def run_spec(spec: JobConfig, document: Document) -> dict[str, Any]:
+    """Run a checked spec in the handler of its kind. Return its result: `outputs` lists the places that it wrote."""
     set_environment()
-    handler = _handler(spec)
-    result: dict[str, Any] = handler.run(spec, document) if isinstance(spec, _NAMING) else handler.run(spec)
+    kind = find_kind(spec.kind)
+    handler = pkgutil.resolve_name(kind.run)
+    result: dict[str, Any] = handler(spec, document) if kind.named else handler(spec)
     return result
 
 
-def _handler(spec: Spec) -> Any:
-    return importlib.import_module(f"jobs.{_ROOMS[spec.kind]}.{spec.kind}")
+def raw_input(spec: JobConfig) -> Any:
+    """Return what identifies the raw files that a job reads, as JSON. None for a job that reads no raw files."""
+    fingerprint = find_kind(spec.kind).fingerprint
+    return pkgutil.resolve_name(fingerprint)(spec) if fingerprint else None

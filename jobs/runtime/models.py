@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from jobs.spec.schema import ModelRef
+from jobs.spec.model import ModelRef
 from pipelines.errors import UserError
 from pipelines.storage.location import localize
 from pipelines.storage.store import Store

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.runtime.progress import say
-from jobs.spec.schema import SubmitConfig
+from jobs.spec.job import SubmitConfig
 from pipelines.errors import UserError
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import Any
 from jobs.runtime.models import checkpoint_folder, local_folder, publish_folder
 from jobs.runtime.progress import say
 from jobs.runtime.revision import revision, versions
-from jobs.spec.schema import ExportSpec
+from jobs.serving.specs import ExportSpec
 from jobs.training.runs import SPEC
 from pipelines.errors import UserError
 from pipelines.storage.location import open_store

@@ -15,7 +15,7 @@ from jobs.embedding.embed import MANIFEST, data_of
 from jobs.runtime.models import load_exported
 from jobs.runtime.progress import console, say
 from jobs.runtime.revision import revision, versions
-from jobs.spec.schema import SearchSpec
+from jobs.serving.specs import SearchSpec
 from jobs.training.runs import METRICS, read_rows
 from pipelines.config import DataConfig
 from pipelines.errors import UserError

@@ -1,6 +1,6 @@
 """YAML to a checked spec: every mistake is told with file, line, key, value, rule and fix.
 
-text -> plain data with the line of every key -> `--set a.b=c` on top -> one model of jobs/spec/schema.py
+text -> plain data with the line of every key -> `--set a.b=c` on top -> the spec class of its kind
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from jobs.spec.schema import KINDS, Spec
+from jobs.spec.job import JobConfig
+from jobs.spec.kinds import find_kind, kind_names
 from pipelines.errors import UserError
 
 Key = tuple[str, ...]
@@ -121,14 +122,14 @@ def _place_on_command_line(text: str, key: Key) -> str:
     return f"--set {text}"
 
 
-def check(document: Document) -> Spec:
+def check(document: Document) -> JobConfig:
     """The spec that a document describes. Raises `UserError` with one line per mistake."""
     kind = document.data.get("kind")
-    if kind not in KINDS:
-        place, known = document.place(("kind",)), ", ".join(KINDS)
+    known = list(kind_names())
+    if not isinstance(kind, str) or kind not in known:
         problem = f"kind={kind!r} is not a kind of job" if "kind" in document.data else "has no `kind`"
-        raise UserError(place, problem, f"use one of {known}")
-    model = KINDS[kind]
+        raise UserError(document.place(("kind",)), problem, did_you_mean(str(kind), known, "use one of"))
+    model = find_kind(kind).spec
     try:
         return model.model_validate(document.data)
     except ValidationError as error:
@@ -136,6 +137,12 @@ def check(document: Document) -> Spec:
         first, rest = problems[0], problems[1:_MAX_PROBLEMS]
         more = [f"... and {len(problems) - _MAX_PROBLEMS} more"] if len(problems) > _MAX_PROBLEMS else []
         raise UserError(first.place, first.problem, "\n".join([first.fix, *map(str, rest), *more])) from error
+
+
+def did_you_mean(word: str, known: Sequence[str], otherwise: str = "known here:") -> str:
+    """Return the fix for a word that is not among the `known` ones: the nearest of them, or all."""
+    near = difflib.get_close_matches(word, known, 1)
+    return f"did you mean {near[0]!r}?" if near else f"{otherwise} {', '.join(known)}"
 
 
 def substitute(data: Any, values: Mapping[str, Any], place: str) -> Any:
@@ -227,16 +234,15 @@ def _explain(document: Document, model: type[BaseModel], key: Key, problem: Any)
     message = str(problem["msg"]).removeprefix("Value error, ")
     match problem["type"]:
         case "extra_forbidden":
-            known = _fields(model, problem["loc"][:-1])
-            near = difflib.get_close_matches(key[-1], known, 1)
-            fix = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+            fix = did_you_mean(key[-1], _fields(model, problem["loc"][:-1]))
             return UserError(document.place(key), f"{dotted} is not a setting", fix)
         case "missing":
             return UserError(document.place(key[:-1]), f"{dotted} is missing", "add it")
         case "value_error":
             return UserError(document.place(key), f"{dotted + ': ' if dotted else ''}{message}", "change one of them")
     rule = message[0].lower() + message[1:]
-    return UserError(document.place(key), f"{dotted}={problem['input']!r}: {rule}", "jobs/spec/schema.py documents it")
+    fix = f"rzen schema {document.data['kind']} documents it"
+    return UserError(document.place(key), f"{dotted}={problem['input']!r}: {rule}", fix)
 
 
 def _fields(model: type[BaseModel], loc: Sequence[Any]) -> list[str]:

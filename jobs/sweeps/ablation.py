@@ -18,13 +18,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.evaluation.scores import Scorer, evaluation, model_of
+from jobs.evaluation.specs import EvaluateSpec
 from jobs.runtime.cluster import ray_cluster
 from jobs.runtime.progress import duration, say
 from jobs.runtime.revision import revision, versions
+from jobs.spec.job import JobConfig
 from jobs.spec.load import Document
-from jobs.spec.schema import AblationSpec, EvaluateSpec, Spec, TrainSpec
 from jobs.sweeps.finetunes import check_train, stage_document
+from jobs.sweeps.specs import AblationSpec
 from jobs.training.runs import METRICS, Run, read_rows
+from jobs.training.specs import TrainSpec
 from pipelines.errors import UserError
 from pipelines.feed.reader import Reader
 
@@ -52,7 +55,7 @@ def resolve(spec: AblationSpec, document: Document) -> tuple[dict[VariantAndSeed
 
     Raises `UserError` for two variants that train the same.
     """
-    stage = stage_document(spec, document)
+    stage = stage_document(spec.stage, spec.set, document)
     runs: dict[VariantAndSeed, TrainSpec] = {}
     for seed in spec.seed_list:
         alike: dict[str, str] = {}
@@ -71,7 +74,7 @@ def resolve(spec: AblationSpec, document: Document) -> tuple[dict[VariantAndSeed
     return runs, evaluation(spec.evaluate, document, "evaluate")
 
 
-def named(spec: AblationSpec, document: Document) -> list[Spec]:
+def named(spec: AblationSpec, document: Document) -> list[JobConfig]:
     """The specs of its runs, and of their evaluation."""
     runs, evaluate = resolve(spec, document)
     return [*runs.values(), evaluate]

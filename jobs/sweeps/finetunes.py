@@ -8,16 +8,18 @@ from typing import Any
 
 from jobs.evaluation.scores import model_of
 from jobs.runtime.progress import say
+from jobs.spec.job import JobConfig
 from jobs.spec.load import Document, Key, check, nested, read_document
-from jobs.spec.schema import AblationSpec, FinetunesSpec, RetrainSpec, Spec, TrainSpec
 from jobs.sweeps import soup
+from jobs.sweeps.specs import FinetunesSpec
 from jobs.training.runs import DONE, Run
+from jobs.training.specs import TrainSpec
 from pipelines.errors import UserError
 
 
 def resolve(spec: FinetunesSpec, document: Document) -> dict[str, TrainSpec]:
     """The spec of each fine-tune; `document` is what `spec` was read from."""
-    stage = stage_document(spec, document)
+    stage = stage_document(spec.stage, spec.set, document)
     specs: dict[str, TrainSpec] = {}
     for name, (run, values) in spec.changes().items():
         of_run = document.place_under("runs", run) if run else document.place
@@ -34,9 +36,9 @@ def _place(where: str, key: Key) -> str:
     return where
 
 
-def stage_document(spec: FinetunesSpec | AblationSpec | RetrainSpec, document: Document) -> Document:
-    """What all runs start from: the stage with the changes for all of them."""
-    return read_document(spec.stage, document.folder).overlaid(spec.set, document.place_under("set"))
+def stage_document(stage: str, changes: Mapping[str, Any], document: Document) -> Document:
+    """Return what all runs start from: the stage with the changes that all of them share."""
+    return read_document(stage, document.folder).overlaid(changes, document.place_under("set"))
 
 
 def check_train(document: Document) -> TrainSpec:
@@ -47,7 +49,7 @@ def check_train(document: Document) -> TrainSpec:
     return train
 
 
-def named(spec: FinetunesSpec, document: Document) -> list[Spec]:
+def named(spec: FinetunesSpec, document: Document) -> list[JobConfig]:
     """The specs of its runs and evaluations."""
     return [*resolve(spec, document).values(), *soup.named(spec, document)]
 

@@ -17,8 +17,10 @@ from jobs.runtime.cluster import ray_cluster
 from jobs.runtime.models import checkpoint_folder, is_published, local_folder, publish_folder
 from jobs.runtime.progress import console, say
 from jobs.runtime.revision import revision, versions
+from jobs.spec.job import JobConfig
 from jobs.spec.load import Document
-from jobs.spec.schema import ModelRef, SoupsConfig, SoupSpec, Spec
+from jobs.spec.model import ModelRef
+from jobs.sweeps.specs import SoupsConfig, SoupSpec
 from pipelines.storage.location import open_store, resolve_endpoint
 from pipelines.storage.store import Store, disk_errors
 from rzen.config import GreedySoup, MeanSoup, SearchedSoup, SoupConfig
@@ -34,7 +36,7 @@ SELECTION_BIAS_NOTE = (
 )
 
 
-def named(spec: SoupsConfig, document: Document) -> list[Spec]:
+def named(spec: SoupsConfig, document: Document) -> list[JobConfig]:
     """The specs of its evaluations."""
     entries = {"evaluate": spec.evaluate, "probe": spec.probe}
     return [evaluation(changes, document, key) for key, changes in entries.items() if changes]

@@ -21,9 +21,9 @@ from jobs.runtime.cluster import user_error
 from jobs.runtime.models import is_published, local_folder, publish_folder
 from jobs.runtime.progress import say
 from jobs.runtime.records import differences
-from jobs.spec.schema import TrainSpec
 from jobs.training.encoder import BACKBONE, encoder_of
 from jobs.training.runs import Run
+from jobs.training.specs import TrainSpec
 from jobs.training.tracking import UNTRACKED, check_tracking
 from jobs.training.worker import train_worker
 from pipelines.errors import UserError

@@ -12,9 +12,9 @@ from typing import Any
 
 from jobs.runtime.cluster import POLL_S, Resources, check_size, has_room, metrics_link, ray_cluster, user_error
 from jobs.runtime.progress import ProgressTracker, RunTable, say
-from jobs.spec.schema import TrainSpec
 from jobs.training.fit import Prepared, fit, prepare
 from jobs.training.runs import DONE, Run
+from jobs.training.specs import TrainSpec
 from pipelines.errors import UserError
 
 SAVE_S = 30  # at most, for a last checkpoint
@@ -123,7 +123,8 @@ def _run_queue(
 
 
 def _fits(running: Mapping[str, Prepared], another: Prepared) -> bool:
-    return has_room([prepared.run.spec for prepared in running.values()], another.run.spec)
+    spec = another.run.spec
+    return has_room([prepared.run.spec.cluster for prepared in running.values()], spec.cluster, spec.feed)
 
 
 def _too_few(failures: dict[str, UserError], count: int) -> UserError:

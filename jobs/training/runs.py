@@ -31,7 +31,7 @@ from typing import Any
 
 from jobs.runtime.records import as_json, differences
 from jobs.runtime.revision import revision, versions
-from jobs.spec.schema import TrainSpec
+from jobs.training.specs import TRAIN, TrainSpec
 from pipelines.errors import UserError
 from pipelines.plan.types import MixturePhase
 from pipelines.storage.location import open_store, resolve_endpoint
@@ -39,8 +39,6 @@ from pipelines.storage.store import Store
 
 SPEC, LATEST, DONE, METRICS, PHASES = "spec.json", "latest.json", "done.json", "metrics.jsonl", "phases.json"
 BEST, LOG = "best", "log.txt"
-# Settings that change where and how fast a run goes, never what it computes.
-_NOT_SCIENCE = {"run", "feed", "checkpoint", "cluster", "submit"}
 
 
 class Run:
@@ -192,11 +190,8 @@ def _accuracy(rows: list[dict[str, Any]], start: int) -> float:
 
 
 def _science(identity: dict[str, Any]) -> dict[str, Any]:
-    """What decides the weights. Data are known by their fingerprints, wherever they lie."""
-    spec = {key: value for key, value in identity["spec"].items() if key not in _NOT_SCIENCE}
-    spec["data"] = {key: value for key, value in spec["data"].items() if key not in ("root", "endpoint")}
-    spec["optim"] = {key: value for key, value in spec["optim"].items() if key != "zero_stage"}
-    return {"plan": identity["data"]} | spec
+    """Return what decides the weights: the settings, and the data by their fingerprints."""
+    return {"plan": identity["data"]} | TRAIN.science(identity["spec"])
 
 
 def read_rows(lines: bytes) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any, Protocol
 
-from jobs.spec.schema import TrackingConfig
+from jobs.spec.run import TrackingConfig
 from jobs.training.runs import METRICS, Run, to_lines
 from pipelines.errors import UserError
 

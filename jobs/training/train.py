@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from jobs.spec.schema import TrainSpec
 from jobs.training.launch import launch
 from jobs.training.runs import Run
+from jobs.training.specs import TrainSpec
 
 
 def run(spec: TrainSpec) -> dict[str, Any]:

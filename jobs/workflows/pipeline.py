@@ -11,20 +11,20 @@ import time
 from typing import Any
 
 from jobs.runtime.cluster import ray_cluster
-from jobs.runtime.dispatch import named_specs, run_spec
+from jobs.runtime.dispatch import named_specs, raw_input, run_spec
 from jobs.runtime.progress import duration, say
 from jobs.runtime.records import as_json
+from jobs.spec.job import JobConfig
 from jobs.spec.load import Document, check, read_document, substitute
-from jobs.spec.schema import IndexSpec, IngestSpec, PipelineSpec, Spec
+from jobs.workflows.specs import PipelineSpec
 from pipelines.errors import UserError
 from pipelines.storage.location import open_store
-from pipelines.storage.shard_urls import find_shards
 from pipelines.storage.store import Store
 
 
-def resolve_jobs(spec: PipelineSpec, document: Document) -> dict[str, tuple[Spec, Document]]:
+def resolve_jobs(spec: PipelineSpec, document: Document) -> dict[str, tuple[JobConfig, Document]]:
     """Checked spec of every job, and what it was read from; `document` is what `spec` was read from."""
-    jobs: dict[str, tuple[Spec, Document]] = {}
+    jobs: dict[str, tuple[JobConfig, Document]] = {}
     for name, job in spec.jobs.items():
         around = ("jobs", name)
         changes = substitute(job.set, spec.vars, document.place((*around, "set")))
@@ -37,7 +37,7 @@ def resolve_jobs(spec: PipelineSpec, document: Document) -> dict[str, tuple[Spec
     return jobs
 
 
-def named(spec: PipelineSpec, document: Document) -> list[Spec]:
+def named(spec: PipelineSpec, document: Document) -> list[JobConfig]:
     """The specs of its jobs."""
     return [job for job, _ in resolve_jobs(spec, document).values()]
 
@@ -74,15 +74,12 @@ def _record(name: str) -> str:
     return f"{name}.json"
 
 
-def _key(job: Spec, document: Document, before: str) -> str:
+def _key(job: JobConfig, document: Document, before: str) -> str:
     """Identity of a job's work: its settings, those of all jobs before it, and the raw files it reads."""
     specs = [job, *named_specs(job, document)]
     content: list[Any] = [before, *(spec.model_dump(mode="json", exclude={"submit"}) for spec in specs)]
-    if isinstance(job, IngestSpec):
-        content.append(open_store(job.input).tags())
-    if isinstance(job, IndexSpec):
-        shards = (found for source in job.sources.values() for found in find_shards(source.urls, job.endpoint))
-        content.append({found.url: found.tag for found in shards})
+    if (raw := raw_input(job)) is not None:
+        content.append(raw)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

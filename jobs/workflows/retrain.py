@@ -17,19 +17,22 @@ from jobs.evaluation.scores import Model, Scorer, evaluation
 from jobs.runtime.models import is_published, local_folder, publish_folder
 from jobs.runtime.progress import say
 from jobs.runtime.revision import revision, versions
+from jobs.spec.job import JobConfig
 from jobs.spec.load import Document
-from jobs.spec.schema import ModelRef, RetrainSpec, Spec, TrainSpec
+from jobs.spec.model import ModelRef
 from jobs.sweeps.finetunes import check_train, stage_document
 from jobs.training.encoder import backbone_url
 from jobs.training.runs import SPEC, Run
+from jobs.training.specs import TrainSpec
 from jobs.workflows.registry import Champion, Lease, Registry
+from jobs.workflows.specs import RetrainSpec
 from pipelines.feed.reader import Reader
 from pipelines.storage.location import open_store, resolve_endpoint
 
 WORK, SCORES = "work", "scores"
 
 
-def named(spec: RetrainSpec, document: Document) -> list[Spec]:
+def named(spec: RetrainSpec, document: Document) -> list[JobConfig]:
     """The specs of the first training and of the evaluation."""
     return [_train_spec(spec, document, "first", None), evaluation(spec.evaluate, document, "evaluate")]
 
@@ -187,7 +190,7 @@ def _ref(lineage: Mapping[str, Any], url: str) -> ModelRef:
 
 def _train_spec(spec: RetrainSpec, document: Document, name: str, parent: ModelRef | None) -> TrainSpec:
     place = document.place_under("set")
-    stage = stage_document(spec, document).overlaid({"name": name}, place)
+    stage = stage_document(spec.stage, spec.set, document).overlaid({"name": name}, place)
     if parent and spec.start == "champion":
         goes_on = {"backbone": parent.base}
         stage = stage.overlaid({"model": goes_on, "init_adapter": parent.adapter}, place)

@@ -13,10 +13,10 @@ import psutil
 import pytest
 
 from jobs.runtime.progress import Progress, RunTable
-from jobs.spec.schema import TrainSpec
 from jobs.training import train
 from jobs.training.fit import FAILURE, prepare
 from jobs.training.runs import Run
+from jobs.training.specs import TrainSpec
 from pipelines.errors import UserError
 from pipelines.storage.location import open_store
 from tests.data import publish

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from infra.kuberay import generate
-from jobs.spec.schema import KINDS
+from jobs.spec.kinds import find_kind, kind_names
 from tests.infra import manifests
 from tests.infra.manifests import Manifest
 from tests.paths import ROOT
@@ -52,8 +52,9 @@ def test_generated_files_are_those_of_the_generator() -> None:
 
 def test_every_kind_of_job_has_a_rayjob_or_a_reason_for_having_none() -> None:
     kinds = {generate.specs(job)[0].kind for job in (*generate.JOBS.values(), generate.RETRAIN)}
-    assert not kinds & set(generate.LOCAL_KINDS)
-    assert set(KINDS) == kinds | set(generate.LOCAL_KINDS)
+    local = {name for name in kind_names() if find_kind(name).local}
+    assert not kinds & local
+    assert set(kind_names()) == kinds | local
 
 
 def test_nodes_follow_from_the_spec() -> None:

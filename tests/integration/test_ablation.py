@@ -13,9 +13,9 @@ import pytest
 import jobs.training.launch
 from jobs.cli import main
 from jobs.runtime.models import local_folder, publish_folder
-from jobs.spec.schema import TrainSpec
 from jobs.training.encoder import BACKBONE
 from jobs.training.fit import prepare
+from jobs.training.specs import TrainSpec
 from pipelines.config import MediaConfig
 from pipelines.ingest.ingest import ingest
 from pipelines.sources.folder import read_folder

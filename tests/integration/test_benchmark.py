@@ -19,8 +19,8 @@ from jobs.cli import main
 from jobs.embedding.encode import units
 from jobs.embedding.vectors import VectorCache, write_part
 from jobs.evaluation.benchmark import _encoding, run
+from jobs.evaluation.specs import BenchmarkSpec
 from jobs.runtime.models import load_model
-from jobs.spec.schema import BenchmarkSpec
 from pipelines.benchmarks.catalog import open_dataset
 from pipelines.benchmarks.custom import read_custom
 from pipelines.benchmarks.decode import ItemDecoder

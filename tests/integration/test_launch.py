@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 import jobs.training.launch
-from jobs.spec.schema import TrainSpec
 from jobs.training.fit import Prepared
 from jobs.training.launch import launch
 from jobs.training.runs import DONE, Run
+from jobs.training.specs import TrainSpec
 from pipelines.errors import UserError
 from pipelines.storage.location import open_store
 from tests.data import publish

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 
 from jobs.cli import main
+from jobs.evaluation.specs import EvaluateSpec
 from jobs.spec.load import check, override, read_document
-from jobs.spec.schema import AblationSpec, EvaluateSpec, TrainSpec
 from jobs.sweeps.ablation import Finished, resolve, write_report
+from jobs.sweeps.specs import AblationSpec
+from jobs.training.specs import TrainSpec
 from pipelines.errors import UserError
 from rzen.evaluation.ablation import (
     MEAN,

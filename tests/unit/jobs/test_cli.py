@@ -6,9 +6,9 @@ import pytest
 from rich.console import Console
 
 from jobs.cli import _load, main
+from jobs.data.specs import IndexSpec
 from jobs.runtime import progress
 from jobs.runtime.progress import Bars, Progress, RunTable, duration
-from jobs.spec.schema import IndexSpec
 from tests.paths import ROOT
 
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from jobs.evaluation.evaluate import _score
-from jobs.spec.schema import EvaluateSpec, ModelRef
+from jobs.evaluation.specs import EvaluateSpec
+from jobs.spec.model import ModelRef
 from pipelines.config import DataConfig
 
 SPEC = EvaluateSpec(kind="evaluate", models={"m": ModelRef(base="m")}, data=DataConfig(root="d"), out="o")

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from jobs.spec.load import check, override, read_document
-from jobs.spec.schema import FinetunesSpec
 from jobs.sweeps.finetunes import resolve
+from jobs.sweeps.specs import FinetunesSpec
 from pipelines.errors import UserError
 
 STAGE = """\

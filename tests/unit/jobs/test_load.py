@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from jobs.spec.load import check, override, read_document, substitute
-from jobs.spec.schema import FinetunesSpec, TrainSpec
+from jobs.sweeps.specs import FinetunesSpec
+from jobs.training.specs import TrainSpec
 from pipelines.errors import UserError
 from rzen.config import TinyBackbone
 from tests.paths import ROOT
@@ -140,7 +141,7 @@ def test_every_mistake_gets_a_line(tmp_path: Path) -> None:
     assert complaint(path).splitlines() == [
         f"{path}:3: data.root is missing; add it",
         f"{path}:4: data.rot is not a setting; did you mean 'root'?",
-        f"{path}:7: steps=0: input should be greater than or equal to 1; jobs/spec/schema.py documents it",
+        f"{path}:7: steps=0: input should be greater than or equal to 1; rzen schema train documents it",
     ]
 
 
@@ -159,7 +160,7 @@ def test_mistakes_on_the_command_line_name_it(tmp_path: Path, override_: str, ex
 
 def test_weights_of_four_bits_are_not_spread(tmp_path: Path) -> None:
     told = complaint(written(tmp_path, MINIMAL), "model.quantize=nf4", "optim.zero_stage=3")
-    assert "model.quantize=nf4 works with optim.zero_stage 1 and 2 alone" in told
+    assert "model.quantize=nf4 works with optim.zero_stage 1 and 2 only" in told
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from jobs.spec.schema import TrainSpec
 from jobs.training.runs import METRICS, Checkpoints, Run, read_rows
+from jobs.training.specs import TrainSpec
 from pipelines.errors import UserError
 from pipelines.plan.types import MixturePhase
 

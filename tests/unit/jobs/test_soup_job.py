@@ -13,7 +13,7 @@ import jobs.evaluation.evaluate
 import jobs.sweeps.soup
 from jobs.cli import main
 from jobs.evaluation.evaluate import ModelScores
-from jobs.spec.schema import EvaluateSpec
+from jobs.evaluation.specs import EvaluateSpec
 from pipelines.storage.location import open_store
 from rzen.evaluation.results import Result
 from tests.adapters import adapter, dense

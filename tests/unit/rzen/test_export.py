@@ -16,7 +16,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from jobs.runtime.models import local_folder
 from jobs.serving.export import run as run_export
-from jobs.spec.schema import ExportSpec
+from jobs.serving.specs import ExportSpec
 from pipelines.errors import UserError
 from rzen.config import LoraConfig, MeanSoup, ModelIdentity, PromptConfig, ReadoutConfig, TinyBackbone
 from rzen.export.card import ModelCardData

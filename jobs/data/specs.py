@@ -1,0 +1,104 @@
+"""Kinds `corpus`, `ingest` and `index`: jobs that make datasets."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from jobs.spec.job import JobConfig, Named
+from jobs.spec.kinds import Kind, no_gpus
+from pipelines.config import MediaConfig, NonNegativeInt, PositiveInt
+from pipelines.shards.mapping import SourceMapping
+from pipelines.synthetic.config import CorpusConfig
+
+
+class CorpusSpec(JobConfig):
+    """Draw the synthetic corpus: real image, PDF and video files with captions."""
+
+    kind: Literal["corpus"]
+    """Must be `corpus`."""
+    out: str
+    """Local folder of the corpus. It must be new, empty or hold an earlier corpus."""
+    corpus: CorpusConfig = CorpusConfig()
+    """How many files of each type to draw."""
+
+
+class IngestSpec(JobConfig):
+    """Turn a folder of files into shards, index and manifest."""
+
+    kind: Literal["ingest"]
+    """Must be `ingest`."""
+    input: str
+    """Local folder of images, videos and PDFs with captions (see the README of pipelines/)."""
+    out: str
+    """Directory or s3:// URL of the dataset."""
+    endpoint: str | None = None
+    """S3 endpoint of `out`. `null` uses AWS_ENDPOINT_URL from the environment."""
+    held_out_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Fraction of the samples that is held out for evaluation. Samples with the same target stay together."""
+    samples_per_shard: PositiveInt = 1000
+    """Largest number of samples in a shard."""
+    seed: NonNegativeInt = 0
+    """Seed of the split and the order. The same seed and files give the same bytes."""
+    materialized: bool = False
+    """Whether to store video frames (JPEG) and page images (lossless WebP) as `media` chooses them, instead of the
+    files. Reading clips and dense pages is then cheaper, but `frames`, `fps` and `page_pixels` are fixed."""
+    media: MediaConfig = MediaConfig()
+    """Limits for opening files."""
+
+
+class IndexSource(SourceMapping):
+    """Shards of one source, and how their members become samples."""
+
+    urls: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+    """Tar files: local paths, file:// and s3:// URLs. `{000..099}` and `{a,b}` are expanded, `*` and `?` match within a
+    folder, and a folder stands for every .tar file below it."""
+
+
+class IndexSpec(JobConfig):
+    """Make a dataset from external webdataset or img2dataset shards, without copying them."""
+
+    kind: Literal["index"]
+    """Must be `index`."""
+    sources: Annotated[Named[IndexSource], Field(min_length=1)]
+    """Name of a source -> its shards and their mapping to samples."""
+    out: str
+    """Directory or s3:// URL of the dataset: indices, report and manifest. The shards themselves are only read."""
+    endpoint: str | None = None
+    """S3 endpoint of the shards and of `out`. `null` uses AWS_ENDPOINT_URL from the environment."""
+    split: Literal["train", "held_out"] = "train"
+    """Split of the dataset that the shards become."""
+    decode: bool = False
+    """Whether to decode every file once, in a child process with limits, and to leave out files that cannot be
+    decoded. Worth its time for `held_out`: `rzen evaluate` refuses bad files, training replaces them."""
+    media: MediaConfig = MediaConfig()
+    """Limits for opening files, if `decode` is on."""
+
+
+CORPUS = Kind(
+    name="corpus",
+    spec=CorpusSpec,
+    run="jobs.data.corpus:run",
+    reads={},
+    makes={"out": "folder of files with captions"},
+    local="draws files into a local folder",
+)
+INGEST = Kind(
+    name="ingest",
+    spec=IngestSpec,
+    run="jobs.data.ingest:run",
+    reads={"input": "folder of files"},
+    makes={"out": "dataset: shards, indices, report, manifest"},
+    fingerprint="jobs.data.ingest:fingerprint",
+    local="reads a local folder on every node",
+)
+INDEX = Kind(
+    name="index",
+    spec=IndexSpec,
+    run="jobs.data.index:run",
+    reads={"sources": "external shards"},
+    makes={"out": "dataset: indices, report, manifest"},
+    fingerprint="jobs.data.index:fingerprint",
+    gpus=no_gpus,
+)

@@ -1,0 +1,88 @@
+"""Kinds `export` and `search`: jobs that hand models and vectors to users."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from jobs.spec.job import JobConfig, Named
+from jobs.spec.kinds import Kind, no_gpus
+from jobs.spec.model import ModelRef
+from pipelines.config import PositiveInt
+from rzen.config import ModelIdentity, PromptConfig, ReadoutConfig
+
+
+class ExportSpec(ModelIdentity, JobConfig):
+    """Merge an adapter into its base: a directory that other libraries load."""
+
+    kind: Literal["export"]
+    """Must be `export`."""
+    model: ModelRef
+    """Model to export."""
+    prompt: PromptConfig = PromptConfig()
+    """Prompt of a model whose files do not record the one it was trained with."""
+    readout: ReadoutConfig = ReadoutConfig()
+    """Readout of a model whose files do not record how its vectors are made."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type of the stored weights. Base and adapter are added in fp32 and rounded once. An adapter keeps its type."""
+    format: Literal["model", "adapter", "rzen_release"] = "model"
+    """`model`: base and adapter merged, for AutoModel, sentence-transformers, vLLM and mteb. `adapter`: for PEFT.
+    `rzen_release`: merged, for the script released with RzenEmbed, which reads Qwen2-VL with the prompt `rzen_release`
+    and positions `1d` only."""
+    frames: Annotated[int, Field(ge=2, multiple_of=2)] | None = None
+    """Frames of a video in libraries that fix their number and derive the frame size from it. `null` takes
+    `data.media.frames` of the training if its settings are next to the weights, and 8 otherwise."""
+    instructions: Named[str] = Field(default_factory=dict)
+    """Name -> instruction, for `encode(..., prompt_name=...)` of sentence-transformers."""
+    scores: str | None = None
+    """Local results.json of an evaluation of this base and adapter, for the model card."""
+    license: str | None = None
+    """License identifier for the model card, such as apache-2.0."""
+    out: str
+    """Directory or s3:// URL of the export. An earlier export there is replaced."""
+    endpoint: str | None = None
+    """S3 endpoint of the model and `out`. `null` uses AWS_ENDPOINT_URL from the environment."""
+
+
+class SearchSpec(JobConfig):
+    """Search an embedded corpus with text queries, and write an HTML report."""
+
+    kind: Literal["search"]
+    """Must be `search`."""
+    queries: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None
+    """Texts to search for. `null` takes a few captions of the corpus."""
+    vectors: str
+    """Directory or s3:// URL written by a job of kind `embed`."""
+    endpoint: str | None = None
+    """S3 endpoint of the vectors and the model. `null` uses AWS_ENDPOINT_URL from the environment."""
+    instruction: str = "Find an image that matches the given caption:"
+    """Instruction put before every query."""
+    modalities: Annotated[list[Literal["image", "page", "video", "text"]], Field(min_length=1)] | None = None
+    """Modalities that may be found. `null`: all."""
+    top_k: PositiveInt = 12
+    """Hits per query."""
+    html: str | None = None
+    """Local HTML file to write."""
+    results: str | None = None
+    """Local results.json of an evaluation whose table is added to the report."""
+    curves: Named[str] = Field(default_factory=dict)
+    """Name -> folder of a training run whose loss curve is added to the report."""
+
+
+EXPORT = Kind(
+    name="export",
+    spec=ExportSpec,
+    run="jobs.serving.export:run",
+    reads={"model": "checkpoint and adapter", "scores": "scores for the model card"},
+    makes={"out": "model for other libraries, with a model card"},
+    gpus=no_gpus,
+)
+SEARCH = Kind(
+    name="search",
+    spec=SearchSpec,
+    run="jobs.serving.search:run",
+    reads={"vectors": "vectors of a corpus", "results": "scores", "curves": "metrics of training runs"},
+    makes={"html": "HTML report"},
+    local="writes a local report",
+)

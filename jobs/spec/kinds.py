@@ -1,0 +1,123 @@
+"""The kinds of job, and what the rest of rzen has to know about each of them.
+
+A kind is declared once, as a `Kind` next to its spec class in its own folder (`jobs/data/specs.py`). Everything that
+differs from kind to kind is asked here: validation, dispatch, pipelines, submission, the command line and the
+generator of Kubernetes manifests. This module names the declarations and imports them when they are needed, so that
+checking a spec loads neither torch nor Ray.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any
+
+from jobs.spec.job import JobConfig
+from pipelines.errors import UserError
+
+GROUP = "rzen.kinds"
+"""Entry point group in which an installed package registers kinds of its own: `name = "module:KIND"`."""
+_BUILT_IN = {
+    "corpus": "jobs.data.specs:CORPUS",
+    "ingest": "jobs.data.specs:INGEST",
+    "index": "jobs.data.specs:INDEX",
+    "train": "jobs.training.specs:TRAIN",
+    "finetunes": "jobs.sweeps.specs:FINETUNES",
+    "soup": "jobs.sweeps.specs:SOUP",
+    "ablation": "jobs.sweeps.specs:ABLATION",
+    "retrain": "jobs.workflows.specs:RETRAIN",
+    "evaluate": "jobs.evaluation.specs:EVALUATE",
+    "benchmark": "jobs.evaluation.specs:BENCHMARK",
+    "export": "jobs.serving.specs:EXPORT",
+    "embed": "jobs.embedding.specs:EMBED",
+    "search": "jobs.serving.specs:SEARCH",
+    "pipeline": "jobs.workflows.specs:PIPELINE",
+}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What rzen knows about a kind of job. Functions are dotted names, such as `jobs.data.ingest:run`."""
+
+    name: str
+    spec: type[JobConfig]
+    """Settings of the job. The first line of its docstring describes the kind."""
+    run: str
+    """Handler: `run(spec)`, or `run(spec, document)` for a kind with `named`. It returns a JSON object whose `outputs`
+    lists the places that it wrote."""
+    reads: Mapping[str, str]
+    """Setting -> what the job reads there."""
+    makes: Mapping[str, str]
+    """Setting -> what the job writes there."""
+    named: str | None = None
+    """Function `named(spec, document)`: the checked specs of the files that a spec names, with the changes to them."""
+    fingerprint: str | None = None
+    """Function `fingerprint(spec)`: identifies the raw files that the job reads, as JSON. A pipeline repeats the job
+    when it changes. Jobs that only read what earlier jobs wrote need none."""
+    gpus: Callable[[Any, Sequence[JobConfig]], float] | None = None
+    """How many GPUs the job can use at once, from its spec and the specs that it names."""
+    local: str = ""
+    """Why the job needs local files and so has no RayJob on Kubernetes. Such kinds have no `gpus`."""
+    not_science: frozenset[str] = frozenset({"submit"})
+    """Settings, as dotted keys, that never change the result: they are not part of a run's identity."""
+
+    def __post_init__(self) -> None:
+        if (self.gpus is None) != bool(self.local):
+            raise ValueError(f"kind {self.name!r} must have either `gpus` or a reason to be `local`")
+
+    @property
+    def summary(self) -> str:
+        """One sentence about the kind."""
+        return (self.spec.__doc__ or "").strip().splitlines()[0]
+
+    def science(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the settings (plain, as JSON) that decide the result: all but `not_science`."""
+        kept = dict(settings)
+        for key in self.not_science:
+            _remove(kept, key)
+        return kept
+
+
+def _remove(settings: dict[str, Any], key: str) -> None:
+    """Remove a dotted key, copying the mappings on the way."""
+    first, dot, rest = key.partition(".")
+    if not dot:
+        settings.pop(first, None)
+    elif isinstance(inner := settings.get(first), dict):
+        settings[first] = dict(inner)
+        _remove(settings[first], rest)
+
+
+@cache
+def kind_names() -> dict[str, str]:
+    """Return name -> dotted name of the declaration: the kinds of rzen, then those of installed packages."""
+    installed = {point.name: point.value for point in entry_points(group=GROUP)}
+    return _BUILT_IN | {name: value for name, value in installed.items() if name not in _BUILT_IN}
+
+
+def find_kind(name: str) -> Kind:
+    """Return the kind of this name. Raise `UserError` if there is none, or if its package cannot be imported."""
+    declared = _BUILT_IN.get(name) or kind_names().get(name)
+    if declared is None:
+        raise UserError(f"kind {name!r}", "is not a kind of job", f"use one of {', '.join(kind_names())}")
+    try:
+        found = pkgutil.resolve_name(declared)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"kind {name!r}", f"{declared} cannot be imported: {error}", "fix its entry point") from error
+    if not isinstance(found, Kind) or found.name != name:
+        raise UserError(f"kind {name!r}", f"{declared} is not the declaration of {name!r}", "fix its entry point")
+    return found
+
+
+def gpus_of(spec: JobConfig, named: Sequence[JobConfig] = ()) -> float:
+    """Return how many GPUs a job can use at once. `named` are the specs that it names."""
+    gpus = find_kind(spec.kind).gpus
+    return gpus(spec, named) if gpus else 0.0
+
+
+def no_gpus(spec: JobConfig, named: Sequence[JobConfig]) -> float:
+    """Return 0, for kinds that use no GPU."""
+    return 0.0

@@ -1,0 +1,75 @@
+"""Kind `train`: one training run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from jobs.spec.job import JobConfig, Name
+from jobs.spec.kinds import Kind
+from jobs.spec.run import CheckpointConfig, ClusterConfig, RunConfig
+from pipelines.config import DataConfig, FeedConfig, NonNegativeInt, PositiveFloat, PositiveInt
+from rzen.config import ModelConfig, ObjectiveConfig, OptimConfig
+
+
+class TrainSpec(JobConfig):
+    """Train one stage: batches, objective, checkpoints, and a model at the end."""
+
+    kind: Literal["train"]
+    """Must be `train`."""
+    name: Name
+    """Name of the run: its folder below `run.root` and the label of its metrics."""
+    run: RunConfig = RunConfig()
+    """Where the run is stored."""
+    data: DataConfig
+    """Dataset, mixture and decoding."""
+    feed: FeedConfig = FeedConfig()
+    """How samples reach the workers."""
+    model: ModelConfig
+    """Backbone, prompt and which weights are trained."""
+    init_adapter: str | None = None
+    """Adapter to continue from (directory or s3:// URL), such as that of stage 1. `null` starts a new adapter."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    """Loss."""
+    optim: OptimConfig = OptimConfig()
+    """Optimizer and learning rate schedule."""
+    global_batch: Annotated[int, Field(ge=2)] = 768
+    """Samples of one optimizer step over all workers. Each is contrasted with all others (paper: 768)."""
+    steps: PositiveInt | None = None
+    """Number of optimizer steps. `null` derives it from `epochs`."""
+    epochs: PositiveFloat = 1.0
+    """Passes over the data, if `steps` is null (paper: 1)."""
+    seed: NonNegativeInt = 0
+    """Seed of batches, new weights and dropout."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """When checkpoints are written and which are kept."""
+    cluster: ClusterConfig = ClusterConfig()
+    """Workers and what they reserve."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> TrainSpec:
+        if self.init_adapter is not None and self.model.tune != "lora":
+            raise ValueError("init_adapter needs model.tune: lora")
+        if self.model.quantize and self.optim.zero_stage == 3:
+            raise ValueError(f"model.quantize={self.model.quantize} works with optim.zero_stage 1 and 2 only")
+        return self
+
+
+def _gpus(spec: TrainSpec, named: Sequence[JobConfig]) -> float:
+    return spec.cluster.workers * spec.cluster.gpus_per_worker
+
+
+TRAIN = Kind(
+    name="train",
+    spec=TrainSpec,
+    run="jobs.training.train:run",
+    reads={"data": "dataset", "model.backbone": "checkpoint", "init_adapter": "adapter"},
+    makes={"run": "{root}/{name}/ with adapter or model, checkpoints, metrics"},
+    gpus=_gpus,
+    # Where and how fast a run goes. Datasets are identified by their fingerprints, wherever they are stored.
+    not_science=frozenset(
+        {"run", "feed", "checkpoint", "cluster", "submit", "data.root", "data.endpoint", "optim.zero_stage"}
+    ),
+)
