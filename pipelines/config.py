@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+from importlib.util import find_spec
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -10,6 +12,19 @@ PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+DocumentBackend = Literal["pymupdf", "pypdfium2"]
+
+
+@cache
+def has_pymupdf() -> bool:
+    """Return whether the extra `pymupdf` is installed."""
+    return find_spec("pymupdf") is not None
+
+
+def _default_document_backend() -> DocumentBackend:
+    return "pymupdf" if has_pymupdf() else "pypdfium2"
 
 
 class Config(BaseModel):
@@ -28,8 +43,9 @@ class MediaConfig(Config):
     video_backend: Literal["pyav", "decord"] = "pyav"
     """`pyav` is right on every container tried; `decord` runs only in a child process, and files that it would get
     wrong (AV1, edit lists, rotation, open groups, transport streams, ...) are rejected as `decord_unsupported`."""
-    document_backend: Literal["pymupdf", "pypdfium2"] = "pymupdf"
-    """pymupdf is AGPL-3.0 or commercial; pypdfium2 is BSD/Apache. Both give the same page within anti-aliasing."""
+    document_backend: DocumentBackend = Field(default_factory=_default_document_backend)
+    """`pymupdf` (AGPL-3.0 or commercial) if it is installed, else `pypdfium2` (BSD/Apache). Both give the same page
+    within anti-aliasing. Manifests and records of runs hold the library that was used."""
     image_pixels: PositiveInt = 1_003_520
     """A JPEG of more pixels may be decoded at 1/2, 1/4 or 1/8 of its size, never below this: 1280 visual tokens."""
     page_pixels: PositiveInt = 1_003_520

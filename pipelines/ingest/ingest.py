@@ -28,7 +28,8 @@ import ray.data
 from pipelines.config import MediaConfig
 from pipelines.errors import BadMedia, UserError
 from pipelines.ingest.members import load_sample
-from pipelines.samples import FileRef, Input, Members, RawSample, Rejected, Sample
+from pipelines.media.libraries import library_versions
+from pipelines.samples import FileRef, Input, MediaKind, Members, RawSample, Rejected, Sample
 from pipelines.shards.duplicates import with_duplicates
 from pipelines.shards.manifest import (
     Manifest,
@@ -59,6 +60,7 @@ class IngestReport:
     examples: dict[str, list[str]] = field(default_factory=dict)  # reason -> origins and details, the first 20
     num_bytes: int = 0
     elapsed_s: float = 0.0
+    libraries: dict[MediaKind, str] = field(default_factory=dict)  # kind of media -> its decoder and version
 
     @property
     def num_accepted(self) -> int:
@@ -126,7 +128,7 @@ def ingest(
     for a fault that only the user can mend (full disk, unreachable store); then there is no manifest.
     """
     started_s = time.monotonic()
-    report = IngestReport()
+    report = IngestReport(libraries=library_versions(media))
     samples = _collect(raw, report)
     blocks = plan_blocks(samples, held_out_fraction, seed, samples_per_shard)
     out.ensure_bucket()

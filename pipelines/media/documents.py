@@ -21,6 +21,7 @@ from pipelines.config import MediaConfig
 from pipelines.errors import BadMedia
 from pipelines.media import sandbox
 from pipelines.media.images import check_aspect
+from pipelines.media.libraries import import_optional
 from pipelines.samples import UInt8Array
 
 # Readers accept the marks of begin and end this far into the file (ISO 32000-1 Annex H of Adobe's edition, notes 13
@@ -97,12 +98,10 @@ def _bad(error: Exception) -> Exception:
 
 
 class _Mupdf:
-    """pymupdf, the default."""
+    """The extra `pymupdf`, which is the default if it is installed."""
 
     def __init__(self, data: bytes) -> None:
-        with sandbox.exclude_from_cpu_limit():
-            import pymupdf
-
+        pymupdf = import_optional("pymupdf", "media.document_backend", "pypdfium2")
         # The library writes to stderr, once per damaged object.
         pymupdf.TOOLS.mupdf_display_errors(False)
         pymupdf.TOOLS.mupdf_display_warnings(False)
@@ -141,7 +140,7 @@ class _Mupdf:
 
 
 class _Pdfium:
-    """pypdfium2: permissive licence, faster to import and to render."""
+    """pypdfium2: permissive license, faster to import and to render."""
 
     def __init__(self, data: bytes) -> None:
         with sandbox.exclude_from_cpu_limit():
@@ -165,7 +164,9 @@ class _Pdfium:
         return np.array(bitmap.to_numpy()[:, :, :3])
 
     def text(self, page: int) -> str:
-        return str(self._document[page].get_textpage().get_text_range())
+        text = str(self._document[page].get_textpage().get_text_range())
+        # PDFium writes U+FFFE for a hyphen at the end of a line. The other library writes the hyphen and the line end.
+        return text.replace("\ufffe", "-\n").replace("\r\n", "\n")
 
     def extract(self, page: int) -> bytes:
         single, buffer = self._pdfium.PdfDocument.new(), io.BytesIO()

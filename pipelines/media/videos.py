@@ -22,6 +22,7 @@ from pipelines.config import MediaConfig
 from pipelines.errors import BadMedia, UserError
 from pipelines.media import sandbox
 from pipelines.media.images import check_size
+from pipelines.media.libraries import import_optional
 from pipelines.samples import UInt8Array
 
 # Demuxers that read one self-contained file: playlists and scripts could name other files and network addresses.
@@ -271,9 +272,7 @@ def _decode_decord(data: bytes, config: MediaConfig, scan: _Scan) -> tuple[UInt8
     turned = first is not None and SideDataType.DISPLAYMATRIX in first.side_data
     if trap := scan.decord_trap or ("display matrix" if turned else ""):
         raise BadMedia("decord_unsupported", trap)
-    with sandbox.exclude_from_cpu_limit():
-        import decord
-
+    decord = import_optional("decord", "media.video_backend", "pyav")
     try:
         reader = decord.VideoReader(io.BytesIO(data), num_threads=1)
         times_s = scan.times_s(len(reader))

@@ -6,7 +6,12 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from pipelines.config import Config, Fraction, NonNegativeInt, PositiveInt
+from pipelines.config import Config, Fraction, NonNegativeInt, PositiveInt, has_pymupdf
+from pipelines.synthetic.canvas import PdfLibrary
+
+
+def _default_pdf_library() -> PdfLibrary:
+    return "pymupdf" if has_pymupdf() else "reportlab"
 
 
 class CorpusConfig(Config):
@@ -22,6 +27,8 @@ class CorpusConfig(Config):
     """PDF reports; every page has its own caption."""
     pages_per_document: PositiveInt = 8
     """Pages of each report."""
+    pdf_library: PdfLibrary = Field(default_factory=_default_pdf_library)
+    """Library that draws the reports: `pymupdf` if it is installed, else `reportlab`. The pages look the same."""
     num_clips: NonNegativeInt = 600
     """Captioned videos of one moving object and one at rest."""
     num_texts: NonNegativeInt = 800
@@ -46,4 +53,8 @@ class CorpusConfig(Config):
     def _possible(self) -> CorpusConfig:
         if self.num_repeated > self.num_images:
             raise ValueError(f"num_repeated={self.num_repeated} is more than num_images={self.num_images}")
+        if self.pdf_library == "pymupdf" and not has_pymupdf():
+            raise ValueError(
+                "pymupdf is not installed: run `pip install 'rzen[pymupdf]'`, or set pdf_library: reportlab"
+            )
         return self

@@ -264,7 +264,7 @@ def _group_bytes(config: CorpusConfig, name: str, group: Group) -> bytes:
 
 
 def _document_bytes(config: CorpusConfig, name: str, pages: Sequence[Page]) -> bytes:
-    return draw_document(pages, f"Report {PurePosixPath(name).stem}", _rng(config, name))
+    return draw_document(pages, f"Report {PurePosixPath(name).stem}", _rng(config, name), config.pdf_library)
 
 
 def _clip_bytes(config: CorpusConfig, name: str, clip: Clip) -> bytes:

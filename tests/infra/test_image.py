@@ -87,8 +87,9 @@ def test_the_lock_holds_on_every_machine() -> None:
 def test_all_that_is_installed_is_in_the_lock() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = set(re.findall(r"/source\[([\w,]+)\]", FILE.read_text()))
-    assert extras == {"tracking"}
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["tracking"]]
+    assert extras == {"tracking,pymupdf,decord"}
+    optional = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *optional["tracking"], *optional["pymupdf"], *optional["decord"]]
     lock = {line.partition("==")[0] for line in (ROOT / "requirements.lock").read_text().splitlines()}
     names = {re.match(r"[\w.-]+", requirement)[0].lower() for requirement in wanted}  # type: ignore[index]
     assert names <= lock

@@ -106,6 +106,11 @@ def test_every_medium_arrives_whole(tmp_path: Path) -> None:
             assert [page.get_text().strip() for page in document] == [f"page {number}"]
     assert verify(out, "train") == verify(out, "held_out") == []
     assert json.loads(out.read("report.json")) == json.loads(report.to_json())
+    assert {kind: name.split()[0] for kind, name in report.libraries.items()} == {
+        "image": "pillow",
+        "video": "pyav",
+        "document": "pymupdf",
+    }
     assert read_manifest(out, "train").settings["media"] == MEDIA.model_dump()
 
 

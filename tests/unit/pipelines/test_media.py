@@ -493,6 +493,12 @@ class TestDocuments:
     def test_pages_and_text(self, config):
         assert [text.strip() for text in documents.page_texts(pdf(2), config)] == ["page number 0", "page number 1"]
 
+    def test_lines_end_alike_and_keep_their_hyphens(self, config):
+        with pymupdf.open() as document:
+            document.new_page().insert_text((50, 60), ["a pipe-", "line, well-known"])
+            [text] = documents.page_texts(document.tobytes(), config)
+        assert text.strip() == "a pipe-\nline, well-known"
+
     def test_an_extracted_page_is_alone_and_looks_the_same(self, config):
         single = documents.extract_page(pdf(), 2, config)
         assert [text.strip() for text in documents.page_texts(single, config)] == ["page number 2"]

@@ -506,7 +506,7 @@ def test_a_page_tells_the_same_numbers_in_text_table_and_chart(chart: str) -> No
         f"page about tea exports: a red table below a green {chart} chart",
         f"a green {chart} chart above a red table in a report on tea exports",
     ]
-    with pymupdf.open(stream=draw_document([page], "Report 0007", Random(3))) as document:
+    with pymupdf.open(stream=draw_document([page], "Report 0007", Random(3), "pymupdf")) as document:
         text = document[0].get_text().splitlines()
     assert text[0] == "Tea exports"
     assert text[1] == "This page sums up a year of tea exports, quarter by quarter."

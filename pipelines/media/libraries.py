@@ -1,0 +1,40 @@
+"""The libraries that decode media: which are used, and how optional ones are imported."""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import version
+from typing import Any
+
+from pipelines.config import MediaConfig
+from pipelines.errors import UserError
+from pipelines.media.sandbox import exclude_from_cpu_limit
+from pipelines.samples import MediaKind
+
+_DISTRIBUTION = {"pyav": "av"}  # names of packages that differ from those of the settings
+
+
+def library_versions(config: MediaConfig) -> dict[MediaKind, str]:
+    """Return the library and version that decodes each kind of media, for the record of a job."""
+    libraries: dict[MediaKind, str] = {
+        "image": "pillow",
+        "video": config.video_backend,
+        "document": config.document_backend,
+    }
+    return {kind: f"{name} {version(_DISTRIBUTION.get(name, name))}" for kind, name in libraries.items()}
+
+
+def import_optional(library: str, setting: str, instead: str) -> Any:
+    """Import a library that a setting asks for. Raises `UserError` if it is not installed.
+
+    `instead` is the value of the setting that needs no extra. The import does not count towards the CPU limit of a
+    sandbox. `ImportError` for other reasons, such as a memory limit, passes.
+    """
+    try:
+        with exclude_from_cpu_limit():
+            return importlib.import_module(library)
+    except ModuleNotFoundError as error:
+        if error.name != library:
+            raise
+        fix = f"run `pip install 'rzen[{library}]'`, or set {setting}: {instead}"
+        raise UserError(f"{setting}={library}", f"{library} is not installed", fix) from error
