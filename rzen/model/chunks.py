@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rzen.inputs.processor import EncodedBatch
 from rzen.model.embedding_model import EmbeddingModel
+from rzen.vectors import Vectors, concat, take
 
 Indices = npt.NDArray[np.int64]
 
@@ -48,7 +49,9 @@ def padding_fraction(lengths: npt.NDArray[np.int32], chunks: Sequence[Indices], 
     return 0.0 if packed else 1 - int(lengths.sum()) / padded
 
 
-def embed(embedder: EmbeddingModel, sides: Sequence[EncodedBatch], chunks: Sequence[Indices], *, twice: bool) -> Tensor:
+def embed(
+    embedder: EmbeddingModel, sides: Sequence[EncodedBatch], chunks: Sequence[Indices], *, twice: bool
+) -> Vectors:
     """Vectors `[B, D]` of B batches of one side each, in their order; `twice` is gradient caching.
 
     A side that is in several chunks has a vector of each, one after the other.
@@ -62,9 +65,9 @@ def embed(embedder: EmbeddingModel, sides: Sequence[EncodedBatch], chunks: Seque
             vectors.append(checkpoint(again, embedder.image_mean, use_reentrant=False))
         else:
             vectors.append(embedder(batch))
-    return torch.cat(vectors)[torch.from_numpy(np.argsort(np.concatenate(chunks)))]
+    return take(concat(vectors), torch.from_numpy(np.argsort(np.concatenate(chunks))))
 
 
-def _embed(embedder: EmbeddingModel, batch: EncodedBatch, _: Tensor) -> Tensor:
-    vectors: Tensor = embedder(batch)
+def _embed(embedder: EmbeddingModel, batch: EncodedBatch, _: Tensor) -> Vectors:
+    vectors: Vectors = embedder(batch)
     return vectors

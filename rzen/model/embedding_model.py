@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from rzen.config import ReadoutConfig
 from rzen.inputs.layout import BatchLayout
 from rzen.inputs.processor import GRID_KINDS, EncodedBatch, VisionLayout
+from rzen.vectors import Vectors, unit_vectors
 
 
 class EmbeddingModel(nn.Module):
@@ -49,7 +50,7 @@ class EmbeddingModel(nn.Module):
         backbone: Any = self.backbone
         return "flash" in backbone.config._attn_implementation if self.packing == "auto" else self.packing == "packed"
 
-    def forward(self, batch: EncodedBatch) -> Tensor:
+    def forward(self, batch: EncodedBatch) -> Vectors:
         """Vectors [B, D] of length 1 in fp32, on the embedder's device; equal to each side on its own (parity test)."""
         backbone: Any = self.backbone
         device, attention = self.image_mean.device, backbone.config._attn_implementation
@@ -64,7 +65,7 @@ class EmbeddingModel(nn.Module):
             **self._visuals(batch, device),
         ).last_hidden_state
         pooled_BD = _pool(hidden.flatten(0, 1), layout.rows().to(device), batch, self.readout)
-        return nn.functional.normalize(pooled_BD, dim=-1)
+        return unit_vectors(pooled_BD)
 
     def _visuals(self, batch: EncodedBatch, device: torch.device) -> dict[str, Tensor]:
         """Pixels and grids of the images and of the videos, each in the order of their tokens."""

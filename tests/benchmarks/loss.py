@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from rzen.config import FalseNegativeConfig, HardnessConfig, ObjectiveConfig, TemperatureConfig
+from rzen.objective.batch import Batch
 from rzen.objective.loss import Objective
 from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.turns import answer, say, seconds_of, show, spread
@@ -73,7 +74,7 @@ def ours(way: str, device: str) -> Callable[[Tensor, Tensor], Tensor]:
 
     def loss(queries_ND: Tensor, targets_ND: Tensor) -> Tensor:
         ids_N = torch.arange(len(targets_ND), device=device) // 2 if recipe else None
-        return objective(queries_ND, targets_ND, "t", positive_offset=0, step=0, target_ids_N=ids_N)[0]
+        return objective(Batch(queries_ND, targets_ND, "t", target_ids=ids_N), step=0)[0]
 
     return loss
 

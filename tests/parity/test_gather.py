@@ -10,8 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rzen.config import FalseNegativeConfig, ObjectiveConfig, TemperatureConfig
+from rzen.objective.batch import Batch, Mined
 from rzen.objective.gather import gather_ids, gather_with_gradient
-from rzen.objective.loss import Mined, Objective
+from rzen.objective.loss import Objective
 from tests.gloo import run_workers
 
 ROWS, NEGATIVES, INPUT, WIDTH = 12, 6, 7, 5
@@ -54,13 +55,15 @@ def one_step(part: dict[str, Tensor], rank: int, fault: str = "") -> dict[str, T
         share = 1 / dist.get_world_size()
         gathered = share * gathered + (1 - share) * gathered.detach()
     loss, stats = objective(
-        queries,
-        gathered,
-        "b",
-        positive_offset=0 if fault == "positives of rank 0" else offset,
+        Batch(
+            queries,
+            gathered,
+            "b",
+            positive_offset=0 if fault == "positives of rank 0" else offset,
+            mined=Mined(gather_with_gradient(negatives), torch.zeros(NEGATIVES, dtype=torch.int64)),
+            target_ids=gather_ids(part["ids"]),
+        ),
         step=0,
-        mined=Mined(gather_with_gradient(negatives), torch.zeros(NEGATIVES, dtype=torch.int64)),
-        target_ids_N=gather_ids(part["ids"]),
     )
     assert stats["dropped_fraction"] > 0.02
     if fault == "loss times ranks":

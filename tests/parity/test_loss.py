@@ -17,7 +17,9 @@ from torch.utils._pytree import tree_leaves
 
 from pipelines.errors import UserError
 from rzen.config import FalseNegativeConfig, HardnessConfig, MinedConfig, ObjectiveConfig, TemperatureConfig
-from rzen.objective.loss import Mined, Objective, cosent
+from rzen.objective.batch import Batch, Mined
+from rzen.objective.graded import cosent
+from rzen.objective.loss import Objective
 
 RULE = FalseNegativeConfig(threshold=0.2, warmup_steps=10, max_dropped_fraction=0.3)
 NO_CAP = FalseNegativeConfig(threshold=0.2, warmup_steps=10, max_dropped_fraction=1.0)
@@ -57,7 +59,7 @@ def cut(vectors: Tensor, dims: int) -> Tensor:
 
 
 @dataclass
-class Batch:
+class RankData:
     """What one of two ranks sees: the queries of all, its own among them, the targets of all, mined negatives."""
 
     queries: Tensor
@@ -71,9 +73,9 @@ class Batch:
         return self.queries[OFFSET : OFFSET + OWN]
 
 
-def batch(ids: list[int] | None = None, owners: list[int] | None = None) -> Batch:
+def batch(ids: list[int] | None = None, owners: list[int] | None = None) -> RankData:
     generator = torch.Generator().manual_seed(3)
-    return Batch(unit(generator, ALL), unit(generator, ALL), unit(generator, MINED), ids, owners)
+    return RankData(unit(generator, ALL), unit(generator, ALL), unit(generator, MINED), ids, owners)
 
 
 @dataclass
@@ -95,13 +97,15 @@ class Oracle:
     fault: str = ""
     step: int = 10
 
-    def loss(self, batch: Batch, theta: Tensor) -> Tensor:
-        tau = torch.exp(theta)
+    def loss(self, batch: RankData, theta: Tensor) -> Tensor:
+        tau_B = torch.exp(theta).expand(OWN)
+        if self.fault == "one temperature for all rows":
+            tau_B = tau_B[:1].expand(OWN)
         per_width = []
         first = 0 if self.fault == "own rows from zero" else OFFSET
         for dims in [*self.config.matryoshka, WIDTH]:
-            forth = [self.row(*self.columns(batch, i, dims), tau) for i in range(first, first + OWN)]
-            back = [self.row(*self.columns_back(batch, i, dims), tau) for i in range(OFFSET, OFFSET + OWN)]
+            forth = [self.row(*self.columns(batch, first + b, dims), tau_B[b]) for b in range(OWN)]
+            back = [self.row(*self.columns_back(batch, OFFSET + b, dims), tau_B[b]) for b in range(OWN)]
             share = self.config.symmetric
             per_width.append((1 - share) * sum(forth) / OWN + share * sum(back) / OWN)
         return sum(per_width) / len(per_width)
@@ -109,7 +113,7 @@ class Oracle:
     def cut(self, vectors: Tensor, dims: int) -> Tensor:
         return vectors[:, :dims] if self.fault == "widths not normalized" else cut(vectors, dims)
 
-    def columns(self, batch: Batch, i: int, dims: int) -> tuple[Column, list[Column]]:
+    def columns(self, batch: RankData, i: int, dims: int) -> tuple[Column, list[Column]]:
         """The positive of query i, and everything else it meets."""
         queries, targets, mined = (self.cut(part, dims) for part in (batch.queries, batch.targets, batch.mined))
         content = batch.ids or list(range(ALL))
@@ -134,7 +138,7 @@ class Oracle:
                     others.append(Column("mined", queries[i] @ mined[m], key, None, weights))
         return positive, others
 
-    def columns_back(self, batch: Batch, i: int, dims: int) -> tuple[Column, list[Column]]:
+    def columns_back(self, batch: RankData, i: int, dims: int) -> tuple[Column, list[Column]]:
         """The query of target i, and all other queries."""
         queries, targets = (self.cut(part, dims) for part in (batch.queries, batch.targets))
         content = batch.ids or list(range(ALL))
@@ -201,33 +205,35 @@ class Oracle:
         return torch.exp(exponent if flows else exponent.detach())
 
 
-def evaluate(made: ObjectiveConfig, data: Batch, step: int = 10, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+def evaluate(made: ObjectiveConfig, data: RankData, step: int = 10, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     """Our loss, and its gradients by queries, targets, mined negatives and theta."""
     objective = Objective(made, TASKS).to(dtype)
     mined = None if data.owners is None else Mined(data.mined, torch.tensor(data.owners))
     loss, _ = objective(
-        data.own,
-        data.targets,
-        "text_image",
-        positive_offset=OFFSET,
+        Batch(
+            data.own,
+            data.targets,
+            "text_image",
+            positive_offset=OFFSET,
+            all_queries=data.queries if objective.needs_queries else None,
+            mined=mined,
+            target_ids=None if data.ids is None else torch.tensor(data.ids),
+        ),
         step=step,
-        queries_ND=data.queries if objective.needs_queries else None,
-        mined=mined,
-        target_ids_N=None if data.ids is None else torch.tensor(data.ids),
     )
     found = gradients(loss, data, objective.theta_T)
     assert found[-1][1] == 0.0  # the other task
     return [*found[:-1], found[-1][0]]
 
 
-def expected(made: ObjectiveConfig, data: Batch, step: int = 10, fault: str = "") -> list[Tensor]:
+def expected(made: ObjectiveConfig, data: RankData, step: int = 10, fault: str = "") -> list[Tensor]:
     """The same by the double loop."""
     tau = made.temperature.initial
     theta = torch.tensor(math.log(tau), dtype=torch.float32).double().requires_grad_()
     return gradients(Oracle(made, fault, step).loss(data, theta), data, theta)
 
 
-def gradients(loss: Tensor, data: Batch, theta: Tensor) -> list[Tensor]:
+def gradients(loss: Tensor, data: RankData, theta: Tensor) -> list[Tensor]:
     leaves = [data.queries, data.targets, data.mined, theta]
     found = torch.autograd.grad(loss, leaves, allow_unused=True)
     zeros = [torch.zeros_like(leaf) if part is None else part for part, leaf in zip(found, leaves, strict=True)]
@@ -325,7 +331,7 @@ def test_the_gradient_is_that_of_whatever_follows_the_loss() -> None:
 
     def loss_of(targets: Tensor) -> Tensor:
         ids = torch.tensor(IDS)
-        return objective(data.own, targets, "text_image", positive_offset=OFFSET, step=10, target_ids_N=ids)[0]
+        return objective(Batch(data.own, targets, "text_image", positive_offset=OFFSET, target_ids=ids), step=10)[0]
 
     loss = loss_of(data.targets)
     plain = torch.autograd.grad(loss, leaves, retain_graph=True)
@@ -380,7 +386,7 @@ class Largest(TorchDispatchMode):
         return made
 
 
-def largest_tensor(made: ObjectiveConfig, data: Batch) -> int:
+def largest_tensor(made: ObjectiveConfig, data: RankData) -> int:
     with Largest() as seen:
         evaluate(made, data)
     return seen.num_bytes
@@ -403,7 +409,7 @@ def test_tiles_never_hold_queries_times_columns(options: dict[str, Any]) -> None
 def test_without_extras_it_is_cross_entropy() -> None:
     data = batch()
     loss, _ = Objective(config(alpha=0.0, rule=None), TASKS).double()(
-        data.own, data.targets, "text_image", positive_offset=2, step=0
+        Batch(data.own, data.targets, "text_image", positive_offset=2), step=0
     )
     plain = torch.nn.functional.cross_entropy(data.own @ data.targets.T / 0.1, torch.arange(2, 7))
     assert float((loss - plain).detach()) == pytest.approx(0.0, abs=1e-6)
@@ -413,9 +419,7 @@ def test_hand_written_case() -> None:
     """s+ = 1, one negative at s = 0.6, tau = 0.5, alpha = 2: -log(e^2 / (e^2 + e^1.2 e^1.2)) = log(1 + e^0.4)."""
     query = torch.tensor([[1.0, 0.0]])
     targets = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
-    loss, stats = Objective(config(alpha=2.0, rule=None, tau=0.5), ["t"])(
-        query, targets, "t", positive_offset=0, step=0
-    )
+    loss, stats = Objective(config(alpha=2.0, rule=None, tau=0.5), ["t"])(Batch(query, targets, "t"), step=0)
     assert loss.item() == pytest.approx(math.log(1 + math.exp(0.4)), rel=1e-6)
     assert {name: round(float(value), 4) for name, value in stats.items()} == {
         "loss": 0.913,
@@ -432,8 +436,8 @@ def test_statistics_count_drops_and_ties_against_the_query() -> None:
     queries = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     targets = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
     objective = Objective(config(rule=None), ["t"])
-    _, plain = objective(queries, targets, "t", positive_offset=0, step=0)
-    _, aware = objective(queries, targets, "t", positive_offset=0, step=0, target_ids_N=torch.tensor([7, 8, 7]))
+    _, plain = objective(Batch(queries, targets, "t"), step=0)
+    _, aware = objective(Batch(queries, targets, "t", target_ids=torch.tensor([7, 8, 7])), step=0)
     assert (float(plain["accuracy"]), float(plain["dropped_fraction"])) == (0.5, 0.0)
     assert (float(aware["accuracy"]), float(aware["dropped_fraction"])) == (1.0, 0.25)
 
@@ -447,7 +451,7 @@ def test_guard_keeps_the_loss_of_an_untrained_model_above_zero(noise: float) -> 
 
     def run(max_dropped_fraction: float) -> tuple[float, float]:
         rule = FalseNegativeConfig(threshold=0.95, warmup_steps=0, max_dropped_fraction=max_dropped_fraction)
-        loss, stats = Objective(config(rule=rule), ["t"])(queries, targets, "t", positive_offset=0, step=0)
+        loss, stats = Objective(config(rule=rule), ["t"])(Batch(queries, targets, "t"), step=0)
         return loss.item(), stats["dropped_fraction"].item()
 
     loss, dropped = run(0.5)  # of 7 negatives at most 3 go
@@ -461,7 +465,7 @@ def test_copies_fill_the_cap_first() -> None:
     targets = torch.tensor([[1.0, 0.0]]).repeat(5, 1)
     rule = FalseNegativeConfig(threshold=0.9, warmup_steps=0, max_dropped_fraction=0.5)
     _, stats = Objective(config(rule=rule), ["t"])(
-        targets[:1], targets, "t", positive_offset=0, step=0, target_ids_N=torch.tensor([1, 1, 1, 1, 2])
+        Batch(targets[:1], targets, "t", target_ids=torch.tensor([1, 1, 1, 1, 2])), step=0
     )
     assert float(stats["dropped_fraction"]) == 0.75
 
@@ -469,7 +473,7 @@ def test_copies_fill_the_cap_first() -> None:
 def test_log_space_survives_the_smallest_temperature() -> None:
     data = batch()
     objective = Objective(config(alpha=9.0, rule=None, tau=0.005), ["t"])
-    loss, _ = objective(data.own.float(), data.targets.float(), "t", positive_offset=0, step=0)
+    loss, _ = objective(Batch(data.own.float(), data.targets.float(), "t"), step=0)
     (gradient,) = torch.autograd.grad(loss, data.queries)
     assert math.isfinite(loss.item())
     assert bool(gradient.isfinite().all())
@@ -478,9 +482,9 @@ def test_log_space_survives_the_smallest_temperature() -> None:
 def test_bf16_embeddings_are_scored_in_fp32_even_under_autocast() -> None:
     queries, targets = (part.detach().bfloat16() for part in (batch().own, batch().targets))
     objective = Objective(config(), ["t"])
-    expected, _ = objective(queries.float(), targets.float(), "t", positive_offset=0, step=10)
+    expected, _ = objective(Batch(queries.float(), targets.float(), "t"), step=10)
     with torch.autocast("cpu", torch.bfloat16):
-        loss, _ = objective(queries, targets, "t", positive_offset=0, step=10)
+        loss, _ = objective(Batch(queries, targets, "t"), step=10)
     assert loss.dtype == torch.float32
     assert torch.equal(loss, expected)
 
@@ -507,7 +511,7 @@ def test_fixed_temperature_is_not_trained() -> None:
 def test_unknown_task_names_the_known_ones() -> None:
     data = batch()
     with pytest.raises(UserError, match=r"task 'audio'.*known tasks: text_image, text_video"):
-        Objective(config(), TASKS)(data.own, data.targets, "audio", positive_offset=0, step=0)
+        Objective(config(), TASKS)(Batch(data.own, data.targets, "audio"), step=0)
 
 
 def test_small_losses_keep_their_precision() -> None:
@@ -515,8 +519,8 @@ def test_small_losses_keep_their_precision() -> None:
     generator = torch.Generator().manual_seed(0)
     targets = normalize(torch.randn(64, 16, generator=generator, dtype=torch.float64), dim=1)
     made = config(alpha=0.0, rule=None, tau=0.05)
-    exact, _ = Objective(made, ["t"]).double()(targets, targets, "t", positive_offset=0, step=0)
-    loss, _ = Objective(made, ["t"])(targets.float(), targets.float(), "t", positive_offset=0, step=0)
+    exact, _ = Objective(made, ["t"]).double()(Batch(targets, targets, "t"), step=0)
+    loss, _ = Objective(made, ["t"])(Batch(targets.float(), targets.float(), "t"), step=0)
     assert 1e-8 < float(exact) < 1e-2
     assert float(loss) == pytest.approx(float(exact), rel=1e-4)
 
@@ -534,24 +538,26 @@ def cosent_loop(scores: Tensor, relevance: list[float], tau: Tensor, fault: str 
     return torch.log(total)
 
 
-def graded(made: ObjectiveConfig, data: Batch, relevance: list[float]) -> list[Tensor]:
+def graded(made: ObjectiveConfig, data: RankData, relevance: list[float]) -> list[Tensor]:
     objective = Objective(made, TASKS).double()
     loss, _ = objective(
-        data.own,
-        data.targets,
-        "text_image",
-        positive_offset=OFFSET,
+        Batch(
+            data.own,
+            data.targets,
+            "text_image",
+            positive_offset=OFFSET,
+            all_queries=data.queries,
+            mined=Mined(data.mined, torch.tensor(OWNERS)),
+            target_ids=torch.tensor(IDS),
+            relevance=torch.tensor(relevance, dtype=torch.float64),
+        ),
         step=10,
-        queries_ND=data.queries,
-        mined=Mined(data.mined, torch.tensor(OWNERS)),
-        target_ids_N=torch.tensor(IDS),
-        relevance_N=torch.tensor(relevance, dtype=torch.float64),
     )
     found = gradients(loss, data, objective.theta_T)
     return [*found[:-1], found[-1][0]]
 
 
-def graded_loop(made: ObjectiveConfig, data: Batch, relevance: list[float], fault: str = "") -> list[Tensor]:
+def graded_loop(made: ObjectiveConfig, data: RankData, relevance: list[float], fault: str = "") -> list[Tensor]:
     theta = torch.tensor(math.log(made.temperature.initial), dtype=torch.float32).double().requires_grad_()
     per_width = []
     for dims in [*made.matryoshka, WIDTH]:
@@ -608,13 +614,15 @@ def test_statistics_of_graded_pairs(tile_rows: int | None) -> None:
 
     def accuracy(first: int, stop: int) -> dict[str, float]:
         _, stats = objective(
-            queries[first:stop],
-            targets,
-            "t",
-            positive_offset=first,
+            Batch(
+                queries[first:stop],
+                targets,
+                "t",
+                positive_offset=first,
+                all_queries=queries,
+                relevance=torch.tensor([1.0, 2.0, 3.0, 3.0]),
+            ),
             step=0,
-            queries_ND=queries,
-            relevance_N=torch.tensor([1.0, 2.0, 3.0, 3.0]),
         )
         return {name: float(value) for name, value in stats.items()}
 
@@ -626,8 +634,19 @@ def test_statistics_of_graded_pairs(tile_rows: int | None) -> None:
     ranks = [accuracy(0, 2), accuracy(2, 4)]
     for name, value in whole.items():
         assert sum(rank[name] for rank in ranks) / 2 == pytest.approx(value), name
-    _, contrasted = objective(queries, targets, "t", positive_offset=0, step=0)
+    _, contrasted = objective(Batch(queries, targets, "t"), step=0)
     assert list(contrasted) == list(whole)
+
+
+@pytest.mark.parametrize("tile_rows", [None, 1])
+def test_equal_scores_of_graded_pairs_count_as_wrong(tile_rows: int | None) -> None:
+    """Cosines 1, 1, 0, 0 for relevance 2, 1, 1, 0. Of five ordered pairs of unequal relevance, three are right."""
+    targets = torch.tensor([[1.0, 0.0]]).repeat(4, 1)
+    queries = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    relevance = torch.tensor([2.0, 1.0, 1.0, 0.0])
+    data = Batch(queries, targets, "t", all_queries=queries, relevance=relevance)
+    _, stats = Objective(config(tile_rows=tile_rows), ["t"])(data, step=0)
+    assert float(stats["accuracy"]) == pytest.approx(3 / 5)
 
 
 def test_pairs_with_and_without_relevance_do_not_mix() -> None:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from rzen.config import HardnessConfig, MinedConfig, ObjectiveConfig, TemperatureConfig
-from rzen.objective.loss import Mined, Objective
+from rzen.objective.batch import Batch, Mined
+from rzen.objective.loss import Objective
 
 PAIRS, WIDTH, TAU = 7, 6, 0.05
 HARD = HardnessConfig(alpha=9.0)
@@ -55,14 +56,15 @@ def ours(sides: int, relevance: Tensor | None = None, tau: float = TAU, **option
     inputs = leaves(sides)
     queries, targets, *mined = (normalize(side, dim=1) for side in inputs)
     loss, _ = objective(
-        queries,
-        targets,
-        "t",
-        positive_offset=0,
+        Batch(
+            queries,
+            targets,
+            "t",
+            all_queries=queries,
+            mined=Mined(mined[0], torch.arange(PAIRS)) if mined else None,
+            relevance=relevance,
+        ),
         step=0,
-        queries_ND=queries,
-        mined=Mined(mined[0], torch.arange(PAIRS)) if mined else None,
-        relevance_N=relevance,
     )
     loss.backward()
     return [loss.detach().reshape(1), *(side.grad for side in inputs)]

@@ -1,0 +1,77 @@
+"""What the objective is given: the vectors of one rank's queries, and everything that they are contrasted with.
+
+Shapes: B own pairs, N pairs of all ranks, M mined negatives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from torch import Tensor
+
+from rzen.vectors import Vectors, take, widen
+
+
+@dataclass(frozen=True)
+class Mined:
+    """Mined negatives of all ranks."""
+
+    vectors: Vectors
+    """M rows, gathered with gradient. Rows without a negative may hold anything finite."""
+    owners: Tensor
+    """`[M]`, number of the query, among those of all ranks, that each was mined for; -1 where there is none."""
+    teacher_scores: Tensor | None = None
+    """`[M]`, score that a teacher gives each negative for its owner; NaN where unknown."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's share of a batch, with the targets of all ranks."""
+
+    queries: Vectors
+    """B own query inputs."""
+    targets: Vectors
+    """N target inputs of all ranks, gathered with gradient. The positive of query b is row `positive_offset + b`."""
+    tasks: str | Sequence[str]
+    """Task of the batch, or of each own pair. A task owns a temperature."""
+    positive_offset: int = 0
+    """Row of `targets` that is the positive of the first own query."""
+    all_queries: Vectors | None = None
+    """N query inputs of all ranks, gathered with gradient. Needed where `Objective.needs_queries`, and by graded pairs.
+    """
+    mined: Mined | None = None
+    """Mined negatives."""
+    target_ids: Tensor | None = None
+    """`[N]`, equal for targets of equal content. Such targets are duplicates, and never negatives of each other."""
+    relevance: Tensor | None = None
+    """`[N]`, grade of each pair of all ranks; NaN for pairs without one. Graded pairs are trained on their order."""
+    teacher_scores: Tensor | None = None
+    """`[B]`, score that a teacher gives each own positive; NaN where unknown. Read by terms that distill."""
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.positive_offset <= len(self.targets) - len(self.queries), "positives lie outside the targets"
+        assert isinstance(self.tasks, str) or len(self.tasks) == len(self.queries), "each own pair needs a task"
+
+    @property
+    def own(self) -> slice:
+        """Rows of the own pairs among those of all ranks."""
+        return slice(self.positive_offset, self.positive_offset + len(self.queries))
+
+    @cached_property
+    def positives(self) -> Vectors:
+        """Targets of the own queries. One slice for all who use it, so that their gradients meet in one place."""
+        return take(self.targets, self.own)
+
+    def widened(self) -> Batch:
+        """Return the batch with all vectors in fp32 or wider. The 0.95 threshold and the softmax need it."""
+        mined = self.mined and replace(self.mined, vectors=widen(self.mined.vectors))
+        queries = None if self.all_queries is None else widen(self.all_queries)
+        return replace(self, queries=widen(self.queries), targets=widen(self.targets), all_queries=queries, mined=mined)
+
+
+def queries_of(batch: Batch) -> Vectors:
+    """Return the queries of all ranks."""
+    assert batch.all_queries is not None, "this objective needs the queries of all ranks"
+    return batch.all_queries

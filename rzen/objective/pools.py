@@ -1,0 +1,132 @@
+"""The columns that rows are scored against, and which of them are negatives.
+
+A direction has rows (queries, or targets in the reverse direction) and pools of columns of several kinds. The positive
+of a row is in the first pool. A tile is a stretch of the rows. Shapes: R rows of a tile, C columns of one pool or of
+all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rzen.config import HardnessConfig
+from rzen.objective.batch import Batch
+from rzen.objective.similarity import Similarity
+from rzen.vectors import Vectors, take
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Columns of one kind, and the vectors that the rows are scored with there."""
+
+    rows: Vectors
+    columns: Vectors
+    keys: Vectors
+    """One for each column: what is compared with a row's positive to find false negatives. It is the column itself
+    where columns are targets, and the target of the column where they are queries."""
+    ids: Tensor | None
+    """`[C]`, content of the keys, equal for duplicates."""
+    hardness: HardnessConfig | None
+    """Weights of these negatives; None: all 1."""
+    includes_row: bool = False
+    """Whether the row itself is a column, at the place of its positive. It is no negative."""
+    owners: Tensor | None = None
+    """`[C]`, query that each column was mined for, -1 for none."""
+    shared: bool = True
+    """Whether columns with an owner are negatives of other rows."""
+    teacher_scores: Tensor | None = None
+    """`[C]`, score that a teacher gives each column for its owner; NaN where unknown."""
+
+
+@dataclass(frozen=True)
+class Direction:
+    """Rows and all their columns: own queries against targets, or own targets against queries."""
+
+    pools: Sequence[Pool]
+    batch: Batch
+    step: int
+    """Steps done, for rules with a warm-up."""
+    similarity: Similarity
+    is_reverse: bool = False
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows, which is that of the own pairs."""
+        return len(self.pools[0].rows)
+
+    def split(self, values_RC: Tensor) -> tuple[Tensor, ...]:
+        """Return the part of each pool, as views."""
+        return torch.split(values_RC, [len(pool.columns) for pool in self.pools], dim=1)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Some rows of a direction, and what is known about their columns before they are scored."""
+
+    direction: Direction
+    rows: slice
+    positives: Tensor
+    """`[R]`, column of each row's positive, in the first pool."""
+    excluded: Tensor
+    """Bool `[R, C]`: the positive, and columns that are no candidates of the row at all."""
+    duplicates: Tensor
+    """Bool `[R, C]`: other columns that have the content of the positive. They are never negatives."""
+
+    def split(self, values_RC: Tensor) -> tuple[Tensor, ...]:
+        """Return the part of each pool, as views."""
+        return self.direction.split(values_RC)
+
+    def positive_similarity(self) -> Tensor:
+        """Return the score of each column's key with the row's positive, `[R, C]`."""
+        pools, similarity = self.direction.pools, self.direction.similarity
+        positives = take(pools[0].keys, self.positives)
+        found: dict[int, Tensor] = {}
+        for pool in pools:  # pools may share their keys, which are then scored once
+            if id(pool.keys) not in found:
+                found[id(pool.keys)] = similarity.scores(positives, pool.keys)
+        return join_columns([found[id(pool.keys)] for pool in pools])
+
+    def teacher_scores(self) -> Tensor | None:
+        """Return what the teacher gives the positive and the row's own mined negatives, `[R, C]`, NaN elsewhere.
+
+        None where the batch brings no teacher scores, and in the reverse direction.
+        """
+        of_positives = self.direction.batch.teacher_scores
+        if of_positives is None or self.direction.is_reverse:
+            return None
+        scores_RC = of_positives.new_full(self.excluded.shape, torch.nan)
+        for pool, part_RC in zip(self.direction.pools, self.split(scores_RC), strict=True):
+            if pool.owners is not None and pool.teacher_scores is not None:
+                is_own_RC = pool.owners == self.positives[:, None]
+                part_RC.copy_(torch.where(is_own_RC, pool.teacher_scores, torch.nan))
+        return scores_RC.scatter_(1, self.positives[:, None], of_positives[self.rows, None])
+
+
+def tile_of(direction: Direction, rows: slice) -> Tile:
+    """Mark the columns of these rows."""
+    offset, device = direction.batch.positive_offset, direction.pools[0].columns.device
+    positive_R = offset + torch.arange(rows.start, rows.stop, device=device)
+    shape = len(positive_R), sum(len(pool.columns) for pool in direction.pools)
+    excluded_RC = torch.zeros(shape, dtype=torch.bool, device=device)
+    duplicates_RC = torch.zeros_like(excluded_RC)
+    excluded_RC.scatter_(1, positive_R[:, None], True)
+    parts = zip(direction.pools, direction.split(excluded_RC), direction.split(duplicates_RC), strict=True)
+    for pool, out_RC, same_RC in parts:
+        if pool.includes_row:
+            out_RC.scatter_(1, positive_R[:, None], True)
+        if pool.owners is not None:
+            out_RC |= pool.owners < 0
+            if not pool.shared:
+                out_RC |= pool.owners != positive_R[:, None]
+        if pool.ids is not None:
+            torch.eq(pool.ids[positive_R, None], pool.ids, out=same_RC)
+    return Tile(direction, rows, positive_R, excluded_RC, duplicates_RC.logical_and_(~excluded_RC))
+
+
+def join_columns(parts: Sequence[Tensor]) -> Tensor:
+    """Put the columns of all pools next to each other; a single part is returned as it is."""
+    return parts[0] if len(parts) == 1 else torch.cat([*parts], dim=1)

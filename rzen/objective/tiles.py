@@ -1,0 +1,121 @@
+"""The engine under all terms: scores a few rows at a time, and takes their gradient at once.
+
+The loss comes last in a step, so that the gradient of a tile can be taken as soon as the tile is scored. It is kept
+until the backward pass scales it. No scores are kept or computed twice, and no row waits for another. Autograd
+differentiates the loss by the scores; the similarity does the rest. Shapes: R rows of a tile, C columns, T tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rzen.objective.contrast import tile_loss
+from rzen.objective.pools import Direction, join_columns, tile_of
+from rzen.objective.terms import Term
+from rzen.vectors import Vectors, cut
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is the same for all tiles of a direction."""
+
+    direction: Direction
+    terms: Sequence[Term]
+    widths: Sequence[int]
+    """Widths at which vectors are scored, the full one last."""
+    tile_rows: int | None
+    """Rows of a tile; None: all rows at once."""
+
+
+def tiled_loss(work: Work, tau: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean loss of the rows (0-dim, differentiable), and the sums of their statistics.
+
+    `tau` is 0-dim where all rows share a task, otherwise `[B]`. Memory is that of one tile's scores; results do not
+    depend on the size of a tile but by rounding (tests/parity/test_loss.py).
+    """
+    vectors: list[Vectors] = []
+    for dims in work.widths:
+        for pool in work.direction.pools:
+            vectors += [cut(pool.rows, dims), cut(pool.columns, dims)]
+    loss, sums = _Tiles.apply(work, torch.is_grad_enabled(), tau, *vectors)  # type: ignore[no-untyped-call]
+    return loss, sums
+
+
+class _Tiles(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, work: Work, with_gradient: bool, tau: Tensor, *vectors: Vectors) -> tuple[Tensor, Tensor]:
+        """`vectors` are the rows and columns of each pool, width after width."""
+        num_rows = work.direction.num_rows
+        step = work.tile_rows or num_rows
+        gradients: list[Tensor | None] = []
+        for part, needed in zip((tau, *vectors), ctx.needs_input_grad[2:], strict=True):
+            gradients.append(torch.zeros_like(part) if with_gradient and needed else None)
+        losses: list[Tensor] = []
+        sums: list[Tensor] = []
+        for start in range(0, num_rows, step):
+            loss, tile_sums = _tile(work, slice(start, min(start + step, num_rows)), tau, vectors, gradients)
+            losses.append(loss)
+            sums.append(tile_sums)
+        ctx.save_for_backward(*gradients)
+        total = torch.stack(sums).sum(dim=0)
+        ctx.mark_non_differentiable(total)
+        return torch.stack(losses).sum(), total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(part if part is None else part * gradients[0] for part in ctx.saved_tensors)
+
+
+def _tile(
+    work: Work, rows: slice, tau: Tensor, vectors: Sequence[Vectors], gradients: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor]:
+    """Return what a tile adds to the mean loss, and to the sums of the statistics.
+
+    Adds its gradients to `gradients`, which are in the order of `tau` and `vectors`; None where none is wanted.
+    """
+    direction, similarity = work.direction, work.direction.similarity
+    by_tau, *by_vectors = gradients
+    wanted = any(gradient is not None for gradient in gradients)
+    scored = list(_scored(work, vectors, by_vectors))
+    scores = [
+        join_columns([similarity.scores(part.rows[rows], part.columns) for part in scored_at_width])
+        for scored_at_width in scored
+    ]
+    # Leaves of a graph of their own, which ends with this tile.
+    own_tau = (tau if tau.ndim == 0 else tau[rows, None]).detach().requires_grad_(wanted)
+    scores = [scores_RC.requires_grad_(wanted) for scores_RC in scores]
+    with torch.set_grad_enabled(wanted):
+        loss, sums = tile_loss(tile_of(direction, rows), work.terms, scores, own_tau)
+        loss = loss / direction.num_rows
+    if wanted:
+        *by_scores, by_own_tau = torch.autograd.grad(loss, (*scores, own_tau))
+        if by_tau is not None:
+            (by_tau if tau.ndim == 0 else by_tau[rows, None]).add_(by_own_tau)
+        for scored_at_width, by_scores_RC in zip(scored, by_scores, strict=True):
+            for part, by_part_RC in zip(scored_at_width, direction.split(by_scores_RC), strict=True):
+                by_rows = None if part.by_rows is None else part.by_rows[rows]
+                similarity.add_gradients(by_part_RC, part.rows[rows], part.columns, by_rows, part.by_columns)
+    return loss.detach(), sums
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """Rows and columns of one pool at one width, and where their gradients go."""
+
+    rows: Vectors
+    columns: Vectors
+    by_rows: Tensor | None
+    by_columns: Tensor | None
+
+
+def _scored(work: Work, vectors: Sequence[Vectors], by_vectors: Sequence[Tensor | None]) -> Iterator[list[_Scored]]:
+    """Yield the pools of each width."""
+    num_parts = 2 * len(work.direction.pools)
+    for first in range(0, len(vectors), num_parts):
+        starts = range(first, first + num_parts, 2)
+        yield [_Scored(*vectors[i : i + 2], *by_vectors[i : i + 2]) for i in starts]
