@@ -49,11 +49,11 @@ def _print_report(report: IndexReport, place: str) -> None:
     for reason, found in sorted(report.findings.items()):
         where = f", such as {report.examples[reason][0]}" if reason in report.examples else ""
         say(f"  {reason}: {found['bytes']:,} bytes in {found['places']:,} place(s){where}", "yellow")
-    for source, likeness in report.neighbors.items():
-        if text := warning(source, likeness, MixtureConfig().run_length, _EXAMPLE_BATCH):
+    for source, similarity in report.neighbors.items():
+        if text := warning(source, similarity, MixtureConfig().run_length, _EXAMPLE_BATCH):
             say(f"  {text}", "yellow")
         else:
-            say(f"  {source} is shuffled: {likeness.describe()}", "dim")
+            say(f"  {source} is shuffled: {similarity.describe()}", "dim")
     reused = f", {report.num_reused:,} of them indexed before" if report.num_reused else ""
     size = f"{report.num_bytes / 1e6:,.1f} MB"
     say(f"  {report.num_shards:,} shards of {size}{reused}, in {duration(report.elapsed_s)}")

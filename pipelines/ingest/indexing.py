@@ -21,7 +21,7 @@ from pipelines.shards.duplicates import with_duplicates
 from pipelines.shards.external import IndexedShard, ScanCounts, ScanJob, index_shard
 from pipelines.shards.manifest import Manifest, SourceInfo, manifest_path, publish_manifest, report_path
 from pipelines.shards.mapping import SourceMapping
-from pipelines.shards.shuffle_check import SETTING, NeighborSimilarity, ShardSimilarity, likeness
+from pipelines.shards.shuffle_check import SETTING, NeighborSimilarity, ShardSimilarity, source_similarity
 from pipelines.storage.location import resolve_endpoint
 from pipelines.storage.shard_urls import find_shards
 from pipelines.storage.store import Store
@@ -174,7 +174,7 @@ def _publish(
         shards = tuple(o.shard for job, o in zip(jobs, outcomes, strict=True) if job.source == source)
         report.accepted[source] = sum(shard.num_samples for shard in shards)
         infos[source] = SourceInfo(mapping.task, report.accepted[source], shards, _plain(mapping))
-        if found := likeness(neighbors[source]):
+        if found := source_similarity(neighbors[source]):
             report.neighbors[source] = found
     report.elapsed_s = round(time.monotonic() - started_s, 3)
     out.write(report_path(split), report.to_json())

@@ -27,7 +27,7 @@ from pipelines.shards.index import IndexRow, index_bytes, target_sha256
 from pipelines.shards.manifest import ShardInfo
 from pipelines.shards.mapping import SampleMapper, SourceMapping
 from pipelines.shards.read import on_disk
-from pipelines.shards.shuffle_check import ShardSimilarity, Words, measure, words_of
+from pipelines.shards.shuffle_check import ShardSimilarity, Words, shard_similarity, words_of
 from pipelines.shards.tars import Finding, Group, entries, groups
 from pipelines.storage.location import open_store
 from pipelines.storage.shard_urls import ShardFile
@@ -145,7 +145,7 @@ def _scan(job: ScanJob, endpoint: str | None) -> tuple[list[IndexRow], ScanCount
     except FileNotFoundError as error:
         problem = "was there when the job began, and is gone"
         raise UserError(job.found.url, problem, "give the command again") from error
-    return rows, tally, measure(texts), num_bytes, sha256
+    return rows, tally, shard_similarity(texts), num_bytes, sha256
 
 
 def scan(

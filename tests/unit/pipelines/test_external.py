@@ -23,12 +23,11 @@ from pipelines.shards.external import ScanCounts, ScanJob, index_shard, scan
 from pipelines.shards.index import IndexRow, target_sha256
 from pipelines.shards.manifest import Manifest, SourceInfo, publish_manifest
 from pipelines.shards.mapping import InputMapping, SampleMapper, SourceMapping
-from pipelines.shards.shuffle_check import NeighborSimilarity, likeness, measure, warning, words_of
 from pipelines.shards.tars import Entry, Finding, Header, entries, groups, read_header
 from pipelines.shards.verify import verify
 from pipelines.storage.location import open_store
 from pipelines.storage.shard_urls import ShardFile, expand_braces, find_shards
-from tests.external import img2dataset_samples, picture, write_img2dataset
+from tests.external import picture, write_img2dataset
 
 CAPTIONED = SourceMapping()
 
@@ -479,39 +478,6 @@ def test_braces_are_spelt_out_as_by_a_shell() -> None:
     ]
     assert list(expand_braces("{a,b}{0..1}")) == ["a0", "a1", "b0", "b1"]
     assert list(expand_braces("{x}")) == ["{x}"]
-
-
-def texts_of(captions: list[str]) -> list[tuple[str, frozenset[int]]]:
-    return [(hashlib.sha256(caption.encode()).hexdigest(), words_of(caption)) for caption in captions]
-
-
-def test_neighbors_are_told_from_strangers() -> None:
-    captions = [sample["txt"] for sample in img2dataset_samples(72)]
-    alike = likeness([measure(texts_of(captions[start : start + 24])) for start in (0, 24, 48)])
-    strangers = likeness([measure(texts_of(captions[offset::3])) for offset in range(3)])
-    assert alike is not None
-    assert strangers is not None
-    assert alike.words > 0.8
-    assert alike.random_words == pytest.approx(0.33, abs=0.1)
-    assert not alike.is_shuffled
-    interleaved = [captions[24 * (n % 3) + n // 3] for n in range(72)]
-    mixed = likeness([measure(texts_of(interleaved))])
-    assert mixed is not None
-    assert mixed.is_shuffled
-    assert likeness([measure(texts_of(captions[:5]))]) is None
-
-
-def test_the_warning_gives_the_figures() -> None:
-    alike = NeighborSimilarity(words=0.41, random_words=0.06, same_target=0.0, random_same_target=0.0)
-    assert warning("web", alike, 16, 256) == (
-        "web is not shuffled: neighbors share 41% of their words (random pairs 6%). With run_length 16 a batch of 256"
-        " holds 16 neighborhoods, and 6% of a sample's in-batch negatives come from its own. Set"
-        " data.mixture.run_length: 1 (more, smaller range requests), or shuffle the shards when they are written"
-    )
-    assert warning("web", alike, 1, 256) is None
-    assert warning("web", NeighborSimilarity(0.07, 0.06, 0.0, 0.0), 16, 256) is None
-    same = NeighborSimilarity(words=0.0, random_words=0.0, same_target=0.8, random_same_target=0.01)
-    assert "80% of the time their target (1%)" in str(warning("web", same, 16, 256))
 
 
 def test_shard_writer_and_img2dataset_layout_need_no_settings(tmp_path: Path) -> None:

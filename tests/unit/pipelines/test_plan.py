@@ -482,3 +482,35 @@ def test_a_source_without_blocks_keeps_its_order_beside_others_with() -> None:
 def test_blocks_that_make_no_sense_are_told(blocks: dict[str, int], problem: str) -> None:
     with pytest.raises(UserError, match=f"data.mixture.blocks: {problem}"):
         build_plan(tables({"a": 40, "b": 40}), MixtureConfig(blocks=blocks), global_batch=8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.dictionaries(st.sampled_from("bc"), st.integers(100, 200), min_size=2),
+    limit=st.sampled_from([90, 10_000]),
+    count=st.integers(1, 4),
+    seed=st.integers(0, 99),
+    step=st.integers(0, 9),
+)
+def test_reserves_of_blocks_are_distinct_and_outside_the_batch(
+    sizes: dict[str, int], limit: int, count: int, seed: int, step: int
+) -> None:
+    """A global batch of 16 in 4 blocks needs 16 * count reserves besides its own rows; the source has enough."""
+    mixture = MixtureConfig(blocks=dict.fromkeys(sizes, 4), max_samples_per_source=limit, run_length=3)
+    plan = build_plan(tables(sizes), mixture, global_batch=16, steps=10, seed=seed)
+    used = {row for at in range(10) for row in plan.batch(at).rows}
+    rows = plan.batch(step).rows
+    assert len(set(rows)) == 16
+    chosen = [plan.reserves(step, position, count) for position in range(16)]
+    for row, reserves in zip(rows, chosen, strict=True):
+        assert len(reserves) == count
+        assert {member for member, _ in reserves} == {row[0]}
+    everything = [reserve for reserves in chosen for reserve in reserves]
+    assert len(set(everything)) == 16 * count
+    assert not set(everything) & set(rows)
+    assert all(0 <= index < sizes[member] for member, index in everything)
+    if limit == 90:  # only samples of the chosen subset, which three epochs have shown whole
+        longer = build_plan(tables(sizes), mixture, global_batch=16, steps=60, seed=seed)
+        subset = {row for at in range(60) for row in longer.batch(at).rows}
+        assert used <= subset
+        assert set(everything) <= subset
