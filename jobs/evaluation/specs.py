@@ -25,13 +25,13 @@ class EvaluateSpec(ModelIdentity, JobConfig):
     data: DataConfig
     """What is asked and searched; every target of a task's source is a candidate."""
     prompt: PromptConfig = PromptConfig()
-    """For models that do not say (`rzen.json`) with which prompt they were trained."""
+    """Prompt of models whose files do not record the one they were trained with (`rzen.json`)."""
     readout: ReadoutConfig = ReadoutConfig()
-    """For models that do not say how their vectors are made."""
+    """Readout of models whose files do not record how their vectors are made."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Compute type. CPUs want float32."""
     tasks: list[str] | None = None
-    """Tasks to score; all of which the data have samples where not given."""
+    """Tasks to score. `null`: all that the data have samples of."""
     metrics: list[Metric] | None = None
     """Metrics; each task's own where not given (hit@1, and nDCG@5 for pages, as MMEB-V2)."""
     batch_size: PositiveInt = 32
@@ -43,7 +43,7 @@ class EvaluateSpec(ModelIdentity, JobConfig):
     autoscaling: bool = False
     """The cluster can grow: skip the check that it is large enough now."""
     out: str
-    """Local JSON file to write, and its table beside it as Markdown."""
+    """Local JSON file to write, and next to it its table as Markdown."""
 
     @model_validator(mode="after")
     def _known_tasks(self) -> EvaluateSpec:
@@ -60,23 +60,23 @@ class BenchmarkSpec(ModelIdentity, JobConfig):
     models: Annotated[Named[ModelRef], Field(min_length=1)]
     """Name in the tables -> model."""
     suites: dict[Literal["MMEB-V2", "M-BEIR", "M-BEIR global"], str] = Field(default_factory=dict)
-    """Benchmark -> local folder that it lies in, the same on all nodes. `rzen evaluate --list` tells what is missing
-    there; what is there is scored."""
+    """Benchmark -> its local folder, the same on all nodes. `rzen evaluate --list` prints what is missing
+    there. The job scores what is there."""
     custom: Named[str] = Field(default_factory=dict)
     """Name -> retrieval dataset of your own: a folder with queries.jsonl, corpus.jsonl and qrels, or a file of lists
     (`pipelines/benchmarks/custom.py`)."""
     datasets: Annotated[list[str], Field(min_length=1)] | None = None
     """Datasets of the suites to score; all where not given. The others count 0 in the official mean."""
     prompt: PromptConfig = PromptConfig()
-    """For models that do not say (`rzen.json`) with which prompt they were trained."""
+    """Prompt of models whose files do not record the one they were trained with (`rzen.json`)."""
     readout: ReadoutConfig = ReadoutConfig()
-    """For models that do not say how their vectors are made."""
+    """Readout of models whose files do not record how their vectors are made."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Compute type. CPUs want float32."""
     media: MediaConfig = MediaConfig()
     """Decoding. The official frames of a video are 8."""
     instruction_sensitivity: bool = False
-    """Ask every query without its instruction, too, and tell what the instruction changes."""
+    """Ask every query without its instruction, too, and report what the instruction changes."""
     num_examples: NonNegativeInt = 2
     """Wrong answers that the page shows of each dataset and model."""
     submission: Named[ModelCard] = Field(default_factory=dict)

@@ -8,8 +8,9 @@ checking a spec loads neither torch nor Ray.
 
 from __future__ import annotations
 
+import difflib
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
@@ -102,7 +103,7 @@ def find_kind(name: str) -> Kind:
     """Return the kind of this name. Raise `UserError` if there is none, or if its package cannot be imported."""
     declared = _BUILT_IN.get(name) or kind_names().get(name)
     if declared is None:
-        raise UserError(f"kind {name!r}", "is not a kind of job", f"use one of {', '.join(kind_names())}")
+        raise UserError(f"kind {name!r}", "is not a kind of job", did_you_mean(name, kind_names()))
     try:
         found = pkgutil.resolve_name(declared)
     except (ImportError, AttributeError) as error:
@@ -116,6 +117,13 @@ def gpus_of(spec: JobConfig, named: Sequence[JobConfig] = ()) -> float:
     """Return how many GPUs a job can use at once. `named` are the specs that it names."""
     gpus = find_kind(spec.kind).gpus
     return gpus(spec, named) if gpus else 0.0
+
+
+def did_you_mean(word: str, known: Iterable[str], otherwise: str = "use one of") -> str:
+    """Return the fix for a word that is not among the `known` ones: the nearest of them, or all."""
+    known = list(known)
+    near = difflib.get_close_matches(word, known, 1)
+    return f"did you mean {near[0]!r}?" if near else f"{otherwise} {', '.join(known)}"
 
 
 def no_gpus(spec: JobConfig, named: Sequence[JobConfig]) -> float:

@@ -5,7 +5,6 @@ text -> plain data with the line of every key -> `--set a.b=c` on top -> the spe
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from jobs.spec.job import JobConfig
-from jobs.spec.kinds import find_kind, kind_names
+from jobs.spec.kinds import did_you_mean, find_kind, kind_names
 from pipelines.errors import UserError
 
 Key = tuple[str, ...]
@@ -128,7 +127,7 @@ def check(document: Document) -> JobConfig:
     known = list(kind_names())
     if not isinstance(kind, str) or kind not in known:
         problem = f"kind={kind!r} is not a kind of job" if "kind" in document.data else "has no `kind`"
-        raise UserError(document.place(("kind",)), problem, did_you_mean(str(kind), known, "use one of"))
+        raise UserError(document.place(("kind",)), problem, did_you_mean(str(kind), known))
     model = find_kind(kind).spec
     try:
         return model.model_validate(document.data)
@@ -137,12 +136,6 @@ def check(document: Document) -> JobConfig:
         first, rest = problems[0], problems[1:_MAX_PROBLEMS]
         more = [f"... and {len(problems) - _MAX_PROBLEMS} more"] if len(problems) > _MAX_PROBLEMS else []
         raise UserError(first.place, first.problem, "\n".join([first.fix, *map(str, rest), *more])) from error
-
-
-def did_you_mean(word: str, known: Sequence[str], otherwise: str = "known here:") -> str:
-    """Return the fix for a word that is not among the `known` ones: the nearest of them, or all."""
-    near = difflib.get_close_matches(word, known, 1)
-    return f"did you mean {near[0]!r}?" if near else f"{otherwise} {', '.join(known)}"
 
 
 def substitute(data: Any, values: Mapping[str, Any], place: str) -> Any:
@@ -234,7 +227,7 @@ def _explain(document: Document, model: type[BaseModel], key: Key, problem: Any)
     message = str(problem["msg"]).removeprefix("Value error, ")
     match problem["type"]:
         case "extra_forbidden":
-            fix = did_you_mean(key[-1], _fields(model, problem["loc"][:-1]))
+            fix = did_you_mean(key[-1], _fields(model, problem["loc"][:-1]), "known here:")
             return UserError(document.place(key), f"{dotted} is not a setting", fix)
         case "missing":
             return UserError(document.place(key[:-1]), f"{dotted} is missing", "add it")

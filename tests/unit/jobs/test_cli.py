@@ -1,20 +1,27 @@
 import io
+import json
+import logging
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from jobs.cli import _load, main
+from jobs.cli import main
+from jobs.commands.options import as_changes, read_spec
 from jobs.data.specs import IndexSpec
 from jobs.runtime import progress
 from jobs.runtime.progress import Bars, Progress, RunTable, duration
+from jobs.spec.kinds import kind_names
+from pipelines.errors import UserError
+from pipelines.storage.location import open_store
+from tests.data import publish
 from tests.paths import ROOT
 
 
 def test_help_teaches_the_road(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="0"):
-        main(["--help"])
+    assert main(["--help"]) == 0
     out = capsys.readouterr().out
     for word in (
         "validate",
@@ -32,9 +39,77 @@ def test_help_teaches_the_road(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("arguments", [[], ["fly"], ["run"], ["search"]])
 def test_wrong_command_line_exits_with_two(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        main(arguments)
-    assert "usage: rzen" in capsys.readouterr().err
+    assert main(arguments) == 2
+    assert "usage: rzen" in capsys.readouterr().err.lower()
+
+
+def test_a_mistyped_command_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["vaildate", "x.yaml"]) == 2
+    assert "Did you mean 'validate'" in capsys.readouterr().err
+
+
+def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"rzen {version('rzen')}\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(KeyboardInterrupt(), 130), (UserError("a", "b"), 1), (OSError(28, "full"), 1)]
+)
+def test_exit_status_follows_from_the_error(
+    error: BaseException, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("jobs.commands.spec.run_file", fail)
+    assert main(["run", "x.yaml"]) == status
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_an_error_that_nobody_expects_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobs.commands.spec.run_file", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["run", "x.yaml"])
+
+
+def test_kinds_are_listed_for_people_and_scripts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["kinds"]) == 0
+    text = capsys.readouterr().out
+    assert main(["kinds", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert [kind["kind"] for kind in listed] == list(kind_names())
+    assert all(kind["kind"] in text and kind["summary"] in text for kind in listed)
+    (ingest,) = [kind for kind in listed if kind["kind"] == "ingest"]
+    assert ingest["reads"] == {"input": "folder of files"}
+
+
+def test_verify_prints_json_for_scripts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    publish(open_store(str(tmp_path)), {"red": ("text_image", 4)})
+    assert main(["verify", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["train"]["problems"] == []
+    (tmp_path / "train" / "extra").write_text("")
+    assert main(["verify", str(tmp_path), "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["train"]["problems"] == ["train/extra: not in the manifest"]
+
+
+def test_embed_runs_specs_of_its_kind_only(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["embed", str(ROOT / "jobs/ingest.yaml")]) == 1
+    assert "kind='ingest' is not a spec of kind embed; use `rzen run" in capsys.readouterr().err
+
+
+def test_log_level_is_set_for_the_code_of_rzen(monkeypatch: pytest.MonkeyPatch) -> None:
+    loggers = [logging.getLogger(name) for name in ("jobs", "rzen", "pipelines")]
+    before = [logger.level for logger in loggers]
+    monkeypatch.setenv("RZEN_LOG", "debug")
+    try:
+        assert main(["kinds"]) == 0
+        assert {logger.level for logger in loggers} == {logging.DEBUG}
+        assert main(["--log", "error", "kinds"]) == 0
+        assert {logger.level for logger in loggers} == {logging.ERROR}
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 def test_invalid_spec_is_one_message_and_exit_one(capsys: pytest.CaptureFixture[str]) -> None:
@@ -66,8 +141,7 @@ def test_missing_folder_is_one_message(capsys: pytest.CaptureFixture[str], tmp_p
 
 
 def test_help_of_index_teaches_selectors(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="0"):
-        main(["index", "--help"])
+    assert main(["index", "--help"]) == 0
     out = capsys.readouterr().out
     for word in ("json:caption", "img2dataset", "{000..499}", "jobs/index.yaml", "report.json", "--positive mp4"):
         assert word in out
@@ -75,7 +149,13 @@ def test_help_of_index_teaches_selectors(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_index_fills_in_the_shipped_spec(monkeypatch: pytest.MonkeyPatch) -> None:
     specs: list[IndexSpec] = []
-    monkeypatch.setattr("jobs.cli._run", lambda options: specs.append(_load(options.spec, options.set)[0]) or 0)
+
+    def keep(path: str, changes: list[str] | None, settings: dict[str, Any]) -> None:
+        spec, _ = read_spec(path, [*as_changes(settings), *(changes or ())])
+        assert isinstance(spec, IndexSpec)
+        specs.append(spec)
+
+    monkeypatch.setattr("jobs.commands.data.run_file", keep)
     given = ["--query-media", "a.jpg", "--task", "text_video", "--positive", "mp4", "--split", "held_out"]
     assert main(["index", "x.tar", "y", "out", "--source", "clips", *given, "--set", "decode=true"]) == 0
     assert main(["index", "x.tar", "out", "--query", "json:q", "--positive-text", "json:a", "--instruction", ""]) == 0

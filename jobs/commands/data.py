@@ -1,0 +1,145 @@
+"""Commands for datasets: ingest, index, verify."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from functools import partial
+from typing import Annotated, Any
+
+import typer
+
+from jobs.commands.options import AsJson, Changes, print_json, run_file
+from jobs.spec.load import read_document
+
+
+class Split(StrEnum):
+    """Splits of a dataset."""
+
+    train = "train"
+    held_out = "held_out"
+
+
+INGEST_SPEC, INDEX_SPEC = "jobs/ingest.yaml", "jobs/index.yaml"
+DEFAULT_SOURCE = "pairs"  # the source that jobs/index.yaml has
+INDEX_EXAMPLES = """\
+\b
+A SELECTOR names a member by its extension, or a field of a JSON member. With | the first one that exists is taken:
+  txt        json:caption        txt | json:caption        left.jpg        json:meta.title
+
+\b
+  rzen index /data/laion s3://bucket/data                                 img2dataset: caption -> image
+  rzen index 's3://bucket/clips/{000..499}.tar' runs/data --positive mp4 --task text_video
+  rzen index 'pages-*.tar' runs/data --query json:question --positive pdf --task text_page --source pages
+  rzen run jobs/stage1.yaml --set data.root=s3://bucket/data
+
+Several sources, negatives and texts that come with each sample: see jobs/index.yaml.
+"""
+
+
+def ingest(
+    folder: Annotated[
+        str,
+        typer.Argument(metavar="FOLDER", help="files with captions next to them, captions.jsonl, or PDFs with text"),
+    ],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="directory or s3:// URL of the dataset")],
+    changes: Changes = None,
+) -> None:
+    """Turn a folder of images, videos and PDFs into shards."""
+    run_file(INGEST_SPEC, changes, {"input": folder, "out": out})
+
+
+def index(
+    urls: Annotated[
+        list[str],
+        typer.Argument(metavar="URL", help="tars: paths or s3:// URLs, folders, globs, {000..099} (in quotes)"),
+    ],
+    out: Annotated[
+        str,
+        typer.Argument(metavar="OUT", help="directory or s3:// URL of the dataset: indices and manifest, no copies"),
+    ],
+    source: Annotated[str, typer.Option(help="name of the source")] = DEFAULT_SOURCE,
+    task: Annotated[
+        str | None,
+        typer.Option(help="task name of the samples; each task learns its own temperature (default: text_image)"),
+    ] = None,
+    query: Annotated[
+        str | None, typer.Option(metavar="SELECTOR", help="text of the query (default: 'txt | json:caption')")
+    ] = None,
+    query_media: Annotated[
+        str | None, typer.Option(metavar="SELECTOR", help="file of the query, with or without a text")
+    ] = None,
+    positive: Annotated[
+        str | None, typer.Option(metavar="SELECTOR", help="file of the target (default: 'jpg | jpeg | png | webp')")
+    ] = None,
+    positive_text: Annotated[
+        str | None, typer.Option(metavar="SELECTOR", help="text of the target, with or without a file")
+    ] = None,
+    instruction: Annotated[
+        str | None,
+        typer.Option(help="instruction put before queries in stages with instructions (default: that of the task)"),
+    ] = None,
+    split: Annotated[Split | None, typer.Option(help="split that the shards become (default: train)")] = None,
+    changes: Changes = None,
+) -> None:
+    """Make a dataset from external shards, without copying them.
+
+    The shards are tars in the layout of webdataset or img2dataset.
+
+    The command reads each tar once. It writes an index of its samples below OUT, and at the end a manifest that names
+    the tars where they are. It skips unusable samples, counts them by reason, and lists them in
+    OUT/{split}/report.json. Run again, it reads only tars that are new or have changed.
+    """
+    from pipelines.sources.folder import INSTRUCTIONS
+
+    mapping: dict[str, Any] = read_document(INDEX_SPEC).data["sources"][DEFAULT_SOURCE]
+    mapping["urls"] = urls
+    mapping["task"] = task or mapping["task"]
+    mapping["instruction"], mapping["target_instruction"] = INSTRUCTIONS.get(mapping["task"], ("", ""))
+    if instruction is not None:
+        mapping["instruction"] = instruction
+    if query or query_media:
+        mapping["query"] = {"text": query, "media": query_media}
+    if positive or positive_text:
+        mapping["positive"] = {"text": positive_text, "media": positive}
+    settings: dict[str, Any] = {"out": out}
+    if split:
+        settings["split"] = split
+    if source != DEFAULT_SOURCE:
+        settings[f"sources.{DEFAULT_SOURCE}"] = None
+    settings |= {f"sources.{source}.{key}": value for key, value in mapping.items()}
+    run_file(INDEX_SPEC, changes, settings)
+
+
+def verify(
+    root: Annotated[str, typer.Argument(metavar="ROOT", help="directory or s3:// URL of the dataset")],
+    splits: Annotated[list[Split] | None, typer.Option("--split", help="split to check (default: all)")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check that a dataset is as its manifest says.
+
+    Compares hashes and counts, and finds missing and left-over files. Reads every byte of shards that rzen wrote. Of
+    external shards, it checks the tags and indices. Prints the problems and exits with 1 if there are any.
+    """
+    from jobs.runtime.progress import Bars
+    from pipelines.shards.manifest import manifest_path, read_manifest
+    from pipelines.shards.verify import verify as verify_split
+    from pipelines.storage.location import open_store
+
+    store = open_store(root)
+    there = [split for split in Split if store.exists(manifest_path(split))]
+    found: dict[str, dict[str, Any]] = {}
+    for split in splits or there or [Split.train]:
+        with Bars() as bars:
+            problems = verify_split(store, split, on_progress=None if as_json else partial(bars.update, split))
+        manifest = read_manifest(store, split)
+        num_shards = sum(len(source.shards) for source in manifest.sources.values())
+        found[split] = {"samples": manifest.num_samples, "shards": num_shards, "problems": problems}
+        if not as_json:
+            for problem in problems:
+                print(problem)
+            state = f"{len(problems)} problem(s)" if problems else "sound"
+            print(f"{store.url}/{split}: {manifest.num_samples:,} samples in {num_shards:,} shards, {state}")
+    if as_json:
+        print_json(found)
+    if any(split["problems"] for split in found.values()):
+        raise typer.Exit(1)

@@ -1,0 +1,103 @@
+"""Commands for models and vectors: evaluate, export, embed, search."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from jobs.commands.options import AsJson, Changes, SpecPath, print_json, read_spec, run_file
+from pipelines.errors import UserError
+
+BENCHMARK_SPEC, EMBED_SPEC = "jobs/benchmark.yaml", "jobs/embed.yaml"
+EXPORT_SPEC, SEARCH_SPEC = "jobs/export.yaml", "jobs/search.yaml"
+
+
+class Modality(StrEnum):
+    """What a search may find."""
+
+    image = "image"
+    page = "page"
+    video = "video"
+    text = "text"
+
+
+def evaluate(
+    spec: SpecPath = BENCHMARK_SPEC,
+    list_: Annotated[bool, typer.Option("--list", help="list the datasets, and what is missing of each")] = False,
+    as_json: AsJson = False,
+    changes: Changes = None,
+) -> None:
+    """Score models on benchmarks. With --list, print which datasets are there and what to fetch.
+
+    The spec is of kind `benchmark`: MMEB-V2, M-BEIR, and custom retrieval datasets.
+    """
+    if list_:
+        _list_datasets(spec, changes, as_json)
+    else:
+        run_file(spec, changes)
+
+
+def _list_datasets(path: str, changes: list[str] | None, as_json: bool) -> None:
+    from jobs.evaluation.specs import BenchmarkSpec
+    from pipelines.benchmarks.catalog import check_datasets, format_status
+
+    spec, _ = read_spec(path, changes)
+    if not isinstance(spec, BenchmarkSpec):
+        raise UserError(path, f"kind={spec.kind!r} knows no benchmarks", "name a spec of kind: benchmark")
+    found = check_datasets({suite: Path(root) for suite, root in spec.suites.items()})
+    if as_json:
+        rows = [{"suite": one.row.suite, "dataset": one.row.name, "missing": one.missing} for one in found]
+        custom = [{"dataset": name, "path": path, "exists": Path(path).exists()} for name, path in spec.custom.items()]
+        print_json({"suites": rows, "custom": custom})
+        return
+    print(format_status(found), end="")
+    for name, folder in spec.custom.items():
+        print(f"custom: {name}, {folder}{'' if Path(folder).exists() else ', which does not exist'}")
+
+
+def export(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="checkpoint: directory, s3:// URL or hub name")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="directory or s3:// URL of the export")],
+    adapter: Annotated[
+        str | None,
+        typer.Option(help="adapter merged into the base, or with --format adapter written with its model card"),
+    ] = None,
+    format: Annotated[
+        Literal["model", "adapter", "rzen_release"] | None,
+        typer.Option(
+            help="model: for transformers, sentence-transformers, vLLM and mteb; adapter: for PEFT;"
+            " rzen_release: for the script released with RzenEmbed (default: model)"
+        ),
+    ] = None,
+    scores: Annotated[str | None, typer.Option(help="results.json of an evaluation, for the model card")] = None,
+    changes: Changes = None,
+) -> None:
+    """Make a directory that other libraries load, with a model card."""
+    given = {"format": format, "scores": scores}
+    settings: dict[str, Any] = {"model": {"base": base, "adapter": adapter}, "out": out}
+    run_file(EXPORT_SPEC, changes, settings | {key: value for key, value in given.items() if value})
+
+
+def embed(spec: SpecPath = EMBED_SPEC, changes: Changes = None) -> None:
+    """Embed the targets of a dataset, for `rzen search`."""
+    run_file(spec, changes, kind="embed")
+
+
+def search(
+    queries: Annotated[list[str], typer.Argument(metavar="QUERY", help="one or several texts, each in quotes")],
+    vectors: Annotated[str | None, typer.Option(help="output of `rzen embed` (default: that of the demo)")] = None,
+    top_k: Annotated[int | None, typer.Option(help="hits per query")] = None,
+    modalities: Annotated[
+        list[Modality] | None,
+        typer.Option("--modality", help="modality that may be found (may be repeated)"),
+    ] = None,
+    html: Annotated[str | None, typer.Option(help="HTML file to write")] = None,
+    changes: Changes = None,
+) -> None:
+    """Search an embedded corpus with text queries."""
+    given = {"vectors": vectors, "top_k": top_k, "modalities": modalities or None, "html": html}
+    settings: dict[str, Any] = {"queries": queries}
+    run_file(SEARCH_SPEC, changes, settings | {key: value for key, value in given.items() if value is not None})

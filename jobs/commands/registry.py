@@ -1,0 +1,109 @@
+"""Commands of `rzen registry`: the models of scheduled retraining, and which one is the champion."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from jobs.commands.options import AsJson, print_json
+from jobs.spec.load import read_document
+from pipelines.errors import UserError
+
+if TYPE_CHECKING:
+    from jobs.workflows.registry import Champion, Registry
+
+RETRAIN_SPEC = "jobs/retrain.yaml"
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="id of a model")]
+ModelOrChampion = Annotated[str | None, typer.Argument(metavar="MODEL", help="id of a model (default: the champion)")]
+Reason = Annotated[str, typer.Option(help="reason, kept in the history")]
+
+
+def choose(
+    context: typer.Context,
+    registry: Annotated[
+        str | None, typer.Option(help="directory or s3:// URL (default: that of jobs/retrain.yaml)")
+    ] = None,
+) -> None:
+    """List, compare, promote the models of retraining.
+
+    `kind: retrain` publishes the models. Promotions are never deleted: a rollback promotes the model before again.
+    """
+    context.obj = registry
+
+
+def _open(context: typer.Context) -> Registry:
+    from jobs.workflows.registry import Registry
+    from pipelines.storage.location import open_store
+
+    return Registry(open_store(context.obj or read_document(RETRAIN_SPEC).data["registry"]))
+
+
+def list_models(context: typer.Context, as_json: AsJson = False) -> None:
+    """List models, promotions and retraining runs."""
+    registry = _open(context)
+    champion = registry.champion()
+    lineages = {model: registry.lineage(model) for model in registry.models()}
+    promotions, retrainings = registry.promotions(), registry.retrainings()
+    if as_json:
+        newest = champion.model if champion else None
+        print_json(
+            {"champion": newest, "models": lineages, "promotions": promotions, "retrainings": retrainings},
+        )
+        return
+    for model, lineage in lineages.items():
+        samples = sum(lineage.get("data", {}).get("samples", {}).values())
+        mark = "*" if champion and champion.model == model else " "
+        verdict = lineage.get("verdict", {})
+        reasons = f"{'passed' if verdict['promote'] else 'refused'}: {'; '.join(verdict['reasons'])}" if verdict else ""
+        print(f"{mark} {model}  {lineage['at'][:19]}  {samples:,} samples  {reasons}")
+    for promotion in promotions:
+        replaced = f" instead of {promotion['previous']}" if promotion["previous"] else ""
+        text = f"{promotion['model']}{replaced}: {promotion['reason']} ({promotion['by']})"
+        print(f"promotion {promotion['generation']}  {promotion['at'][:19]}  {text}")
+    for retraining in retrainings:
+        print(f"retraining {retraining['id']}  {retraining['at'][:19]}  {retraining['outcome']}")
+    if champion is None:
+        print(f"{registry.store.url}: no champion yet")
+
+
+def show(context: typer.Context, model: ModelOrChampion = None) -> None:
+    """Print the lineage of a model as JSON.
+
+    It holds data, settings, parents, scores and verdict.
+    """
+    registry = _open(context)
+    print_json(registry.lineage(model or _champion(registry).model))
+
+
+def diff(context: typer.Context, model: Model, other: ModelOrChampion = None, as_json: AsJson = False) -> None:
+    """Print how the lineages of two models differ."""
+    from jobs.runtime.records import differences
+
+    registry = _open(context)
+    changes = differences(registry.lineage(other or _champion(registry).model), registry.lineage(model))
+    if as_json:
+        print_json(changes)
+        return
+    for change in changes:
+        print(change)
+
+
+def promote(context: typer.Context, model: Model, reason: Reason) -> None:
+    """Make a model the champion, whatever the gate decided."""
+    registry = _open(context)
+    promoted = registry.promote(model, reason=reason, instead_of=registry.champion())
+    print(f"promotion {promoted.generation}: {promoted.model}")
+
+
+def rollback(context: typer.Context, reason: Reason) -> None:
+    """Promote the champion before the present one again."""
+    promoted = _open(context).rollback(reason)
+    print(f"promotion {promoted.generation}: {promoted.model}")
+
+
+def _champion(registry: Registry) -> Champion:
+    champion = registry.champion()
+    if champion is None:
+        raise UserError(registry.store.url, "has no champion yet", "name a model, or run jobs/retrain.yaml first")
+    return champion

@@ -1,0 +1,101 @@
+"""Commands for specs of any kind: validate, run, submit, kinds, schema."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+from jobs.commands.options import AsJson, Changes, SpecPath, print_json, read_spec, run_file
+from jobs.spec.kinds import Kind, find_kind, kind_names
+from pipelines.errors import UserError
+
+
+def validate(
+    specs: Annotated[list[str], typer.Argument(metavar="SPEC", help="YAML files")],
+    show: Annotated[bool, typer.Option("--show", help="print the resolved spec as JSON")] = False,
+    changes: Changes = None,
+) -> None:
+    """Check specs without running anything. Takes about a second, without torch or Ray."""
+    from jobs.runtime.dispatch import named_specs
+
+    failed = False
+    for path in specs:
+        try:
+            spec, document = read_spec(path, changes)
+            named_specs(spec, document)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            failed = True
+            continue
+        print(f"{path}: valid {spec.kind} job")
+        if show:
+            print(spec.model_dump_json(indent=1))
+    if failed:
+        raise typer.Exit(1)
+
+
+def run(spec: SpecPath, changes: Changes = None) -> None:
+    """Run a job here, or on the Ray cluster that RAY_ADDRESS names."""
+    run_file(spec, changes)
+
+
+def submit(
+    spec: Annotated[str, typer.Argument(metavar="SPEC", help="YAML file inside the working directory")],
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="address of the cluster's dashboard (default: RAY_API_SERVER_ADDRESS or http://127.0.0.1:8265)"
+        ),
+    ] = None,
+    working_dir: Annotated[str, typer.Option(help="folder that is sent to the cluster and that the job runs in")] = ".",
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="print the submission id and return")] = False,
+    changes: Changes = None,
+) -> None:
+    """Run a job on a Ray cluster and follow its log. The exit status is that of the job."""
+    from jobs.runtime.dispatch import named_specs
+    from jobs.runtime.submit import submit as submit_job
+
+    checked, document = read_spec(spec, changes)  # reports a mistake here, not in the log of the job
+    named_specs(checked, document)
+    raise typer.Exit(submit_job(spec, changes or (), address, working_dir, checked.submit, wait=not no_wait))
+
+
+def kinds(as_json: AsJson = False) -> None:
+    """List the kinds of job, with what each reads and makes. Kinds of installed packages are included."""
+    found = [find_kind(name) for name in kind_names()]
+    if as_json:
+        print_json([_described(kind) for kind in found])
+        return
+    width = max(len(kind.name) for kind in found)
+    for kind in found:
+        print(f"{kind.name:<{width}}  {kind.summary}")
+        for verb, places in (("reads", kind.reads), ("makes", kind.makes)):
+            if places:
+                print(f"{'':<{width}}    {verb}  {'; '.join(f'{key}: {what}' for key, what in places.items())}")
+
+
+def _described(kind: Kind) -> dict[str, object]:
+    return {
+        "kind": kind.name,
+        "summary": kind.summary,
+        "reads": dict(kind.reads),
+        "makes": dict(kind.makes),
+        "runs_on_kubernetes": not kind.local,
+        "declared_in": kind.spec.__module__,
+    }
+
+
+def schema(
+    kind: Annotated[str | None, typer.Argument(metavar="[KIND]", help="kind of job (default: all kinds)")] = None,
+) -> None:
+    """Print the settings of a kind of job as JSON Schema.
+
+    Without a KIND, one schema for all specs: it follows the `kind` of each file. Editors complete and check YAML by it.
+    """
+    from jobs.spec.schema import schema_of_all, schema_of_kind
+
+    json.dump(schema_of_kind(kind) if kind else schema_of_all(), sys.stdout, indent=1)
+    print()
