@@ -19,7 +19,7 @@ from jobs.training.runs import BEST, Checkpoints
 from jobs.training.tracking import Tracker
 
 if TYPE_CHECKING:
-    from pipelines.feed.reader import FeedBatch
+    from pipelines.feed.batch import FeedBatch
     from rzen.training.telemetry import Row
 
 

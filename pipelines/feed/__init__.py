@@ -1,1 +1,1 @@
-"""From the plan to batches: a reader without Ray, and the same on Ray Data."""
+"""Batches of a plan: a reader without Ray, and the same on Ray Data."""

@@ -33,7 +33,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from pipelines.feed.reader import FeedBlock
+from pipelines.feed.batch import FeedBlock
 from rzen.config import ModelConfig, ObjectiveConfig, OptimConfig, TinyBackbone
 from rzen.inputs.pairs import EncodedPairs
 from rzen.model.backbone import build_tiny

@@ -14,8 +14,9 @@ import ray.train
 
 from pipelines.config import DataConfig, FeedConfig, MixtureConfig
 from pipelines.errors import UserError
+from pipelines.feed.batch import FeedBatch
 from pipelines.feed.feed import PlannedFeed, batches, step_spans
-from pipelines.feed.reader import FeedBatch, Reader
+from pipelines.feed.reader import Reader
 from pipelines.plan.build import build_plan
 from pipelines.plan.plan import Plan
 from pipelines.samples import DecodedSample

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pipelines.errors import UserError
-from pipelines.feed.reader import FeedBlock
+from pipelines.feed.batch import FeedBlock
 from pipelines.samples import DecodedInput, DecodedSample, Input, Rejected, Sample
 from rzen.config import LoraConfig, ModelConfig, ObjectiveConfig, OptimConfig, TemperatureConfig
 from rzen.export.export import load_encoder

@@ -11,7 +11,8 @@ import pytest
 
 from pipelines.config import DataConfig, MixtureConfig
 from pipelines.errors import BadMedia, UserError
-from pipelines.feed.reader import MAX_RESERVES, FeedBatch, FeedBlock, Reader
+from pipelines.feed.batch import FeedBatch, FeedBlock
+from pipelines.feed.reader import MAX_RESERVES, Reader
 from pipelines.plan.build import build_plan
 from pipelines.plan.plan import Plan
 from pipelines.plan.types import SourceTable
@@ -156,7 +157,7 @@ def test_long_stretches_are_read_in_parts(tmp_path: Path, ranges: list[str], mon
     reader = make_reader(tmp_path)
     store = open_store(str(tmp_path))
     _, length = read_shard_index(store, publish(store, CARS).sources["cars"].shards[0]).span(0, 0)
-    monkeypatch.setattr("pipelines.feed.reader._RANGE_BYTES", 3 * length)
+    monkeypatch.setattr("pipelines.feed.rows._RANGE_BYTES", 3 * length)
     assert numbers([*reader.samples("cars", range(8))]) == list(range(8))
     assert len(ranges) == 3
 
@@ -275,12 +276,12 @@ def test_indices_are_read_when_needed_and_kept_within_bounds(tmp_path: Path, mon
     plan_for(reader, 4)
     assert reads == ["train/manifest.json", "train/cars/duplicates.parquet"]
     one_index = 8 * (8 + 8 + 8 + 4)
-    monkeypatch.setattr("pipelines.feed.reader._INDEX_BYTES", 2 * one_index)
+    monkeypatch.setattr("pipelines.feed.rows._INDEX_BYTES", 2 * one_index)
     for position, expected in ((0, [0]), (7, []), (8, [1]), (1, []), (19, [2]), (0, []), (9, [1])):
         reads.clear()
         assert numbers([*reader.samples("cars", [position])]) == [position]
         assert reads == [f"train/cars/cars-{shard:06d}.idx.parquet" for shard in expected], position
-        assert reader._indices.num_bytes <= 2 * one_index
+        assert reader._rows.indices.num_bytes <= 2 * one_index
     for outside in (-1, 20):
         with pytest.raises(IndexError, match=r"outside 0\.\.19"):
             list(reader.samples("cars", [outside]))
