@@ -1,4 +1,4 @@
-"""What the tests share: one S3 server and one local Ray for the whole session."""
+"""Fixtures and hooks of all tests: one S3 server and one local Ray cluster in each test process."""
 
 import logging
 import os
@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT))
 import pytest  # noqa: E402
 
 from jobs.runtime.local_s3 import CREDENTIALS, free_port, s3_server  # noqa: E402
+from tests import groups, skips  # noqa: E402
 
 # Before anything imports Ray or a maths library; Ray's workers inherit them.
 os.environ |= {
@@ -25,6 +26,17 @@ os.environ |= {
 }
 for name, value in CREDENTIALS.items():
     os.environ.setdefault(name, value)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    groups.arrange(items)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = terminalreporter.stats.get("skipped", [])
+    for line in skips.summary(str(report.longrepr[2]) for report in skipped if isinstance(report.longrepr, tuple)):
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")

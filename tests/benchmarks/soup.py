@@ -30,9 +30,9 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import peft
 import torch
@@ -65,6 +65,7 @@ MODULES = (
 )
 PARTS = ("load", "merge", "write")
 RANK = 64  # of `synthetic.build`
+Measure = Callable[[str, Path, int | None], dict[str, float]]
 Results = dict[str, list[dict[str, float]]]  # way -> seconds, GiB and error of each turn
 
 
@@ -209,15 +210,21 @@ def table(results: Results) -> list[str]:
     return lines
 
 
-def report(options: argparse.Namespace) -> str:
-    """Measures all, in Markdown."""
-    blocks = [] if options.blocks is None else ["--blocks", str(options.blocks)]
+def measure_in_new_process(way: str, folder: Path, blocks: int | None) -> dict[str, float]:
+    """Return what `measure` returns, with the memory of a process that has done nothing else."""
+    options = [] if blocks is None else ["--blocks", str(blocks)]
+    found = answer("tests.benchmarks.soup", *options, "--run", way, str(folder), OMP_NUM_THREADS="1")
+    return cast(dict[str, float], found)
+
+
+def report(options: argparse.Namespace, measure_way: Measure = measure_in_new_process) -> str:
+    """Measure all ways and return the report in Markdown."""
     results: Results = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory(prefix="rzen-soup-") as scratch:
         numbers = write_parents(Path(scratch), options.blocks)
         for turn in range(options.turns):
             for way in WAYS:
-                run = answer("tests.benchmarks.soup", *blocks, "--run", way, scratch, OMP_NUM_THREADS="1")
+                run = measure_way(way, Path(scratch), options.blocks)
                 results[way].append(run)
                 say(f"turn {turn + 1}, {way}: {run['s']:.3g} s, {run['gib']:.2f} GiB")
     where = f"{describe_machine()}, one thread, torch {torch.__version__}"
