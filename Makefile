@@ -1,8 +1,4 @@
-# make demo     the whole road on a corpus made on the spot     STORE=s3 | s3://bucket/folder   MEDIA=~/folder
-# make test     the tests, but for those that take minutes each
-# make test-long    these: whole jobs that are killed, stopped, preempted, scaled
-# make check    format, lint, types, import directions
-# make setup    the environment that the others use, in .venv
+# Development commands of rzen. `make` lists them. Each one makes the environment in .venv first.
 
 PYTHON ?= python3.11
 VENV ?= .venv
@@ -10,6 +6,9 @@ VENV ?= .venv
 PIP_ARGS ?=
 STORE ?= local
 MEDIA ?=
+# Processes that run the tests: one with Ray's tests, the others with the rest. TEST_ARGS goes to pytest.
+WORKERS ?= logical
+TEST_ARGS ?=
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -20,9 +19,14 @@ ifneq ($(STORE),local)
 SET += --set vars.store=$(if $(filter s3,$(STORE)),s3://rzen-demo,$(STORE))
 endif
 
-.PHONY: setup demo test test-long check
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadgroup --no-loadscope-reorder $(TEST_ARGS)
 
-setup: $(READY)
+.PHONY: help setup demo test test-long coverage check docs
+
+help: ## list these commands
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
+
+setup: $(READY) ## make the environment
 
 $(READY): pyproject.toml requirements.lock
 	@command -v $(PYTHON) > /dev/null || { echo "error: $(PYTHON) not found; install Python 3.11, or name it: make $(MAKECMDGOALS) PYTHON=..."; exit 1; }
@@ -30,17 +34,24 @@ $(READY): pyproject.toml requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c requirements.lock -e '.[dev]'
 	@touch $@
 
-demo: setup
+demo: setup ## run the whole pipeline on a synthetic corpus; STORE=s3 or s3://bucket/folder, MEDIA=folder
 	$(if $(filter s3,$(STORE)),$(BIN)/python -m jobs.runtime.local_s3) $(BIN)/rzen run $(SPEC) $(SET)
 
-test: setup
-	$(BIN)/python -m pytest -m "not long"
+test: setup ## run the tests, except those that take minutes each
+	$(PYTEST) -m "not long"
 
-test-long: setup
-	$(BIN)/python -m pytest -m long
+test-long: setup ## run the tests that take minutes each: whole jobs that are killed, preempted, scaled
+	$(PYTEST) -m long
 
-check: setup
+coverage: setup ## run `make test` with line coverage
+	$(BIN)/python -m coverage run -m pytest -m "not long" $(TEST_ARGS)
+	$(BIN)/python -m coverage report
+
+check: setup ## format, lint, types, import directions
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: setup ## write API pages from the docstrings into build/docs
+	$(BIN)/python -W ignore -m pdoc --output-directory build/docs pipelines rzen jobs
