@@ -20,8 +20,6 @@ TEXTS = (
     "Ein grüner Kreis, naïve café, 12 × 3 = 36",
 )
 TINY = TinyBackbone(vocabulary=640)
-# DeepSpeed's ZeRO stage 3 takes milliseconds for each call of a module, so its tests take as few blocks as they can.
-SHALLOW = TinyBackbone(vocabulary=640, vision_depth=1)
 PROMPT = PromptConfig(max_visual_tokens=24)
 
 

@@ -21,7 +21,7 @@ from rzen.model.embedding_model import EmbeddingModel
 from rzen.training.worker import Stage, train_stage
 from tests.gloo import run_workers
 from tests.integration.test_training import GLOBAL_BATCH, Batch, Folders, batches
-from tests.tiny import PROMPT, SHALLOW, small_pieces, tiny_checkpoint, tiny_model
+from tests.tiny import PROMPT, small_pieces, tiny_checkpoint, tiny_model
 
 pytestmark = pytest.mark.slow
 POISON = 7  # as the first token of a side
@@ -101,7 +101,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, zero_stage: int) -> Path:
 
 @pytest.fixture(scope="module")
 def outcome(root: Path, zero_stage: int) -> list[dict[str, Any]]:
-    return run_workers(run_all, 2, root, tiny_checkpoint(root / "tiny", SHALLOW), zero_stage)
+    return run_workers(run_all, 2, root, tiny_checkpoint(root / "tiny"), zero_stage)
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(outcome: list[dict[str, Any]], root: Path) -> None:

@@ -27,7 +27,7 @@ from rzen.inputs.processor import Processor
 from rzen.training.telemetry import METRICS
 from rzen.training.worker import Stage, build_learner, train_stage
 from tests.gloo import run_processes, run_workers
-from tests.tiny import PROMPT, SHALLOW, TEXTS, noise, small_pieces, tiny_checkpoint, tiny_model
+from tests.tiny import PROMPT, TEXTS, noise, small_pieces, tiny_checkpoint, tiny_model
 
 pytestmark = pytest.mark.slow
 GLOBAL_BATCH, STEPS, EVERY = 6, 4, 2
@@ -181,7 +181,7 @@ class Runs:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     root = tmp_path_factory.mktemp("runs")
-    model_dir = tiny_checkpoint(root / "tiny", SHALLOW)
+    model_dir = tiny_checkpoint(root / "tiny")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_EXTENSIONS_DIR", str(root / "extensions"))
         first = run_workers(straight, 2, root, model_dir)

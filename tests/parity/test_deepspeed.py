@@ -18,7 +18,7 @@ from rzen.training.optim import build_optimizer, lr_at, set_lr
 from rzen.training.worker import Stage, build_engine, build_learner, update
 from tests.gloo import run_workers
 from tests.parity.test_training_step import pairs_by_rank
-from tests.tiny import PROMPT, SHALLOW, small_pieces, tiny_checkpoint, tiny_model
+from tests.tiny import PROMPT, small_pieces, tiny_checkpoint, tiny_model
 
 pytestmark = pytest.mark.slow
 STEPS, TASKS = 3, ("a", "b")
@@ -86,7 +86,7 @@ def plain(model_dir: str) -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tiny_checkpoint(tmp_path_factory.mktemp("tiny"), SHALLOW)
+    return tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.mark.parametrize(
