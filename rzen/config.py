@@ -13,7 +13,8 @@ from pydantic import Field, model_validator
 from pipelines.config import Config, Fraction, NonNegativeInt, PositiveFloat, PositiveInt
 
 PromptName = Literal["rzen_paper", "rzen_release", "plain"]
-BackboneFamily = Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+BackboneFamily = Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"]
+Packing = Literal["auto", "packed", "padded"]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 
 
@@ -107,7 +108,7 @@ class ModelConfig(ModelIdentity):
     """Compute type (paper: bf16). CPUs want float32."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention implementation of transformers."""
-    packing: Literal["auto", "packed", "padded"] = "auto"
+    packing: Packing = "auto"
     """`packed` lays all sides end to end in one row, `padded` each in a row of its own; the vectors are the same.
     `auto` packs with flash attention, which cuts the row into sides; others would score all tokens against all."""
     gradient_checkpointing: bool = True

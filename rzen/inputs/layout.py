@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rzen.config import ReadoutConfig
+from rzen.families import part_of
 from rzen.inputs.processor import GRID_KINDS, EncodedBatch
 
 
@@ -80,7 +81,7 @@ class BatchLayout:
         types_BL = types_BL + GRID_KINDS["video"] * (ids_BL == backbone.config.video_token_id)
         images, videos = (np.equal(self.batch.grid_kinds, GRID_KINDS[kind]) for kind in ("image", "video"))
         grids = torch.tensor(self.batch.grids, dtype=torch.int64)
-        positions_3BL: Tensor = backbone.get_rope_index(
+        positions_3BL: Tensor = part_of(backbone, "get_rope_index")(
             input_ids=ids_BL,
             mm_token_type_ids=types_BL,
             image_grid_thw=grids[images],

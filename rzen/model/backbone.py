@@ -9,8 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModel, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, Qwen2Tokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from pipelines.errors import UserError
@@ -70,24 +78,24 @@ def build_tiny(folder: Path, config: TinyBackbone, texts: Iterable[str]) -> None
 
     An ordinary directory for AutoModel, AutoTokenizer and the PIL image processor. Equal arguments, equal bytes.
     """
-    tokenizer = _train_tokenizer(texts, config.vocabulary)
+    family = FAMILIES[config.family]
+    tokenizer = _train_tokenizer(texts, config.vocabulary, getattr(transformers, family.tokenizer))
     model_config = _tiny_config(config, tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = AutoModel.from_config(model_config)
     tokenizer.save_pretrained(folder)
-    family = FAMILIES[config.family]
     Qwen2VLImageProcessorPil(
         patch_size=family.patch_px, image_mean=list(family.image_mean), image_std=list(family.image_std)
     ).save_pretrained(folder)
     model.save_pretrained(folder)
 
 
-def _train_tokenizer(texts: Iterable[str], vocabulary: int) -> Qwen2Tokenizer:
+def _train_tokenizer(texts: Iterable[str], vocabulary: int, kind: Any) -> PreTrainedTokenizerBase:
     corpus = list(texts)
     # Every sequence carries the prompt: its words weigh as much as they occur.
     corpus += fixed_texts() * max(1, len(corpus))
-    bare = Qwen2Tokenizer().backend_tokenizer
+    bare = kind().backend_tokenizer
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = bare.pre_tokenizer
@@ -96,12 +104,13 @@ def _train_tokenizer(texts: Iterable[str], vocabulary: int) -> Qwen2Tokenizer:
     tokenizer.train_from_iterator(corpus, trainer)
     trained = json.loads(tokenizer.to_str())["model"]
     merges = [tuple(merge) for merge in trained["merges"]]
-    return Qwen2Tokenizer(
+    trained_tokenizer: PreTrainedTokenizerBase = kind(
         vocab=trained["vocab"], merges=merges, extra_special_tokens=list(SPECIAL_TOKENS[1:]), eos_token=IM_END
     )
+    return trained_tokenizer
 
 
-def _tiny_config(config: TinyBackbone, tokenizer: Qwen2Tokenizer) -> PreTrainedConfig:
+def _tiny_config(config: TinyBackbone, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
     token_id = tokenizer.convert_tokens_to_ids
     text, vision = FAMILIES[config.family].tiny(config)
     text |= {

@@ -6,13 +6,15 @@ P patches, D width of the vectors.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rzen.config import ReadoutConfig
+from pipelines.errors import UserError
+from rzen.config import Packing, ReadoutConfig
+from rzen.families import family_of, part_of
 from rzen.inputs.layout import BatchLayout
 from rzen.inputs.processor import GRID_KINDS, EncodedBatch, VisionLayout
 from rzen.vectors import Vectors, unit_vectors
@@ -33,22 +35,26 @@ class EmbeddingModel(nn.Module):
         backbone: nn.Module,
         layout: VisionLayout,
         readout: ReadoutConfig | None = None,
-        packing: Literal["auto", "packed", "padded"] = "auto",
+        packing: Packing = "auto",
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.readout = readout or ReadoutConfig()
         self.packing = packing
-        _set_direction(backbone, causal=self.readout.direction == "causal")
+        self._family = family_of(backbone)
+        self._family.check(self.readout, packing)
+        _set_direction(backbone, self.readout)
         for name in ("image_mean", "image_std"):
             values = torch.tensor(getattr(layout, name), dtype=torch.float32)
             self.register_buffer(name, values.view(1, -1, 1), persistent=False)
 
     @property
     def packs(self) -> bool:
-        """Whether sides go end to end, without padding."""
+        """Whether inputs lie end to end, without padding."""
+        if self.packing != "auto":
+            return self.packing == "packed"
         backbone: Any = self.backbone
-        return "flash" in backbone.config._attn_implementation if self.packing == "auto" else self.packing == "packed"
+        return self._family.packs and "flash" in backbone.config._attn_implementation
 
     def forward(self, batch: EncodedBatch) -> Vectors:
         """Vectors [B, D] of length 1 in fp32, on the embedder's device; equal to each side on its own (parity test)."""
@@ -78,14 +84,20 @@ class EmbeddingModel(nn.Module):
             chosen_V = np.equal(batch.grid_kinds, kind)
             if chosen_V.any():
                 patches = batch.patches if chosen_V.all() else batch.patches[patch_kinds_P == kind]
-                visuals[pixels] = self._normalized(torch.tensor(patches, device=device))
+                visuals[pixels] = normalized_patches(
+                    torch.tensor(patches, device=device), self.image_mean, self.image_std
+                )
                 visuals[grids] = torch.tensor(batch.grids[chosen_V], dtype=torch.int64, device=device)
         return visuals
 
-    def _normalized(self, patches: Tensor) -> Tensor:
-        """fp32 from uint8 [P, C * rest], bit for bit what the library's image processor gives."""
-        values = patches.view(len(patches), self.image_mean.numel(), -1).float()
-        return values.div_(255).sub_(self.image_mean).div_(self.image_std).flatten(1)
+
+def normalized_patches(patches: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Return fp32 pixels of uint8 patches [P, C * rest], bit for bit what the library's image processor gives.
+
+    `mean` and `std` are `[1, C, 1]`.
+    """
+    values = patches.view(len(patches), mean.numel(), -1).float()
+    return values.div_(255).sub_(mean).div_(std).flatten(1)
 
 
 def _pool(hidden: Tensor, rows_N: Tensor, batch: EncodedBatch, readout: ReadoutConfig) -> Tensor:
@@ -99,8 +111,19 @@ def _pool(hidden: Tensor, rows_N: Tensor, batch: EncodedBatch, readout: ReadoutC
     return torch.stack([own.float().mean(dim=0) for own in torch.split(hidden[rows_N[counted_N]], counts_B.tolist())])
 
 
-def _set_direction(backbone: nn.Module, causal: bool) -> None:
-    """Without this the mask alone would decide: where none is needed, attention would be causal all the same."""
-    for name, module in backbone.named_modules():
-        if "language_model" in name and hasattr(module, "is_causal"):
-            module.is_causal = causal
+def _set_direction(backbone: nn.Module, readout: ReadoutConfig) -> None:
+    """Let attention of the language model go one way or both, in place.
+
+    Without this the mask alone would decide: where none is needed, attention would be causal all the same. Raises
+    `UserError` where a layer has no such switch.
+    """
+    family = family_of(backbone)
+    if not family.bidirectional:
+        return  # always causal; the family refuses everything else
+    for number, layer in enumerate(part_of(backbone, "language_model.layers")):
+        reached = [module for module in layer.modules() if hasattr(module, "is_causal")]
+        if not reached:
+            problem = f"has no is_causal in language_model.layers.{number}"
+            raise UserError(f"backbone {family.title}", problem, "set bidirectional=False in its entry of FAMILIES")
+        for module in reached:
+            module.is_causal = readout.direction == "causal"

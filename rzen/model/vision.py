@@ -19,14 +19,23 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, PreTrainedModel
 
+from pipelines.errors import UserError
+from rzen.families import family_of, part_of
+
 NAME = "flash_free_grouped_sdpa"
 _RUNS: Any = WeakTensorKeyDictionary()
 
 
 def use_fast_vision(backbone: PreTrainedModel) -> None:
-    """Give the vision tower of a backbone both, in place; the attention only where it has torch's."""
-    visual = backbone.visual
-    visual.patch_embed.proj.__class__ = PatchProjection
+    """Give the vision tower of a backbone both, in place; the attention only where it has torch's.
+
+    Raises `UserError` for a family whose tower is built differently.
+    """
+    visual, projection = part_of(backbone, "visual"), part_of(backbone, "visual.patch_embed.proj")
+    if type(projection) is not nn.Conv3d or projection.kernel_size != projection.stride:
+        problem = f"has a visual.patch_embed.proj of another kind: {projection}"
+        raise UserError(f"backbone {family_of(backbone).title}", problem, "give the family a hook of its own")
+    projection.__class__ = PatchProjection
     if visual.config._attn_implementation == "sdpa":
         AttentionInterface.register(NAME, grouped_sdpa)
         visual.config._attn_implementation = NAME

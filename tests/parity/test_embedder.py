@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import combinations, pairwise, product
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,12 +30,15 @@ from rzen.model import embedding_model as embedder_module
 from rzen.model.backbone import load_backbone
 from rzen.model.embedding_model import EmbeddingModel
 from rzen.model.lora import add_lora, load_adapter, save_adapter
+from rzen.model.vision import use_fast_vision
 from tests.tiny import PROMPT, TEXTS, TINY, mixed_sides, noise, tiny_checkpoint, tiny_model, trainable_state
 
 LORA = LoraConfig(rank=3)
 IDENTITY = ModelIdentity(prompt=PROMPT)
-# Two vision blocks, merger and, for Qwen3-VL, deepstack merger, two language layers.
-LINEARS = {"qwen2_vl": 2 * 4 + 2 + 2 * 7, "qwen2_5_vl": 2 * 5 + 2 + 2 * 7, "qwen3_vl": 2 * 4 + 2 + 2 + 2 * 7}
+# Two vision blocks, merger and, for Qwen3-VL, deepstack merger.
+VISION_LINEARS = {"qwen2_vl": 2 * 4 + 2, "qwen2_5_vl": 2 * 5 + 2, "qwen3_vl": 2 * 4 + 2 + 2, "qwen3_5": 2 * 4 + 2}
+# Two language layers; the recurrent one of Qwen3.5 has five linear layers instead of the four of attention.
+LINEARS = {name: count + 2 * 7 + (name == "qwen3_5") for name, count in VISION_LINEARS.items()}
 RELEASED = ("1d", "causal", "last_token")
 READOUTS = {
     " ".join(choice): ReadoutConfig.model_validate(dict(zip(ReadoutConfig.model_fields, choice, strict=True)))
@@ -80,9 +85,21 @@ def embedder_of(
 
 
 @pytest.fixture(scope="module")
-def library(model_dir: str, processor: Processor) -> dict[str, Tensor]:
-    """Readout -> vectors of the mixed sides."""
-    return {name: reference_vectors(model_dir, processor, mixed_sides(), readout) for name, readout in READOUTS.items()}
+def library(model_dir: str, processor: Processor, family: str) -> dict[str, Tensor]:
+    """Readout -> vectors of the mixed sides, for readouts that the family has."""
+    return {
+        name: reference_vectors(model_dir, processor, mixed_sides(), readout)
+        for name, readout in READOUTS.items()
+        if FAMILIES[family].bidirectional or readout.direction == "causal"
+    }
+
+
+def is_refused(family: str, readout: ReadoutConfig, packing: str = "auto") -> bool:
+    """Whether the family cannot do this, which a test then expects to be refused."""
+    entry = FAMILIES[family]
+    return (readout.direction == "bidirectional" and not entry.bidirectional) or (
+        packing == "packed" and not entry.packs
+    )
 
 
 @pytest.fixture(scope="module")
@@ -180,8 +197,18 @@ def vectors(embedder: EmbeddingModel, processor: Processor, sides: Sequence[Deco
 @pytest.mark.parametrize("packing", ["padded", "packed", "one at a time"])
 @pytest.mark.parametrize("readout", READOUTS)
 def test_batches_equal_the_library_on_single_sides(
-    model_dir: str, processor: Processor, library: dict[str, Tensor], readout: str, packing: str, attention: str
+    model_dir: str,
+    processor: Processor,
+    family: str,
+    library: dict[str, Tensor],
+    readout: str,
+    packing: str,
+    attention: str,
 ) -> None:
+    if is_refused(family, READOUTS[readout], packing):
+        with pytest.raises(UserError, match=r"Qwen3.5 cannot be (packed|bidirectional): some of its layers are recur"):
+            embedder_of(model_dir, processor, READOUTS[readout], packing)
+        return
     sides = mixed_sides()
     assert len(set(processor.encode(sides).lengths.tolist())) > 5
     alone = packing == "one at a time"
@@ -204,19 +231,29 @@ def test_the_choices_and_the_sides_are_told_apart(library: dict[str, Tensor]) ->
 
 
 def test_bidirectional_attention_without_a_mask_shows_where_it_is_left_causal(
-    model_dir: str, processor: Processor, library: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+    model_dir: str, processor: Processor, family: str, library: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embedder_module, "_set_direction", lambda backbone, causal: None)
+    if is_refused(family, UMARVEL):
+        # Were it not refused, attention would go both ways in one layer, and the recurrent one would stay as it is.
+        monkeypatch.setitem(FAMILIES, family, replace(FAMILIES[family], bidirectional=True))
+        with pytest.raises(UserError, match=r"^backbone Qwen3.5: has no is_causal in language_model.layers.0; set bid"):
+            embedder_of(model_dir, processor, UMARVEL)
+        return
+    monkeypatch.setattr(embedder_module, "_set_direction", lambda backbone, readout: None)
     side = mixed_sides()[:1]
     actual = vectors(embedder_of(model_dir, processor, UMARVEL), processor, side)
     assert (actual - library["mrope bidirectional mean"][:1]).abs().max() > 1e-3
 
 
 def test_a_backbone_can_be_read_one_way_and_then_the_other(
-    model_dir: str, processor: Processor, expected: Tensor
+    model_dir: str, processor: Processor, family: str, expected: Tensor
 ) -> None:
     backbone = load_backbone(model_dir, tiny_model(model_dir))
-    EmbeddingModel(backbone, processor.layout, UMARVEL)
+    if is_refused(family, UMARVEL):
+        with pytest.raises(UserError, match=r"^model.readout.direction=bidirectional: Qwen3.5 cannot be bidirectional"):
+            EmbeddingModel(backbone, processor.layout, UMARVEL)
+    else:
+        EmbeddingModel(backbone, processor.layout, UMARVEL)
     actual = vectors(EmbeddingModel(backbone, processor.layout), processor, mixed_sides())
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
 
@@ -246,11 +283,16 @@ def varlen(
 
 @pytest.mark.parametrize("readout", READOUTS)
 def test_flash_attention_is_given_packed_sides_and_no_mask(
-    model_dir: str, processor: Processor, library: dict[str, Tensor], readout: str
+    model_dir: str, processor: Processor, family: str, library: dict[str, Tensor], readout: str
 ) -> None:
+    if is_refused(family, READOUTS[readout]):
+        return  # shown above
     AttentionInterface.register("flash_by_hand", varlen)
     embedder = embedder_of(model_dir, processor, READOUTS[readout])
     embedder.backbone.config._attn_implementation = "flash_by_hand"
+    assert embedder.packs == FAMILIES[family].packs
+    if not embedder.packs:
+        return  # padded, which flash attention gets by rows
     actual = vectors(embedder, processor, mixed_sides())
     torch.testing.assert_close(actual, library[readout], atol=1e-5, rtol=0)
 
@@ -271,6 +313,48 @@ def test_a_text_batch_after_an_image_batch_keeps_its_own_positions(
     sides = mixed_sides()
     vectors(embedder, processor, sides[1:2])
     torch.testing.assert_close(vectors(embedder, processor, sides[0:1]), expected[:1], atol=1e-5, rtol=0)
+
+
+def test_packed_inputs_of_recurrent_layers_would_run_into_each_other(
+    model_dir: str, processor: Processor, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Why a family says whether it packs. A padded batch equals its inputs one by one up to the rounding of fp32."""
+    monkeypatch.setitem(FAMILIES, family, replace(FAMILIES[family], packs=True))
+    padded, packed = (embedder_of(model_dir, processor, packing=packing) for packing in ("padded", "packed"))
+    sides = mixed_sides()
+    alone = torch.cat([vectors(padded, processor, [side]) for side in sides])
+    assert (vectors(padded, processor, sides) - alone).abs().max() < 1e-6
+    assert ((vectors(packed, processor, sides) - alone).abs().max() > 1e-2) == (family == "qwen3_5")
+
+
+def test_parts_under_another_name_are_refused(model_dir: str, processor: Processor, family: str) -> None:
+    """As in SmolVLM, whose language model is called `text_model`: attention would stay causal without an error."""
+    title, causal = re.escape(FAMILIES[family].title), ReadoutConfig()
+    backbone: Any = load_backbone(model_dir, tiny_model(model_dir))
+    layout = BatchLayout(processor.encode(mixed_sides()), packed=False)
+    with_index = backbone.get_rope_index
+    backbone.get_rope_index = None
+    with pytest.raises(UserError, match=rf"^backbone {title}: has no get_rope_index; give the family a hook"):
+        layout.positions(backbone, causal)
+    backbone.get_rope_index = with_index
+    with pytest.raises(UserError, match=rf"^backbone {title}: has a visual.patch_embed.proj of another kind: Patch"):
+        use_fast_vision(backbone)  # a second time
+    backbone.text_model, backbone.tower = backbone.language_model, backbone.visual
+    del backbone.language_model, backbone.visual
+    with pytest.raises(UserError, match=rf"^backbone {title}: has no visual; give the family a hook"):
+        use_fast_vision(backbone)
+    if FAMILIES[family].bidirectional:
+        with pytest.raises(
+            UserError, match=rf"^backbone {title}: has no language_model.layers; give the family a hook"
+        ):
+            EmbeddingModel(backbone, processor.layout, UMARVEL)
+
+
+def test_a_backbone_of_an_unknown_family_is_refused(model_dir: str, processor: Processor) -> None:
+    backbone: Any = load_backbone(model_dir, tiny_model(model_dir))
+    backbone.config.model_type = "smolvlm"
+    with pytest.raises(UserError, match=r"^backbone: model_type 'smolvlm' is not supported; use one of \['qwen2_5_vl'"):
+        EmbeddingModel(backbone, processor.layout)
 
 
 FAULTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -313,14 +397,16 @@ def test_lora_is_on_every_linear_layer_and_nothing_else_is_trained(
     assert len(linears) == LINEARS[family]
     assert len(state) == 2 * LINEARS[family]
     assert all(".lora_A." in name or ".lora_B." in name for name in state)
-    assert sum(".visual." in name for name in state) == 2 * (LINEARS[family] - 2 * 7)
+    assert sum(".visual." in name for name in state) == 2 * VISION_LINEARS[family]
     assert not any("patch_embed" in name for name in state)
 
 
 @pytest.mark.parametrize("readout", ["mrope causal last_token", "mrope bidirectional mean"])
 def test_a_merged_adapter_gives_the_vectors_of_the_unmerged_one(
-    model_dir: str, processor: Processor, library: dict[str, Tensor], readout: str
+    model_dir: str, processor: Processor, family: str, library: dict[str, Tensor], readout: str
 ) -> None:
+    if is_refused(family, READOUTS[readout]):
+        return  # shown above
     embedder = with_lora(model_dir, processor)
     embedder = EmbeddingModel(embedder.backbone, processor.layout, READOUTS[readout])
     shake(embedder, 0.1)
@@ -393,7 +479,8 @@ def test_an_adapter_of_another_backbone_is_refused(
     save_adapter(trained, tmp_path / "a", identity=IDENTITY, base="t", base_sha256="ab")
     backbone = load_backbone(model_dir, tiny_model(model_dir))
     backbone.language_model.layers = backbone.language_model.layers[:1]
-    with pytest.raises(UserError, match="does not fit the backbone: 14 tensors without a partner"):
+    num_tensors = 14  # of the second layer
+    with pytest.raises(UserError, match=f"does not fit the backbone: {num_tensors} tensors without a partner"):
         load_adapter(backbone, tmp_path / "a")
     wider = tiny_checkpoint(tmp_path / "wider", TINY.model_copy(update={"hidden": 80, "family": family}))
     with pytest.raises(UserError, match=r"does not fit the backbone \(.*size mismatch for [^\n]*; name the base"):

@@ -16,8 +16,10 @@ from rzen.training.lockstep import align_chunk_counts, dummy_input
 from tests.tiny import PROMPT, TINY, mixed_sides, tiny_checkpoint, tiny_model
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("packing", ["padded", "packed"])
+@pytest.mark.parametrize(
+    ("family", "packing"),
+    [(name, packing) for name, family in FAMILIES.items() for packing in ["padded", *["packed"] * family.packs]],
+)
 def test_a_blank_side_reaches_every_parameter_and_changes_no_vector(family: str, packing: str, tmp_path: Path) -> None:
     model_dir = tiny_checkpoint(tmp_path, TINY.model_copy(update={"family": family}))
     processor = Processor(model_dir, PROMPT)

@@ -26,7 +26,7 @@ from rzen.config import PromptConfig
 from rzen.families import FAMILIES
 from rzen.inputs.processor import EncodedBatch, Processor, smart_resize
 from rzen.inputs.prompts import TEMPLATES, render
-from rzen.model.embedding_model import EmbeddingModel
+from rzen.model.embedding_model import normalized_patches
 from tests.paths import ROOT
 from tests.tiny import PROMPT, TEXTS, TINY, mixed_sides, noise, tiny_checkpoint
 
@@ -65,7 +65,10 @@ def library_pixels(
 
 
 def normalized(processor: Processor, patches: np.ndarray) -> np.ndarray:
-    return EmbeddingModel(torch.nn.Identity(), processor.layout)._normalized(torch.tensor(patches)).numpy()
+    mean, std = (
+        torch.tensor(values).view(1, -1, 1) for values in (processor.layout.image_mean, processor.layout.image_std)
+    )
+    return normalized_patches(torch.tensor(patches), mean, std).numpy()
 
 
 @pytest.mark.parametrize(
@@ -128,13 +131,15 @@ def test_release_prompt_feeds_frames_as_images(model_dir: str) -> None:
 def test_videos_are_written_as_the_librarys_processor_writes_them(
     processor: Processor, family: str, frames: int, fps: float | None
 ) -> None:
-    """Qwen3-VL's own code, without its video processor, which needs torchvision. It puts its times before the marks
-    that it writes itself, in place of those of the chat template (transformers 5.23 leaves these where they are).
+    """The code of Qwen3-VL, which Qwen3.5 shares, without its video processor, which needs torchvision.
+
+    It puts its times before the marks that it writes itself, instead of those of the chat template. transformers 5.23
+    leaves the latter where they are.
     """
     times_s = tuple(frame / fps for frame in range(frames)) if fps else ()
     side = DecodedInput(visuals=(noise("video", frames, 100, 170, times_s=times_s),))
     grid = processor.encode([side]).grids[0]
-    if family == "qwen3_vl":
+    if FAMILIES[family].timestamps:
         parts = SimpleNamespace(
             video_processor=SimpleNamespace(merge_size=2, temporal_patch_size=2),
             vision_start_token="<|vision_start|>",
