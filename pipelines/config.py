@@ -1,4 +1,4 @@
-"""Settings of the data half, each documented where it is declared. Job specs are composed of these models."""
+"""Settings of data, media, mixture and feed, each documented where it is declared. Job specs contain these models."""
 
 from __future__ import annotations
 
@@ -28,26 +28,27 @@ def _default_document_backend() -> DocumentBackend:
 
 
 class Config(BaseModel):
-    """Base of all settings: unknown keys and silently converted types are errors, values do not change."""
+    """Base of all settings. Unknown keys and types that would be converted silently are errors. Values are frozen."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
 
 class MediaConfig(Config):
-    """How files become pixels, and the limits within which strangers' files are opened."""
+    """How files become pixels, and the limits within which untrusted files are opened."""
 
     frames: PositiveInt = 8
-    """Frames per video, uniform over its length; with `fps`, at most this many. The benchmark protocol uses 8."""
+    """Frames per video, uniform over its length. With `fps`, at most this many. The benchmark protocol uses 8."""
     fps: PositiveFloat | None = None
-    """Frames per second of video, thinned out evenly where these are more than `frames`. `null`: always `frames`."""
+    """Frames per second of video, evenly reduced to `frames` if there are more. `null`: always `frames`."""
     video_backend: Literal["pyav", "decord"] = "pyav"
-    """`pyav` is right on every container tried; `decord` runs only in a child process, and files that it would get
-    wrong (AV1, edit lists, rotation, open groups, transport streams, ...) are rejected as `decord_unsupported`."""
+    """`pyav` is right on every container tried. `decord` is an extra of the package and runs only in a child process.
+    Files that it would decode wrongly (AV1, edit lists, rotation, open groups, transport streams, ...) are rejected as
+    `decord_unsupported`."""
     document_backend: DocumentBackend = Field(default_factory=_default_document_backend)
     """`pymupdf` (AGPL-3.0 or commercial) if it is installed, else `pypdfium2` (BSD/Apache). Both give the same page
     within anti-aliasing. Manifests and records of runs hold the library that was used."""
     image_pixels: PositiveInt = 1_003_520
-    """A JPEG of more pixels may be decoded at 1/2, 1/4 or 1/8 of its size, never below this: 1280 visual tokens."""
+    """A JPEG of more pixels is decoded at 1/2, 1/4 or 1/8 of its size, never below this: 1280 visual tokens."""
     page_pixels: PositiveInt = 1_003_520
     """Pixels of a rendered page: 1280 visual tokens of 28 x 28 pixels (paper, at most 1280 per image)."""
     max_pixels: PositiveInt = 64_000_000
@@ -55,7 +56,7 @@ class MediaConfig(Config):
     max_aspect_ratio: PositiveFloat = 200.0
     """Longer or flatter media are rejected as `extreme_aspect_ratio` (the backbone's own limit)."""
     max_bytes: PositiveInt = 1 << 30
-    """Larger files are rejected as `too_many_bytes`, unread."""
+    """Larger files are rejected as `too_many_bytes` and not read."""
     max_video_s: PositiveFloat = 3600.0
     """Longer videos are rejected as `too_long_video`: one hour."""
     max_video_frames: PositiveInt = 216_000
@@ -63,77 +64,78 @@ class MediaConfig(Config):
     max_pages: PositiveInt = 2000
     """Documents with more pages are rejected as `too_many_pages`."""
     max_cpu_s: PositiveInt = 30
-    """CPU seconds that the decoding child may spend on one file before it is killed and the file is counted."""
+    """CPU seconds that the decoding child may spend on one file. Then it is killed, and the file is counted."""
     max_memory_bytes: PositiveInt = 4 << 30
     """Address space of the decoding child."""
 
 
 class ResampleConfig(Config):
-    """Draw sources that converge slowly more often (paper, section 4; the rule is ours)."""
+    """Draw sources that converge slowly more often (paper, section 4; the rule is our choice)."""
 
     every_steps: PositiveInt
-    """The weights change at every multiple of this step, where training pauses for the time of a start."""
+    """The weights change at every multiple of this step. There, training pauses for the time of a start."""
     strength: PositiveFloat = 1.0
     """A source's share grows with (its loss now / its loss in the first `every_steps` steps)^strength."""
     max_factor: Annotated[float, Field(ge=1)] = 4.0
-    """No share grows or shrinks by more than this, against the mixture without resampling."""
+    """No share grows or shrinks by more than this factor, compared with the mixture without resampling."""
 
 
 class MixtureConfig(Config):
     """What share of the steps each source gets. Every global batch is drawn from one source (paper, section 4)."""
 
     weights: dict[str, PositiveFloat] | None = None
-    """Source name -> relative share of the steps; sources not named are left out. `null`: all, by their size."""
+    """Source name -> relative share of the steps. Sources not named are left out. `null`: all, by their size."""
     groups: dict[str, list[str]] = {}
     """Name -> sources that are merged into one, as the paper does with image classification (section 4). The group
-    takes the place of its members: each batch is drawn from all of them, by their size."""
+    replaces its members: each batch is drawn from all of them, by their size."""
     max_samples_per_source: PositiveInt = 100_000
-    """At most this many samples of a source are used (paper, section 4): random runs of neighbors, others for another
-    `seed`."""
+    """At most this many samples of a source are used (paper, section 4): random runs of adjacent samples, which depend
+    on `seed`."""
     blocks: dict[str, PositiveInt] = {}
-    """Source or group -> samples that are contrasted with each other, fewer than a global batch, which then consists of
-    several blocks of one size, each from one source. Sources not named fill whole global batches (paper)."""
+    """Source or group -> number of samples that are contrasted with each other, fewer than a global batch. A global
+    batch then consists of several blocks of one size, each from one source. Sources not named fill whole global batches
+    (paper)."""
     run_length: PositiveInt = 16
-    """Neighboring samples of a shard that stay together when an epoch is permuted: one range request each.
-    Samples are shuffled globally when shards are written, so neighbors are strangers. Our choice."""
+    """Adjacent samples of a shard that stay together when an epoch is permuted: one range request for each run. Ingest
+    shuffles samples globally, so that adjacent samples have nothing in common. Our choice."""
     resample: ResampleConfig | None = None
-    """Change the weights during the run, from the losses so far. The changes are recorded with the run."""
+    """Change the weights during the run, by the losses so far. The run records the changes."""
     merge_small: bool = False
-    """Sources with fewer samples than a global batch: `false` refuses them, `true` merges them into one source named
-    `small`, with a smaller batch if need be. For folders of a few files."""
+    """Sources with fewer samples than a global batch: `false` rejects them, `true` merges them into one source named
+    `small`, with a smaller batch if necessary. For folders of a few files."""
 
 
 class DataConfig(Config):
-    """Where samples lie and how they are read."""
+    """Where samples are stored and how they are read."""
 
     root: str
     """Directory or s3:// URL under which `ingest` or `index` published `{split}/manifest.json`."""
     endpoint: str | None = None
-    """S3 endpoint, also of indexed shards that lie elsewhere; the environment's AWS_ENDPOINT_URL where not given."""
+    """S3 endpoint of the data root and of external shards. Default: the environment's AWS_ENDPOINT_URL."""
     split: str = "train"
     """Split to read: `train` or `held_out`."""
     instructions: bool = True
     """Put each sample's instruction before its text. Stage 1 of the recipe has none, stage 2 has."""
     negatives_per_sample: NonNegativeInt = 0
-    """At most this many of each sample's mined negatives are decoded and trained on, its first ones."""
+    """At most this many of each sample's mined negatives are decoded and used, the first ones."""
     media: MediaConfig = MediaConfig()
     """Decoding."""
     mixture: MixtureConfig = MixtureConfig()
     """Shares of the sources."""
     max_bad_fraction: Fraction = 0.01
-    """Stop when more than this share of the samples read so far could not be decoded and had to be replaced."""
+    """Stop when more than this share of the samples read so far was bad and had to be replaced."""
 
 
 class FeedConfig(Config):
     """How Ray Data reads, decodes and encodes ahead of the training workers."""
 
     samples_per_task: PositiveInt = 128
-    """About this many samples of one worker are made by one task: its share of several steps, at least of one.
-    Small tasks waste time (256 in place of 128 made a tenth more images), large ones memory."""
+    """About this many samples of one worker are made by one task: its share of several steps, at least of one. Small
+    tasks waste time (256 instead of 128 made a tenth more images), large ones memory."""
     cpus_per_task: PositiveFloat = 0.5
-    """Logical CPUs that a task reserves. With 1, CPUs idle for 0.15 s between tasks, as Ray Data looks after them ten
-    times a second (measured); with 0.5 there are two tasks for each, in memory too."""
+    """Logical CPUs that a task reserves. With 1, CPUs idle for 0.15 s between tasks (measured), because Ray Data checks
+    ten times a second. With 0.5 there are two tasks for each CPU, in memory too."""
     max_tasks: PositiveInt | None = None
-    """At most this many tasks at a time, each with its samples in memory; `null`: as many as the CPUs allow."""
+    """At most this many tasks at a time, each with its samples in memory. `null`: as many as the CPUs allow."""
     prefetch_tasks: NonNegativeInt = 1
-    """Finished tasks that each worker fetches ahead of the one it is working off."""
+    """Finished tasks that each worker fetches ahead of the one that it uses."""

@@ -1,12 +1,12 @@
-"""The two ways in which input can be bad: a mistake the user must fix, and one sample that is skipped and counted."""
+"""The two kinds of bad input: a mistake that the user must fix, and one sample that is skipped and counted."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """A mistake that stops the job, told in one line: place, value, rule, fix.
+    """A mistake that stops the job, reported in one line: place, value, rule, fix.
 
-    Everything is carried in `args`, so that the error survives pickling across Ray.
+    All parts are in `args`, so that the error survives pickling across Ray.
     """
 
     def __init__(self, place: str, problem: str, fix: str = "") -> None:

@@ -1,1 +1,1 @@
-"""Raw files to shards, and indices of external shards, as Ray tasks."""
+"""Jobs that make a dataset: raw files to shards, and external shards to an index."""

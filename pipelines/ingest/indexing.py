@@ -1,6 +1,6 @@
-"""The Ray job that indexes other people's shards: one task a shard, each done once, then the manifest.
+"""The Ray job that indexes external shards: one task for each shard, then the manifest.
 
-URLs -> shards with the store's tags -> one task each -> index below our data root
+URLs -> shards with the store's tags -> one task each -> index below the data root
 all shards indexed -> report -> manifest
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import PurePosixPath
@@ -28,12 +28,12 @@ from pipelines.storage.store import Store
 
 _MAX_EXAMPLES = 20
 _CPUS_PER_TASK = 0.5  # a task waits for its shard about as long as it hashes it
-_TASKS_PER_CPU = 4  # handed to Ray at a time: a data set may have a million shards
+_TASKS_PER_CPU = 4  # submitted to Ray at a time: a dataset may have a million shards
 
 
 @dataclass(slots=True)
 class IndexReport:
-    """What became of every sample of every shard: `seen` is the sum of all counts in `accepted` and `rejected`.
+    """Counts of all samples of all shards: `seen` is the sum of all counts in `accepted` and `rejected`.
 
     `findings` are places that belong to no sample, with their bytes: damage, and files without an extension.
     """
@@ -43,16 +43,14 @@ class IndexReport:
     rejected: dict[str, int] = field(default_factory=dict)  # reason -> samples
     findings: dict[str, dict[str, int]] = field(default_factory=dict)  # reason -> places, bytes
     examples: dict[str, list[str]] = field(default_factory=dict)  # reason -> shards, keys and details, the first 20
-    neighbors: dict[str, NeighborSimilarity] = field(
-        default_factory=dict
-    )  # source -> how alike, where there are enough
+    neighbors: dict[str, NeighborSimilarity] = field(default_factory=dict)  # sources with enough samples only
     num_shards: int = 0
     num_reused: int = 0  # shards that an earlier job has indexed
     num_bytes: int = 0
     elapsed_s: float = 0.0
 
     def add(self, url: str, tally: ScanCounts) -> None:
-        """Counts one shard."""
+        """Count one shard."""
         self.seen += tally.seen
         for reason, count in tally.rejected.items():
             self.rejected[reason] = self.rejected.get(reason, 0) + count
@@ -65,7 +63,7 @@ class IndexReport:
             known += [f"{url} {example}" for example in examples][: _MAX_EXAMPLES - len(known)]
 
     def to_json(self) -> bytes:
-        """Readable JSON."""
+        """Return readable JSON."""
         return (json.dumps(asdict(self), indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
@@ -78,11 +76,11 @@ def index(
     media: MediaConfig | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> IndexReport:
-    """Indexes the shards of each source (its mapping, its URLs) and publishes them as a split of `out`.
+    """Index the shards of each source (its mapping, its URLs) and publish them as a split of `out`.
 
-    With `media` every file is decoded once. `on_progress` gets (done, all) shards. Shards that an earlier job has
-    indexed are not read again. Raises `UserError` for shards that are not there, for a source without one usable
-    sample, and for a split that holds anything this job does not name.
+    With `media`, every file is decoded once. `on_progress` gets (done, all) shards. Shards that an earlier job has
+    indexed are not read again. Raises `UserError` for missing shards, for a source without a usable sample, and for a
+    split with a source that this job does not name.
     """
     started_s = time.monotonic()
     endpoint = resolve_endpoint(endpoint)
@@ -114,16 +112,18 @@ def _check_split(out: Store, split: str, sources: Mapping[str, object]) -> None:
                 place, f"holds source {name!r}, which this job does not name", "name it too, or another out"
             )
         if source.mapping is None:
-            raise UserError(place, f"holds shards of our own under {name!r}", "choose another out, or another name")
+            raise UserError(
+                place, f"holds shards that ingest wrote under {name!r}", "choose another out, or another name"
+            )
 
 
 def _index_path(split: str, source: str, url: str) -> str:
-    """Named after the shard and its URL, so that shards may come and go without a new index for the others."""
+    """Name an index after the shard and its URL, so that added or removed shards do not change other indices."""
     return f"{split}/{source}/{PurePosixPath(url).stem}-{sha256(url.encode()).hexdigest()[:12]}.idx.parquet"
 
 
 def _run(jobs: Sequence[ScanJob], out: Store, endpoint: str | None) -> Iterator[tuple[int, IndexedShard]]:
-    """Outcomes as they come, with the number of their job. Raises the first `UserError` of a task."""
+    """Yield results as they finish, with the number of their job. Raises the first `UserError` of a task."""
     task = ray.remote(num_cpus=_CPUS_PER_TASK)(_task)
     waiting = iter(enumerate(jobs))
     running: dict[ray.ObjectRef, int] = {}
@@ -146,7 +146,7 @@ def _run(jobs: Sequence[ScanJob], out: Store, endpoint: str | None) -> Iterator[
 
 
 def _task(job: ScanJob, out: Store, endpoint: str | None) -> IndexedShard | UserError:
-    """Errors of the user travel as values: Ray would wrap them, retry the task and log tracebacks."""
+    """Return a `UserError` as a value: if raised, Ray would wrap it, retry the task and log tracebacks."""
     try:
         return index_shard(job, out, endpoint)
     except UserError as error:
@@ -184,13 +184,18 @@ def _publish(
         raise UserError(f"source {unusable[0]}", problem, f"see {out.url}/{report_path(split)}, and check the mapping")
     settings = {SETTING: {source: asdict(found) for source, found in report.neighbors.items()}}
     publish_manifest(out, with_duplicates(out, Manifest(split, infos, settings)))
-    kept = {outcome.shard.index_path for outcome in outcomes}
-    for path in (path for source in sources for path in out.list(f"{split}/{source}") if path not in kept):
-        if path.endswith(".idx.parquet"):  # of shards that are no longer named
-            out.delete(path)
+    _delete_old_indices(out, split, sources, kept={outcome.shard.index_path for outcome in outcomes})
     return report
 
 
+def _delete_old_indices(out: Store, split: str, sources: Iterable[str], kept: set[str]) -> None:
+    """Delete the indices of shards that an earlier manifest named and the published one does not."""
+    for source in sources:
+        for path in out.list(f"{split}/{source}"):
+            if path.endswith(".idx.parquet") and path not in kept:
+                out.delete(path)
+
+
 def _plain(mapping: SourceMapping) -> dict[str, object]:
-    """Without the fields that a spec adds to a mapping."""
+    """Return the fields of a mapping, without those that a spec adds to it."""
     return mapping.model_dump(include=set(SourceMapping.model_fields))

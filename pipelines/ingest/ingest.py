@@ -1,25 +1,21 @@
-"""The Ray Data job from raw files to shards: every sample ends in a shard or in the report, none in between.
+"""The Ray Data job from raw files to shards: every sample ends in a shard or in the report.
 
-    raw samples -> drop duplicates -> split by target -> shuffle -> blocks
+    raw samples -> drop duplicates -> split by target -> shuffle -> blocks      (blocks.py)
     block (one Ray task) -> read files, decode each once, hash the target -> shard + index -> store
     all shards stored -> manifests -> report
 
-What is decided before the job (order, split, keys) depends on the raw samples and the seed alone, so that a rerun
-gives the same bytes. Files are told apart by name here; equal files of different names are not found.
+Order, split and keys depend only on the raw samples and the seed, so that a rerun gives the same bytes.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import re
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +23,10 @@ import ray.data
 
 from pipelines.config import MediaConfig
 from pipelines.errors import BadMedia, UserError
+from pipelines.ingest.blocks import HELD_OUT, TRAIN, Block, pair_identity, plan_blocks
 from pipelines.ingest.members import load_sample
 from pipelines.media.libraries import library_versions
-from pipelines.samples import FileRef, Input, MediaKind, Members, RawSample, Rejected, Sample
+from pipelines.samples import MediaKind, Members, RawSample, Rejected, Sample
 from pipelines.shards.duplicates import with_duplicates
 from pipelines.shards.manifest import (
     Manifest,
@@ -44,15 +41,13 @@ from pipelines.shards.manifest import (
 from pipelines.shards.write import write_shard
 from pipelines.storage.store import Store, disk_errors
 
-TRAIN, HELD_OUT = "train", "held_out"
 REPORT_PATH = "report.json"
 _MAX_EXAMPLES = 20
-_MIN_TRAIN_SAMPLES = 2
 
 
 @dataclass(slots=True)
 class IngestReport:
-    """What became of every raw sample: `seen` is the sum of all counts in `accepted` and `rejected`."""
+    """Counts of all raw samples: `seen` is the sum of all counts in `accepted` and `rejected`."""
 
     seen: int = 0
     accepted: dict[str, dict[str, int]] = field(default_factory=dict)  # split -> source -> samples
@@ -69,39 +64,24 @@ class IngestReport:
 
     @property
     def num_rejected(self) -> int:
-        """Samples that were not used, duplicates among them."""
+        """Samples that are not used, duplicates included."""
         return sum(self.rejected.values())
 
     def reject(self, item: Rejected) -> None:
-        """Counts a sample that is not used."""
+        """Count a sample that is not used."""
         self.rejected[item.reason] = self.rejected.get(item.reason, 0) + 1
         examples = self.examples.setdefault(item.reason, [])
         if len(examples) < _MAX_EXAMPLES:
             examples.append(f"{item.origin}: {item.detail}" if item.detail else item.origin)
 
     def to_json(self) -> bytes:
-        """Readable JSON."""
+        """Return readable JSON."""
         return (json.dumps(asdict(self), indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
-    """The samples of one future shard, in order, with their keys."""
-
-    split: str
-    source: str
-    ordinal: int
-    samples: tuple[RawSample, ...]
-
-    @property
-    def path(self) -> str:
-        """Of the shard, below the data root."""
-        return f"{self.split}/{self.source}/{self.source}-{self.ordinal:06d}.tar"
-
-
-@dataclass(frozen=True, slots=True)
 class WrittenShard:
-    """What a task says about its block. `shard` is None if no sample was usable; `error` stops the job."""
+    """Result of a task for its block. `shard` is None if no sample was usable. An `error` stops the job."""
 
     block_index: int
     shard: ShardInfo | None = None
@@ -120,12 +100,12 @@ def ingest(
     materialized: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> IngestReport:
-    """Writes the splits `train` and `held_out` and `report.json` below `out`; `on_progress` gets (done, all) samples.
+    """Write the splits `train` and `held_out` and `report.json` below `out`. `on_progress` gets (done, all) samples.
 
-    Videos and pages are stored as they are, or `materialized`: their frames and images, as `media` would decode them.
-    A data set that is already there is withdrawn while it is rewritten. A block without one usable sample leaves a gap
-    in the numbers of the shards. Raises `UserError` if nothing is usable, or
-    for a fault that only the user can mend (full disk, unreachable store); then there is no manifest.
+    Videos and pages are stored as they are, or with `materialized` as the frames and images that `media` decodes. The
+    manifest of an existing dataset is removed while the dataset is rewritten. A block without a usable sample leaves a
+    gap in the numbers of the shards. Raises `UserError` if nothing is usable, or for a fault that only the user can fix
+    (full disk, unreachable store). Then there is no manifest.
     """
     started_s = time.monotonic()
     report = IngestReport(libraries=library_versions(media))
@@ -156,7 +136,7 @@ def ingest(
 
 
 def _collect(raw: Iterable[RawSample | Rejected], report: IngestReport) -> list[RawSample]:
-    """The raw samples without repetitions, in the order given. Raises `UserError` for a source that cannot be one."""
+    """Return the raw samples without duplicates, in the order given. Raises `UserError` for an invalid source."""
     unique: dict[str, RawSample] = {}
     tasks: dict[str, str] = {}
     for item in raw:
@@ -167,73 +147,14 @@ def _collect(raw: Iterable[RawSample | Rejected], report: IngestReport) -> list[
         sample = item.sample
         if tasks.setdefault(sample.source, sample.task) != sample.task:
             problem = f"has samples of the tasks {tasks[sample.source]!r} and {sample.task!r}"
-            raise UserError(f"source {sample.source}", problem, "give each task a source of its own")
+            raise UserError(f"source {sample.source}", problem, "give each task its own source")
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", sample.source):
-            raise UserError(f"source {sample.source!r}", "is no folder name", "use letters, digits, - and _")
-        identity = f"{sample.source} {_pair_identity(item)}"
+            raise UserError(f"source {sample.source!r}", "is not a folder name", "use letters, digits, - and _")
+        identity = f"{sample.source} {pair_identity(item)}"
         if identity in unique:
             report.reject(Rejected(sample.origin, "duplicate", "the same query and target as an earlier sample"))
         unique.setdefault(identity, item)
     return list(unique.values())
-
-
-def _side_identity(side: Input, files: dict[str, FileRef], root: str = "/") -> str:
-    """Text and files of a side, named relative to `root`, so that moved raw data gives the same shards."""
-    refs = [(media.kind, files.get(media.member)) for media in side.media]
-    names = [(kind, os.path.relpath(ref.path, root), ref.page) if ref else (kind, "", None) for kind, ref in refs]
-    return json.dumps([side.text, names], ensure_ascii=False)
-
-
-def _pair_identity(raw: RawSample, root: str = "/") -> str:
-    sides = [_side_identity(side, raw.files, root) for side in (raw.sample.query, raw.sample.positive)]
-    return json.dumps([raw.sample.instruction, *sides], ensure_ascii=False)
-
-
-def plan_blocks(samples: list[RawSample], held_out_fraction: float, seed: int, samples_per_shard: int) -> list[Block]:
-    """Pure: splits, shuffles and cuts each source. Keys count the samples of a source in a split from 0."""
-    folders = {str(Path(ref.path).absolute().parent) for raw in samples for ref in raw.files.values()}
-    root = os.path.commonpath(folders) if folders else "/"
-    by_source: dict[str, list[RawSample]] = defaultdict(list)
-    for raw in samples:
-        by_source[raw.sample.source].append(raw)
-    blocks = []
-    for source, members in sorted(by_source.items()):
-        for split, chosen in _split(members, held_out_fraction, seed, root).items():
-            chosen.sort(key=lambda raw: _draw(seed, "order", _pair_identity(raw, root)))
-            keyed = [_with_key(raw, f"{position:08d}") for position, raw in enumerate(chosen)]
-            for ordinal, start in enumerate(range(0, len(keyed), samples_per_shard)):
-                blocks.append(Block(split, source, ordinal, tuple(keyed[start : start + samples_per_shard])))
-    return blocks
-
-
-def _split(samples: list[RawSample], fraction: float, seed: int, root: str) -> dict[str, list[RawSample]]:
-    """Samples go where they say. Of the n others round(fraction * n) are held out, or fewer: samples of one target stay
-    together, and train keeps two.
-    """
-    splits: dict[str, list[RawSample]] = {TRAIN: [], HELD_OUT: []}
-    by_target: dict[str, list[RawSample]] = defaultdict(list)
-    free = [raw for raw in samples if raw.split is None]
-    for raw in samples:
-        if raw.split:
-            splits[raw.split].append(raw)
-    for raw in free:
-        by_target[_side_identity(raw.sample.positive, raw.files, root)].append(raw)
-    room = max(0, min(round(fraction * len(free)), len(free) - _MIN_TRAIN_SAMPLES))
-    for target in sorted(by_target, key=lambda target: _draw(seed, "held out", target)):
-        group = by_target[target]
-        fits = len(group) <= room
-        room -= len(group) * fits
-        splits[HELD_OUT if fits else TRAIN] += group
-    return splits
-
-
-def _draw(seed: int, purpose: str, identity: str) -> bytes:
-    """A pseudo-random rank that depends on nothing but its arguments."""
-    return sha256(f"{seed} {purpose} {identity}".encode()).digest()
-
-
-def _with_key(raw: RawSample, key: str) -> RawSample:
-    return replace(raw, sample=replace(raw.sample, key=key))
 
 
 def _run(
@@ -243,7 +164,7 @@ def _run(
     materialized: bool,
     on_progress: Callable[[int, int], None] | None,
 ) -> list[WrittenShard]:
-    """One Ray task per block. Raises the first `UserError` of a task."""
+    """Run one Ray task for each block. Raises the first `UserError` of a task."""
     if not blocks:
         return []
     rows = [{"index": index, "block": pickle.dumps(block)} for index, block in enumerate(blocks)]
@@ -267,7 +188,7 @@ def _run(
 
 
 def _task(row: dict[str, Any], out: Store, media: MediaConfig, materialized: bool) -> dict[str, bytes]:
-    """Errors of the user travel as values: Ray would wrap them, retry the task and log tracebacks."""
+    """Return a `UserError` as a value: if raised, Ray would wrap it, retry the task and log tracebacks."""
     try:
         outcome = make_shard(row["index"], pickle.loads(row["block"]), out, media, materialized)
     except UserError as error:
@@ -278,7 +199,7 @@ def _task(row: dict[str, Any], out: Store, media: MediaConfig, materialized: boo
 def make_shard(
     block_index: int, block: Block, out: Store, media: MediaConfig, materialized: bool = False
 ) -> WrittenShard:
-    """Loads, checks and stores the samples of one block, one sample in memory at a time."""
+    """Load, check and store the samples of one block, with one sample in memory at a time."""
     rejected: list[Rejected] = []
 
     def usable() -> Iterator[tuple[Sample, Members]]:
@@ -300,7 +221,7 @@ def make_shard(
 
 
 def _manifests(blocks: list[Block], outcomes: list[WrittenShard], report: IngestReport) -> list[Manifest]:
-    """The manifests of both splits, without settings; counts the outcomes in the report."""
+    """Return the manifests of both splits, without settings, and count the results in the report."""
     shards: dict[str, dict[str, list[ShardInfo]]] = {TRAIN: {}, HELD_OUT: {}}
     tasks = {block.source: block.samples[0].sample.task for block in blocks}
     for outcome in outcomes:
@@ -322,7 +243,7 @@ def _manifests(blocks: list[Block], outcomes: list[WrittenShard], report: Ingest
 
 
 def _withdraw(out: Store, split: str) -> set[str]:
-    """Makes a split unreadable while it is rewritten; returns the files it consisted of."""
+    """Delete the manifest of a split, which makes it unreadable, and return the files of the split."""
     try:
         files = manifest_files(read_manifest(out, split))
     except UserError:  # none yet, or a damaged one, which this job replaces

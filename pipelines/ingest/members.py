@@ -1,6 +1,6 @@
-"""Raw files to the members of a sample: read, cut out one page, decode once to know that it can be trained on.
+"""Raw files to the members of a sample: read a file, extract its page, and decode it once as a check.
 
-Light to import, because the sandbox child that decodes strangers' files imports it too.
+This module imports quickly, because the sandbox child that decodes untrusted files imports it too.
 """
 
 from __future__ import annotations
@@ -21,29 +21,32 @@ from pipelines.shards.index import target_sha256
 
 
 def load_sample(raw: RawSample, config: MediaConfig, *, materialized: bool = False) -> tuple[Sample, Members]:
-    """The sample with `target_sha256` filled, and its members, every one decoded in a killable child.
+    """Return the sample with `target_sha256`, and its members, each of which a killable child has decoded.
 
-    Members are files or single pages as they came, or `materialized`: a video's frames, the image of a page. Raises
-    `BadMedia` for the first bad member: missing_file, unreadable_file, too_many_bytes, and the reasons of
+    Members are original files or single pages, or with `materialized` the frames of a video and the image of a page.
+    Raises `BadMedia` for the first bad member: missing_file, unreadable_file, too_many_bytes, and the reasons of
     `pipelines.media`.
     """
     members: Members = {}
-    for media in (media for side in raw.sample.inputs() for media in side.media):
+    for media in (media for part in raw.sample.inputs() for media in part.media):
         if media.member not in raw.files:
             raise BadMedia("missing_file", f"no file is given for {media.member}")
         ref = raw.files[media.member]
         try:
             data = read_file(ref.path, config)
-            instead = _sandbox(config).call(usable, media.kind, data, ref.page, config, materialized)
+            content = _sandbox(config).call(stored_content, media.kind, data, ref.page, config, materialized)
         except BadMedia as error:
             raise BadMedia(error.reason, f"{ref.path}: {error.detail}".removesuffix(": ")) from error
-        members[_stored(media, materialized).member] = instead or data
-    sample = _with_sides(raw.sample, lambda media: _stored(media, materialized))
+        members[_stored_media(media, materialized).member] = content or data
+    sample = _with_media(raw.sample, lambda media: _stored_media(media, materialized))
     return replace(sample, target_sha256=target_sha256(sample.positive, members)), members
 
 
-def usable(kind: MediaKind, data: bytes, page: int | None, config: MediaConfig, materialized: bool) -> bytes:
-    """What is stored in place of a file: one page of it, or what was decoded; empty for the file. Raises `BadMedia`."""
+def stored_content(kind: MediaKind, data: bytes, page: int | None, config: MediaConfig, materialized: bool) -> bytes:
+    """Return what is stored instead of a file: one page, or decoded pixels. Empty means the file itself.
+
+    Runs in the sandbox, which then need not send the file back. Raises `BadMedia`.
+    """
     content = data if page is None else extract_page(data, page, config)
     frames, times_s = decode_pixels(kind, content, config)
     if materialized and kind in SUFFIX:
@@ -51,18 +54,18 @@ def usable(kind: MediaKind, data: bytes, page: int | None, config: MediaConfig, 
     return b"" if page is None else content
 
 
-def _stored(media: Media, materialized: bool) -> Media:
+def _stored_media(media: Media, materialized: bool) -> Media:
     if not materialized or media.kind not in SUFFIX:
         return media
     return replace(media, member=f"{media.member.rpartition('.')[0]}.{SUFFIX[media.kind]}")
 
 
-def _with_sides(sample: Sample, stored: Callable[[Media], Media]) -> Sample:
-    query, positive, *negatives = (replace(side, media=tuple(map(stored, side.media))) for side in sample.inputs())
+def _with_media(sample: Sample, stored: Callable[[Media], Media]) -> Sample:
+    query, positive, *negatives = (replace(part, media=tuple(map(stored, part.media))) for part in sample.inputs())
     return replace(sample, query=query, positive=positive, negatives=tuple(negatives))
 
 
 @cache
 def _sandbox(config: MediaConfig) -> Sandbox:
-    """One child per process and config; it ends with the process, when its standard input closes."""
+    """Return the child of this process for these settings. It ends with the process, when its standard input closes."""
     return Sandbox(config)

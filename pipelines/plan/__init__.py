@@ -1,1 +1,1 @@
-"""Which samples form each global batch: pure functions of sources, settings, seed and step."""
+"""Which samples form each global batch: a pure function without Ray, files or time."""

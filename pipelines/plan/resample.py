@@ -1,7 +1,7 @@
-"""Sources that converge slowly are drawn more (RzenEmbed, arXiv 2510.27350, section 4).
+"""Draw sources that converge slowly more often (RzenEmbed, arXiv 2510.27350, section 4).
 
-The paper gives no rule. Ours: a source's share grows with what is left of the loss it began with. New weights are an
-input of the plan, recorded with the run, so that the plan stays a pure function of what is recorded.
+The paper gives no rule. Our choice: a source's share grows with the fraction of its first loss that is left. New
+weights are an input of the plan and recorded with the run, so that the plan stays a pure function of recorded values.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from pipelines.plan.types import MixturePhase
 def next_mixture_change(
     plan: Plan, rows: Sequence[Mapping[str, Any]], step: int, config: ResampleConfig
 ) -> MixturePhase | None:
-    """The phase that begins at `step`, unless none does or the plan has it. `rows` hold every step's source and loss.
+    """Return the phase that begins at `step`, or None if none begins or the plan has it already.
 
-    weight = share without resampling x (mean loss since the last change / mean loss before the first)^strength
+    `rows` hold source and loss of every step. weight = share without resampling x (mean loss since the last change /
+    mean loss before the first)^strength.
     """
     if step % config.every_steps or step in (0, *plan.phase_starts) or step >= plan.num_steps:
         return None
@@ -37,7 +38,7 @@ def next_mixture_change(
 def _mean_losses(rows: Sequence[Mapping[str, Any]], start: int, stop: int) -> dict[str, float]:
     losses: dict[str, list[float]] = {}
     for row in rows:
-        if start <= row["step"] < stop and math.isfinite(row["loss"]):  # not of skipped steps
-            for source in row["source"].split("+"):  # of several blocks, each counts with the mean of all
+        if start <= row["step"] < stop and math.isfinite(row["loss"]):  # a skipped step has no finite loss
+            for source in row["source"].split("+"):  # each of several blocks counts with the mean loss of all
                 losses.setdefault(source, []).append(float(row["loss"]))
     return {name: sum(values) / len(values) for name, values in losses.items()}

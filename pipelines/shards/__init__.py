@@ -1,1 +1,1 @@
-"""Shards on disk: tar files, indices, manifests, and what is known of external shards."""
+"""Shards on disk: tars, indices and manifests, and what is known about external shards."""

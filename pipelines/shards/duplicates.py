@@ -1,7 +1,7 @@
-"""Which samples of a source have a target in common: two of them in one batch would be each other's false negative.
+"""Samples of a source with a common target: in one batch, each would be a false negative of the other.
 
-`{split}/{source}/duplicates.parquet` names them, so that a plan starts without reading the index of every shard. It is
-written when a split is published, from the indices. Its hash is in the manifest.
+`{split}/{source}/duplicates.parquet` lists them, so that a plan starts without reading the index of every shard. It is
+made from the indices when a split is published. Its hash is in the manifest.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Targets = npt.NDArray[np.uint64]
 
 
 def with_duplicates(store: Store, manifest: Manifest) -> Manifest:
-    """The manifest with the duplicates of every source written and named. Its indices must be in place."""
+    """Write the duplicates of every source, and return the manifest that names them. The indices must be in place."""
     sources = {}
     for name, source in manifest.sources.items():
         targets_N = _read_targets(store, source.shards)
@@ -46,14 +46,13 @@ def with_duplicates(store: Store, manifest: Manifest) -> Manifest:
 def source_table(store: Store, split: str, name: str, source: SourceInfo, *, merged: bool) -> SourceTable:
     """Return a source as a plan takes it.
 
-    With `merged` all targets are given, because other sources may hold duplicates of them.
-
-    Raises `UserError` for files that are missing or not the manifest's.
+    With `merged`, the table has all targets, because other sources may hold duplicates of them. Raises `UserError` for
+    files that are missing or not the manifest's.
     """
     if merged or source.duplicates_sha256 is None:
         return SourceTable(source.num_samples, np.arange(source.num_samples), _read_targets(store, source.shards))
     path = duplicates_path(split, name)
-    place, fix = f"{store.url}/{path}", "run the job again that wrote the data set"
+    place, fix = f"{store.url}/{path}", "run the job again that wrote the dataset"
     try:
         data = store.read(path)
     except FileNotFoundError as error:
@@ -70,7 +69,7 @@ def _has_duplicate(targets_N: Targets) -> npt.NDArray[np.bool_]:
 
 
 def _read_targets(store: Store, shards: Sequence[ShardInfo]) -> Targets:
-    """The first 8 bytes of each sample's `target_sha256`, as the objective knows targets."""
+    """Return the first 8 bytes of each sample's `target_sha256`, by which the objective identifies targets."""
     with ThreadPoolExecutor(_READERS) as pool:
         parts = list(pool.map(lambda shard: _targets_of(store, shard), shards))
     return np.concatenate([np.zeros(0, np.uint64), *parts])

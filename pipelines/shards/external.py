@@ -1,8 +1,8 @@
-"""Shards of other people, read once to index them: what is in them, what of it is usable, and where it lies.
+"""External shards, read once to index them: their samples, which of these are usable, and their byte ranges.
 
-A shard stays where it is, and is never written to. Its index is like those of our own shards, with the outcome of the
-scan in its metadata, so that the index alone tells whether a shard has to be read again. Files are hashed and not
-decoded, unless that is asked for.
+A shard stays where it is, and is never written to. Its index has the format of all indices, and the result of the scan
+in its metadata. The index therefore shows whether a shard has to be read again. Files are hashed, and decoded only on
+request.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from pipelines.storage.store import Store
 
 SCAN_VERSION = 1
 _METADATA = b"rzen"
-_MAX_EXAMPLES = 3  # of a shard and reason
+_MAX_EXAMPLES = 3  # for each shard and reason
 
 
 @dataclass(slots=True)
 class ScanCounts:
-    """What became of the samples of a shard: `seen` is the sum of `accepted` and of all counts in `rejected`.
+    """Counts of the samples of a shard: `seen` is the sum of `accepted` and of all counts in `rejected`.
 
     `findings` are places that belong to no sample, and their bytes: damage, files without an extension.
     """
@@ -52,12 +52,12 @@ class ScanCounts:
     examples: dict[str, list[str]] = field(default_factory=dict)  # reason -> keys or offsets, with details
 
     def reject(self, key: str, error: BadMedia) -> None:
-        """Counts a sample that is not used."""
+        """Count a sample that is not used."""
         self.rejected[error.reason] = self.rejected.get(error.reason, 0) + 1
         self._example(error.reason, f"{key}: {error.detail}" if error.detail else key)
 
     def find(self, finding: Finding) -> None:
-        """Counts what belongs to no sample."""
+        """Count bytes that belong to no sample."""
         places, num_bytes = self.findings.get(finding.reason, (0, 0))
         self.findings[finding.reason] = [places + 1, num_bytes + finding.num_bytes]
         self._example(finding.reason, f"at byte {finding.offset}")
@@ -79,7 +79,7 @@ class ScanJob:
     media: MediaConfig | None = None
 
     def identity(self) -> dict[str, Any]:
-        """An index made with an equal one needs not be made again."""
+        """Return what decides the index. An index that was made with an equal identity is still valid."""
         media = self.media.model_dump() if self.media else None
         content = {"url": self.found.url, "tag": self.found.tag, "selection": self.mapping.selection(), "media": media}
         return {"scan_version": SCAN_VERSION, **content}
@@ -87,7 +87,7 @@ class ScanJob:
 
 @dataclass(frozen=True, slots=True)
 class IndexedShard:
-    """A shard with its index in place. `reused` if it was indexed before."""
+    """A shard with its index in place; `reused` if an earlier job has indexed it."""
 
     shard: ShardInfo
     tally: ScanCounts
@@ -96,14 +96,14 @@ class IndexedShard:
 
 
 def index_shard(job: ScanJob, out: Store, endpoint: str | None = None) -> IndexedShard:
-    """Indexes a shard, or finds that this was done. Raises `UserError` for one that is gone or out of reach."""
+    """Index a shard, or return the valid index of an earlier job. Raises `UserError` for a missing shard."""
     try:
         index = out.read(job.index_path)
     except FileNotFoundError:
         pass
     else:
-        if outcome := _earlier(job, index):
-            return outcome
+        if earlier := _reuse(job, index):
+            return earlier
     rows, tally, neighbors, num_bytes, sha256 = _scan(job, endpoint)
     content = {"num_bytes": num_bytes, "sha256": sha256, "tally": asdict(tally), "neighbors": asdict(neighbors)}
     metadata = json.dumps(job.identity() | content, sort_keys=True).encode()
@@ -112,8 +112,8 @@ def index_shard(job: ScanJob, out: Store, endpoint: str | None = None) -> Indexe
     return IndexedShard(_shard_info(job, index, len(rows), num_bytes, sha256), tally, neighbors)
 
 
-def _earlier(job: ScanJob, index: bytes) -> IndexedShard | None:
-    """The outcome of the scan that made an index, None if it is not of this shard, this mapping and this program."""
+def _reuse(job: ScanJob, index: bytes) -> IndexedShard | None:
+    """Return the result of the scan that made an index, or None if shard, mapping or program have changed since."""
     try:
         schema = pq.read_schema(io.BytesIO(index))
         content = json.loads((schema.metadata or {})[_METADATA])
@@ -138,28 +138,28 @@ def _scan(job: ScanJob, endpoint: str | None) -> tuple[list[IndexRow], ScanCount
         with on_disk(open_store(folder or "/", endpoint), name) as path, path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             num_bytes = file.tell()
-            if not num_bytes:  # nothing that could be mapped
+            if not num_bytes:  # mmap rejects empty files
                 return [], ScanCounts(findings={"no_end_marker": [1, 0]}), ShardSimilarity(), 0, sha256
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 rows, tally, texts = scan(data, SampleMapper(job.source, job.mapping), job.media)
     except FileNotFoundError as error:
-        problem = "was there when the job began, and is gone"
-        raise UserError(job.found.url, problem, "give the command again") from error
+        problem = "existed when the job began, and is missing now"
+        raise UserError(job.found.url, problem, "run the command again") from error
     return rows, tally, shard_similarity(texts), num_bytes, sha256
 
 
 def scan(
     data: bytes | mmap.mmap, mapper: SampleMapper, media: MediaConfig | None = None
 ) -> tuple[list[IndexRow], ScanCounts, list[tuple[str, Words]]]:
-    """Rows of the usable samples of a tar in order, what became of all, and (target, words) of each usable one.
+    """Return the index rows of the usable samples of a tar in order, all counts, and (target, words) of each row.
 
-    Reasons for not using a sample: damaged, duplicate_member, duplicate_key, those of `SampleMapper.sample`, and with
+    Reasons for rejecting a sample: damaged, duplicate_member, duplicate_key, those of `SampleMapper.sample`, and with
     `media` those of the decoders.
     """
     rows: list[IndexRow] = []
     texts: list[tuple[str, Words]] = []
     tally = ScanCounts()
-    for group in _tallied(data, tally):
+    for group in _distinct_groups(data, tally):
         try:
             sample, target = _usable(data, group, mapper, media)
         except BadMedia as error:
@@ -172,8 +172,8 @@ def scan(
     return rows, tally, texts
 
 
-def _tallied(data: bytes | mmap.mmap, tally: ScanCounts) -> Iterator[Group]:
-    """The samples of a tar, one for each key; all else is counted."""
+def _distinct_groups(data: bytes | mmap.mmap, tally: ScanCounts) -> Iterator[Group]:
+    """Yield the samples of a tar, one for each key. Count everything else."""
     keys: set[str] = set()
     for item in groups(entries(data)):
         if isinstance(item, Finding):
@@ -190,7 +190,7 @@ def _tallied(data: bytes | mmap.mmap, tally: ScanCounts) -> Iterator[Group]:
 def _usable(
     data: bytes | mmap.mmap, group: Group, mapper: SampleMapper, media: MediaConfig | None
 ) -> tuple[Sample, str]:
-    """A sample and the identity of its target. Raises `BadMedia`."""
+    """Return a sample and the identity of its target. Raises `BadMedia`."""
     if group.problem:
         raise BadMedia(group.problem)
     if _printable(group.key) != group.key:
@@ -206,7 +206,7 @@ def _usable(
 
 @cache
 def _isolated_decoder(media: MediaConfig) -> Decoder:
-    """One child per process and settings; it ends with the process."""
+    """Return the decoder of this process for these settings. Its child ends with the process."""
     return Decoder(media, isolated=True)
 
 

@@ -1,7 +1,8 @@
-"""Samples of other people's shards: which member of theirs is the query, the positive, a negative, an instruction.
+"""Samples of external shards: which member is the query, the positive, a negative, an instruction.
 
-A selector names a member by its extension (all that follows the first dot of the file name, in lower case), or a field
-of a JSON member: `txt`, `left.jpg`, `json:caption`, `json:meta.title`. With `|` the first that is there is taken.
+A selector names a member by its extension, or a field of a JSON member: `txt`, `left.jpg`, `json:caption`,
+`json:meta.title`. The extension is everything after the first dot of the file name, in lower case. With `|`, the first
+alternative that exists is used.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ KIND_OF_EXTENSION: dict[str, MediaKind] = {
 
 
 def _alternatives(selector: str) -> list[tuple[str, str]]:
-    """Member and field of each alternative; the field is empty for a whole member."""
+    """Return member and field of each alternative. The field is empty for a whole member."""
     parts = (part.strip().partition(":") for part in selector.split("|"))
     return [(member.lower(), field) for member, _, field in parts]
 
@@ -36,7 +37,7 @@ def _check_text(selector: str) -> str:
         member, colon, field = part.strip().partition(":")
         if not member or "/" in member or (colon and not all(field.split("."))):
             raise ValueError(
-                f"{selector!r} is no selector; write one like 'txt', 'json:caption' or 'txt | json:caption'"
+                f"{selector!r} is not a selector; write one like 'txt', 'json:caption' or 'txt | json:caption'"
             )
     return selector
 
@@ -45,7 +46,7 @@ def _check_media(selector: str) -> str:
     for member, field in _alternatives(_check_text(selector)):
         if field or member.rpartition(".")[2] not in KIND_OF_EXTENSION:
             known = ", ".join(KIND_OF_EXTENSION)
-            raise ValueError(f"{selector!r} must name members whose extension tells what they are: {known}")
+            raise ValueError(f"{selector!r} must name members with one of these extensions: {known}")
     return selector
 
 
@@ -54,13 +55,13 @@ MediaSelector = Annotated[str, AfterValidator(_check_media)]
 
 
 class InputMapping(Config):
-    """Where a side comes from. A side with both has both: a sample that lacks one of them is not used."""
+    """Where a query or target comes from. With text and media, a sample that lacks one of them is rejected."""
 
     text: TextSelector | None = None
     """Member, or field of a JSON member."""
     media: MediaSelector | None = None
-    """Member with a file. Its extension tells the kind: jpg, jpeg, png, webp, gif are images, mp4, mkv, webm, mov are
-    videos, pdf is a document of which the first page is seen."""
+    """Member with a file. Its extension says the kind: jpg, jpeg, png, webp, gif are images, mp4, mkv, webm, mov are
+    videos. A pdf is a document, of which the first page is used."""
 
     @model_validator(mode="after")
     def _not_empty(self) -> InputMapping:
@@ -70,7 +71,7 @@ class InputMapping(Config):
 
 
 class FromMember(Config):
-    """A text that each sample brings along."""
+    """A text that each sample has in a member."""
 
     member: TextSelector
     """Member, or field of a JSON member."""
@@ -80,15 +81,16 @@ class SourceMapping(Config):
     """How a source's members become samples. The defaults fit img2dataset: caption -> image."""
 
     task: Annotated[str, Field(min_length=1)] = "text_image"
-    """Task of all samples: owns a temperature. `rzen evaluate` knows text_image, text_page, text_video and others."""
+    """Task of all samples; each task has its own temperature. `rzen evaluate` knows text_image, text_page, text_video
+    and others."""
     query: InputMapping = InputMapping(text="txt | json:caption")
-    """What is asked."""
+    """Where the query comes from."""
     positive: InputMapping = InputMapping(media="jpg | jpeg | png | webp")
-    """What answers it."""
+    """Where the positive comes from."""
     negatives: list[InputMapping] = Field(default_factory=list)
-    """Mined negatives; a field may hold a list of texts. Those that a sample lacks are left out."""
+    """Mined negatives. A field may hold a list of texts. Negatives that a sample lacks are left out."""
     instruction: str | FromMember = ""
-    """Put before the query, in stages with instructions; `{member: json:prompt}` reads it from each sample."""
+    """Put before the query, in stages with instructions. `{member: json:prompt}` reads it from each sample."""
     target_instruction: str | FromMember = ""
     """Put before the targets, in stages with instructions."""
     relevance: TextSelector | None = Field(default=None, exclude_if=lambda selector: selector is None)
@@ -96,14 +98,14 @@ class SourceMapping(Config):
     then trained on the order of these numbers."""
 
     def selection(self) -> dict[str, Any]:
-        """What decides which samples are usable and what their targets are: an index depends on nothing else of it."""
+        """Return the fields that decide which samples are usable and what their targets are, as an index needs them."""
         instructions = {"instruction", "target_instruction"}
         constant = {name for name in instructions if isinstance(getattr(self, name), str)}
         return self.model_dump(include={"query", "positive", "negatives", "relevance", *instructions} - constant)
 
 
 class SampleMapper:
-    """Makes samples of a source as its mapping says. Members are given by extension, in lower case."""
+    """Makes samples of a source by its mapping. Members are named by extension, in lower case."""
 
     def __init__(self, source: str, mapping: SourceMapping) -> None:
         self._source = source
@@ -111,12 +113,12 @@ class SampleMapper:
         self._named = frozenset(_named(mapping.selection()))
 
     def select(self, data: Buffer, group: Group) -> dict[str, bytes]:
-        """The members that the mapping names, by extension in lower case, of a sample that lies in `data`."""
+        """Return the members of a sample in `data` that the mapping names, by extension in lower case."""
         named = {name: entry for name, entry in group.members.items() if name.lower() in self._named}
         return {name.lower(): data[entry.start : entry.start + entry.size] for name, entry in named.items()}
 
     def sample(self, key: str, members: Mapping[str, bytes], origin: str = "") -> Sample:
-        """The sample, without `target_sha256`.
+        """Return the sample, without `target_sha256`.
 
         Raises `BadMedia`: missing_member, missing_field, empty_text, empty_file, not_text, not_a_number, not_utf8,
         bad_json.
@@ -126,9 +128,9 @@ class SampleMapper:
             key=key,
             source=self._source,
             task=mapping.task,
-            query=_side(mapping.query, members),
-            positive=_side(mapping.positive, members),
-            negatives=tuple(side for negative in mapping.negatives for side in _negatives(negative, members)),
+            query=_input(mapping.query, members),
+            positive=_input(mapping.positive, members),
+            negatives=tuple(found for negative in mapping.negatives for found in _negatives(negative, members)),
             instruction=_instruction(mapping.instruction, members),
             target_instruction=_instruction(mapping.target_instruction, members),
             origin=origin,
@@ -137,7 +139,7 @@ class SampleMapper:
 
 
 def _named(selection: Any) -> Iterator[str]:
-    """Members that any selector in it names."""
+    """Yield the members that any selector names."""
     if isinstance(selection, str):
         yield from (member for member, _ in _alternatives(selection))
     elif selection is not None:
@@ -145,7 +147,7 @@ def _named(selection: Any) -> Iterator[str]:
             yield from _named(part)
 
 
-def _side(mapping: InputMapping, members: Mapping[str, bytes]) -> Input:
+def _input(mapping: InputMapping, members: Mapping[str, bytes]) -> Input:
     text = _text(_found(mapping.text, members), mapping.text) if mapping.text else ""
     return Input(text, (_media(mapping.media, members),) if mapping.media else ())
 
@@ -155,7 +157,7 @@ def _negatives(mapping: InputMapping, members: Mapping[str, bytes]) -> list[Inpu
         if mapping.text and isinstance(texts := _found(mapping.text, members), list):
             media = (_media(mapping.media, members),) if mapping.media else ()
             return [Input(_text(text, mapping.text), media) for text in texts]
-        return [_side(mapping, members)]
+        return [_input(mapping, members)]
     except BadMedia as error:
         if error.reason in ("missing_member", "missing_field"):
             return []
@@ -189,7 +191,7 @@ def _media(selector: str, members: Mapping[str, bytes]) -> Media:
 
 
 def _found(selector: str, members: Mapping[str, bytes]) -> Any:
-    """The text of a member, or the value of a field, of the first alternative that is there."""
+    """Return the text of a member, or the value of a field, of the first alternative that exists."""
     lacking = "missing_member"
     for member, field in _alternatives(selector):
         if member not in members:

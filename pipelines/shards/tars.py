@@ -1,8 +1,8 @@
-"""Tar files, whoever wrote them: entries with checked headers, damage told, members grouped as WebDataset groups them.
+"""Tar files of any writer: entries with checked headers, and members grouped as WebDataset groups them.
 
     bytes -> entries (USTAR, GNU and PAX long names) -> groups of one key -> samples
 
-Nothing is skipped in silence: whatever belongs to no sample is a `Finding`, with its bytes.
+Nothing is skipped silently: bytes that belong to no sample become a `Finding`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mmap import mmap
 
 BLOCK_BYTES = 512
 _KEY = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")  # webdataset's own: up to the first dot of the base name
-_META = re.compile(r"__[^/]*__($|/)")  # webdataset keeps its own notes under such names
+_META = re.compile(r"__[^/]*__($|/)")  # webdataset stores its metadata under such names
 _EXTENDED = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE)
 _GNU_LONG = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 _SCAN_BYTES = 1 << 20
@@ -26,7 +26,7 @@ Buffer = bytes | mmap
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A regular file: headers (those of a long name too) from `offset`, bytes from `start`, padding to `end`."""
+    """A regular file: headers (including those of a long name) from `offset`, bytes from `start`, padding to `end`."""
 
     name: str
     offset: int
@@ -37,7 +37,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What one header block says: name, bytes of content, one byte for the kind of entry."""
+    """One header block: name, bytes of content, one byte for the kind of entry."""
 
     name: str
     size: int
@@ -46,7 +46,7 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What belongs to no sample: bad_header, truncated, sparse_member, trailing_bytes, no_end_marker, not_a_member."""
+    """Bytes of no sample: bad_header, truncated, sparse_member, trailing_bytes, no_end_marker, not_a_member."""
 
     reason: str
     offset: int
@@ -55,7 +55,7 @@ class Finding:
 
 @dataclass(slots=True)
 class Group:
-    """Consecutive members of one key, by extension as it is written. `problem`: duplicate_member, damaged, or none."""
+    """Consecutive members of one key, by extension as written. `problem` is duplicate_member, damaged or empty."""
 
     key: str
     offset: int
@@ -69,14 +69,14 @@ class _CutError(Exception):
 
 
 class _SparseError(Exception):
-    """A file with holes, at whose end the argument points."""
+    """A file with holes; the argument is the position of its end."""
 
 
 def entries(data: Buffer, is_whole: bool = True) -> Iterator[Entry | Finding]:
-    """Regular files in order. A damaged header costs the bytes up to the next valid one at a multiple of 512.
+    """Yield regular files in order. A damaged header costs the bytes up to the next valid one, at a multiple of 512.
 
     Two blocks of zeros end an archive, or one at the end of the file. Without `is_whole`, `data` is a part of an
-    archive that needs no such end.
+    archive and needs no such end.
     """
     position = 0
     while position < len(data):
@@ -105,7 +105,7 @@ def entries(data: Buffer, is_whole: bool = True) -> Iterator[Entry | Finding]:
 
 
 def groups(found: Iterable[Entry | Finding]) -> Iterator[Group | Finding]:
-    """Samples as WebDataset has them: a new one begins whenever the key changes."""
+    """Yield samples as WebDataset groups them: a new one begins whenever the key changes."""
     group: Group | None = None
     is_damaged = False
     for item in found:
@@ -134,18 +134,19 @@ def groups(found: Iterable[Entry | Finding]) -> Iterator[Group | Finding]:
 
 
 def only_group(data: bytes) -> Group:
-    """The one sample that `data` consists of. Raises `ValueError` for anything else."""
+    """Return the one sample that `data` consists of. Raises `ValueError` for anything else."""
     found = list(groups(entries(data, is_whole=False)))
     group = next((item for item in found if isinstance(item, Group)), None)
     problems = [item.reason for item in found if isinstance(item, Finding) and item.reason != "not_a_member"]
     if group is None or problems or group.problem or sum(isinstance(item, Group) for item in found) != 1:
-        told = problems or [group.problem if group and group.problem else "not one sample"]
-        raise ValueError(", ".join(told))
+        if not problems:
+            problems = [group.problem if group and group.problem else "not one sample"]
+        raise ValueError(", ".join(problems))
     return group
 
 
 def _read_entry(data: Buffer, position: int) -> tuple[Entry | None, int]:
-    """The entry whose headers begin at `position`, None if it is no regular file, and where the next one begins."""
+    """Return the entry whose headers begin at `position`, None unless it is a regular file, and the next position."""
     first = position
     long_name, long_size, is_sparse = None, None, False
     while True:
@@ -180,9 +181,9 @@ def _read_entry(data: Buffer, position: int) -> tuple[Entry | None, int]:
 
 
 def read_header(block: bytes) -> Header:
-    """A block of 512 bytes as tarfile reads it, without the fields that nobody needs here: three times as fast.
+    """Read a block of 512 bytes as tarfile does, without the fields that are not used here: three times as fast.
 
-    Raises `tarfile.HeaderError` for a wrong checksum, numbers that are none, and a block of zeros.
+    Raises `tarfile.HeaderError` for a wrong checksum, malformed numbers, and a block of zeros.
     """
     total = sum(block) - sum(block[_CHECKSUM]) + 8 * ord(" ")
     stored = _number(block[_CHECKSUM])
@@ -202,7 +203,7 @@ def read_header(block: bytes) -> Header:
 
 
 def _number(field: bytes) -> int:
-    """Octal digits, or base 256 for what is too large for them."""
+    """Read octal digits, or base 256, which is for numbers that are too large for them."""
     if field[0] in (0x80, 0xFF):
         return int.from_bytes(field[1:], "big") - ((field[0] == 0xFF) << 8 * (len(field) - 1))
     try:
@@ -216,7 +217,7 @@ def _padded(size: int) -> int:
 
 
 def _pax_records(payload: bytes) -> dict[str, str]:
-    """`LENGTH KEY=VALUE\\n`, repeated. Raises `tarfile.HeaderError`."""
+    """Read `LENGTH KEY=VALUE\\n`, repeated. Raises `tarfile.HeaderError`."""
     records = {}
     position = 0
     try:
@@ -244,7 +245,7 @@ def _has_content(data: Buffer, position: int) -> bool:
 
 
 def _next_header(data: Buffer, position: int) -> int:
-    """Where the next valid header begins, from `position` on; the end of the data if there is none."""
+    """Return where the next valid header begins, from `position` on, or the end of the data."""
     for start in range(position, len(data) - BLOCK_BYTES + 1, BLOCK_BYTES):
         try:
             read_header(data[start : start + BLOCK_BYTES])

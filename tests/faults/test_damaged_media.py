@@ -17,7 +17,8 @@ import pytest
 from pipelines.config import MediaConfig
 from pipelines.errors import BadMedia
 from pipelines.ingest import ingest as ingest_module
-from pipelines.ingest.ingest import TRAIN, ingest
+from pipelines.ingest.blocks import TRAIN
+from pipelines.ingest.ingest import ingest
 from pipelines.media.decode import Decoder
 from pipelines.media.reasons import REASONS
 from pipelines.samples import MediaKind, RawSample, Rejected, Sample

@@ -156,7 +156,7 @@ def test_what_cannot_be_published_is_told(tmp_path: Path) -> None:
     write_img2dataset(tmp_path / "theirs", 4, 4)
     own = open_store(str(tmp_path / "own"))
     publish(own, {"web": ("t2i", 8), "cars": ("t2i", 8)})
-    with pytest.raises(UserError, match=r"holds shards of our own under 'web'|holds source 'cars', which"):
+    with pytest.raises(UserError, match=r"holds shards that ingest wrote under 'web'|holds source 'cars', which"):
         run([str(tmp_path / "theirs")], own)
     own.write("train/manifest.json", b"torn")
     assert run([str(tmp_path / "theirs")], own).accepted == {"web": 4}

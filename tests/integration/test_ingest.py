@@ -20,7 +20,8 @@ from jobs.runtime.local_s3 import free_port
 from pipelines.config import DataConfig, MediaConfig
 from pipelines.errors import UserError
 from pipelines.feed.reader import Reader
-from pipelines.ingest.ingest import IngestReport, ingest, plan_blocks
+from pipelines.ingest.blocks import plan_blocks
+from pipelines.ingest.ingest import IngestReport, ingest
 from pipelines.samples import FileRef, Input, Media, MediaKind, Members, RawSample, Rejected, Sample
 from pipelines.shards.index import target_sha256
 from pipelines.shards.manifest import read_manifest
@@ -299,5 +300,5 @@ def test_sources_that_cannot_be_are_told(tmp_path: Path) -> None:
     out = open_store(str(tmp_path / "out"))
     with pytest.raises(UserError, match="has samples of the tasks 't2i' and 'i2t'"):
         run([raw, replace(raw, sample=replace(raw.sample, task="i2t"))], out)
-    with pytest.raises(UserError, match="is no folder name"):
+    with pytest.raises(UserError, match="is not a folder name"):
         run([replace(raw, sample=replace(raw.sample, source="../x"))], out)

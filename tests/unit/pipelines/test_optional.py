@@ -27,7 +27,8 @@ from pathlib import Path
 from pipelines.config import DataConfig, MediaConfig
 from pipelines.errors import UserError
 from pipelines.feed.reader import Reader
-from pipelines.ingest.ingest import make_shard, plan_blocks
+from pipelines.ingest.blocks import plan_blocks
+from pipelines.ingest.ingest import make_shard
 from pipelines.media.decode import Decoder
 from pipelines.media.libraries import library_versions
 from pipelines.samples import DecodedSample

@@ -1,0 +1,99 @@
+"""Which samples form which shard: duplicates, splits, order and keys, before any file is read.
+
+Everything here is a pure function of the raw samples and the seed. Files are identified by name: equal files with
+different names count as different.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+
+from pipelines.samples import FileRef, Input, RawSample
+
+TRAIN, HELD_OUT = "train", "held_out"
+_MIN_TRAIN_SAMPLES = 2  # one sample has nothing to be contrasted with
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """The samples of one future shard, in order, with their keys."""
+
+    split: str
+    source: str
+    ordinal: int
+    samples: tuple[RawSample, ...]
+
+    @property
+    def path(self) -> str:
+        """Path of the shard below the data root."""
+        return f"{self.split}/{self.source}/{self.source}-{self.ordinal:06d}.tar"
+
+
+def pair_identity(raw: RawSample, root: str = "/") -> str:
+    """Identify a sample by instruction, texts and files. Files are relative to `root`, so that raw data may move."""
+    inputs = [_input_identity(part, raw.files, root) for part in (raw.sample.query, raw.sample.positive)]
+    return json.dumps([raw.sample.instruction, *inputs], ensure_ascii=False)
+
+
+def _input_identity(part: Input, files: dict[str, FileRef], root: str) -> str:
+    names: list[tuple[str, str, int | None]] = []
+    for media in part.media:
+        if ref := files.get(media.member):
+            names.append((media.kind, os.path.relpath(ref.path, root), ref.page))
+        else:
+            names.append((media.kind, "", None))
+    return json.dumps([part.text, names], ensure_ascii=False)
+
+
+def plan_blocks(samples: list[RawSample], held_out_fraction: float, seed: int, samples_per_shard: int) -> list[Block]:
+    """Split, shuffle and cut each source into blocks. Keys count the samples of a source in a split from 0."""
+    folders = {str(Path(ref.path).absolute().parent) for raw in samples for ref in raw.files.values()}
+    root = os.path.commonpath(folders) if folders else "/"
+    by_source: dict[str, list[RawSample]] = defaultdict(list)
+    for raw in samples:
+        by_source[raw.sample.source].append(raw)
+    blocks = []
+    for source, members in sorted(by_source.items()):
+        for split, chosen in _split(members, held_out_fraction, seed, root).items():
+            chosen.sort(key=lambda raw: _draw(seed, "order", pair_identity(raw, root)))
+            keyed = [_with_key(raw, f"{position:08d}") for position, raw in enumerate(chosen)]
+            for ordinal, start in enumerate(range(0, len(keyed), samples_per_shard)):
+                blocks.append(Block(split, source, ordinal, tuple(keyed[start : start + samples_per_shard])))
+    return blocks
+
+
+def _split(samples: list[RawSample], fraction: float, seed: int, root: str) -> dict[str, list[RawSample]]:
+    """Split the samples of a source, as they say or at random.
+
+    Of the n samples that name no split, round(fraction * n) are held out, or fewer: samples with the same target stay
+    together, and train keeps at least two.
+    """
+    splits: dict[str, list[RawSample]] = {TRAIN: [], HELD_OUT: []}
+    by_target: dict[str, list[RawSample]] = defaultdict(list)
+    free = [raw for raw in samples if raw.split is None]
+    for raw in samples:
+        if raw.split:
+            splits[raw.split].append(raw)
+    for raw in free:
+        by_target[_input_identity(raw.sample.positive, raw.files, root)].append(raw)
+    room = max(0, min(round(fraction * len(free)), len(free) - _MIN_TRAIN_SAMPLES))
+    for target in sorted(by_target, key=lambda target: _draw(seed, "held out", target)):
+        group = by_target[target]
+        fits = len(group) <= room
+        room -= len(group) * fits
+        splits[HELD_OUT if fits else TRAIN] += group
+    return splits
+
+
+def _draw(seed: int, purpose: str, identity: str) -> bytes:
+    """Return a pseudo-random rank that depends on the arguments only."""
+    return sha256(f"{seed} {purpose} {identity}".encode()).digest()
+
+
+def _with_key(raw: RawSample, key: str) -> RawSample:
+    return replace(raw, sample=replace(raw.sample, key=key))
