@@ -91,3 +91,9 @@ def examples(code: str) -> list[tuple[str, str]]:
             command, output = found[-1]
             found[-1] = (command, f"{output}{line}\n")
     return found
+
+
+def paths_in_text(text: str) -> list[str]:
+    """Return the paths of files and folders in inline code, such as `rzen/config.py` and `pipelines/media/`."""
+    inline = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    return [path for path in re.findall(r"`([\w.-]+/[\w./-]*)`", inline) if path.endswith(("/", ".py", ".yaml", ".md"))]

@@ -15,7 +15,7 @@ import yaml
 from jobs.cli import main
 from jobs.spec.load import check, read_document
 from tests.docs.prose import files
-from tests.docs.snippets import Snippet, commands, examples, snippets
+from tests.docs.snippets import Snippet, commands, examples, paths_in_text, snippets
 from tests.paths import ROOT
 from tests.tiny import tiny_checkpoint
 
@@ -50,6 +50,42 @@ def test_every_block_names_its_language(snippet: Snippet) -> None:
     assert snippet.language in LANGUAGES, f"{snippet.place}: write one of {sorted(LANGUAGES)} after the fence"
     if snippet.note.startswith("not run"):
         assert snippet.reason_not_to_run, f"{snippet.place}: write <!-- not run: REASON -->"
+
+
+def missing_paths(path: Path) -> list[str]:
+    """Return the paths that a Markdown file names and that are neither in the repository nor next to the file."""
+    text = (ROOT / path).read_text()
+    places = ROOT, (ROOT / path).parent
+    return [
+        name
+        for name in paths_in_text(text)
+        if any((place / name.partition("/")[0]).exists() for place in places)  # else it is of another program
+        and not any((place / name).exists() for place in places)
+    ]
+
+
+@pytest.mark.parametrize("path", [path for path in files(ROOT) if path.suffix == ".md"], ids=str)
+def test_named_files_exist(path: Path) -> None:
+    assert missing_paths(path) == []
+
+
+def test_named_tests_exist() -> None:
+    named = {
+        name
+        for path in files(ROOT)
+        if path.suffix == ".md"
+        for name in re.findall(r"`(test_\w+)`", (ROOT / path).read_text())
+    }
+    sources = [path.read_text() for path in (ROOT / "tests").rglob("test_*.py")]
+    defined = {name for source in sources for name in re.findall(r"^ *def (test_\w+)\(", source, re.MULTILINE)}
+    assert len(named) > 5
+    assert sorted(named - defined) == []
+
+
+def test_a_file_that_is_gone_is_found(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("`rzen/config.py`, `rzen/gone.py`, `pipelines/`, `elsewhere/gone.py`, `data/{a}.tar`\n")
+    assert missing_paths(readme) == ["rzen/gone.py"]
 
 
 @pytest.mark.parametrize("path", sorted({snippet.path for snippet in of("python")}), ids=str)
