@@ -1,1 +1,1 @@
-"""Bytes to uint8 pixels: images, video frames, document pages. Pure functions, no Ray."""
+"""Bytes to uint8 pixels: images, video frames, document pages. Pure functions without Ray."""

@@ -1,4 +1,4 @@
-"""Members of a sample to pixels: `decode_sample` in this process, or through `Decoder` in a killable child."""
+"""Members of a sample to pixels: `decode_sample` in this process, `Decoder` also in a killable child."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from pipelines.samples import DecodedInput, DecodedSample, Input, MediaKind, Sam
 
 
 def decode_pixels(kind: MediaKind, data: bytes, config: MediaConfig) -> tuple[UInt8Array, list[float]]:
-    """RGB frames `[T, H, W, 3]` of one member, and of a video when each is shown, in seconds from its start.
+    """Return RGB frames `[T, H, W, 3]` of one member, and for a video when each is shown, in seconds from its start.
 
-    T is 1 for an image, and for a document: one page, or its image.
+    T is 1 for an image and for a document, which is one page or the image of a page.
     """
     match kind:
         case "image":
@@ -33,23 +33,23 @@ def decode_pixels(kind: MediaKind, data: bytes, config: MediaConfig) -> tuple[UI
 
 
 def decode_member(kind: MediaKind, data: bytes, config: MediaConfig) -> Visual:
-    """One member in this process. Raises `BadMedia`: empty_file, too_many_bytes, and the reasons of its decoder."""
+    """Decode one member in this process. Raises `BadMedia`: empty_file, too_many_bytes, the reasons of its decoder."""
     _check_bytes(data, config)
     frames, times_s = decode_pixels(kind, data, config)
     return Visual(kind, frames, tuple(times_s))
 
 
 def decode_sample(sample: Sample, members: dict[str, bytes], config: MediaConfig, instructions: bool) -> DecodedSample:
-    """All sides of a sample, `members` holding the bytes of every medium it names.
+    """Decode all inputs of a sample, with the bytes of its media in `members`.
 
-    With `instructions`, the query carries the sample's instruction and the positive and negatives its target
-    instruction; without, all are empty. Raises `BadMedia`: missing_member, and the reasons of `decode_member`.
+    With `instructions`, the query gets the sample's instruction, and the positive and negatives get its target
+    instruction. Without, all are empty. Raises `BadMedia`: missing_member, and the reasons of `decode_member`.
     """
-    return _decode_sides(sample, members, instructions, lambda kind, data: decode_member(kind, data, config))
+    return _decode_inputs(sample, members, instructions, lambda kind, data: decode_member(kind, data, config))
 
 
 class Decoder:
-    """Decodes for one worker: in process for files one trusts, in a sandbox with `isolated`, and always for decord."""
+    """Decodes for one worker: in process for trusted files, in a sandbox with `isolated`, and always for decord."""
 
     def __init__(self, config: MediaConfig, isolated: bool = False) -> None:
         self._config = config
@@ -57,7 +57,7 @@ class Decoder:
         self._sandbox = Sandbox(config)
 
     def member(self, kind: MediaKind, data: bytes) -> Visual:
-        """As `decode_member`, and with the reasons of the sandbox where one is used."""
+        """Decode as `decode_member` does. A sandbox adds its own reasons."""
         if not (self._isolated or (kind == "video" and self._config.video_backend == "decord")):
             return decode_member(kind, data, self._config)
         _check_bytes(data, self._config)
@@ -65,11 +65,11 @@ class Decoder:
         return Visual(kind, frames, tuple(times_s))
 
     def sample(self, sample: Sample, members: dict[str, bytes], instructions: bool) -> DecodedSample:
-        """As `decode_sample`."""
-        return _decode_sides(sample, members, instructions, self.member)
+        """Decode as `decode_sample` does."""
+        return _decode_inputs(sample, members, instructions, self.member)
 
     def close(self) -> None:
-        """Ends the child, if one was started."""
+        """End the child, if one was started."""
         self._sandbox.close()
 
     def __enter__(self) -> Self:
@@ -79,15 +79,15 @@ class Decoder:
         self.close()
 
 
-def _decode_sides(
+def _decode_inputs(
     sample: Sample, members: dict[str, bytes], instructions: bool, decode: Callable[[MediaKind, bytes], Visual]
 ) -> DecodedSample:
-    def decoded(side: Input, instruction: str) -> DecodedInput:
-        missing = [media.member for media in side.media if media.member not in members]
+    def decoded(part: Input, instruction: str) -> DecodedInput:
+        missing = [media.member for media in part.media if media.member not in members]
         if missing:
             raise BadMedia("missing_member", missing[0])
-        visuals = tuple(decode(media.kind, members[media.member]) for media in side.media)
-        return DecodedInput(side.text, visuals, instruction if instructions else "")
+        visuals = tuple(decode(media.kind, members[media.member]) for media in part.media)
+        return DecodedInput(part.text, visuals, instruction if instructions else "")
 
     return DecodedSample(
         sample=sample,

@@ -1,9 +1,10 @@
-"""Visual documents: PDF bytes to pages, pixels and text. Two back ends, pymupdf (AGPL or commercial) and pypdfium2
-(BSD/Apache). Neither is thread-safe, and no timeout inside the process stops either: strangers' files go through
-`pipelines.media.sandbox`. Pages are counted from zero.
+"""Visual documents: PDF bytes to pages, pixels and text. Pages are counted from zero.
 
-Every function raises `BadMedia`: empty_file, not_a_pdf, encrypted_pdf, corrupt_pdf, too_many_pages; those that take a
-page also no_such_page.
+There are two back ends: pypdfium2 (BSD/Apache) and the extra pymupdf (AGPL or commercial). Neither is thread-safe, and
+no timeout inside the process stops either. Untrusted files therefore go through `pipelines.media.sandbox`.
+
+Every function raises `BadMedia`: empty_file, not_a_pdf, encrypted_pdf, corrupt_pdf, too_many_pages. Functions that take
+a page also raise it with no_such_page.
 """
 
 from __future__ import annotations
@@ -25,16 +26,19 @@ from pipelines.media.libraries import import_optional
 from pipelines.samples import UInt8Array
 
 # Readers accept the marks of begin and end this far into the file (ISO 32000-1 Annex H of Adobe's edition, notes 13
-# and 18). Without the first, pymupdf renders HTML as a page; without the second it silently repairs half a file.
+# and 18). Without a check for the first, pymupdf renders HTML as a page. Without the second, it silently repairs half
+# a file.
 _MARK_WINDOW_BYTES = 1024
-# A newspaper page has some 30,000 characters; a page may hold gigabytes of them, and the caller keeps all pages.
+# A newspaper page has about 30,000 characters. A malicious page may have gigabytes, and the caller keeps all pages.
 _MAX_TEXT_CHARS = 50_000
 _NO_MEMORY = re.compile(r"\b(m|c|re)alloc\b.*failed")
 
 
 def render_page(data: bytes, page: int, config: MediaConfig) -> UInt8Array:
-    """One page `[H, W, 3]` on white with about `config.page_pixels` pixels in its own aspect ratio, however large or
-    small its box. Raises `BadMedia("extreme_aspect_ratio")` too.
+    """Render one page `[H, W, 3]` on white, in its own aspect ratio.
+
+    It has about `config.page_pixels` pixels, however large or small its box is. Also raises `BadMedia` with
+    extreme_aspect_ratio.
     """
     with _opened(data, config, page) as pdf:
         width, height = pdf.size(page)
@@ -45,13 +49,13 @@ def render_page(data: bytes, page: int, config: MediaConfig) -> UInt8Array:
 
 
 def extract_page(data: bytes, page: int, config: MediaConfig) -> bytes:
-    """A PDF that holds this page alone. Equal input gives equal bytes: it carries neither dates nor a random ID."""
+    """Return a PDF of this page only. Equal input gives equal bytes: there are no dates and no random identifier."""
     with _opened(data, config, page) as pdf:
         return pdf.extract(page)
 
 
 def page_texts(data: bytes, config: MediaConfig) -> list[str]:
-    """The text layers of all pages, each up to 50,000 characters, with the document opened once."""
+    """Return the text layer of each page, up to 50,000 characters. The document is opened once."""
     with _opened(data, config) as pdf:
         return [pdf.text(page)[:_MAX_TEXT_CHARS] for page in range(pdf.count)]
 
@@ -93,7 +97,7 @@ def _opened(data: bytes, config: MediaConfig, page: int = 0) -> Iterator[_Pdf]:
 
 
 def _bad(error: Exception) -> Exception:
-    """MuPDF reports an allocation refused by the sandbox's limit like any broken file."""
+    """Return `MemoryError` for an allocation beyond the sandbox's limit, which MuPDF reports like a broken file."""
     return MemoryError(str(error)) if _NO_MEMORY.search(str(error)) else BadMedia("corrupt_pdf", str(error))
 
 
@@ -180,7 +184,7 @@ class _Pdfium:
 
 
 def _without_stamps(data: bytes) -> bytes:
-    """Overwrites PDFium's creation date and file ID with constants of the same length: offsets in the file stay."""
+    """Overwrite PDFium's creation date and file ID with constants of the same length, which keeps all offsets."""
     data = re.sub(rb"/CreationDate\(D:[^)]*\)(?=/Creator\(PDFium\))", lambda found: b" " * len(found[0]), data)
     body, mark, trailer = data.rpartition(b"/ID[<")
     ids, bracket, end = trailer.partition(b"]")

@@ -9,7 +9,7 @@ from pipelines.errors import BadMedia
 
 
 def read_file(path: str, config: MediaConfig) -> bytes:
-    """All bytes. Raises `BadMedia`: too_many_bytes, missing_file, unreadable_file."""
+    """Return all bytes of a file. Raises `BadMedia`: too_many_bytes, missing_file, unreadable_file."""
     try:
         num_bytes = Path(path).stat().st_size
         if num_bytes > config.max_bytes:

@@ -1,5 +1,6 @@
-"""Still images: file bytes to uint8 RGB. Pure, in process; PIL, because cv2 resamples and decodes differently from the
-image processors of the backbones.
+"""Still images: file bytes to uint8 RGB, in process.
+
+PIL decodes, because cv2 resamples and decodes differently from the image processors of the backbones.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pipelines.samples import UInt8Array
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\x00", b"MM\x00*")
-# What PIL's parsers raise on damaged files, besides their documented OSError.
+# What PIL's parsers raise on damaged files, in addition to their documented OSError.
 _DAMAGE = (
     OSError,
     SyntaxError,
@@ -33,12 +34,12 @@ _DAMAGE = (
 
 
 def decode_image(data: bytes, config: MediaConfig, target_pixels: int | None = None) -> UInt8Array:
-    """Upright RGB pixels `[H, W, 3]` of an image file; the first frame of an animation, transparency on white.
+    """Return upright RGB pixels `[H, W, 3]` of an image file: the first frame of an animation, transparency on white.
 
     The array may be read-only: a copy would cost a tenth of the time.
 
-    `target_pixels` is what the caller will shrink the image to: a JPEG at least twice as wide and high is then decoded
-    at 1/2, 1/4 or 1/8 of its size, which is cheaper and never goes below the target.
+    `target_pixels` is the size to which the caller will shrink the image. A JPEG at least twice as wide and high is
+    then decoded at 1/2, 1/4 or 1/8 of its size, which is cheaper and never below the target.
 
     Raises `BadMedia`: empty_file, unsupported_format, corrupt_image, too_many_pixels, extreme_aspect_ratio.
     """
@@ -62,14 +63,14 @@ def decode_image(data: bytes, config: MediaConfig, target_pixels: int | None = N
 
 
 def check_size(width: float, height: float, config: MediaConfig) -> None:
-    """Raises `BadMedia` for more than `max_pixels` or a side ratio above `max_aspect_ratio`; any unit for the ratio."""
+    """Raise `BadMedia` for more than `max_pixels`, or for an aspect ratio above `max_aspect_ratio`."""
     if width * height > config.max_pixels:
         raise BadMedia("too_many_pixels", f"{width} x {height} > {config.max_pixels}")
     check_aspect(width, height, config)
 
 
 def check_aspect(width: float, height: float, config: MediaConfig) -> None:
-    """Raises `BadMedia("extreme_aspect_ratio")` where one side is more than `max_aspect_ratio` times the other."""
+    """Raise `BadMedia` (extreme_aspect_ratio) if the longer edge is over `max_aspect_ratio` times the shorter one."""
     if max(width, height) > config.max_aspect_ratio * min(width, height):
         raise BadMedia("extreme_aspect_ratio", f"{width:g} x {height:g}, limit {config.max_aspect_ratio:g}")
 
@@ -87,7 +88,7 @@ def _rgb(image: Image.Image) -> UInt8Array:
     if image.mode in ("I", "F"):
         values = np.asarray(image).astype(np.float64)
         low, high = float(values.min()), float(values.max())
-        # Our choice: scientific values have no agreed white, so they are stretched from their own darkest to brightest.
+        # Our choice: scientific values have no agreed white. They are stretched from their darkest to their brightest.
         return _grey((values - low) * (255 / (high - low) if high > low else 0))
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")

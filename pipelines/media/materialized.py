@@ -1,7 +1,7 @@
-"""What training decodes, stored in place of what it would be decoded from: chosen frames, rendered pages.
+"""Decoded pixels, stored instead of their files: the frames of a video, the image of a page.
 
-Frames cost a fraction of decoding a clip, in every epoch; an image of a page pays where rendering is slow (scans, dense
-pages) and not where a page holds a few lines. Frames per video and pixels per page are settled at ingest.
+Reading frames costs a fraction of decoding a clip, in every epoch. An image of a page pays off if rendering is slow
+(scans, dense pages), but not for a page of a few lines. Ingest fixes the frames per video and the pixels per page.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ _JPEG_QUALITY = 90
 
 
 def materialize(kind: MediaKind, frames_THWC: UInt8Array, times_s: Sequence[float]) -> bytes:
-    """Frames `[T, H, W, 3]` as Motion JPEG, a page `[1, H, W, 3]` as lossless WebP. Equal pixels give equal bytes.
+    """Encode frames `[T, H, W, 3]` as Motion JPEG, a page `[1, H, W, 3]` as lossless WebP.
 
-    Frames keep the time between the first and the last of `times_s`; those between become evenly spaced.
+    Equal pixels give equal bytes. Frames keep the time between the first and the last of `times_s`. The others become
+    evenly spaced.
     """
     if kind == "document":
         return _page(frames_THWC[0])
@@ -31,7 +32,7 @@ def materialize(kind: MediaKind, frames_THWC: UInt8Array, times_s: Sequence[floa
 
 
 def is_page_image(data: bytes) -> bool:
-    """Whether a document is a rendered page already."""
+    """Return whether a document is a rendered page already."""
     return data[:4] == b"RIFF" and data[8:12] == b"WEBP"
 
 
@@ -39,13 +40,13 @@ def _page(page_HWC: UInt8Array) -> bytes:
     sink = io.BytesIO()
     try:
         Image.fromarray(page_HWC).save(sink, "WEBP", lossless=True, method=2)
-    except ValueError as error:  # the format ends at 16383 pixels a side
+    except ValueError as error:  # the format allows 16383 pixels per edge
         raise BadMedia("extreme_aspect_ratio", str(error)) from error
     return sink.getvalue()
 
 
 def _rate(times_s: Sequence[float]) -> Fraction:
-    """Frames per second, as AVI holds it: two whole numbers."""
+    """Return frames per second as AVI stores it: two whole numbers."""
     span_s = times_s[-1] - times_s[0]
     return Fraction((len(times_s) - 1) / span_s).limit_denominator(100_000) if span_s > 0 else Fraction(1)
 

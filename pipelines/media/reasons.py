@@ -1,4 +1,4 @@
-"""Why a file is not used: every reason that decoding may give, as it is counted in reports."""
+"""Reasons for rejecting a file: every reason that a decoder may give, as reports count it."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ REASONS: dict[str, str] = {
     "empty_file": "it holds no bytes",
     "too_many_bytes": "it is larger than media.max_bytes",
     "too_many_pixels": "an image or frame is larger than media.max_pixels",
-    "extreme_aspect_ratio": "one side is more than media.max_aspect_ratio times the other",
+    "extreme_aspect_ratio": "one edge is more than media.max_aspect_ratio times the other",
     # images
-    "unsupported_format": "it begins like none of the image formats",
+    "unsupported_format": "its first bytes are those of no image format",
     "corrupt_image": "it is damaged or ends too early",
     # videos
-    "corrupt_video": "it is damaged, or no video container at all",
+    "corrupt_video": "it is damaged, or is not a video container",
     "truncated_video": "it ends before the time that it declares",
-    "no_video_stream": "there is sound in it, and no moving picture",
+    "no_video_stream": "it has sound, and no moving picture",
     "too_long_video": "it is longer than media.max_video_s",
     "too_many_frames": "it has more frames than media.max_video_frames",
     "unequal_frames": "it is a folder of pictures that are not all of one size",
-    "decord_unsupported": "decord would hang on it or show wrong frames; pyav reads it",
+    "decord_unsupported": "decord would hang on it or give wrong frames; pyav decodes it",
     # documents
     "not_a_pdf": "it is another kind of file",
     "encrypted_pdf": "it needs a password",
@@ -29,6 +29,6 @@ REASONS: dict[str, str] = {
     "decoder_cpu_limit": "it took more than media.max_cpu_s; the child was killed",
     "decoder_memory_limit": "it took more than media.max_memory_bytes",
     "decoder_time_limit": "the decoder did not return; the child was killed",
-    "decoder_crashed": "the decoder ended the child, as pdfium does where it gets no more memory",
-    "decoder_error": "the decoder failed in a way that is not foreseen here: worth a report",
+    "decoder_crashed": "the decoder ended the child, as pdfium does when it gets no more memory",
+    "decoder_error": "the decoder failed with an unexpected error; please report it",
 }

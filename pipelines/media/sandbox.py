@@ -1,14 +1,14 @@
-"""A killable child process for strangers' files: nothing inside a process can stop a decoder that never returns.
+"""A killable child process for untrusted files: nothing inside a process can stop a decoder that never returns.
 
     parent                                   child (`python -m pipelines.media.sandbox`)
     Sandbox.call(f, *args) --pickle-->       limits CPU and memory, runs f(*args)
           result or BadMedia <--raw data--   answers with bytes or JSON, which the parent never unpickles
 
-One child serves many files, so that starting it (0.3 s, 2 s with pymupdf) is paid once; it is replaced after every
-broken limit. It is started by `subprocess`, neither forked nor multiprocessing, which is safe inside Ray workers.
+One child serves many files, so that its start (0.3 s, 2 s with pymupdf) is paid once. It is replaced whenever it breaks
+a limit. It is started by `subprocess` and not forked, which is safe inside Ray workers.
 
 Reasons of `BadMedia` that the sandbox adds: decoder_cpu_limit, decoder_memory_limit, decoder_time_limit,
-decoder_crashed, and decoder_error for an exception that the decoder's own guards did not foresee.
+decoder_crashed, and decoder_error for an exception that the decoder does not handle.
 """
 
 from __future__ import annotations
@@ -39,31 +39,31 @@ from pipelines.errors import BadMedia, UserError
 Result = TypeVar("Result")
 _INSIDE = "RZEN_MEDIA_SANDBOX"
 _LENGTHS = struct.Struct("<QQ")
-# By the clock: for a child that waits instead of computing, is starved by its neighbors, or loads libraries.
+# Wall time, for a child that waits instead of computing, gets little CPU from a busy machine, or loads libraries.
 _WALL_PER_CPU_S = 4.0
 _WALL_EXTRA_S = 15.0
 _START_S = 60.0
 _READY = b"!"
 _PLACE = "the decoding child"
 _CHUNK_BYTES = 1 << 20
-_DISORDER = (struct.error, ValueError)  # of an answer that a decoder gone wild has written over
+_DISORDER = (struct.error, ValueError)  # of an answer that a faulty decoder has overwritten
 _MAYBE_OF_EARLIER_FILES = ("decoder_crashed", "decoder_memory_limit")
 
 
 class _NotImported(UserError):
-    """A library of the child, for want of an installation or of memory."""
+    """A library that the child cannot import: it is not installed, or memory is short."""
 
 
 def in_sandbox() -> bool:
-    """Whether this process is a sandbox child."""
+    """Return whether this process is a sandbox child."""
     return _INSIDE in os.environ
 
 
 @contextmanager
 def exclude_from_cpu_limit() -> Iterator[None]:
-    """What is done here does not count towards the child's CPU limit: importing pymupdf takes longer than many files.
+    """Do not count the block towards the child's CPU limit: importing pymupdf takes longer than many files.
 
-    Does nothing outside a sandbox child.
+    Has no effect outside a sandbox child.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_CPU)
     if not in_sandbox() or soft == hard:
@@ -80,7 +80,7 @@ def exclude_from_cpu_limit() -> Iterator[None]:
 class Sandbox:
     """Runs module-level functions in a child under `max_cpu_s` per call and `max_memory_bytes`. Not thread-safe.
 
-    `wall_s` bounds a call by the clock; 15 s and four times `max_cpu_s` where not given (our choice).
+    `wall_s` is the limit of a call in wall time. The default is 15 s and four times `max_cpu_s` (our choice).
     """
 
     def __init__(self, config: MediaConfig, wall_s: float | None = None) -> None:
@@ -89,14 +89,15 @@ class Sandbox:
         self._child: subprocess.Popen[bytes] | None = None
 
     def call(self, function: Callable[..., Result], *args: Any) -> Result:
-        """`function(*args)`, computed in the child. Arguments must pickle; the result is a uint8 array, that and JSON,
-        bytes, or JSON.
+        """Return `function(*args)`, computed in the child.
 
-        Raises what the function raises if that is `BadMedia` or `UserError`, `BadMedia` with the reasons above, and
-        `UserError` where no child can be started or a library cannot be imported.
+        Arguments must pickle. The result is a uint8 array, an array and JSON, bytes, or JSON.
 
-        What becomes of a file depends on that file alone: a child that breaks or runs out of memory may have been
-        spoilt by earlier files, and so the verdict is that of a new one.
+        Passes on a `BadMedia` or `UserError` of the function. Raises `BadMedia` with the reasons above, and `UserError`
+        if no child can be started or a library cannot be imported.
+
+        The result depends on this file only. Earlier files may have damaged a child that crashes or runs out of memory,
+        so that the call is repeated in a new child.
         """
         request = pickle.dumps((function, args, self._config.max_cpu_s))
         is_new = self._child is None
@@ -122,7 +123,7 @@ class Sandbox:
             self.close()
             raise BadMedia("decoder_crashed", f"its answer is in disorder: {error}") from error
         except BaseException:
-            # An answer left unread would be taken for that of the next call.
+            # The next call would read an answer that is still in the pipe.
             self.close()
             raise
         if header.get("reason") == "decoder_memory_limit":
@@ -130,12 +131,12 @@ class Sandbox:
         return _value(header, payload)
 
     def close(self) -> None:
-        """Kills the child. The next call starts another."""
+        """Kill the child. The next call starts another one."""
         if self._child is not None:
             self._end()
 
     def _end(self) -> int:
-        """Exit status of the child; one that already ended keeps its own."""
+        """Kill the child and return its exit status. A child that has ended already keeps its own status."""
         assert self._child is not None
         child, self._child = self._child, None
         child.kill()
@@ -153,7 +154,7 @@ class Sandbox:
 
 def _start(max_memory_bytes: int) -> subprocess.Popen[bytes]:
     one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-    # sys.path and not the inherited variable: Ray adds a job's working directory to the path inside the process.
+    # Not the inherited PYTHONPATH: Ray adds a job's working directory to sys.path inside the process.
     environment = os.environ | one_thread | {"PYTHONPATH": os.pathsep.join(sys.path), _INSIDE: "1"}
     child = subprocess.Popen(
         [sys.executable, "-m", "pipelines.media.sandbox", str(max_memory_bytes)],
@@ -169,7 +170,7 @@ def _start(max_memory_bytes: int) -> subprocess.Popen[bytes]:
     except (EOFError, TimeoutError) as error:
         child.kill()
         problem = f"did not start: exit status {child.wait()}"
-        raise UserError(_PLACE, problem, f"see that {sys.executable} can import numpy and pipelines") from error
+        raise UserError(_PLACE, problem, f"check that {sys.executable} can import numpy and pipelines") from error
     return child
 
 
@@ -236,7 +237,7 @@ def _answer(request: bytes) -> tuple[dict[str, Any], bytes | memoryview]:
         return {"reason": "decoder_memory_limit", "detail": str(error)}, b""
     except ImportError as error:
         return {"import_error": str(error)}, b""
-    except Exception as error:  # noqa: BLE001  a file that nobody foresaw is one bad file, not the end of the job
+    except Exception as error:  # noqa: BLE001  an unexpected error costs one file, not the job
         last = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{Path(last.filename).name}:{last.lineno}, {last.name}"
         return {"reason": "decoder_error", "detail": f"{type(error).__name__}: {error} ({place})"}, b""
@@ -249,7 +250,7 @@ def _answer(request: bytes) -> tuple[dict[str, Any], bytes | memoryview]:
 
 
 def _limit_cpu(max_cpu_s: int) -> None:
-    """SIGXCPU kills the process after this many more seconds: the limit counts from its start, so it moves."""
+    """Let SIGXCPU kill the process after this many more seconds. The limit counts from the start of the process."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
     soft = math.ceil(used.ru_utime + used.ru_stime) + max_cpu_s

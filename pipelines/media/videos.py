@@ -1,4 +1,4 @@
-"""Videos: file bytes to evenly spaced uint8 RGB frames. PyAV by default; decord on request, in the sandbox only."""
+"""Videos: file bytes to evenly spaced uint8 RGB frames, with PyAV, or with decord in the sandbox."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ _TICK_TOLERANCE = 1e-6  # in sampling intervals: frame times are rounded
 
 
 def decode_video(data: bytes, config: MediaConfig) -> tuple[UInt8Array, list[float]]:
-    """The frames `[T, H, W, 3]` that `sample_frames` chooses, upright by the display matrix, and when each is shown, in
-    seconds from the start.
+    """Return the frames `[T, H, W, 3]` that `sample_frames` chooses, and when each is shown, in seconds from the start.
 
-    Raises `BadMedia`: empty_file, corrupt_video, truncated_video, no_video_stream, too_long_video, too_many_frames,
-    too_many_pixels, extreme_aspect_ratio, decord_unsupported; `UserError` for decord outside the sandbox.
+    Frames are upright by the display matrix. Raises `BadMedia`: empty_file, corrupt_video, truncated_video,
+    no_video_stream, too_long_video, too_many_frames, too_many_pixels, extreme_aspect_ratio, decord_unsupported. Raises
+    `UserError` for decord outside the sandbox, or if it is not installed.
     """
     if not data:
         raise BadMedia("empty_file")
@@ -55,24 +55,26 @@ def decode_video(data: bytes, config: MediaConfig) -> tuple[UInt8Array, list[flo
 
 
 def sample_frames(times_s: npt.NDArray[np.float64], config: MediaConfig) -> npt.NDArray[np.int64]:
-    """Which of the frames shown from increasing `times_s` on to take: increasing, distinct positions, at least one.
+    """Choose frames of a video. Return increasing, distinct positions in `times_s`, at least one.
 
-    Without `config.fps`, `frames` of them, uniform over their order. With it, the frame that is shown at the start and
-    after each 1 / fps seconds, the last one being shown as long as the one before it; if these are more than `frames`,
-    a uniform choice of them. A video with fewer gives all it has, once each: repeating frames would cost the model
-    tokens and add nothing.
+    `times_s` says when each frame is shown and increases. Without `config.fps`, `frames` positions are chosen, uniform
+    over their order. With it, the frames shown at the start and after each 1 / fps seconds are chosen, or a uniform
+    choice of `frames` of these. The last frame is taken to be shown as long as the one before it. A video with fewer
+    frames gives each once: repeated frames would cost the model tokens and add nothing.
     """
     candidates = np.arange(len(times_s))
     if config.fps is not None and len(times_s) > 1:
         starts_s = np.append(times_s, 2 * times_s[-1] - times_s[-2]) - times_s[0]
-        next_tick = np.ceil(starts_s * config.fps - _TICK_TOLERANCE)  # the first one at which the frame can be seen
+        next_tick = np.ceil(starts_s * config.fps - _TICK_TOLERANCE)  # the first tick at which the frame is shown
         candidates = np.union1d(0, np.flatnonzero(np.diff(next_tick)))
     return candidates[uniform_indices(len(candidates), config.frames)]
 
 
 def uniform_indices(num_frames: int, num_wanted: int) -> npt.NDArray[np.int64]:
-    """Increasing, distinct positions in `range(num_frames)`, first and last included: linspace rounded down, as the
-    MMEB-V2 protocol samples. All positions where there are no more than `num_wanted`; the first where one is wanted.
+    """Return increasing, distinct positions in `range(num_frames)`, first and last included.
+
+    They are linspace rounded down, as in the MMEB-V2 protocol. If `num_frames` is at most `num_wanted`, they are all
+    positions. If one is wanted, it is the first.
     """
     count = min(num_frames, num_wanted)
     return np.arange(count, dtype=np.int64) * (num_frames - 1) // max(count - 1, 1)
@@ -80,9 +82,10 @@ def uniform_indices(num_frames: int, num_wanted: int) -> npt.NDArray[np.int64]:
 
 @dataclass(frozen=True, slots=True)
 class _Scan:
-    """What the container says, undecoded. `pts` (shown frames; empty where any is missing) and `keys` (key frames) are
-    increasing stream ticks of `tick_s` seconds; `frame_s` is the mean time between frames; `decord_trap` names what
-    decord 0.6 gets wrong in this file.
+    """What the container says, without decoding.
+
+    `pts` (shown frames, empty if any is missing) and `keys` (key frames) are increasing stream ticks of `tick_s`
+    seconds. `frame_s` is the mean time between frames. `decord_trap` names what decord 0.6 decodes wrongly.
     """
 
     pts: list[int]
@@ -92,7 +95,7 @@ class _Scan:
     decord_trap: str
 
     def times_s(self, num_frames: int) -> npt.NDArray[np.float64]:
-        """When each frame is shown; evenly spaced unless the container gives as many times."""
+        """Return when each frame is shown: evenly spaced, unless the container has a time for each frame."""
         if self.pts and len(self.pts) == num_frames:
             return np.array([(pts - self.pts[0]) * self.tick_s for pts in self.pts])
         return np.array([i * self.frame_s for i in range(num_frames)])
@@ -109,7 +112,7 @@ def _video_stream(container: Any, config: MediaConfig) -> Any:
         raise BadMedia("no_video_stream" if whole else "corrupt_video", "no pictures inside")
     if stream.codec_context is None:
         raise BadMedia("corrupt_video", "no decoder for its pictures")
-    # Frame threads change which frames come out after a seek; workers are the parallelism here.
+    # Frame threads change which frames a seek returns. Several workers decode in parallel instead.
     stream.thread_type = "NONE"
     stream.codec_context.thread_count = 1
     check_size(stream.width, stream.height, config)
@@ -117,13 +120,14 @@ def _video_stream(container: Any, config: MediaConfig) -> Any:
 
 
 def _scan(container: Any, stream: Any, config: MediaConfig) -> _Scan:
-    """One pass over all packets. Raises `BadMedia`: truncated_video where they end before the declared duration,
-    too_long_video, too_many_frames.
+    """Read all packets once. Raises `BadMedia`: truncated_video, too_long_video, too_many_frames.
+
+    A video is truncated if its packets end before the declared duration.
     """
-    trap = _decord_trap(container, stream)  # asked before the pass, which builds an index of its own
+    trap = _decord_trap(container, stream)  # before the pass, which adds index entries
     pts: set[int] = set()
     keys: set[int] = set()
-    # AVI stores no presentation times, and what FFmpeg makes up for reordered frames is wrong.
+    # AVI stores no presentation times, and FFmpeg's guesses are wrong for reordered frames.
     trusted = not (container.format.name == "avi" and stream.codec_context.has_b_frames)
     start_s = end_s = 0.0
     tick_s, frame_s = float(stream.time_base), 1 / float(stream.average_rate or stream.guessed_rate or 25)
@@ -161,7 +165,7 @@ def _scan(container: Any, stream: Any, config: MediaConfig) -> _Scan:
 
 
 def _decord_trap(container: Any, stream: Any) -> str:
-    """What the headers tell of decord's problems; `_scan` finds others in the packets."""
+    """Return the problem of decord that the headers show, or "". `_scan` finds other problems in the packets."""
     if container.format.name not in _DECORD_FORMATS:
         return f"container {container.format.name}"
     if stream.codec_context.codec.canonical_name == "av1":
@@ -181,8 +185,8 @@ def _check_whole(container: Any, shown: list[int], tick_s: float, end_s: float) 
         return
     duration_s = container.duration / av.time_base
     longest_gap_s = max((b - a for a, b in pairwise(shown)), default=0) * tick_s
-    # `end_s` counts from zero and not from a late start: some muxers do so for the duration too, so that a late start
-    # must not read as a missing end. Times before zero, of a transport stream whose clock wraps, do count.
+    # `end_s` counts from zero and not from a late start, because some muxers count the duration so too. A late start
+    # must not look like a missing end. Times before zero, of a transport stream whose clock wraps, do count.
     if duration_s - end_s > max(longest_gap_s, _TRUNCATION_TOLERANCE * duration_s):
         raise BadMedia("truncated_video", f"declares {duration_s:.2f} s, ends at {end_s:.2f} s")
 
@@ -196,13 +200,13 @@ def _decode_pyav(data: bytes, config: MediaConfig, scan: _Scan) -> tuple[UInt8Ar
     if not frames:
         frames, times_s = _all_through(data, config, scan)
     if any(frame.is_corrupt for frame in frames):
-        # Only what FFmpeg itself admits: most damage is concealed, and its strict mode refuses healthy streams too.
+        # Only damage that FFmpeg reports: it conceals most, and its strict mode rejects sound streams too.
         raise BadMedia("corrupt_video", "the decoder had to invent parts of a frame")
     return _rgb(frames), times_s.tolist()
 
 
 def _seek_frames(container: Any, stream: Any, wanted: list[int], keys: list[int]) -> list[Any]:
-    """The frames shown at `wanted`, each decoded from the key frame before it; none where the container misleads."""
+    """Return the frames shown at `wanted`, each decoded from the key frame before it, or [] if the index is wrong."""
     frames: list[Any] = []
     position: int | None = None
     decoder: Iterator[Any] = iter(())
@@ -219,7 +223,7 @@ def _seek_frames(container: Any, stream: Any, wanted: list[int], keys: list[int]
                 return []
             decoder = container.decode(stream)
         for frame in decoder:
-            # Landing after the key frame would show pictures whose references are missing.
+            # After a seek behind the key frame, pictures would lack their references.
             if frame.pts is None or frame.pts > (key if sought else pts):
                 return []
             position, sought = frame.pts, False
@@ -232,7 +236,7 @@ def _seek_frames(container: Any, stream: Any, wanted: list[int], keys: list[int]
 
 
 def _all_through(data: bytes, config: MediaConfig, scan: _Scan) -> tuple[list[Any], npt.NDArray[np.float64]]:
-    """Without an index: decode once to count what can be shown, and again to keep the chosen positions."""
+    """Decode without an index: once to count the frames, and again to keep the chosen positions."""
     with _open(data) as container:
         count = sum(1 for _ in container.decode(_video_stream(container, config)))
     if count == 0:
@@ -246,7 +250,7 @@ def _all_through(data: bytes, config: MediaConfig, scan: _Scan) -> tuple[list[An
 
 
 def _rgb(frames: list[Any]) -> UInt8Array:
-    """Stacked and upright. Frames of another size than the first, which a stream may hold, are scaled to it."""
+    """Stack the frames upright. Frames of a different size, which a stream may hold, are scaled to the first."""
     scaler, width, height = VideoReformatter(), frames[0].width, frames[0].height
     stacked: UInt8Array = np.stack([scaler.reformat(frame, width, height, "rgb24").to_ndarray() for frame in frames])
     matrix = frames[0].side_data.get(SideDataType.DISPLAYMATRIX)
@@ -254,7 +258,7 @@ def _rgb(frames: list[Any]) -> UInt8Array:
 
 
 def _upright(frames: UInt8Array, matrix: npt.NDArray[np.int32]) -> UInt8Array:
-    """Applies a display matrix (row-major 3 x 3, shown = stored @ matrix) rounded to quarter turns and mirrorings."""
+    """Apply a display matrix (row-major 3 x 3, shown = stored @ matrix), rounded to quarter turns and mirrorings."""
     across, down = int(matrix[0]), int(matrix[4])
     if abs(int(matrix[1])) > abs(across):
         frames = frames.swapaxes(1, 2)
@@ -263,9 +267,9 @@ def _upright(frames: UInt8Array, matrix: npt.NDArray[np.int32]) -> UInt8Array:
 
 
 def _decode_decord(data: bytes, config: MediaConfig, scan: _Scan) -> tuple[UInt8Array, list[float]]:
-    """decord 0.6 (FFmpeg 4.1) never returns on some files and shows wrong frames of others: refused or contained."""
+    """Decode with decord 0.6 (FFmpeg 4.1), which never returns on some files and gives wrong frames for others."""
     if not sandbox.in_sandbox():
-        problem = "decord can hang for ever and decodes only in the killable child"
+        problem = "decord can hang indefinitely and decodes only in the killable child"
         raise UserError("media.video_backend=decord", problem, "use Decoder or Sandbox, or the pyav backend")
     with _open(data) as container:
         first = next(container.decode(_video_stream(container, config)), None)

@@ -1,1 +1,1 @@
-"""Raw layouts turned into samples: one function per layout, each yielding `RawSample`."""
+"""Raw data to samples: an ordinary folder of files."""

@@ -1,7 +1,7 @@
-"""An ordinary folder of files to samples: media with captions beside them, `captions.jsonl` lists, and PDFs.
+"""An ordinary folder of files to samples: media with captions next to them, `captions.jsonl` lists, and PDFs.
 
-    cat.jpg + cat.txt       each line that is not empty is a caption, and each caption a sample
-    captions.jsonl          in any folder, paths relative to it, one object a line:
+    cat.jpg + cat.txt       each line that is not empty is a caption, and each caption is a sample
+    captions.jsonl          in any folder, paths relative to it, one object per line:
                               {"file", "caption"}                 text -> medium; "page" for PDFs, from zero
                               {"query_file", "query", "file"}     composed retrieval: medium + text -> medium
                               {"query", "positive"}               text -> text
@@ -9,7 +9,7 @@
                             each with optional "source", "task", "instruction", "relevance", "split"
     report.pdf              without captions: a passage of each page's own text layer -> that page
 
-A caption of a PDF without "page" belongs to page 0. Hidden files and folders are left alone.
+A caption of a PDF without "page" belongs to page 0. Hidden files and folders are ignored.
 """
 
 from __future__ import annotations
@@ -90,11 +90,11 @@ _FORMS = (
 
 
 def read_folder(path: str, config: MediaConfig) -> Iterator[RawSample | Rejected]:
-    """All samples of a folder and all that cannot be one, in an order that depends on names alone.
+    """Yield all samples of a folder and everything that is rejected, in an order that depends on names only.
 
-    First the lines of every `captions.jsonl`, then every other file. Media are named and not read, except the text
-    layers of PDFs without captions, which are read in a sandbox. Links are followed to files, as download caches use
-    them, and not to folders. Keys are left empty. `origin` is the path in the folder, with `#page=` from zero for
+    First come the lines of every `captions.jsonl`, then every other file. Media are named and not read, except the text
+    layers of PDFs without captions, which a sandbox reads. Links to files are followed, because download caches use
+    them; links to folders are not. Keys are empty. `origin` is the path in the folder, with `#page=` from zero for
     PDFs, or `captions.jsonl:line`.
 
     Raises `UserError` at once for a missing path, a file, and a folder without a usable file. Reasons of `Rejected`:
@@ -121,7 +121,7 @@ class _Tree:
 
     def read(self, name: str) -> bytes:
         if self.sizes[name] is None:
-            raise BadMedia("unreadable", name)  # opening a named pipe would wait for ever
+            raise BadMedia("unreadable", name)  # opening a named pipe would wait indefinitely
         try:
             return (self.root / name).read_bytes()
         except OSError as error:
@@ -141,7 +141,7 @@ def _list(root: Path) -> _Tree:
         for name in names:
             if not name.startswith("."):
                 raw = posixpath.normpath(f"{prefix}/{name}")
-                # A name that is not UTF-8 could not be stored: it is told as far as it can be, and not used.
+                # A name that is not UTF-8 cannot be stored: it is rejected, with a readable form of the name.
                 shown = os.fsencode(raw).decode(errors="replace")
                 sizes[shown] = _size(place / name) if shown == raw else None
     return _Tree(root, dict(sorted(sizes.items())))
@@ -169,13 +169,13 @@ def _read(tree: _Tree, config: MediaConfig) -> Iterator[RawSample | Rejected]:
                 reason = "unreadable" if tree.sizes[name] is None else "unsupported_format"
                 yield Rejected(name, reason)
             elif posixpath.splitext(name)[0] not in stems:
-                yield Rejected(name, "missing_file", "a caption, and no medium of the same name beside it")
+                yield Rejected(name, "missing_file", "a caption without a medium of the same name")
 
 
 def _read_medium(
     tree: _Tree, name: str, captioned: bool, config: MediaConfig, sandbox: Sandbox
 ) -> Iterator[RawSample | Rejected]:
-    """A medium with the `.txt` beside it; a PDF without one by its own text. Listed media are done already."""
+    """Yield the samples of a medium by its `.txt`, or of a PDF by its own text. A list may have used it already."""
     caption_file = posixpath.splitext(name)[0] + ".txt"
     try:
         if caption_file in tree.sizes:
@@ -214,7 +214,7 @@ def _read_pdf(tree: _Tree, name: str, config: MediaConfig, sandbox: Sandbox) -> 
 
 
 def _read_list(tree: _Tree, name: str, captioned: set[str]) -> Iterator[RawSample | Rejected]:
-    """The samples of one `captions.jsonl`; adds every file it names to `captioned`."""
+    """Yield the samples of one `captions.jsonl`, and add every file that it names to `captioned`."""
     try:
         _check_file(tree, name)
         with (tree.root / name).open("rb") as lines:
@@ -261,12 +261,12 @@ def _listed(tree: _Tree, folder: str, line: _Line, origin: str, captioned: set[s
         (query, query_ref), (target, target_ref) = _medium(tree, "q0", query_file), _medium(tree, "p0", file)
         files = {query.member: query_ref, target.member: target_ref}
         pair = _sample("image_text_image", Input(texts[0], (query,)), Input(media=(target,)), files, file)
-    options = {name: value for name in _OPTIONS if (value := getattr(line, name)) is not None}
+    options = {name: getattr(line, name) for name in _OPTIONS if getattr(line, name) is not None}
     return replace(pair, sample=replace(pair.sample, **options), split=line.split)
 
 
 def _resolve(folder: str, name: str | None) -> str | None:
-    """A path of a list, relative to the root. By its letters alone: nothing outside the root is even looked at."""
+    """Return a path of a list relative to the root. Only its text is checked: no file outside the root is accessed."""
     if name is None:
         return None
     resolved = posixpath.normpath(posixpath.join(folder, name))

@@ -1,4 +1,4 @@
-"""Queries for pages that nobody captioned: a passage of the page's own text layer."""
+"""Queries for pages without captions: a passage of the page's own text layer."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ _WORD = re.compile(r"[^\W\d_]{3,}")
 
 
 def choose_passages(pages: list[str]) -> list[str]:
-    """For each page of a document, the passage of 8 to 40 words that tells it best from the other pages, "" for a page
-    with hardly any text.
+    """Return, for each page of a document, its most distinctive passage of 8 to 40 words.
 
-    Best is the largest sum, over its different words, of 1 / (pages that hold the word), so that running heads and
-    tables of numbers lose. Pages with fewer than 8 words are their own passage. Our choice.
+    The score of a passage is the sum, over its different words, of 1 / (pages that hold the word). Running heads and
+    tables of numbers therefore lose. A page with fewer than 8 words is its own passage. A page with fewer than 3
+    different words has the passage "". Our choice.
     """
     pages = [_HYPHENATED.sub("", page) for page in pages]
     vocabularies = [_words(page) for page in pages]
     pages_with = Counter(word for vocabulary in vocabularies for word in vocabulary)
 
-    def worth(passage: str) -> float:
+    def score(passage: str) -> float:
         return sum(1 / pages_with[word] for word in sorted(_words(passage)))
 
     return [
-        max(_passages(page), key=worth) if len(vocabulary) >= _MIN_PAGE_WORDS else ""
+        max(_passages(page), key=score) if len(vocabulary) >= _MIN_PAGE_WORDS else ""
         for page, vocabulary in zip(pages, vocabularies, strict=True)
     ]
 
@@ -37,7 +37,7 @@ def _words(text: str) -> set[str]:
 
 
 def _passages(page: str) -> list[str]:
-    """Sentences, the short ones joined to the next and the long ones cut; the whole page where it is shorter."""
+    """Return sentences, with short ones joined to the next and long ones cut, or the whole of a short page."""
     passages: list[str] = []
     words: list[str] = []
     for sentence in _SENTENCE_END.split(page):

@@ -14,10 +14,10 @@ from pipelines.storage.store import PARTIAL, LocalStore, Store, disk_errors
 
 
 def open_store(url: str, endpoint: str | None = None) -> Store:
-    """Opens a local path, file:// or s3:// URL. Nothing is contacted or created.
+    """Open a local path, file:// or s3:// URL. Nothing is contacted or created.
 
-    `endpoint` names another object store than AWS; `resolve_endpoint` is applied to it, and the result travels with
-    the store. Credentials are each machine's own.
+    `endpoint` names an object store that is not AWS. `resolve_endpoint` is applied to it, and the result is pickled
+    with the store. Credentials are not: each machine uses its own.
     """
     scheme, separator, rest = url.partition("://")
     if not separator:
@@ -32,15 +32,18 @@ def open_store(url: str, endpoint: str | None = None) -> Store:
 
 
 def resolve_endpoint(endpoint: str | None) -> str | None:
-    """What was given, or AWS_ENDPOINT_URL_S3, or AWS_ENDPOINT_URL. For drivers: workers need not have the variables."""
+    """Return the argument, or AWS_ENDPOINT_URL_S3, or AWS_ENDPOINT_URL.
+
+    Drivers call this, because workers may not have the variables.
+    """
     return endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
 
 
 def localize(url: str, cache_dir: Path, endpoint: str | None = None) -> Path:
-    """A local folder with the content of `url`: a local path as it is, an s3:// tree downloaded once.
+    """Return a local folder with the content of `url`: a local path itself, or an s3:// tree that is downloaded once.
 
-    Copies are named by the content listed at the URL, appear in `cache_dir` only when complete, and are shared by
-    the processes of a machine: one downloads, the others wait. Raises `FileNotFoundError` if there is nothing.
+    Downloads are named by the content listed at the URL and appear in `cache_dir` only when complete. The processes of
+    a machine share them: one downloads, the others wait. Raises `FileNotFoundError` if there is nothing.
     """
     store = open_store(url, endpoint)
     if isinstance(store, LocalStore):

@@ -1,4 +1,4 @@
-"""S3, and stores that speak it: the far side of the door in `storage.py`."""
+"""The store on S3 and compatible services: ranged reads, retries and conditional writes."""
 
 from __future__ import annotations
 
@@ -35,24 +35,24 @@ from pipelines.storage.store import Store, atomic_file, check_relative_path, dis
 T = TypeVar("T")
 _CONNECT_TIMEOUT_S = 3
 _READ_TIMEOUT_S = 20
-_PAUSES_S = (0.1, 0.3, 1.0, 3.0, 6.0, 10.0, 10.0)  # at most, between attempts on a store that answers, but badly
-_PATIENCE_S = 60  # no attempt begins later: one alone may take long
-_UNREACHABLE_PATIENCE_S = 3  # where nothing answers, the address is wrong more often than the store is down
-_MIN_BYTES_PER_S = 16 << 10  # an answer that comes more slowly is asked for again
-_CHUNK_BYTES = 256 << 10  # after each the pace is looked at
+_PAUSES_S = (0.1, 0.3, 1.0, 3.0, 6.0, 10.0, 10.0)  # at most, between attempts on a store that answers with errors
+_PATIENCE_S = 60  # no attempt begins later, because a single one may take long
+_UNREACHABLE_PATIENCE_S = 3  # if nothing answers, a wrong address is more likely than a store that is down
+_MIN_BYTES_PER_S = 16 << 10  # a slower answer is requested again
+_CHUNK_BYTES = 256 << 10  # the rate is checked after each
 _PART_BYTES = 8 << 20  # of a download
 _NUM_PARTS_AT_ONCE = 10
 
 
 class _BadAnswerError(Exception):
-    """An answer that cannot be used, while the next one may be whole."""
+    """An answer that cannot be used. The next one may be complete."""
 
 
 class _ShortError(_BadAnswerError):
-    """Fewer bytes than were promised: a cut connection."""
+    """Fewer bytes than announced: a broken connection."""
 
 
-_PASSING = (  # beside answers that say so: faults on the way
+_TRANSIENT = (  # faults of the connection; some answers say themselves that they are transient
     ConnectionClosedError,
     FlexibleChecksumError,
     IncompleteReadError,
@@ -63,7 +63,7 @@ _PASSING = (  # beside answers that say so: faults on the way
 
 
 def open_s3(url: str, endpoint: str | None) -> S3Store:
-    """Opens `s3://bucket/folder`. Nothing is contacted."""
+    """Open `s3://bucket/folder`. Nothing is contacted."""
     bucket, _, prefix = url.removeprefix("s3://").partition("/")
     if not bucket:
         raise UserError(url, "names no bucket", "write s3://bucket/folder")
@@ -72,7 +72,7 @@ def open_s3(url: str, endpoint: str | None) -> S3Store:
 
 @dataclass(frozen=True, slots=True)
 class S3Store(Store):
-    """A folder in an S3 bucket, or in a store that speaks S3 at `endpoint`."""
+    """A folder in an S3 bucket, or in a compatible service at `endpoint`."""
 
     bucket: str
     prefix: str
@@ -87,7 +87,7 @@ class S3Store(Store):
         return "" if key == "." else key
 
     def _call(self, path: str, operation: Callable[[Any], T]) -> T:
-        """One operation, repeated on passing faults; a lasting one becomes `FileNotFoundError` or `UserError`."""
+        """Run an operation, again on transient faults. A lasting fault becomes `FileNotFoundError` or `UserError`."""
         start_s = time.monotonic()
         for pause_s in (*_PAUSES_S, None):
             try:
@@ -113,7 +113,7 @@ class S3Store(Store):
             answer = client.get_object(Bucket=self.bucket, Key=self._key(path), Range=span, **conditions)
             num_bytes = int(answer["ContentRange"].rpartition("/")[2])
             if num_bytes < offset + length:
-                problem = f"the object has {num_bytes} bytes, {length} from offset {offset} were asked for"
+                problem = f"the object has {num_bytes} bytes, {length} from offset {offset} were requested"
                 raise ends_early(f"{self.url}/{path}", problem)
             return _body(answer, length)
 
@@ -140,7 +140,7 @@ class S3Store(Store):
                 if code == "NoSuchKey" and tag is not None:
                     return False
                 if code in ("PreconditionFailed", "ConditionalRequestConflict", "412"):
-                    # It may be as it is because an earlier attempt wrote it, whose answer was lost.
+                    # An earlier attempt may have written it, and its answer was lost.
                     return self.read(path) == data
                 raise
             return True
@@ -159,7 +159,7 @@ class S3Store(Store):
         num_bytes, tag = head["ContentLength"], head["ETag"]
 
         def copy_part(temporary: Path, offset: int) -> None:
-            """A part by itself, so that a fault costs this part only. All are of the object that the tag names."""
+            """Copy one part, so that a fault costs this part only. The tag ensures that all are of one object."""
             data = self._range(path, offset, min(_PART_BYTES, num_bytes - offset), IfMatch=tag)
             with temporary.open("r+b") as file:
                 file.seek(offset)
@@ -184,7 +184,7 @@ class S3Store(Store):
     def exists(self, path: str) -> bool:
         key = self._key(path)
 
-        def look(client: Any) -> bool:  # a HEAD could not tell a missing object from a missing bucket
+        def look(client: Any) -> bool:  # HEAD gives a missing object and a missing bucket the same status
             answer = client.list_objects_v2(Bucket=self.bucket, Prefix=key, MaxKeys=1)
             return any(entry["Key"] == key for entry in _entries(answer))
 
@@ -243,7 +243,7 @@ def _body(answer: dict[str, Any], length: int | None = None) -> bytes:
 
 
 def _entries(page: dict[str, Any]) -> Sequence[dict[str, Any]]:
-    """Of a listing. One whose content was lost on the way looks like an empty one to the client."""
+    """Return the entries of a listing. A listing that lost its content looks empty to the client."""
     if "IsTruncated" not in page:
         raise _BadAnswerError("a listing without content")
     entries: Sequence[dict[str, Any]] = page.get("Contents", ())
@@ -252,7 +252,7 @@ def _entries(page: dict[str, Any]) -> Sequence[dict[str, Any]]:
 
 @cache
 def _client(endpoint: str | None, _process: int) -> Any:
-    """The S3 client of this process: a client must not be used on both sides of a fork."""
+    """Return the S3 client of this process. A client must not be used by both processes of a fork."""
     config = ClientConfig(
         connect_timeout=_CONNECT_TIMEOUT_S,
         read_timeout=_READ_TIMEOUT_S,
@@ -267,18 +267,20 @@ def _client(endpoint: str | None, _process: int) -> Any:
 
 
 def _patience_s(error: Exception) -> float:
-    """For how long another attempt may help; 0 if it cannot."""
+    """Return for how long another attempt may succeed, 0 if none can."""
     if isinstance(error, ClientError):
         status: int = error.response["ResponseMetadata"]["HTTPStatusCode"]
-        passing = status >= 500 or status == 429 or error.response["Error"]["Code"] in ("SlowDown", "RequestTimeout")
-        return _PATIENCE_S if passing else 0
+        is_transient = (
+            status >= 500 or status == 429 or error.response["Error"]["Code"] in ("SlowDown", "RequestTimeout")
+        )
+        return _PATIENCE_S if is_transient else 0
     if isinstance(error, UnreachableError):
         return _UNREACHABLE_PATIENCE_S
-    return _PATIENCE_S if isinstance(error, _PASSING) else 0
+    return _PATIENCE_S if isinstance(error, _TRANSIENT) else 0
 
 
 def _explained(place: str, endpoint: str | None, error: Exception) -> Exception:
-    """The same fault in the user's words."""
+    """Return the fault as an error that names place, problem and fix."""
     place = place.rstrip("/")
     if isinstance(error, NoCredentialsError | PartialCredentialsError):
         fix = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or give the machine a role"
@@ -294,7 +296,7 @@ def _explained(place: str, endpoint: str | None, error: Exception) -> Exception:
     if code == "NoSuchBucket":
         return UserError(place, "there is no such bucket", "create it, or correct the URL")
     if code == "InvalidRange":
-        return ends_early(place, "the range asked for lies behind the end")
+        return ends_early(place, "the requested range is behind the end")
     if error.response["ResponseMetadata"]["HTTPStatusCode"] in (401, 403):
         return UserError(place, f"access refused ({code})", "check the credentials and the policy of the bucket")
     return UserError(place, f"the object store answered {code}: {message}", "try again later, or check its status")

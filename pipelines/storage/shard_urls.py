@@ -1,4 +1,4 @@
-"""Which shards a user means: local paths, file:// and s3:// URLs, folders, globs and braces to absolute URLs."""
+"""Paths, file:// and s3:// URLs, folders, globs and braces to the absolute URLs of shards."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
 
 @dataclass(frozen=True, slots=True)
 class ShardFile:
-    """An object in a store: absolute URL, and the store's tag of its content."""
+    """A shard: absolute URL, and the store's tag of its content."""
 
     url: str
     tag: str
 
 
 def find_shards(urls: Sequence[str], endpoint: str | None = None) -> list[ShardFile]:
-    """All tars that the URLs mean, each once, in the order given and by name within a folder or glob.
+    """Return all tars that the URLs name, each once, in the order given and by name within a folder or glob.
 
-    `{000..099}` and `{a,b}` are spelt out first; a folder stands for all tars below it. Raises `UserError` for a shard
-    that is not there, and for a URL without any.
+    `{000..099}` and `{a,b}` are expanded first. A folder stands for all tars below it. Raises `UserError` for a missing
+    shard, and for a URL that matches none.
     """
 
     @cache
@@ -39,13 +39,13 @@ def find_shards(urls: Sequence[str], endpoint: str | None = None) -> list[ShardF
 
     found: dict[str, str] = {}
     for url in urls:
-        for spelt in expand_braces(url):
-            found |= _matching(spelt, listed)
+        for expanded in expand_braces(url):
+            found |= _matching(expanded, listed)
     return [ShardFile(url, tag) for url, tag in found.items()]
 
 
 def expand_braces(url: str) -> Iterator[str]:
-    """`a{0..2}{x,y}` -> a0x, a0y, a1x, ... Braces without a range or a comma stay as they are."""
+    """Expand `a{0..2}{x,y}` to a0x, a0y, a1x, ... Braces without a range or a comma stay as they are."""
     matched = next((match for match in _BRACES.finditer(url) if "," in match[1] or ".." in match[1]), None)
     if not matched:
         yield url
@@ -62,14 +62,14 @@ def _choices(inside: str, url: str) -> Iterator[str]:
         return
     first, _, last = inside.partition("..")
     if not (first.isdecimal() and last.isdecimal() and 0 <= int(last) - int(first) < _MAX_RANGE):
-        raise UserError(url, f"{{{inside}}} is no range of numbers", "write it like {000..099} or {a,b}")
+        raise UserError(url, f"{{{inside}}} is not a range of numbers", "write it like {000..099} or {a,b}")
     width = len(first) if first.startswith("0") else 0
     yield from (str(number).zfill(width) for number in range(int(first), int(last) + 1))
 
 
 @dataclass(frozen=True, slots=True)
 class _Listing:
-    """A folder's absolute URL, and every object below it: relative path -> tag."""
+    """A folder: its absolute URL, and every object below it as relative path -> tag."""
 
     url: str
     tags: dict[str, str]
@@ -79,9 +79,9 @@ class _Listing:
 
 
 def _matching(url: str, listed: Callable[[str], _Listing]) -> dict[str, str]:
-    """Absolute URL -> tag of the tars that a URL without braces means."""
+    """Return absolute URL -> tag of the tars that a URL without braces names."""
     if url.endswith(_COMPRESSED):
-        raise UserError(url, "is compressed: no range of it can be read by itself", "unpack it to a .tar")
+        raise UserError(url, "is compressed, and compressed tars cannot be read by range", "unpack it to a .tar")
     if _GLOB.search(url):
         parts = url.split("/")
         depth = next(number for number, part in enumerate(parts) if _GLOB.search(part))
@@ -100,5 +100,5 @@ def _matching(url: str, listed: Callable[[str], _Listing]) -> dict[str, str]:
 
 
 def _fits(parts: list[str], pattern: list[str]) -> bool:
-    """A `*` stays within its folder, as in a shell."""
+    """Return whether a path matches. A `*` stays within its folder, as in a shell."""
     return len(parts) == len(pattern) and all(map(fnmatchcase, parts, pattern))

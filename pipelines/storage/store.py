@@ -1,7 +1,7 @@
-"""What every store can do, and the store on a local disk.
+"""The interface of a store, and the store on a local disk.
 
-Whatever only the user can mend (full disk, unreachable endpoint, refused access) becomes a `UserError` within seconds;
-something that is merely not there is a `FileNotFoundError`. Writes are atomic: a reader sees all of an object or none.
+A fault that only the user can fix (full disk, unreachable endpoint, refused access) becomes a `UserError` within
+seconds. A missing object is a `FileNotFoundError`. Writes are atomic: a reader gets all of an object or nothing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _FIXES = {
 
 
 class Store(ABC):
-    """A folder, local or in an object store. Picklable; clients are made lazily, one per process and endpoint.
+    """A folder, local or in an object store. It pickles; each process makes one client for each endpoint, on first use.
 
     Every `path` is relative to the folder, with `/`, and never leaves it.
     """
@@ -44,80 +44,84 @@ class Store(ABC):
     @property
     @abstractmethod
     def url(self) -> str:
-        """What `open_store` takes to open this folder again."""
+        """The argument with which `open_store` opens this folder again."""
 
     @abstractmethod
     def child(self, path: str) -> Store:
-        """The folder `path` inside this one. Nothing is created."""
+        """Return the folder `path` inside this one. Nothing is created."""
 
     @abstractmethod
     def read(self, path: str) -> bytes:
-        """All bytes of an object. Raises `FileNotFoundError`."""
+        """Return all bytes of an object. Raises `FileNotFoundError`."""
 
     @abstractmethod
     def read_range(self, path: str, offset: int, length: int) -> bytes:
-        """Exactly `length` bytes from `offset`. Raises `FileNotFoundError`; `UserError` if the object ends earlier."""
+        """Return exactly `length` bytes from `offset`. Raises `FileNotFoundError`, and `UserError` if it ends early."""
 
     @abstractmethod
     def write(self, path: str, data: bytes) -> None:
-        """Creates or replaces an object, atomically."""
+        """Create or replace an object, atomically."""
 
     @abstractmethod
     def read_tagged(self, path: str) -> tuple[bytes, str]:
-        """All bytes of an object, and the tag of this content for `write_if`. Raises `FileNotFoundError`."""
+        """Return all bytes of an object, and the tag of this content for `write_if`. Raises `FileNotFoundError`."""
 
     @abstractmethod
     def write_if(self, path: str, data: bytes, tag: str | None) -> bool:
-        """Replaces the object while it has `tag`, or creates it while it is absent (`None`), atomically; False if it is
-        otherwise by now. Of several writers, on any machine, at most one gets True.
+        """Replace the object while it has `tag`, or create it while it is absent (`None`), atomically.
 
-        Whoever writes an object in this way, always does. Each writer must bring data of its own: by these an object
-        store tells whose object it is when an answer was lost and the request is repeated.
+        Return False if the object has changed. Of several writers, on any machine, at most one gets True.
+
+        An object that is written in this way must never be written in another. All writers must write different data:
+        if an answer is lost and the request repeated, an object store compares data to find out who wrote the object.
         """
 
     @abstractmethod
     def upload(self, local_file: Path, path: str) -> None:
-        """Copies a local file here, atomically."""
+        """Copy a local file here, atomically."""
 
     @abstractmethod
     def download(self, path: str, local_file: Path) -> None:
-        """Copies an object to a local file, atomically. Raises `FileNotFoundError`."""
+        """Copy an object to a local file, atomically. Raises `FileNotFoundError`."""
 
     @abstractmethod
     def tags(self, prefix: str = "") -> dict[str, str]:
-        """Path (relative to this store, sorted) of each object below the folder `prefix` -> a tag of its content."""
+        """Return path -> tag of the content for each object below the folder `prefix`.
+
+        Paths are sorted and relative to this store.
+        """
 
     @abstractmethod
     def exists(self, path: str) -> bool:
-        """Whether there is an object (not a folder) at `path`."""
+        """Return whether there is an object (not a folder) at `path`."""
 
     @abstractmethod
     def delete(self, path: str) -> None:
-        """Removes one object, if it is there."""
+        """Remove one object, if it exists."""
 
     @abstractmethod
     def delete_tree(self, prefix: str) -> None:
-        """Removes everything below the folder `prefix`."""
+        """Remove everything below the folder `prefix`."""
 
     @abstractmethod
     def ensure_bucket(self) -> None:
-        """Creates the bucket, or the local folder, if it is missing."""
+        """Create the bucket, or the local folder, if it is missing."""
 
     @abstractmethod
     def arrow_filesystem(self) -> tuple[fs.FileSystem, str]:
-        """The same folder for libraries that read through pyarrow: file system and path in it."""
+        """Return the folder for libraries that read with pyarrow: a file system, and the path in it."""
 
     def list(self, prefix: str = "") -> list[str]:
-        """Sorted paths, relative to this store, of all objects below the folder `prefix`."""
+        """Return the sorted paths, relative to this store, of all objects below the folder `prefix`."""
         return [*self.tags(prefix)]
 
     def upload_tree(self, local_dir: Path, path: str = "") -> None:
-        """Uploads all files below `local_dir`, in sorted order."""
+        """Upload all files below `local_dir`, in sorted order."""
         for file in sorted(file for file in local_dir.rglob("*") if file.is_file()):
             self.upload(file, str(PurePosixPath(path) / file.relative_to(local_dir).as_posix()))
 
     def download_tree(self, path: str, local_dir: Path) -> None:
-        """Downloads all objects below `path`. Raises `FileNotFoundError` if there is none."""
+        """Download all objects below `path`. Raises `FileNotFoundError` if there are none."""
         names = self.list(path)
         if not names:
             raise FileNotFoundError(f"{self.url}/{path}".rstrip("/"))
@@ -127,17 +131,17 @@ class Store(ABC):
 
 @contextmanager
 def disk_errors(place: str | Path) -> Iterator[None]:
-    """Turns what the user must mend on a local disk into a `UserError`; `FileNotFoundError` passes."""
+    """Turn faults of a local disk that the user must fix into a `UserError`. `FileNotFoundError` passes."""
     try:
         yield
     except OSError as error:
-        if error.errno in (None, errno.ENOENT):  # without a number: an error of the network, not of the disk
+        if error.errno in (None, errno.ENOENT):  # without a number it is an error of the network
             raise
         raise UserError(str(place), error.strerror or str(error), _FIXES.get(error.errno, "")) from error
 
 
 def check_relative_path(path: str) -> PurePosixPath:
-    """`path`, if it is relative and stays in its store. Raises `UserError`: a manifest may come from strangers."""
+    """Return `path` if it is relative and stays in its store, else raise `UserError`: manifests may be untrusted."""
     pure = PurePosixPath(path)
     if pure.is_absolute() or ".." in pure.parts:
         raise UserError(path, "leaves its store", "use a relative path without `..`")
@@ -145,8 +149,8 @@ def check_relative_path(path: str) -> PurePosixPath:
 
 
 @contextmanager
-def _beside(target: Path) -> Iterator[Path]:
-    """A temporary name beside `target`; what is left under it is removed."""
+def _temporary_name(target: Path) -> Iterator[Path]:
+    """Provide a temporary name next to `target`. A file that remains there is removed."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f"{PARTIAL}{uuid.uuid4().hex}")
     try:
@@ -157,8 +161,8 @@ def _beside(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
-    """A temporary file that is moved onto `target`, durably, when the block ends well."""
-    with _beside(target) as temporary:
+    """Provide a temporary file that is moved to `target`, durably, when the block ends without an error."""
+    with _temporary_name(target) as temporary:
         yield temporary
         _sync(temporary)
         temporary.replace(target)
@@ -211,12 +215,12 @@ class LocalStore(Store):
 
     def write_if(self, path: str, data: bytes, tag: str | None) -> bool:
         target = self._at(path)
-        with disk_errors(target), _beside(target) as temporary:
+        with disk_errors(target), _temporary_name(target) as temporary:
             temporary.write_bytes(data)
             _sync(temporary)
             try:
                 if tag is None:
-                    os.link(temporary, target)  # fails if the target exists, unlike a rename
+                    os.link(temporary, target)  # fails if the target exists; a rename would not
                 else:
                     with target.with_name(f"{PARTIAL}lock").open("w") as lock:
                         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -264,5 +268,5 @@ class LocalStore(Store):
 
 
 def ends_early(place: str, got: str) -> UserError:
-    """The error of an object that is shorter than its index says."""
+    """Return the error for an object that is shorter than its index says."""
     return UserError(place, f"ends early: {got}", "the object is damaged or was replaced: verify it, or ingest again")

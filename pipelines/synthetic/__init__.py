@@ -1,1 +1,1 @@
-"""A seeded generator of real files (JPEG, PDF, MP4, text) with captions, for the demo and the tests."""
+"""The demo's corpus: images, PDFs and clips that are drawn from a seed."""

@@ -1,4 +1,4 @@
-"""Classification: some equal things in an image, and three questions with few answers: which shape, colour, number."""
+"""Classification: equal things in an image, and three questions about them: which shape, which color, how many."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipelines.synthetic.scenes import paper
 from pipelines.synthetic.shapes import COLOURS, SHAPES, Thing, paint
 
 NUMBERS = ("one object", "two objects", "three objects", "four objects")
-# Centres of the four cells, how far a thing strays from its own, and its size, in fractions of the image's width.
+# Fractions of the image's width: centers of the four cells, how far a thing may be from its center, and its size.
 _CELLS = tuple(product((0.27, 0.73), repeat=2))
 _STRAY = 0.05
 _SIZES = (0.28, 0.34)
@@ -21,7 +21,7 @@ _SIZES = (0.28, 0.34)
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """`count` times the same thing."""
+    """The same thing, `count` times."""
 
     thing: Thing
     count: int
@@ -29,7 +29,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What a classification source asks, and the name of a group's class."""
+    """The instruction of a classification source, and the function that names the class of a group."""
 
     instruction: str
     answer: Callable[[Group], str]
@@ -40,17 +40,17 @@ QUESTIONS: dict[str, Question] = {
     "colours": Question("Identify the colour of the objects in the image:", lambda group: group.thing.colour),
     "numbers": Question("Count the objects in the image:", lambda group: NUMBERS[group.count - 1]),
 }
-"""By the name of the source."""
+"""Source -> its question."""
 
 
 def all_groups() -> Iterator[Group]:
-    """Every group once: 8 shapes in 8 colours, one to four of them."""
+    """Yield every group once: 8 shapes in 8 colors, one to four of them."""
     for shape, colour, number in product(SHAPES, COLOURS, range(len(NUMBERS))):
         yield Group(Thing(shape, colour), number + 1)
 
 
 def draw_group(group: Group, image_px: int, rng: Random) -> Image.Image:
-    """RGB image, `image_px` squared. The cells that are filled, shade of the paper, places and sizes vary."""
+    """Draw an RGB image, `image_px` squared. The filled cells, the background, places and sizes vary."""
     image = Image.new("RGB", (image_px, image_px), paper(rng))
     for x, y in rng.sample(_CELLS, group.count):
         centre = (x + rng.uniform(-_STRAY, _STRAY), y + rng.uniform(-_STRAY, _STRAY))

@@ -1,4 +1,4 @@
-"""Videos: one thing moves, grows or shrinks beside another that stays."""
+"""Videos: one thing moves, grows or shrinks, and another one stays."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Place = Literal["above", "below", "to the left of", "to the right of"]
 
 @dataclass(frozen=True, slots=True)
 class Motion:
-    """What the mover does: two ways to say it, its path across the image, its size at both ends."""
+    """What the mover does: two wordings, its path across the image, its size at both ends."""
 
     wordings: tuple[str, str]
     path: tuple[float, float] = (MIDDLE, MIDDLE)
@@ -46,7 +46,7 @@ _OPPOSITE: dict[Place, Place] = {
     "to the left of": "to the right of",
     "to the right of": "to the left of",
 }
-# A thing that crosses the image has a row or a column to itself.
+# A thing that crosses the image needs its own row or column.
 _PLACES: dict[str, tuple[Place, ...]] = {
     "right": _ROWS,
     "left": _ROWS,
@@ -67,7 +67,7 @@ class Clip:
     place: Place
 
     def wordings(self) -> list[str]:
-        """All captions of the clip. Each tells the whole of it."""
+        """Return all captions of the clip. Each describes it completely."""
         return [
             wording
             for does in MOTIONS[self.motion].wordings
@@ -80,7 +80,7 @@ class Clip:
 
 
 def all_clips() -> Iterator[Clip]:
-    """Every clip once: 8 * 7 * 8 * 7 pairs in 16 combinations of motion and place."""
+    """Yield every clip once: 8 * 7 * 8 * 7 pairs in 16 combinations of motion and place."""
     for mover, still in all_pairs():
         for motion, places in _PLACES.items():
             for place in places:
@@ -88,7 +88,7 @@ def all_clips() -> Iterator[Clip]:
 
 
 def draw_clip(clip: Clip, image_px: int, num_frames: int, rng: Random) -> list[Image.Image]:
-    """RGB frames, `image_px` squared. Shade of the paper, places and sizes vary a little."""
+    """Draw RGB frames, `image_px` squared. Background, places and sizes vary a little."""
     relation: Relation = "above" if clip.place in _ROWS else "left of"
     mover_at, still_at = (NEAR, FAR) if clip.place in ("above", "to the left of") else (FAR, NEAR)
     background = Image.new("RGB", (image_px, image_px), paper(rng))
@@ -110,9 +110,9 @@ def _between(ends: tuple[float, float], progress: float) -> float:
 
 
 def encode_clip(frames: list[Image.Image]) -> bytes:
-    """The bytes of an H.264 MP4 file, equal for equal frames: one encoder thread, no time stamp, no version string."""
+    """Return an H.264 MP4 file. Equal frames give equal bytes: one encoder thread, no time stamp, no version string."""
     buffer = BytesIO()
-    # x264's macroblock tree reads memory that it has not written: about one file in fifty came out with other bytes.
+    # x264's macroblock tree reads memory that it has not written, which changes the bytes of about one file in fifty.
     options = {"preset": "veryfast", "crf": "18", "bf": "0", "mbtree": "0"}
     with av.open(buffer, "w", format="mp4") as container:
         container.flags |= Flags.bitexact.value

@@ -15,7 +15,7 @@ def _default_pdf_library() -> PdfLibrary:
 
 
 class CorpusConfig(Config):
-    """How much of what is drawn. Defaults are sized for a demo: 4200 samples, 11 MB, ten seconds of one core."""
+    """How much of each kind is drawn. The defaults are for a demo: 4200 samples, 11 MB, ten seconds of one core."""
 
     seed: NonNegativeInt = 0
     """Equal seeds give equal bytes, file by file."""
@@ -24,7 +24,7 @@ class CorpusConfig(Config):
     num_composed: NonNegativeInt = 800
     """Pairs of images with an instruction that turns the first into the second."""
     num_documents: NonNegativeInt = 100
-    """PDF reports; every page has its own caption."""
+    """PDF reports. Every page has its own caption."""
     pages_per_document: PositiveInt = 8
     """Pages of each report."""
     pdf_library: PdfLibrary = Field(default_factory=_default_pdf_library)
@@ -34,18 +34,18 @@ class CorpusConfig(Config):
     num_texts: NonNegativeInt = 800
     """Pairs of sentences that describe the same scene."""
     hard_fraction: Fraction = 0.0
-    """Share of the captioned images that differ from one of the others in exactly one attribute: a colour, a shape or
-    the relation. Each has its own caption: hard negatives. With 0 they differ as chance has it."""
+    """Share of the captioned images that differ from another one in exactly one attribute: a color, a shape or the
+    relation. Each has its own caption, so that they are hard negatives. With 0, differences are random."""
     num_repeated: NonNegativeInt = 0
-    """So many of the captioned images are drawn again under the same caption: false negatives of each other that have
-    other bytes. All drawings of such a scene belong to the training split."""
+    """Number of captioned images that are drawn again under the same caption: false negatives with different bytes. All
+    drawings of such a scene belong to the training split."""
     repeats: PositiveInt = 8
-    """How often each of these is drawn again."""
+    """How often each of the `num_repeated` images is drawn again."""
     num_classified: NonNegativeInt = 0
-    """Images of each of three classification sources: shape, colour and number of objects to the name of the class.
-    A fifth of the combinations are held out."""
+    """Images of each of three classification sources, whose targets are names of classes: shape, color, and number of
+    objects. A fifth of the combinations is held out."""
     image_px: Annotated[int, Field(ge=56, multiple_of=2)] = 112
-    """Width and height of images and clips; even, as H.264 halves the resolution of colour."""
+    """Width and height of images and clips. Even, because H.264 halves the resolution of color."""
     clip_frames: Annotated[int, Field(ge=2)] = 8
     """Frames of a clip, at 8 frames per second."""
 

@@ -1,17 +1,17 @@
-"""The demo's corpus: an ordinary folder of images, PDFs and clips with the captions that are true of them.
+"""The demo's corpus: an ordinary folder of images, PDFs and clips with captions that describe them.
 
     captions.jsonl                    one sample a line, paths relative to the folder, pages from zero
     images/00000.jpg                  a scene (every eighth is a PNG)
     images/edit-00000-before.jpg      the reference of a composed query and
     images/edit-00000-after.jpg       its target
-    images/00000-again-00.jpg         a scene drawn again, under the caption of the first drawing (by choice)
-    images/shapes-00000.jpg           some equal things, whose class is the target (by choice)
-    documents/0000.pdf                a report; each page is a sample
+    images/00000-again-00.jpg         a scene drawn again, under the caption of the first drawing (optional)
+    images/shapes-00000.jpg           some equal things, whose class is the target (optional)
+    documents/0000.pdf                a report, each page of which is a sample
     clips/00000.mp4                   a short video
     .complete                         fingerprint of the settings, written last (`.building` until then)
 
-Within a kind of sample no two share all attributes, so that any held-out part asks for combinations never trained on.
-Scenes drawn again and classes would break this: their lines say to which split they belong.
+Within a kind of sample, no two share all attributes, so that held-out samples are combinations never trained on. Scenes
+drawn again and classes would break this rule: their lines name the split to which they belong.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from pipelines.synthetic.scenes import Scene, all_scenes, draw_scene, edit_into,
 COMPLETE, BUILDING, CAPTIONS = ".complete", ".building", "captions.jsonl"
 
 _FOLDERS = ("images", "documents", "clips")
-# Part of the fingerprint: raised whenever equal settings come to mean other files.
+# Part of the fingerprint. Raise it whenever equal settings give different files.
 _GENERATION = 1
 _HELD_OUT_GROUPS = 0.2
 _QUALITIES = (75, 95)  # of JPEGs of scenes that are drawn again
@@ -56,13 +56,13 @@ class _Item:
 def make_corpus(
     folder: Path, config: CorpusConfig, on_progress: Callable[[int, int], None] | None = None
 ) -> dict[str, int]:
-    """Write the corpus into `folder` and return the number of samples by source, as the folder adapter names them.
+    """Write the corpus into `folder` and return source -> number of samples, with the names of `read_folder`.
 
-    A finished corpus of the same settings is left as it is; an interrupted one is continued; one of other settings is
-    replaced. Equal settings give equal bytes with equal versions of the libraries. `on_progress(done, total)` is called
-    after each item. One writer at a time.
+    A finished corpus of the same settings stays as it is, an interrupted one is resumed, and one of other settings is
+    replaced. With equal versions of the libraries, equal settings give equal bytes. `on_progress(done, total)` is
+    called after each item. There must be one writer at a time.
 
-    Raises `UserError` when the folder holds anything else, or when more combinations are asked for than exist.
+    Raises `UserError` if the folder holds anything else, or if the settings need more combinations than exist.
     """
     if _is_complete(folder, config):
         return num_samples(config)
@@ -80,7 +80,7 @@ def make_corpus(
 
 
 def num_samples(config: CorpusConfig) -> dict[str, int]:
-    """Samples by source."""
+    """Return source -> number of samples."""
     classes = dict.fromkeys(QUESTIONS, config.num_classified) if config.num_classified else {}
     return {
         "text_image": config.num_images + config.num_repeated * config.repeats,
@@ -92,7 +92,7 @@ def num_samples(config: CorpusConfig) -> dict[str, int]:
 
 
 def fingerprint(config: CorpusConfig) -> str:
-    """SHA-256 of everything that decides what is written, in hex."""
+    """Return the SHA-256, in hex, of everything that decides what is written."""
     return hashlib.sha256(f"{_GENERATION} {config.model_dump_json()}".encode()).hexdigest()
 
 
@@ -102,9 +102,9 @@ def _is_complete(folder: Path, config: CorpusConfig) -> bool:
 
 
 def _prepare(folder: Path, config: CorpusConfig) -> None:
-    """Leave a folder that holds `.building` with our fingerprint, and no file of other settings.
+    """Make the folder hold `.building` with the fingerprint, and no file of other settings.
 
-    The marker of an older corpus stays until its files are gone: at every moment the folder is known to be ours.
+    The marker of an older corpus stays until its files are deleted, so that the folder is always known as a corpus.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(str(folder), "is not a folder", "name one that is empty or does not exist")
@@ -124,7 +124,7 @@ def _prepare(folder: Path, config: CorpusConfig) -> None:
 
 
 def _write_once(path: Path, make_bytes: Callable[[], bytes]) -> None:
-    """Whole or not at all, so that a file that exists need not be made again."""
+    """Write a file atomically, unless it exists: an existing file is complete."""
     if not path.exists():
         part = path.with_name(f".{path.name}.part")
         part.write_bytes(make_bytes())
@@ -132,7 +132,7 @@ def _write_once(path: Path, make_bytes: Callable[[], bytes]) -> None:
 
 
 def _items(config: CorpusConfig) -> Iterator[_Item]:
-    """Everything there is to write, in the order of the captions. Nothing is drawn until its bytes are asked for."""
+    """Yield everything to write, in the order of the captions. Nothing is drawn until its bytes are requested."""
     edits, texts = config.num_images, config.num_images + config.num_composed  # where their scenes begin
     pages_each = config.pages_per_document
     scenes = _distinct(all_scenes(), texts + config.num_texts, config, "num_images + num_composed + num_texts")
@@ -179,7 +179,7 @@ def _with_hard_negatives(config: CorpusConfig, scenes: list[Scene], others: set[
 
 
 def _rng(config: CorpusConfig, purpose: str) -> Random:
-    """One generator for each purpose: what is drawn for a file does not depend on what was drawn before."""
+    """Return a generator for one purpose, so that a file does not depend on what was drawn before."""
     return Random(f"{config.seed} {purpose}")
 
 
@@ -201,9 +201,9 @@ def _image_item(config: CorpusConfig, number: int, scene: Scene) -> _Item:
 
 
 def _composed_item(config: CorpusConfig, number: int, target: Scene) -> _Item:
-    """Targets are distinct. Both images differ in sizes and exact places, and references are scenes at night.
+    """Return a pair whose images differ in sizes and exact places, with a dark reference. Targets are distinct.
 
-    On equal paper an untrained model would find the target by the look of the reference.
+    With equal backgrounds, an untrained model would find the target by its similarity to the reference.
     """
     before, after = (f"images/edit-{number:05d}-{end}.jpg" for end in ("before", "after"))
     reference, instruction = edit_into(target, _rng(config, f"edit into {after}"))
@@ -237,7 +237,7 @@ def _text_item(config: CorpusConfig, number: int, scene: Scene) -> _Item:
 
 
 def _class_items(config: CorpusConfig) -> Iterator[_Item]:
-    """Each source goes through all groups in an order of its own. Held-out groups are the same for all sources."""
+    """Yield the images of each source, which uses all groups in its own order. All sources hold out the same groups."""
     groups = list(all_groups())
     held_out = set(_rng(config, "held-out groups").sample(groups, round(_HELD_OUT_GROUPS * len(groups))))
     for source, question in QUESTIONS.items():

@@ -40,7 +40,7 @@ _INK, _GREY = (0.13, 0.14, 0.18), (0.5, 0.5, 0.54)
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """What is on a page; the numbers in it are drawn later and are in the chart, the table and the text alike."""
+    """What is on a page. The numbers are drawn later, and are the same in the chart, the table and the text."""
 
     topic: str
     chart: str
@@ -50,11 +50,11 @@ class Page:
 
     @property
     def heading(self) -> str:
-        """The topic with a capital, as printed."""
+        """The topic with a capital letter, as printed."""
         return self.topic.capitalize()
 
     def wordings(self) -> list[str]:
-        """All captions of the page. Each tells the whole of it."""
+        """Return all captions of the page. Each describes it completely."""
         chart, table = a(f"{self.chart_colour} {self.chart} chart"), a(f"{self.table_colour} table")
         upper, lower = (chart, table) if self.chart_first else (table, chart)
         return [
@@ -65,7 +65,7 @@ class Page:
 
 
 def all_pages() -> Iterator[Page]:
-    """Every page once: 12 topics, 3 charts, 8 * 7 pairs of colours, 2 orders."""
+    """Yield every page once: 12 topics, 3 charts, 8 * 7 pairs of colors, 2 orders."""
     for topic, chart, colours, chart_first in product(TOPICS, CHARTS, permutations(COLOURS, 2), (True, False)):
         yield Page(topic, chart, *colours, chart_first)
 

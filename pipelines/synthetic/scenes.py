@@ -1,4 +1,4 @@
-"""Still images: two things side by side or one above the other, what is said of them, and edits of them."""
+"""Still images of two things, one next to or above the other: their captions, and edits of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipelines.synthetic.shapes import COLOURS, RGB, SHAPES, Point, Thing, a, al
 Relation = Literal["above", "left of"]
 RELATIONS: tuple[Relation, ...] = ("above", "left of")
 
-# Where the two cells of a scene lie across the image, and how far a thing strays from the middle of its cell.
+# Where the two cells of a scene are across the image, and how far a thing may be from the middle of its cell.
 NEAR, MIDDLE, FAR = 0.26, 0.5, 0.74
 SIZES = (0.38, 0.44)
 _STRAY_ALONG, _STRAY_ACROSS = 0.015, 0.1
@@ -38,39 +38,39 @@ _WORDINGS: dict[Relation, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """Two things that differ in shape and in colour. "Below" and "right of" are the same scenes told from the end."""
+    """Two things that differ in shape and in color. "Below" and "right of" describe the same scenes in reverse."""
 
     first: Thing
     second: Thing
     relation: Relation
 
     def wordings(self) -> list[str]:
-        """All captions of the scene. Each tells the whole of it."""
+        """Return all captions of the scene. Each describes it completely."""
         return [wording.format(first=self.first, second=self.second) for wording in _WORDINGS[self.relation]]
 
 
 def all_scenes() -> Iterator[Scene]:
-    """Every scene once: 8 * 7 * 8 * 7 pairs in 2 relations."""
+    """Yield every scene once: 8 * 7 * 8 * 7 pairs in 2 relations."""
     for first, second in all_pairs():
         for relation in RELATIONS:
             yield Scene(first, second, relation)
 
 
 def neighbors(scene: Scene) -> list[Scene]:
-    """Every scene that differs in exactly one attribute: 6 + 6 colours, 6 + 6 shapes, and the other relation."""
+    """Return every scene that differs in exactly one attribute: 6 + 6 colors, 6 + 6 shapes, and the other relation."""
     found = [replace(scene, relation=relation) for relation in RELATIONS if relation != scene.relation]
     found += [replace(scene, first=other) for other in _others(scene.first, scene.second)]
     return found + [replace(scene, second=other) for other in _others(scene.second, scene.first)]
 
 
 def _others(thing: Thing, kept: Thing) -> list[Thing]:
-    """What could stand in its place beside `kept`, with another colour or another shape."""
+    """Return what can replace `thing` next to `kept`: the same with another color, or with another shape."""
     colours = [replace(thing, colour=name) for name in COLOURS if name not in (thing.colour, kept.colour)]
     return colours + [replace(thing, shape=name) for name in SHAPES if name not in (thing.shape, kept.shape)]
 
 
 def edit_into(target: Scene, rng: Random) -> tuple[Scene, str]:
-    """A scene and the instruction that turns it into `target` by one change: of a colour, of a shape, or of places."""
+    """Return a scene and the instruction that turns it into `target` by one change: color, shape, or places."""
     if rng.randrange(3) == 0:
         wording = rng.choice(("swap the positions", "let the two objects trade places"))
         return Scene(target.second, target.first, target.relation), wording
@@ -94,7 +94,7 @@ def _replace(new: Thing, kept: Thing, rng: Random) -> tuple[Thing, str]:
 
 
 def draw_scene(scene: Scene, image_px: int, rng: Random, *, at_night: bool = False) -> Image.Image:
-    """RGB image, `image_px` squared. Shade of the paper, places and sizes vary a little; `at_night` it is dark."""
+    """Draw an RGB image, `image_px` squared. Background, places and sizes vary a little. `at_night` it is dark."""
     image = Image.new("RGB", (image_px, image_px), night(rng) if at_night else paper(rng))
     paint(image, scene.first, stray(scene.relation, NEAR, rng), rng.uniform(*SIZES))
     paint(image, scene.second, stray(scene.relation, FAR, rng), rng.uniform(*SIZES))
@@ -102,25 +102,25 @@ def draw_scene(scene: Scene, image_px: int, rng: Random, *, at_night: bool = Fal
 
 
 def paper(rng: Random) -> RGB:
-    """A light background: grey with a faint tint."""
+    """Return a light background: gray with a faint tint."""
     lightness = rng.randint(226, 250)
     return (lightness - rng.randint(0, 8), lightness - rng.randint(0, 8), lightness - rng.randint(0, 8))
 
 
 def night(rng: Random) -> RGB:
-    """A dark background of any tint."""
+    """Return a dark background of any tint."""
     return (rng.randint(0, 70), rng.randint(0, 70), rng.randint(0, 70))
 
 
 def stray(relation: Relation, along: float, rng: Random) -> Point:
-    """Centre of a thing near its place `along` the direction of the relation."""
+    """Return the center of a thing, near its place `along` the direction of the relation."""
     along += rng.uniform(-_STRAY_ALONG, _STRAY_ALONG)
     across = MIDDLE + rng.uniform(-_STRAY_ACROSS, _STRAY_ACROSS)
     return (across, along) if relation == "above" else (along, across)
 
 
 def encode_image(image: Image.Image, suffix: str, quality: int = 90) -> bytes:
-    """The bytes of a `.jpg` (colour at full resolution) or a `.png` file."""
+    """Return a `.jpg` file (color at full resolution) or a `.png` file."""
     buffer = BytesIO()
     if suffix == ".png":
         image.save(buffer, "PNG")

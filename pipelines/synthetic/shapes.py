@@ -1,4 +1,4 @@
-"""Eight shapes in eight colours: what scenes and clips are made of."""
+"""Eight shapes in eight colors, of which scenes and clips consist."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SUPERSAMPLING = 4
 
 
 def _regular(radii: tuple[float, ...], points: int, centre: Point = (0.0, 0.0)) -> Polygon:
-    """Closed polygon whose corners lie at the given radii in turn, the first one straight up."""
+    """Return a closed polygon with corners at the given radii in turn, the first one at the top."""
     angles = (2 * math.pi * i / points for i in range(points))
     corners = ((radii[i % len(radii)], angle) for i, angle in enumerate(angles))
     return tuple((centre[0] + r * math.sin(a), centre[1] - r * math.cos(a)) for r, a in corners)
@@ -46,7 +46,7 @@ def _heart(points: int = 60) -> Polygon:
     return tuple((x, -y - 0.1) for x, y in zip(xs, ys, strict=True))
 
 
-# Each shape is polygons in the square [-1, 1] x [-1, 1], y downwards; where two overlap, the second is a hole.
+# Each shape consists of polygons in the square [-1, 1] x [-1, 1], y downwards. The second one of a ring is a hole.
 SHAPES: dict[str, tuple[Polygon, ...]] = {
     "circle": (_regular((0.97,), 64),),
     "square": (_box(-0.9, -0.9, 0.9, 0.9),),
@@ -71,19 +71,19 @@ class Thing:
 
 
 def a(noun: str) -> str:
-    """The noun with its indefinite article."""
+    """Return the noun with its indefinite article."""
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
 def all_pairs() -> Iterator[tuple[Thing, Thing]]:
-    """Every ordered pair of things that differ in shape and in colour: 8 * 7 * 8 * 7."""
+    """Yield every ordered pair of things that differ in shape and in color: 8 * 7 * 8 * 7."""
     for shapes in permutations(SHAPES, 2):
         for colours in permutations(COLOURS, 2):
             yield Thing(shapes[0], colours[0]), Thing(shapes[1], colours[1])
 
 
 def paint(image: Image.Image, thing: Thing, centre: Point, size: float) -> None:
-    """Draw the thing into an RGB image in place; `centre` and `size` are fractions of the image's width."""
+    """Draw the thing into an RGB image in place. `centre` and `size` are fractions of the image's width."""
     mask = _mask(thing.shape, round(size * image.width))
     corner = tuple(round(c * image.width - mask.width / 2) for c in centre)
     image.paste(COLOURS[thing.colour], (corner[0], corner[1]), mask)
@@ -91,7 +91,7 @@ def paint(image: Image.Image, thing: Thing, centre: Point, size: float) -> None:
 
 @lru_cache(maxsize=1024)
 def _mask(shape: str, size_px: int) -> Image.Image:
-    """Coverage of the shape, 8 bit, `size_px` squared, with smooth edges."""
+    """Return the coverage of the shape, 8 bit, `size_px` squared, with smooth edges."""
     side = size_px * _SUPERSAMPLING
     coverage = Image.new("L", (side, side))
     draw = ImageDraw.Draw(coverage)

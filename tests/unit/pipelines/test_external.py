@@ -465,7 +465,7 @@ def test_shards_are_found_by_path_folder_glob_and_braces(tmp_path: Path) -> None
             found(wrong)
     with pytest.raises(UserError, match="is compressed"):
         found("a/old.tar.gz")
-    with pytest.raises(UserError, match="no range of numbers"):
+    with pytest.raises(UserError, match="not a range of numbers"):
         found("a/{9..x}.tar")
 
 
