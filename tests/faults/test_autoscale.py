@@ -22,7 +22,7 @@ from tests.faults.autoscaling import autoscaling_cluster, short_folder, until
 from tests.paths import ROOT
 from tests.specs import BACKBONE
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long, pytest.mark.nightly]
 STEPS, EVERY_STEPS = 40, 4
 NODE_CPUS, WORKER_CPUS, TASK_CPUS = 2.0, 1.5, 0.5  # a node holds one worker and one task of the feed
 IDLE_S = 12.0

@@ -16,7 +16,7 @@ from pipelines.storage.location import open_store
 from tests.data import publish
 from tests.specs import evaluate, stage
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long, pytest.mark.nightly]
 FINETUNES = """\
 kind: finetunes
 stage: stage.yaml
