@@ -21,7 +21,7 @@ from pipelines.shards.index import target_sha256
 
 
 def load_sample(raw: RawSample, config: MediaConfig, *, materialized: bool = False) -> tuple[Sample, Members]:
-    """Return the sample with `target_sha256`, and its members, each of which a killable child has decoded.
+    """Return the sample with `target_sha256`, and its members. A killable child has decoded each of them.
 
     Members are original files or single pages, or with `materialized` the frames of a video and the image of a page.
     Raises `BadMedia` for the first bad member: missing_file, unreadable_file, too_many_bytes, and the reasons of

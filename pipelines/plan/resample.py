@@ -1,7 +1,7 @@
 """Draw sources that converge slowly more often (RzenEmbed, arXiv 2510.27350, section 4).
 
-The paper gives no rule. Our choice: a source's share grows with the fraction of its first loss that is left. New
-weights are an input of the plan and recorded with the run, so that the plan stays a pure function of recorded values.
+The paper gives no rule. Our choice: a source's share grows with the fraction of its first loss that is left. The run
+records the new weights. They are an input of the plan, which stays a pure function of recorded values.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ def next_mixture_change(
 ) -> MixturePhase | None:
     """Return the phase that begins at `step`, or None if none begins or the plan has it already.
 
-    `rows` hold source and loss of every step. weight = share without resampling x (mean loss since the last change /
-    mean loss before the first)^strength.
+    `rows` hold source and loss of every step.
+
+        weight = share without resampling x (mean loss since the last change / mean loss before the first)^strength
     """
     if step % config.every_steps or step in (0, *plan.phase_starts) or step >= plan.num_steps:
         return None

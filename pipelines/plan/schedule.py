@@ -24,7 +24,7 @@ class Lane:
 
 
 class Schedule:
-    """The sources of every step below `num_steps`, with shares that hold for a run of `planned_steps`."""
+    """The sources of every step below `num_steps`. Shares are those of a run of `planned_steps`."""
 
     def __init__(
         self, lanes: Sequence[Lane], phases: Sequence[Phase], num_steps: int, planned_steps: int, seed: int
@@ -57,7 +57,7 @@ class Schedule:
         """Blocks of each source in the whole schedule."""
 
     def blocks(self, step: int) -> Iterator[tuple[int, int]]:
-        """Yield, for each block of a step, the ordinal of its source and how many blocks of that source came before."""
+        """Yield (ordinal of the source, number of earlier blocks of that source) for each block of a step."""
         number, nth = int(self._lane_of_step[step]), int(self._nth_of_lane[step])
         num_blocks = self._lanes[number].blocks
         for at in range(nth * num_blocks, (nth + 1) * num_blocks):
@@ -76,7 +76,10 @@ def apportion(shares: Sequence[float], steps: int) -> tuple[int, ...]:
 
 
 def spread(counts: Sequence[int], seed: list[int]) -> _Ordinals:
-    """Order ordinals so that each is spread evenly: the k-th of c falls at a random point of the k-th of c spans."""
+    """Order ordinals so that each is spread evenly.
+
+    The run is cut into c equal spans for an ordinal that comes c times. Each span gets one, at a random point.
+    """
     rng = np.random.default_rng(seed)
     at = np.concatenate([(np.arange(c) + rng.random(c)) / max(c, 1) for c in counts])
     ordinal = np.repeat(np.arange(len(counts), dtype=np.int16), counts)

@@ -34,7 +34,7 @@ class SourceTable:
 
 @dataclass(frozen=True, slots=True)
 class MixturePhase:
-    """From `first_step` on, sources are drawn by `weights` (member source -> relative share of the steps)."""
+    """New shares from `first_step` on. `weights` is member source -> relative share of the steps."""
 
     first_step: int
     weights: dict[str, float]

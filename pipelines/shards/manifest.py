@@ -28,8 +28,8 @@ _SHARDS_PER_PIECE = 1000
 class ShardInfo:
     """One shard: `path` relative to the data root, or to its folder as `write_shard` returns it.
 
-    For an external shard, `path` is an absolute URL, `index` is the path of its index below the data root, and `tag`
-    is the store's tag of its content when it was indexed. Both are None for shards that ingest wrote.
+    The `path` of an external shard is an absolute URL. Its `index` is a path below the data root, and `tag` is the
+    store's tag of its content when it was indexed. Both are None for shards that ingest wrote.
     """
 
     path: str

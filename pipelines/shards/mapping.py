@@ -61,7 +61,7 @@ class InputMapping(Config):
     """Member, or field of a JSON member."""
     media: MediaSelector | None = None
     """Member with a file. Its extension says the kind: jpg, jpeg, png, webp, gif are images, mp4, mkv, webm, mov are
-    videos. A pdf is a document, of which the first page is used."""
+    videos. A pdf is a document; its first page is used."""
 
     @model_validator(mode="after")
     def _not_empty(self) -> InputMapping:

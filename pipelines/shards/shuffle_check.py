@@ -1,8 +1,8 @@
 """How similar adjacent samples of a source are, and what unshuffled shards cost a batch.
 
 A contiguous run goes into one global batch whole, because it is one range request. In shuffled shards, adjacent samples
-have nothing in common. In others (one video after the other, one search result after the other) a batch consists of as
-many neighborhoods as it has runs, and a query's negatives from its own run are nearly its positive.
+have nothing in common. Other shards hold one video after the other, or one search result after the other. There, a
+batch consists of as many neighborhoods as it has runs. A query's negatives from its own run are nearly its positive.
 
 The measure is the share of words that two samples have in common, and whether they have the same target. Dice's
 coefficient gives the share: twice the common words by all words of both. Pairs `1 .. DISTANCE` samples apart are

@@ -1,4 +1,4 @@
-"""Eight shapes in eight colors, of which scenes and clips consist."""
+"""Eight shapes in eight colors: the things in scenes and clips."""
 
 from __future__ import annotations
 
