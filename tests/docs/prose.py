@@ -35,9 +35,12 @@ class Passage:
 
 
 def files(root: Path) -> list[Path]:
-    """Return the Markdown files of the repository and the Python files of its packages, relative to `root`."""
-    folders = [root / name for name in (*PACKAGES, "tests")]
-    markdown = [*root.glob("*.md"), *(path for folder in folders for path in folder.rglob("*.md"))]
+    """Return the Markdown files of the repository and the Python files of its packages, relative to `root`.
+
+    Of the folder `tests`, only READMEs: the others are results that a script has written.
+    """
+    markdown = [*root.glob("*.md"), *(root / "tests").rglob("README.md")]
+    markdown += [path for name in PACKAGES for path in (root / name).rglob("*.md")]
     python = [path for name in PACKAGES for path in (root / name).rglob("*.py")]
     return sorted(path.relative_to(root) for path in (*markdown, *python))
 
