@@ -54,6 +54,11 @@ def snippets(root: Path, path: Path) -> list[Snippet]:
     return found
 
 
+def indented_code(text: str) -> list[str]:
+    """Return the first line of each indented code block of a Markdown file. Such blocks name no language."""
+    return [token.content.splitlines()[0] for token in _MARKDOWN.parse(text) if token.type == "code_block"]
+
+
 def commands(code: str) -> list[list[str]]:
     """Return the words of each command in a shell block, without prompts, comments and output.
 

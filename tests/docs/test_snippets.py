@@ -15,7 +15,8 @@ import yaml
 from jobs.cli import main
 from jobs.spec.load import check, read_document
 from tests.docs.prose import files
-from tests.docs.snippets import Snippet, commands, examples, paths_in_text, snippets
+from tests.docs.snippets import Snippet, commands, examples, indented_code, paths_in_text, snippets
+from tests.docs.test_prose import PENDING
 from tests.paths import ROOT
 from tests.tiny import tiny_checkpoint
 
@@ -50,6 +51,18 @@ def test_every_block_names_its_language(snippet: Snippet) -> None:
     assert snippet.language in LANGUAGES, f"{snippet.place}: write one of {sorted(LANGUAGES)} after the fence"
     if snippet.note.startswith("not run"):
         assert snippet.reason_not_to_run, f"{snippet.place}: write <!-- not run: REASON -->"
+
+
+@pytest.mark.parametrize("path", [path for path in files(ROOT) if path.suffix == ".md"], ids=str)
+def test_code_is_fenced(path: Path) -> None:
+    """Indented blocks would escape the tests of code."""
+    if str(path) in PENDING:
+        return
+    assert indented_code((ROOT / path).read_text()) == []
+
+
+def test_indented_code_is_found() -> None:
+    assert indented_code("Then\n\n    rzen run\n    rzen\n\n```bash\nmake\n```\n") == ["rzen run"]
 
 
 def missing_paths(path: Path) -> list[str]:
