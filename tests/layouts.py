@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from pipelines.benchmarks.types import Dataset
-from rzen.evaluation.benchmark import Vectors
+from rzen.evaluation.vectors import Vectors
 
 Lines = Sequence[Mapping[str, Any]]
 

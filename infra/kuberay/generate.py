@@ -89,9 +89,11 @@ JOBS = {
             ),
             f"models.soup.adapter={_SOUP}",
             "data.root=$RZEN_STORE/data",
-            "gpus_per_model=1",
+            "actors=6",
+            "gpus_per_actor=1",
             "autoscaling=true",
-            "out=results.json",  # on the head, and gone with it: the table is in the log
+            "cache=$RZEN_STORE/vector-cache",
+            "out=evaluation",  # on the head, and gone with it: the table is in the log
         ),
     ),
     "export": Job("export.yaml", (f"model.adapter={_SOUP}", "out=$RZEN_STORE/model")),
@@ -115,7 +117,7 @@ RETRAIN = Job(
         "set.run.root=$RZEN_STORE/runs",
         "set.cluster.autoscaling=true",
         "evaluate.set.data.root=$RZEN_STORE/frozen",
-        "evaluate.set.gpus_per_model=1",
+        "evaluate.set.gpus_per_actor=1",
         "evaluate.set.autoscaling=true",
         "registry=$RZEN_STORE/registry",
     ),

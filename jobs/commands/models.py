@@ -30,9 +30,9 @@ def evaluate(
     as_json: AsJson = False,
     changes: Changes = None,
 ) -> None:
-    """Score models on benchmarks. With --list, print which datasets are there and what to fetch.
+    """Score models. With --list, print which benchmark datasets are there and what to fetch.
 
-    The spec is of kind `benchmark`: MMEB-V2, M-BEIR, and custom retrieval datasets.
+    The spec is of kind `evaluate`: a held-out split, MMEB-V2, M-BEIR, and custom retrieval datasets.
     """
     if list_:
         _list_datasets(spec, changes, as_json)
@@ -41,12 +41,12 @@ def evaluate(
 
 
 def _list_datasets(path: str, changes: list[str] | None, as_json: bool) -> None:
-    from jobs.evaluation.specs import BenchmarkSpec
+    from jobs.evaluation.specs import EvaluateSpec
     from pipelines.benchmarks.catalog import check_datasets, format_status
 
     spec, _ = read_spec(path, changes)
-    if not isinstance(spec, BenchmarkSpec):
-        raise UserError(path, f"kind={spec.kind!r} knows no benchmarks", "name a spec of kind: benchmark")
+    if not isinstance(spec, EvaluateSpec):
+        raise UserError(path, f"kind={spec.kind!r} scores no models", "name a spec of kind: evaluate")
     found = check_datasets({suite: Path(root) for suite, root in spec.suites.items()})
     if as_json:
         rows = [{"suite": one.row.suite, "dataset": one.row.name, "missing": one.missing} for one in found]

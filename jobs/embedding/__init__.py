@@ -1,1 +1,1 @@
-"""From items to stored vectors."""
+"""Items become vectors that are kept: one engine for all jobs."""

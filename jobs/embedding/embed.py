@@ -1,152 +1,255 @@
-"""Job of kind `embed`: a Ray Data job with model actors, from samples in shards to vectors in Parquet.
+"""Job of kind `embed`: the targets of a dataset become vectors in Parquet. It is incremental and resumable.
 
-{out}/parts/{split}-{source}-{start}.parquet    one row a target: where it is, what it is, its vector
-      vectors.json                              parts, model and data, written last: readers trust only this
+* `{out}/vectors.json`: parts, model and data. It is written last, and readers trust only this.
+* `{out}/parts/{split}-{source}-{start}-{digest}.parquet`: one row a target, with place, title and vector.
+* `{out}/parts/....ids`: ids of the vectors, for the next run.
+* `{out}/listings/`: what the shards hold.
+* `{out}/unfinished/`: vectors of a run that has not ended.
+
+The digest of a part is that of its rows' content. A part without a change keeps its file. The files that the manifest
+names stay until the next manifest is written.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
-import ray.data
 
+from jobs.embedding.engine import BadItems, check_workers, embed_items
+from jobs.embedding.listings import list_shards, samples_of
+from jobs.embedding.settings import Workers, embedder_settings
 from jobs.embedding.specs import EmbedSpec
-from jobs.runtime.cluster import Resources, check_size, ray_cluster, ray_data
-from jobs.runtime.models import load_exported
+from jobs.embedding.vectors import Ids, VectorCache, VectorIndex, config_digest, ids_path
+from jobs.runtime.cluster import ray_cluster
 from jobs.runtime.progress import Bars, say
 from jobs.runtime.records import as_json
+from jobs.spec.model import ModelRef
 from pipelines.config import DataConfig
-from pipelines.feed.reader import Reader
-from pipelines.samples import DecodedSample, MediaKind, Rejected, Sample
-from pipelines.storage.location import open_store, resolve_endpoint
+from pipelines.items.listing import ListedShard, row_item
+from pipelines.items.types import Item, as_ids
+from pipelines.samples import MediaKind, Rejected
+from pipelines.storage.location import open_store
 from pipelines.storage.store import Store
-from rzen.evaluation.encode import embed_inputs
+from rzen.config import ModelIdentity
+from rzen.evaluation.vectors import FloatArray
 from rzen.report.hits import Modality
 
-MANIFEST, PARTS = "vectors.json", "parts"
+MANIFEST, PARTS, LISTINGS, UNFINISHED = "vectors.json", "parts", "listings", "unfinished"
+_ROWS_AT_ONCE = 500_000  # of new parts: their vectors lie in a temporary file, the rest in memory
 _MODALITIES: dict[MediaKind, Modality] = {"image": "image", "document": "page", "video": "video"}
 
 
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A row of a part, but for its vector; `id` is that of the vector."""
+
+    id: str
+    split: str
+    source: str
+    index: int
+    modality: Modality
+    title: str
+    origin: str
+    target_sha256: str
+
+
+@dataclass(slots=True)
+class Part:
+    """Adjacent targets of a source, and how many were skipped, by reason."""
+
+    split: str
+    source: str
+    start: int
+    targets: list[Target] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+
+    def path(self, config: str) -> str:
+        """Return the place of its rows, which names all that is in them but the last bits of the vectors."""
+        content = json.dumps([config, [asdict(target) for target in self.targets]], ensure_ascii=False)
+        digest = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        return f"{PARTS}/{self.split}-{self.source}-{self.start:09d}-{digest}.parquet"
+
+
 def run(spec: EmbedSpec) -> dict[str, Any]:
-    """Embeds the target of every sample of the splits, and publishes the vectors."""
-    readers: dict[str, Reader] = {split: Reader(data_of(spec.data, split)) for split in spec.splits}
-    units = _units(spec, readers)
-    total = sum(unit["stop"] - unit["start"] for unit in units)
+    """Embed the target of every sample that has no vector yet, and publish the vectors of all."""
     store = open_store(spec.out, spec.endpoint)
-    say(f"  {total:,} targets of {spec.data.root}, model {spec.model}, {spec.actors} actor(s) -> {store.url}")
     store.ensure_bucket()
-    store.delete(MANIFEST)
-    store.delete_tree(PARTS)
-    parts: list[str] = []
-    skipped: Counter[str] = Counter()
+    listings = store.child(LISTINGS)
+    settings = embedder_settings(
+        "embed",
+        ModelRef(base=spec.model, instructions=spec.data.instructions),
+        ModelIdentity(),
+        endpoint=spec.endpoint,
+        media=spec.data.media,
+        dtype=spec.dtype,
+        chunk_tokens=spec.chunk_tokens,
+        data=spec.data,
+        splits=spec.splits,
+    )
+    config = config_digest(settings.config)
+    old_parts = _published_parts(store, config)
+    vectors = VectorCache(store.child(UNFINISHED), settings.config)
+    vectors.add(store, old_parts)
+    workers = Workers(spec.actors, spec.cpus_per_actor, spec.gpus_per_actor, spec.cpus_per_task)
     with ray_cluster(), Bars() as bars:
         if not spec.autoscaling:
-            check_size("actors", spec.actors, Resources(spec.cpus_per_actor, spec.gpus_per_actor))
-        done = 0
-        for row in _embedded(spec, units, readers, store):
-            parts.append(row["part"])
-            skipped.update(json.loads(row["skipped"]))
-            done += int(row["num_samples"])
-            bars.update("embed", done, total)
+            check_workers(workers)
+        shards = list_shards(spec.data, spec.splits, listings, workers.cpus_per_task)
+        num_samples = sum(shard.stop - shard.start for shard in shards)
+        say(f"  {num_samples:,} targets of {spec.data.root}, model {spec.model}, {spec.actors} actor(s) -> {store.url}")
+        on_progress = partial(bars.update, "embed", unit="targets")
+        (bad,) = embed_items(_items(shards, listings), [(settings, vectors)], workers, on_progress)
+    writer = _PartWriter(store, vectors, config)
+    for part in _parts(shards, listings, bad, spec.samples_per_part):
+        writer.add(part)
+    writer.flush()
+    num_embedded = writer.count_missing(store, old_parts)
     content = {
-        "parts": sorted(parts),
-        "num_vectors": total - skipped.total(),
-        "skipped": dict(skipped),
+        "parts": sorted(writer.paths),
+        "num_vectors": num_samples - writer.skipped.total(),
+        "num_embedded": num_embedded,
+        "skipped": dict(writer.skipped),
         # Absolute, where local: whoever searches may be in another folder.
         "model": open_store(spec.model, spec.endpoint).url,
+        "config": config,
         "dtype": spec.dtype,
         "data": spec.data.model_dump(mode="json") | {"root": open_store(spec.data.root, spec.data.endpoint).url},
     }
     store.write(MANIFEST, as_json(content))
-    for reason, count in skipped.items():
+    _delete_all_but(store, [*writer.paths, *(f"{LISTINGS}/{shard.path}" for shard in shards)])
+    say(f"  {num_embedded:,} targets went through the model; the others had their vector")
+    for reason, count in writer.skipped.items():
         say(f"  skipped: {reason} {count:,}", "yellow")
-    return {"outputs": [spec.out], "vectors": content["num_vectors"], "skipped": dict(skipped)}
-
-
-def _units(spec: EmbedSpec, readers: dict[str, Reader]) -> list[dict[str, Any]]:
-    """Stretches of neighboring samples of one source, one unit of work each."""
-    return [
-        {"split": split, "source": source, "start": start, "stop": min(start + spec.samples_per_task, size)}
-        for split, reader in readers.items()
-        for source, size in reader.sizes().items()
-        for start in range(0, size, spec.samples_per_task)
-    ]
+    return {
+        "outputs": [spec.out],
+        "vectors": content["num_vectors"],
+        "embedded": num_embedded,
+        "skipped": dict(writer.skipped),
+    }
 
 
 def data_of(data: DataConfig, split: str) -> DataConfig:
-    """The same data, another split."""
+    """Return the same data, another split."""
     return data.model_copy(update={"split": split})
 
 
-def _embedded(
-    spec: EmbedSpec, units: list[dict[str, Any]], readers: dict[str, Reader], store: Store
-) -> Iterator[dict[str, Any]]:
-    with ray_data():
-        rows = ray.data.from_items(units, override_num_blocks=len(units)).map(
-            EmbedTargets,
-            fn_constructor_args=(spec, resolve_endpoint(spec.endpoint), readers, store),
-            compute=ray.data.ActorPoolStrategy(size=spec.actors),
-            num_cpus=spec.cpus_per_actor,
-            num_gpus=spec.gpus_per_actor,
+def _published_parts(store: Store, config: str) -> list[str]:
+    """The parts of an earlier job, if they hold vectors of this model in this configuration."""
+    try:
+        manifest: dict[str, Any] = json.loads(store.read(MANIFEST))
+    except FileNotFoundError:
+        return []
+    return manifest["parts"] if manifest.get("config") == config else []
+
+
+def _items(shards: Iterable[ListedShard], listings: Store) -> Iterator[Item]:
+    for shard, index, sample in samples_of(shards, listings):
+        if not isinstance(sample, Rejected):
+            yield row_item(shard, index, sample, "positive")
+
+
+def _parts(shards: Sequence[ListedShard], listings: Store, bad: BadItems, samples_per_part: int) -> Iterator[Part]:
+    part: Part | None = None
+    for shard, index, sample in samples_of(shards, listings):
+        start = index - index % samples_per_part
+        if part is None or (part.split, part.source, part.start) != (shard.split, shard.source, start):
+            if part is not None:
+                yield part
+            part = Part(shard.split, shard.source, start)
+        if isinstance(sample, Rejected):
+            part.skipped[sample.reason] += 1
+            continue
+        item = row_item(shard, index, sample, "positive")
+        if item.id in bad:
+            part.skipped[bad[item.id].reason] += 1
+            continue
+        media = sample.positive.media
+        target = Target(
+            id=item.id,
+            split=shard.split,
+            source=shard.source,
+            index=index,
+            modality=_MODALITIES[media[0].kind] if media else "text",
+            title=sample.query.text if media else sample.positive.text,
+            origin=sample.origin,
+            target_sha256=sample.target_sha256,
         )
-        yield from rows.iter_rows()
+        part.targets.append(target)
+    if part is not None:
+        yield part
 
 
-class EmbedTargets:
-    """An actor with the model: embeds one unit of work and stores its part."""
+class _PartWriter:
+    """Writes the parts that are not there yet, many at a time, so that stored vectors are read in bulk."""
 
-    def __init__(self, spec: EmbedSpec, endpoint: str | None, readers: dict[str, Reader], store: Store) -> None:
-        self._readers = readers
-        self._store = store
-        self._batch_size = spec.batch_size
-        self._processor, self._embedder = load_exported(spec.model, endpoint, spec.dtype)
+    def __init__(self, store: Store, vectors: VectorIndex, config: str) -> None:
+        self._store, self._vectors, self._config = store, vectors, config
+        self._there = set(store.list(PARTS))
+        self._waiting: list[tuple[str, Part]] = []
+        self._ids: list[Ids] = []
+        self.paths: list[str] = []
+        self.skipped: Counter[str] = Counter()
 
-    def __call__(self, unit: dict[str, Any]) -> dict[str, Any]:
-        """The name of the part, samples seen, and counts of the skipped ones by reason."""
-        split, source = unit["split"], unit["source"]
-        items = self._readers[split].samples(source, range(unit["start"], unit["stop"]))
-        indices = iter(range(unit["start"], unit["stop"]))
-        rows: list[dict[str, Any]] = []
-        skipped: Counter[str] = Counter()
-        while batch := list(islice(items, self._batch_size)):
-            numbered = [(next(indices), item) for item in batch]
-            skipped.update(item.reason for _, item in numbered if isinstance(item, Rejected))
-            rows += self._embed(split, [(i, item) for i, item in numbered if isinstance(item, DecodedSample)])
-        part = f"{PARTS}/{split}-{source}-{unit['start']:09d}.parquet"
+    def add(self, part: Part) -> None:
+        """Take the next part; one of which nothing is left has no file."""
+        self.skipped += part.skipped
+        if not part.targets:
+            return
+        path = part.path(self._config)
+        self.paths.append(path)
+        self._ids.append(as_ids(target.id for target in part.targets))
+        # The ids are written last: a part is whole if they are there.
+        if ids_path(path) not in self._there or path not in self._there:
+            self._waiting.append((path, part))
+        if sum(len(part.targets) for _, part in self._waiting) >= _ROWS_AT_ONCE:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the parts that wait."""
+        waiting, self._waiting = self._waiting, []
+        wanted = [target.id for _, part in waiting for target in part.targets]
+        if not wanted:
+            return
+        ids = np.unique(as_ids(wanted))
+        with tempfile.TemporaryDirectory(prefix="rzen-vectors-") as scratch:
+            loaded = self._vectors.load(ids, Path(scratch) / "vectors.npy")
+            for path, part in waiting:
+                mine = as_ids(target.id for target in part.targets)
+                self._write(path, part, mine, loaded.rows[np.searchsorted(ids, mine)])
+
+    def _write(self, path: str, part: Part, ids: Ids, vectors_ND: FloatArray) -> None:
+        rows = [asdict(target) | {"vector": vector} for target, vector in zip(part.targets, vectors_ND, strict=True)]
+        for row in rows:
+            del row["id"]
         sink = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(rows), sink, compression="zstd")
-        self._store.write(part, sink.getvalue())
-        return {"part": part, "num_samples": unit["stop"] - unit["start"], "skipped": json.dumps(skipped)}
+        self._store.write(path, sink.getvalue())
+        self._store.write(ids_path(path), ids.tobytes())
 
-    def _embed(self, split: str, samples: list[tuple[int, DecodedSample]]) -> list[dict[str, Any]]:
-        if not samples:
-            return []
-        sides = [decoded.positive for _, decoded in samples]
-        vectors_ND = embed_inputs(self._processor, self._embedder, sides, self._batch_size)
-        return [
-            _row(split, index, decoded.sample, vector)
-            for (index, decoded), vector in zip(samples, vectors_ND, strict=True)
-        ]
+    def count_missing(self, store: Store, parts: Sequence[str]) -> int:
+        """Return how many distinct vectors of the new parts are not in these."""
+        old = VectorIndex()
+        old.add(store, parts)
+        return int(old.missing(np.unique(np.concatenate([as_ids([]), *self._ids]))).sum())
 
 
-def _row(split: str, index: int, sample: Sample, vector: np.ndarray[Any, Any]) -> dict[str, Any]:
-    media = sample.positive.media
-    return {
-        "split": split,
-        "source": sample.source,
-        "index": index,
-        "modality": _MODALITIES[media[0].kind] if media else "text",
-        "title": sample.query.text if media else sample.positive.text,
-        "origin": sample.origin,
-        "target_sha256": sample.target_sha256,
-        "vector": vector.astype(np.float32),
-    }
+def _delete_all_but(store: Store, kept: Iterable[str]) -> None:
+    wanted = set(kept)
+    wanted |= {ids_path(path) for path in wanted}
+    for folder in (PARTS, LISTINGS):
+        for path in store.list(folder):
+            if path not in wanted:
+                store.delete(path)
+    store.delete_tree(UNFINISHED)

@@ -18,27 +18,29 @@ class EmbedSpec(JobConfig):
     kind: Literal["embed"]
     """Must be `embed`."""
     model: str
-    """Exported model (directory or s3:// URL)."""
+    """Exported model: a directory or an s3:// URL. A checkpoint or a hub name works, too."""
     data: DataConfig
     """`data.split` is ignored: see `splits`."""
     splits: Annotated[list[Literal["train", "held_out"]], Field(min_length=1)] = Field(default=["train", "held_out"])
     """Splits to embed."""
     out: str
-    """Directory or s3:// URL of the vectors (Parquet) and `vectors.json`."""
+    """Directory or s3:// URL of the vectors (Parquet) and `vectors.json`. A second run embeds only what is new."""
     endpoint: str | None = None
     """S3 endpoint; the environment's AWS_ENDPOINT_URL where not given."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Compute type; that of the export where not given."""
-    batch_size: PositiveInt = 32
-    """Samples embedded at once."""
-    samples_per_task: PositiveInt = 256
-    """Samples of one unit of work."""
+    samples_per_part: PositiveInt = 1024
+    """Targets of one Parquet file, at most. A file is kept while its targets are the same."""
+    chunk_tokens: PositiveInt = 16_384
+    """Tokens embedded at once, visual tokens and padding included."""
     actors: PositiveInt = 1
-    """Copies of the model."""
+    """Number of model replicas."""
     cpus_per_actor: PositiveFloat = 1.0
-    """Logical CPUs of each."""
+    """Logical CPUs of each replica."""
     gpus_per_actor: Annotated[float, Field(ge=0)] = 0.0
-    """GPUs of each."""
+    """GPUs of each replica."""
+    cpus_per_task: PositiveFloat = 1.0
+    """Logical CPUs of a task that decodes. As many tasks run as the replicas leave CPUs for."""
     autoscaling: bool = False
     """The cluster can grow: skip the check that it is large enough now."""
 

@@ -1,11 +1,11 @@
-"""Vectors of benchmark items, kept by id, so that nothing is embedded twice by one model in one config.
+"""Vectors kept by the id of their item, so that nothing is embedded twice by one model in one configuration.
 
-{cache}/{config}/config.json             what decides a vector: weights, prompt, preprocessing, precision, versions
-              {part}.npy           vectors of some items, float32 [n, D]
-              {part}.ids           their ids, 32 bytes each, written last: readers trust only this
+{cache}/{config}/config.json      what decides a vector: weights, prompt, preprocessing, precision, versions
+                 {part}.npy       vectors of some items, float32 [n, D]
+                 {part}.ids       their ids, 32 bytes each, written last: readers trust only this
 
-An id is a digest of an item's content (`pipelines.benchmarks.types`), and a part is named by the ids in it: two jobs
-that make the same one write the same object.
+An id is a digest of an item's content (`pipelines.items`). The ids name the part, so that two jobs which make the same
+part write the same object. The rows of a part may also be a Parquet file with a column `vector` (`rzen embed`).
 """
 
 from __future__ import annotations
@@ -13,41 +13,42 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.parquet as pq
 
-from pipelines.benchmarks.types import ID, as_ids
+from pipelines.items.types import ID, as_ids
 from pipelines.storage.store import Store
-from rzen.evaluation.benchmark import Vectors
+from rzen.evaluation.vectors import StoredArray, Vectors, as_stored, check_width
 
 _IDS, _ROWS = ".ids", ".npy"
 _THREADS = 16
+Ids = npt.NDArray[np.bytes_]
 
 
-class VectorCache:
-    """The vectors of one model, made in one config. Pickles; what others write meanwhile is found by a new one."""
+class VectorIndex:
+    """Where the vector of each id is, over parts of any number of stores. Pickles."""
 
-    def __init__(self, store: Store, config: Mapping[str, Any]) -> None:
-        text = json.dumps(config, indent=1, sort_keys=True)
-        self.store = store.child(hashlib.sha256(text.encode()).hexdigest()[:16])
-        if not self.store.exists("config.json"):
-            self.store.write("config.json", text.encode())
-        self._parts: list[str] = []
-        self._ids = np.empty(0, dtype=ID)
-        self._places = np.empty((0, 2), dtype=np.int64)
-        self.refresh()
+    def __init__(self) -> None:
+        self._parts: list[tuple[Store, str]] = []
+        self._ids: Ids = np.empty(0, dtype=ID)
+        self._places = np.empty((0, 2), dtype=np.int64)  # part and row of each id
 
-    def refresh(self) -> None:
-        """Looks for parts that have been written since."""
-        known = set(self._parts)
-        new = [path for path in self.store.list() if path.endswith(_IDS) and path not in known]
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def add(self, store: Store, rows: Iterable[str]) -> None:
+        """Take in the parts whose rows are at these paths. Of several vectors of an id the first counts."""
+        new = [(store, path) for path in rows]
         with ThreadPoolExecutor(_THREADS) as pool:
-            found = [np.frombuffer(data, dtype=ID) for data in pool.map(self.store.read, new)]
+            found = [
+                np.frombuffer(data, dtype=ID) for data in pool.map(store.read, (ids_path(path) for _, path in new))
+            ]
         places = [
             np.stack([np.full(len(ids), len(self._parts) + part), np.arange(len(ids))], axis=1)
             for part, ids in enumerate(found)
@@ -56,13 +57,14 @@ class VectorCache:
         self._ids, first = np.unique(np.concatenate([self._ids, *found]), return_index=True)
         self._places = np.concatenate([self._places, *places])[first]
 
-    def missing(self, ids: npt.NDArray[np.bytes_]) -> npt.NDArray[np.bool_]:
-        """Which of these ids have no vector."""
+    def missing(self, ids: Ids) -> npt.NDArray[np.bool_]:
+        """Return which of these ids have no vector."""
         return ~np.isin(ids, self._ids)
 
-    def load(self, ids: npt.NDArray[np.bytes_], path: Path) -> Vectors:
-        """The vectors of those of these ids that have one, in their order, memory-mapped in the new file `path`: one
-        part at a time is in memory for each of 16 threads.
+    def load(self, ids: Ids, path: Path) -> Vectors:
+        """Return the vectors of those of these ids that have one, in their order, memory-mapped in the new file `path`.
+
+        Each part is read once; 16 at a time are in memory.
         """
         found = ids[~self.missing(ids)]
         places = self._places[np.searchsorted(self._ids, found)]
@@ -77,23 +79,60 @@ class VectorCache:
 
         def copy(number: int) -> None:
             mine = order[bounds[number] : bounds[number + 1]]
-            target[mine] = self._rows(int(parts[number]))[places[mine, 1]]
+            rows = self._rows(int(parts[number]))
+            check_width(rows, width, self._parts[int(parts[number])][1])
+            target[mine] = rows[places[mine, 1]]
 
         with ThreadPoolExecutor(_THREADS) as pool:
             list(pool.map(copy, range(len(parts))))
         return Vectors(found, target)
 
-    def _rows(self, part: int) -> npt.NDArray[np.float32]:
-        data = self.store.read(self._parts[part].removesuffix(_IDS) + _ROWS)
-        rows: npt.NDArray[np.float32] = np.load(io.BytesIO(data), allow_pickle=False)
-        return rows
+    def _rows(self, part: int) -> StoredArray:
+        store, path = self._parts[part]
+        data = io.BytesIO(store.read(path))
+        if path.endswith(_ROWS):
+            return as_stored(np.load(data, allow_pickle=False))
+        column = pq.read_table(data, columns=["vector"])["vector"].combine_chunks()
+        return as_stored(column.flatten().to_numpy().reshape(len(column), -1))
+
+
+class VectorCache(VectorIndex):
+    """The vectors of one model in one configuration. What others write meanwhile is found by `refresh`."""
+
+    def __init__(self, store: Store, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.store = store.child(config_digest(config))
+        if not self.store.exists("config.json"):
+            self.store.write("config.json", _config_text(config).encode())
+        self._own: set[str] = set()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look for parts that were written since."""
+        new = [path for path in self.store.list() if path.endswith(_IDS) and path not in self._own]
+        self._own.update(new)
+        self.add(self.store, [path.removesuffix(_IDS) + _ROWS for path in new])
+
+
+def config_digest(config: Mapping[str, Any]) -> str:
+    """Return the name of a configuration: equal for equal content, in any order."""
+    return hashlib.sha256(_config_text(config).encode()).hexdigest()[:16]
+
+
+def ids_path(rows_path: str) -> str:
+    """Return the place of the ids of a part."""
+    return str(PurePosixPath(rows_path).with_suffix(_IDS))
 
 
 def write_part(store: Store, ids: Sequence[str], rows: npt.NDArray[np.float32]) -> None:
-    """Vectors `[n, D]` and their ids, at least one, into the folder of a config."""
+    """Write vectors `[n, D]` and their ids, at least one, into the folder of a configuration."""
     names = as_ids(ids).tobytes()
     part = hashlib.sha256(names).hexdigest()[:32]
     sink = io.BytesIO()
-    np.save(sink, rows.astype(np.float32, copy=False))
+    np.save(sink, as_stored(rows))
     store.write(part + _ROWS, sink.getvalue())
     store.write(part + _IDS, names)
+
+
+def _config_text(config: Mapping[str, Any]) -> str:
+    return json.dumps(config, indent=1, sort_keys=True)

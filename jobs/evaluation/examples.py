@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from pipelines.benchmarks.decode import ItemDecoder
-from pipelines.benchmarks.types import Item
-from pipelines.config import MediaConfig
 from pipelines.errors import BadMedia
+from pipelines.items.decode import ItemDecoder
+from pipelines.items.types import Item
 from pipelines.samples import UInt8Array
 from rzen.evaluation.benchmark import DatasetScores
 from rzen.evaluation.vectors import NONE
@@ -19,9 +18,9 @@ _TOP = 5
 _KINDS: dict[str, Modality] = {"image": "image", "document": "page", "video": "video"}
 
 
-def wrong_answers(scored: DatasetScores, media: MediaConfig, count: int) -> list[Search]:
-    """Of `count` queries whose first candidate is wrong, evenly spread over the dataset: the first candidates, and the
-    best relevant one where it is not among them.
+def wrong_answers(scored: DatasetScores, decoder: ItemDecoder, count: int) -> list[Search]:
+    """Return the first candidates of `count` queries whose first is wrong, evenly spread over the dataset, and the best
+    relevant one where it is not among them.
 
     The rows of `scored` must be those of the dataset's candidates in their order.
     """
@@ -29,7 +28,6 @@ def wrong_answers(scored: DatasetScores, media: MediaConfig, count: int) -> list
     chosen = wrong[np.linspace(0, len(wrong) - 1, min(count, len(wrong)), dtype=int)].tolist()
     answers = {number: _answers(scored, number) for number in chosen}
     items = scored.dataset.pick({row for rows in answers.values() for row, _, _, _ in rows})
-    decoder = ItemDecoder(media)
     return [
         Search(
             _text(scored.dataset.queries[number].item),
@@ -56,19 +54,19 @@ def _answers(scored: DatasetScores, number: int) -> list[tuple[int, int, float |
 
 
 def _hit(item: Item, rank: int, score: float | None, relevant: bool, decoder: ItemDecoder) -> Hit:
-    kinds = [_KINDS[media.kind] for media in item.side.media]
+    kinds = [_KINDS[media.kind] for media in item.input.media]
     modality: Modality = kinds[0] if kinds else "text"
     return Hit(rank, score, modality, _text(item), item.name, _thumbnails(item, decoder), relevant)
 
 
 def _text(item: Item) -> str:
-    return " ".join(filter(None, [item.instruction, item.side.text])) or item.name
+    return " ".join(filter(None, [item.instruction, item.input.text])) or item.name
 
 
 def _thumbnails(item: Item, decoder: ItemDecoder) -> list[UInt8Array]:
     """Small, because a page may show a thousand."""
     try:
-        visuals = decoder.side(item).visuals
+        visuals = decoder.input(item).visuals
     except BadMedia:  # it could be read when it was embedded
         return []
     return [_small(frame) for visual in visuals for frame in visual.frames]

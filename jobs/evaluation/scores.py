@@ -25,6 +25,10 @@ from pipelines.storage.store import Store
 if TYPE_CHECKING:
     from rzen.evaluation.results import Result
 
+_UNFINISHED = "scores/unfinished"
+"""Folder of a model's vectors while it is scored."""
+_OTHER_DATA = {"suites", "custom", "datasets", "media"}
+
 
 @dataclass(frozen=True)
 class Model:
@@ -52,16 +56,19 @@ def evaluation(changes: FileChanges, document: Document, key: str) -> EvaluateSp
     if not isinstance(evaluate, EvaluateSpec):
         problem = f"kind={evaluate.kind!r} does not score"
         raise UserError(document.place((key, "spec")), problem, "use kind: evaluate")
+    if evaluate.data is None:
+        raise UserError(document.place((key, "spec")), "scores no split", "set data in it")
     return evaluate
 
 
 class Scorer:
-    """One way of scoring: which data, tasks, metrics and precision."""
+    """One way of scoring on a split: which data, tasks, metrics and precision."""
 
     def __init__(self, evaluate: EvaluateSpec) -> None:
+        assert evaluate.data is not None, "`evaluation` has checked it"
         self._evaluate = evaluate
         self._reader = Reader(evaluate.data)
-        spec = EVALUATE.science(evaluate.model_dump(mode="json"))
+        spec = EVALUATE.science(evaluate.model_dump(mode="json", exclude=_OTHER_DATA))
         self.scoring_config = {"data": self._reader.fingerprint, "spec": spec}
         self._path = (
             f"scores/{hashlib.sha256(json.dumps(self.scoring_config, sort_keys=True).encode()).hexdigest()[:16]}.json"
@@ -91,7 +98,9 @@ class Scorer:
         if missing:
             from jobs.evaluation.evaluate import score
 
-            for name, scores in score(self._evaluate.model_copy(update={"models": missing}), self._reader).items():
+            stores = {name: models[name].store.child(_UNFINISHED) for name in missing}
+            evaluate = self._evaluate.model_copy(update={"models": missing})
+            for name, scores in score(evaluate, self._reader, stores).items():
                 content = {"scoring_config": self.scoring_config, **asdict(scores)}
                 models[name].store.write(self._path, json.dumps(content, indent=1).encode())
         return {name: json.loads(model.store.read(self._path)) for name, model in models.items()}

@@ -1,4 +1,4 @@
-"""Kinds `evaluate` and `benchmark`: jobs that score models."""
+"""Kind `evaluate`: a job that scores models."""
 
 from __future__ import annotations
 
@@ -16,121 +16,93 @@ from rzen.evaluation.tasks import TASKS, Metric
 
 
 class EvaluateSpec(ModelIdentity, JobConfig):
-    """Rank held-out targets for held-out queries, for several models."""
+    """Score models on a held-out split, on public benchmarks and on custom retrieval datasets."""
 
     kind: Literal["evaluate"]
     """Must be `evaluate`."""
     models: Annotated[Named[ModelRef], Field(min_length=1)]
-    """Name in the table -> model. All of one evaluation share `prompt`, unless they bring their own."""
-    data: DataConfig
-    """What is asked and searched; every target of a task's source is a candidate."""
-    prompt: PromptConfig = PromptConfig()
-    """Prompt of models whose files do not record the one they were trained with (`rzen.json`)."""
-    readout: ReadoutConfig = ReadoutConfig()
-    """Readout of models whose files do not record how their vectors are made."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Compute type. CPUs want float32."""
+    """Name in the tables -> model. Each is compared with the first."""
+    data: DataConfig | None = None
+    """Split of a dataset. Each of its tasks is scored: all targets of the task (or of the source, for classes) are the
+    candidates of a query."""
     tasks: list[str] | None = None
-    """Tasks to score. `null`: all that the data have samples of."""
+    """Tasks of `data` to score. `null` scores all that the split has samples of."""
     metrics: list[Metric] | None = None
-    """Metrics; each task's own where not given (hit@1, and nDCG@5 for pages, as MMEB-V2)."""
-    batch_size: PositiveInt = 32
-    """Samples embedded at once."""
-    cpus_per_model: PositiveFloat = 1.0
-    """Logical CPUs of one model's evaluation; models are evaluated side by side."""
-    gpus_per_model: Annotated[float, Field(ge=0)] = 0.0
-    """GPUs of one model's evaluation."""
-    autoscaling: bool = False
-    """The cluster can grow: skip the check that it is large enough now."""
-    out: str
-    """Local JSON file to write, and next to it its table as Markdown."""
-
-    @model_validator(mode="after")
-    def _known_tasks(self) -> EvaluateSpec:
-        if unknown := sorted(set(self.tasks or []) - set(TASKS)):
-            raise ValueError(f"tasks names {unknown[0]!r}, which is not one of {', '.join(TASKS)}")
-        return self
-
-
-class BenchmarkSpec(ModelIdentity, JobConfig):
-    """Score models on public benchmarks and on custom retrieval datasets."""
-
-    kind: Literal["benchmark"]
-    """Must be `benchmark`."""
-    models: Annotated[Named[ModelRef], Field(min_length=1)]
-    """Name in the tables -> model."""
+    """Metrics of `data`. `null` takes those of each task: hit@1, and nDCG@5 for pages, as MMEB-V2."""
     suites: dict[Literal["MMEB-V2", "M-BEIR", "M-BEIR global"], str] = Field(default_factory=dict)
-    """Benchmark -> its local folder, the same on all nodes. `rzen evaluate --list` prints what is missing
-    there. The job scores what is there."""
+    """Benchmark -> its local folder, the same on all nodes. Datasets that are there are scored; `rzen evaluate --list`
+    prints what is missing."""
     custom: Named[str] = Field(default_factory=dict)
     """Name -> retrieval dataset of your own: a folder with queries.jsonl, corpus.jsonl and qrels, or a file of lists
     (`pipelines/benchmarks/custom.py`)."""
     datasets: Annotated[list[str], Field(min_length=1)] | None = None
-    """Datasets of the suites to score; all where not given. The others count 0 in the official mean."""
+    """Datasets of the suites to score. `null` scores all. The others are scored as 0 in the official mean."""
     prompt: PromptConfig = PromptConfig()
-    """Prompt of models whose files do not record the one they were trained with (`rzen.json`)."""
+    """Prompt of models that do not name theirs in `rzen.json`."""
     readout: ReadoutConfig = ReadoutConfig()
-    """Readout of models whose files do not record how their vectors are made."""
+    """Readout of models that do not name theirs in `rzen.json`."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Compute type. CPUs want float32."""
+    """Compute type. Use float32 on CPUs."""
     media: MediaConfig = MediaConfig()
-    """Decoding. The official frames of a video are 8."""
+    """Decoding for suites and custom datasets (`data` has its own). The official frames of a video are 8."""
     instruction_sensitivity: bool = False
-    """Ask every query without its instruction, too, and report what the instruction changes."""
+    """Whether to ask every query without its instruction as well, and report what the instruction changes."""
     num_examples: NonNegativeInt = 2
-    """Wrong answers that the page shows of each dataset and model."""
+    """Wrong answers of each dataset and model that the report shows."""
     submission: Named[ModelCard] = Field(default_factory=dict)
-    """Model -> what its entry on the leaderboard of MMEB-V2 says about it; its file is written for these."""
-    cache: str = "runs/vectors"
-    """Directory or s3:// URL where vectors are kept, by content, weights and settings: what is there is not embedded
-    again. Nothing is ever deleted from it."""
+    """Model -> what its entry on the MMEB-V2 leaderboard says about it. The job writes the file for these models."""
+    cache: str = "runs/vector-cache"
+    """Directory or s3:// URL of the vectors, by content, weights and settings. What is there is not embedded again.
+    Nothing is ever deleted from it."""
     scratch: str | None = None
-    """Local folder of the job's own process for the vectors of the dataset that is being scored: 4 bytes x width x
-    candidates, memory-mapped. `null`: the system's folder for temporary files."""
+    """Local folder of the job's own process for the vectors of one dataset: 4 bytes x width x candidates,
+    memory-mapped. `null` uses the system's folder for temporary files."""
     endpoint: str | None = None
-    """S3 endpoint; the environment's AWS_ENDPOINT_URL where not given."""
+    """S3 endpoint of models and cache. `null` uses the environment's AWS_ENDPOINT_URL."""
     chunk_tokens: PositiveInt = 16_384
     """Tokens embedded at once, visual tokens and padding included."""
     actors: PositiveInt = 1
-    """Copies of the model."""
+    """Number of model replicas. Each holds one model at a time."""
     cpus_per_actor: PositiveFloat = 1.0
-    """Logical CPUs of each."""
+    """Logical CPUs of each replica."""
     gpus_per_actor: Annotated[float, Field(ge=0)] = 0.0
-    """GPUs of each."""
+    """GPUs of each replica."""
     cpus_per_task: PositiveFloat = 1.0
-    """Logical CPUs of a task that decodes; as many run as the actors leave CPUs for."""
+    """Logical CPUs of a task that decodes. As many tasks run as the replicas leave CPUs for."""
     autoscaling: bool = False
-    """The cluster can grow: skip the check that it is large enough now."""
+    """Whether the cluster can grow. If so, the job does not check that it is large enough now."""
     out: str
-    """Local folder: index.html, and of every model and suite the files, tables and settings."""
+    """Local folder: results.json and results.md of `data`, index.html, and per suite and model files and tables."""
 
     @model_validator(mode="after")
-    def _something_known(self) -> BenchmarkSpec:
-        if not self.suites and not self.custom:
-            raise ValueError("suites and custom are both empty: there is nothing to score")
+    def _something_known(self) -> EvaluateSpec:
+        if self.data is None and not self.suites and not self.custom:
+            raise ValueError("data, suites and custom are all empty: there is nothing to score")
+        if unknown := sorted(set(self.tasks or []) - set(TASKS)):
+            raise ValueError(f"tasks names {unknown[0]!r}, which is not one of {', '.join(TASKS)}")
         if unknown := sorted(set(self.submission) - set(self.models)):
             raise ValueError(f"submission names {unknown[0]!r}, which is none of {', '.join(self.models)}")
         return self
 
 
 def _gpus(spec: EvaluateSpec, named: Sequence[JobConfig]) -> float:
-    return len(spec.models) * spec.gpus_per_model
+    return spec.actors * spec.gpus_per_actor
 
 
+_HOW_FAST = {"actors", "cpus_per_actor", "gpus_per_actor", "cpus_per_task", "chunk_tokens", "autoscaling", "submit"}
+_WHERE = {"models", "out", "cache", "scratch"}
+_ONLY_SHOWN = {"num_examples", "instruction_sensitivity", "submission"}
 EVALUATE = Kind(
     name="evaluate",
     spec=EvaluateSpec,
     run="jobs.evaluation.evaluate:run",
-    reads={"models": "checkpoints and adapters", "data": "held-out split of a dataset"},
-    makes={"out": "scores as JSON, and a table as Markdown"},
-    gpus=_gpus,
-    not_science=frozenset({"models", "out", "cpus_per_model", "gpus_per_model", "autoscaling", "batch_size", "submit"}),
-)
-BENCHMARK = Kind(
-    name="benchmark",
-    spec=BenchmarkSpec,
-    run="jobs.evaluation.benchmark:run",
-    reads={"models": "checkpoints and adapters", "suites": "public benchmarks", "custom": "custom datasets"},
+    reads={
+        "models": "checkpoints and adapters",
+        "data": "held-out split of a dataset",
+        "suites": "public benchmarks",
+        "custom": "custom datasets",
+    },
     makes={"out": "scores, leaderboard files, HTML report", "cache": "vectors"},
-    local="reads its files at the same path on every node",
+    gpus=_gpus,
+    not_science=frozenset(_HOW_FAST | _WHERE | _ONLY_SHOWN),
 )

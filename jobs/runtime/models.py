@@ -10,11 +10,10 @@ from jobs.spec.model import ModelRef
 from pipelines.errors import UserError
 from pipelines.storage.location import localize
 from pipelines.storage.store import Store
-from rzen.config import ModelConfig, ModelIdentity
+from rzen.config import ModelIdentity
 
 if TYPE_CHECKING:
-    from rzen.inputs.processor import Processor
-    from rzen.model.embedding_model import EmbeddingModel
+    from rzen.model.embedder import Embedder
 
 IDENTITY = "rzen.json"
 Dtype = Literal["float32", "bfloat16"]
@@ -42,40 +41,18 @@ def checkpoint_folder(url: str, endpoint: str | None) -> str:
     return str(checkpoint_dir(local_folder(url, endpoint)))
 
 
-def load_model(
-    ref: ModelRef, endpoint: str | None, default: ModelIdentity, dtype: Dtype
-) -> tuple[Processor, EmbeddingModel]:
-    """Processor and frozen embedder of a checkpoint with or without adapter, on the GPU where there is one.
+def load_embedder(
+    ref: ModelRef, endpoint: str | None, default: ModelIdentity, dtype: Dtype | None, chunk_tokens: int | None = None
+) -> Embedder:
+    """The embedder of a checkpoint with or without adapter, on the GPU where there is one.
 
-    `default` holds for models that do not say how they are read.
+    `default` holds for models that do not say how they are read; `dtype` is that of an export where it is `None`.
     """
-    import torch
-
-    from rzen.inputs.processor import Processor
-    from rzen.model.backbone import load_backbone
-    from rzen.model.checkpoints import read_identity
-    from rzen.model.embedding_model import EmbeddingModel
-    from rzen.model.lora import load_adapter
+    from rzen.model.embedder import CHUNK_TOKENS, load
 
     base = checkpoint_folder(ref.base, endpoint)
     adapter = local_folder(ref.adapter, endpoint) if ref.adapter else None
-    identity = read_identity(Path(adapter or base), default)
-    config = ModelConfig(backbone=base, dtype=dtype, gradient_checkpointing=False)
-    backbone = load_backbone(base, config)
-    model = load_adapter(backbone, Path(adapter)) if adapter else backbone
-    processor = Processor(base, identity.prompt)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return processor, EmbeddingModel(model, processor.layout, identity.readout).requires_grad_(False).eval().to(device)
-
-
-def load_exported(url: str, endpoint: str | None, dtype: Dtype | None) -> tuple[Processor, EmbeddingModel]:
-    """Processor and frozen embedder of an exported model, on the GPU where there is one."""
-    import torch
-
-    from rzen.export.export import load_encoder
-
-    processor, embedder = load_encoder(local_folder(url, endpoint), dtype)
-    return processor, embedder.to("cuda" if torch.cuda.is_available() else "cpu")
+    return load(base, adapter, dtype=dtype, identity=default, chunk_tokens=chunk_tokens or CHUNK_TOKENS)
 
 
 def publish_folder(local: Path, store: Store) -> None:

@@ -12,20 +12,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs.embedding.embed import MANIFEST, data_of
-from jobs.runtime.models import load_exported
+from jobs.runtime.models import load_embedder
 from jobs.runtime.progress import console, say
 from jobs.runtime.revision import revision, versions
 from jobs.serving.specs import SearchSpec
+from jobs.spec.model import ModelRef
 from jobs.training.runs import METRICS, read_rows
 from pipelines.config import DataConfig
 from pipelines.errors import UserError
 from pipelines.feed.reader import Reader
-from pipelines.samples import DecodedInput, DecodedSample
+from pipelines.samples import DecodedInput, Rejected
 from pipelines.storage.location import open_store
 from pipelines.storage.store import Store
-from rzen.evaluation.encode import embed_inputs
-from rzen.evaluation.ranking import top_k
+from rzen.config import ModelIdentity
 from rzen.evaluation.results import Result, plot_losses, plot_scores
+from rzen.evaluation.scoring import top_k
+from rzen.evaluation.vectors import as_stored, check_width
 from rzen.report.hits import MODALITIES, Hit, Search, terminal_hits
 from rzen.report.write import write_page
 
@@ -37,10 +39,11 @@ def run(spec: SearchSpec) -> dict[str, Any]:
     store = open_store(spec.vectors, spec.endpoint)
     manifest = _read_manifest(store)
     corpus, vectors_ND = _read_vectors(store, manifest, spec)
-    processor, embedder = load_exported(manifest["model"], spec.endpoint, manifest["dtype"])
+    embedder = load_embedder(ModelRef(base=manifest["model"]), spec.endpoint, ModelIdentity(), manifest["dtype"])
     queries = spec.queries or _captions(corpus)
-    sides = [DecodedInput(text=query, instruction=spec.instruction) for query in queries]
-    rows_QK, scores_QK = top_k(embed_inputs(processor, embedder, sides, len(sides)), vectors_ND, spec.top_k)
+    queries_QD = embedder.embed([DecodedInput(text=query, instruction=spec.instruction) for query in queries])
+    check_width(vectors_ND, queries_QD.shape[1], store.url)
+    rows_QK, scores_QK = top_k(queries_QD, vectors_ND, spec.top_k)
     data = DataConfig.model_validate(manifest["data"])
     searches = [
         Search(query, _hits(data, corpus.take(rows_K).to_pylist(), scores_K))
@@ -75,7 +78,7 @@ def _read_vectors(store: Store, manifest: dict[str, Any], spec: SearchSpec) -> t
     if not len(kept):
         raise UserError("modalities", f"{store.url} holds none of {', '.join(spec.modalities or [])}", "ask for others")
     table = table.take(kept)
-    return table.drop_columns(["vector"]), np.stack(table["vector"].to_numpy(zero_copy_only=False))
+    return table.drop_columns(["vector"]), as_stored(np.stack(table["vector"].to_numpy(zero_copy_only=False)))
 
 
 def _captions(corpus: pa.Table) -> list[str]:
@@ -102,10 +105,10 @@ def _thumbnails(data: DataConfig, row: dict[str, Any]) -> list[Any]:
     """The target's frames; none for a text, or where the file has become unreadable."""
     if row["modality"] == "text":
         return []
-    (item,) = Reader(data_of(data, row["split"])).samples(row["source"], [row["index"]])
-    if not isinstance(item, DecodedSample):
+    (target,) = Reader(data_of(data, row["split"])).inputs(row["source"], [(row["index"], "positive")])
+    if isinstance(target, Rejected):
         return []
-    return [frame for visual in item.positive.visuals for frame in visual.frames]
+    return [frame for visual in target.visuals for frame in visual.frames]
 
 
 def _write_page(spec: SearchSpec, manifest: dict[str, Any], searches: list[Search]) -> None:

@@ -31,7 +31,6 @@ _BUILT_IN = {
     "ablation": "jobs.sweeps.specs:ABLATION",
     "retrain": "jobs.workflows.specs:RETRAIN",
     "evaluate": "jobs.evaluation.specs:EVALUATE",
-    "benchmark": "jobs.evaluation.specs:BENCHMARK",
     "export": "jobs.serving.specs:EXPORT",
     "embed": "jobs.embedding.specs:EMBED",
     "search": "jobs.serving.specs:SEARCH",

@@ -117,6 +117,7 @@ def facts(evaluate: EvaluateSpec, elapsed_s: float) -> dict[str, Any]:
     """When, where, by which code and in which time; under a connected Ray."""
     import ray
 
+    assert evaluate.data is not None
     present = ray.cluster_resources()
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),

@@ -43,7 +43,7 @@ def open_dataset(row: Row, root: Path) -> Dataset:
 def check_datasets(roots: Mapping[str, Path]) -> list[DatasetStatus]:
     """Every row of the suites of `roots` (suite -> its folder), in the order of the table. Reads no file.
 
-    A single picture that is missing is told when the dataset is opened.
+    Opening a dataset reports a single picture that is missing.
     """
     return [
         DatasetStatus(row, _missing(row, roots[suite].absolute()))

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.benchmarks.files import Line, read_lines
-from pipelines.benchmarks.types import Item
 from pipelines.errors import UserError
+from pipelines.items.types import Item
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,10 @@
-"""A retrieval data set of your own, in a folder as BEIR and TREC have it, or in one file with a list for each query.
+"""A retrieval dataset of your own, in a folder as BEIR and TREC have it, or in one file with a list for each query.
 
     queries.jsonl       one object a line: "_id", and "text", "image", "video", "document" (with "page" from zero),
-                        any of them, paths relative to the folder; by choice "instruction"
-    corpus.jsonl        the same, by choice with "title", which goes before the text
+                        any of them, paths relative to the folder; optional "instruction"
+    corpus.jsonl        the same, optional "title", which goes before the text
     qrels/{split}.tsv   query, candidate, grade (a header is skipped), or TREC's four: query, 0, candidate, grade
-    dataset.json        by choice: `CustomConfig`
+    dataset.json        optional: `CustomConfig`
 
     corpus/, queries/, qrels/    parquet in place of these files, of pictures of pages (`pages.py`), as ViDoRe has it
 
@@ -27,9 +27,10 @@ from pydantic import ValidationError
 from pipelines.benchmarks.corpus import Corpus
 from pipelines.benchmarks.files import Line, read_lines
 from pipelines.benchmarks.pages import read_pages
-from pipelines.benchmarks.types import Dataset, Item, Query, Row, file_in, make_item
+from pipelines.benchmarks.types import Dataset, Query, Row, file_in, make_item
 from pipelines.config import Config
 from pipelines.errors import UserError
+from pipelines.items.types import Item
 from pipelines.samples import FileRef, MediaKind
 
 _KINDS: tuple[MediaKind, ...] = ("image", "video", "document")
@@ -45,13 +46,13 @@ class CustomConfig(Config):
     split: str = "test"
     """The grades are those of `qrels/{split}.tsv`."""
     instruction: str = ""
-    """Of queries that bring none."""
+    """Instruction of queries that bring none."""
     target_instruction: str = ""
-    """Of candidates that bring none."""
+    """Instruction of candidates that bring none."""
 
 
 def read_custom(path: Path, name: str = "") -> Dataset:
-    """A folder, or one file of lists. `name` is its name in the tables, that of the path by default."""
+    """Read a folder, or one file of lists. `name` is its name in the tables, that of the path by default."""
     path = path.absolute()
     if not path.exists():
         raise UserError(str(path), "does not exist", "name a folder with queries.jsonl, or a file of lists")

@@ -1,4 +1,4 @@
-"""Rows of parquet and of JSON lines, as data sets are published: found, complete, with the columns that are needed."""
+"""Rows of parquet and of JSON lines, as datasets are published: found, complete, with the columns that are needed."""
 
 from __future__ import annotations
 

@@ -24,8 +24,9 @@ from pathlib import Path
 
 from pipelines.benchmarks.corpus import Corpus
 from pipelines.benchmarks.files import Line, read_lines
-from pipelines.benchmarks.types import Dataset, Item, Query, Row, file_in, make_item
+from pipelines.benchmarks.types import Dataset, Query, Row, file_in, make_item
 from pipelines.errors import UserError
+from pipelines.items.types import Item
 from pipelines.samples import FileRef
 
 _TASK = re.compile(r"_task(\d)$")

@@ -1,4 +1,4 @@
-"""MMEB-V2 images and videos: lists beside folders of pictures. (Its document sets: `pages.py`.)
+"""MMEB-V2 images and videos: lists next to folders of pictures. (Its document sets: `pages.py`.)
 
 What is assumed, from the loaders that the benchmark's authors publish (VLM2Vec, January 2026); the files themselves
 were not at hand:
@@ -9,9 +9,9 @@ were not at hand:
     video-tasks/frames/{group}/{dataset}/{id}/  pictures of one video, from the archives of TIGER-Lab/MMEB-V2
     .../{video}/query, positive*, others        moments: the video asked about, and ten clips of it
 
-The authors' scripts read the lists from the hub; where they lie on disk follows their table of local folders, and names
+The authors' scripts read the lists from the hub; their places on disk follow their table of local folders, and names
 of parts are those of the hub. The first target of an image set is the relevant one. Not taken over: the line breaks
-that keep their first version's numbers, and names as keys (`contract.py`).
+that keep their first version's numbers, and names as keys (`types.py`).
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from functools import cache
 from pathlib import Path
 
 from pipelines.benchmarks.files import Line, find_parts, read_parts
-from pipelines.benchmarks.types import Dataset, Item, Query, Row, file_in, make_item
+from pipelines.benchmarks.types import Dataset, Query, Row, file_in, make_item
 from pipelines.errors import UserError
+from pipelines.items.types import Item
 from pipelines.samples import FileRef, MediaKind
 
 _IMAGE_MARK = "<|image_1|>"
@@ -62,10 +63,10 @@ def read_images(row: Row, root: Path) -> Dataset:
 
 
 def read_video_class(row: Row, root: Path) -> Dataset:
-    """Videos whose classes are the candidates of all: columns video_id, pos_text, by choice neg_text[].
+    """Read videos whose classes are the candidates of all: columns video_id, pos_text, optional neg_text[].
 
-    The protocol keeps the names of the classes in its code. They are taken from `labels.txt` beside the list (one a
-    line), or from the list itself where it names all of them: with fewer the task would be an easier one.
+    The protocol keeps the names of the classes in its code. Here they come from `labels.txt` next to the list (one a
+    line), or from the list itself if it names all of them. With fewer classes the task would be easier.
     """
     lines = list(_lines(row, root, ("video_id", "pos_text"), ("neg_text",)))
     labels = dict.fromkeys(line["pos_text"] for line in lines)
@@ -121,7 +122,7 @@ def read_video_retrieval(row: Row, root: Path) -> Dataset:
 
 
 def read_moments(row: Row, root: Path) -> Dataset:
-    """A text and a video to one of its clips: columns query, video_path; the clips are the folders beside `query`."""
+    """A text and a video to one of its clips: columns query, video_path; the clips are the folders next to `query`."""
 
     def asked() -> Iterator[Asked]:
         for number, line in enumerate(_lines(row, root, ("query", "video_path"))):

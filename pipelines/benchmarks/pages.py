@@ -21,8 +21,9 @@ from collections.abc import Collection
 from pathlib import Path
 
 from pipelines.benchmarks.files import Line, find_parts, read_parts
-from pipelines.benchmarks.types import Dataset, Item, Query, Row, file_in, make_item
+from pipelines.benchmarks.types import Dataset, Query, Row, file_in, make_item
 from pipelines.errors import UserError
+from pipelines.items.types import Item
 from pipelines.samples import FileRef
 
 

@@ -222,7 +222,7 @@ M_BEIR_GLOBAL: dict[str, Row] = {
 }
 SUITES: dict[str, dict[str, Row]] = {"MMEB-V2": MMEB_V2, "M-BEIR": M_BEIR, "M-BEIR global": M_BEIR_GLOBAL}
 MODALITIES: tuple[Modality, ...] = ("image", "video", "visdoc")
-"""Of MMEB-V2, in the order of its tables."""
+"""The datasets of MMEB-V2, in the order of its tables."""
 _SUBMITTED = {"ViDoSeek-page": "ViDoSeek-page-fixed", "MMLongBench-page": "MMLongBench-page-fixed"}
 
 

@@ -6,13 +6,11 @@ content: the protocols count candidates by name, and their own scripts merge wha
 
 from __future__ import annotations
 
-import hashlib
-import json
 import posixpath
 import stat
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -20,24 +18,22 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.errors import UserError
+from pipelines.items.types import FRAMES, ID, Item, as_ids, content_id
 from pipelines.samples import FileRef, Input, Media, MediaKind
 
-Suite = Literal["MMEB-V2", "M-BEIR", "M-BEIR global", "custom"]
+Suite = Literal["MMEB-V2", "M-BEIR", "M-BEIR global", "custom", "held_out", "train"]
+"""Public benchmarks, custom datasets, and the splits of a dataset of ours."""
 Modality = Literal["image", "video", "visdoc", "mixed"]
-ID = "S32"
-"""numpy's type of an id."""
-FRAMES = "frames"
-"""Suffix of the member of a video that lies on disk as a folder of pictures (`pipelines.benchmarks.frames`)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One dataset of the table: what is scored, and where its files lie.
+    """One dataset of the table: what is scored, and where its files are.
 
     `pool` is `local` where every query has candidates of its own (in M-BEIR: where the task has), else `global`.
     `metric` is the one that counts. `num_queries` are those of the protocol; a dataset with another number is
     incomplete. `data` and `media` are folders under the benchmark's, `source` and `revision` what to fetch. The other
-    fields tell the reader `layout` where things are.
+    fields are for the reader `layout`, which finds things by them.
     """
 
     name: str
@@ -62,26 +58,6 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
-    """A query or a candidate. `name` is the benchmark's own, which its files speak of; `id` is 32 hex digits.
-
-    `files` has a file for every member of `side`, and a folder for a video of frames (member `*.frames`).
-    """
-
-    id: str
-    name: str
-    side: Input
-    instruction: str = ""
-    files: dict[str, FileRef] = field(default_factory=dict)
-
-    @property
-    def modality(self) -> str:
-        """`text`, `image`, `image+text`, `video`, ...: what it shows, instructions apart."""
-        kinds = sorted({media.kind for media in self.side.media})
-        return "+".join([*kinds, *(["text"] if self.side.text else [])])
-
-
-@dataclass(frozen=True, slots=True)
 class Query:
     """A query with the grades of its relevant candidates by id, all above 0, and its pool: ids, or None for all.
 
@@ -94,7 +70,7 @@ class Query:
 
 
 class Stream(Protocol):
-    """Candidates that are too many to hold, read anew each time."""
+    """Candidates that are too many to hold. They are read again each time."""
 
     def __iter__(self) -> Iterator[Item]: ...
 
@@ -114,6 +90,13 @@ class Dataset:
     candidates: Sequence[Item] | Stream
     corpus: str
 
+    def pool_size(self, query: Query) -> int:
+        """Return how many candidates a query has. Only for candidates that are in memory."""
+        if query.pool is not None:
+            return len(query.pool)
+        assert isinstance(self.candidates, Sequence)
+        return len(self.candidates)
+
     def pick(self, places: Iterable[int]) -> dict[int, Item]:
         """The candidates at these places."""
         if isinstance(self.candidates, Sequence):
@@ -126,8 +109,8 @@ def make_item(
 ) -> Item:
     """An item of text, files, or both. `slot` is `q` for queries and `p` for candidates, as in samples.
 
-    A file counts by its path under `root`, its page and its size: whoever puts another file of the same size in its
-    place must drop what was computed from it. Raises `UserError` for an item of nothing and a file that is not there.
+    A file counts by its path under `root`, its page and its size. After replacing a file by another of the same size,
+    drop what was computed from it. Raises `UserError` for an item of nothing and a file that is not there.
     """
     if not text and not media:
         raise UserError(f"{root} {name}", "has neither text nor media", "repair the file")
@@ -142,8 +125,7 @@ def make_item(
         members.append(Media(kind, member))
         files[member] = ref
         content += [kind, path.relative_to(root).as_posix(), ref.page, size]
-    digest = hashlib.sha256(json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
-    return Item(digest[:32], name, Input(text, tuple(members)), instruction, files)
+    return Item(content_id(content), name, Input(text, tuple(members)), instruction, files)
 
 
 def _size(path: Path, kind: MediaKind) -> int | list[tuple[str, int]]:
@@ -164,16 +146,16 @@ def without_instructions(dataset: Dataset) -> Dataset:
     """The same questions without instruction, under ids of their own; candidates stay as they are."""
     queries = []
     for query in dataset.queries:
-        id = hashlib.sha256(f"{query.item.id} without instruction".encode()).hexdigest()[:32]
+        id = content_id([query.item.id, "without instruction"])
         queries.append(replace(query, item=replace(query.item, id=id, instruction="")))
     return replace(dataset, queries=queries)
 
 
 def file_in(root: Path, name: str) -> Path:
-    """The file that a list names, relative to `root`. Raises `UserError` where it would lie outside."""
+    """Return the file that a list names, relative to `root`. Raises `UserError` if it would be outside."""
     relative = posixpath.normpath(name)
     if posixpath.isabs(relative) or relative == ".." or relative.startswith("../"):
-        raise UserError(f"{root} {name}", "lies outside the folder of the benchmark", "put it inside")
+        raise UserError(f"{root} {name}", "is outside the folder of the benchmark", "put it inside")
     return root / relative
 
 
@@ -203,14 +185,11 @@ def read_pool(dataset: Dataset) -> Pool:
     return Pool(found, frozenset(instructions))
 
 
-def as_ids(ids: Iterable[str]) -> npt.NDArray[np.bytes_]:
-    """Ids as an array of bytes, as `Pool` has them."""
-    return np.fromiter((id.encode() for id in ids), dtype=ID)
-
-
 def check(dataset: Dataset, pool: Pool) -> None:
-    """Raise `UserError` for queries that are there twice, relevance or pools that name no candidate, no answer at all,
-    and instructions on candidates that the protocol gives none or others: these cost points and no error.
+    """Raise `UserError` for what would cost points without an error.
+
+    That is a query that is there twice, relevance or pools that name no candidate, and no answer at all. It is also a
+    candidate with an instruction that the protocol does not give it.
     """
     row = dataset.row
     wrong = pool.instructions - {row.target_instruction}
@@ -220,17 +199,19 @@ def check(dataset: Dataset, pool: Pool) -> None:
     if not len(dataset.queries) or not len(pool.ids):
         raise UserError(row.name, f"has {len(dataset.queries)} queries, {len(pool.ids)} candidates", "fetch it again")
     ids = Counter(query.item.id for query in dataset.queries)
+    checked: dict[int, frozenset[str]] = {}  # pools that many queries share
     for query in dataset.queries:
         place = f"{row.name} {query.item.name}"
         if ids[query.item.id] > 1:
             raise UserError(place, "is among the queries twice", "repair its reader")
-        if query.pool is not None and len(set(query.pool)) < len(query.pool):
+        pool_ids = checked.get(id(query.pool)) or checked.setdefault(id(query.pool), frozenset(query.pool or ()))
+        if query.pool is not None and len(pool_ids) < len(query.pool):
             raise UserError(place, "has a pool with a candidate twice", "repair its reader")
-        if query.pool is not None and not query.relevance.keys() <= set(query.pool):
+        if query.pool is not None and not query.relevance.keys() <= pool_ids:
             raise UserError(place, "has a relevant candidate outside its pool", "repair its reader")
         if any(not 0 < grade < float("inf") for grade in query.relevance.values()):
             raise UserError(place, "has a relevant candidate of grade 0 or less, or of none", "leave it out")
-    named = {id for query in dataset.queries for id in (*query.relevance, *(query.pool or ()))}
+    named = {id for query in dataset.queries for id in query.relevance}.union(*checked.values())
     if (strangers := np.setdiff1d(as_ids(named), pool.ids)).size:
         raise UserError(row.name, f"names a candidate {strangers[0].decode()} that it has not", "repair its reader")
     if not any(query.relevance for query in dataset.queries):
@@ -238,5 +219,5 @@ def check(dataset: Dataset, pool: Pool) -> None:
 
 
 def _brings_instructions(row: Row) -> bool:
-    """Own data, and image sets whose targets show something: there the files say what candidates carry."""
-    return row.suite == "custom" or row.meta_task in ("image retrieval", "image grounding")
+    """Return whether the files say what candidates carry: data of your own, and image sets with images as targets."""
+    return row.suite in ("custom", "held_out", "train") or row.meta_task in ("image retrieval", "image grounding")

@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from itertools import groupby
+from operator import itemgetter
+from typing import Any, Literal
 
 import numpy as np
 
@@ -22,13 +24,14 @@ from pipelines.media.decode import Decoder
 from pipelines.plan.plan import Plan
 from pipelines.plan.sources import PlanSource
 from pipelines.plan.types import Row, SourceTable
-from pipelines.samples import DecodedSample, Members, Rejected, Sample
+from pipelines.samples import DecodedInput, DecodedSample, Input, Members, Rejected, Sample
 from pipelines.shards.duplicates import source_table
-from pipelines.shards.manifest import Manifest, read_manifest
+from pipelines.shards.manifest import Manifest, SourceInfo, read_manifest, source_info
 from pipelines.shards.shuffle_check import SETTING, NeighborSimilarity, warning
 from pipelines.storage.location import open_store, resolve_endpoint
 
 MAX_RESERVES = 16
+Role = Literal["query", "positive"]
 _SMALL = 10_000  # samples; no global batch is larger, so that no larger source is merged for being small
 
 
@@ -80,6 +83,10 @@ class Reader:
         members = [member for source in plan.sources for member in source.members]
         return {member: self._manifest.sources[member].fingerprint for member in members}
 
+    def source(self, name: str) -> SourceInfo:
+        """Return what the manifest says of a source. Raises `UserError` if the split has no such source."""
+        return source_info(self._store, self._manifest, name)
+
     def task_of(self, source: str) -> str:
         """Return the task that all samples of a source have."""
         return self._manifest.sources[source].task
@@ -108,6 +115,25 @@ class Reader:
             if isinstance(item, BadMedia):
                 raise item
             yield item
+
+    def records(self, source: str, indices: Iterable[int]) -> Iterator[Sample | Rejected]:
+        """Yield samples without their files, in the order given, with `Rejected` for each that cannot be read."""
+        for row, item in self._rows.read((source, index) for index in indices):
+            yield self._rejected(row, item) if isinstance(item, BadMedia) else item[0]
+
+    def inputs(self, source: str, rows: Iterable[tuple[int, Role]]) -> Iterator[DecodedInput | Rejected]:
+        """Yield one decoded input of a sample for each (index, role), in order, with `Rejected` for each bad one.
+
+        Adjacent rows cost one request, and so do both inputs of a sample that follow each other.
+        """
+        wanted = [(index, [role for _, role in group]) for index, group in groupby(rows, key=itemgetter(0))]
+        read = self._rows.read((source, index) for index, _ in wanted)
+        for (row, item), (_, roles) in zip(read, wanted, strict=True):
+            for role in roles:
+                try:
+                    yield getattr(self._decode(_only(item, role)), role)
+                except BadMedia as error:
+                    yield self._rejected(row, error)
 
     def samples(self, source: str, indices: Iterable[int]) -> Iterator[DecodedSample | Rejected]:
         """Yield decoded samples in the order given, with `Rejected` for each bad one."""
@@ -193,3 +219,12 @@ class Reader:
     @cached_property
     def _isolated_decoder(self) -> Decoder:
         return Decoder(self.data.media, isolated=True)
+
+
+def _only(item: StoredSample, role: Role) -> StoredSample:
+    """The same sample with one input, so that nothing else of it is decoded."""
+    if isinstance(item, BadMedia):
+        return item
+    sample, members = item
+    others = {"query": Input(), "positive": Input()} | {role: getattr(sample, role)}
+    return replace(sample, negatives=(), **others), members

@@ -5,7 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipelines.config import MediaConfig
-from pipelines.errors import BadMedia
+from pipelines.errors import BadMedia, UserError
+from pipelines.samples import MediaKind
+
+_EXTENSIONS: dict[MediaKind, tuple[str, ...]] = {
+    "image": (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
+    "document": (".pdf",),
+    "video": (
+        *(".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".flv", ".ogv", ".wmv", ".asf"),
+        *(".mpg", ".mpeg", ".ts", ".mts", ".m2ts"),
+    ),
+}
+KINDS: dict[str, MediaKind] = {extension: kind for kind, group in _EXTENSIONS.items() for extension in group}
+
+
+def kind_of(path: Path) -> MediaKind:
+    """Return the kind of a media file by its extension. Raises `UserError` for another extension."""
+    kind = KINDS.get(path.suffix.lower())
+    if kind is None:
+        raise UserError(str(path), f"has the extension {path.suffix!r}", f"use one of {' '.join(KINDS)}")
+    return kind
 
 
 def read_file(path: str, config: MediaConfig) -> bytes:

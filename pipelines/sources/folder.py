@@ -27,20 +27,12 @@ from pydantic import FiniteFloat, ValidationError
 from pipelines.config import Config, MediaConfig, NonNegativeInt
 from pipelines.errors import BadMedia, UserError
 from pipelines.media.documents import page_texts
+from pipelines.media.files import KINDS
 from pipelines.media.sandbox import Sandbox
 from pipelines.samples import FileRef, Input, Media, MediaKind, RawSample, Rejected, Sample
 from pipelines.sources.passages import choose_passages
 
 LIST_NAME = "captions.jsonl"
-_EXTENSIONS: dict[MediaKind, tuple[str, ...]] = {
-    "image": (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
-    "document": (".pdf",),
-    "video": (
-        *(".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".flv", ".ogv", ".wmv", ".asf"),
-        *(".mpg", ".mpeg", ".ts", ".mts", ".m2ts"),
-    ),
-}
-KINDS: dict[str, MediaKind] = {extension: kind for kind, group in _EXTENSIONS.items() for extension in group}
 
 # source and task -> instruction of the query, instruction of the targets, worded like those of MMEB-V2
 INSTRUCTIONS: dict[str, tuple[str, str]] = {

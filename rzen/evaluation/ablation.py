@@ -1,7 +1,7 @@
 """What an ablation says: mean scores of its variants, paired differences to the baseline, table and plot.
 
-Runs of one seed belong together: they see the same data in the same order, so that much of what a seed does is the
-same in both and falls out of their difference. The interval is that of Student's t over these differences.
+Runs of one seed belong together: they see the same data in the same order. Much of what a seed does is then the same in
+both, and cancels in their difference. The interval is that of Student's t over these differences.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def score_table(found: Sequence[Effect]) -> str:
 
 
 def difference_table(found: Sequence[Effect], baseline: str) -> str:
-    """The same for the differences to the baseline, in points, with their intervals; bold where 0 lies outside."""
+    """The same for the differences to the baseline, in points, with their intervals; bold where 0 is outside."""
 
     def cell(effect: Effect) -> str:
         text = f"{100 * effect.difference:+.1f} [{100 * effect.low:+.1f}, {100 * effect.high:+.1f}]"

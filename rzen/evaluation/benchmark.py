@@ -1,61 +1,29 @@
-"""From vectors by id to the scores of one benchmark dataset, and what they were made of, query by query.
+"""Vectors by id become the scores of one dataset, and what they were made of, query by query.
 
     dataset = open_dataset(row, root)                    pipelines.benchmarks: queries, candidates, pools, relevance
     queries = Vectors.join([...])                        of whatever encoded them, in any order and any number of parts
     scored = score_dataset(dataset, queries, candidates)
     write_files(scored, folder)                          rzen.evaluation.files
 
-Whatever is wrong with a dataset or its vectors is a `UserError`, and no score: an id that is missing or there twice (as
-padded shards bring), NaN, vectors that are not unit, and collapse. A run reports it and goes on with the next dataset.
+Whatever is wrong with a dataset or its vectors is a `UserError`, and there is no score. Examples: an id that is missing
+or there twice (as padded shards bring), NaN, vectors that are not unit, and collapse. The job reports it and goes on
+with the next dataset.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.benchmarks.types import Dataset, Pool, as_ids, check, read_pool
+from pipelines.benchmarks.types import Dataset, Pool, check, read_pool
 from pipelines.errors import UserError
+from pipelines.items.types import as_ids
 from rzen.evaluation.metrics import METRIC_NAMES, Relevant, metrics_by_query
 from rzen.evaluation.scoring import Ranked, rank_candidates, rank_pools
-from rzen.evaluation.vectors import NONE, FloatArray, IntArray, check_block_by_block
-
-
-@dataclass(frozen=True, slots=True)
-class Vectors:
-    """Unit vectors `[N, D]` of any float type, memory-mapped if they are many, and their ids `[N]` (as bytes)."""
-
-    ids: npt.NDArray[np.bytes_]
-    rows: FloatArray
-
-    @classmethod
-    def of(cls, ids: Iterable[str], rows: FloatArray) -> Vectors:
-        return cls(as_ids(ids), rows)
-
-    @classmethod
-    def join(cls, parts: Sequence[tuple[Iterable[str], FloatArray]]) -> Vectors:
-        """Of several shards, in memory. Padding must have been cut off: an id that came twice is an error later."""
-        ids = np.concatenate([as_ids(ids) for ids, _ in parts])
-        return cls(ids, np.concatenate([rows for _, rows in parts]))
-
-    def places(self, wanted: npt.NDArray[np.bytes_], place: str) -> IntArray:
-        """Rows of the wanted ids, which must be all that there are, each once. Raises `UserError` otherwise."""
-        if len(self.ids) != len(self.rows):
-            raise UserError(place, f"{len(self.ids)} ids for {len(self.rows)} vectors", "repair the encoding")
-        order = np.argsort(self.ids)
-        known = self.ids[order]
-        for wrong, problem in (
-            (known[1:][known[1:] == known[:-1]], "came twice"),
-            (np.setdiff1d(wanted, known), "did not come back"),
-            (np.setdiff1d(known, wanted), "was not asked for"),
-        ):
-            if len(wrong):
-                fix = "encode it again, and cut off what pads the shards"
-                raise UserError(f"{place} {wrong[0].decode()}", f"{problem} ({len(wrong)} such ids)", fix)
-        return order[np.searchsorted(known, wanted)]
+from rzen.evaluation.vectors import NONE, IntArray, Vectors, check_block_by_block, check_width
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +45,12 @@ class DatasetScores:
     num_candidates: int
     unanswerable: int
     decided_by_ties: int
+    collapsed: tuple[str, ...] = ()
+    """Which of queries and candidates are one vector."""
 
     @property
     def value(self) -> float:
-        """Of the metric that counts."""
+        """The mean of the metric that counts."""
         return self.metrics[self.dataset.row.metric]
 
     @property
@@ -90,7 +60,8 @@ class DatasetScores:
             "would have another rank if ties went the other way": self.decided_by_ties,
             "have no relevant candidate in their pool and score 0": self.unanswerable,
         }
-        return [f"{count} of {len(self.dataset.queries)} queries {what}" for what, count in told.items() if count]
+        counted = [f"{count} of {len(self.dataset.queries)} queries {what}" for what, count in told.items() if count]
+        return [*(f"all {name} have one vector" for name in self.collapsed), *counted]
 
 
 def score_dataset(
@@ -101,10 +72,13 @@ def score_dataset(
     pool: Pool | None = None,
     num_top: int = 100,
     device: str = "",
+    collapse_is_error: bool = True,
 ) -> DatasetScores:
-    """Raises `UserError` for whatever would make the scores untrue. `num_top` is how many candidates files list.
+    """Score a dataset. Raises `UserError` for whatever would make the scores untrue.
 
-    `pool` is what `read_pool` gave for a dataset of the same corpus; it is read where it is not given.
+    `num_top` is how many candidates files list. `pool` is what `read_pool` gave for a dataset of the same corpus; it is
+    read where it is not given. Without `collapse_is_error`, candidates that are one vector are scored: all tie, which
+    counts against the relevant ones, and a remark reports it.
     """
     row = dataset.row
     if row.metric not in METRIC_NAMES:
@@ -113,12 +87,12 @@ def score_dataset(
     check(dataset, pool)
     query_rows = queries.places(as_ids(query.item.id for query in dataset.queries), f"{row.name} queries")
     candidate_rows = candidates.places(pool.ids, f"{row.name} candidates")
-    check_block_by_block(queries.rows, f"{row.name} queries")
-    check_block_by_block(candidates.rows, f"{row.name} candidates")
-    widths = queries.rows.shape[1], candidates.rows.shape[1]
-    if widths[0] != widths[1]:
-        problem = f"has queries of width {widths[0]} and candidates of width {widths[1]}"
-        raise UserError(row.name, problem, "encode both with one model")
+    collapsed = [
+        name
+        for name, vectors in (("queries", queries), ("candidates", candidates))
+        if check_block_by_block(vectors.rows, f"{row.name} {name}", collapse_is_error=collapse_is_error)
+    ]
+    check_width(queries.rows, candidates.rows.shape[1], f"{row.name} queries")
     place_of = _IdIndex(pool.ids, candidate_rows)
     relevant = _relevant(dataset, place_of)
     asked_QD = queries.rows[query_rows]
@@ -142,6 +116,7 @@ def score_dataset(
         num_candidates=len(pool.ids),
         unanswerable=int((relevant.count() == 0).sum()),
         decided_by_ties=_decided_by_ties(relevant, ranked),
+        collapsed=tuple(collapsed),
     )
 
 

@@ -1,8 +1,8 @@
 """Two models on the same queries: the difference of their scores, and how far another draw of queries would move it.
 
-The interval is that of the paired bootstrap: queries are drawn with replacement, the same for both models, and the
-middle 95% of the differences is kept. For the mean over datasets the queries of each are drawn by themselves. It says
-nothing about seeds of training (`ablation.py` does).
+The interval is that of the paired bootstrap. Queries are drawn with replacement, the same for both models. The middle
+95% of the differences is kept. For the mean over datasets, the queries of each are drawn by themselves. The interval
+says nothing about seeds of training (`ablation.py` does).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _DRAWN_AT_ONCE = 4_000_000
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Second minus first, and its 95% interval."""
+    """The second minus the first score, and its 95% interval."""
 
     mean: float
     low: float
@@ -33,7 +33,7 @@ class Difference:
 def compare(
     first: Mapping[str, DatasetScores], second: Mapping[str, DatasetScores], *, num_draws: int = 2000, seed: int = 0
 ) -> dict[str, Difference]:
-    """Of every dataset that both have, on the metric that counts; last, under `mean`, their plain mean.
+    """Return the difference on every dataset that both have, on the metric that counts. Last, under `mean`: their mean.
 
     Raises `UserError` for models that were asked different queries, and for nothing in common.
     """
@@ -56,7 +56,7 @@ def paired_intervals(
 
 
 def instruction_sensitivity(with_instruction: DatasetScores, without: DatasetScores) -> tuple[Difference, float]:
-    """What a model gains by the instructions of queries, and the share of queries whose first candidate they change."""
+    """Return what the instructions of queries gain, and the share of queries whose first candidate they change."""
     name = with_instruction.dataset.row.name
     gained = compare({name: without}, {name: with_instruction})[name]
     changed = [before != after for before, after in zip(_first(without), _first(with_instruction), strict=True)]
@@ -64,16 +64,18 @@ def instruction_sensitivity(with_instruction: DatasetScores, without: DatasetSco
 
 
 def modality_gap(queries_QD: FloatArray, candidates_ND: FloatArray) -> float:
-    """Distance between the mean vectors of the two sides, from 0 to 2: how far apart a model keeps them for what they
-    are, not for what they say (Liang et al. 2022).
+    """Return the distance between the mean vectors of queries and candidates, from 0 to 2.
+
+    It is how far apart a model keeps them for what they are, not for what they say (Liang et al. 2022).
     """
     means = [vectors.mean(axis=0, dtype=np.float64) for vectors in (queries_QD, candidates_ND)]
     return float(np.linalg.norm(means[0] - means[1]))
 
 
 def target_modality_accuracy(scored: DatasetScores) -> float:
-    """Share of the queries whose first candidate has the modality of a relevant one; in mixed pools a model may find
-    the wrong kind of thing.
+    """Return the share of queries whose first candidate has the modality of a relevant one.
+
+    In mixed pools, a model may find the wrong kind of thing.
     """
     wanted: list[set[str]] = [set() for _ in scored.dataset.queries]
     for query, row in zip(scored.relevant.query, scored.relevant.row, strict=True):
@@ -84,7 +86,7 @@ def target_modality_accuracy(scored: DatasetScores) -> float:
 
 
 def comparison_table(differences: Mapping[str, Difference], first: str, second: str) -> str:
-    """Markdown, in points; bold where 0 lies outside the interval."""
+    """Markdown, in points; bold where 0 is outside the interval."""
     lines = [f"| dataset | queries | {second} - {first} |", "| --- | ---: | ---: |"]
     for name, one in differences.items():
         text = f"{100 * one.mean:+.1f} [{100 * one.low:+.1f}, {100 * one.high:+.1f}]"

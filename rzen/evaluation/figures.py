@@ -36,9 +36,9 @@ Panel = TypeVar("Panel")
 def plot_panels(
     panels: Sequence[Panel], rows: Sequence[str], draw: Callable[[Axes, Panel], None], title: str, xlabel: str = ""
 ) -> str:
-    """Small multiples: a panel for each of `panels`, with a line for each of `rows`, whose names stand at the left.
+    """Draw small multiples: a panel for each of `panels`, with a line for each of `rows` and its name at the left.
 
-    `draw(axes, panel)` fills a panel; row i lies at height i. `title` is for who cannot see the plot.
+    `draw(axes, panel)` fills a panel; row i is at height i. `title` is for readers who cannot see the plot.
     """
     num_across = min(len(panels), _PANELS_PER_ROW)
     num_down = math.ceil(len(panels) / _PANELS_PER_ROW)
@@ -69,7 +69,7 @@ def draw_bars(axes: Axes, values: Sequence[float | None], label: Callable[[float
 
 
 def colours(count: int) -> list[str]:
-    """So many, repeated where there are not enough."""
+    """Return `count` colors, repeated where there are not enough."""
     return [COLOURS[index % len(COLOURS)] for index in range(count)]
 
 

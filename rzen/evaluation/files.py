@@ -4,7 +4,7 @@
     {dataset}_pred.jsonl    the candidates found, best first, with cosines, and the exact ranks of the relevant ones
     {dataset}_score.json    24 metrics, num_pred and num_data
 
-Ids stand beside names, which need not be unique.
+Ids are next to names, which need not be unique.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rzen.evaluation.vectors import NONE
 def write_files(scored: DatasetScores, folder: Path) -> None:
     """Each written whole or not at all, the score last: where there is one, the others are there.
 
-    `folder` is that of one model and one suite: M-BEIR names its tasks alike for both pools.
+    `folder` is that of one model and one suite: M-BEIR gives its tasks the same names for both pools.
     """
     folder.mkdir(parents=True, exist_ok=True)
     name = scored.dataset.row.name

@@ -1,4 +1,4 @@
-"""Whether a new model may take the champion's place, from the scores of both for the same queries."""
+"""Whether a new model replaces the champion, by the scores of both for the same queries."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rzen.evaluation.comparison import MEAN, paired_intervals
 
 @dataclass(frozen=True)
 class Verdict:
-    """The decision, why, and the scores that it rests on: task -> champion, candidate, and their difference."""
+    """The decision, its reasons and its scores: task -> champion, candidate, and their difference."""
 
     promote: bool
     reasons: list[str]
@@ -32,8 +32,8 @@ def judge(
 ) -> Verdict:
     """Compare scores by task, one for each query ([Q], in the same order for both models), in [0, 1].
 
-    Promoted if the mean gain over the tasks lies above `min_gain` with its whole 95% interval, no task loses more than
-    `max_drop`, and all scores reach their `minimum`. Without a champion, only the last counts.
+    Three conditions promote a model. The mean gain over the tasks is above `min_gain` with its whole 95% interval. No
+    task loses more than `max_drop`. All scores reach their `minimum`. Without a champion, only the last one counts.
     """
     scores: dict[str, dict[str, Any]] = {task: {"candidate": float(each.mean())} for task, each in candidate.items()}
     reasons = []

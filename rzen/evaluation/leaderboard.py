@@ -1,7 +1,7 @@
 """Where a model stands on a benchmark: every dataset of the table, meta-tasks, the mean, and what was not measured.
 
 The official mean is the plain mean over all datasets of the table. One that is missing, failed or lacks queries is
-named and counts 0 in it; what the others alone have on average stands beside.
+named and scored as 0. The mean of the others is next to it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class DatasetScore:
 
 @dataclass(frozen=True, slots=True)
 class Mean:
-    """Over `num_datasets`, of which `num_counted` count. `of_counted` is their own mean, None without any."""
+    """A mean over `num_datasets`. `num_counted` of them count; `of_counted` is their own mean, None without any."""
 
     name: str
     official: float
@@ -65,7 +65,7 @@ def build_leaderboard(
 
 
 def means(lines: Sequence[DatasetScore]) -> list[Mean]:
-    """Of every meta-task, of every modality where there are several, and of all."""
+    """Return the mean of every meta-task, of every modality if there are several, and of all."""
     groups: dict[str, list[DatasetScore]] = {}
     for line in lines:
         groups.setdefault(line.row.meta_task, []).append(line)
@@ -136,8 +136,9 @@ def plot_means(standings: Mapping[str, Sequence[DatasetScore]]) -> str:
 
 
 def write_leaderboard(path: Path, lines: Sequence[DatasetScore], settings: Mapping[str, Any]) -> None:
-    """`{settings, means, datasets}` as JSON, and the tables as Markdown beside it. `settings` is whatever makes the
-    numbers repeatable: model, prompt, frames, pixels, versions, revision.
+    """Write `{settings, means, datasets}` as JSON, and the tables as Markdown next to it.
+
+    `settings` is whatever makes the numbers repeatable: model, prompt, frames, pixels, versions, revision.
     """
     datasets = [
         {**asdict(line.row), "score": line.value, "queries_found": line.num_queries, "problem": line.problem}

@@ -11,9 +11,9 @@ With R relevant candidates at ranks r_1 < r_2 < ... and grades g, over the first
     ndcg        sum over r <= k of gain / log2(1 + r), divided by its largest possible value; the gain is g (linear)
                 or 2^g - 1 (exponential)
 
-as the benchmark's authors define them; `tests/parity/test_metrics.py` holds them against trec_eval. Their script mixes
-up the grades of queries with several relevant candidates, as it orders these anew and not the grades: its nDCG of
-graded sets can differ from run to run. A query without a relevant candidate scores 0.
+as the benchmark's authors define them; `tests/parity/test_metrics.py` checks them against trec_eval. Their script mixes
+up the grades of queries with several relevant candidates, because it sorts these and not the grades. Its nDCG of graded
+sets can differ from run to run. A query without a relevant candidate scores 0.
 
 Shapes: Q queries, P pairs of a query and a relevant candidate, query by query. Ranks count from 1.
 """

@@ -1,16 +1,16 @@
 """Exact scoring of pools of any size in blocks: the rank of every relevant candidate, and the first k candidates.
 
-One product of queries and a block of candidates is held at a time, never queries x candidates, and candidates may be
-memory-mapped. Beside the queries in fp32 the memory is of the order of
+One product of queries and a block of candidates is held at a time, never queries x candidates. Candidates may be
+memory-mapped. In addition to the queries in fp32, the memory is of the order of
 
     8 D block_rows + 24 query_rows block_rows + 24 Q K bytes
 
 for any number of candidates. With the defaults, 1000 queries and memory-mapped fp16 of width 1536 it was 0.4 GB, for
 100,000 candidates and for 200,000. Products are fp32, on a GPU too (TF32 off).
 
-Ties go against what is relevant: a candidate that is not relevant and scores within `TIE` stands before it, and of
-relevant candidates within `TIE` the one of the lower grade. Benchmarks list the relevant one first, so that other rules
-score collapsed vectors at 100%.
+Ties go against what is relevant: a candidate that is not relevant and scores within `TIE` comes before it. Among
+relevant candidates within `TIE`, the one of the lower grade comes first. Benchmarks list the relevant one first, so
+other rules score collapsed vectors at 100%.
 
 Shapes: Q queries, N candidates, P pairs of a query and a relevant candidate, D width, B and T rows of a block, K first.
 """
@@ -118,6 +118,16 @@ def rank_pools(
         rows_QK[query_Q, :width] = np.where(found.rows == NONE, NONE, pool_N[found.rows])
         scores_QK[query_Q, :width] = found.scores
     return Ranked(rank_P, tied_P, rows_QK, scores_QK)
+
+
+def top_k(queries: FloatArray, vectors_ND: FloatArray, k: int) -> tuple[IntArray, FloatArray]:
+    """Return rows and cosines of the k best vectors, best first: `[k]` for a query `[D]`, `[Q, k]` for `[Q, D]`.
+
+    Equal scores come in the order of their rows. With fewer than k vectors all are returned.
+    """
+    scores = queries @ vectors_ND.T
+    best = np.argsort(-scores, axis=-1, kind="stable")[..., :k]
+    return best, np.take_along_axis(scores, best, axis=-1)
 
 
 def _scores_of_pairs(queries_QD: FloatArray, candidates_ND: FloatArray, relevant: Relevant) -> FloatArray:

@@ -42,11 +42,11 @@ class Metrics(Config):
     """Dataset -> scores, by modality, under the names of the leaderboard."""
 
     image: dict[str, DatasetScores]
-    """Of 36."""
+    """Image datasets, 36 in all."""
     video: dict[str, DatasetScores]
-    """Of 18."""
+    """Video datasets, 18 in all."""
     visdoc: dict[str, DatasetScores]
-    """Of 24."""
+    """Visual document datasets, 24 in all."""
 
     @model_validator(mode="after")
     def _are_of_the_table(self) -> Metrics:
@@ -64,13 +64,13 @@ class Submission(Config):
     """The whole file."""
 
     metadata: Metadata
-    """Of the model."""
+    """What the leaderboard shows of the model."""
     metrics: Metrics
-    """Of the datasets that were measured whole; the others count 0."""
+    """Scores of the datasets that were measured whole. The others are scored as 0."""
 
 
 def make_submission(card: ModelCard, scores: Mapping[str, Scores]) -> Submission:
-    """From the scores of the datasets (by the table's names). Raises `UserError` for an incomplete or unknown one."""
+    """Make a submission of scores by the table's names. Raises `UserError` for an incomplete or unknown dataset."""
     metrics: dict[str, dict[str, Scores]] = {modality: {} for modality in MODALITIES}
     for name, values in scores.items():
         if name not in MMEB_V2:

@@ -107,13 +107,12 @@ def _loading(folder: Path, identity: ModelIdentity, format: str, unsupported_rea
             ),
         ]
     blocks = [
-        "rzen, every kind of side:",
+        "rzen, every kind of input (text, image, page, video, any mix):",
         _code(
-            "from pipelines.samples import DecodedSide",
-            "from rzen.export.export import load_encoder",
+            "import rzen",
             "",
-            'processor, embedder = load_encoder("PATH")',
-            'vectors = embedder(processor.encode([DecodedSide(text="a red circle")]))',
+            'embedder = rzen.load("PATH")',
+            'vectors = embedder.embed(["a red circle"])',
         ),
     ]
     if format == "rzen_release":

@@ -17,10 +17,8 @@ import torch
 
 from pipelines.errors import UserError
 from pipelines.samples import DecodedInput, Visual
-from rzen.evaluation.encode import embed_inputs
-from rzen.export.export import load_encoder
-from rzen.inputs.processor import Processor
-from rzen.model.embedding_model import EmbeddingModel
+from rzen.model import embedder
+from rzen.model.embedder import Embedder
 
 
 class MtebEncoder:
@@ -40,20 +38,16 @@ class MtebEncoder:
         frames: int = 8,
     ) -> None:
         self._frames = frames
-        self._processor, embedder = load_encoder(model_name)
-        self._embedder: EmbeddingModel = embedder.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._embedder = embedder.load(model_name, device=device)
         self._instructions = instructions or {}
-        self.mteb_model_meta = model_meta(model_name, self._processor, embedder, revision, instructions)
+        self.mteb_model_meta = model_meta(model_name, self._embedder, revision, instructions)
 
     def encode(
         self, inputs: Iterable[Mapping[str, Any]], *, task_metadata: Any, prompt_type: Any = None, **kwargs: Any
     ) -> npt.NDArray[np.float32]:
         """Unit vectors `[N, D]` of the batches in `inputs`, in their order."""
         instruction = self._instruction(task_metadata, prompt_type)
-        vectors = []
-        for batch in inputs:
-            sides = sides_of(batch, instruction, self._frames)
-            vectors.append(embed_inputs(self._processor, self._embedder, sides, len(sides)))
+        vectors = [self._embedder.embed(inputs_of(batch, instruction, self._frames)) for batch in inputs]
         return np.concatenate(vectors)
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
@@ -75,8 +69,8 @@ class MtebEncoder:
         return "" if kind == "document" else str(prompt or "")
 
 
-def sides_of(batch: Mapping[str, Any], instruction: str, frames: int) -> list[DecodedInput]:
-    """One side for each row of a batch of mteb: texts, PIL images, videos as torchcodec's decoders.
+def inputs_of(batch: Mapping[str, Any], instruction: str, frames: int) -> list[DecodedInput]:
+    """One input for each row of a batch of mteb: texts, PIL images, videos as torchcodec's decoders.
 
     A query that brings an instruction of its own is read with that. Raises `UserError` for sound.
     """
@@ -109,13 +103,12 @@ def _videos(video: Any, frames: int) -> list[Visual]:
 
 def model_meta(
     model_dir: str,
-    processor: Processor,
-    embedder: EmbeddingModel,
+    embedder: Embedder,
     revision: str | None = None,
     instructions: Mapping[str, str] | None = None,
 ) -> Any:
     """The `mteb.ModelMeta` of an exported model: what its directory says, and None for what it does not."""
-    backbone: Any = embedder.backbone
+    backbone: Any = embedder.model.backbone
     num_parameters = sum(parameter.numel() for parameter in backbone.parameters())
     module: Any = importlib.import_module("mteb.models")  # by name: it is not installed where types are checked
     return module.ModelMeta(
@@ -127,7 +120,7 @@ def model_meta(
         n_parameters=num_parameters,
         n_embedding_parameters=backbone.get_input_embeddings().weight.numel(),
         memory_usage_mb=None,
-        max_tokens=processor.prompt.max_text_tokens,
+        max_tokens=embedder.processor.prompt.max_text_tokens,
         embed_dim=backbone.config.get_text_config().hidden_size,
         license=None,
         open_weights=None,

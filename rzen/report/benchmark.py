@@ -18,7 +18,7 @@ from rzen.report.thumbnails import ThumbnailPool
 class SuiteReport:
     """One suite. `standings`: model -> a line for each dataset, the same for all models. `comparisons`: model ->
     dataset -> its difference to the first model. `diagnostics`: model -> dataset -> `modality_gap`,
-    `target_modality_accuracy`, `remarks`, by choice `changed_by_instruction`. `examples`: model -> dataset -> what it
+    `target_modality_accuracy`, `remarks`, optional `changed_by_instruction`. `examples`: model -> dataset -> what it
     answered wrongly.
     """
 

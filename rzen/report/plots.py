@@ -1,4 +1,4 @@
-"""A stand-alone SVG made fit to live inside the page: harmless, without clashes, in the colours of the page."""
+"""A stand-alone SVG made fit to live inside the page: harmless, without clashes, in the colors of the page."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LOCAL_URL = re.compile(r"url\(\s*['\"]?#([^)'\"]+)['\"]?\s*\)")
 def inline_svg(text: str, name: str, prefix: str) -> str:
     """`text` as an `<svg>` element for an HTML page, labelled `name`.
 
-    Every id gets `prefix`, because two plots of one library use the same ones. Greys become the same share of the
+    Every id gets `prefix`, because two plots of one library use the same ones. Grays become the same share of the
     page's ink over its paper, so that a plot drawn black on white is light on dark in the dark. Raises `UserError`
     when `text` is not SVG.
     """

@@ -23,7 +23,7 @@ def write_page(
 ) -> None:
     """Write one HTML file that needs no network, no script and no other file. Equal input gives equal bytes.
 
-    `results` is the content of results.json (`rows`, `settings`), which is expected beside `path` and is embedded
+    `results` is the content of results.json (`rows`, `settings`), which is embedded
     whole. `plots` maps a caption to SVG text, `facts` a setting to its value. Raises `UserError` for a plot that is
     not SVG and `ValueError` for results that JSON cannot hold (NaN).
     """

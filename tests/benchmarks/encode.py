@@ -6,7 +6,7 @@
 The corpus is files: texts of 5 to 400 words, JPEGs of many sizes, pages of PDFs and clips. Each way decodes them from
 disk, one after the other, and has one thread and the same backbone, random, of a real class.
 
-    rzen                    what tasks and actors of `kind: benchmark` do, in one process
+    rzen                    what tasks and actors of the embedding engine do, in one process
     plain                   32 items in the order given, padded to the longest, through transformers
     sentence-transformers   `encode` of the exported model, in batches of 32; only where there is torchvision
 
@@ -32,17 +32,17 @@ import pymupdf
 import torch
 from PIL import Image
 
-from jobs.embedding.encode import units
+import rzen
 from pipelines.benchmarks.custom import read_custom
-from pipelines.benchmarks.decode import ItemDecoder
-from pipelines.benchmarks.types import Item
 from pipelines.config import MediaConfig
+from pipelines.items.decode import ItemDecoder
+from pipelines.items.types import Item
+from pipelines.items.units import units
 from pipelines.samples import DecodedInput
 from rzen.config import ModelIdentity, PromptConfig, TinyBackbone
 from rzen.export.export import ExportOptions, export_model, load_encoder
 from rzen.inputs.processor import EncodedBatch, Processor
 from rzen.model.backbone import build_tiny
-from rzen.model.chunks import chunks_of, embed
 from rzen.model.embedding_model import EmbeddingModel
 from tests.benchmarks import plain
 from tests.benchmarks.machine import describe_machine
@@ -96,16 +96,14 @@ def _picture(path: Path, rng: np.random.Generator, height_px: int, width_px: int
 
 def by_rzen(model: Path) -> Way:
     """In units of like items, in chunks of tokens."""
-    processor, embedder = _loaded(model)
+    embedder = rzen.load(model, chunk_tokens=CHUNK_TOKENS)
     decoder = ItemDecoder(MEDIA)
 
     def encode(items: Sequence[Item]) -> Vectors:
         found: dict[str, Vectors] = {}
         for unit in units(items):
-            sides = [processor.encode([decoder.side(item)]) for item in unit]
-            lengths = np.concatenate([side.lengths for side in sides])
-            chunks = chunks_of(lengths, CHUNK_TOKENS, packed=embedder.packs)
-            vectors = embed(embedder, sides, chunks, twice=False).numpy()
+            encoded = [embedder.processor.encode([decoder.input(item)]) for item in unit]
+            vectors = embedder.embed_encoded(encoded)
             found |= {item.id: vector for item, vector in zip(unit, vectors, strict=True)}
         return np.stack([found[item.id] for item in items])
 
@@ -153,7 +151,7 @@ def _input(side: DecodedInput) -> str | dict[str, Any]:
 def _batches(items: Sequence[Item]) -> Iterator[list[DecodedInput]]:
     decoder = ItemDecoder(MEDIA)
     for start in range(0, len(items), BATCH):
-        yield [decoder.side(item) for item in items[start : start + BATCH]]
+        yield [decoder.input(item) for item in items[start : start + BATCH]]
 
 
 def _loaded(model: Path) -> tuple[Processor, EmbeddingModel]:

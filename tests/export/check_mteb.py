@@ -20,11 +20,11 @@ from PIL import Image
 
 from pipelines.samples import DecodedInput
 from pipelines.samples import Visual as DecodedVisual
-from rzen.evaluation.encode import embed_inputs
-from rzen.evaluation.ranking import hit_at_k, ndcg_at_k, rank_of_gold
+from rzen.evaluation.metrics import metrics_by_query
 from rzen.export.mteb import load
 from tests.export.report import report
 from tests.export.sides import INSTRUCTION, noise
+from tests.ranks import rank_of_gold, relevant_of
 
 NUM = 12
 TEXTS = [f"caption number {number} of {NUM}" for number in range(NUM)]
@@ -74,9 +74,11 @@ def main(out: Path) -> None:
 
     queries = [DecodedInput(text=text, instruction=INSTRUCTION) for text in TEXTS]
     targets = [DecodedInput(visuals=(DecodedVisual("image", pixels),)) for pixels in IMAGES]
-    vectors = [embed_inputs(encoder._processor, encoder._embedder, sides, 5) for sides in (queries, targets)]
+    vectors = [encoder._embedder.embed(sides) for sides in (queries, targets)]
     ranks = rank_of_gold(*vectors, np.arange(NUM))
-    own = {"ndcg_at_10": ndcg_at_k(ranks, 10), "hit_rate_at_1": hit_at_k(ranks, 1), "hit_rate_at_5": hit_at_k(ranks, 5)}
+    found = metrics_by_query(relevant_of(np.arange(NUM)[:, None]), ranks)
+    theirs = {"ndcg_at_10": "ndcg_linear@10", "hit_rate_at_1": "hit@1", "hit_rate_at_5": "hit@5"}
+    own = {name: float(found[metric].mean()) for name, metric in theirs.items()}
     differences: dict[str, float | str] = {name: abs(scores[name] - value) for name, value in own.items()}
     notes = NOTES.format(num=NUM, scores=", ".join(f"{name} {value:.5f}" for name, value in own.items()))
     text = report("An export in mteb", ("torch", "transformers", "mteb"), {"mteb - rzen": differences}, notes)

@@ -49,13 +49,13 @@ def road(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None, s3_endpoin
 
 def test_every_model_is_scored_on_every_task(road: Any) -> None:
     out, _ = road
-    rows = json.loads((out / "results.json").read_text())["rows"]
+    rows = json.loads((out / "evaluation/results.json").read_text())["rows"]
     assert {(row["model"], row["task"], row["metric"]) for row in rows} == {
         (model, task, metric) for model in MODELS for task in TASKS for metric in ("hit@1", "ndcg@5")
     }
     assert all(0 <= row["value"] <= 1 and row["num_queries"] == row["num_candidates"] == 8 for row in rows)
     assert list(dict.fromkeys(row["model"] for row in rows)) == MODELS
-    assert (out / "results.md").read_text() == markdown_table([Result(**row) for row in rows])
+    assert (out / "evaluation/results.md").read_text() == markdown_table([Result(**row) for row in rows])
 
 
 def test_exported_soup_is_a_checkpoint_for_automodel(road: Any, s3_endpoint: str) -> None:
@@ -88,7 +88,7 @@ def test_page_is_one_file_with_pictures_scores_and_curves(road: Any) -> None:
     assert "https://" not in html.replace("https://www.w3.org", "")
     start = html.index('<script type="application/json" id="results">')
     embedded = html[html.index(">", start) + 1 : html.index("</script>", start)]
-    assert json.loads(embedded) == json.loads((out / "results.json").read_text())
+    assert json.loads(embedded) == json.loads((out / "evaluation/results.json").read_text())
 
 
 def test_finished_stations_are_not_repeated_and_a_changed_one_is(road: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -90,7 +90,7 @@ def test_an_variant_cannot_change_the_name_or_seed_of_its_runs(tmp_path: Path) -
         ("variants.wrong={objective: {hardnes: null}}", "objective.hardnes is not a setting; did you mean 'hardness'?"),
         ("set.kind=evaluate", "name is not a setting"),
         ("evaluate.spec=stage.yaml", "models is not a setting"),
-        ("evaluate.set.batch_size=0", "batch_size=0: input should be greater than or equal to 1"),
+        ("evaluate.set.chunk_tokens=0", "chunk_tokens=0: input should be greater than or equal to 1"),
     ],
 )
 def test_what_could_not_be_compared_is_refused(tmp_path: Path, change: str, expected: str) -> None:

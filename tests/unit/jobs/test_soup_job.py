@@ -40,7 +40,7 @@ class Judge:
     def __init__(self) -> None:
         self.asked: list[str] = []
 
-    def __call__(self, spec: EvaluateSpec, reader: Any) -> dict[str, ModelScores]:
+    def __call__(self, spec: EvaluateSpec, reader: Any, stores: Any) -> dict[str, ModelScores]:
         found = {}
         for name, ref in spec.models.items():
             self.asked.append(name)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jobs.embedding.vectors import VectorCache, write_part
-from pipelines.benchmarks.types import as_ids
+from pipelines.items.types import as_ids
 from pipelines.storage.location import open_store
 
 WAY = {"weights": "a", "media": {"frames": 8}}

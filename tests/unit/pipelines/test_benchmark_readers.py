@@ -14,10 +14,10 @@ import pytest
 
 from pipelines.benchmarks.catalog import check_datasets, format_status, open_dataset
 from pipelines.benchmarks.custom import read_custom
-from pipelines.benchmarks.frames import choose_frames
 from pipelines.benchmarks.table import M_BEIR, M_BEIR_GLOBAL, MMEB_V2, SUITES
 from pipelines.benchmarks.types import Dataset, check, read_pool, without_instructions
 from pipelines.errors import UserError
+from pipelines.items.frames import choose_frames
 from rzen.evaluation.benchmark import DatasetScores, score_dataset
 from rzen.evaluation.metrics import METRIC_NAMES
 from tests.layouts import (
@@ -64,9 +64,9 @@ def test_image_classification(tmp_path: Path) -> None:
     put_images(tmp_path, "VOC2007", lines)
     dataset = open_dataset(MMEB_V2["VOC2007"], tmp_path)
     query = dataset.queries[0].item
-    assert (query.instruction, query.side.text, query.modality) == ("Name the animal.", "", "image")
+    assert (query.instruction, query.input.text, query.modality) == ("Name the animal.", "", "image")
     assert query.files["q0.jpg"].path == str(tmp_path / "image-tasks/VOC2007/0.jpg")
-    assert {item.name: (item.instruction, item.side.text) for item in dataset.candidates} == {
+    assert {item.name: (item.instruction, item.input.text) for item in dataset.candidates} == {
         name: ("", name) for name in ("cat", "dog", "owl")
     }
     result = scored(dataset, {"0": ["cat"], "1": ["dog"], "2": ["owl"], "3": ["owl", "cat"]})
@@ -87,7 +87,7 @@ def test_image_question(tmp_path: Path) -> None:
     ]
     put_images(tmp_path, "OK-VQA", lines)
     dataset = open_dataset(MMEB_V2["OK-VQA"], tmp_path)
-    assert dataset.queries[0].item.side.text == "What is it?"
+    assert dataset.queries[0].item.input.text == "What is it?"
     assert len(dataset.queries[0].pool or ()) == 2  # an answer that is listed twice is one
     assert scored(dataset, {"0": ["a car", "a boat"]}).metrics["ndcg_linear@5"] == pytest.approx(SECOND)
 
@@ -146,7 +146,7 @@ def test_video_classification(tmp_path: Path) -> None:
     put(tmp_path / "video-tasks/Breakfast/labels.txt", "\n".join(classes) + "\n")
     dataset = open_dataset(row, tmp_path)
     item = dataset.queries[0].item
-    assert [(media.kind, media.member) for media in item.side.media] == [("video", "q0.frames")]
+    assert [(media.kind, media.member) for media in item.input.media] == [("video", "q0.frames")]
     assert [path.name for path in choose_frames(Path(item.files["q0.frames"].path), 2)] == [
         "frame_1.jpg",
         "frame_3.jpg",
@@ -205,9 +205,9 @@ def test_video_question(name: str, tmp_path: Path) -> None:
     put_frames(tmp_path / f"video-tasks/frames/video_qa/{name}/{frames}")
     dataset = open_dataset(row, tmp_path)
     item = dataset.queries[0].item
-    assert item.side.text == question
+    assert item.input.text == question
     assert item.instruction.endswith("Return only the exact text of your chosen answer. Question:")
-    assert [(one.side.text, one.instruction) for one in dataset.candidates] == [(option, "") for option in options]
+    assert [(one.input.text, one.instruction) for one in dataset.candidates] == [(option, "") for option in options]
     assert scored(dataset, {f"0:{frames}": [options[1]]}).value == 1.0
     assert scored(dataset, {f"0:{frames}": [options[0], options[1]]}).value == 0.0
 
@@ -233,7 +233,7 @@ def test_video_retrieval_by_file_name_and_first_caption(tmp_path: Path) -> None:
     put_lines(tmp_path / "video-tasks/VATEX/test.jsonl", [{"videoID": "v_0", "enCap": ["first", "second"]}])
     put_frames(tmp_path / "video-tasks/frames/video_ret/VATEX/v_0")
     assert [item.name for item in open_dataset(MMEB_V2["DiDeMo"], tmp_path).candidates] == ["a.b"]
-    assert open_dataset(MMEB_V2["VATEX"], tmp_path).queries[0].item.side.text == "first"
+    assert open_dataset(MMEB_V2["VATEX"], tmp_path).queries[0].item.input.text == "first"
 
 
 def test_moment_retrieval(tmp_path: Path) -> None:
@@ -379,7 +379,7 @@ def test_own_folder(qrels: str, tmp_path: Path) -> None:
     """q1 finds d2 (grade 1) before d1 (grade 2); q2 finds d2; q3 has no grades."""
     dataset = read_custom(own_folder(tmp_path, qrels), "mine")
     assert [item.modality for item in dataset.candidates] == ["image", "text", "text"]
-    assert [item.side.text for item in dataset.candidates] == ["", "Two dogs", "x"]
+    assert [item.input.text for item in dataset.candidates] == ["", "Two dogs", "x"]
     result = scored(dataset, {"q1": ["d2", "d1"], "q2": ["d2"]})
     assert dataset.row.metric == "ndcg_linear@10"
     assert result.value == pytest.approx(((1 + 2 * SECOND) / (2 + SECOND) + 1) / 2)

@@ -15,14 +15,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pipelines.benchmarks.types import Dataset, Item, Query, Row
+from pipelines.benchmarks.types import Dataset, Query, Row
 from pipelines.errors import UserError
+from pipelines.items.types import Item
 from pipelines.samples import Input
-from rzen.evaluation.benchmark import DatasetScores, Vectors, score_dataset
+from rzen.evaluation.benchmark import DatasetScores, score_dataset
 from rzen.evaluation.files import write_files
 from rzen.evaluation.metrics import METRIC_NAMES, Relevant, metrics_by_query
 from rzen.evaluation.scoring import rank_candidates, rank_pools
-from rzen.evaluation.vectors import NONE, FloatArray, check_block_by_block
+from rzen.evaluation.vectors import NONE, TIE, FloatArray, Vectors, check_block_by_block
 
 EAST, NORTH, WEST = (1.0, 0.0), (0.0, 1.0), (-1.0, 0.0)
 ROW = Row("toy", "custom", "mixed", "toy", "global", "hit@1", None, "custom")
@@ -133,6 +134,33 @@ def test_ties_go_against_the_relevant_candidate_though_it_is_listed_first(block_
     found = rank_candidates(np.array([EAST]), candidates, pairs([{0: 1.0}]), num_top=4, block_rows=block_rows)
     assert (found.rank.tolist(), found.tied.tolist()) == ([3], [2])
     assert found.rows.tolist() == [[1, 2, 0, 3]]
+
+
+@pytest.mark.parametrize(("block_rows", "query_rows"), [(1, 2), (5, 7), (1000, 1000)])
+def test_ties_are_counted_among_candidates_that_are_not_relevant(block_rows: int, query_rows: int) -> None:
+    """Against a count over all scores, which come in four steps; a relevant candidate ties with no other relevant one.
+
+    Scores that are `TIE` and more apart are no tie: every query has a candidate just above and just below the first.
+    """
+    rng = np.random.default_rng(3)
+    scores = rng.integers(1, 5, size=(20, 31)) / 32
+    scores[:, 1:3] = scores[:, :1] + 3 * TIE * np.array([1, -1])
+    grades = rng.integers(1, 3, size=scores.shape) * (rng.random(scores.shape) < 0.2)
+    grades[:, 0], grades[:, 1:3] = 1, 0
+    query, row = np.nonzero(grades)
+    relevant = Relevant(query, row, grades[query, row].astype(float), len(scores))
+    queries = np.concatenate([scores, np.sqrt(1 - np.square(scores).sum(axis=1, keepdims=True))], axis=1)
+    candidates = np.eye(31, 32, dtype=np.float64)
+    inside = (rng.random(scores.shape) < 0.5) | (grades > 0)
+    for pools in (np.ones_like(inside), inside):
+        others = pools & (grades == 0)
+        expected = [(others[q] & (abs(scores[q] - scores[q, n]) <= TIE)).sum() for q, n in zip(query, row, strict=True)]
+        if pools.all():
+            found = rank_candidates(queries, candidates, relevant, block_rows=block_rows, query_rows=query_rows)
+        else:
+            found = rank_pools(queries, candidates, relevant, [np.flatnonzero(mine) for mine in pools])
+        assert found.tied.tolist() == expected
+        assert max(expected) > 3
 
 
 def test_of_tied_relevant_candidates_the_worse_grade_comes_first() -> None:
@@ -257,7 +285,7 @@ def test_vectors_that_are_not_finite_stop_the_dataset(bad: float) -> None:
 
 def test_vectors_of_two_models_stop_the_dataset() -> None:
     dataset = toy([{"a": 1.0}, {"b": 1.0}], ["a", "b"])
-    with pytest.raises(UserError, match="queries of width 2 and candidates of width 3"):
+    with pytest.raises(UserError, match=r"toy queries: has vectors of width 2, not 3"):
         score(dataset, [EAST, NORTH], [(1, 0, 0), (0, 1, 0)])
 
 

@@ -7,10 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pipelines.benchmarks.types import Dataset, Item, Query, Row, without_instructions
+from pipelines.benchmarks.types import Dataset, Query, Row, without_instructions
 from pipelines.errors import UserError
+from pipelines.items.types import Item
 from pipelines.samples import Input, Media
-from rzen.evaluation.benchmark import DatasetScores, Vectors, score_dataset
+from rzen.evaluation.benchmark import DatasetScores, score_dataset
 from rzen.evaluation.comparison import (
     compare,
     comparison_table,
@@ -18,6 +19,7 @@ from rzen.evaluation.comparison import (
     modality_gap,
     target_modality_accuracy,
 )
+from rzen.evaluation.vectors import Vectors
 
 ROW = Row("toy", "custom", "mixed", "toy", "global", "hit@1", None, "custom")
 

@@ -21,7 +21,7 @@ from pipelines.errors import UserError
 from rzen.config import LoraConfig, MeanSoup, ModelIdentity, PromptConfig, ReadoutConfig, TinyBackbone
 from rzen.export.card import ModelCardData
 from rzen.export.export import ExportOptions, export_model, load_encoder
-from rzen.export.mteb import sides_of
+from rzen.export.mteb import inputs_of
 from rzen.inputs.processor import Processor
 from rzen.model.backbone import build_tiny, load_backbone
 from rzen.model.checkpoints import checkpoint_dir, checkpoint_sha256
@@ -343,17 +343,17 @@ class Decoder:
 
 def test_batches_of_mteb_become_sides() -> None:
     image = Image.new("L", (6, 4), 7)
-    asked, bare = sides_of({"text": ["ab", "cd"], "query": ["a", "c"], "instruction": ["b", ""]}, "Find it.", 8)
+    asked, bare = inputs_of({"text": ["ab", "cd"], "query": ["a", "c"], "instruction": ["b", ""]}, "Find it.", 8)
     assert (asked.text, asked.instruction, bare.text, bare.instruction) == ("a", "b", "c", "")
-    fused, alone = sides_of({"text": ["x", "y"], "image": [[image, image], None]}, "Find it.", 8)
+    fused, alone = inputs_of({"text": ["x", "y"], "image": [[image, image], None]}, "Find it.", 8)
     assert [visual.frames.shape for visual in fused.visuals] == [(1, 4, 6, 3)] * 2
     assert (fused.instruction, alone.text, alone.visuals) == ("Find it.", "y", ())
-    (long,), (short,) = (side.visuals for side in sides_of({"video": [Decoder(21), Decoder(2)]}, "", 5))
+    (long,), (short,) = (side.visuals for side in inputs_of({"video": [Decoder(21), Decoder(2)]}, "", 5))
     assert long.frames[:, 0, 0, 0].tolist() == [0, 5, 10, 15, 20]
     assert long.times_s == (0.0, 1.25, 2.5, 3.75, 5.0)
     assert short.frames.shape == (2, 4, 6, 3)
     with pytest.raises(UserError, match="the task has sound"):
-        sides_of({"video": [Decoder(2)], "audio": [None]}, "", 5)
+        inputs_of({"video": [Decoder(2)], "audio": [None]}, "", 5)
 
 
 def test_wrong_backbones_are_the_users_errors(tmp_path: Path) -> None:

@@ -6,17 +6,11 @@ import numpy as np
 import pytest
 
 from pipelines.errors import UserError
-from rzen.evaluation.ranking import (
-    NONE,
-    FloatArray,
-    hit_at_k,
-    is_collapsed,
-    mrr,
-    ndcg_at_k,
-    rank_of_gold,
-    top_k,
-)
-from rzen.evaluation.tasks import TASKS, chance
+from rzen.evaluation.metrics import metrics_by_query
+from rzen.evaluation.scoring import rank_candidates, top_k
+from rzen.evaluation.tasks import METRICS, TASKS, chance
+from rzen.evaluation.vectors import NONE, FloatArray, check_block_by_block
+from tests.ranks import rank_of_gold, relevant_of
 
 
 def unit(vectors: object) -> FloatArray:
@@ -36,10 +30,12 @@ def test_hand_written_ranks() -> None:
     """Targets at 0, 30, 60, 90 degrees; queries at 5, 50, 100 degrees, whose relevant targets are rows 1, 1, 0."""
     ranks = rank_of_gold(at(5, 50, 100), at(0, 30, 60, 90), [1, 1, 0])
     assert ranks.tolist() == [2, 2, 4]
-    assert hit_at_k(ranks, 1) == 0.0
-    assert hit_at_k(ranks, 2) == pytest.approx(2 / 3)
-    assert mrr(ranks) == pytest.approx((1 / 2 + 1 / 2 + 1 / 4) / 3)
-    assert ndcg_at_k(ranks, 2) == pytest.approx(2 / 3 / math.log2(3))
+    assert METRICS["hit@1"](ranks) == 0.0
+    at_2 = metrics_by_query(relevant_of(np.array([[1], [1], [0]])), ranks, (2,))
+    assert at_2["hit@2"].mean() == pytest.approx(2 / 3)
+    assert METRICS["mrr"](ranks) == pytest.approx((1 / 2 + 1 / 2 + 1 / 4) / 3)
+    assert at_2["ndcg_linear@2"].mean() == pytest.approx(2 / 3 / math.log2(3))
+    assert METRICS["ndcg@5"](ranks) == pytest.approx((2 / math.log2(3) + 1 / math.log2(5)) / 3)
 
 
 @pytest.mark.parametrize("block_rows", [1, 3, 7, 1024])
@@ -66,32 +62,39 @@ def test_rounding_does_not_break_ties() -> None:
 def test_collapsed_vectors_score_nothing_and_are_told() -> None:
     rng = np.random.default_rng(0)
     collapsed = unit(np.ones((50, 16)) + 1e-4 * rng.normal(size=(50, 16)))
-    assert is_collapsed(collapsed)
+    untrained = unit(np.ones((50, 16)) + 0.1 * rng.normal(size=(50, 16)))
     identical = np.repeat(collapsed[:1], 50, axis=0)
-    assert hit_at_k(rank_of_gold(identical, identical, np.arange(50)), 1) == 0.0
-    assert not is_collapsed(unit(np.ones((50, 16)) + 0.1 * rng.normal(size=(50, 16))))  # an untrained model
-    assert not is_collapsed(identical[:1])
+    found = [
+        check_block_by_block(vectors, "targets", block_rows=7, collapse_is_error=False)
+        for vectors in (collapsed, identical, untrained, identical[:1])
+    ]
+    assert found == [True, True, False, False]
+    assert METRICS["hit@1"](rank_of_gold(identical, identical, np.arange(50))) == 0.0
+    with pytest.raises(UserError, match="targets: all 50 are one vector"):
+        check_block_by_block(collapsed, "targets")
 
 
 def test_untrained_vectors_score_at_chance() -> None:
     ranks = rank_of_gold(random_unit(400), random_unit(20, seed=1), np.arange(400) % 20)
-    assert hit_at_k(ranks, 1) == pytest.approx(chance("hit@1", 20), abs=0.04)
-    assert ndcg_at_k(ranks, 5) == pytest.approx(chance("ndcg@5", 20), abs=0.04)
+    assert METRICS["hit@1"](ranks) == pytest.approx(chance("hit@1", 20), abs=0.04)
+    assert METRICS["ndcg@5"](ranks) == pytest.approx(chance("ndcg@5", 20), abs=0.04)
 
 
 def test_several_relevant_targets_with_grades() -> None:
     """One query ranks rows 0, 1, 2, 3 in order. Relevant: row 1 (grade 1) and row 2 (grade 3); then row 0 alone."""
     gold = np.array([[1, 2], [0, NONE]])
     grades = np.array([[1.0, 3.0], [2.0, 0.0]])
-    ranks = rank_of_gold(at(0, 0), at(0, 30, 60, 90), gold)
-    assert ranks.tolist() == [[2, 3], [1, 0]]
+    relevant = relevant_of(gold, grades)
+    ranks = rank_candidates(at(0, 0), at(0, 30, 60, 90), relevant, device="cpu").rank
+    assert ranks.tolist() == [2, 3, 1]
     first = (1 / math.log2(3) + 3 / math.log2(4)) / (3 / math.log2(2) + 1 / math.log2(3))
-    assert ndcg_at_k(ranks, 5, grades) == pytest.approx((first + 1) / 2)
-    assert ndcg_at_k(ranks[:1], 2, grades[:1]) == pytest.approx((1 / math.log2(3)) / (3 + 1 / math.log2(3)))
+    found = metrics_by_query(relevant, ranks, (1, 2, 5))
+    assert found["ndcg_linear@5"].tolist() == pytest.approx([first, 1.0])
+    assert found["ndcg_linear@2"][0] == pytest.approx((1 / math.log2(3)) / (3 + 1 / math.log2(3)))
     binary = (1 / math.log2(3) + 1 / math.log2(4)) / (1 + 1 / math.log2(3))
-    assert ndcg_at_k(ranks, 5) == pytest.approx((binary + 1) / 2)
-    assert hit_at_k(ranks, 1) == 0.5
-    assert mrr(ranks) == 0.75
+    assert metrics_by_query(relevant_of(gold), ranks)["ndcg_linear@5"].tolist() == pytest.approx([binary, 1.0])
+    assert found["hit@1"].mean() == 0.5
+    assert found["mrr@5"].mean() == 0.75
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -99,23 +102,12 @@ def test_vectors_that_are_not_finite_are_refused(bad: float) -> None:
     targets = random_unit(4)
     targets[2, 1] = bad
     with pytest.raises(UserError, match=r"targets\[2\]: is not finite \(1 of 4\)"):
-        rank_of_gold(random_unit(4), targets, [0, 1, 2, 3])
+        check_block_by_block(targets, "targets")
 
 
 def test_vectors_that_are_not_unit_are_refused() -> None:
     with pytest.raises(UserError, match=r"queries\[0\]: is not unit \(4 of 4\)"):
-        rank_of_gold(2 * random_unit(4), random_unit(4), [0, 1, 2, 3])
-
-
-@pytest.mark.parametrize("gold", [[0, 4], [0, -2], [0, NONE]])
-def test_gold_must_name_a_target(gold: list[int]) -> None:
-    with pytest.raises(UserError, match="gold of query 1"):
-        rank_of_gold(random_unit(2), random_unit(4), gold)
-
-
-def test_query_without_a_grade_is_refused() -> None:
-    with pytest.raises(UserError, match="query 1: has no target"):
-        ndcg_at_k(np.array([1, 2]), 5, [1.0, 0.0])
+        check_block_by_block(2 * random_unit(4), "queries")
 
 
 def test_top_k_in_order_of_score_then_row() -> None:

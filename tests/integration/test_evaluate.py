@@ -1,4 +1,4 @@
-"""Benchmarks from files on disk to scores, page and submission, through the job that users run."""
+"""Splits, benchmarks and custom datasets to scores, report and submission, through the job that users run."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,25 @@ import numpy as np
 import pytest
 import ray
 
+import rzen
 from jobs.cli import main
-from jobs.embedding.encode import units
 from jobs.embedding.vectors import VectorCache, write_part
-from jobs.evaluation.benchmark import _encoding, run
-from jobs.evaluation.specs import BenchmarkSpec
-from jobs.runtime.models import load_model
+from jobs.evaluation.datasets import Bundle
+from jobs.evaluation.evaluate import run
+from jobs.evaluation.score import models_of
+from jobs.evaluation.scores import Model, Scorer
+from jobs.evaluation.specs import EvaluateSpec
 from pipelines.benchmarks.catalog import open_dataset
 from pipelines.benchmarks.custom import read_custom
-from pipelines.benchmarks.decode import ItemDecoder
 from pipelines.benchmarks.table import M_BEIR, M_BEIR_GLOBAL, MMEB_V2
-from pipelines.benchmarks.types import as_ids
+from pipelines.config import DataConfig
 from pipelines.errors import UserError
+from pipelines.feed.reader import Reader
+from pipelines.items.decode import ItemDecoder
+from pipelines.items.types import as_ids
+from pipelines.items.units import units
 from pipelines.storage.location import open_store
-from rzen.evaluation.encode import embed_inputs
+from tests.data import publish
 from tests.layouts import picture, planted, put, put_frames, put_lines, put_mbeir, put_mmeb
 from tests.paths import ROOT
 from tests.tiny import tiny_checkpoint
@@ -43,9 +49,9 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny_checkpoint(tmp_path_factory.mktemp("backbone"))
 
 
-def spec_of(tmp_path: Path, backbone: str, **changes: Any) -> BenchmarkSpec:
+def spec_of(tmp_path: Path, backbone: str, **changes: Any) -> EvaluateSpec:
     fields: dict[str, Any] = {
-        "kind": "benchmark",
+        "kind": "evaluate",
         "models": {"tiny": {"base": backbone}},
         "prompt": {"max_visual_tokens": 8},
         "dtype": "float32",
@@ -55,7 +61,14 @@ def spec_of(tmp_path: Path, backbone: str, **changes: Any) -> BenchmarkSpec:
         "cache": str(tmp_path / "cache"),
         "out": str(tmp_path / "out"),
     }
-    return BenchmarkSpec.model_validate(fields | changes)
+    return EvaluateSpec.model_validate(fields | changes)
+
+
+def cache_of(spec: EvaluateSpec) -> VectorCache:
+    """The vectors of the one model on datasets of files."""
+    stores = dict.fromkeys(spec.models, open_store(spec.cache))
+    ((_, cache),) = models_of(spec, Bundle(spec.media, None), stores)
+    return cache
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -85,7 +98,7 @@ def test_scores_of_all_meta_tasks_are_those_computed_by_hand(tmp_path: Path, bac
             }
         },
     )
-    store = VectorCache(open_store(spec.cache), _encoding(spec, "tiny")[1]).store
+    store = cache_of(spec).store
     for name, (found, _) in wanted.items():
         for vectors in planted(open_dataset(MMEB_V2[name], tmp_path / "mmeb"), found):
             write_part(store, [id.decode() for id in vectors.ids], vectors.rows)
@@ -154,12 +167,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory, backbone: str, own: Path, ra
 def test_vectors_are_those_of_each_item_alone_and_scores_follow(whole: Path, backbone: str, own: Path) -> None:
     spec = spec_of(whole, backbone, custom={"mine": str(own)})
     dataset = read_custom(own, "mine")
-    how, config = _encoding(spec, "tiny")
-    cache = VectorCache(open_store(spec.cache), config)
-    processor, embedder = load_model(how.model, None, how.identity, "float32")
+    cache = cache_of(spec)
+    embedder = rzen.load(backbone, identity=spec.identity)
     decoder = ItemDecoder(spec.media)
     items = [*(query.item for query in dataset.queries), *dataset.candidates]
-    alone = np.concatenate([embed_inputs(processor, embedder, [decoder.side(item)], 1) for item in items])
+    alone = np.concatenate([embedder.embed([decoder.input(item)]) for item in items])
     got = cache.load(as_ids(item.id for item in items), whole / "loaded.npy")
     assert np.abs(got.rows - alone).max() < 1e-5
     queries, candidates = np.split(alone.astype(np.float64), [len(dataset.queries)])
@@ -169,17 +181,20 @@ def test_vectors_are_those_of_each_item_alone_and_scores_follow(whole: Path, bac
         (right,) = (ids.index(id) for id in query.relevance)
         others = np.delete(row, right)
         hits.append(others.max() < row[right] - 1e-6)
-    score = json.loads((whole / "out/own/tiny/mine_score.json").read_text())
+    score = json.loads((whole / "out/custom/tiny/mine_score.json").read_text())
     assert score["hit@1"] == pytest.approx(np.mean(hits))
     assert sum(hits) >= len(hits) - 2  # a query that is a candidate finds itself, but for equal pictures
-    told = json.loads((whole / "out/own/tiny/diagnostics.json").read_text())["mine"]
+    told = json.loads((whole / "out/custom/tiny/diagnostics.json").read_text())["mine"]
     assert 0 <= told["changed_by_instruction"] <= 1 / len(dataset.queries)  # one query has an instruction
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_two_actors_write_the_same_files(whole: Path, tmp_path: Path, backbone: str, own: Path) -> None:
-    run(spec_of(tmp_path, backbone, custom={"mine": str(own)}, instruction_sensitivity=True, actors=2))
+@pytest.mark.parametrize("actors", [2, pytest.param(3, marks=pytest.mark.long)])
+def test_any_number_of_actors_writes_the_same_files(
+    whole: Path, tmp_path: Path, backbone: str, own: Path, actors: int
+) -> None:
+    run(spec_of(tmp_path, backbone, custom={"mine": str(own)}, instruction_sensitivity=True, actors=actors))
     assert files(tmp_path / "out") == files(whole / "out")
     assert files(tmp_path / "cache") == files(whole / "cache")
 
@@ -207,18 +222,15 @@ def test_a_job_that_was_killed_goes_on_to_the_same_files(whole: Path, tmp_path: 
 
 
 @pytest.mark.ray
-def test_another_prompt_is_embedded_anew_and_the_same_not_at_all(
+def test_another_prompt_is_embedded_again_and_the_same_not_at_all(
     whole: Path, backbone: str, own: Path, tmp_path: Path
 ) -> None:
     changed = spec_of(whole, backbone, custom={"mine": str(own)}, prompt={"max_visual_tokens": 4})
     before = files(whole / "cache")
     run(spec_of(whole, backbone, custom={"mine": str(own)}, out=str(tmp_path / "again")))
     assert files(whole / "cache") == before
-    first, second = (
-        VectorCache(open_store(str(tmp_path)), _encoding(s, "tiny")[1]).store.url
-        for s in (spec_of(whole, backbone, custom={"mine": str(own)}), changed)
-    )
-    assert first != second
+    same = spec_of(whole, backbone, custom={"mine": str(own)})
+    assert cache_of(same).store.url != cache_of(changed).store.url
 
 
 @pytest.mark.ray
@@ -236,14 +248,70 @@ def test_a_picture_that_cannot_be_read_stops_its_dataset_alone(
         put(root / "qrels/test.tsv", f"q\t{name}0\t1\n")
     own = {name: str(tmp_path / name) for name in ("bad", "good")}
     run(spec_of(tmp_path, backbone, custom=own))
-    lines = json.loads((tmp_path / "out/own/tiny/leaderboard.json").read_text())["datasets"]
+    lines = json.loads((tmp_path / "out/custom/tiny/leaderboard.json").read_text())["datasets"]
     problems = {line["name"]: line["problem"] for line in lines}
     assert problems["good"] == ""
     assert "1 of 4 items cannot be embedded, the first: bad1: unsupported_format: " in problems["bad"]
-    assert not (tmp_path / "out/own/tiny/bad_score.json").exists()
+    assert not (tmp_path / "out/custom/tiny/bad_score.json").exists()
     put(tmp_path / "bad/1.jpg", picture("mended"))
     run(spec_of(tmp_path, backbone, custom=own))
-    assert (tmp_path / "out/own/tiny/bad_score.json").exists()
+    assert (tmp_path / "out/custom/tiny/bad_score.json").exists()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_split_is_scored_as_each_sample_embedded_alone_says(tmp_path: Path, backbone: str, ray_cluster: None) -> None:
+    """Two models in one job, one of them without instructions; some samples have one target."""
+    sizes = {"red": ("text_image", 40), "blue": ("text_image", 12), "name": ("image_class", 9)}
+    publish(open_store(str(tmp_path / "data")), sizes, duplicates={"blue": [3, 5]})
+    models = {"tiny": {"base": backbone}, "bare": {"base": backbone, "instructions": False}}
+    data = {"root": str(tmp_path / "data")}
+    spec = spec_of(tmp_path, backbone, models=models, data=data, tasks=["text_image"], metrics=["hit@5", "ndcg@5"])
+    run(spec)
+    reader = Reader(DataConfig(root=str(tmp_path / "data")))
+    samples = [sample for source in ("red", "blue") for sample in reader.samples(source, range(sizes[source][1]))]
+    embedder = rzen.load(backbone, identity=spec.identity)
+    rows = json.loads((tmp_path / "out/results.json").read_text())["rows"]
+    assert [(row["model"], row["metric"]) for row in rows] == [(m, k) for m in models for k in ("hit@5", "ndcg@5")]
+    for model, has_instruction in (("tiny", True), ("bare", False)):
+        hits = []
+        asked = [s.query if has_instruction else replace(s.query, instruction="") for s in samples]
+        targets = {s.sample.target_sha256: s.positive for s in samples}
+        cosines = embedder.embed(asked).astype(np.float64) @ embedder.embed(list(targets.values())).T
+        for sample, row in zip(samples, cosines, strict=True):
+            right = list(targets).index(sample.sample.target_sha256)
+            hits.append((np.delete(row, right) >= row[right] - 1e-6).sum() < 5)
+        (hit,) = (row for row in rows if (row["model"], row["metric"]) == (model, "hit@5"))
+        assert hit["value"] == pytest.approx(np.mean(hits))
+        assert (hit["num_queries"], hit["num_candidates"], hit["split"]) == (52, 40, "train")
+        assert hit["chance"] == pytest.approx(5 / 40)
+    assert (tmp_path / "out/train/models.md").read_text().count("text_image") == 2  # means, and the difference
+    assert (tmp_path / "out/train/bare/text_image_pred.jsonl").read_text().count("\n") == 52
+    assert 'class="hit relevant"' in (tmp_path / "out/index.html").read_text()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_split_with_a_damaged_sample_is_refused(tmp_path: Path, backbone: str, ray_cluster: None) -> None:
+    publish(open_store(str(tmp_path / "data")), {"red": ("text_image", 12)}, bad={"red": [3]})
+    with pytest.raises(UserError, match=r"1 of 24 items cannot be embedded, the first: .*key 00000003: unsupported_f"):
+        run(spec_of(tmp_path, backbone, data={"root": str(tmp_path / "data")}))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_model_that_is_tried_leaves_only_its_scores(tmp_path: Path, backbone: str, ray_cluster: None) -> None:
+    publish(open_store(str(tmp_path / "data")), {"red": ("text_image", 12)})
+    spec = spec_of(tmp_path, backbone, data={"root": str(tmp_path / "data")}, custom={"mine": "nowhere"})
+    assert spec.data is not None
+    model = Model(spec.models["tiny"], open_store(str(tmp_path / "model")))
+    scorer = Scorer(spec)
+    (row, _) = scorer.scores({"tried": model})["tried"]
+    assert (row.model, row.num_queries) == ("tried", 12)
+    assert np.mean(scorer.by_query({"tried": model})["tried"]["text_image"]) == row.value
+    assert [path.split("/")[0] for path in model.store.list()] == ["scores"]
+    assert len(model.store.list()) == 1
+    assert not (tmp_path / "cache").exists()
 
 
 def test_units_are_of_like_items_whatever_their_order(own: Path) -> None:

@@ -12,7 +12,7 @@ _NUMBER = re.compile(r"(\d+)")
 
 
 def choose_frames(folder: Path, num_frames: int) -> list[Path]:
-    """So many pictures of a folder, evenly from the first to the last, in the order of the numbers in their names.
+    """Return `num_frames` pictures of a folder, evenly from first to last, by the numbers in their names.
 
     MMEB-V2 keeps at most 64 of a video and shows 8: those at `linspace(0, num_kept - 1, num_frames)` rounded down. A
     folder with fewer shows all of them.

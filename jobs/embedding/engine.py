@@ -1,0 +1,168 @@
+"""Items to stored vectors: a Ray Data job that decodes on any node and embeds in actors with the model.
+
+What is embedded together decides the last bits of a vector. It depends only on the items and on what the store lacks.
+So any number of actors gives the same bytes, and so does a job that was killed and started again
+(tests/integration/test_evaluate.py, tests/integration/test_embed.py).
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import ray.data
+
+from jobs.embedding.settings import EmbedderSettings, Workers
+from jobs.embedding.vectors import VectorCache, write_part
+from jobs.runtime.cluster import Resources, check_size, ray_data
+from jobs.runtime.models import checkpoint_folder, load_embedder
+from pipelines.config import FeedConfig
+from pipelines.errors import BadMedia
+from pipelines.items.decode import ItemDecoder
+from pipelines.items.types import Item, as_ids
+from pipelines.items.units import windows
+from pipelines.samples import Rejected
+from rzen.config import PromptConfig
+from rzen.inputs.processor import EncodedBatch, Processor
+
+if TYPE_CHECKING:
+    from rzen.model.embedder import Embedder
+
+Models = Sequence[tuple[EmbedderSettings, VectorCache]]
+_APART = 0.999
+BadItems = dict[str, Rejected]
+"""Id -> why the item cannot be embedded."""
+
+
+def embed_items(
+    items: Iterable[Item], models: Models, workers: Workers, on_progress: Callable[[int, int], None]
+) -> list[BadItems]:
+    """Embed with each model what its store lacks. Return the bad items of each model.
+
+    `on_progress` gets (done, all), counted over all models.
+    """
+    bad: list[BadItems] = [{} for _ in models]
+    total = 0
+    for window in windows(items):
+        work = [
+            (number, missing)
+            for number, (_, vectors) in enumerate(models)
+            for unit in window
+            if (missing := _missing(unit, vectors))
+        ]
+        total += len(models) * sum(map(len, window))
+        done = total - sum(len(unit) for _, unit in work)
+        on_progress(done, total)
+        for row in _rows(work, models, workers) if work else ():
+            bad[int(row["model"])] |= pickle.loads(row["bad"])
+            done += int(row["num_items"])
+            on_progress(done, total)
+        for _, vectors in models:
+            vectors.refresh()
+    return bad
+
+
+def check_workers(workers: Workers) -> None:
+    """Raise `UserError` if the cluster can never hold the actors and one task that decodes at once."""
+    each = Resources(workers.cpus_per_actor, workers.gpus_per_actor)
+    check_size("actors", workers.actors, each, FeedConfig(cpus_per_task=workers.cpus_per_task))
+
+
+def describe(bad: Rejected) -> str:
+    """Return name, reason and detail of a bad item."""
+    return f"{bad.origin}: {bad.reason}: {bad.detail}".removesuffix(": ")
+
+
+def _missing(unit: list[Item], vectors: VectorCache) -> list[Item]:
+    lacking = vectors.missing(as_ids(item.id for item in unit))
+    return [item for item, lacks in zip(unit, lacking, strict=True) if lacks]
+
+
+def _rows(work: list[tuple[int, list[Item]]], models: Models, workers: Workers) -> Iterator[dict[str, Any]]:
+    settings = [some for some, _ in models]
+    rows = [{"model": number, "items": pickle.dumps(unit)} for number, unit in work]
+    cpus_per_task = workers.cpus_per_task
+    if (cpus_per_task, 0) == (workers.cpus_per_actor, workers.gpus_per_actor):
+        cpus_per_task *= _APART  # tasks and actors that reserve the same would be fused: only actors would decode
+    with ray_data():
+        embedded = (
+            ray.data.from_items(rows, override_num_blocks=len(rows))
+            .map(_prepare, fn_args=(settings,), num_cpus=cpus_per_task)
+            .map(
+                EmbedItems,
+                fn_constructor_args=(settings, [vectors.store for _, vectors in models]),
+                compute=ray.data.ActorPoolStrategy(size=workers.actors),
+                num_cpus=workers.cpus_per_actor,
+                num_gpus=workers.gpus_per_actor,
+            )
+        )
+        yield from embedded.iter_rows()
+
+
+def _prepare(row: dict[str, Any], settings: Sequence[EmbedderSettings]) -> dict[str, Any]:
+    """A unit, pickled: `good` is id -> token ids and patches of one input, `bad` is id -> why there are none."""
+    some = settings[int(row["model"])]
+    decoder = _decoder(some)
+    processor = _processor(some.model.base, some.identity.prompt, some.endpoint)
+    good: dict[str, EncodedBatch] = {}
+    bad: BadItems = {}
+    items: list[Item] = pickle.loads(row["items"])
+    for item, decoded in zip(items, decoder.inputs(items), strict=True):
+        if isinstance(decoded, Rejected):
+            bad[item.id] = decoded
+            continue
+        try:
+            good[item.id] = processor.encode([decoded if some.model.instructions else replace(decoded, instruction="")])
+        except BadMedia as error:
+            bad[item.id] = Rejected(item.name, error.reason, error.detail)
+    return {"model": row["model"], "good": pickle.dumps(good), "bad": pickle.dumps(bad)}
+
+
+@cache
+def _processor(base: str, prompt: PromptConfig, endpoint: str | None) -> Processor:
+    """Read once in a process."""
+    return Processor(checkpoint_folder(base, endpoint), prompt)
+
+
+_decoders: dict[str, ItemDecoder] = {}
+
+
+def _decoder(some: EmbedderSettings) -> ItemDecoder:
+    """One in a process for each state of the data, with its manifest and indices."""
+    data = some.data.model_dump_json() if some.data else ""
+    key = json.dumps([some.media.model_dump_json(), data, some.fingerprints])
+    if key not in _decoders:
+        _decoders.clear()
+        _decoders[key] = ItemDecoder(some.media, some.data, some.fingerprints)
+    return _decoders[key]
+
+
+class EmbedItems:
+    """An actor that holds one model at a time, embeds units and stores their parts."""
+
+    def __init__(self, settings: Sequence[EmbedderSettings], stores: Sequence[Any]) -> None:
+        self._settings, self._stores = settings, stores
+        self._loaded: tuple[int, Embedder] | None = None
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Return how many items there were, and those that could not be embedded."""
+        number = int(row["model"])
+        good: dict[str, EncodedBatch] = pickle.loads(row["good"])
+        if good:
+            vectors = self._embedder(number).embed_encoded(list(good.values()))
+            write_part(self._stores[number], list(good), vectors)
+        return {"model": number, "num_items": len(good) + len(pickle.loads(row["bad"])), "bad": row["bad"]}
+
+    def _embedder(self, number: int) -> Embedder:
+        if self._loaded is None or self._loaded[0] != number:
+            self._loaded = None
+            gc.collect()  # the weights of the model before, which may fill the GPU
+            some = self._settings[number]
+            embedder = load_embedder(some.model, some.endpoint, some.identity, some.dtype, some.chunk_tokens)
+            self._loaded = number, embedder
+        return self._loaded[1]

@@ -1,0 +1,89 @@
+"""How a model embeds: what an actor needs to load it, and all that decides its vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jobs.runtime.models import Dtype, checkpoint_folder, local_folder
+from jobs.runtime.revision import versions
+from jobs.spec.model import ModelRef
+from pipelines.config import DataConfig, MediaConfig
+from pipelines.feed.reader import Reader
+from pipelines.storage.location import resolve_endpoint
+from rzen.config import ModelIdentity
+from rzen.model.checkpoints import checkpoint_sha256, file_sha256, read_identity
+
+_PREPROCESSING = ("config.json", "preprocessor_config.json", "tokenizer.json")
+
+
+@dataclass(frozen=True)
+class EmbedderSettings:
+    """One model in one configuration. Pickles. `data` says where the shards of items are that are rows of them.
+
+    `config` is content only, no name and no place: equal configurations give equal vectors, up to what is embedded
+    together, and share a folder of the cache.
+    """
+
+    name: str
+    model: ModelRef
+    identity: ModelIdentity
+    endpoint: str | None
+    media: MediaConfig
+    data: DataConfig | None
+    fingerprints: dict[str, str]
+    """Split of `data` -> fingerprint of the manifest by which the items were listed."""
+    dtype: Dtype | None
+    chunk_tokens: int
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The share of the cluster that embeds."""
+
+    actors: int
+    cpus_per_actor: float
+    gpus_per_actor: float
+    cpus_per_task: float
+
+
+def embedder_settings(
+    name: str,
+    model: ModelRef,
+    default: ModelIdentity,
+    *,
+    endpoint: str | None,
+    media: MediaConfig,
+    dtype: Dtype | None,
+    chunk_tokens: int,
+    data: DataConfig | None = None,
+    splits: Iterable[str] = (),
+) -> EmbedderSettings:
+    """Read the identity of a model from its files, with the hash of its weights.
+
+    `default` holds for models that do not say how they are read; `dtype` is that of an export where it is `None`.
+    `splits` are those of `data` that the items come from.
+    """
+    resolved = resolve_endpoint(endpoint)
+    base = Path(checkpoint_folder(model.base, resolved))
+    adapter = Path(local_folder(model.adapter, resolved)) if model.adapter else None
+    identity = read_identity(adapter or base, default)
+    config = {
+        "weights": checkpoint_sha256(base),
+        "adapter": adapter and checkpoint_sha256(adapter),
+        "files": {name: file_sha256(base / name) for name in _PREPROCESSING if (base / name).is_file()},
+        "identity": identity.model_dump(mode="json"),
+        "instructions": model.instructions,
+        "media": media.model_dump(mode="json"),
+        "dtype": dtype,
+        "versions": versions(),
+    }
+    fingerprints: dict[str, str] = {}
+    if data is not None:  # workers may lack the variable of the endpoint
+        data = data.model_copy(update={"endpoint": resolve_endpoint(data.endpoint)})
+        for split in splits:
+            fingerprints[split] = Reader(data.model_copy(update={"split": split})).fingerprint
+    return EmbedderSettings(name, model, identity, resolved, media, data, fingerprints, dtype, chunk_tokens, config)

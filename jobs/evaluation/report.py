@@ -1,0 +1,163 @@
+"""What an evaluation writes for each suite: files, tables, diagnostics, submission, and the HTML report of all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jobs.evaluation.datasets import Bundle
+from jobs.evaluation.examples import wrong_answers
+from jobs.evaluation.score import Scored
+from jobs.evaluation.specs import EvaluateSpec
+from jobs.runtime.progress import console, say
+from jobs.runtime.revision import revision, versions
+from pipelines.benchmarks.types import Row
+from pipelines.items.decode import ItemDecoder
+from rzen.evaluation.benchmark import DatasetScores
+from rzen.evaluation.comparison import (
+    compare,
+    comparison_table,
+    instruction_sensitivity,
+    modality_gap,
+    target_modality_accuracy,
+)
+from rzen.evaluation.files import score_of, write_files
+from rzen.evaluation.leaderboard import DatasetScore, build_leaderboard, side_by_side, terminal, write_leaderboard
+from rzen.evaluation.results import write_json
+from rzen.evaluation.submission import make_submission, write_submission
+from rzen.report.benchmark import SuiteReport, write_benchmark_page
+from rzen.report.hits import Search
+
+Suites = dict[str, SuiteReport]
+
+
+@dataclass
+class SuiteResults:
+    """What is known of one model on one suite, by dataset."""
+
+    scored: dict[str, DatasetScores] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)
+    diagnostics: dict[str, dict[str, Any]] = field(default_factory=dict)
+    examples: dict[str, list[Search]] = field(default_factory=dict)
+
+    def add(self, found: Scored) -> None:
+        """Keep the scores of a dataset and the diagnostics that need its vectors."""
+        scores = found.scores
+        facts: dict[str, Any] = {
+            "modality_gap": modality_gap(found.queries.rows, found.candidates.rows),
+            "target_modality_accuracy": target_modality_accuracy(scores),
+            "remarks": scores.remarks,
+        }
+        if found.plain is not None:
+            gained, changed = instruction_sensitivity(scores, found.plain)
+            facts |= {"instruction_gain": asdict(gained), "changed_by_instruction": changed}
+        name = scores.dataset.row.name
+        self.scored[name], self.diagnostics[name] = scores, facts
+
+
+def write_suite(
+    spec: EvaluateSpec,
+    suite: str,
+    results: Mapping[str, SuiteResults],
+    bundle: Bundle,
+    configs: Mapping[str, Mapping[str, Any]],
+) -> SuiteReport:
+    """Write the files of all models on a suite, print the means of public ones, and return what the report shows.
+
+    Each other model is compared with the first, where they have datasets in common.
+    """
+    decoder = ItemDecoder(bundle.media, bundle.data)
+    standings = {}
+    for model, some in results.items():
+        for name, scored in some.scored.items():
+            write_files(scored, _folder(spec, suite, model))
+            some.examples[name] = wrong_answers(scored, decoder, spec.num_examples)
+        settings = _settings(spec, model, configs[model])
+        lines = _write_model(spec, suite, model, bundle.rows[suite], some, bundle.missing.get(suite, {}), settings)
+        standings[model] = lines
+        if bundle.data is None:
+            say(f"\n  {model}, {suite}")
+            console.print(terminal(lines))
+    first, *others = results
+    differences = {
+        other: compare(results[first].scored, results[other].scored)
+        for other in others
+        if results[first].scored.keys() & results[other].scored
+    }
+    tables = [side_by_side(standings), *(comparison_table(some, first, other) for other, some in differences.items())]
+    (_folder(spec, suite) / "models.md").write_text("\n".join(tables), encoding="utf-8")
+    return SuiteReport(
+        suite,
+        standings,
+        differences,
+        {model: some.diagnostics for model, some in results.items()},
+        {model: some.examples for model, some in results.items()},
+    )
+
+
+def write_report(spec: EvaluateSpec, suites: Suites) -> Path:
+    """Write the HTML report and return its place."""
+    page = Path(spec.out) / "index.html"
+    title = f"{', '.join(spec.models)} on {', '.join(suites)}"
+    write_benchmark_page(page, title=title, reports=list(suites.values()), facts=_facts(spec))
+    return page
+
+
+def _write_model(
+    spec: EvaluateSpec,
+    suite: str,
+    model: str,
+    rows: Sequence[Row],
+    results: SuiteResults,
+    missing: Mapping[str, str],
+    settings: Mapping[str, Any],
+) -> list[DatasetScore]:
+    """Tables, diagnostics and, where asked for, the submission of one model on one suite."""
+    scores = {name: score_of(scored) for name, scored in results.scored.items()}
+    lines = build_leaderboard(rows, scores, {**missing, **results.problems})
+    folder = _folder(spec, suite, model)
+    write_leaderboard(folder / "leaderboard.json", lines, settings)
+    write_json(folder / "diagnostics.json", results.diagnostics)
+    if suite == "MMEB-V2" and model in spec.submission:
+        whole = {line.row.name: scores[line.row.name] for line in lines if not line.problem}
+        write_submission(folder / "submission.json", make_submission(spec.submission[model], whole))
+        say(f"  {folder / 'submission.json'}: {len(whole)} of {len(lines)} datasets")
+    return lines
+
+
+def _folder(spec: EvaluateSpec, suite: str, model: str = "") -> Path:
+    return Path(spec.out) / suite.replace(" ", "-") / model
+
+
+def _settings(spec: EvaluateSpec, model: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes the scores repeatable."""
+    return {
+        "model": {"name": model, **spec.models[model].model_dump(mode="json")},
+        **config,
+        "data": spec.data and spec.data.model_dump(mode="json"),
+        "suites": spec.suites,
+        "custom": spec.custom,
+        "chunk_tokens": spec.chunk_tokens,
+        "revision": revision(),
+    }
+
+
+def _facts(spec: EvaluateSpec) -> dict[str, str]:
+    """The settings that all models share, for the report."""
+    facts: dict[str, str] = {}
+    used = {"split": spec.data.media} if spec.data else {}
+    if spec.suites or spec.custom:
+        used["suites"] = spec.media
+    for name, media in used.items():
+        of = f" ({name})" if len(used) > 1 else ""
+        frames = f"{media.frames}" + (f", at most, at {media.fps:g} per second" if media.fps else "")
+        facts[f"frames of a video{of}"] = frames
+        facts[f"pixels of an image, of a page{of}"] = f"{media.image_pixels:,}, {media.page_pixels:,}"
+    return facts | {
+        "precision": spec.dtype,
+        "tokens at once": f"{spec.chunk_tokens:,}",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+        "revision": str(revision()),
+    }

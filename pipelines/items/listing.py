@@ -1,0 +1,99 @@
+"""What a dataset holds, shard by shard: every sample without its files, kept so that a shard is read once.
+
+    {store}/{digest}.parquet    of one shard: a row a sample, its JSON without negatives, or why it cannot be read
+
+The digest is that of the shard's content and mapping, so that a listing never goes out of date.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.config import DataConfig
+from pipelines.feed.reader import Reader
+from pipelines.items.types import Item, Role, ShardRow, content_id
+from pipelines.samples import Rejected, Sample
+from pipelines.storage.store import Store
+
+_SCHEMA = pa.schema(
+    [("sample", pa.string()), ("origin", pa.string()), ("reason", pa.string()), ("detail", pa.string())]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ListedShard:
+    """One shard of a split: samples `start` to `stop` of `source`.
+
+    `content` identifies the bytes and how they become samples, `digest` also the index and the names in the samples.
+    """
+
+    split: str
+    source: str
+    task: str
+    start: int
+    stop: int
+    content: str
+    digest: str
+
+    @property
+    def path(self) -> str:
+        """The place of its listing."""
+        return f"{self.digest}.parquet"
+
+
+def shards_of(reader: Reader) -> list[ListedShard]:
+    """Return the shards of the reader's split, source by source, in the order of their samples."""
+    found = []
+    for source in reader.sizes():
+        info = reader.source(source)
+        start = 0
+        for shard in info.shards:
+            stop = start + shard.num_samples
+            content = content_id([shard.sha256, info.mapping])
+            digest = content_id([content, shard.index_sha256, source, info.task])
+            found.append(ListedShard(reader.data.split, source, info.task, start, stop, content, digest))
+            start = stop
+    return found
+
+
+def write_listing(data: DataConfig, shard: ListedShard, store: Store) -> None:
+    """Read a shard once and keep what it holds."""
+    reader = Reader(data.model_copy(update={"split": shard.split}))
+    rows: list[dict[str, Any]] = []
+    for record in reader.records(shard.source, range(shard.start, shard.stop)):
+        if isinstance(record, Rejected):
+            rows.append({"sample": None, **asdict(record)})
+        else:
+            rows.append({"sample": replace(record, negatives=()).to_json().decode()})
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), sink, compression="zstd")
+    store.write(shard.path, sink.getvalue())
+
+
+def read_listing(shard: ListedShard, store: Store) -> Iterator[Sample | Rejected]:
+    """Yield the samples of a listed shard in order, without negatives, or why one cannot be read."""
+    for row in pq.read_table(io.BytesIO(store.read(shard.path))).to_pylist():
+        if row["sample"] is None:
+            yield Rejected(row["origin"], row["reason"], row["detail"])
+        else:
+            yield Sample.from_json(row["sample"])
+
+
+def row_item(shard: ListedShard, index: int, sample: Sample, role: Role) -> Item:
+    """Return one input of a sample as an item.
+
+    Targets of equal content and instruction have one id, wherever they are. A query is known by its shard and key.
+    """
+    row = ShardRow(shard.split, shard.source, index, role)
+    name = f"{shard.source}/{sample.key}"
+    if role == "query":
+        return Item(content_id(["query", shard.content, sample.key]), name, sample.query, sample.instruction, row=row)
+    kinds = [media.kind for media in sample.positive.media]
+    id = content_id(["target", sample.target_sha256, kinds, sample.target_instruction])
+    return Item(id, name, sample.positive, sample.target_instruction, row=row)

@@ -1,0 +1,63 @@
+"""What is embedded: one input with an id of its content and the place of its bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from pipelines.samples import FileRef, Input
+
+Role = Literal["query", "positive"]
+ID = "S32"
+"""numpy's type of an id."""
+FRAMES = "frames"
+"""Suffix of the member of a video that is a folder of pictures (`pipelines.items.frames`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardRow:
+    """One input of a sample in a dataset. `index` counts the samples of the source."""
+
+    split: str
+    source: str
+    index: int
+    role: Role
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One input to embed. `id` is 32 hex digits, a digest of all content that decides the vector.
+
+    The media of `input` are in `files` (by member; a folder for a video of frames) or, where `row` is given, in a
+    shard. `name` is what people and result files call it.
+    """
+
+    id: str
+    name: str
+    input: Input
+    instruction: str = ""
+    files: dict[str, FileRef] = field(default_factory=dict)
+    row: ShardRow | None = None
+
+    @property
+    def modality(self) -> str:
+        """Media kinds and text of the input, without the instruction: `text`, `image`, `image+text`, `video`, ..."""
+        kinds = sorted({media.kind for media in self.input.media})
+        return "+".join([*kinds, *(["text"] if self.input.text else [])])
+
+
+def content_id(content: object) -> str:
+    """Return 32 hex digits for any content that JSON can hold."""
+    text = json.dumps(content, ensure_ascii=False, sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def as_ids(ids: Iterable[str]) -> npt.NDArray[np.bytes_]:
+    """Return ids as an array of 32 bytes each."""
+    return np.fromiter((id.encode() for id in ids), dtype=ID)
