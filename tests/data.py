@@ -1,4 +1,4 @@
-"""A small published data set of text-to-image pairs, written without Ray, with faults where a test wants them."""
+"""A small published dataset of text-to-image pairs, written without Ray, with faults where a test wants them."""
 
 import io
 import tempfile

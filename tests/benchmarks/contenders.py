@@ -244,7 +244,7 @@ def decoded(record: bytes, members: Members) -> list[Any]:
 
 def visuals(sample: DecodedSample) -> list[Any]:
     """Everything with pixels."""
-    return [visual for side in (sample.query, sample.positive, *sample.negatives) for visual in side.visuals]
+    return [visual for part in (sample.query, sample.positive, *sample.negatives) for visual in part.visuals]
 
 
 def as_list(batch: list[Any]) -> list[Any]:
@@ -304,7 +304,7 @@ def convert(run: Run) -> str | None:
 
 
 class _Unused(types.ModuleType):
-    """In place of `streaming.vision`, which nothing here needs and which asks for torchvision."""
+    """Replaces `streaming.vision`, which needs torchvision and is not used here."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

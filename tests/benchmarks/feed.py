@@ -6,7 +6,7 @@
 Each run is a process of its own that decodes one epoch of files in the page cache. The ways take turns (bare, reader,
 ray, webdataset, streaming, bare, reader, ...), so that a slow minute hits all of them, and ratios are to the bare loop
 of the same turn. The clock runs from a quarter of the samples delivered to three quarters; the time to the first batch
-is told apart. CPU seconds are those of the whole machine in that time. Nothing else should run on the machine.
+is reported separately. CPU seconds are those of the whole machine in that time. Nothing else should run on the machine.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--feed", type=json.loads, default={}, help='settings of the feed with Ray, {"prefetch_tasks": 2}'
     )
-    parser.add_argument("--write", action="store_true", help="replace feed.md beside this file")
+    parser.add_argument("--write", action="store_true", help="replace feed.md next to this file")
     parser.add_argument("--run", type=json.loads, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -140,7 +140,7 @@ def _head(chosen: argparse.Namespace, weights: dict[str, str], versions: dict[st
     return [
         "# How fast the feed is",
         "",
-        f"Medians of {chosen.repeats} turns, smallest and largest in brackets; `feed.py` tells how it is measured.",
+        f"Medians of {chosen.repeats} turns, smallest and largest in brackets; `feed.py` describes the measurement.",
         "",
         f"* {describe_machine()}: `{_command()}`",
         f"* {', '.join(f'{name} {number}' for name, number in versions.items())}",

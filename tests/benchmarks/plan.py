@@ -82,7 +82,7 @@ def _walk(plan: Plan, first: int, stop: int) -> tuple[float, float]:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="replace plan.md beside this file")
+    parser.add_argument("--write", action="store_true", help="replace plan.md next to this file")
     parser.add_argument("--case", nargs=2, metavar=("NAME", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:

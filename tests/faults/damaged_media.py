@@ -93,7 +93,7 @@ class CorpusFile:
 
     @property
     def kind(self) -> MediaKind:
-        """By the name, as the folder adapter tells it."""
+        """The kind that `read_folder` takes from the name."""
         return KINDS[Path(self.name).suffix]
 
 
@@ -552,7 +552,7 @@ def _bad_videos() -> Iterator[CorpusFile]:
         ("ribbon.mp4", (3232, 16), "extreme_aspect_ratio"),
     ):
         yield bad(name, clip("mp4", "mpeg4", frames=[np.zeros((size[1], size[0], 3), np.uint8)], size=size), reason)
-    # The container tells 64 x 48, the stream itself another size.
+    # The container declares 64 x 48, and the stream another size.
     grown = clip("matroska", frames=[np.zeros((2000, 2050, 3), np.uint8)], size=(2050, 2000))
     lie = grown.replace(struct.pack(">HH", 0xB082, 2050), struct.pack(">HH", 0xB082, 64), 1)
     yield bad("frame-larger-than-declared.mkv", lie, "too_many_pixels")

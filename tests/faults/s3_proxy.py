@@ -2,8 +2,8 @@
 choice; the rest passes.
 
     slow_down     503 SlowDown, and again for each of the next requests of a burst
-    reset         RST in place of an answer; the server has not been asked
-    lost          RST in place of an answer; the server has done it
+    reset         RST instead of an answer; the server has not been asked
+    lost          RST instead of an answer; the server has done it
     reset_body    RST after the header and half of the body
     short         half of the body, announced as if it were all
     truncate      half of the body that Content-Length announces, then an orderly end

@@ -157,23 +157,23 @@ def test_documents_without_captions_are_all_accounted_for(config: MediaConfig, t
     documents = [file for file in files() if file.kind == "document"]
     for file in documents:
         (tmp_path / file.name).write_bytes(file.data)
-    told: dict[str, set[str]] = {}
+    outcomes_of: dict[str, set[str]] = {}
     for item in read_folder(str(tmp_path), config):
         origin, outcome = (item.origin, item.reason) if isinstance(item, Rejected) else (item.sample.origin, USED)
-        told.setdefault(origin.partition("#")[0], set()).add(outcome)
+        outcomes_of.setdefault(origin.partition("#")[0], set()).add(outcome)
         if isinstance(item, RawSample):
             assert len(item.sample.query.text) < 2000
-    assert set(told) == {file.name for file in documents}
+    assert set(outcomes_of) == {file.name for file in documents}
     # Which files are refused before any page is looked at; pages that cannot be drawn may well have text.
     refused = {"empty_file", "not_a_pdf", "encrypted_pdf", "too_many_pages"}
     either = DAMAGE["document"] | STOPPED | {USED, "no_text_layer"}
     wrong = {
-        file.name: told[file.name]
+        file.name: outcomes_of[file.name]
         for file in documents
-        if not told[file.name] <= (file.outcomes if file.outcomes <= refused else either)
+        if not outcomes_of[file.name] <= (file.outcomes if file.outcomes <= refused else either)
     }
     assert wrong == {}
-    assert told["plain.pdf"] == {USED}
+    assert outcomes_of["plain.pdf"] == {USED}
 
 
 def stored(split: Path) -> Iterator[tuple[Sample, bytes]]:

@@ -51,9 +51,9 @@ def feed(plan: Plan, reader: Reader, world_size: int = WORLD_SIZE) -> list[Itera
 def consume(
     plan: Plan, reader: Reader, after_each: Callable[[FeedBatch], object] = lambda _: None
 ) -> list[list[FeedBatch]]:
-    """All batches by rank, each told to `after_each` as soon as it is there."""
+    """All batches by rank; `after_each` gets each as soon as it is made."""
 
-    def told(mine: Iterator[FeedBatch]) -> list[FeedBatch]:
+    def consumed(mine: Iterator[FeedBatch]) -> list[FeedBatch]:
         received = []
         for fed in mine:
             after_each(fed)
@@ -61,7 +61,7 @@ def consume(
         return received
 
     with ThreadPoolExecutor(WORLD_SIZE) as pool:
-        return [*pool.map(told, feed(plan, reader))]
+        return [*pool.map(consumed, feed(plan, reader))]
 
 
 class ListEncoder(ColourEncoder):

@@ -54,10 +54,10 @@ def test_unshuffled_shards_on_s3_are_trained_from_in_place(
     theirs = upload(bucket, tmp_path / "theirs")
     before = theirs.tags()
     assert main(["index", f"{bucket}/theirs/{{00000..00002}}.tar", f"{bucket}/data", "--source", "web"]) == 0
-    told = capsys.readouterr().out
-    assert "index: shards 3/3" in told
-    assert "web is not shuffled: neighbors share 8" in told
-    assert "With run_length 16 a batch of 256 holds 16 neighborhoods" in told
+    printed = capsys.readouterr().out
+    assert "index: shards 3/3" in printed
+    assert "web is not shuffled: neighbors share 8" in printed
+    assert "With run_length 16 a batch of 256 holds 16 neighborhoods" in printed
     assert main(["verify", f"{bucket}/data"]) == 0
     assert f"{bucket}/data/train: 72 samples in 3 shards, sound" in capsys.readouterr().out
 
@@ -152,7 +152,7 @@ def test_an_interrupted_index_goes_on_and_reads_only_what_is_new(tmp_path: Path)
     assert verify(out, "train") == []
 
 
-def test_what_cannot_be_published_is_told(tmp_path: Path) -> None:
+def test_what_cannot_be_published_is_reported(tmp_path: Path) -> None:
     write_img2dataset(tmp_path / "theirs", 4, 4)
     own = open_store(str(tmp_path / "own"))
     publish(own, {"web": ("t2i", 8), "cars": ("t2i", 8)})

@@ -158,8 +158,8 @@ def test_planted_faults_are_counted_and_nothing_is_lost(tmp_path: Path) -> None:
     assert report.rejected["no_such_page"] == 1
     assert report.rejected["not_a_pdf"] == 1
     assert "decoder_error" not in report.rejected
-    told = "\n".join(line for lines in report.examples.values() for line in lines)
-    assert all(name in told for _, name in planted)
+    listed = "\n".join(line for lines in report.examples.values() for line in lines)
+    assert all(name in listed for _, name in planted)
     assert {sample.query.text for sample, _ in stored(out, "train")} == {f"picture {n}" for n in range(9)}
     assert verify(out, "train") == []
 
@@ -201,7 +201,7 @@ def test_s3_holds_the_same_bytes_as_a_disk(tmp_path: Path, s3_endpoint: str) -> 
     assert verify(remote, "train") == []
 
 
-def test_nothing_usable_is_told(tmp_path: Path) -> None:
+def test_nothing_usable_is_reported(tmp_path: Path) -> None:
     (tmp_path / "zero.jpg").write_bytes(b"")
     out = open_store(str(tmp_path / "out"))
     with pytest.raises(UserError, match="none of 0 samples can be used"):
@@ -222,7 +222,7 @@ def test_a_run_without_raw_data_leaves_what_is_there(tmp_path: Path) -> None:
     assert snapshot(out) == before
 
 
-def test_an_unreachable_store_is_told_within_seconds(tmp_path: Path) -> None:
+def test_an_unreachable_store_is_reported_within_seconds(tmp_path: Path) -> None:
     raws = write_images(tmp_path / "raw", 3)
     start_s = time.monotonic()
     with pytest.raises(UserError, match="no proper answer"):
@@ -230,7 +230,7 @@ def test_an_unreachable_store_is_told_within_seconds(tmp_path: Path) -> None:
     assert time.monotonic() - start_s < 15
 
 
-def test_a_full_disk_in_a_task_is_told(tmp_path: Path) -> None:
+def test_a_full_disk_in_a_task_is_reported(tmp_path: Path) -> None:
     raws = write_images(tmp_path / "raw", 90)
     (tmp_path / "small").mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path / "small")]
@@ -295,7 +295,7 @@ def test_small_sources_keep_two_samples_to_train(count: int, held_out: int, tmp_
     assert Counter(block.split for block in blocks for _ in block.samples)["held_out"] == held_out
 
 
-def test_sources_that_cannot_be_are_told(tmp_path: Path) -> None:
+def test_sources_that_cannot_be_are_reported(tmp_path: Path) -> None:
     raw = text_to("image", tmp_path / "a.jpg", "a")
     out = open_store(str(tmp_path / "out"))
     with pytest.raises(UserError, match="has samples of the tasks 't2i' and 'i2t'"):

@@ -30,7 +30,7 @@ def reader_of(store: LocalStore, **mixture: object) -> Reader:
     return Reader(DataConfig(root=str(store.root), mixture=MixtureConfig(**mixture)))  # type: ignore[arg-type]
 
 
-def test_copies_are_named_beside_the_shards(store: LocalStore) -> None:
+def test_duplicates_are_named_next_to_the_shards(store: LocalStore) -> None:
     tables = reader_of(store).tables()
     assert tables["cars"].duplicates.tolist() == [0, *DUPLICATES]
     assert len(set(tables["cars"].targets.tolist())) == 1
@@ -73,7 +73,7 @@ def test_only_what_is_drawn_is_read(store: LocalStore) -> None:
         reader_of(store, weights={"dogs": 1.0}).tables()
 
 
-def test_a_file_that_is_not_the_manifests_is_told(store: LocalStore) -> None:
+def test_a_file_that_is_not_the_manifests_is_reported(store: LocalStore) -> None:
     path = duplicates_path("train", "cars")
     store.write(path, store.read(duplicates_path("train", "dogs")))
     with pytest.raises(UserError, match=r"cars/duplicates\.parquet: is not the file that the manifest names"):

@@ -1,4 +1,4 @@
-"""Other people's tars: what is read, what is not, and that nothing is lost without a count."""
+"""External tars: what is read, what is not, and that every sample is counted."""
 
 import hashlib
 import io
@@ -156,7 +156,7 @@ def test_a_damaged_header_within_a_sample_is_not_read_over() -> None:
 
 
 @pytest.mark.parametrize(("cut", "reason"), [(100, "truncated"), (512 + 200, "truncated"), (0, "no_end_marker")])
-def test_truncated_tars_are_told(cut: int, reason: str) -> None:
+def test_truncated_tars_are_reported(cut: int, reason: str) -> None:
     data = make_tar(pairs(4))
     rows, _ = scanned(data)
     rows, tally = scanned(data[: rows[3].offset + cut])
@@ -247,7 +247,7 @@ def test_every_reason_is_counted_and_the_counts_add_up() -> None:
     assert tally.examples["missing_field"] == ["other: txt | json:caption"]
 
 
-def test_a_mapping_reads_both_sides_negatives_and_instructions() -> None:
+def test_a_mapping_reads_query_positive_negatives_and_instructions() -> None:
     mapping = SourceMapping.model_validate(
         {
             "task": "image_text_image",
@@ -371,7 +371,7 @@ def test_indexed_shards_are_read_in_place_by_range(tmp_path: Path) -> None:
     assert not [*(tmp_path / "theirs").glob("*.parquet")]
 
 
-def test_documents_of_strangers_are_decoded_in_a_child(tmp_path: Path) -> None:
+def test_untrusted_documents_are_decoded_in_a_child(tmp_path: Path) -> None:
     with pymupdf.open() as document:
         document.new_page(width=200, height=100)
         page = document.tobytes()
@@ -393,7 +393,7 @@ def test_skipped_samples_between_neighbors_are_read_over(tmp_path: Path) -> None
     assert [sample.key for sample, _ in reader.raw("s", range(4))] == ["000", "001", "003", "004"]
 
 
-def test_a_shard_that_changed_is_told_by_verify_and_by_the_feed(tmp_path: Path) -> None:
+def test_a_shard_that_changed_is_reported_by_verify_and_by_the_feed(tmp_path: Path) -> None:
     reader = published(tmp_path, {"0.tar": make_tar(pairs(4)), "1.tar": make_tar(pairs(2))})
     out = open_store(str(tmp_path / "out"))
     assert verify(out, "train") == []

@@ -44,7 +44,7 @@ def pdf(*pages: str) -> bytes:
     return document.tobytes()
 
 
-def test_each_line_beside_a_medium_is_a_sample(tmp_path):
+def test_each_line_next_to_a_medium_is_a_sample(tmp_path):
     samples, refused = read(tmp_path, {"b/Cat.JPG": b"x", "b/Cat.txt": "\ufeffa cat\n\n  a tabby cat \n"})
     assert refused == []
     assert [raw.sample.query for raw in samples] == [Input("a cat"), Input("a tabby cat")]
@@ -91,7 +91,7 @@ def test_a_list_names_media_relative_to_its_own_folder(tmp_path):
     assert mine.target_instruction == "Understand the content of the provided video clip."
 
 
-def test_composed_retrieval_has_a_medium_on_both_sides(tmp_path):
+def test_composed_retrieval_has_a_medium_in_query_and_target(tmp_path):
     entry = {"query_file": "a.PNG", "query": "make it blue", "file": "b.jpg"}
     samples, refused = read(tmp_path, {"captions.jsonl": lines(entry), "a.PNG": b"x", "b.jpg": b"x"})
     assert refused == []
@@ -222,7 +222,7 @@ def test_every_planted_fault_is_named_once(tmp_path):
     ]
 
 
-def test_a_wrong_line_is_told_with_the_field_and_the_rule(tmp_path):
+def test_a_wrong_line_is_reported_with_the_field_and_the_rule(tmp_path):
     entries = lines({"file": "a.jpg", "caption": 7}, {"file": "a.jpg"})
     rows = list(read_folder(write(tmp_path, {"captions.jsonl": entries, "a.jpg": b"x"}), CONFIG))
     assert rows[0].detail == "caption: Input should be a valid string"

@@ -1,4 +1,4 @@
-"""Frames and page images in place of videos and PDFs: what training sees stays what it was."""
+"""Frames and page images instead of videos and PDFs: training gets the same pixels."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ CONFIG = MediaConfig(frames=5, page_pixels=90_000)
 
 @pytest.fixture
 def raw(tmp_path: Path) -> RawSample:
-    """An image and a question on one side, a video, a page and an image on the other."""
+    """Return a query of an image and a text, and a target of a video, a page and an image."""
     (tmp_path / "clip.mp4").write_bytes(video(23, size=(96, 64)))
     with pymupdf.open() as pdf:
         for number in range(3):
@@ -92,6 +92,6 @@ def test_colours_survive() -> None:
         assert np.abs(found[centre].astype(int) - frames[centre]).max() <= 8
 
 
-def test_a_page_too_long_for_the_format_is_told() -> None:
+def test_a_page_too_long_for_the_format_is_reported() -> None:
     with pytest.raises(BadMedia, match="extreme_aspect_ratio"):
         materialize("document", np.zeros((1, 17_000, 100, 3), np.uint8), [])

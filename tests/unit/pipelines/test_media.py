@@ -398,7 +398,7 @@ def test_a_codec_that_is_unknown_is_corrupt():
     assert reason(decode_video, data, CONFIG) == "corrupt_video"
 
 
-def test_a_frame_larger_than_its_container_tells_is_refused():
+def test_a_frame_larger_than_its_container_reports_is_refused():
     data = video(2, "matroska", size=(640, 480))
     lie = data.replace(b"\xb0\x82\x02\x80", b"\xb0\x82\x00\x40", 1)
     assert lie != data
@@ -493,7 +493,7 @@ class TestDocuments:
     def test_pages_and_text(self, config):
         assert [text.strip() for text in documents.page_texts(pdf(2), config)] == ["page number 0", "page number 1"]
 
-    def test_lines_end_alike_and_keep_their_hyphens(self, config):
+    def test_lines_end_in_the_same_way_and_keep_their_hyphens(self, config):
         with pymupdf.open() as document:
             document.new_page().insert_text((50, 60), ["a pipe-", "line, well-known"])
             [text] = documents.page_texts(document.tobytes(), config)
@@ -561,7 +561,7 @@ def composed() -> tuple[Sample, dict[str, bytes]]:
     return sample, {"q0.png": image, "p0.mp4": video(3), "n0.pdf": pdf(1)}
 
 
-def test_every_side_of_a_sample_gets_its_pixels():
+def test_every_input_of_a_sample_gets_its_pixels():
     sample, members = composed()
     decoded = decode_sample(sample, members, CONFIG, instructions=False)
     assert decoded.sample is sample
@@ -574,10 +574,10 @@ def test_every_side_of_a_sample_gets_its_pixels():
 
 
 @pytest.mark.parametrize(("on", "query", "targets"), [(True, "Find:", "Understand:"), (False, "", "")])
-def test_instructions_go_with_their_sides(on, query, targets):
+def test_instructions_go_with_their_inputs(on, query, targets):
     decoded = decode_sample(*composed(), CONFIG, instructions=on)
     assert decoded.query.instruction == query
-    assert [side.instruction for side in (decoded.positive, *decoded.negatives)] == [targets] * 3
+    assert [part.instruction for part in (decoded.positive, *decoded.negatives)] == [targets] * 3
 
 
 def test_a_missing_member_and_too_many_bytes_are_named():

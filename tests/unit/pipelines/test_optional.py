@@ -83,19 +83,19 @@ def test_corpus_ingest_and_decoding_work_without_the_extras(tmp_path: Path) -> N
     command = [sys.executable, "-c", CORPUS_TO_PIXELS, str(tmp_path)]
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert told["loaded"] == []
-    assert told["corpus"] == "reportlab"
-    assert told["media"]["document_backend"] == "pypdfium2"
-    assert told["media"]["video_backend"] == "pyav"
-    assert {name.split()[0] for name in told["libraries"].values()} == {"pillow", "pyav", "pypdfium2"}
-    pages = told["decoded"]["text_page"]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["loaded"] == []
+    assert result["corpus"] == "reportlab"
+    assert result["media"]["document_backend"] == "pypdfium2"
+    assert result["media"]["video_backend"] == "pyav"
+    assert {name.split()[0] for name in result["libraries"].values()} == {"pillow", "pyav", "pypdfium2"}
+    pages = result["decoded"]["text_page"]
     assert len(pages) == 6
     assert all(shape[0] == 1 and abs(shape[1] * shape[2] / 20_000 - 1) < 0.02 for shape in pages)
-    assert told["decoded"]["text_video"] == [[4, 112, 112, 3]] * 2
-    assert sum("quarter by quarter" in query or "over the year" in query for query in told["queries"]) == 3
+    assert result["decoded"]["text_video"] == [[4, 112, 112, 3]] * 2
+    assert sum("quarter by quarter" in query or "over the year" in query for query in result["queries"]) == 3
     assert (
-        told["errors"]
+        result["errors"]
         == [
             "media.document_backend=pymupdf: pymupdf is not installed; run `pip install 'rzen[pymupdf]'`, or set"
             " media.document_backend: pypdfium2"

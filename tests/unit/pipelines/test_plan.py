@@ -168,7 +168,7 @@ def test_the_cuts_between_runs_shift_with_the_epoch() -> None:
     assert len(starts) > 1
 
 
-def test_the_fingerprint_tells_plans_apart() -> None:
+def test_the_fingerprint_distinguishes_plans() -> None:
     mixture = MixtureConfig(weights={"a": 2.0, "b": 1.0})
 
     def fingerprint(sizes: dict[str, int] | None = None, **changes: object) -> str:
@@ -201,7 +201,7 @@ def test_small_sources_are_merged_when_asked() -> None:
     assert [batch.blocks[0].epoch for batch in small] == list(range(len(small)))
 
 
-def test_what_cannot_be_planned_is_told() -> None:
+def test_what_cannot_be_planned_is_reported() -> None:
     with pytest.raises(UserError, match=r"data\.mixture\.weights: unknown source 'x'; the data has a, b"):
         build_plan(tables({"b": 9, "a": 9}), MixtureConfig(weights={"a": 1.0, "x": 1.0}), global_batch=4)
     with pytest.raises(UserError, match=r"source 'b' has 3 samples, fewer than one batch of 4; .*merge_small"):
@@ -232,7 +232,7 @@ def sources_with_duplicates(draw: st.DrawFn) -> tuple[SourceTable, npt.NDArray[n
     limit=st.integers(8, 140),
     seed=st.integers(0, 99),
 )
-def test_copies_of_a_target_are_apart(
+def test_duplicates_of_a_target_are_apart(
     source: tuple[SourceTable, npt.NDArray[np.int64]], batch: int, run_length: int, limit: int, seed: int
 ) -> None:
     table, targets = source
@@ -255,7 +255,7 @@ def test_copies_of_a_target_are_apart(
             assert count <= -(-max(in_use[target], 1) // num_batches)
 
 
-def test_more_copies_than_batches_are_told() -> None:
+def test_more_duplicates_than_batches_are_reported() -> None:
     targets = np.array([0] * 9 + list(range(1, 12)))
     plan = build_plan({"a": SourceTable(20, np.arange(20), targets)}, MixtureConfig(), global_batch=5)
     assert plan.summary()[1:] == [
@@ -264,7 +264,7 @@ def test_more_copies_than_batches_are_told() -> None:
     ]
 
 
-def test_runs_stay_whole_beside_duplicates() -> None:
+def test_runs_stay_whole_next_to_duplicates() -> None:
     table = SourceTable(100, np.array([10, 11, 50, 77]), np.array([1, 2, 1, 2]))
     plan = build_plan({"a": table}, MixtureConfig(run_length=8), global_batch=20)
     for step in range(plan.num_steps):
@@ -305,7 +305,7 @@ def test_clusters_share_a_batch(table: SourceTable, run_length: int, seed: int) 
             assert set(found.values()) <= {1}
 
 
-def test_clusters_that_fit_nowhere_are_divided_and_told() -> None:
+def test_clusters_that_fit_nowhere_are_divided_and_reported() -> None:
     table = SourceTable(12, clusters=np.array([(0, 5), (5, 8), (8, 12)]))
     plan = build_plan({"a": table}, MixtureConfig(), global_batch=4)
     assert plan.summary()[1:] == ["a: 1 clusters are larger than a batch (4) and are divided"]
@@ -346,7 +346,7 @@ def test_groups_are_one_source() -> None:
         ({"groups": {"g": ["a"]}, "weights": {"a": 1.0, "g": 1.0}}, "names 'a' and its group"),
     ],
 )
-def test_groups_that_make_no_sense_are_told(changes: dict[str, object], problem: str) -> None:
+def test_groups_that_make_no_sense_are_reported(changes: dict[str, object], problem: str) -> None:
     with pytest.raises(UserError, match=problem):
         build_plan(tables({"a": 9, "b": 9}), MixtureConfig(**changes), global_batch=4)  # type: ignore[arg-type]
 
@@ -369,12 +369,12 @@ def test_new_weights_hold_from_their_step_on(first: int, weights: tuple[float, f
         for row in batch.rows
     )
     assert set(seen.values()) == {1}
-    assert after.fingerprint() == before.fingerprint()  # phases are recorded beside the plan
+    assert after.fingerprint() == before.fingerprint()  # phases are recorded next to the plan
     assert [after.until(first).batch(step) for step in range(first)] == [after.batch(step) for step in range(first)]
     assert after.until(first).num_steps == first
 
 
-def test_phases_out_of_order_are_told() -> None:
+def test_phases_out_of_order_are_reported() -> None:
     plan = build_plan(tables({"a": 33}), MixtureConfig(), global_batch=4, steps=60).with_mixture_phase(
         MixturePhase(5, {"a": 1.0})
     )
@@ -461,7 +461,7 @@ def test_blocks_share_a_global_batch(weights: tuple[float, ...], seed: int, firs
     assert abs(later["c"] - 0.75 * later.total()) < 1
 
 
-def test_a_source_without_blocks_keeps_its_order_beside_others_with() -> None:
+def test_a_source_without_blocks_keeps_its_order_next_to_others_with() -> None:
     def rows_of_a(**changes: object) -> list[tuple[Row, ...]]:
         mixture = MixtureConfig(run_length=3, **changes)  # type: ignore[arg-type]
         plan = build_plan(tables({"a": 40, "b": 40}), mixture, global_batch=8, steps=20)
@@ -479,7 +479,7 @@ def test_a_source_without_blocks_keeps_its_order_beside_others_with() -> None:
         ({"x": 4}, "unknown source 'x'; it may name a, b"),
     ],
 )
-def test_blocks_that_make_no_sense_are_told(blocks: dict[str, int], problem: str) -> None:
+def test_blocks_that_make_no_sense_are_reported(blocks: dict[str, int], problem: str) -> None:
     with pytest.raises(UserError, match=f"data.mixture.blocks: {problem}"):
         build_plan(tables({"a": 40, "b": 40}), MixtureConfig(blocks=blocks), global_batch=8)
 

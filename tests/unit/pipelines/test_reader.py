@@ -92,9 +92,9 @@ def test_without_an_encoder_a_batch_is_a_list_of_decoded_samples(tmp_path: Path)
 
 
 def test_instructions_are_read_or_left_out(tmp_path: Path) -> None:
-    told = make_reader(tmp_path)
+    with_instructions = make_reader(tmp_path)
     silent = Reader(DataConfig(root=str(tmp_path), instructions=False))
-    for reader, instruction in ((told, "Find the colour."), (silent, "")):
+    for reader, instruction in ((with_instructions, "Find the colour."), (silent, "")):
         (item,) = reader.samples("cars", [3])
         assert isinstance(item, DecodedSample)
         assert item.query.instruction == instruction
@@ -105,7 +105,7 @@ def test_as_many_mined_negatives_as_wanted_are_read(most: int, texts: list[str],
     publish(open_store(str(tmp_path)), CARS)
     reader = Reader(DataConfig(root=str(tmp_path), negatives_per_sample=most))
     for sample in reader.batch(plan_for(reader, 4), 0, 0, 1).batch:
-        assert [side.text.rstrip(" 0123456789") for side in sample.negatives] == texts
+        assert [part.text.rstrip(" 0123456789") for part in sample.negatives] == texts
         assert len(sample.sample.negatives) == len(texts)
 
 
@@ -162,7 +162,7 @@ def test_long_stretches_are_read_in_parts(tmp_path: Path, ranges: list[str], mon
     assert len(ranges) == 3
 
 
-def test_samples_tells_the_bad_ones_in_their_place(tmp_path: Path) -> None:
+def test_samples_reports_the_bad_ones_in_their_place(tmp_path: Path) -> None:
     reader = make_reader(tmp_path, bad={"cars": {4, 9}})
     items = [*reader.samples("cars", range(3, 11))]
     assert numbers(items) == [3, "unsupported_format", 5, 6, 7, 8, "unsupported_format", 10]
@@ -287,7 +287,7 @@ def test_indices_are_read_when_needed_and_kept_within_bounds(tmp_path: Path, mon
             list(reader.samples("cars", [outside]))
 
 
-def test_missing_data_is_told(tmp_path: Path) -> None:
+def test_missing_data_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train/manifest\.json: there is no such manifest"):
         Reader(DataConfig(root=str(tmp_path))).sizes()
     reader = make_reader(tmp_path)

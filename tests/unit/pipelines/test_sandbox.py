@@ -130,7 +130,7 @@ def test_loading_a_library_does_not_count_and_decoding_after_it_does():
         assert reason(child, load_slowly_and_then_never_return) == "decoder_cpu_limit"
 
 
-def test_a_library_that_is_missing_and_a_child_that_cannot_start_are_told_to_the_user(shared, monkeypatch):
+def test_a_library_that_is_missing_and_a_child_that_cannot_start_are_reported_to_the_user(shared, monkeypatch):
     with pytest.raises(UserError, match=r"No module named 'decord'; install it"):
         shared.call(import_nothing)
     assert shared.call(abs, -7) == 7

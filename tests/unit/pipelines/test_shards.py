@@ -36,8 +36,8 @@ def make_samples(count: int) -> list[tuple[Sample, Members]]:
     samples = []
     for n in range(count):
         members = {"p0.png": bytes([n]) * (n * 300), "n0.png": b"negative", "q0.mp4": b"q" * 512}
-        sides = {"query": Input("ü?", (Media("video", "q0.mp4"),)), "positive": Input("", (Media("image", "p0.png"),))}
-        sample = Sample(f"{n:08d}", "cars", "t2i", negatives=(Input("", (Media("image", "n0.png"),)),), **sides)
+        inputs = {"query": Input("ü?", (Media("video", "q0.mp4"),)), "positive": Input("", (Media("image", "p0.png"),))}
+        sample = Sample(f"{n:08d}", "cars", "t2i", negatives=(Input("", (Media("image", "n0.png"),)),), **inputs)
         samples.append((replace(sample, target_sha256=target_sha256(sample.positive, members)), members))
     return samples
 
@@ -78,7 +78,7 @@ def test_equal_samples_give_equal_bytes(tmp_path: Path) -> None:
     assert replace(first, path="") == replace(second, path="")
 
 
-def test_shard_info_tells_the_bytes(tmp_path: Path) -> None:
+def test_shard_info_reports_the_bytes(tmp_path: Path) -> None:
     info = write_shard(tmp_path / "a.tar", make_samples(5))
     data = (tmp_path / "a.tar").read_bytes()
     assert info == ShardInfo(
@@ -122,7 +122,7 @@ def test_one_range_gives_one_sample_or_several(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["header", "json", "key", "cut", "middle", "zeros"])
-def test_damage_is_told_and_costs_no_neighbor(where: str, tmp_path: Path) -> None:
+def test_damage_is_reported_and_costs_no_neighbor(where: str, tmp_path: Path) -> None:
     samples, store = make_samples(4), open_store(str(tmp_path))
     index = read_shard_index(store, write_shard(tmp_path / "a.tar", samples))
     data = bytearray((tmp_path / "a.tar").read_bytes())
@@ -148,11 +148,11 @@ def test_damage_is_told_and_costs_no_neighbor(where: str, tmp_path: Path) -> Non
 
 
 def test_target_sha256_is_that_of_text_and_bytes() -> None:
-    side = Input("a", (Media("image", "p0.png"), Media("image", "p1.png")))
-    base = target_sha256(side, {"p0.png": b"xy", "p1.png": b"z"})
-    assert base == target_sha256(side, {"p0.png": b"xy", "p1.png": b"z", "q0.png": b"other"})
-    assert base != target_sha256(side, {"p0.png": b"x", "p1.png": b"yz"})
-    assert base != target_sha256(replace(side, text="b"), {"p0.png": b"xy", "p1.png": b"z"})
+    target = Input("a", (Media("image", "p0.png"), Media("image", "p1.png")))
+    base = target_sha256(target, {"p0.png": b"xy", "p1.png": b"z"})
+    assert base == target_sha256(target, {"p0.png": b"xy", "p1.png": b"z", "q0.png": b"other"})
+    assert base != target_sha256(target, {"p0.png": b"x", "p1.png": b"yz"})
+    assert base != target_sha256(replace(target, text="b"), {"p0.png": b"xy", "p1.png": b"z"})
 
 
 @pytest.mark.parametrize("key", ["", "a.b", "a/b"])
@@ -191,7 +191,7 @@ def test_manifest_survives_json_and_its_fingerprint_is_the_content(tmp_path: Pat
     assert replace(manifest, settings={"seed": 8}).fingerprint != manifest.fingerprint
 
 
-def test_bad_manifests_are_told(tmp_path: Path) -> None:
+def test_bad_manifests_are_reported(tmp_path: Path) -> None:
     store, manifest = make_split(tmp_path)
     with pytest.raises(UserError, match="there is no such manifest; run a job of kind ingest or index"):
         read_manifest(store, "held_out")
@@ -218,7 +218,7 @@ def test_index_of_a_source_leads_to_its_samples(tmp_path: Path) -> None:
         source_info(store, manifest, "boats")
 
 
-def test_a_foreign_or_missing_index_is_told(tmp_path: Path) -> None:
+def test_a_wrong_or_missing_index_is_reported(tmp_path: Path) -> None:
     store, manifest = make_split(tmp_path)
     shard, other = manifest.sources["cars"].shards
     store.write(shard.index_path, store.read(other.index_path))
@@ -261,7 +261,7 @@ def test_verify_finds_wrong_counts(tmp_path: Path) -> None:
     ]
 
 
-def test_a_manifest_of_ours_says_nothing_about_foreign_shards(tmp_path: Path) -> None:
+def test_the_manifest_of_ingest_says_nothing_about_external_shards(tmp_path: Path) -> None:
     _, manifest = make_split(tmp_path)
     text = manifest.to_json().decode()
     assert '"mapping"' not in text

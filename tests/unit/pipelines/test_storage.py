@@ -99,7 +99,7 @@ def test_missing_objects_are_file_not_found(store: Store, tmp_path: Path) -> Non
     assert not (tmp_path / "copy").exists()
 
 
-def test_a_range_past_the_end_is_told(store: Store) -> None:
+def test_a_range_past_the_end_is_reported(store: Store) -> None:
     store.write("short", b"abc")
     with pytest.raises(UserError, match="ends early"):
         store.read_range("short", 1, 3)
@@ -258,7 +258,7 @@ def test_a_listing_without_content_is_not_an_empty_folder(
     assert store.list() == []
 
 
-def test_an_object_that_is_replaced_while_it_is_downloaded_is_told(
+def test_an_object_that_is_replaced_while_it_is_downloaded_is_reported(
     bucket_url: str, proxy: StormyProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipelines.storage.s3._PART_BYTES", 4)
@@ -292,14 +292,14 @@ def test_an_endpoint_that_is_away_for_a_moment_is_waited_for(bucket_url: str, s3
         late.join()
 
 
-def test_an_unreachable_endpoint_is_told_within_seconds() -> None:
+def test_an_unreachable_endpoint_is_reported_within_seconds() -> None:
     start_s = time.monotonic()
     with pytest.raises(UserError, match=r"s3://b/x: no proper answer from http://127.0.0.1:\d+ .*check the URL"):
         open_store("s3://b", f"http://127.0.0.1:{free_port()}").read("x")
     assert time.monotonic() - start_s < 15
 
 
-def test_a_silent_endpoint_is_told_within_seconds() -> None:
+def test_a_silent_endpoint_is_reported_within_seconds() -> None:
     # Nobody accepts, and the queue of one is full: connecting hangs until the client's own limit.
     with socket.socket() as listener, socket.socket() as first, socket.socket() as second:
         listener.bind(("127.0.0.1", 0))
@@ -313,14 +313,14 @@ def test_a_silent_endpoint_is_told_within_seconds() -> None:
         assert time.monotonic() - start_s < 15
 
 
-def test_a_missing_bucket_is_told(s3_endpoint: str) -> None:
+def test_a_missing_bucket_is_reported(s3_endpoint: str) -> None:
     store = open_store("s3://never-made-bucket-of-rzen/x", s3_endpoint)
     for attempt in (lambda: store.read("x"), lambda: store.write("x", b""), store.list, lambda: store.exists("x")):
         with pytest.raises(UserError, match="there is no such bucket"):
             attempt()
 
 
-def test_missing_credentials_are_told(s3_endpoint: str, tmp_path: Path) -> None:
+def test_missing_credentials_are_reported(s3_endpoint: str, tmp_path: Path) -> None:
     code = (
         "from pipelines.storage.location import open_store; from pipelines.errors import UserError\n"
         f"try: open_store('s3://b', {s3_endpoint!r}).read('x')\n"
@@ -332,12 +332,12 @@ def test_missing_credentials_are_told(s3_endpoint: str, tmp_path: Path) -> None:
     assert done.stderr.startswith("s3://b/x: no credentials for the object store; set AWS_ACCESS_KEY_ID")
 
 
-def test_an_impossible_endpoint_is_told() -> None:
+def test_an_impossible_endpoint_is_reported() -> None:
     with pytest.raises(UserError, match="write the endpoint as http://host:port"):
         open_store("s3://b", "not an address").read("x")
 
 
-def test_a_full_disk_is_told_and_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_leaves_nothing_behind(tmp_path: Path) -> None:
     mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("may not mount a small tmpfs here")
@@ -352,7 +352,7 @@ def test_a_full_disk_is_told_and_leaves_nothing_behind(tmp_path: Path) -> None:
         subprocess.run(["umount", str(tmp_path)], check=True)
 
 
-def test_a_file_size_limit_is_told(tmp_path: Path) -> None:
+def test_a_file_size_limit_is_reported(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:

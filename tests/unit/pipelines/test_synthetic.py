@@ -93,9 +93,9 @@ RELATION = {
 
 def relation_told(caption: str) -> tuple[str, str, str]:
     """(colour, relation, other colour) of a scene's caption."""
-    told = re.fullmatch(rf"(?:there is )?{THING} (.+?) {THING}(?: at the bottom| on the right)?", caption)
-    assert told, caption
-    return told[1], RELATION[told[3]], told[4]
+    found = re.fullmatch(rf"(?:there is )?{THING} (.+?) {THING}(?: at the bottom| on the right)?", caption)
+    assert found, caption
+    return found[1], RELATION[found[3]], found[4]
 
 
 def video_frames(path: Path) -> list[np.ndarray]:
@@ -181,13 +181,13 @@ def test_every_page_holds_its_topic_as_text_and_its_colours_in_their_order(corpu
             pixmap = page.get_pixmap(matrix=pymupdf.Matrix(0.27, 0.27))
         pixels = np.frombuffer(pixmap.samples, np.uint8).reshape(pixmap.height, pixmap.width, 3)
         assert pixels.shape[:2] == (161, 114)
-        told = re.search(rf"({COLOUR}) (\w+).*? (above|below) an? ({COLOUR}) (\w+)", line["caption"])
-        assert told
-        assert {told[2], told[5]} in ({"bar", "table"}, {"line", "table"}, {"pie", "table"})
-        assert stands(pixels, told[1], told[3], told[4]), line
+        found = re.search(rf"({COLOUR}) (\w+).*? (above|below) an? ({COLOUR}) (\w+)", line["caption"])
+        assert found
+        assert {found[2], found[5]} in ({"bar", "table"}, {"line", "table"}, {"pie", "table"})
+        assert stands(pixels, found[1], found[3], found[4]), line
 
 
-def test_every_text_pair_tells_the_same_scene_in_two_ways(corpus: Path) -> None:
+def test_every_text_pair_describes_the_same_scene_in_two_ways(corpus: Path) -> None:
     mirrored = {"above": "below", "below": "above", "left": "right", "right": "left"}
     pairs = [(line["query"], line["positive"]) for line in lines(corpus) if "positive" in line]
     assert len(pairs) == 9
@@ -247,9 +247,9 @@ def test_a_scene_drawn_again_has_the_caption_and_other_bytes(planted: Path) -> N
 def test_hard_negatives_differ_from_another_scene_in_exactly_one_attribute(share: float, tmp_path: Path) -> None:
     config = CorpusConfig(num_images=40, hard_fraction=share, num_composed=9, num_documents=0, num_clips=0, num_texts=9)
     make_corpus(tmp_path, config)
-    told = [line["caption"] for line in lines(tmp_path) if "caption" in line]
+    found = [line["caption"] for line in lines(tmp_path) if "caption" in line]
     scene_of = {wording: scene for scene in all_scenes() for wording in scene.wordings()}
-    scenes = [scene_of[caption] for caption in told]
+    scenes = [scene_of[caption] for caption in found]
     assert len(set(scenes)) == 40
     num_hard = round(share * 40)
     anchors, hard = scenes[:-num_hard], scenes[-num_hard:]
@@ -442,11 +442,11 @@ def test_an_edit_changes_what_it_says_and_nothing_else(seed: int) -> None:
     target = Scene(RED_CIRCLE, BLUE_STAR, "left of")
     reference, instruction = edit_into(target, Random(seed))
     things = {thing.shape: thing.colour for thing in (reference.first, reference.second)}
-    if told := re.fullmatch(rf"(?:make the|change the colour of the) ({SHAPE}) (?:to )?({COLOUR})", instruction):
-        assert things[told[1]] != told[2]
-        things[told[1]] = told[2]
-    elif told := re.fullmatch(rf"(?:replace|turn) the ({SHAPE}) (?:with|into) an? ({SHAPE})", instruction):
-        things = {told[2] if shape == told[1] else shape: colour for shape, colour in things.items()}
+    if found := re.fullmatch(rf"(?:make the|change the colour of the) ({SHAPE}) (?:to )?({COLOUR})", instruction):
+        assert things[found[1]] != found[2]
+        things[found[1]] = found[2]
+    elif found := re.fullmatch(rf"(?:replace|turn) the ({SHAPE}) (?:with|into) an? ({SHAPE})", instruction):
+        things = {found[2] if shape == found[1] else shape: colour for shape, colour in things.items()}
     else:
         assert instruction in ("swap the positions", "let the two objects trade places")
         things = dict(reversed(things.items()))
@@ -471,7 +471,7 @@ def test_all_three_kinds_of_edit_occur() -> None:
         ("shrink", "to the right of", "a red circle shrinking to the right of a blue star"),
     ],
 )
-def test_a_clip_shows_the_motion_its_caption_tells(motion: str, place: str, caption: str, tmp_path: Path) -> None:
+def test_a_clip_shows_the_motion_its_caption_describes(motion: str, place: str, caption: str, tmp_path: Path) -> None:
     clip = Clip(RED_CIRCLE, BLUE_STAR, motion, place)
     assert clip.wordings()[0] == caption
     (tmp_path / "clip.mp4").write_bytes(encode_clip(draw_clip(clip, 90, 11, Random(0))))
@@ -499,7 +499,7 @@ def test_a_clip_is_the_same_file_in_every_run() -> None:
 
 
 @pytest.mark.parametrize("chart", ["bar", "line", "pie"])
-def test_a_page_tells_the_same_numbers_in_text_table_and_chart(chart: str) -> None:
+def test_a_page_has_the_same_numbers_in_text_table_and_chart(chart: str) -> None:
     page = Page("tea exports", chart, "green", "red", chart_first=True)
     assert page.wordings() == [
         f"report on tea exports with a green {chart} chart above a red table",
