@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rzen.evaluation.metrics import Relevant
-from rzen.evaluation.scoring import rank_candidates
+from rzen.evaluation.ranking import rank_candidates
 from rzen.evaluation.vectors import NONE, FloatArray, IntArray
 
 

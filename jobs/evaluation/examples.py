@@ -9,7 +9,7 @@ from pipelines.errors import BadMedia
 from pipelines.items.decode import ItemDecoder
 from pipelines.items.types import Item
 from pipelines.samples import UInt8Array
-from rzen.evaluation.benchmark import DatasetScores
+from rzen.evaluation.dataset_scores import DatasetScores
 from rzen.evaluation.vectors import NONE
 from rzen.report.hits import Hit, Modality, Search
 from rzen.report.thumbnails import MAX_HEIGHT_PX, MAX_WIDTH_PX

@@ -15,7 +15,6 @@ from jobs.runtime.progress import console, say
 from jobs.runtime.revision import revision, versions
 from pipelines.benchmarks.types import Row
 from pipelines.items.decode import ItemDecoder
-from rzen.evaluation.benchmark import DatasetScores
 from rzen.evaluation.comparison import (
     compare,
     comparison_table,
@@ -23,11 +22,12 @@ from rzen.evaluation.comparison import (
     modality_gap,
     target_modality_accuracy,
 )
+from rzen.evaluation.dataset_scores import DatasetScores
 from rzen.evaluation.files import score_of, write_files
 from rzen.evaluation.leaderboard import DatasetScore, build_leaderboard, side_by_side, terminal, write_leaderboard
 from rzen.evaluation.results import write_json
 from rzen.evaluation.submission import make_submission, write_submission
-from rzen.report.benchmark import SuiteReport, write_benchmark_page
+from rzen.report.evaluation import SuiteReport, write_evaluation_report
 from rzen.report.hits import Search
 
 Suites = dict[str, SuiteReport]
@@ -69,14 +69,14 @@ def write_suite(
     Each other model is compared with the first, where they have datasets in common.
     """
     decoder = ItemDecoder(bundle.media, bundle.data)
-    standings = {}
+    leaderboards = {}
     for model, some in results.items():
         for name, scored in some.scored.items():
             write_files(scored, _folder(spec, suite, model))
             some.examples[name] = wrong_answers(scored, decoder, spec.num_examples)
         settings = _settings(spec, model, configs[model])
         lines = _write_model(spec, suite, model, bundle.rows[suite], some, bundle.missing.get(suite, {}), settings)
-        standings[model] = lines
+        leaderboards[model] = lines
         if bundle.data is None:
             say(f"\n  {model}, {suite}")
             console.print(terminal(lines))
@@ -86,11 +86,14 @@ def write_suite(
         for other in others
         if results[first].scored.keys() & results[other].scored
     }
-    tables = [side_by_side(standings), *(comparison_table(some, first, other) for other, some in differences.items())]
+    tables = [
+        side_by_side(leaderboards),
+        *(comparison_table(some, first, other) for other, some in differences.items()),
+    ]
     (_folder(spec, suite) / "models.md").write_text("\n".join(tables), encoding="utf-8")
     return SuiteReport(
         suite,
-        standings,
+        leaderboards,
         differences,
         {model: some.diagnostics for model, some in results.items()},
         {model: some.examples for model, some in results.items()},
@@ -101,7 +104,7 @@ def write_report(spec: EvaluateSpec, suites: Suites) -> Path:
     """Write the HTML report and return its place."""
     page = Path(spec.out) / "index.html"
     title = f"{', '.join(spec.models)} on {', '.join(suites)}"
-    write_benchmark_page(page, title=title, reports=list(suites.values()), facts=_facts(spec))
+    write_evaluation_report(page, title=title, reports=list(suites.values()), facts=_facts(spec))
     return page
 
 

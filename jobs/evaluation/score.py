@@ -21,7 +21,7 @@ from pipelines.errors import UserError
 from pipelines.items.types import Item, as_ids
 from pipelines.items.units import WINDOW_ITEMS
 from pipelines.storage.store import Store
-from rzen.evaluation.benchmark import DatasetScores, score_dataset
+from rzen.evaluation.dataset_scores import DatasetScores, score_dataset
 from rzen.evaluation.vectors import Vectors
 
 

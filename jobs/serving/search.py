@@ -25,8 +25,8 @@ from pipelines.samples import DecodedInput, Rejected
 from pipelines.storage.location import open_store
 from pipelines.storage.store import Store
 from rzen.config import ModelIdentity
+from rzen.evaluation.ranking import top_k
 from rzen.evaluation.results import Result, plot_losses, plot_scores
-from rzen.evaluation.scoring import top_k
 from rzen.evaluation.vectors import as_stored, check_width
 from rzen.report.hits import MODALITIES, Hit, Search, terminal_hits
 from rzen.report.write import write_page

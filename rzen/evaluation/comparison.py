@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipelines.errors import UserError
-from rzen.evaluation.benchmark import DatasetScores
+from rzen.evaluation.dataset_scores import DatasetScores
 from rzen.evaluation.vectors import NONE, FloatArray
 
 MEAN = "mean"

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from rzen.evaluation.benchmark import DatasetScores
+from rzen.evaluation.dataset_scores import DatasetScores
 from rzen.evaluation.results import write_json
 from rzen.evaluation.vectors import NONE
 

@@ -111,21 +111,21 @@ def terminal(lines: Sequence[DatasetScore]) -> Table:
     return table
 
 
-def side_by_side(standings: Mapping[str, Sequence[DatasetScore]]) -> str:
+def side_by_side(leaderboards: Mapping[str, Sequence[DatasetScore]]) -> str:
     """Markdown: models down, official means across. Raises `ValueError` for models with other datasets."""
-    table = _official(standings)
+    table = _official(leaderboards)
     head = ["model", *next(iter(table.values())), "datasets"]
     body = []
     for model, values in table.items():
-        counted = means(standings[model])[-1]
+        counted = means(leaderboards[model])[-1]
         count = f"{counted.num_counted} of {counted.num_datasets}"
         body.append([model, *map(_percent, values.values()), count])
     return _grid(head, body)
 
 
-def plot_means(standings: Mapping[str, Sequence[DatasetScore]]) -> str:
+def plot_means(leaderboards: Mapping[str, Sequence[DatasetScore]]) -> str:
     """One panel for each mean, one thin bar for each model: official means in percent. SVG, the same every time."""
-    table = _official(standings)
+    table = _official(leaderboards)
     models, names = list(table), list(next(iter(table.values())))
     return plot_panels(
         names,
@@ -149,13 +149,13 @@ def write_leaderboard(path: Path, lines: Sequence[DatasetScore], settings: Mappi
     path.with_suffix(".md").write_text(markdown(lines), encoding="utf-8")
 
 
-def _official(standings: Mapping[str, Sequence[DatasetScore]]) -> dict[str, dict[str, float]]:
+def _official(leaderboards: Mapping[str, Sequence[DatasetScore]]) -> dict[str, dict[str, float]]:
     """Model -> name of the mean -> its value."""
-    first = next(iter(standings))
-    for model, lines in standings.items():
-        if [line.row.name for line in lines] != [line.row.name for line in standings[first]]:
+    first = next(iter(leaderboards))
+    for model, lines in leaderboards.items():
+        if [line.row.name for line in lines] != [line.row.name for line in leaderboards[first]]:
             raise ValueError(f"{model} was not measured on the datasets of {first}")
-    return {model: {mean.name: mean.official for mean in means(lines)} for model, lines in standings.items()}
+    return {model: {mean.name: mean.official for mean in means(lines)} for model, lines in leaderboards.items()}
 
 
 def _mean(name: str, lines: Sequence[DatasetScore]) -> Mean:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from rzen.evaluation.metrics import CUTOFFS, METRIC_NAMES, Relevant, metrics_by_query
-from rzen.evaluation.scoring import rank_candidates, rank_pools
+from rzen.evaluation.ranking import rank_candidates, rank_pools
 
 pytrec_eval = pytest.importorskip("pytrec_eval")
 NUM_QUERIES, NUM_CANDIDATES = 60, 40

@@ -11,7 +11,7 @@ from pipelines.benchmarks.split import split_dataset
 from pipelines.config import DataConfig
 from pipelines.items.listing import ListedShard
 from pipelines.samples import Input, Sample
-from rzen.evaluation.benchmark import score_dataset
+from rzen.evaluation.dataset_scores import score_dataset
 from rzen.evaluation.results import Result
 from rzen.evaluation.vectors import Vectors
 

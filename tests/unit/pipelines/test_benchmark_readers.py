@@ -18,7 +18,7 @@ from pipelines.benchmarks.table import M_BEIR, M_BEIR_GLOBAL, MMEB_V2, SUITES
 from pipelines.benchmarks.types import Dataset, check, read_pool, without_instructions
 from pipelines.errors import UserError
 from pipelines.items.frames import choose_frames
-from rzen.evaluation.benchmark import DatasetScores, score_dataset
+from rzen.evaluation.dataset_scores import DatasetScores, score_dataset
 from rzen.evaluation.metrics import METRIC_NAMES
 from tests.layouts import (
     grade,

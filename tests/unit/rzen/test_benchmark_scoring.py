@@ -19,10 +19,10 @@ from pipelines.benchmarks.types import Dataset, Query, Row
 from pipelines.errors import UserError
 from pipelines.items.types import Item
 from pipelines.samples import Input
-from rzen.evaluation.benchmark import DatasetScores, score_dataset
+from rzen.evaluation.dataset_scores import DatasetScores, score_dataset
 from rzen.evaluation.files import write_files
 from rzen.evaluation.metrics import METRIC_NAMES, Relevant, metrics_by_query
-from rzen.evaluation.scoring import rank_candidates, rank_pools
+from rzen.evaluation.ranking import rank_candidates, rank_pools
 from rzen.evaluation.vectors import NONE, TIE, FloatArray, Vectors, check_block_by_block
 
 EAST, NORTH, WEST = (1.0, 0.0), (0.0, 1.0), (-1.0, 0.0)

@@ -11,7 +11,6 @@ from pipelines.benchmarks.types import Dataset, Query, Row, without_instructions
 from pipelines.errors import UserError
 from pipelines.items.types import Item
 from pipelines.samples import Input, Media
-from rzen.evaluation.benchmark import DatasetScores, score_dataset
 from rzen.evaluation.comparison import (
     compare,
     comparison_table,
@@ -19,6 +18,7 @@ from rzen.evaluation.comparison import (
     modality_gap,
     target_modality_accuracy,
 )
+from rzen.evaluation.dataset_scores import DatasetScores, score_dataset
 from rzen.evaluation.vectors import Vectors
 
 ROW = Row("toy", "custom", "mixed", "toy", "global", "hit@1", None, "custom")

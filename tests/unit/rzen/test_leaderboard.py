@@ -16,7 +16,7 @@ from pipelines.benchmarks.table import M_BEIR, M_BEIR_GLOBAL, META_TASKS, MMEB_V
 from pipelines.benchmarks.types import Row
 from pipelines.errors import UserError
 from rzen.config import ModelCard
-from rzen.evaluation.benchmark import score_dataset
+from rzen.evaluation.dataset_scores import score_dataset
 from rzen.evaluation.files import write_files
 from rzen.evaluation.leaderboard import (
     Scores,
@@ -229,19 +229,19 @@ def test_from_files_on_disk_to_the_submission(tmp_path: Path) -> None:
 
 def test_models_side_by_side() -> None:
     rows = [MMEB_V2["MSVD"], MMEB_V2["GQA"]]
-    standings = {
+    leaderboards = {
         "old": build_leaderboard(rows, {"MSVD": whole(rows[0], 0.5), "GQA": whole(rows[1], 0.25)}, {}),
         "new": build_leaderboard(rows, {"MSVD": whole(rows[0], 0.75)}, {}),
     }
-    assert side_by_side(standings) == (
+    assert side_by_side(leaderboards) == (
         "| model | video retrieval | image QA | video | image | all | datasets |\n"
         "| --- | --- | --- | --- | --- | --- | --- |\n"
         "| old | 50.0 | 25.0 | 50.0 | 25.0 | 37.5 | 2 of 2 |\n"
         "| new | 75.0 | 0.0 | 75.0 | 0.0 | 37.5 | 1 of 2 |\n"
     )
-    picture = plot_means(standings)
-    assert picture == plot_means(standings)
+    picture = plot_means(leaderboards)
+    assert picture == plot_means(leaderboards)
     assert ElementTree.fromstring(picture).tag == "{http://www.w3.org/2000/svg}svg"
-    assert picture != plot_means({**standings, "new": standings["old"]})
+    assert picture != plot_means({**leaderboards, "new": leaderboards["old"]})
     with pytest.raises(ValueError, match="new was not measured on the datasets of old"):
-        side_by_side({**standings, "new": standings["new"][:1]})
+        side_by_side({**leaderboards, "new": leaderboards["new"][:1]})

@@ -7,7 +7,7 @@ import pytest
 
 from pipelines.errors import UserError
 from rzen.evaluation.metrics import metrics_by_query
-from rzen.evaluation.scoring import rank_candidates, top_k
+from rzen.evaluation.ranking import rank_candidates, top_k
 from rzen.evaluation.tasks import METRICS, TASKS, chance
 from rzen.evaluation.vectors import NONE, FloatArray, check_block_by_block
 from tests.ranks import rank_of_gold, relevant_of

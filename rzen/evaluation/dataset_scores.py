@@ -22,7 +22,7 @@ from pipelines.benchmarks.types import Dataset, Pool, check, read_pool
 from pipelines.errors import UserError
 from pipelines.items.types import as_ids
 from rzen.evaluation.metrics import METRIC_NAMES, Relevant, metrics_by_query
-from rzen.evaluation.scoring import Ranked, rank_candidates, rank_pools
+from rzen.evaluation.ranking import Ranked, rank_candidates, rank_pools
 from rzen.evaluation.vectors import NONE, IntArray, Vectors, check_block_by_block, check_width
 
 

@@ -16,14 +16,14 @@ from rzen.report.thumbnails import ThumbnailPool
 
 @dataclass(frozen=True, slots=True)
 class SuiteReport:
-    """One suite. `standings`: model -> a line for each dataset, the same for all models. `comparisons`: model ->
+    """One suite. `leaderboards`: model -> a line for each dataset, the same for all models. `comparisons`: model ->
     dataset -> its difference to the first model. `diagnostics`: model -> dataset -> `modality_gap`,
     `target_modality_accuracy`, `remarks`, optional `changed_by_instruction`. `examples`: model -> dataset -> what it
     answered wrongly.
     """
 
     suite: str
-    standings: Mapping[str, Sequence[DatasetScore]]
+    leaderboards: Mapping[str, Sequence[DatasetScore]]
     comparisons: Mapping[str, Mapping[str, Difference]]
     diagnostics: Mapping[str, Mapping[str, Mapping[str, Any]]]
     examples: Mapping[str, Mapping[str, Sequence[Search]]]
@@ -38,7 +38,9 @@ class _Example:
     cards: list[Card]
 
 
-def write_benchmark_page(path: Path, *, title: str, reports: Sequence[SuiteReport], facts: Mapping[str, str]) -> None:
+def write_evaluation_report(
+    path: Path, *, title: str, reports: Sequence[SuiteReport], facts: Mapping[str, str]
+) -> None:
     """As `write_html`. `facts` maps a setting to its value."""
     pool = ThumbnailPool()
     wrong = {
@@ -48,37 +50,37 @@ def write_benchmark_page(path: Path, *, title: str, reports: Sequence[SuiteRepor
                 for model, found in report.examples.items()
                 if found.get(dataset)
             }
-            for dataset in (line.row.name for line in next(iter(report.standings.values())))
+            for dataset in (line.row.name for line in next(iter(report.leaderboards.values())))
             if any(found.get(dataset) for found in report.examples.values())
         }
         for report in reports
     }
     write_html(
         path,
-        "benchmark.html.jinja",
+        "evaluation.html.jinja",
         title=title,
         sections={"scores": reports, "plots": reports, "examples": any(wrong.values()), "settings": facts},
         reports=reports,
-        means={report.suite: _means(report.standings) for report in reports},
-        problems={report.suite: _problems(report.standings) for report in reports},
+        means={report.suite: _means(report.leaderboards) for report in reports},
+        problems={report.suite: _problems(report.leaderboards) for report in reports},
         wrong=wrong,
-        plots={f"{report.suite}: official means in percent": plot_means(report.standings) for report in reports},
+        plots={f"{report.suite}: official means in percent": plot_means(report.leaderboards) for report in reports},
         facts=facts,
         pool=pool,
     )
 
 
-def _means(standings: Mapping[str, Sequence[DatasetScore]]) -> dict[str, list[Mean]]:
+def _means(leaderboards: Mapping[str, Sequence[DatasetScore]]) -> dict[str, list[Mean]]:
     """Name of the mean -> that of each model."""
-    columns = [means(lines) for lines in standings.values()]
+    columns = [means(lines) for lines in leaderboards.values()]
     return {row[0].name: list(row) for row in zip(*columns, strict=True)}
 
 
-def _problems(standings: Mapping[str, Sequence[DatasetScore]]) -> dict[str, str]:
+def _problems(leaderboards: Mapping[str, Sequence[DatasetScore]]) -> dict[str, str]:
     """Dataset -> why it counts 0: of all models, or of each."""
     found = {}
-    for lines in zip(*standings.values(), strict=True):
-        told = dict(zip(standings, (line.problem for line in lines), strict=True))
+    for lines in zip(*leaderboards.values(), strict=True):
+        told = dict(zip(leaderboards, (line.problem for line in lines), strict=True))
         alike = len(set(told.values())) == 1
         each = [f"{model}: {problem}" for model, problem in told.items() if problem]
         found[lines[0].row.name] = lines[0].problem if alike else "; ".join(each)
