@@ -27,11 +27,13 @@ from jobs.training.specs import TrainSpec
 from jobs.training.tracking import UNTRACKED, check_tracking
 from jobs.training.worker import train_worker
 from pipelines.errors import UserError
+from pipelines.feed.batch import ResumePoint
 from pipelines.feed.reader import Reader
 from pipelines.plan.build import build_plan
 from pipelines.plan.plan import Plan
 from pipelines.plan.resample import next_mixture_change
 from rzen.config import TinyBackbone
+from rzen.families import FAMILIES, read_family
 from rzen.model.checkpoints import HUB_NAME, checkpoint_dir, read_identity
 
 FAILURE = "failure.txt"
@@ -74,10 +76,15 @@ def prepare(spec: TrainSpec) -> Prepared | None:
 
 
 def _check_models(spec: TrainSpec) -> None:
-    """Raise `UserError` for a missing local model here, and not on a worker half a minute later."""
+    """Raise `UserError` for a model that is missing or cannot be read as asked, before any worker starts."""
     backbone = spec.model.backbone
-    if isinstance(backbone, str) and "://" not in backbone and not HUB_NAME.fullmatch(backbone):
-        checkpoint_dir(backbone)
+    family = None
+    if isinstance(backbone, TinyBackbone):
+        family = FAMILIES[backbone.family]
+    elif "://" not in backbone and not HUB_NAME.fullmatch(backbone):
+        family = read_family(checkpoint_dir(backbone))
+    if family is not None:  # otherwise the workers check it
+        family.check(spec.model.readout, spec.model.packing)
     adapter = spec.init_adapter
     if adapter and "://" not in adapter and not Path(adapter).is_dir():
         raise UserError(f"init_adapter {adapter}", "does not exist", "run stage 1 first, or set init_adapter: null")
@@ -139,8 +146,9 @@ def _fit(prepared: Prepared, board: Any, set_state: Callable[[str, str], None], 
     run, spec = prepared.run, prepared.run.spec
     restarts = 0
     while True:
-        prepared = _with_phases(prepared)
-        stop = _stop(prepared)
+        point = run.resume_point()
+        prepared = _with_phases(prepared, point)
+        stop = _stop(prepared, point)
         try:
             _trainer(prepared, stop, board).fit()
             if stop == prepared.plan.num_steps:
@@ -170,7 +178,7 @@ def _report(run: Run, event: str, style: str = "") -> None:
     run.log(event)
 
 
-def _with_phases(prepared: Prepared) -> Prepared:
+def _with_phases(prepared: Prepared, point: ResumePoint) -> Prepared:
     """The plan with all changes of the mixture up to now, the one that is due recorded first."""
     run, resample = prepared.run, prepared.run.spec.data.mixture.resample
     if resample is None:
@@ -180,7 +188,7 @@ def _with_phases(prepared: Prepared) -> Prepared:
     for phase in recorded:
         if phase.first_step not in plan.phase_starts:
             plan = plan.with_mixture_phase(phase)
-    if due := next_mixture_change(plan, run.rows(), run.step(), resample):
+    if due := next_mixture_change(plan, run.rows(point), point.step, resample):
         run.record(due)
         plan = plan.with_mixture_phase(due)
         total = sum(due.weights.values())
@@ -189,12 +197,12 @@ def _with_phases(prepared: Prepared) -> Prepared:
     return replace(prepared, plan=plan)
 
 
-def _stop(prepared: Prepared) -> int:
+def _stop(prepared: Prepared, point: ResumePoint) -> int:
     """Where the workers stop: before the mixture changes, or at the end."""
     resample = prepared.run.spec.data.mixture.resample
     if resample is None:
         return prepared.plan.num_steps
-    return min(prepared.plan.num_steps, (prepared.run.step() // resample.every_steps + 1) * resample.every_steps)
+    return min(prepared.plan.num_steps, (point.step // resample.every_steps + 1) * resample.every_steps)
 
 
 def _trainer(prepared: Prepared, stop: int, board: Any) -> Any:
@@ -208,7 +216,7 @@ def _trainer(prepared: Prepared, stop: int, board: Any) -> Any:
     resources = {"CPU": cluster.cpus_per_worker}
     if cluster.gpus_per_worker:
         resources["GPU"] = cluster.gpus_per_worker
-    feed = PlannedFeed(prepared.plan.until(stop), Reader(spec.data, encoder_of(run)), run.step, spec.feed)
+    feed = PlannedFeed(prepared.plan.until(stop), Reader(spec.data, encoder_of(run)), run.resume_point, spec.feed)
     filesystem, path = run.store.child("ray").arrow_filesystem()
     return TorchTrainer(
         train_worker,

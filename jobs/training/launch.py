@@ -72,7 +72,7 @@ def _save(runs: Sequence[Prepared], board: Any) -> None:
     ray.get(board.stop.remote())
     say("  saving; the same command goes on from there", "yellow")
     deadline_s = time.monotonic() + SAVE_S
-    while any(run.step() < step and not run.store.exists(DONE) for run, step in done.items()):
+    while any(not run.store.exists(DONE) and run.step() < step for run, step in done.items()):
         if time.monotonic() > deadline_s:
             say(f"  not saved within {SAVE_S} s", "yellow")
             return

@@ -19,23 +19,21 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-import tempfile
-import time
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from jobs.runtime.records import as_json, differences
 from jobs.runtime.revision import revision, versions
 from jobs.training.specs import TRAIN, TrainSpec
 from pipelines.errors import UserError
+from pipelines.feed.batch import ResumePoint
 from pipelines.plan.types import MixturePhase
 from pipelines.storage.location import open_store, resolve_endpoint
 from pipelines.storage.store import Store
+from rzen.training.checkpoint_state import FIX, STATE, parse_state
 
 SPEC, LATEST, DONE, METRICS, PHASES = "spec.json", "latest.json", "done.json", "metrics.jsonl", "phases.json"
 BEST, LOG = "best", "log.txt"
@@ -87,16 +85,33 @@ class Run:
         self.store.write(SPEC, as_json(identity | facts))
         return True
 
-    def step(self) -> int:
-        """Of the newest checkpoint; 0 if there is none."""
-        return int(json.loads(self.store.read(LATEST))["step"]) if self.store.exists(LATEST) else 0
+    def resume_point(self) -> ResumePoint:
+        """Return the newest checkpoint and the step that it was taken after, as it says itself.
 
-    def rows(self) -> list[dict[str, Any]]:
-        """Metrics of every step up to the newest checkpoint."""
-        if not self.store.exists(LATEST):
-            return []
-        path = json.loads(self.store.read(LATEST))["path"]
-        return read_rows(self.store.read(f"{path}/{METRICS}"))
+        Raises `UserError` where the checkpoint that `latest.json` names is not there.
+        """
+        missing = ""
+        while self.store.exists(LATEST):
+            path = json.loads(self.store.read(LATEST))["path"]
+            place = f"{path}/{STATE}"
+            try:
+                return ResumePoint(parse_state(self.store.read(place), f"{self.store.url}/{place}").step, path)
+            except FileNotFoundError as error:
+                # A worker may have published a newer one and deleted this one, or finished the run, in the meantime.
+                if self.store.exists(DONE):
+                    break
+                if path == missing:
+                    raise UserError(f"{self.store.url}/{LATEST}", f"names {path}, which is not there", FIX) from error
+                missing = path
+        return ResumePoint()
+
+    def step(self) -> int:
+        """Return the steps that the newest checkpoint has done; 0 if there is none."""
+        return self.resume_point().step
+
+    def rows(self, point: ResumePoint) -> list[dict[str, Any]]:
+        """Return the metrics of every step before a resume point."""
+        return read_rows(self.store.read(f"{point.checkpoint}/{METRICS}")) if point.checkpoint else []
 
     def phases(self) -> list[MixturePhase]:
         """The changes of the mixture so far."""
@@ -121,72 +136,6 @@ class Run:
         self.store.write(DONE, as_json(summary))
         self.store.delete_tree("checkpoints")
         self.store.delete(LATEST)
-
-
-class Checkpoints:
-    """Checkpoints of a run, as the trainer asks for them: complete ones only, the last few of them and the best.
-
-    The best has the highest mean accuracy in the batches since the one before it. `metrics` are the rows of all steps
-    up to the checkpoint that was found, then of the steps since. `published_s` is the time of the newest one that was
-    published here, at first that of the beginning.
-    """
-
-    def __init__(self, run: Run) -> None:
-        self._store = run.store
-        self._config = run.spec.checkpoint
-        self.metrics: list[dict[str, Any]] = []
-        self.published_s = time.time()
-
-    def latest(self) -> Path | None:
-        """A local copy of the newest checkpoint, which the process keeps until it ends."""
-        if not self._store.exists(LATEST):
-            return None
-        folder = self._download(self._state()["path"])
-        self.metrics = read_rows((folder / METRICS).read_bytes())
-        return folder
-
-    def best(self) -> Path | None:
-        """A local copy of the best checkpoint, unless it is the newest."""
-        state = self._state()
-        best = state.get("best", state)
-        return None if best["path"] == state["path"] else self._download(best["path"])
-
-    def publish(self, folder: Path, step: int) -> None:
-        """Uploads a checkpoint with the metrics so far, names it the latest, and deletes what need not be kept."""
-        path = f"checkpoints/{step:06d}"
-        rows = [row for row in list(self.metrics) if row["step"] < step]  # training may have gone on
-        (folder / METRICS).write_bytes(to_lines(rows))
-        self._store.delete_tree(path)
-        self._store.upload_tree(folder, path)
-        state: dict[str, Any] = {"step": step, "path": path}
-        kept = {path}
-        if self._config.keep_best:
-            before = self._state() if self._store.exists(LATEST) else {"step": 0}
-            this = {"path": path, "accuracy": _accuracy(rows, before["step"])}
-            state["best"] = max(this, before.get("best", this), key=lambda some: some["accuracy"])
-            kept.add(state["best"]["path"])
-        self._store.write(LATEST, as_json(state))
-        self.published_s = time.time()
-        shutil.rmtree(folder, ignore_errors=True)
-        names = sorted({"/".join(name.split("/")[:2]) for name in self._store.list("checkpoints")})
-        for name in names[: -self._config.keep]:
-            if name not in kept:
-                self._store.delete_tree(name)
-
-    def _state(self) -> dict[str, Any]:
-        state: dict[str, Any] = json.loads(self._store.read(LATEST))
-        return state
-
-    def _download(self, path: str) -> Path:
-        folder = Path(tempfile.mkdtemp(prefix="rzen-checkpoint-"))
-        self._store.download_tree(path, folder)
-        return folder
-
-
-def _accuracy(rows: list[dict[str, Any]], start: int) -> float:
-    """Mean over the steps from `start` on that were not skipped."""
-    values = [row["accuracy"] for row in rows if row["step"] >= start and not row["skipped"]]
-    return sum(values) / len(values) if values else 0.0
 
 
 def _science(identity: dict[str, Any]) -> dict[str, Any]:

@@ -14,8 +14,9 @@ from ray.util.metrics import Counter, Gauge
 
 from jobs.runtime.models import checkpoint_folder, local_folder, publish_folder
 from jobs.runtime.progress import Progress
+from jobs.training.checkpoints import Checkpoints
 from jobs.training.encoder import backbone_url
-from jobs.training.runs import BEST, Checkpoints
+from jobs.training.runs import BEST
 from jobs.training.tracking import Tracker
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 def train_worker(config: dict[str, Any]) -> None:
     """What Ray Train runs on every worker. `config` holds the prepared run and the board of its driver."""
-    from pipelines.feed.feed import SHARD, batches
+    from pipelines.feed.feed import RESUME, SHARD, batches
     from rzen.training.telemetry import METRICS, REJECTED, RUN_METRICS
     from rzen.training.worker import Stage, train_stage
 
@@ -33,7 +34,8 @@ def train_worker(config: dict[str, Any]) -> None:
     run, plan, spec = prepared.run, prepared.plan, prepared.run.spec
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
-    checkpoints = Checkpoints(run)
+    # From the feed, which has read it once for this group of workers and starts there.
+    checkpoints = Checkpoints(run, ray.train.get_dataset_shard(RESUME))
     trackers: list[Tracker] = []
     gauges = {
         name: Gauge(f"rzen_{name}", metric.description, ("run", "source", "task")) for name, metric in METRICS.items()

@@ -19,6 +19,16 @@ class Encoder(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class ResumePoint:
+    """Where a group of workers starts. It is read once, and both the feed and the learner are given it."""
+
+    step: int = 0
+    """First step that is still to be done, as the checkpoint says."""
+    checkpoint: str = ""
+    """Path of that checkpoint below the run's folder; empty where there is none."""
+
+
+@dataclass(frozen=True, slots=True)
 class FeedBlock:
     """One rank's share of a block: `num_samples` of one source, with one task, that are contrasted with each other."""
 

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,11 +27,12 @@ from ray.data.block import BlockMetadata
 
 from pipelines.config import FeedConfig
 from pipelines.errors import UserError
-from pipelines.feed.batch import FeedBatch
+from pipelines.feed.batch import FeedBatch, ResumePoint
 from pipelines.feed.reader import Reader
 from pipelines.plan.plan import Plan
 
-SHARD = "train"
+SHARD, RESUME = "train", "resume"
+"""What a worker asks Ray Train for: its iterator, and where it starts."""
 _MIN_SAMPLES = 1000  # before a share of bad ones means anything
 _NUM_REASONS = 3
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -39,28 +41,42 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 class PlannedFeed(ray.train.DataConfig):  # type: ignore[misc]
     """Makes the batches of `plan` for each group of workers, from step `start()` on.
 
-    Ray Train starts a group of workers, and each time `start` returns the step after the last checkpoint. `start` and
-    the reader must pickle.
+    Ray Train makes a copy of this object for each group of workers that it starts. The copy calls `start` once, and its
+    workers get the answer as the shard `RESUME`: a checkpoint that appears later cannot lead the feed and the workers
+    to different steps. `start` and the reader must pickle.
     """
 
-    def __init__(self, plan: Plan, reader: Reader, start: Callable[[], int], config: FeedConfig) -> None:
+    def __init__(self, plan: Plan, reader: Reader, start: Callable[[], ResumePoint], config: FeedConfig) -> None:
         super().__init__()
         self._plan = plan
         self._reader = reader
         self._start = start
+        self._point: ResumePoint | None = None
         self._config = config
 
     def trainer_arguments(self) -> dict[str, object]:
-        """Return `datasets` and `dataset_config` for a Ray trainer. The dataset is a name that `configure` replaces."""
-        return {"datasets": {SHARD: ray.data.range(1)}, "dataset_config": self}
+        """Return `datasets` and `dataset_config` for a Ray trainer. Datasets are names that `configure` replaces."""
+        return {"datasets": dict.fromkeys((SHARD, RESUME), ray.data.range(1)), "dataset_config": self}
 
-    def configure(
-        self, datasets: Iterable[str], world_size: int, *_: object, **__: object
-    ) -> list[dict[str, ray.data.DataIterator]]:
-        """Return the iterators of each worker, for Ray Train. Raises `UserError` if a batch cannot be shared evenly."""
+    def configure(self, datasets: Iterable[str], world_size: int, *_: object, **__: object) -> list[dict[str, Any]]:
+        """Return what each worker gets under the names that it asks for, for Ray Train.
+
+        `RESUME` is the `ResumePoint`, every other name the worker's iterator. Raises `UserError` if a batch cannot be
+        shared evenly.
+        """
         self._plan.check_world_size(world_size)
-        shards = self.shards(world_size)
-        return [dict.fromkeys(datasets, shard) for shard in shards]
+        found: list[dict[str, Any]] = [{} for _ in range(world_size)]
+        for name in datasets:
+            answers = [self.resume_point()] * world_size if name == RESUME else self.shards(world_size)
+            for mine, answer in zip(found, answers, strict=True):
+                mine[name] = answer
+        return found
+
+    def resume_point(self) -> ResumePoint:
+        """Return where this group of workers starts: the first answer of `start`."""
+        if self._point is None:
+            self._point = self._start()
+        return self._point
 
     def shards(self, world_size: int) -> list[ray.data.DataIterator]:
         """Return one iterator for each rank. All must be consumed at the same time."""
@@ -87,7 +103,9 @@ class PlannedFeed(ray.train.DataConfig):  # type: ignore[misc]
 
     def _spans(self, world_size: int) -> list[tuple[int, int]]:
         largest = max(source.batch for source in self._plan.sources) // world_size
-        return step_spans(self._start(), self._plan.num_steps, max(1, self._config.samples_per_task // largest))
+        return step_spans(
+            self.resume_point().step, self._plan.num_steps, max(1, self._config.samples_per_task // largest)
+        )
 
 
 def step_spans(start: int, stop: int, max_steps: int) -> list[tuple[int, int]]:

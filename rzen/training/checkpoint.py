@@ -12,9 +12,8 @@ is exact with the same number of workers and within rounding with another (tests
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +25,9 @@ from torch.nn.functional import pad
 
 from pipelines.errors import UserError
 from rzen.model.checkpoints import file_sha256
+from rzen.training.checkpoint_state import FIX, MOMENTS, PARAMETERS, STATE, CheckpointState, parse_state
 
-PARAMETERS, MOMENTS, STATE = "parameters.safetensors", "moments.safetensors", "state.json"
 MOMENT_NAMES = ("exp_avg", "exp_avg_sq")
-FIX = "resume from another checkpoint, or start a run under a new name"
 
 
 def create_moments(engine: Any) -> None:
@@ -50,19 +48,18 @@ def create_moments(engine: Any) -> None:
 class Snapshot:
     """A checkpoint in memory, which later steps do not touch: it can be written while training goes on."""
 
-    step: int
+    state: CheckpointState
+    """What `state.json` will say, but for the hashes of files that do not exist yet."""
     tensors: dict[str, dict[str, Tensor]]
     """File -> its tensors, on the CPU."""
-    facts: dict[str, Any]
-    """Of `state.json`."""
 
     def write(self, folder: Path) -> None:
         """Into the new `folder`."""
         folder.mkdir(parents=True)
         for name, content in self.tensors.items():
             save_file(content, folder / name)
-        state = self.facts | {"step": self.step, "sha256": {name: file_sha256(folder / name) for name in self.tensors}}
-        (folder / STATE).write_text(json.dumps(state, indent=2, sort_keys=True) + "\n")
+        state = replace(self.state, sha256={name: file_sha256(folder / name) for name in self.tensors})
+        (folder / STATE).write_text(state.to_json())
 
 
 def snapshot(engine: Any, *, step: int, plan_fingerprint: str) -> Snapshot | None:
@@ -72,13 +69,15 @@ def snapshot(engine: Any, *, step: int, plan_fingerprint: str) -> Snapshot | Non
         tensors[MOMENTS] |= {f"{moment}:{name}": value for name, value in full_parameters(engine, moment).items()}
     if dist.get_rank() != 0:
         return None
-    facts = {
-        "updates": _updates(engine),
-        "plan_fingerprint": plan_fingerprint,
-        "world_size": dist.get_world_size(),
-        "torch": torch.__version__,
-    }
-    return Snapshot(step, tensors, facts)
+    state = CheckpointState(
+        step=step,
+        updates=_updates(engine),
+        plan_fingerprint=plan_fingerprint,
+        sha256={},
+        world_size=dist.get_world_size(),
+        torch=torch.__version__,
+    )
+    return Snapshot(state, tensors)
 
 
 def restore(engine: Any, folder: Path, *, plan_fingerprint: str) -> int:
@@ -178,26 +177,12 @@ def _trained(engine: Any) -> dict[str, Any]:
     return {name: parameter for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
 
 
-@dataclass(frozen=True)
-class _State:
-    step: int
-    updates: int
-    """Of the optimizer: steps that were not skipped, by which it corrects its moments."""
-    plan_fingerprint: str
-    sha256: dict[str, str]
-
-
-def _read_state(folder: Path) -> _State:
-    """The state, after every file has been compared with its hash."""
+def _read_state(folder: Path) -> CheckpointState:
+    """Return the state, after every file has been compared with its hash."""
     path = folder / STATE
-    try:
-        content = json.loads(path.read_text())
-        sha256 = {name: content["sha256"][name] for name in (PARAMETERS, MOMENTS)}
-        state = _State(int(content["step"]), int(content["updates"]), content["plan_fingerprint"], sha256)
-    except FileNotFoundError as error:
-        raise UserError(str(path), "does not exist", FIX) from error
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(str(path), f"is no state of a checkpoint ({error})", FIX) from error
+    if not path.is_file():
+        raise UserError(str(path), "does not exist", FIX)
+    state = parse_state(path.read_bytes(), str(path))
     for name, expected in state.sha256.items():
         if not (folder / name).is_file():
             raise UserError(str(folder / name), "does not exist", FIX)

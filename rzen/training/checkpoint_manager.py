@@ -99,9 +99,9 @@ class CheckpointManager:
 
     def _write(self, taken: checkpoint.Snapshot) -> None:
         with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch) / f"step-{taken.step:06d}"
+            folder = Path(scratch) / f"step-{taken.state.step:06d}"
             taken.write(folder)
-            self._store.publish(folder, taken.step)
+            self._store.publish(folder, taken.state.step)
 
     def __enter__(self) -> Self:
         return self

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipelines.config import DataConfig, FeedConfig, MixtureConfig
+from pipelines.feed.batch import ResumePoint
 from pipelines.feed.reader import Reader
 from pipelines.media.decode import decode_sample
 from pipelines.plan.build import build_plan
@@ -187,8 +188,8 @@ def _reader_counts(run: Run, rank: int, argument: tuple[Plan, Reader]) -> Iterat
 class Zero:
     """Where the feed starts."""
 
-    def __call__(self) -> int:
-        return 0
+    def __call__(self) -> ResumePoint:
+        return ResumePoint(0)
 
 
 def run_ray(run: Run) -> Result:

@@ -16,7 +16,7 @@ import pytest
 
 from pipelines.config import DataConfig, FeedConfig, MixtureConfig
 from pipelines.errors import UserError
-from pipelines.feed.batch import FeedBatch
+from pipelines.feed.batch import FeedBatch, ResumePoint
 from pipelines.feed.feed import PlannedFeed, batches
 from pipelines.feed.reader import Reader
 from pipelines.plan.build import build_plan
@@ -44,7 +44,7 @@ def make_plan(reader: Reader, steps: int | None = None) -> Plan:
 
 def feed(plan: Plan, reader: Reader, world_size: int = WORLD_SIZE) -> list[Iterator[FeedBatch]]:
     """The batches of each rank. All must be consumed at the same time."""
-    shards = PlannedFeed(plan, reader, lambda: 0, FeedConfig(samples_per_task=16)).shards(world_size)
+    shards = PlannedFeed(plan, reader, ResumePoint, FeedConfig(samples_per_task=16)).shards(world_size)
     return [batches(shard, plan, rank=rank, world_size=world_size) for rank, shard in enumerate(shards)]
 
 

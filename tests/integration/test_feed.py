@@ -14,7 +14,7 @@ import ray.train
 
 from pipelines.config import DataConfig, FeedConfig, MixtureConfig
 from pipelines.errors import UserError
-from pipelines.feed.batch import FeedBatch
+from pipelines.feed.batch import FeedBatch, ResumePoint
 from pipelines.feed.feed import PlannedFeed, batches, step_spans
 from pipelines.feed.reader import Reader
 from pipelines.plan.build import build_plan
@@ -46,8 +46,8 @@ class From:
 
     step: int
 
-    def __call__(self) -> int:
-        return self.step
+    def __call__(self) -> ResumePoint:
+        return ResumePoint(self.step)
 
 
 def consume(

@@ -138,7 +138,8 @@ def test_a_stopped_job_leaves_a_checkpoint_and_goes_on(cluster: Cluster, tmp_pat
     assert stopped.returncode == 0, stopped.stdout + stopped.stderr
     log = cluster.run("ray", "job", "logs", job, cwd=tmp_path).stdout
     assert "saving; the same command goes on from there" in log
-    step = json.loads((run / "latest.json").read_text())["step"]  # the spec asks for none
+    checkpoint = json.loads((run / "latest.json").read_text())["path"]  # the spec asks for none
+    step = json.loads((run / checkpoint / "state.json").read_text())["step"]
     assert 0 < step < 600
 
     (tmp_path / "train.yaml").write_text(train(tmp_path, 600))

@@ -1,0 +1,51 @@
+"""`state.json` of a checkpoint: the step that it was taken after, and the hashes of its files. Imports no torch.
+
+The step of a run is written here and nowhere else: whoever resumes reads it from the checkpoint that it loads.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+
+from pipelines.errors import UserError
+
+PARAMETERS, MOMENTS, STATE = "parameters.safetensors", "moments.safetensors", "state.json"
+FIX = "resume from another checkpoint, or start a run under a new name"
+
+
+@dataclass(frozen=True)
+class CheckpointState:
+    """What a checkpoint says about itself."""
+
+    step: int
+    """Steps done, and so the number of the next one."""
+    updates: int
+    """Steps that were not skipped, by which the optimizer corrects its moments."""
+    plan_fingerprint: str
+    sha256: dict[str, str]
+    """Hash of each file."""
+    world_size: int = 0
+    """Ranks that wrote it. For information."""
+    torch: str = ""
+    """Version of torch. For information."""
+
+    def to_json(self) -> str:
+        """Return the content of `state.json`."""
+        return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
+
+
+def parse_state(content: str | bytes, place: str) -> CheckpointState:
+    """Return the state in the content of a `state.json`. Raises `UserError` at `place` for anything else."""
+    try:
+        given = json.loads(content)
+        return CheckpointState(
+            step=int(given["step"]),
+            updates=int(given["updates"]),
+            plan_fingerprint=given["plan_fingerprint"],
+            sha256={name: given["sha256"][name] for name in (PARAMETERS, MOMENTS)},
+            world_size=int(given.get("world_size", 0)),
+            torch=given.get("torch", ""),
+        )
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(place, f"is no state of a checkpoint ({error})", FIX) from error
