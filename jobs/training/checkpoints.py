@@ -17,10 +17,11 @@ from pipelines.feed.batch import ResumePoint
 class Checkpoints:
     """Checkpoints of a run, as the trainer asks for them: complete ones only, the last few and the best.
 
-    `point` is where this start resumes: only that checkpoint is loaded, even if a newer one appears. The best one has
-    the highest mean accuracy in the batches since the one before it. `metrics` are the rows of all steps up to
-    `point`, then of the steps since. `published_s` is the time of the newest checkpoint that was published here, at
-    first the time of the start.
+    `point` is where this start resumes. Only that checkpoint is loaded, even if a newer one appears. The best one has
+    the highest mean accuracy in the batches since the one before it.
+
+    `metrics` are the rows of all steps before `point`, then of the steps since. `published_s` is the time of the newest
+    checkpoint that was published here. At first it is the time of the start.
     """
 
     def __init__(self, run: Run, point: ResumePoint) -> None:

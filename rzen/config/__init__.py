@@ -1,0 +1,62 @@
+"""Settings of the learning half, each documented where it is declared. Imports neither torch nor transformers.
+
+Defaults are the recipe of RzenEmbed (arXiv 2510.27350v1), "the paper", where it gives one. Our own choices say so.
+"""
+
+from rzen.config.card import ModelCard
+from rzen.config.model import (
+    BackboneFamily,
+    LoraConfig,
+    ModelConfig,
+    ModelIdentity,
+    Packing,
+    PromptConfig,
+    PromptName,
+    ReadoutConfig,
+    TinyBackbone,
+)
+from rzen.config.objective import (
+    FalseNegativeConfig,
+    HardnessConfig,
+    MinedConfig,
+    ObjectiveConfig,
+    TemperatureConfig,
+)
+from rzen.config.optim import OptimConfig
+from rzen.config.soup import (
+    DareSoup,
+    GreedySoup,
+    MeanSoup,
+    SearchedSoup,
+    SlerpSoup,
+    SoupConfig,
+    TiesSoup,
+    WeightedSoup,
+)
+
+__all__ = [
+    "BackboneFamily",
+    "DareSoup",
+    "FalseNegativeConfig",
+    "GreedySoup",
+    "HardnessConfig",
+    "LoraConfig",
+    "MeanSoup",
+    "MinedConfig",
+    "ModelCard",
+    "ModelConfig",
+    "ModelIdentity",
+    "ObjectiveConfig",
+    "OptimConfig",
+    "Packing",
+    "PromptConfig",
+    "PromptName",
+    "ReadoutConfig",
+    "SearchedSoup",
+    "SlerpSoup",
+    "SoupConfig",
+    "TemperatureConfig",
+    "TiesSoup",
+    "TinyBackbone",
+    "WeightedSoup",
+]

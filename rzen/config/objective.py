@@ -1,0 +1,113 @@
+"""Settings of the objective. Each field of `ObjectiveConfig` but the temperature and the tiles is a term of its own."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from pipelines.config import Config, Fraction, NonNegativeInt, PositiveFloat, PositiveInt
+
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+
+
+class TemperatureConfig(Config):
+    """tau_t = exp(theta_t), one learnable theta per task (paper, section 3). It always divides the similarity."""
+
+    initial: PositiveFloat = 0.02
+    """First value of every temperature (as VLM2Vec-V2, because the paper is silent)."""
+    minimum: PositiveFloat = 0.005
+    """Lower bound of a temperature. Our choice."""
+    maximum: PositiveFloat = 0.5
+    """Upper bound of a temperature. Our choice."""
+    learnable: bool = True
+    """`false` keeps `initial` for every task."""
+    lr_scale: NonNegativeFloat = 5.0
+    """Learning rate of theta relative to the model's. Our choice. Theta has no weight decay."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> TemperatureConfig:
+        if not self.minimum <= self.initial <= self.maximum:
+            raise ValueError(f"initial={self.initial} must lie in [minimum={self.minimum}, maximum={self.maximum}]")
+        if self.learnable and self.minimum == self.maximum:
+            raise ValueError(
+                f"minimum and maximum are both {self.minimum}, which leaves nothing to learn; set learnable: false"
+            )
+        return self
+
+
+class FalseNegativeConfig(Config):
+    """False-negative elimination: negative i is dropped where cos(k_i, k+) exceeds the threshold (paper, section 3)."""
+
+    threshold: Annotated[float, Field(gt=-1, lt=1)] = 0.95
+    """Cosine above which a negative counts as a duplicate of the positive (paper)."""
+    warmup_steps: NonNegativeInt = 100
+    """Steps before the rule applies. An untrained model scores every pair nearly 1 and would drop them all. Our choice.
+    """
+    max_dropped_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """At most this share of a query's negatives is dropped, the most similar first. Our choice."""
+
+
+class HardnessConfig(Config):
+    """Hard negatives weigh more: w_i = exp(alpha * s(q, k_i)), a factor of their term (paper, section 3)."""
+
+    alpha: PositiveFloat = 9.0
+    """Strength of the weights (paper)."""
+    gradient: Literal["detached", "flowing"] = "detached"
+    """Whether the weight is a constant (as in LLaVE, its origin) or is differentiated. The paper is silent."""
+    normalized: bool = False
+    """Divide a query's weights by their mean over its kept negatives (Robinson et al., arXiv 2010.04592). They then
+    move weight between negatives and add none. The paper writes no normalization."""
+
+
+class MinedConfig(Config):
+    """How mined hard negatives count: those that samples bring, up to `data.negatives_per_sample` each."""
+
+    shared: bool = True
+    """`true`: a mined negative counts for every query of the global batch. `false`: only for its own query."""
+    hardness: HardnessConfig | None = HardnessConfig()
+    """Weights of mined negatives, separate from those of in-batch negatives. `null`: all 1."""
+
+
+class ObjectiveConfig(Config):
+    """InfoNCE with the recipe's additions and further options. All compose; raw loss values are not comparable.
+
+    Pairs with a `relevance` are trained on its order (CoSENT). Only the temperature and `matryoshka` apply to them.
+    """
+
+    hardness: HardnessConfig | None = HardnessConfig()
+    """Weights of in-batch negatives. `null`: all 1 (stage 1)."""
+    false_negatives: FalseNegativeConfig | None = FalseNegativeConfig()
+    """False-negative elimination. `null` turns it off."""
+    temperature: TemperatureConfig = TemperatureConfig()
+    """One learnable temperature per task."""
+    mined: MinedConfig = MinedConfig()
+    """Mined hard negatives."""
+    duplicates: Literal["drop", "positive"] = "drop"
+    """Other targets of the batch with the content of the positive. `drop` leaves them out. `positive` makes them
+    positives too, and the loss of a query the mean over its positives."""
+    margin: Annotated[float, Field(ge=0, lt=2)] | None = None
+    """Drop negatives with s > s(q, k+) + margin: too good to be negative (Qwen3-Embedding has 0.1)."""
+    focal_gamma: Annotated[float, Field(ge=1)] | None = None
+    """Weigh each query by (1 - p)^gamma, p the probability of its positive. Queries that are right already count less
+    (KaLM-Embedding-V2; Lin et al., arXiv 1708.02002)."""
+    symmetric: Fraction = 0.0
+    """Share of the reverse direction, target -> queries, in the loss. 0.5 is the usual two-way loss."""
+    same_side: list[Literal["queries", "targets"]] = Field(default=[])
+    """Further negatives of query i: other queries, by s(q_i, q_j), and other targets, by s(k_i+, k_j) (GTE)."""
+    matryoshka: list[PositiveInt] = Field(default=[])
+    """Smaller widths of the vector that are trained too: its first values are a vector of their own. The loss is the
+    mean over these and the full width (Kusupati et al., arXiv 2205.13147)."""
+    tile_rows: PositiveInt | None = 512
+    """Queries of a worker that are scored at a time against all columns. Memory is tile_rows x columns instead of all
+    queries x columns. Work and results stay the same. `null`: all at once. Our choice."""
+
+    @model_validator(mode="after")
+    def _compatible(self) -> ObjectiveConfig:
+        if len(set(self.same_side)) < len(self.same_side) or len(set(self.matryoshka)) < len(self.matryoshka):
+            raise ValueError("same_side and matryoshka must not name anything twice")
+        if self.symmetric == 1 and self.same_side:
+            raise ValueError(
+                "same_side adds to query -> targets, of which symmetric: 1 leaves nothing; lower symmetric"
+            )
+        return self
