@@ -1,4 +1,4 @@
-"""What the feed's tasks encode with. Light to import: many processes on many nodes do, and none of them needs torch."""
+"""The encoder of the data loader's tasks. Imported by many processes on many nodes, so without torch."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ BACKBONE = "backbone"
 
 
 def backbone_url(run: Run) -> str:
-    """Of the run's own tiny backbone, or what the spec names."""
+    """Return the URL of the run's own tiny backbone, or the backbone that the spec names."""
     named = run.spec.model.backbone
     return run.store.child(BACKBONE).url if isinstance(named, TinyBackbone) else named
 
 
 class LocalEncoder:
-    """A `PairEncoder` for tasks on any node: finds the backbone's files when it encodes its first sample."""
+    """A `PairEncoder` for tasks on any node. It finds the backbone's files when it encodes its first sample."""
 
     def __init__(self, backbone: str, endpoint: str | None, prompt: PromptConfig) -> None:
         self._arguments = (backbone, endpoint, prompt)
@@ -36,14 +36,14 @@ class LocalEncoder:
         return PairEncoder(Processor(checkpoint_folder(backbone, endpoint), prompt))
 
     def sample(self, decoded: DecodedSample) -> EncodedPairs:
-        """As `PairEncoder.sample`."""
+        """Encode one sample, as `PairEncoder.sample`."""
         return self._encoder.sample(decoded)
 
     def collate(self, pairs: list[EncodedPairs]) -> EncodedPairs:
-        """As `PairEncoder.collate`."""
+        """Join pairs, as `PairEncoder.collate`."""
         return self._encoder.collate(pairs)
 
 
 def encoder_of(run: Run) -> LocalEncoder:
-    """What turns decoded samples into the pairs that this run trains on."""
+    """Return the encoder of the pairs that this run trains on."""
     return LocalEncoder(backbone_url(run), run.endpoint, run.spec.model.prompt)

@@ -1,6 +1,6 @@
-"""One training run, the driver's side: check, summarize, train, restart what was lost.
+"""The driver of one training run: check, summarize, train, restart after lost workers.
 
-A run that lost a worker goes on from its last checkpoint, and so does the same command given again.
+A run that lost a worker resumes from its last checkpoint. So does the same command given again.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _MAX_TEXTS = 4000  # of a source; what a tiny tokenizer is trained on
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that may start: everything that can be wrong with it has been looked at. Picklable."""
+    """A run that may start: everything that can be checked before has been checked. Picklable."""
 
     run: Run
     plan: Plan
@@ -50,7 +50,7 @@ class Prepared:
 
 
 def prepare(spec: TrainSpec) -> Prepared | None:
-    """Looks at everything that needs no workers, and says what is going to happen; None if the run is finished."""
+    """Check everything that needs no workers, and print what is going to happen. Return None if the run is finished."""
     reader = Reader(spec.data)
     plan = build_plan(
         reader.tables(),
@@ -91,7 +91,7 @@ def _check_models(spec: TrainSpec) -> None:
 
 
 def _build_backbone(run: Run, config: TinyBackbone, reader: Reader) -> None:
-    """From the captions and instructions of the data, which the spec asks for in place of real weights."""
+    """Publish a tiny backbone whose tokenizer is trained on the captions and instructions of the data."""
     from rzen.export.export import write_identity
     from rzen.model.backbone import build_tiny
 
@@ -122,22 +122,22 @@ def _summarize(run: Run, plan: Plan) -> None:
         adapter = Path(local_folder(spec.init_adapter, run.endpoint))
         before = read_identity(adapter, spec.model.identity)
         for change in differences(before.model_dump(), spec.model.identity.model_dump()):
-            say(f"    the adapter it goes on from was trained otherwise: {change}", "yellow")
+            say(f"    init_adapter was trained with another setting: {change}", "yellow")
     if step := run.step():
-        say(f"    goes on from step {step}")
+        say(f"    resumes from step {step}")
 
 
 def fit(prepared: Prepared, board: Any, set_state: Callable[[str, str], None], abandoned: Event) -> None:
-    """One run to its end. Raises `UserError` for everything that stops it for good.
+    """Train one run to its end. Raises `UserError` for everything that stops it permanently.
 
-    Workers post how far they are on `board`; `set_state(name, state)` is called where they start again.
+    Workers post their progress to the actor `board`. `set_state(name, state)` is called when they restart.
     """
     run = prepared.run
     run.log(f"starts at step {run.step()} of {prepared.plan.num_steps}, {run.spec.cluster.workers} workers")
     try:
         _fit(prepared, board, set_state, abandoned)
     except UserError as error:
-        run.log(f"failed for good: {error}")
+        run.log(f"failed permanently: {error}")
         raise
     run.log("finished")
 
@@ -159,7 +159,7 @@ def _fit(prepared: Prepared, board: Any, set_state: Callable[[str, str], None], 
         except (TrainingFailedError, RayError) as error:
             if cause := user_error(error):
                 raise cause from None
-            if abandoned.is_set():  # interrupted, or another run has failed: nobody waits for this one
+            if abandoned.is_set():  # interrupted, or another run has failed: nothing waits for this one
                 raise
             run.store.write(FAILURE, "".join(traceback.format_exception(error)).encode())
             if restarts == spec.cluster.max_restarts:
@@ -173,13 +173,13 @@ def _fit(prepared: Prepared, board: Any, set_state: Callable[[str, str], None], 
 
 
 def _report(run: Run, event: str, style: str = "") -> None:
-    """To whoever watches, and into the run's log."""
+    """Print an event and write it to the run's log."""
     say(f"  {run.spec.name}: {event}", style)
     run.log(event)
 
 
 def _with_phases(prepared: Prepared, point: ResumePoint) -> Prepared:
-    """The plan with all changes of the mixture up to now, the one that is due recorded first."""
+    """Return the run with all changes of the mixture in its plan. A change that is due is recorded first."""
     run, resample = prepared.run, prepared.run.spec.data.mixture.resample
     if resample is None:
         return prepared
@@ -198,7 +198,7 @@ def _with_phases(prepared: Prepared, point: ResumePoint) -> Prepared:
 
 
 def _stop(prepared: Prepared, point: ResumePoint) -> int:
-    """Where the workers stop: before the mixture changes, or at the end."""
+    """Return the step where the workers stop: before the mixture changes, or at the end."""
     resample = prepared.run.spec.data.mixture.resample
     if resample is None:
         return prepared.plan.num_steps
@@ -225,7 +225,8 @@ def _trainer(prepared: Prepared, stop: int, board: Any) -> Any:
             num_workers=cluster.workers, use_gpu=cluster.gpus_per_worker > 0, resources_per_worker=resources
         ),
         torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
-        # Restarts are ours: Ray would also repeat what no repetition can mend. Ray resumes runs of one name by itself.
+        # rzen restarts runs: Ray would also repeat errors that no repetition can fix. A new name, because Ray resumes
+        # runs of the same name by itself.
         run_config=RunConfig(
             name=f"{spec.name}-{uuid.uuid4().hex[:8]}",
             storage_path=path,

@@ -1,4 +1,4 @@
-"""Training runs side by side: as many as the cluster has room for, the others in a queue."""
+"""Train several runs at once: as many as the cluster has room for, the others in a queue."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ def launch(
     min_survivors: int | None = None,
     failed_before: Mapping[str, str] | None = None,
 ) -> dict[str, UserError]:
-    """Trains all, at most `max_parallel` at once and no more than the cluster has room for, in their order.
+    """Train all runs in their order, at most `max_parallel` at once and no more than the cluster has room for.
 
-    Finished runs are left as they are, and so are those of `failed_before` (name -> id of the run), unless they have
-    begun anew. Returns what failed now, and why. Raises `UserError` as soon as fewer than `min_survivors` (all of
-    `specs`, where not given) can be left; what runs then is given up, and goes on from its last checkpoint when it is
-    launched again.
+    Finished runs stay as they are. So do those of `failed_before` (name -> id of the run), unless they restarted from
+    scratch. Returns what failed in this launch, and why.
+
+    Raises `UserError` as soon as fewer than `min_survivors` runs can succeed (by default all of `specs` must). Runs
+    that are then under way are abandoned. They resume from their last checkpoints at the next launch.
     """
     unfinished = [prepared for spec in specs if (prepared := prepare(spec))]
     given_up = [prepared for prepared in unfinished if _is_known(prepared.run, failed_before or {})]
@@ -39,7 +40,8 @@ def launch(
     may_fail = 0 if min_survivors is None else len(specs) - len(given_up) - min_survivors
     if may_fail < 0:
         names = ", ".join(prepared.run.spec.name for prepared in given_up)
-        raise UserError(names, "failed for good before", f"{min_survivors} must end well; set retry_failed: true")
+        problem = f"failed permanently in an earlier launch: at least {min_survivors} runs must succeed"
+        raise UserError(names, problem, "set retry_failed: true to train them again")
     if not unfinished:
         return {}
     import ray
@@ -64,13 +66,13 @@ def launch(
 
 
 def _save(runs: Sequence[Prepared], board: Any) -> None:
-    """Waits a while for a checkpoint of every run that has gone on since its last one."""
+    """Wait up to `SAVE_S` for a checkpoint of every run that has made steps since its last one."""
     import ray
 
     news = ray.get(board.news.remote())
     done = {prepared.run: news[name].done for prepared in runs if (name := prepared.run.spec.name) in news}
     ray.get(board.stop.remote())
-    say("  saving; the same command goes on from there", "yellow")
+    say("  saving; the same command resumes from there", "yellow")
     deadline_s = time.monotonic() + SAVE_S
     while any(not run.store.exists(DONE) and run.step() < step for run, step in done.items()):
         if time.monotonic() > deadline_s:
@@ -133,12 +135,12 @@ def _too_few(failures: dict[str, UserError], count: int) -> UserError:
     first, *others = failures.items()
     also = f"; so did {', '.join(name for name, _ in others)}" if others else ""
     name, cause = first
-    problem = f"failed for good: {cause.place}: {cause.problem}{also}"
-    return UserError(name, problem, f"{cause.fix}; the same command goes on with what is left")
+    problem = f"failed permanently: {cause.place}: {cause.problem}{also}"
+    return UserError(name, problem, f"{cause.fix}; the same command trains the remaining runs")
 
 
 def _in_thread(function: Callable[..., None], *arguments: Any) -> Future[None]:
-    """Like an executor's `submit`, but nobody waits for the thread when the program ends."""
+    """Run a function in a thread, as an executor's `submit`. The program does not wait for the thread when it ends."""
     future: Future[None] = Future()
 
     def work() -> None:

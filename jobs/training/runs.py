@@ -1,18 +1,21 @@
-"""The folder of a training run in the store: what it was asked, how far it is, what it made.
+"""The folder of a training run in the store: its settings, its progress, its results.
 
-{root}/{name}/spec.json           resolved spec, versions, fingerprint of the data: what makes two runs the same
-              backbone/           a tiny backbone, where the spec asks for one
-              checkpoints/000200/ trained parameters, moments, and the metrics so far
-              latest.json         the newest complete checkpoint, written after it
-              phases.json         changes of the mixture, where the spec asks for resampling
-              model/ or adapter/  the result
-              best/               that of the best checkpoint, where it is not the last
-              metrics.jsonl       one row a step, some seconds after it
-              log.txt             starts, lost workers, changes of the mixture, and how it ended, with their times
-              tensorboard/        the same as event files
-              tracking.txt        what MLflow or W&B did not take
-              done.json           written last
-              scores/             of the result, one file for each way of scoring
+    {root}/{name}/
+        spec.json            resolved spec, versions, fingerprint of the data: what makes two runs the same
+        backbone/            a tiny backbone, where the spec asks for one
+        checkpoints/000200/  trained parameters, moments, the step, and the metrics so far
+        latest.json          path of the newest complete checkpoint, written after it
+        phases.json          changes of the mixture, where the spec asks for resampling
+        model/ or adapter/   the result
+        best/                the result of the best checkpoint, where it is not the last
+        metrics.jsonl        one row a step, some seconds after it
+        log.txt              starts, lost workers, changes of the mixture and the end, with their times
+        tensorboard/         the metrics as event files
+        tracking.txt         what MLflow or W&B did not take
+        done.json            written last
+        scores/              scores of the result, one file for each scoring config
+
+The step of a run is in its checkpoints only: whoever resumes reads it from the checkpoint that `latest.json` names.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ BEST, LOG = "best", "log.txt"
 
 
 class Run:
-    """One training run in its store. Picklable; made by the driver, whose environment may name the S3 endpoint."""
+    """One training run in its store. Picklable. The driver makes it: its environment may name the S3 endpoint."""
 
     def __init__(self, spec: TrainSpec) -> None:
         self.spec = spec
@@ -49,21 +52,21 @@ class Run:
 
     @property
     def result(self) -> str:
-        """Folder of the result, below the run."""
+        """Return the folder of the result, below the run."""
         return "adapter" if self.spec.model.tune == "lora" else "model"
 
     @property
     def result_url(self) -> str:
-        """Where the trained adapter or model is."""
+        """Return the URL of the trained adapter or model."""
         return self.store.child(self.result).url
 
     @property
     def id(self) -> str:
-        """Of this beginning of the run, for trackers; another after `overwrite`."""
+        """Return the id of the run, for trackers. It changes when the run restarts from scratch."""
         return str(json.loads(self.store.read(SPEC))["id"])
 
     def begin(self, data: dict[str, Any]) -> bool:
-        """Claims the folder for this spec and these `data` (plain, as JSON has it); False if the run is finished.
+        """Claim the folder for this spec and these `data` (plain JSON values). Return False if the run is finished.
 
         Raises `UserError` if the folder holds a run of other settings or data, unless it may be overwritten.
         """
@@ -77,7 +80,7 @@ class Run:
                 raise UserError(
                     self.store.url,
                     f"holds a run with other settings: {'; '.join(changes[:5])}",
-                    "choose another name, or set run.overwrite: true to begin anew",
+                    "choose another name, or set run.overwrite: true to restart from scratch",
                 )
         self.store.ensure_bucket()
         self.store.delete_tree("")
@@ -114,7 +117,7 @@ class Run:
         return read_rows(self.store.read(f"{point.checkpoint}/{METRICS}")) if point.checkpoint else []
 
     def phases(self) -> list[MixturePhase]:
-        """The changes of the mixture so far."""
+        """Return the changes of the mixture so far."""
         return (
             [MixturePhase(**fields) for fields in json.loads(self.store.read(PHASES))]
             if self.store.exists(PHASES)
@@ -122,16 +125,16 @@ class Run:
         )
 
     def record(self, phase: MixturePhase) -> None:
-        """Adds a change of the mixture."""
+        """Add a change of the mixture."""
         self.store.write(PHASES, as_json([asdict(some) for some in (*self.phases(), phase)]))
 
     def log(self, event: str) -> None:
-        """Adds a line to `log.txt`. The driver's, one thread a run."""
+        """Add a line to `log.txt`. Only the driver calls it, in one thread for each run."""
         before = self.store.read(LOG) if self.store.exists(LOG) else b""
         self.store.write(LOG, before + f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}  {event}\n".encode())
 
     def finish(self, summary: dict[str, Any], metrics: list[dict[str, Any]]) -> None:
-        """Makes the end of the run known. The result is in place by now."""
+        """Record the end of the run, and delete its checkpoints. The result must be published before."""
         self.store.write(METRICS, to_lines(metrics))
         self.store.write(DONE, as_json(summary))
         self.store.delete_tree("checkpoints")
@@ -144,13 +147,13 @@ def _science(identity: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_rows(lines: bytes) -> list[dict[str, Any]]:
-    """Of `metrics.jsonl`. JSON has no number that is not finite: such are null there, and nan here."""
+    """Parse the rows of `metrics.jsonl`. JSON has no infinite numbers and no NaN: null there becomes NaN here."""
     rows: list[dict[str, Any]] = [json.loads(line) for line in lines.splitlines()]
     return [{name: math.nan if value is None else value for name, value in row.items()} for row in rows]
 
 
 def to_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
-    """For `metrics.jsonl`."""
+    """Return the content of `metrics.jsonl` for these rows."""
     finite = (
         {name: value if isinstance(value, str) or math.isfinite(value) else None for name, value in row.items()}
         for row in rows

@@ -1,7 +1,7 @@
-"""Where the numbers of a run go while it runs: `metrics.jsonl` and TensorBoard beside it, MLflow and W&B by choice.
+"""Track the metrics of a run: `metrics.jsonl` and TensorBoard in its folder, MLflow and W&B if the spec asks for them.
 
-A thread hands them over every few seconds, so that no server holds up a step, and none ends a run: what one did not
-take until the end is told in `tracking.txt`.
+A thread hands rows over every few seconds, so that no server holds up a step or ends a run. `tracking.txt` lists what a
+server did not take until the end.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ Rows = Sequence[Mapping[str, Any]]
 
 class _Sink(Protocol):
     def add(self, rows: Rows) -> None:
-        """Takes rows in the order of their steps, each once."""
+        """Take rows in the order of their steps, each once."""
 
     def close(self) -> None:
-        """After the last row."""
+        """End after the last row."""
 
 
 def check_tracking(config: TrackingConfig) -> None:
@@ -43,7 +43,7 @@ def check_tracking(config: TrackingConfig) -> None:
 
 
 class Tracker:
-    """Hands rows over in a thread. `before` are the rows of earlier starts, which sinks that keep them have already."""
+    """Hands rows to all sinks in a thread. `before` are the rows of earlier starts. Sinks that keep rows have them."""
 
     def __init__(self, run: Run, before: Rows) -> None:
         self._run = run
@@ -66,11 +66,11 @@ class Tracker:
         self._thread.start()
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Takes a row; returns at once."""
+        """Take a row, and return at once."""
         self._rows.append(row)
 
     def close(self) -> None:
-        """Hands over what is left, and waits for it. A sink that still fails is told in `tracking.txt`."""
+        """Hand over the remaining rows, and wait. `tracking.txt` names the sinks that still fail."""
         self._ended.set()
         self._thread.join()
         if self._problems:
@@ -78,7 +78,7 @@ class Tracker:
             self._run.store.write(UNTRACKED, "".join(lines).encode())
 
     def _work(self) -> None:
-        self._hand_over()  # whoever watches sees from the first step on that there is a run
+        self._hand_over()  # so that the run appears at its first step
         while not self._ended.wait(EVERY_S):
             self._hand_over()
         self._hand_over()
@@ -108,7 +108,7 @@ class Tracker:
 
 
 class _Lines:
-    """`metrics.jsonl`, written anew."""
+    """Writes the whole `metrics.jsonl` each time."""
 
     def __init__(self, run: Run, before: Rows) -> None:
         self._run = run
@@ -124,7 +124,7 @@ class _Lines:
 
 
 class _TensorBoard:
-    """Event files below the run; steps that are repeated after a restart replace those before."""
+    """Writes event files below the run. Steps that are repeated after a restart replace the earlier ones."""
 
     def __init__(self, run: Run, start: int) -> None:
         from tensorboardX import SummaryWriter
@@ -150,7 +150,7 @@ class _TensorBoard:
 
 
 class _Mlflow:
-    """One run of MLflow for a run of ours, however often it is started."""
+    """Writes one MLflow run for each run, however often it is started."""
 
     def __init__(self, run: Run, config: TrackingConfig) -> None:
         from mlflow import MlflowClient
@@ -183,7 +183,7 @@ class _Mlflow:
 
 
 class _Wandb:
-    """One run of W&B for a run of ours. Its steps only rise: repeated ones are ignored there."""
+    """Writes one W&B run for each run. W&B ignores steps that are repeated after a restart."""
 
     def __init__(self, run: Run, config: TrackingConfig) -> None:
         import wandb
@@ -206,13 +206,13 @@ class _Wandb:
 
 
 def scalars(row: Mapping[str, Any]) -> dict[str, float]:
-    """`loss/_all` and `loss/SOURCE`, and so on for every number of a row: one chart each in TensorBoard and W&B."""
+    """Return `loss/_all`, `loss/SOURCE` and so on for every metric of a row: one chart each in TensorBoard and W&B."""
     numbers = {name: float(value) for name, value in row.items() if name not in _LABELS}
     return {f"{name}/{of}": value for name, value in numbers.items() for of in ("_all", row["source"])}
 
 
 def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """`optim.lr` -> `0.0002` for every leaf, as long as MLflow takes."""
+    """Return `optim.lr` -> `0.0002` for every leaf, cut to the length that MLflow takes."""
     flat: dict[str, str] = {}
     for name, value in fields.items():
         if isinstance(value, dict) and value:

@@ -10,6 +10,6 @@ from jobs.training.specs import TrainSpec
 
 
 def run(spec: TrainSpec) -> dict[str, Any]:
-    """Trains, or goes on training; a finished run is left as it is."""
+    """Train, or resume training. A finished run stays as it is."""
     launch([spec], max_parallel=1)
     return {"outputs": [Run(spec).result_url]}

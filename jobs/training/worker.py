@@ -1,4 +1,4 @@
-"""One Ray Train worker: brings the feed, the trainer and the run's folder together."""
+"""One Ray Train worker: connects the data loader, the trainer and the run's folder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def train_worker(config: dict[str, Any]) -> None:
-    """What Ray Train runs on every worker. `config` holds the prepared run and the board of its driver."""
+    """Train on one worker of Ray Train. `config` holds the prepared run, its stop and the progress actor `board`."""
     from pipelines.feed.feed import RESUME, SHARD, batches
     from rzen.training.telemetry import METRICS, REJECTED, RUN_METRICS
     from rzen.training.worker import Stage, train_stage
@@ -104,7 +104,7 @@ def train_worker(config: dict[str, Any]) -> None:
 
 
 def _figures(row: Row) -> dict[str, str]:
-    """The part of a row that one watches."""
+    """Return the metrics of a row that the progress table shows."""
     watched = {
         "loss": f"{row['loss']:.3f}",
         "accuracy": f"{row['accuracy']:.0%}",

@@ -1,1 +1,1 @@
-"""From decoded inputs to token ids, patches and positions."""
+"""Encoding: decoded inputs become token ids, patches and positions."""

@@ -1,7 +1,7 @@
-"""Where the sides of a batch lie in the backbone's input, at which positions, and which tokens see which.
+"""Lay a batch out as the backbone's input: places, positions, and which tokens see which.
 
-Padded: a row for each side, filled up on the right. Packed: all sides end to end in one row. The vectors are the same
-(tests/parity/test_embedder.py). Shapes: B sides, L tokens of the longest, N tokens of all.
+Padded: a row for each input, filled up on the right. Packed: all inputs end to end in one row. The vectors are the same
+(tests/parity/test_embedder.py). Shapes: B inputs, L tokens of the longest, N tokens of all.
 """
 
 from __future__ import annotations
@@ -26,17 +26,19 @@ class BatchLayout:
         self.filled_BL = np.arange(batch.lengths.max()) < batch.lengths[:, None]
 
     def rows(self) -> Tensor:
-        """int64 [N], where each token lies among the rows x columns of the input."""
+        """Return the place of each token among the rows x columns of the input, int64 `[N]`."""
         size = len(self.batch.input_ids)
         return torch.arange(size) if self.packed else torch.tensor(np.flatnonzero(self.filled_BL))
 
     def tokens(self) -> Tensor:
-        """Token ids `[1, N]` or `[B, L]`, int64."""
+        """Return token ids, int64 `[1, N]` if packed, else `[B, L]`."""
         return torch.tensor(self.batch.input_ids[None], dtype=torch.int64) if self.packed else self._padded_ids()
 
     def positions(self, backbone: Any, readout: ReadoutConfig) -> Tensor:
-        """int64 `[3, B, L]`: time, height and width. Packed `[4, 1, N]`: the first row tells transformers, and flash
-        attention in it, where a side begins; it counts from 0 in each.
+        """Return time, height and width of each token, int64 `[3, B, L]`, or `[4, 1, N]` if packed.
+
+        The additional first row counts from 0 in each input. transformers reads from it where an input begins, and
+        hands that to flash attention.
         """
         counts_BL = torch.arange(self.filled_BL.shape[1]).expand(self.filled_BL.shape)
         positions_3BL = counts_BL.expand(3, -1, -1)
@@ -48,11 +50,11 @@ class BatchLayout:
         return torch.cat([counts_BL[None], positions_3BL])[:, filled_BL][:, None]
 
     def mask(self, readout: ReadoutConfig, attention: str, dtype: torch.dtype) -> Tensor | None:
-        """What the backbone is to be given as attention mask.
+        """Return the attention mask for the backbone.
 
-        None where tokens see all before them: the padding comes after, and packed sides are told by their positions.
-        Otherwise every token sees its side: a mask that is broadcast, none where nothing is to be left out, and for
-        flash attention, which cuts rows into sides, `[B, L]` of those to keep.
+        None if causal: padding comes after the tokens, and positions separate packed inputs. If bidirectional, every
+        token sees its own input. Flash attention gets `[B, L]` of the tokens to keep. Others get a mask that is
+        broadcast, or none where nothing is left out.
         """
         everything = self.packed or bool(self.filled_BL.all())
         if readout.direction == "causal":
@@ -75,7 +77,7 @@ class BatchLayout:
         return torch.tensor(ids_BL)
 
     def _mrope(self, backbone: Any) -> Tensor:
-        """`[3, B, L]` by the rule of the backbone's class, on the CPU: it asks for single numbers of the grids."""
+        """Return `[3, B, L]` by the rule of the backbone's class. On the CPU, because it reads the grids one by one."""
         ids_BL = self._padded_ids()
         types_BL = GRID_KINDS["image"] * (ids_BL == backbone.config.image_token_id)
         types_BL = types_BL + GRID_KINDS["video"] * (ids_BL == backbone.config.video_token_id)

@@ -1,6 +1,6 @@
 """Encoded pairs: built one sample at a time in the tasks that decode, then joined into one rank's batch.
 
-Workers that decode media import this module, so that it imports neither torch nor transformers.
+Workers that decode media import this module, so that it must be quick to import: no torch, no transformers.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from rzen.inputs.processor import EncodedBatch, Processor
 
 @dataclass(frozen=True)
 class EncodedPairs:
-    """Pairs ready for the embedder: target b is the positive of query b."""
+    """Pairs ready for the model: target b is the positive of query b."""
 
     queries: EncodedBatch
-    """B query sides."""
+    """B query inputs."""
     targets: EncodedBatch
-    """B target sides."""
+    """B target inputs."""
     target_ids: npt.NDArray[np.int64]
     """[B], equal for targets of equal content: the first 8 bytes of `target_sha256`."""
     negatives: EncodedBatch | None
-    """Mined negatives, those of query 0 first; None if there are none at all."""
+    """Mined negatives, those of query 0 first. None if there are none at all."""
     negative_counts: npt.NDArray[np.int64]
     """[B], how many of them each query has."""
     keys: tuple[str, ...]
     """[B], `source/key` of each sample, for messages."""
     relevance: npt.NDArray[np.float64]
-    """[B], how well each target answers its query; NaN for pairs that are not graded."""
+    """[B], how well each target answers its query. NaN for pairs that are not graded."""
 
     def __len__(self) -> int:
         return len(self.target_ids)
@@ -46,14 +46,14 @@ class PairEncoder:
     processor: Processor
 
     def sample(self, decoded: DecodedSample) -> EncodedPairs:
-        """One pair. Raises `BadMedia` for a shape that the backbone cannot take, `UserError` without content hash.
+        """Return one pair. Negatives of a graded pair are left out, because it is not contrasted.
 
-        Negatives of a graded pair are left out: it is not contrasted.
+        Raises `BadMedia` for a shape that the backbone cannot take, `UserError` without content hash.
         """
         place = f"{decoded.sample.source}/{decoded.sample.key}"
         sha256 = decoded.sample.target_sha256
         if not sha256:
-            # With one id for all, every target would count as a copy of every positive, and the loss would be zero.
+            # With one id for all, every target would be a duplicate of every positive, and the loss would be zero.
             raise UserError(place, "has no target_sha256", "ingest its source again")
         relevance = decoded.sample.relevance
         negatives = decoded.negatives if relevance is None else ()
@@ -68,7 +68,7 @@ class PairEncoder:
         )
 
     def collate(self, pairs: Sequence[EncodedPairs]) -> EncodedPairs:
-        """All pairs in order, at least one."""
+        """Return all pairs in order as one batch. At least one is needed."""
         negatives = [pair.negatives for pair in pairs if pair.negatives is not None]
         return EncodedPairs(
             queries=EncodedBatch.concat([pair.queries for pair in pairs]),

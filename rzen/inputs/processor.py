@@ -1,7 +1,8 @@
-"""From decoded sides to token ids and uint8 patches, equal to the library's processor, without torch or transformers.
+"""Encode decoded inputs as token ids and uint8 patches, equal to transformers' processor, without importing it.
 
-Workers that decode media import this module, so that it must be quick to import. Pixels stay uint8; the embedder
-normalizes them on its device. Shapes: N tokens, B sides, P patches, V visuals, D = C * tp * p * p values of a patch.
+Workers that decode media import this module, so that it must be quick to import: no torch, no transformers. Pixels stay
+uint8; the model normalizes them on its device. Shapes: N tokens, B inputs, P patches, V visuals, D = C * tp * p * p
+values of a patch.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pipelines.errors import BadMedia, UserError
 from pipelines.samples import DecodedInput, UInt8Array, Visual
 from rzen.config import PromptConfig
 from rzen.families import Family, read_family
-from rzen.inputs.prompts import TEMPLATES, Piece, Span, VisionKind, side_pieces
+from rzen.inputs.prompts import TEMPLATES, Piece, Span, VisionKind, input_pieces
 
 Int32Array = npt.NDArray[np.int32]
 BoolArray = npt.NDArray[np.bool_]
@@ -31,21 +32,21 @@ Float32Array = npt.NDArray[np.float32]
 GRID_KINDS: dict[VisionKind, int] = {"image": 1, "video": 2}
 MAX_ASPECT_RATIO = 200
 UNKNOWN_FPS = 24
-"""Of videos that do not say when their frames are shown: what transformers' processors take."""
+"""Frame rate of videos that do not say when their frames are shown, as in transformers' processors."""
 
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """Sides ready for the embedder: sequences end to end without padding, visuals in the order of their tokens."""
+    """Inputs ready for the model: sequences end to end without padding, visuals in the order of their tokens."""
 
     input_ids: Int32Array
-    """[N], the sequences of all sides one after the other."""
+    """[N], the sequences of all inputs one after the other."""
     instruction: BoolArray
-    """[N], whether the token is part of a side's instruction."""
+    """[N], whether the token is part of an input's instruction."""
     lengths: Int32Array
-    """[B], tokens of each side."""
+    """[B], tokens of each input."""
     visual_counts: Int32Array
-    """[B], visuals of each side."""
+    """[B], visuals of each input."""
     patches: UInt8Array
     """[P, D], patches of all visuals in the library's order (t, h/m, w/m, m, m)."""
     grids: Int32Array
@@ -60,22 +61,22 @@ class EncodedBatch:
 
     @classmethod
     def concat(cls, batches: Sequence[EncodedBatch]) -> EncodedBatch:
-        """All sides in order. At least one batch is needed."""
+        """Return all inputs in order. At least one batch is needed."""
         return cls(
             **{field.name: np.concatenate([getattr(batch, field.name) for batch in batches]) for field in fields(cls)}
         )
 
     def slice(self, start: int, stop: int) -> EncodedBatch:
-        """Sides [start, stop) as views; bounds are treated like those of a list."""
-        sides = slice(*slice(start, stop).indices(len(self)))
-        tokens = _span(self.lengths, sides)
-        visuals = _span(self.visual_counts, sides)
+        """Return inputs [start, stop) as views. Bounds are treated like those of a list."""
+        inputs = slice(*slice(start, stop).indices(len(self)))
+        tokens = _span(self.lengths, inputs)
+        visuals = _span(self.visual_counts, inputs)
         patches = _span(self.grids.prod(axis=1), visuals)
         return EncodedBatch(
             self.input_ids[tokens],
             self.instruction[tokens],
-            self.lengths[sides],
-            self.visual_counts[sides],
+            self.lengths[inputs],
+            self.visual_counts[inputs],
             self.patches[patches],
             self.grids[visuals],
             self.grid_kinds[visuals],
@@ -83,12 +84,12 @@ class EncodedBatch:
         )
 
     def split(self) -> list[EncodedBatch]:
-        """Each side alone, as views."""
-        return [self.slice(side, side + 1) for side in range(len(self))]
+        """Return each input as a batch of its own, as views."""
+        return [self.slice(index, index + 1) for index in range(len(self))]
 
 
 def _span(counts: npt.NDArray[Any], groups: slice) -> slice:
-    """Where the elements of `groups` lie when group i holds counts[i] elements."""
+    """Return the range of the elements of `groups` when group i holds counts[i] elements."""
     ends = np.concatenate([[0], np.cumsum(counts)])
     return slice(int(ends[groups.start]), int(ends[max(groups.start, groups.stop)]))
 
@@ -105,7 +106,7 @@ class VisionLayout:
 
     @classmethod
     def read(cls, model_dir: str) -> VisionLayout:
-        """Raises `UserError` where the file is missing or lacks a setting."""
+        """Read the file of a checkpoint. Raises `UserError` where it is missing or lacks a setting."""
         path = Path(model_dir) / "preprocessor_config.json"
         try:
             config = json.loads(path.read_text())
@@ -123,14 +124,15 @@ class VisionLayout:
 
     @property
     def factor_px(self) -> int:
-        """Side of the square that becomes one token."""
+        """Edge of the square that becomes one token."""
         return self.patch_px * self.merge_patches
 
 
 def smart_resize(height_px: int, width_px: int, factor_px: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """(height, width) in multiples of the factor, about the same shape, within the pixel budget: the library's rule.
+    """Return (height, width) in multiples of the factor, about the same shape, within the pixel budget.
 
-    Very long shapes may exceed `max_pixels`, as in the library. Raises `BadMedia` beyond an aspect ratio of 200.
+    This is transformers' rule: very long shapes may exceed `max_pixels`. Raises `BadMedia` beyond an aspect ratio of
+    200.
     """
     sides_px = (height_px, width_px)
     if max(sides_px) / min(sides_px) > MAX_ASPECT_RATIO:
@@ -146,7 +148,7 @@ def smart_resize(height_px: int, width_px: int, factor_px: int, min_pixels: int,
 
 
 def resize(frames: UInt8Array, height_px: int, width_px: int) -> UInt8Array:
-    """Bicubic resize of [T, H, W, 3] frames."""
+    """Return [T, H, W, 3] frames resized (bicubic)."""
     if frames.shape[1:3] == (height_px, width_px):
         return frames
     size = (width_px, height_px)
@@ -154,7 +156,10 @@ def resize(frames: UInt8Array, height_px: int, width_px: int) -> UInt8Array:
 
 
 def patchify(frames: UInt8Array, layout: VisionLayout) -> tuple[UInt8Array, tuple[int, int, int]]:
-    """Patches [t * h * w, D] of [T, H, W, C] frames and the grid (t, h, w). The last frame fills up the last group."""
+    """Return patches [t * h * w, D] of [T, H, W, C] frames, and the grid (t, h, w).
+
+    The last frame is repeated to fill up the last group.
+    """
     p, m, tp = layout.patch_px, layout.merge_patches, layout.temporal_patch_frames
     missing = -len(frames) % tp
     frames = np.concatenate([frames, np.repeat(frames[-1:], missing, axis=0)]) if missing else frames
@@ -164,9 +169,9 @@ def patchify(frames: UInt8Array, layout: VisionLayout) -> tuple[UInt8Array, tupl
 
 
 def patch_times_s(times_s: Sequence[float], num_frames: int, frames_per_patch: int) -> list[float]:
-    """When each temporal patch of a video is shown: the mean of its first and last frame, as Qwen3-VL's processor.
+    """Return when each temporal patch of a video is shown: the mean of its first and last frame (Qwen3-VL's processor).
 
-    Frames without times follow each other as those of a video at 24 frames per second.
+    Frames without times follow each other at 24 frames per second.
     """
     times = list(times_s) or [frame / UNKNOWN_FPS for frame in range(num_frames)]
     times += times[-1:] * (-num_frames % frames_per_patch)
@@ -180,10 +185,10 @@ class _VisionInput:
     grid: tuple[int, int, int]
     num_frames: int
     times_s: tuple[float, ...]
-    """Of the frames of a video, where they are known."""
+    """Times of the frames of a video, where they are known."""
 
     def seconds(self, frames_per_patch: int) -> float:
-        """From one temporal patch to the next, at the mean rate of the frames; images have no time."""
+        """Return the time between temporal patches, at the mean rate of the frames. Images have no time."""
         if self.kind == "image":
             return 0.0
         span_s = self.times_s[-1] - self.times_s[0] if len(self.times_s) > 1 else 0.0
@@ -191,7 +196,7 @@ class _VisionInput:
 
 
 class Processor:
-    """Encodes sides for one checkpoint and prompt. Files are read at first use; only their path is pickled."""
+    """Encodes inputs for one checkpoint and prompt. Files are read at first use. Only their path is pickled."""
 
     def __init__(self, model_dir: str, prompt: PromptConfig) -> None:
         self.model_dir = model_dir
@@ -205,18 +210,21 @@ class Processor:
         """Patch geometry and normalization of the checkpoint."""
         return VisionLayout.read(self.model_dir)
 
-    def encode(self, sides: Sequence[DecodedInput]) -> EncodedBatch:
-        """Token ids and patches of one or more sides. Raises `BadMedia` for a shape that the backbone cannot take."""
-        return EncodedBatch.concat([self._encode_side(side) for side in sides])
+    def encode(self, inputs: Sequence[DecodedInput]) -> EncodedBatch:
+        """Return token ids and patches of one or more inputs.
 
-    def pieces(self, side: DecodedInput) -> list[Piece]:
-        """The sequence of a side before it becomes token ids."""
-        return self._pieces(side, self._vision_inputs(side.visuals))
+        Raises `BadMedia` for a shape that the backbone cannot take.
+        """
+        return EncodedBatch.concat([self._encode_one(given) for given in inputs])
 
-    def _encode_side(self, side: DecodedInput) -> EncodedBatch:
+    def pieces(self, given: DecodedInput) -> list[Piece]:
+        """Return the sequence of an input before it becomes token ids."""
+        return self._pieces(given, self._vision_inputs(given.visuals))
+
+    def _encode_one(self, given: DecodedInput) -> EncodedBatch:
         tp = self.layout.temporal_patch_frames
-        visuals = self._vision_inputs(side.visuals)
-        ids, instruction = self._ids(self._pieces(side, visuals))
+        visuals = self._vision_inputs(given.visuals)
+        ids, instruction = self._ids(self._pieces(given, visuals))
         patch_values = 3 * tp * self.layout.patch_px**2
         return EncodedBatch(
             input_ids=np.array(ids, np.int32),
@@ -229,12 +237,12 @@ class Processor:
             grid_seconds=np.array([visual.seconds(tp) for visual in visuals], np.float32),
         )
 
-    def _pieces(self, side: DecodedInput, visuals: Sequence[_VisionInput]) -> list[Piece]:
+    def _pieces(self, given: DecodedInput, visuals: Sequence[_VisionInput]) -> list[Piece]:
         spans = [span for visual in visuals for span in self._spans(visual)]
-        return side_pieces(self.prompt.template, side.instruction, side.text, spans)
+        return input_pieces(self.prompt.template, given.instruction, given.text, spans)
 
     def _spans(self, visual: _VisionInput) -> list[Span]:
-        """One span; of a video, where the family writes times, one for each temporal patch."""
+        """Return one span, or one for each temporal patch of a video where the family writes times."""
         t, h, w = visual.grid
         tokens = h * w // self.layout.merge_patches**2
         if visual.kind == "image" or not self._family.timestamps:
@@ -271,7 +279,7 @@ class Processor:
         return _VisionInput(kind, *patchify(resize(frames, *size), self.layout), len(frames), times_s)
 
     def _ids(self, pieces: Sequence[Piece]) -> tuple[list[int], list[bool]]:
-        """Token ids, and which of them are the instruction's. Instruction and text share `max_text_tokens`."""
+        """Return token ids, and which of them are the instruction's. Instruction and text share `max_text_tokens`."""
         ids: list[int] = []
         instruction: list[bool] = []
         left = self.prompt.max_text_tokens

@@ -26,7 +26,7 @@ PADS: dict[VisionKind, str] = {"image": IMAGE_PAD, "video": VIDEO_PAD}
 class Template:
     """Fixed texts of a prompt. An empty `system` leaves the system turn out.
 
-    Where `frame_tokens` is given, every frame of a video is fed as an image of (at least, at most) that many tokens.
+    With `frame_tokens`, every frame of a video becomes an image of (at least, at most) that many tokens.
     """
 
     system: str
@@ -36,7 +36,7 @@ class Template:
 
 
 TEMPLATES: dict[PromptName, Template] = {
-    # RzenEmbed (arXiv 2510.27350v1), sections 3.4.4 and 4.4. What stands between text and suffix is our choice.
+    # RzenEmbed (arXiv 2510.27350v1), sections 3.4.4 and 4.4. The space between text and suffix is our choice.
     "rzen_paper": Template(
         system=(
             "Given an image, summarize the provided image in one word. Given only text, describe the text in one word."
@@ -52,8 +52,8 @@ TEMPLATES: dict[PromptName, Template] = {
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A part of a sequence: one `special` token `count` times, a `fixed` text of ours, the `instruction` or the `text`
-    of a side.
+    """A part of a sequence: one `special` token `count` times, a `fixed` text of the template, the `instruction` or the
+    `text` of an input.
     """
 
     kind: Literal["special", "fixed", "instruction", "text"]
@@ -70,8 +70,8 @@ class Span:
     before: str = ""
 
 
-def side_pieces(name: PromptName, instruction: str, text: str, visuals: Sequence[Span]) -> list[Piece]:
-    """The sequence of one side. Instruction and text are stripped."""
+def input_pieces(name: PromptName, instruction: str, text: str, visuals: Sequence[Span]) -> list[Piece]:
+    """Return the sequence of one input. Instruction and text are stripped."""
     template = TEMPLATES[name]
     suffix = template.visual_suffix if visuals else template.text_suffix
     pieces = _turn("system", [Piece("fixed", template.system)]) if template.system else []
@@ -88,18 +88,18 @@ def side_pieces(name: PromptName, instruction: str, text: str, visuals: Sequence
 
 
 def render(pieces: Iterable[Piece]) -> str:
-    """The sequence as one string, for people and for tokenizers that parse special tokens."""
+    """Return the sequence as one string, for people and for tokenizers that parse special tokens."""
     return "".join(piece.text * piece.count for piece in pieces)
 
 
 def fixed_texts() -> list[str]:
-    """Every text of ours as it stands in text, visual and fused sides: what a tokenizer is trained on."""
+    """Return the fixed texts of all templates, which a tokenizer is trained on."""
     image = [Span("image", 0)]
     pieces = [
         piece
         for name in TEMPLATES
         for text, visuals in (("x", []), ("", image), ("x", image))
-        for piece in side_pieces(name, "", text, visuals)
+        for piece in input_pieces(name, "", text, visuals)
     ]
     return [piece.text for piece in pieces if piece.kind == "fixed"]
 

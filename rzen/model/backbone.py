@@ -41,9 +41,9 @@ SPECIAL_TOKENS = (END_OF_TEXT, IM_START, IM_END, VISION_START, VISION_END, IMAGE
 
 
 def load_backbone(path_or_hub: str, model: ModelConfig) -> PreTrainedModel:
-    """The bare model (vision tower and language model, no head), in `model.dtype` on the CPU, in evaluation mode.
+    """Return the bare model (vision tower and language model, no head), in `model.dtype` on the CPU, for evaluation.
 
-    With `model.quantize` its linear layers hold 4 bits a weight, on the current GPU: quantizing takes place there.
+    With `model.quantize` its linear layers hold 4 bits a weight. They are on the current GPU, which quantizes them.
     Raises `UserError` as `checkpoint_dir` does, and where quantizing is impossible.
     """
     dtype = getattr(torch, model.dtype)
@@ -61,7 +61,7 @@ def load_backbone(path_or_hub: str, model: ModelConfig) -> PreTrainedModel:
 
 
 def _nf4(dtype: torch.dtype) -> dict[str, Any]:
-    """Arguments that load weights in 4 bits, as QLoRA (arXiv 2305.14314): NF4, quantized constants."""
+    """Return arguments that load weights in 4 bits, as QLoRA (arXiv 2305.14314): NF4, quantized constants."""
     missing = [] if importlib.util.find_spec("bitsandbytes") else ["bitsandbytes is not installed"]
     missing += [] if torch.cuda.is_available() else ["there is no CUDA GPU"]
     if missing:

@@ -1,6 +1,6 @@
-"""Checkpoint directories: where they are, of which family, which weights they hold, how they want to be read.
+"""Checkpoint directories: where they are, what family and weights they hold, how they are to be read.
 
-Imports neither torch nor transformers, because the workers that encode media need the tokenizer's files alone.
+Imports neither torch nor transformers, because the workers that encode media need the tokenizer's files only.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
 
 
 def checkpoint_dir(path_or_hub: str) -> Path:
-    """The directory of a checkpoint; a hub name (`Qwen/Qwen2-VL-2B-Instruct`) is downloaded or found in the cache.
+    """Return the directory of a checkpoint. A hub name (`Qwen/Qwen2-VL-2B-Instruct`) is downloaded, if not cached.
 
     Raises `UserError` for anything that is not a checkpoint of a supported type.
     """
@@ -37,9 +37,9 @@ def checkpoint_dir(path_or_hub: str) -> Path:
 
 
 def read_identity(folder: Path, default: ModelIdentity) -> ModelIdentity:
-    """How a model or adapter wants to be read; `default` where it does not say.
+    """Return how a model or adapter is to be read, as it says itself; `default` where it says nothing.
 
-    One that names a prompt and no readout is older than the choice, and was read as `ReadoutConfig` reads by default.
+    One that names a prompt and no readout is read by the defaults of `ReadoutConfig`.
     """
     path = folder / IDENTITY
     saved = json.loads(path.read_text()) if path.is_file() else {}
@@ -49,7 +49,7 @@ def read_identity(folder: Path, default: ModelIdentity) -> ModelIdentity:
 
 
 def checkpoint_sha256(folder: Path) -> str:
-    """Identity of the weights: the hash of all safetensors files in the order of their names. Reads them all."""
+    """Return the identity of the weights: the hash of all safetensors files, in order. Reads them all."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         digest.update(bytes.fromhex(file_sha256(path)))
@@ -57,14 +57,14 @@ def checkpoint_sha256(folder: Path) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """Of the whole content."""
+    """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
 def atomic_directory(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `folder` when the block ends well, and goes where something fails."""
+    """Give a folder to fill. It becomes `folder` when the block ends, and is deleted if the block raises."""
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

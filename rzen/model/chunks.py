@@ -1,11 +1,10 @@
-"""Gradient caching: vectors of a batch of any size within the memory of one chunk, with the gradient of the whole.
+"""Gradient caching: embed a batch of any size within the memory of one chunk, with the gradient of the whole batch.
 
-GradCache (Gao et al., arXiv 2101.06983): embed chunk by chunk and keep the vectors alone; take the loss of the whole
-batch and its gradient for the vectors; embed each chunk again and go on from there. A checkpoint of torch around each
-chunk does exactly that, in one graph: a parameter gets its gradient once, after the last chunk, so that data
-parallelism reduces it once. Dropout is replayed (tests/parity/test_chunks.py).
+GradCache (Gao et al., arXiv 2101.06983) embeds chunk by chunk and keeps only the vectors. It takes the loss of the
+whole batch and its gradient for the vectors. Then it embeds each chunk again, and continues the backward pass.
 
-Shapes: B sides, D width of the vectors.
+A torch checkpoint around each chunk does exactly that, in one graph. A parameter gets its gradient once, after the last
+chunk, so that data parallelism reduces it once. Dropout is replayed (tests/parity/test_chunks.py).
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ Indices = npt.NDArray[np.int64]
 
 
 def chunks_of(lengths: npt.NDArray[np.int32], max_tokens: int, *, packed: bool) -> list[Indices]:
-    """Which sides are embedded together, the longest first: neighbors in length, so that little is padding.
+    """Return which inputs are embedded together, the longest first. Similar lengths meet, so that little is padding.
 
-    A chunk has at most `max_tokens` tokens, padding included unless `packed`; a longer side is a chunk of its own.
+    A chunk has at most `max_tokens` tokens, padding included unless `packed`. A longer input is a chunk of its own.
     """
     order = np.argsort(-lengths, kind="stable")
     chunks = []
@@ -44,21 +43,21 @@ def chunks_of(lengths: npt.NDArray[np.int32], max_tokens: int, *, packed: bool) 
 
 
 def padding_fraction(lengths: npt.NDArray[np.int32], chunks: Sequence[Indices], *, packed: bool) -> float:
-    """Padding among all tokens that the backbone is given."""
+    """Return the share of padding among all tokens that the backbone is given."""
     padded = sum(len(chunk) * int(lengths[chunk].max()) for chunk in chunks)
     return 0.0 if packed else 1 - int(lengths.sum()) / padded
 
 
 def embed(
-    embedder: EmbeddingModel, sides: Sequence[EncodedBatch], chunks: Sequence[Indices], *, twice: bool
+    embedder: EmbeddingModel, inputs: Sequence[EncodedBatch], chunks: Sequence[Indices], *, twice: bool
 ) -> Vectors:
-    """Vectors `[B, D]` of B batches of one side each, in their order; `twice` is gradient caching.
+    """Return the vectors of `inputs`, which are batches of one input each, in their order. `twice` is gradient caching.
 
-    A side that is in several chunks has a vector of each, one after the other.
+    An input that is in several chunks has a vector for each, one after the other.
     """
     vectors = []
     for chunk in chunks:
-        batch = EncodedBatch.concat([sides[side] for side in chunk])
+        batch = EncodedBatch.concat([inputs[index] for index in chunk])
         if twice and torch.is_grad_enabled():
             # A tensor among the arguments tells torch on which device random numbers have to be replayed.
             again = partial(_embed, embedder, batch)

@@ -1,7 +1,7 @@
-"""From encoded sides to unit vectors: backbone, pooling after the final norm, L2 normalization.
+"""The model: encoded inputs become vectors of length 1. Backbone, pooling after the final norm, L2 normalization.
 
-RzenEmbed (arXiv 2510.27350v1), section 3, and U-MARVEL (arXiv 2507.14902) by choice. Shapes: B sides, N tokens of all,
-P patches, D width of the vectors.
+The default is RzenEmbed (arXiv 2510.27350v1, section 3); settings give U-MARVEL (arXiv 2507.14902). Shapes: B inputs,
+N tokens of all inputs, P patches, D width of a hidden state.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from rzen.vectors import Vectors, unit_vectors
 
 
 class EmbeddingModel(nn.Module):
-    """One vector of length 1 for each side, pooled after the final norm: of its last token, or the mean of its tokens.
+    """One vector for each input, pooled after the final norm: its last token, or the mean of its tokens.
 
-    `backbone` is a model of `load_backbone`, with or without adapters; it is changed where attention is to go both
-    ways. `layout` comes from the same checkpoint, `readout` from its identity; `packing` changes speed alone.
+    `backbone` is a model of `load_backbone`, with or without adapters. Its attention is switched in place to the
+    direction of `readout`. `layout` comes from the same checkpoint, `readout` from its identity. `packing` changes
+    speed only. Raises `UserError` for what the family of the backbone cannot do.
     """
 
     image_mean: Tensor
@@ -57,7 +58,10 @@ class EmbeddingModel(nn.Module):
         return self._family.packs and "flash" in backbone.config._attn_implementation
 
     def forward(self, batch: EncodedBatch) -> Vectors:
-        """Vectors [B, D] of length 1 in fp32, on the embedder's device; equal to each side on its own (parity test)."""
+        """Return the vectors of B inputs in fp32, on the model's device, equal to those of each input on its own.
+
+        tests/parity/test_embedder.py proves it against transformers.
+        """
         backbone: Any = self.backbone
         device, attention = self.image_mean.device, backbone.config._attn_implementation
         layout = BatchLayout(batch, self.packs)
@@ -74,7 +78,7 @@ class EmbeddingModel(nn.Module):
         return unit_vectors(pooled_BD)
 
     def _visuals(self, batch: EncodedBatch, device: torch.device) -> dict[str, Tensor]:
-        """Pixels and grids of the images and of the videos, each in the order of their tokens."""
+        """Return pixels and grids of the images and of the videos, each in the order of their tokens."""
         patch_kinds_P = np.repeat(batch.grid_kinds, batch.grids.prod(axis=1))
         visuals = {}
         for kind, pixels, grids in (
@@ -101,7 +105,7 @@ def normalized_patches(patches: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def _pool(hidden: Tensor, rows_N: Tensor, batch: EncodedBatch, readout: ReadoutConfig) -> Tensor:
-    """fp32 [B, D] of the hidden states of all places of the input; `rows_N` says where the tokens lie."""
+    """Return fp32 [B, D] from the hidden states of all places of the input. `rows_N` are the places of the tokens."""
     if readout.pooling == "last_token":
         return hidden[rows_N[torch.tensor(np.cumsum(batch.lengths) - 1, device=hidden.device)]].float()
     counted_N = torch.tensor(~batch.instruction, device=hidden.device)

@@ -22,10 +22,10 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def add_lora(backbone: PreTrainedModel, config: LoraConfig, seed: int) -> peft.PeftModel:
-    """Freeze the backbone, in place, and put a new adapter on it. Equal seeds give equal adapters; B starts at zero.
+    """Freeze the backbone, in place, and put a new adapter on it. Equal seeds give equal adapters. B starts at zero.
 
-    `all-linear` leaves out the patch embedding, a convolution, and covers the vision tower, which the usual list of
-    projection names misses.
+    `all-linear` covers the vision tower, which the usual list of projection names misses. It leaves out the patch
+    embedding, which is a convolution.
     """
     settings = peft.LoraConfig(
         r=config.rank,
@@ -39,7 +39,7 @@ def add_lora(backbone: PreTrainedModel, config: LoraConfig, seed: int) -> peft.P
 
 
 def save_adapter(model: peft.PeftModel, folder: Path, *, identity: ModelIdentity, base: str, base_sha256: str) -> None:
-    """Write the adapter as a PEFT directory, what it belongs to beside it (`rzen.json`). Equal adapters, equal bytes.
+    """Write the adapter as a PEFT directory, with its identity in `rzen.json`. Equal adapters give equal bytes.
 
     `base` is the backbone as the job names it, `base_sha256` its `checkpoint_sha256`.
     """
@@ -56,7 +56,7 @@ def save_adapter(model: peft.PeftModel, folder: Path, *, identity: ModelIdentity
 def load_adapter(backbone: PreTrainedModel, folder: Path, *, trainable: bool = False) -> peft.PeftModel:
     """Put a saved adapter (of `save_adapter`, PEFT or a soup) on the backbone, in place.
 
-    Raises `UserError` where the directory holds no adapter or one of another backbone; PEFT would only warn.
+    Raises `UserError` where the directory holds no adapter or one of another backbone. PEFT would only warn.
     """
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():

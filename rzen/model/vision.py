@@ -2,10 +2,10 @@
 
 Attention: without flash attention, the towers call attention once for every image (frame, window), one after the other.
 With an implementation whose name contains `flash` they call it once for all patches, and say where each image begins.
-`grouped_sdpa` is registered under such a name, and hands neighbors of one size to torch as one batch.
+`grouped_sdpa` is registered under such a name. It hands adjacent images of one size to torch as one batch.
 
-Patches: the first layer is a convolution whose kernel is as large as what it is given, hence a product of matrices; the
-kernels for convolutions take longer, which counts in small towers (tests/benchmarks/vision.md).
+Patches: the first layer is a convolution whose kernel is as large as its input. That is a product of matrices. Kernels
+for convolutions take longer, which matters in small towers (tests/benchmarks/vision.md).
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ def grouped_sdpa(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention within each stretch `[cu_seq_lens_q[i], cu_seq_lens_q[i + 1])` of `[1, heads, patches, width]`.
+    """Return attention within each run `[cu_seq_lens_q[i], cu_seq_lens_q[i + 1])` of `[1, heads, patches, width]`.
 
-    Returns `[1, patches, heads, width]`, as transformers wants it. Only neighbors are put together: gathering the
+    The result is `[1, patches, heads, width]`, as transformers needs it. Only adjacent runs are batched: gathering the
     others costs more than it saves.
     """
     runs = _runs(cu_seq_lens_q)
@@ -78,8 +78,9 @@ def grouped_sdpa(
 
 
 def _runs(starts: Tensor) -> list[tuple[int, int]]:
-    """Stretches of one length in a row, as (length, how many). A tower gives all its layers the same tensor, so that
-    the GPU is waited for once.
+    """Return adjacent runs of one length, as (length, number).
+
+    A tower gives all its layers the same tensor, so that the program waits for the GPU once.
     """
     if starts not in _RUNS:
         _RUNS[starts] = [(length, len(list(run))) for length, run in groupby(starts.diff().tolist())]

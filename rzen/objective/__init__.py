@@ -1,1 +1,1 @@
-"""The training objective, and the gather that makes it one across ranks."""
+"""The training objective: a batch, terms that compose, a tiled engine, and the gather across ranks."""

@@ -2,7 +2,7 @@
 
     L = softplus( log sum over kept i of w_i exp(s_i / tau)  -  s+ / tau )
 
-A difference of logarithms would cancel where the loss is small; softplus keeps its relative precision.
+A difference of logarithms would cancel where the loss is small. softplus keeps the relative precision.
 
 Shapes: R rows of a tile, C columns of all pools, P positives of the rows.
 """
@@ -26,7 +26,7 @@ def tile_loss(
 ) -> tuple[Tensor, Tensor]:
     """Return the sum of the rows' losses (0-dim), and the sums of their statistics.
 
-    `scores_by_width` are `[R, C]` each, the full width last; `tau` is 0-dim, or `[R, 1]`.
+    `scores_by_width` are `[R, C]` each, the full width last. `tau` is 0-dim, or `[R, 1]`.
     """
     with torch.no_grad():
         not_negative_RC = tile.excluded | tile.duplicates

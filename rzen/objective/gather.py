@@ -1,10 +1,11 @@
-"""Collect the rows of all ranks, with the gradient of every rank's loss flowing back to the rank that owns the row.
+"""Collect the rows of all ranks. The gradient of every rank's loss flows back to the rank that owns the row.
 
-Each rank scores its own queries against all targets, and data parallelism averages gradients over ranks. With a
-backward that sums over ranks the average is exactly the gradient of one process on the concatenated batch, for
-embeddings and temperatures alike (tests/parity/test_gather.py). A gradient cut here is invisible in the loss curve.
+Each rank scores its own queries against all targets, and data parallelism averages gradients over ranks. The backward
+pass sums over ranks. So the average is exactly the gradient of one process on the concatenated batch, for vectors and
+temperatures (tests/parity/test_gather.py). A gradient that is cut here is invisible in the loss curve.
 
-Without a process group all functions return their input. W is the number of ranks.
+Without a process group all functions return their input. Any number of dimensions may follow that of the rows.
+Shapes: W ranks, B rows of a rank.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from torch import Tensor
 
 
 def gather_with_gradient(x_BD: Tensor) -> Tensor:
-    """Rows of all ranks in rank order, `[W*B, D]`; the gradient of a row is the sum of what all ranks send it.
+    """Return the rows of all ranks in rank order, `[W*B, D]`.
 
-    A collective, forward and backward: every rank must call both. Raises `ValueError` on all ranks where B differs.
-    Pass fp32: the sum is taken in the type of `x_BD`.
+    The gradient of a row is the sum of what all ranks send it, in the type of `x_BD`: pass fp32. A collective, forward
+    and backward: every rank must call both. Raises `ValueError` on all ranks where B differs.
     """
     if not _distributed():
         return x_BD
@@ -30,8 +31,9 @@ def gather_with_gradient(x_BD: Tensor) -> Tensor:
 
 
 def gather_ids(ids_B: Tensor) -> Tensor:
-    """Ids, or other numbers without gradient, of all ranks in rank order, `[W*B]`. A collective; raises `ValueError`
-    where B differs.
+    """Return ids, or other numbers without gradient, of all ranks in rank order, `[W*B]`.
+
+    A collective. Raises `ValueError` where B differs.
     """
     if not _distributed():
         return ids_B

@@ -1,6 +1,6 @@
-"""Graded pairs: each pair says how well its target answers its query, and only the order of these grades is learned.
+"""Graded pairs: each pair says how well its target answers its query. Only the order of these grades is learned.
 
-Terms for negatives do not apply; temperature and Matryoshka widths do. Shape: N pairs of all ranks.
+Terms for negatives do not apply. Temperature and Matryoshka widths do. Shape: N pairs of all ranks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rzen.vectors import cut
 def is_graded(batch: Batch) -> bool:
     """Return whether the pairs have a relevance.
 
-    Raises `UserError` where only some of them have one, or where the own pairs of a graded batch are of several tasks.
+    Raises `UserError` where only some of them have one. Raises it too where graded own pairs are of several tasks.
     """
     if batch.relevance is None:
         return False
@@ -32,7 +32,7 @@ def is_graded(batch: Batch) -> bool:
         raise UserError(
             place,
             f"{num_graded} of {num_pairs} pairs that are contrasted have a relevance, the others have none",
-            "give one to every sample of a source, and to every source of a group in data.mixture.groups, or to none",
+            "give one to all samples of a source (of a group in data.mixture.groups), or to none",
         )
     if num_graded and len(tasks) > 1:
         raise UserError(place, "graded pairs of several tasks are contrasted", "keep them in batches of their own")
@@ -55,8 +55,8 @@ def graded_loss(
 def cosent(scores_N: Tensor, relevance_N: Tensor, tau: Tensor) -> Tensor:
     """Return log(1 + sum over all (i, j) with relevance_i > relevance_j of exp((s_j - s_i) / tau)), 0-dim.
 
-    `scores_N` are the similarities of the pairs; of the relevance only the order counts (CoSENT, Huang et al. 2024,
-    doi 10.1109/TASLP.2024.3402087). In that order the sum over j is a running sum, in fp64: memory is linear in N.
+    `scores_N` are the similarities of the pairs. Only the order of the relevance counts (CoSENT, Huang et al. 2024,
+    doi 10.1109/TASLP.2024.3402087). In that order the sum over j is a running sum, in fp64. Memory is linear in N.
     """
     relevance_N, order_N = relevance_N.sort()
     logits_N = scores_N[order_N].double() / tau

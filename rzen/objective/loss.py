@@ -28,15 +28,16 @@ from rzen.vectors import width
 
 
 class Objective(nn.Module):
-    """Loss of one rank's queries against the targets of all ranks; its mean over ranks is the loss of the whole batch.
+    """Loss of one rank's queries against the targets of all ranks. Its mean over ranks is the loss of the whole batch.
 
     The temperatures are one vector `theta_T`, in the sorted order of `tasks`. Every step gives it a gradient, zero for
     the tasks that the batch lacks, so that data parallelism never meets an unused parameter.
 
     A theta outside its bounds counts as the bound, while its gradient passes unchanged (straight-through). That is
-    linear, so averaging over ranks stays exact, and a theta at the bound can return. Whoever steps the optimizer
-    projects theta back after each step, lest it runs away: with `clamp_`, or, where the optimizer keeps a master copy
-    (DeepSpeed), with a step hook of the inner optimizer that clamps its temperature group to `bounds`.
+    linear, so averaging over ranks stays exact, and a theta at the bound can return.
+
+    Whoever steps the optimizer projects theta back after each step, so that it cannot run away. `clamp_` does it.
+    DeepSpeed keeps a master copy, so there a step hook of the inner optimizer clamps its temperature group to `bounds`.
 
     Gradients equal a double loop in fp64 (tests/parity/test_loss.py), across ranks (tests/parity/test_gather.py).
     """

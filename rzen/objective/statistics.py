@@ -1,4 +1,4 @@
-"""What a step reports about its rows, next to the loss: sums of a tile, means of a batch.
+"""What a step reports about its rows next to the loss: sums of a tile, means of a batch.
 
 Shapes: R rows of a tile, C columns of all pools.
 """
@@ -14,7 +14,7 @@ def tile_sums(
 ) -> Tensor:
     """Return the sums over a tile from which `batch_means` makes the statistics, in its order.
 
-    `excluded_RC` marks what is no negative at all, `dropped_RC` also the negatives that were left out.
+    `excluded_RC` marks what is no negative at all. `dropped_RC` also marks the negatives that were left out.
     """
     num_excluded, num_dropped_R = excluded_RC.sum(), dropped_RC.sum(dim=1)
     positive_score_R = scores_RC.gather(1, positive_R[:, None])[:, 0]
@@ -39,7 +39,7 @@ def tile_sums(
 def batch_means(sums: Tensor, num_rows: int) -> dict[str, Tensor]:
     """Return the means over a batch of `num_rows` rows.
 
-    A query is right when its positive scores higher than every kept negative; ties count against it.
+    A query is right when its positive scores higher than every kept negative. Ties count against it.
     """
     num_negatives, dropped, positives, negatives, right, effective = sums
     num_negatives = num_negatives.clamp(min=1)
@@ -60,10 +60,10 @@ def _effective_number(log_weights_RC: Tensor) -> Tensor:
 
 
 def graded_means(scores_N: Tensor, relevance_N: Tensor, own: slice, tile_rows: int | None) -> dict[str, Tensor]:
-    """Return statistics of graded pairs under the names of `batch_means`; their mean over ranks is that of all pairs.
+    """Return statistics of graded pairs under the names of `batch_means`. Their mean over ranks is that of all pairs.
 
-    `accuracy` is the share of two pairs of unequal relevance that are scored in that order; equal scores count against
-    it. The similarities are those of the pairs above the mean relevance, and of the others.
+    `accuracy` looks at all two pairs of unequal relevance: it is the share that is scored in that order. Equal scores
+    count against it. The similarities are those of the pairs above the mean relevance, and of the others.
     """
     own_B = torch.arange(len(scores_N), device=scores_N.device)[own]
     share = len(scores_N) / len(own_B)  # the own pairs stand for all

@@ -35,8 +35,8 @@ class Work:
 def tiled_loss(work: Work, tau: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean loss of the rows (0-dim, differentiable), and the sums of their statistics.
 
-    `tau` is 0-dim where all rows share a task, otherwise `[B]`. Memory is that of one tile's scores; results do not
-    depend on the size of a tile but by rounding (tests/parity/test_loss.py).
+    `tau` is 0-dim where all rows share a task, otherwise `[B]`. Memory is that of one tile's scores. The size of a tile
+    changes rounding only (tests/parity/test_loss.py).
     """
     vectors: list[Vectors] = []
     for dims in work.widths:

@@ -1,1 +1,1 @@
-"""One optimizer step, the loop around it, the Ray Train worker that runs it, and its checkpoints."""
+"""One optimizer step, the loop around it on DeepSpeed, and its checkpoints. Knows no Ray."""

@@ -9,36 +9,36 @@ from rzen.inputs.pairs import EncodedPairs
 
 
 class FeedBlockProtocol(Protocol):
-    """Pairs that are contrasted with each other: one rank's share, of one source."""
+    """One rank's share of the pairs that are contrasted with each other, all of one source."""
 
     @property
     def source(self) -> str:
-        """Where they come from."""
+        """Name of the dataset that they come from."""
 
     @property
     def task(self) -> str:
-        """Which temperature they use."""
+        """Name of the task, which owns their temperature."""
 
     @property
     def num_samples(self) -> int:
-        """Own pairs, equally many on every rank."""
+        """Number of own pairs, equal on every rank."""
 
 
 class FeedBatchProtocol(Protocol):
-    """What a step receives from the feed: one rank's share of a global batch."""
+    """One rank's share of a global batch, as the data loader gives it to a step."""
 
     @property
     def step(self) -> int:
-        """Number of the global batch."""
+        """Number of the global batch, from 0."""
 
     @property
     def blocks(self) -> Sequence[FeedBlockProtocol]:
-        """What the batch consists of: usually one block."""
+        """Blocks of the batch, usually one."""
 
     @property
     def batch(self) -> EncodedPairs:
-        """The own pairs, block after block."""
+        """Own pairs, block after block."""
 
     @property
     def rejected(self) -> Sized:
-        """One entry for each own sample that was bad and has been replaced."""
+        """Own samples that were bad and have been replaced, one entry each."""

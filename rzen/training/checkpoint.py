@@ -33,7 +33,7 @@ MOMENT_NAMES = ("exp_avg", "exp_avg_sq")
 def create_moments(engine: Any) -> None:
     """Give a new engine AdamW's state, all zero, so that it can be read and written.
 
-    DeepSpeed would link it to the parameters once the first group has stepped, when the others have no state yet.
+    DeepSpeed links it to the parameters once the first group has stepped, when the other groups have no state yet.
     """
     adamw, sharded = engine.optimizer.optimizer, _is_sharded(engine)
     flats = engine.optimizer.fp32_partitioned_groups_flat if sharded else _flat_parameters(adamw)
@@ -46,7 +46,7 @@ def create_moments(engine: Any) -> None:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A checkpoint in memory, which later steps do not touch: it can be written while training goes on."""
+    """A checkpoint in memory that later steps do not touch, so that it can be written while training continues."""
 
     state: CheckpointState
     """What `state.json` will say, but for the hashes of files that do not exist yet."""
@@ -54,7 +54,7 @@ class Snapshot:
     """File -> its tensors, on the CPU."""
 
     def write(self, folder: Path) -> None:
-        """Into the new `folder`."""
+        """Write the checkpoint into the new `folder`."""
         folder.mkdir(parents=True)
         for name, content in self.tensors.items():
             save_file(content, folder / name)
@@ -63,7 +63,7 @@ class Snapshot:
 
 
 def snapshot(engine: Any, *, step: int, plan_fingerprint: str) -> Snapshot | None:
-    """Of the state after `step` steps. A collective; None on all ranks but rank 0."""
+    """Return the state after `step` steps on rank 0, None on all other ranks. A collective."""
     tensors = {PARAMETERS: full_parameters(engine), MOMENTS: {}}
     for moment in MOMENT_NAMES:
         tensors[MOMENTS] |= {f"{moment}:{name}": value for name, value in full_parameters(engine, moment).items()}
@@ -81,10 +81,10 @@ def snapshot(engine: Any, *, step: int, plan_fingerprint: str) -> Snapshot | Non
 
 
 def restore(engine: Any, folder: Path, *, plan_fingerprint: str) -> int:
-    """Put parameters and moments into an engine with `create_moments`; returns the number of steps done.
+    """Put parameters and moments into an engine with `create_moments`, and return the number of steps done.
 
-    Every rank reads the files. Raises `UserError` where the checkpoint is damaged, of another plan or another model,
-    before the engine is touched.
+    Every rank reads the files. Raises `UserError` for a damaged checkpoint, or one of another plan or model. The engine
+    is then unchanged.
     """
     state = _read_state(folder)
     if state.plan_fingerprint != plan_fingerprint:
@@ -107,9 +107,9 @@ def restore(engine: Any, folder: Path, *, plan_fingerprint: str) -> int:
 
 
 def full_parameters(engine: Any, moment: str | None = None) -> dict[str, Tensor]:
-    """Copy of each trained parameter in fp32, or of a moment of it, on the CPU of rank 0; nothing on other ranks.
+    """Return each trained parameter in fp32, or a moment of it, on the CPU of rank 0. Other ranks get nothing.
 
-    A collective. Goes through one parameter at a time: no other rank ever holds more than one of them whole.
+    A collective. It gathers one parameter at a time, so that no other rank ever holds more than one of them whole.
     """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
@@ -122,7 +122,7 @@ def full_parameters(engine: Any, moment: str | None = None) -> dict[str, Tensor]
 
 
 def read_parameters(engine: Any, folder: Path) -> dict[str, Tensor]:
-    """Of a checkpoint, by name, on the CPU. Raises `UserError` as `restore` does."""
+    """Return the parameters of a checkpoint by name, on the CPU. Raises `UserError` as `restore` does."""
     _read_state(folder)
     return _read_tensors(folder / PARAMETERS, _shapes(engine))
 
@@ -132,7 +132,7 @@ def _updates(engine: Any) -> int:
 
 
 def _is_sharded(engine: Any) -> bool:
-    """Whether the parameters lie in pieces on the ranks: ZeRO stage 3."""
+    """Return whether each rank holds pieces of the parameters: ZeRO stage 3."""
     return int(engine.zero_optimization_stage()) == 3
 
 
@@ -145,9 +145,9 @@ def _put_whole(parameter: Any, value: Tensor, moment: str | None = None) -> None
 
 
 def _put_piece(parameter: Any, value: Tensor, moment: str | None = None) -> None:
-    """This rank's piece of the value: all pieces are equally long, with padding at the end of the last.
+    """Put this rank's piece of the value. All pieces are equally long, with padding at the end of the last.
 
-    DeepSpeed's own call for the whole value knows no padding: it fails, or leaves out the last rank's piece.
+    DeepSpeed's own call for the whole value knows no padding. It fails, or leaves out the last rank's piece.
     """
     from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
@@ -173,7 +173,7 @@ def _use_masters(engine: Any) -> None:
 
 
 def _trained(engine: Any) -> dict[str, Any]:
-    """Any: DeepSpeed gives each parameter methods that see through its partitions."""
+    """Return trained parameters. `Any`, because DeepSpeed gives each of them methods to read its pieces."""
     return {name: parameter for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
 
 
@@ -192,7 +192,7 @@ def _read_state(folder: Path) -> CheckpointState:
 
 
 def _shapes(engine: Any) -> dict[str, torch.Size]:
-    """Of the trained parameters. ZeRO stage 3 leaves them empty, and keeps their shape beside them."""
+    """Return the shapes of the trained parameters. ZeRO stage 3 leaves these empty and keeps their shape separately."""
     return {name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in _trained(engine).items()}
 
 

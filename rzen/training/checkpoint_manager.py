@@ -16,29 +16,28 @@ import torch.distributed as dist
 from rzen.training import checkpoint
 from rzen.training.telemetry import Row
 
-# Between two looks for a notice, which ranks take together. Spot machines are announced two minutes ahead, or half.
-ASK_S = 2.0
+ASK_S = 2.0  # between two checks for a preemption notice, which comes two minutes or 30 s before the machine goes
 
 
 class CheckpointStore(Protocol):
-    """Where checkpoints live. What a folder holds is the business of `rzen.training.checkpoint`."""
+    """Where checkpoints are stored. `rzen.training.checkpoint` decides what a folder holds."""
 
     def latest(self) -> Path | None:
-        """Local folder of the newest published checkpoint; the same checkpoint on all ranks of one start."""
+        """Return the local folder of the checkpoint to resume from, the same one on all ranks of a start."""
 
     def publish(self, folder: Path, step: int) -> None:
-        """Take over a finished folder, all or nothing for readers; it may be moved. Called in a thread of rank 0."""
+        """Publish a finished folder, which may be moved. Readers see all or nothing. A thread of rank 0 calls it."""
 
     def best(self) -> Path | None:
-        """Local folder of the best published checkpoint, if it is not the newest. Called on rank 0 at the end."""
+        """Return the local folder of the best checkpoint, if it is not the newest. Called on rank 0 at the end."""
 
 
 class CheckpointManager:
-    """Looks before and after each step whether to take a checkpoint. Every rank has one; a thread of rank 0 writes.
+    """Decides before and after each step whether to take a checkpoint. Every rank has one. A thread of rank 0 writes.
 
-    As a context it ends when the last checkpoint is written, and raises what went wrong with it. There is a checkpoint
-    of `start` steps already, or nothing to save. Every few seconds all ranks ask `preempted`, which may
-    be a collective; one that says so is enough.
+    As a context it ends when the last checkpoint is written, and raises what went wrong with it. There is already a
+    checkpoint of `start` steps, or nothing to save. Every few seconds all ranks ask `preempted`, which may be a
+    collective. One rank that says yes is enough.
     """
 
     def __init__(
@@ -63,10 +62,10 @@ class CheckpointManager:
         self._writing: Future[None] | None = None
 
     def all_ready(self, ready: bool, done: int) -> bool:
-        """Whether every rank is `ready` for the step after `done` steps. A collective, to be repeated until it is.
+        """Return whether every rank is `ready` for the step after `done` steps. A collective, repeated until it is.
 
-        Looks for a notice now and then, and takes a checkpoint then: also while no batch comes, as where the node that
-        is about to go takes no more tasks of the feed.
+        Every few seconds it checks for a preemption notice, and takes a checkpoint if there is one. It does so also
+        while no batch comes: a node that is about to go takes no more tasks of the data loader.
         """
         # Ranks must ask together, and by clocks of their own some would ask earlier than others.
         recent = self._noticed or time.monotonic() - self._asked_s < ASK_S
@@ -83,7 +82,7 @@ class CheckpointManager:
         return all_are_ready
 
     def after(self, row: Row, *, is_last: bool) -> None:
-        """A collective. `row` is that of the step that has been done."""
+        """Take a checkpoint if one is due after the step of `row`. A collective."""
         done = int(row["step"]) + 1
         # Not while steps are skipped: it may be the weights, and then the last checkpoint is a better one.
         if is_last or (done % self._every_steps == 0 and not row["skipped"]):

@@ -1,4 +1,4 @@
-"""What to say when step after step has no finite loss or gradient: which samples to look at."""
+"""The error for training that has diverged: which samples to look at when step after step is not finite."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _NAMED = 5
 
 
 def divergence_error(learner: Learner, fed: FeedBatchProtocol, row: Row, num_skipped: int) -> UserError:
-    """The error that ends a run whose last `num_skipped` steps were skipped; `fed` and `row` are those of the last one.
+    """Return the error that ends a run whose last `num_skipped` steps were skipped. `fed`, `row`: of the last one.
 
-    A collective. The weights are those before these steps, so that embedding the samples again, each alone, tells
-    which of them have no finite vector.
+    The weights are those before these steps. So embedding each sample again, one by one, shows which of them have no
+    finite vector. A collective.
     """
     keys, broken = _all_ranks(fed.batch.keys), _all_ranks(_broken(learner, fed.batch))
     if len(broken) == len(keys):
@@ -46,7 +46,7 @@ def _broken(learner: Learner, pairs: EncodedPairs) -> list[str]:
 
 
 def _sides(pairs: EncodedPairs) -> Iterator[list[EncodedBatch]]:
-    """Query, target and mined negatives of each pair."""
+    """Yield query, target and mined negatives of each pair."""
     start = 0
     for index, count in enumerate(pairs.negative_counts.tolist()):
         sides = [role.slice(index, index + 1) for role in (pairs.queries, pairs.targets)]

@@ -1,9 +1,11 @@
-"""For ZeRO stage 3: every rank calls the same modules in the same order, whatever its share of the batch is.
+"""ZeRO stage 3: make every rank call the same modules in the same order, whatever its share of the batch is.
 
-Stage 3 gathers the weights of a module from all ranks when it is called. A rank whose share has no visuals, or makes
-fewer chunks, would not call what the others call, and all would wait for each other for ever. So each chunk gets a
-blank side, the smallest image and video that there are, and ranks with fewer chunks get chunks of it alone. Its vectors
-are dropped, which leaves gradients of zero: the step is that of the samples alone (tests/parity/test_deepspeed.py).
+Stage 3 gathers the weights of a module from all ranks when it is called. A rank without visuals, or with fewer chunks,
+would not call what the others call. All ranks would then wait for each other indefinitely.
+
+So each chunk gets a dummy input, with the smallest image and video. Ranks with fewer chunks get chunks of only that.
+Its vectors are dropped, so that its gradients are zero. The step stays that of the samples
+(tests/parity/test_deepspeed.py).
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from rzen.model.chunks import Indices
 
 
 def dummy_input(backbone: Any) -> EncodedBatch:
-    """One side of six tokens: an image and a video of one token each."""
+    """Return an input of six tokens, with an image and a video of one token each."""
     config = backbone.config
     vision = config.vision_config
     merged = vision.spatial_merge_size
@@ -42,7 +44,7 @@ def dummy_input(backbone: Any) -> EncodedBatch:
 
 
 def align_chunk_counts(chunks: Sequence[Indices], blank: int, device: torch.device) -> list[Indices]:
-    """The chunks with side `blank` at the end of each, and as many on every rank. A collective."""
+    """Return the chunks with input `blank` at the end of each, equally many on every rank. A collective."""
     num_chunks = torch.tensor(len(chunks), device=device)
     if dist.is_initialized():
         dist.all_reduce(num_chunks, dist.ReduceOp.MAX)

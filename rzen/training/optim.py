@@ -1,4 +1,4 @@
-"""The optimizer: which parameter decays, the learning rate of a step, and temperatures that stay within bounds."""
+"""The optimizer: which parameters decay, the learning rate of a step, temperatures within bounds."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from rzen.training.step import Learner
 
 
 def lr_at(step: int, num_steps: int, config: OptimConfig) -> float:
-    """Learning rate of step 0 <= step < num_steps: linear warm-up, then half a cosine (paper, section 4: cosine).
+    """Return the learning rate of step 0 <= step < num_steps: linear warm-up, then half a cosine (paper, section 4).
 
-    The first step after the warm-up has the peak rate, the last step `final_lr_fraction` of it. A pure function of the
-    step, so that a resumed run needs no state for it.
+    The first step after the warm-up has the peak rate, the last step `final_lr_fraction` of it. It is a pure function
+    of the step, so that a resumed run needs no state for it.
     """
     warmup_steps = int(config.warmup_fraction * num_steps)
     if step < warmup_steps:
@@ -28,10 +28,10 @@ def lr_at(step: int, num_steps: int, config: OptimConfig) -> float:
 
 
 def build_optimizer(learner: Learner, config: OptimConfig) -> AdamW:
-    """AdamW over the trained parameters; temperatures are projected onto their bounds after each step.
+    """Return AdamW over the trained parameters. It projects temperatures onto their bounds after each step.
 
-    The projection is a hook of this optimizer, so that under DeepSpeed, which hands it the fp32 master copy of each
-    group, it is the master copy that is clamped.
+    The projection is a hook of this optimizer. DeepSpeed hands the optimizer the fp32 master copy of each group, so the
+    master copy is what the hook clamps.
     """
     first, second = config.betas
     optimizer = AdamW(parameter_groups(learner, config), lr=config.lr, betas=(first, second))
@@ -40,9 +40,10 @@ def build_optimizer(learner: Learner, config: OptimConfig) -> AdamW:
 
 
 def parameter_groups(learner: Learner, config: OptimConfig) -> list[dict[str, Any]]:
-    """Matrices decay; norms, biases and temperatures do not, and temperatures have a learning rate of their own.
+    """Return the groups of parameters. Matrices decay; norms, biases and temperatures do not.
 
-    `lr_scale` multiplies the rate of a group, `bounds` (None or low, high) clamp it. Empty groups are left out.
+    `lr_scale` multiplies the rate of a group; temperatures have their own. `bounds` (None or low, high) clamp a group.
+    Empty groups are left out.
     """
     trained = [p for p in learner.embedder.parameters() if p.requires_grad]
     theta = [p for p in learner.objective.parameters() if p.requires_grad]

@@ -21,8 +21,8 @@ from rzen.training.zero_grads import with_zero_grads_for_unused
 class Learner(nn.Module):
     """Model and objective as one module, as data parallelism needs it.
 
-    With gradients averaged over ranks, W ranks of B pairs equal one process with W * B pairs, parameters and
-    temperatures alike (tests/parity/test_training_step.py).
+    With gradients averaged over ranks, W ranks of B pairs equal one process with W * B pairs. This holds for parameters
+    and temperatures (tests/parity/test_training_step.py).
     """
 
     def __init__(

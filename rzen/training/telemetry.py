@@ -1,4 +1,4 @@
-"""What training measures, under which name and in which unit: one row per step, equal on all ranks."""
+"""The metrics of training, with names and units: one row per step, equal on all ranks."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Row = dict[str, float | int | str]
 
 @dataclass(frozen=True)
 class Metric:
-    """One number of a row, as dashboards and READMEs show it."""
+    """One metric, as dashboards and READMEs show it."""
 
     description: str
     unit: str = ""
 
 
 METRICS = {
-    "loss": Metric("of the objective, mean over ranks; not comparable across its options"),
+    "loss": Metric("value of the objective, mean over ranks; not comparable across its options"),
     "accuracy": Metric("queries whose positive beats every kept negative; of graded pairs, those in order", "fraction"),
     "temperature": Metric("tau of the step's task"),
     "dropped_fraction": Metric("negatives dropped as duplicates, false negatives or by the margin", "fraction"),
@@ -33,25 +33,25 @@ METRICS = {
     "grad_norm": Metric("norm of the averaged gradient, before clipping"),
     "lr": Metric("learning rate, temperatures apart"),
     "skipped": Metric("1 if the step was skipped, because its loss or gradient was not finite"),
-    "feed_wait_s": Metric("waiting for the batch, mean over ranks", "s"),
-    "feed_wait_fraction": Metric("share of the step that was spent so", "fraction"),
+    "feed_wait_s": Metric("time spent waiting for the batch, mean over ranks", "s"),
+    "feed_wait_fraction": Metric("share of the step that was spent waiting for the batch", "fraction"),
     "step_s": Metric("the whole step, waiting included, mean over ranks", "s"),
     "samples_per_s": Metric("pairs of all ranks per second", "1/s"),
-    "tokens": Metric("of all sides and ranks, visual tokens included, padding not"),
-    "tokens_per_s": Metric("of them per second", "1/s"),
+    "tokens": Metric("tokens of all inputs and ranks, visual tokens included, padding not"),
+    "tokens_per_s": Metric("tokens per second", "1/s"),
     "padding_fraction": Metric("padding among the tokens that were computed, mean over ranks", "fraction"),
     "bad_samples": Metric("samples of the step, over all ranks, that could not be decoded and were replaced"),
 }
-"""The numbers of a row. Beside them it names its `step`, `source` and `task`, those of several blocks joined by `+`."""
+"""The metrics of a row. A row also has its `step`, `source` and `task`. Names of several blocks are joined by `+`."""
 
 RUN_METRICS = {
     "progress": Metric("share of the steps that are done", "fraction"),
     "checkpoint_time_s": Metric("when the newest checkpoint was in place, or the worker began: Unix time", "s"),
 }
-"""Numbers of a run apart from its steps, for monitoring only."""
+"""Metrics of a run that are not those of a step, for monitoring only."""
 
 REJECTED = "rejected"
-"""Counter for monitoring: samples that could not be decoded and were replaced, by source and reason."""
+"""Name of the counter of samples that could not be decoded and were replaced, by source and reason."""
 
 
 def step_row(
@@ -65,7 +65,7 @@ def step_row(
     step_s: float,
     device: torch.device,
 ) -> Row:
-    """The row of a step. `stats` are the learner's, 0-dim. A collective: one all-reduce of a few numbers."""
+    """Return the row of a step. `stats` are the learner's, 0-dim. A collective: one all-reduce of a few numbers."""
     measured: dict[str, float | Tensor] = {
         **stats,
         "feed_wait_s": feed_wait_s,
@@ -92,7 +92,7 @@ def step_row(
 
 
 def _mean_over_ranks(values: Mapping[str, float | Tensor], device: torch.device) -> dict[str, float]:
-    """Every rank must pass the same names in the same order."""
+    """Return the means. Every rank must pass the same names in the same order."""
     means = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=device) for value in values.values()])
     dist.all_reduce(means)
     return dict(zip(values, (means / dist.get_world_size()).tolist(), strict=True))

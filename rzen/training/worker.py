@@ -45,21 +45,21 @@ WHOLE_ELEMENTS = 100_000
 
 @dataclass(frozen=True)
 class Stage:
-    """Everything that decides the weights, apart from the data and the number of workers."""
+    """Everything that decides the weights, except the data and the number of workers."""
 
     model: ModelConfig
     objective: ObjectiveConfig
     optim: OptimConfig
     num_steps: int
     seed: int
-    """Of new adapters and of dropout."""
+    """Seed of new adapters and of dropout."""
     checkpoint_every_steps: int
     plan_fingerprint: str
-    """A checkpoint of another plan is refused."""
+    """Fingerprint of the batches. A checkpoint of another plan is refused."""
     chunk_tokens: int | None = None
-    """Gradient caching in chunks of so many tokens (`rzen.model.chunks`). Decides memory and time, not the weights."""
+    """Tokens of a chunk for gradient caching (`rzen.model.chunks`). Decides memory and time, not the weights."""
     stop: int | None = None
-    """Pause with a checkpoint after so many steps; a model is written after the last one only. `None`: do not pause."""
+    """Pause with a checkpoint after this many steps. A model is written only after the last step. None: no pause."""
 
 
 def train_stage(
@@ -75,16 +75,18 @@ def train_stage(
     preempted: Callable[[], bool] = lambda: False,
     num_threads: int | None = None,
 ) -> None:
-    """Train from the newest checkpoint, or from the start, to the last step or `stage.stop`. Every rank calls it.
+    """Train from the checkpoint that `checkpoints` resumes, or from step 0, to the last step or `stage.stop`.
 
-    `batches(n)` yields this rank's batches of step n, n + 1, ... The model (an adapter directory, or a full one for
-    `load_encoder`) appears in `output` of rank 0's machine, and that of the best checkpoint, where it is not the last,
-    in `best` beside it. `on_metrics` is called on rank 0 after each step. `preempted`, which all ranks ask every few
-    seconds, tells whether a node is about to go, or the run: then there is a checkpoint at once. Uses the process group
-    that exists, and otherwise makes one of one process. `num_threads` of torch on the CPU.
+    Every rank calls it. `batches(n)` yields this rank's batches of step n, n + 1, ... The model appears in `output` on
+    rank 0's machine: an adapter directory, or a full one for `load_encoder`. If the best checkpoint is not the last,
+    its model appears in `best` next to it.
 
-    Raises `UserError` where too many steps in a row have no finite loss or gradient, or a checkpoint does not fit;
-    `RuntimeError` where the batches end early or come out of order.
+    `on_metrics` is called on rank 0 after each step. All ranks ask `preempted` every few seconds. If it returns True, a
+    node or the run is about to stop, and a checkpoint is taken at once. The process group that exists is used, else one
+    of one process is made. `num_threads` is that of torch on the CPU.
+
+    Raises `UserError` where too many steps in a row have no finite loss or gradient, or where a checkpoint does not
+    fit. Raises `RuntimeError` where the batches end early or come out of order.
     """
     if num_threads is not None:
         torch.set_num_threads(num_threads)
@@ -125,7 +127,7 @@ def train_stage(
 def _arrivals(
     feed: Executor, batches: Iterator[FeedBatchProtocol], checkpoint_manager: CheckpointManager, start: int
 ) -> Iterator[FeedBatchProtocol | None]:
-    """The batches from step `start` on, each when all ranks have theirs; None where they end."""
+    """Yield the batches from step `start` on, each when all ranks have theirs; None where they end."""
     for step in count(start):
         coming = feed.submit(next, batches, None)
         ready = False
@@ -179,14 +181,14 @@ def _run_steps(
 
 
 def ensure_process_group() -> None:
-    """Join the process group that exists, or be a group of one until the process ends."""
+    """Use the process group that exists, or make one of this process that lasts until it ends."""
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
 
 
 def build_learner(stage: Stage, backbone_dir: str, init_adapter: Path | None, tasks: Sequence[str]) -> Learner:
-    """Backbone, new or given adapter, and one temperature per task, on the CPU. Equal on all ranks.
+    """Return backbone, new or given adapter, and one temperature per task, on the CPU. Equal on all ranks.
 
     Raises `UserError` for a directory that is no checkpoint, or an adapter that does not fit.
     """
@@ -206,20 +208,20 @@ def build_learner(stage: Stage, backbone_dir: str, init_adapter: Path | None, ta
 
 
 def build_engine(learner: Learner, stage: Stage) -> tuple[Any, torch.optim.Optimizer]:
-    """DeepSpeed's engine around the learner, and the AdamW within it, whose groups the learning rate is set on.
+    """Return DeepSpeed's engine around the learner, and the AdamW in it, whose groups have the learning rates.
 
-    On the GPU if the process group has NCCL, else on the CPU.
+    The engine is on the GPU if the process group has NCCL, else on the CPU.
     """
     on_gpu = "nccl" in dist.get_backend_config()
     if not on_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ.setdefault("LOCAL_RANK", str(dist.get_rank()))  # set by launchers; without one, all ranks are here
-    import deepspeed  # only here, for it reads the variables above
+    import deepspeed  # here, because it reads the variables above
     import deepspeed.ops
 
     if not on_gpu:
-        # Left alone, it compiles an extension for shared memory; a build that is killed leaves a lock, on which every
-        # later run waits for ever.
+        # Otherwise it compiles an extension for shared memory. A build that is killed leaves a lock, on which every
+        # later run waits indefinitely.
         deepspeed.ops.__compatible_ops__ = {}
     optimizer = build_optimizer(learner, stage.optim)
     settings = {
@@ -235,8 +237,8 @@ def build_engine(learner: Learner, stage: Stage) -> tuple[Any, torch.optim.Optim
             "reduce_bucket_size": BUCKET_ELEMENTS,
             "allgather_bucket_size": BUCKET_ELEMENTS,
             "stage3_prefetch_bucket_size": BUCKET_ELEMENTS,
-            # Weights are let go after each use: to find out when the next one comes takes DeepSpeed minutes in models
-            # of many small modules, such as those with adapters.
+            # Weights are released after each use. In models of many small modules, such as those with adapters,
+            # DeepSpeed takes minutes to find out when the next use comes.
             "stage3_max_reuse_distance": 0,
             "stage3_param_persistence_threshold": WHOLE_ELEMENTS,
         },
@@ -247,11 +249,11 @@ def build_engine(learner: Learner, stage: Stage) -> tuple[Any, torch.optim.Optim
 
 
 def update(engine: Any, loss: Tensor) -> bool:
-    """Backward pass and optimizer step; False where a gradient was not finite, and the step was skipped on all ranks.
+    """Run the backward pass and the optimizer step. Return False if a gradient was not finite.
 
-    Gradients are averaged after the backward pass, in the order of the parameters. Left to itself, DeepSpeed sends
-    them in the order in which they are ready, which is another one on a rank whose share has no visuals: it would add
-    up gradients of different parameters without a word (tests/parity/test_deepspeed.py).
+    All ranks then skip the step. Gradients are averaged after the backward pass, in the order of the parameters. By
+    default DeepSpeed sends them in the order in which they are ready. That order differs on a rank without visuals, and
+    DeepSpeed would silently add up gradients of different parameters (tests/parity/test_deepspeed.py).
     """
     with engine.coalesce_grad_reduction():
         engine.backward(loss)
@@ -268,7 +270,7 @@ def seed_step(seed: int, step: int) -> None:
 def save_model(stage: Stage, engine: Any, weights: Mapping[str, Tensor], backbone_dir: str, output: Path) -> None:
     """Write the adapter (fp32) or model (its own type) of these `weights` into the new folder `output`.
 
-    Rank 0 writes. The engine cannot train on: its weights become these.
+    Rank 0 writes. The engine cannot train any more, because its weights become these.
     """
     if dist.get_rank() != 0:
         return

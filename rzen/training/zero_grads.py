@@ -12,10 +12,10 @@ from torch import Tensor
 def with_zero_grads_for_unused(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     """Return the loss unchanged, with a gradient for each of the parameters: zero where the loss does not depend on it.
 
-    Where the loss is not finite, no gradient is finite, so that the step is skipped on all ranks.
+    Where the loss is not finite, no gradient is finite. All ranks then skip the step.
 
-    Without it, a batch of text leaves the vision tower without gradient. Ranks whose batches differ in that would fill
-    their communication buckets differently, and wait for each other indefinitely or reduce the wrong numbers.
+    Without it, a batch of text leaves the vision tower without gradient. Ranks that differ in that fill their
+    communication buckets differently. They wait for each other indefinitely, or reduce the wrong numbers.
     """
     reached: Tensor = _Reach.apply(loss, *parameters)  # type: ignore[no-untyped-call]
     return reached

@@ -94,7 +94,7 @@ def test_the_others_go_on_when_enough_can_be_left(tmp_path: Path, fits: Fits) ->
 
 
 def test_the_job_ends_as_soon_as_too_few_can_be_left(tmp_path: Path, fits: Fits) -> None:
-    with pytest.raises(UserError, match="bad1: failed for good: bad1: is lost; so did bad2; give it up; the same"):
+    with pytest.raises(UserError, match="bad1: failed permanently: bad1: is lost; so did bad2; give it up; the same"):
         launch(specs(tmp_path, "bad1 bad2 r3 r4"), max_parallel=1, min_survivors=3)
     assert fits.started == ["bad1", "bad2"]
 
@@ -102,7 +102,10 @@ def test_the_job_ends_as_soon_as_too_few_can_be_left(tmp_path: Path, fits: Fits)
 def test_survivors_that_have_failed_before_are_missed_at_once(tmp_path: Path, fits: Fits) -> None:
     runs = specs(tmp_path, "bad1 r2")
     launch(runs, max_parallel=1, min_survivors=1)
-    with pytest.raises(UserError, match="bad1: failed for good before; 2 must end well; set retry_failed: true"):
+    with pytest.raises(
+        UserError,
+        match="bad1: failed permanently in an earlier launch: at least 2 runs must succeed; set retry_failed: true",
+    ):
         launch(runs, max_parallel=1, min_survivors=2, failed_before={"bad1": Run(runs[0]).id})
 
 

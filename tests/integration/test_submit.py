@@ -137,7 +137,7 @@ def test_a_stopped_job_leaves_a_checkpoint_and_goes_on(cluster: Cluster, tmp_pat
     stopped = cluster.run("ray", "job", "stop", job, cwd=tmp_path)
     assert stopped.returncode == 0, stopped.stdout + stopped.stderr
     log = cluster.run("ray", "job", "logs", job, cwd=tmp_path).stdout
-    assert "saving; the same command goes on from there" in log
+    assert "saving; the same command resumes from there" in log
     checkpoint = json.loads((run / "latest.json").read_text())["path"]  # the spec asks for none
     step = json.loads((run / checkpoint / "state.json").read_text())["step"]
     assert 0 < step < 600
@@ -145,6 +145,6 @@ def test_a_stopped_job_leaves_a_checkpoint_and_goes_on(cluster: Cluster, tmp_pat
     (tmp_path / "train.yaml").write_text(train(tmp_path, 600))
     again = cluster.run("rzen", "submit", "train.yaml", cwd=tmp_path)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert f"goes on from step {step}" in again.stdout
+    assert f"resumes from step {step}" in again.stdout
     rows = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert rows == list(range(600))

@@ -1,12 +1,12 @@
 import pytest
 
-from rzen.inputs.prompts import TEMPLATES, Piece, Span, render, side_pieces
+from rzen.inputs.prompts import TEMPLATES, Piece, Span, input_pieces, render
 
 SYSTEM = "Given an image, summarize the provided image in one word. Given only text, describe the text in one word."
 
 
 def test_paper_prompt_of_text() -> None:
-    assert render(side_pieces("rzen_paper", "", "a red cat", [])) == (
+    assert render(input_pieces("rzen_paper", "", "a red cat", [])) == (
         f"<|im_start|>system\n{SYSTEM}<|im_end|>\n"
         "<|im_start|>user\na red cat Represent the given text in one word.<|im_end|>\n"
         "<|im_start|>assistant\n<|endoftext|>"
@@ -14,7 +14,7 @@ def test_paper_prompt_of_text() -> None:
 
 
 def test_paper_prompt_of_an_image_and_a_video_with_text() -> None:
-    assert render(side_pieces("rzen_paper", "", "find it", [Span("image", 3), Span("video", 2)])) == (
+    assert render(input_pieces("rzen_paper", "", "find it", [Span("image", 3), Span("video", 2)])) == (
         f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
         "<|vision_start|><|image_pad|><|image_pad|><|image_pad|><|vision_end|>"
         "<|vision_start|><|video_pad|><|video_pad|><|vision_end|>"
@@ -25,12 +25,12 @@ def test_paper_prompt_of_an_image_and_a_video_with_text() -> None:
 
 def test_paper_suffix_follows_a_visual_without_a_space() -> None:
     assert "<|vision_end|>Represent the given image in one word.<|im_end|>" in render(
-        side_pieces("rzen_paper", "", "", [Span("image", 1)])
+        input_pieces("rzen_paper", "", "", [Span("image", 1)])
     )
 
 
 def test_release_prompt_has_its_system_text_and_no_suffix() -> None:
-    assert render(side_pieces("rzen_release", "", "a red cat", [Span("image", 1)])) == (
+    assert render(input_pieces("rzen_release", "", "a red cat", [Span("image", 1)])) == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
         "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>a red cat<|im_end|>\n"
         "<|im_start|>assistant\n<|endoftext|>"
@@ -38,24 +38,24 @@ def test_release_prompt_has_its_system_text_and_no_suffix() -> None:
 
 
 def test_plain_prompt_has_no_system_turn() -> None:
-    assert render(side_pieces("plain", "", "a red cat", [])) == (
+    assert render(input_pieces("plain", "", "a red cat", [])) == (
         "<|im_start|>user\na red cat<|im_end|>\n<|im_start|>assistant\n<|endoftext|>"
     )
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_every_prompt_ends_with_the_pooled_token(name: str) -> None:
-    assert side_pieces(name, "", "a", [])[-1] == Piece("special", "<|endoftext|>")  # type: ignore[arg-type]
+    assert input_pieces(name, "", "a", [])[-1] == Piece("special", "<|endoftext|>")  # type: ignore[arg-type]
 
 
 def test_users_texts_are_pieces_apart_from_ours() -> None:
-    pieces = side_pieces("rzen_paper", "Find it:", "<|im_end|>", [Span("image", 1)])
+    pieces = input_pieces("rzen_paper", "Find it:", "<|im_end|>", [Span("image", 1)])
     assert [piece.text for piece in pieces if piece.kind == "instruction"] == ["Find it:"]
     assert [piece.text for piece in pieces if piece.kind == "text"] == [" <|im_end|>"]
 
 
 def test_temporal_patches_stand_after_their_times() -> None:
-    pieces = side_pieces("plain", "", "a cat", [Span("video", 2, "<0.3 seconds>"), Span("video", 2, "<1.0 seconds>")])
+    pieces = input_pieces("plain", "", "a cat", [Span("video", 2, "<0.3 seconds>"), Span("video", 2, "<1.0 seconds>")])
     patch = "<|vision_start|><|video_pad|><|video_pad|><|vision_end|>"
     assert f"user\n<0.3 seconds>{patch}<1.0 seconds>{patch}a cat" in render(pieces)
 
@@ -70,4 +70,4 @@ def test_temporal_patches_stand_after_their_times() -> None:
     ],
 )
 def test_instruction_and_text_are_stripped_and_joined(instruction: str, text: str, joined: str) -> None:
-    assert f"<|im_start|>user\n{joined}<|im_end|>" in render(side_pieces("plain", instruction, text, []))
+    assert f"<|im_start|>user\n{joined}<|im_end|>" in render(input_pieces("plain", instruction, text, []))
