@@ -1,1 +1,1 @@
-"""What other libraries need beside the weights of an exported model, a file for each of them."""
+"""Export a model: merged weights, the files that other libraries need, and the model card."""

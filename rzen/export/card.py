@@ -1,6 +1,6 @@
 """The model card: README.md of an export, in Markdown with the front matter that the hub reads.
 
-It tells what the directory and the files that it was made from say, and nothing that nobody has said.
+It repeats what the directory and the files that it was made from say, and adds nothing.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ CARD = "README.md"
 
 @dataclass(frozen=True)
 class ModelCardData:
-    """What the weights do not tell."""
+    """What the weights do not say."""
 
     title: str = "An embedding model trained with rzen"
     base: str | None = None
-    """The base as the job names it: a hub name is linked."""
+    """Base as the job names it. A hub name becomes a link."""
     adapter: str | None = None
-    """The adapter as the job names it."""
+    """Adapter as the job names it."""
     recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Name of a training run -> its `spec.json`: resolved spec, data fingerprints, versions, revision of the code."""
     weights: Mapping[str, float] = field(default_factory=dict)
     """Name of a run -> its weight, where this is a soup."""
     method: str | None = None
-    """Of the soup."""
+    """Method of the soup."""
     scores: Mapping[str, Any] = field(default_factory=dict)
-    """Of this model: `rows` of an evaluation's results.json, and its `settings`."""
+    """Scores of this model: `rows` of an evaluation's results.json, and its `settings`."""
     license: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
-    """Of what exported it, with `revision` among them."""
+    """Versions of the libraries that exported it, and `revision` of the code."""
 
 
 def model_card(

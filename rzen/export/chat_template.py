@@ -1,7 +1,8 @@
 """A model's prompt as a Jinja chat template, for libraries that render conversations.
 
-A conversation is one side: at most one system message, whose text is the instruction, and one user message with visuals
-and text. Visuals come first, whatever their place in the message; what cannot be rendered as it was trained is refused.
+A conversation is one input. It has at most one system message, whose text is the instruction, and one user message
+with visuals and text. Visuals come first, whatever their place in the message. The template refuses what it cannot
+render as it was trained.
 """
 
 from __future__ import annotations
@@ -56,9 +57,9 @@ _END = """\
 
 
 def chat_template(identity: ModelIdentity, family: Family) -> str:
-    """The template of an identity's prompt (tests/parity/test_export.py: equal to `Processor.pieces`).
+    """Return the template of an identity's prompt. tests/parity/test_export.py compares it with `Processor.pieces`.
 
-    Where the family writes times, transformers' processor puts marks of its own around each temporal patch of a video.
+    If the family writes times, transformers' processor puts its own marks around each temporal patch of a video.
     """
     template = TEMPLATES[identity.prompt.template]
     image = VISION_START + PADS["image"] + VISION_END

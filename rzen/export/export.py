@@ -1,4 +1,4 @@
-"""One directory for everybody: adapter folded into the base, and what other libraries need to read it alike.
+"""Export one directory: the adapter merged into the base, and what other libraries need to give the same vectors.
 
     model          weights, tokenizer, sizes of media: AutoModel and rzen, which mteb is given; by the files of
                    rzen/export sentence-transformers and vLLM, where they can read the model as it was trained
@@ -44,26 +44,26 @@ COMPANIONS = ("*.txt", "*.jinja", "tokenizer*.json", "special_tokens_map.json", 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What an exported directory is to be, beside its weights."""
+    """Settings of an exported directory that are not its weights."""
 
     format: Format = "model"
     dtype: Dtype = "bfloat16"
     frames: int = 8
-    """Of a video, for libraries that sample frames and size them by a fixed number. Even."""
+    """Frames of a video, for libraries that sample frames and size them by a fixed number. Even."""
     instructions: dict[str, str] = field(default_factory=dict)
     """Name -> instruction, for `encode(..., prompt_name=...)` of sentence-transformers."""
     facts: ModelCardData = field(default_factory=ModelCardData)
-    """What the card tells."""
+    """Contents of the model card."""
 
 
 def export_model(
     base_dir: str, adapter_dir: Path | None, out_dir: Path, identity: ModelIdentity, options: ExportOptions
 ) -> str | None:
-    """Write the base with the adapter merged in fp32 and rounded once. Appears complete or not at all.
+    """Write the base with the adapter merged in fp32 and rounded once. `out_dir` appears complete or not at all.
 
-    Returns why libraries other than rzen and the one of the format cannot read it as it was trained, if they cannot.
-    Raises `UserError` where `out_dir` exists, the adapter does not fit the base or was trained with another identity,
-    and for a format that cannot hold the model.
+    Returns the reason if libraries other than rzen and the one of the format cannot read it as it was trained. Raises
+    `UserError` where `out_dir` exists, or the adapter does not fit the base or was trained with another identity.
+    Raises it too for a format that cannot hold the model.
     """
     if out_dir.exists():
         raise UserError(str(out_dir), "exists already", "name a new directory for the model")
@@ -107,7 +107,7 @@ def write_model(
 ) -> None:
     """Write a full model, rounded once to `dtype` in place, with the tokenizer and preprocessor of its `base`.
 
-    `lineage` says what it was made from. Appears complete or not at all.
+    `lineage` says what it was made from. `out_dir` appears complete or not at all.
     """
     with atomic_directory(out_dir) as folder:
         _write_weights(model, base, folder, dtype)
@@ -120,7 +120,7 @@ def write_identity(folder: Path, identity: ModelIdentity, dtype: Dtype, lineage:
 
 
 def load_encoder(model_dir: str, dtype: Dtype | None = None) -> tuple[Processor, EmbeddingModel]:
-    """Processor and frozen embedder of an exported model, on the CPU; `dtype` replaces the stored one.
+    """Return processor and frozen model of an exported directory, on the CPU. `dtype` replaces the stored one.
 
     Raises `UserError` where the directory is no exported model.
     """
@@ -139,10 +139,10 @@ def _plain(base_dir: str, dtype: Dtype) -> ModelConfig:
 
 
 def _write_weights(model: PreTrainedModel, base: Path, folder: Path, dtype: Dtype) -> None:
-    """The weights under the names and the architecture that checkpoints of the family have on the hub.
+    """Write the weights under the names and the architecture that checkpoints of the family have on the hub.
 
-    AutoModel finds its own in them, vLLM and transformers 4 know no others. There is no head: it is tied to the
-    embeddings, so that none is missing where one is made.
+    AutoModel finds its own names in them. vLLM and transformers 4 know no others. There is no head: it is tied to the
+    embeddings, so that a library that makes one misses nothing.
     """
     config = type(model.config).from_dict(model.config.to_dict() | {"tie_word_embeddings": True})
     with torch.device("meta"):
@@ -157,7 +157,7 @@ def _write_weights(model: PreTrainedModel, base: Path, folder: Path, dtype: Dtyp
 
 
 def _copy_adapter(adapter_dir: Path, folder: Path, lineage: dict[str, str]) -> None:
-    """PEFT's files, which name the base as the export does, not as a worker found it."""
+    """Copy PEFT's files. They name the base as the export does, not by its path on a worker."""
     shutil.copyfile(adapter_dir / WEIGHTS, folder / WEIGHTS)
     config = json.loads((adapter_dir / CONFIG).read_text())
     _write_json(folder / CONFIG, config | {"base_model_name_or_path": lineage["base"]})
@@ -166,7 +166,7 @@ def _copy_adapter(adapter_dir: Path, folder: Path, lineage: dict[str, str]) -> N
 
 
 def _check_identity(adapter_dir: Path, identity: ModelIdentity, base_sha256: str) -> None:
-    """An adapter that says what it was trained with must say the same; one from elsewhere says nothing."""
+    """Refuse an adapter that was trained with another identity. One from elsewhere names none."""
     path = adapter_dir / IDENTITY
     saved = json.loads(path.read_text()) if path.is_file() else {}
     trained = read_identity(adapter_dir, identity).model_dump() | {"base_sha256": saved.get("base_sha256", base_sha256)}

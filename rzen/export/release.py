@@ -1,7 +1,7 @@
-"""A directory that the inference script released with RzenEmbed reads, under the transformers 4.51 that it needs.
+"""Export for the inference script released with RzenEmbed, under the transformers 4.51 that it needs.
 
-The script counts positions in one dimension and brings its own prompt, so that only models trained alike give the same
-vectors there.
+The script counts positions in one dimension and brings its own prompt. Only models that were trained that way give the
+same vectors there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _NEW = {"dtype", "layer_types", "model_type", "rope_parameters", "text_config", 
 
 
 def check(base: Path, identity: ModelIdentity) -> None:
-    """Raises `UserError` for a model that the script would read in another way than it was trained."""
+    """Raise `UserError` for a model that the script would read in another way than it was trained."""
     model_type = json.loads((base / "config.json").read_text())["model_type"]
     readout, fix = identity.readout, "export it with format: model, or train a model for the script"
     wanted = {
@@ -36,7 +36,7 @@ def check(base: Path, identity: ModelIdentity) -> None:
 def write_files(folder: Path, identity: ModelIdentity) -> None:
     """Rewrite configuration, tokenizer's settings and image sizes of an exported Qwen2-VL for transformers 4.51.
 
-    transformers 5, and all of rzen, read them as well.
+    transformers 5 and rzen read them as well.
     """
     config = json.loads((folder / "config.json").read_text())
     _write(folder / "config.json", flat_config(config))
@@ -55,7 +55,7 @@ def write_files(folder: Path, identity: ModelIdentity) -> None:
 
 
 def flat_config(config: dict[str, Any]) -> dict[str, Any]:
-    """A Qwen2-VL configuration of transformers 4, from one of 4 or 5."""
+    """Return a Qwen2-VL configuration of transformers 4, from one of 4 or 5."""
     if "text_config" not in config:
         return config
     text, vision, root = (

@@ -1,7 +1,7 @@
-"""The small files by which sentence-transformers 6 and vLLM's pooling runner read an exported model as it was trained.
+"""Files for sentence-transformers 6 and vLLM's pooling runner, so that both read a model as it was trained.
 
-Both read the same: a list of modules, how to pool, how large images and videos may be, and the chat template. Names and
-order are those that vLLM compares: it takes the first true value of the pooling's settings.
+Both read the same files: a list of modules, the pooling, the sizes of images and videos, the chat template. Names and
+their order are those that vLLM compares. It takes the first true value of the pooling's settings.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MODULES = ("", "1_Pooling", "2_Normalize")
 
 
 def unsupported_reason(identity: ModelIdentity) -> str | None:
-    """Why other libraries cannot read a model as it was trained; None where they can."""
+    """Return why other libraries cannot read a model as it was trained; None where they can."""
     if identity.readout.direction == "bidirectional":
         return "its tokens see those after them too, which other libraries cannot be told"
     if identity.readout.positions == "1d":
@@ -33,9 +33,9 @@ def unsupported_reason(identity: ModelIdentity) -> str | None:
 
 
 def write_files(folder: Path, identity: ModelIdentity, frames: int, instructions: Mapping[str, str]) -> None:
-    """Add the files to an exported model, whose identity must be one that `unsupported_reason` has nothing against.
+    """Add the files to an exported model. `unsupported_reason` of its identity must be None.
 
-    `frames` of a video share `max_visual_tokens`; `instructions` by name, for `encode(..., prompt_name=...)`.
+    The `frames` of a video share `max_visual_tokens`. `instructions` have names, for `encode(..., prompt_name=...)`.
     """
     config = json.loads((folder / "config.json").read_text())
     width = config.get("text_config", config)["hidden_size"]
@@ -57,13 +57,16 @@ def write_files(folder: Path, identity: ModelIdentity, frames: int, instructions
 
 
 def text_limit(folder: Path, prompt: PromptConfig) -> int:
-    """Tokens of a text side of an exported model at which its text is cut: the budget and what stands around it."""
+    """Return the length at which a text input is cut: its token budget and the fixed tokens around it."""
     processor = Processor(str(folder), prompt.model_copy(update={"max_text_tokens": 1}))
     return len(processor.encode([DecodedInput(text="a")]).input_ids) - 1 + prompt.max_text_tokens
 
 
 def _transformer() -> dict[str, Any]:
-    """Inputs go through the chat template, whole. Cut, a side with visuals would lose the token that is pooled."""
+    """Return settings that send whole inputs through the chat template.
+
+    If it were cut, an input with visuals would lose the token that is pooled.
+    """
     output = {"method": "forward", "method_output_name": "last_hidden_state"}
     modalities = dict.fromkeys(("text", "image", "video"), output)
     return {
@@ -86,7 +89,7 @@ def _prompts(instructions: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _write_processors(folder: Path, prompt: PromptConfig, frames: int) -> None:
-    """Sizes of images and of videos of `frames` frames, in the words of transformers 4 and 5."""
+    """Write the sizes of images and of videos of `frames` frames, under the names of transformers 4 and 5."""
     path = folder / "preprocessor_config.json"
     settings = json.loads(path.read_text())
     layout = Processor(str(folder), prompt).layout
@@ -120,7 +123,7 @@ def _sizes(min_pixels: int, max_pixels: int) -> dict[str, Any]:
 
 
 def _write_template(folder: Path, identity: ModelIdentity) -> None:
-    """As a file, and nowhere else: the base has one for chats, in a file or among the tokenizer's settings."""
+    """Write the chat template as a file, and remove that of the base from the other files."""
     for path in (folder / "tokenizer_config.json", folder / "processor_config.json"):
         if path.is_file():
             settings = json.loads(path.read_text())

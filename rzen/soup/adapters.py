@@ -1,8 +1,7 @@
 """The soup of adapters, module by module: memory is that of one module of every parent.
 
-Mean and SLERP are linear combinations of deltas: ranks are concatenated, which is exact, or cut down by SVD. TIES and
-DARE look at entries: the delta of one module at a time is written out for each parent, and what comes of it is cut to a
-rank.
+Mean and SLERP are linear combinations of deltas. Ranks are concatenated, which is exact, or cut down by SVD. TIES and
+DARE look at entries. They write out the delta of one module at a time for each parent, and cut the result to a rank.
 """
 
 from __future__ import annotations
@@ -29,8 +28,9 @@ Squares = dict[str, tuple[float, float]]  # module -> squared norms of what an S
 def write_adapter(
     adapters: Sequence[Adapter], shares: Sequence[float], out: Path, config: SoupConfig
 ) -> dict[str, Any]:
-    """Write weights (fp32, scale 1) and PEFT's config of the soup into `out`; returns its part of the lineage:
-    coefficients, rank and, where an SVD left something out, the residual.
+    """Write weights (fp32, scale 1) and PEFT's config of the soup into `out`, and return its part of the lineage.
+
+    That is coefficients, rank and, where an SVD left something out, the residual.
     """
     whole_rank = sum(adapter.rank for adapter in adapters)
     found: dict[str, Any] = {}
@@ -55,12 +55,12 @@ def write_adapter(
 
 
 def modules_of(adapter: Adapter) -> list[str]:
-    """Names of the adapted modules, sorted."""
+    """Return the names of the adapted modules, sorted."""
     return sorted(name.removesuffix(FACTORS[0]) for name in adapter.tensors.layout if name.endswith(FACTORS[0]))
 
 
 def gram(adapters: Sequence[Adapter]) -> Tensor:
-    """Inner products [P, P] of the adapters' deltas, summed over all modules, fp64."""
+    """Return the inner products [P, P] of the adapters' deltas, summed over all modules, fp64."""
     gram_PP = torch.zeros(len(adapters), len(adapters), dtype=torch.float64)
     for module in modules_of(adapters[0]):
         parts = [adapter.factors(module) for adapter in adapters]
@@ -71,7 +71,7 @@ def gram(adapters: Sequence[Adapter]) -> Tensor:
 def _combined(
     adapters: Sequence[Adapter], coefficients: Sequence[float], rank: int, module: str, squares: Squares
 ) -> Factors:
-    """One module of the linear combination."""
+    """Return one module of the linear combination."""
     factors = concatenate([adapter.factors(module) for adapter in adapters], coefficients)
     return _noted(truncate(factors, rank), module, squares) if rank < len(factors.a) else factors
 
@@ -84,7 +84,7 @@ def _merged(
     module: str,
     squares: Squares,
 ) -> Factors:
-    """One module after a merge of entries."""
+    """Return one module after a merge of entries."""
     parts = (adapter.factors(module) for adapter in adapters)
     merged_OI = merge([part.b @ part.a for part in parts], shares, config, module)
     return _noted(factorise(merged_OI, rank), module, squares)
@@ -96,7 +96,7 @@ def _noted(found: Truncated, module: str, squares: Squares) -> Factors:
 
 
 def _residual(squares: Squares) -> dict[str, Any]:
-    """Share of the length (Frobenius norm) of the delta that is left out: of the model, and of the worst module."""
+    """Return the share of the delta's length (Frobenius norm) that is left out, of the model and the worst module."""
     if not squares:
         return {}
     of_module = {module: math.sqrt(dropped / whole) if whole else 0.0 for module, (dropped, whole) in squares.items()}

@@ -1,7 +1,7 @@
 """The soup of full checkpoints, tensor by tensor: memory is that of one tensor of every parent, whatever the model.
 
-The mean holds two at a time; PEFT's TIES and DARE hold each several times. The soup has the files, the dtypes and the
-shards of its first parent. Numbers are mixed in fp32 and rounded once.
+The mean holds two tensors at a time. PEFT's TIES and DARE hold each several times. The soup has the files, the dtypes
+and the shards of its first parent. Numbers are mixed in fp32 and rounded once.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from rzen.soup.tensors import write_tensors
 def write_checkpoint(
     checkpoints: Sequence[Checkpoint], shares: Sequence[float], out: Path, config: SoupConfig, base_dir: Path | None
 ) -> dict[str, Any]:
-    """Write the soup into `out`, but for its `rzen.json`; returns its part of the lineage.
+    """Write the soup into `out`, without its `rzen.json`, and return its part of the lineage.
 
-    The mean needs no base. The angle of SLERP is that of the fine-tunes seen from the base, or from zero where none is
-    given: there it is so small that SLERP is the mean. TIES and DARE are defined on differences from the base.
-    Raises `UserError` where they get none, or one that the fine-tunes did not start from.
+    The mean needs no base. The angle of SLERP is that of the fine-tunes seen from the base. Without a base it is seen
+    from zero, and so small that SLERP is the mean. TIES and DARE are defined on differences from the base. Raises
+    `UserError` where they get none, or one that the fine-tunes did not start from.
     """
     if config.rank is not None:
         problem = f"rank={config.rank}, but full checkpoints have no rank"
@@ -56,7 +56,7 @@ def write_checkpoint(
 def _mixed(
     checkpoints: Sequence[Checkpoint], base: Checkpoint | None, shares: Sequence[float], config: SoupConfig, name: str
 ) -> Tensor:
-    """One weight of the soup, fp32."""
+    """Return one weight of the soup, fp32."""
     if not checkpoints[0].tensors.layout[name][1].is_floating_point:
         return _equal(checkpoints, name)
     if isinstance(config, TiesSoup | DareSoup):
@@ -79,7 +79,7 @@ def _equal(checkpoints: Sequence[Checkpoint], name: str) -> Tensor:
 
 
 def _gram(checkpoints: Sequence[Checkpoint], base: Checkpoint | None) -> Tensor:
-    """Inner products [P, P] of the checkpoints' differences from the base, or of their weights, fp64."""
+    """Return the inner products [P, P] of the checkpoints' differences from the base, or of their weights, fp64."""
     gram_PP = torch.zeros(len(checkpoints), len(checkpoints), dtype=torch.float64)
     for name, (_, dtype) in checkpoints[0].tensors.layout.items():
         if dtype.is_floating_point:

@@ -27,28 +27,28 @@ class Truncated(NamedTuple):
 
     factors: Factors
     dropped: float
-    """Of what it leaves out."""
+    """Squared norm of what it leaves out."""
     whole: float
-    """Of the delta."""
+    """Squared norm of the delta."""
 
 
 def concatenate(parts: Sequence[Factors], coefficients: Sequence[float]) -> Factors:
-    """The sum of c B.A, exactly: [c1 B1 | c2 B2] . [A1 ; A2] = c1 B1.A1 + c2 B2.A2."""
+    """Return the sum of c B.A, exactly: [c1 B1 | c2 B2] . [A1 ; A2] = c1 B1.A1 + c2 B2.A2."""
     a_RI = torch.cat([part.a for part in parts])
     return Factors(a_RI, torch.cat([c * part.b for c, part in zip(coefficients, parts, strict=True)], dim=1))
 
 
 def inner(one: Factors, other: Factors) -> float:
-    """<B1.A1, B2.A2>, the sum of products of entries: that of B1'.B2 and A1.A2', which are rank x rank."""
+    """Return <B1.A1, B2.A2>, the sum of products of entries. It equals that of B1'.B2 and A1.A2', rank x rank."""
     b_RR, a_RR = one.b.T @ other.b, one.a @ other.a.T
     return float((b_RR.double() * a_RR).sum())
 
 
 def truncate(factors: Factors, rank: int) -> Truncated:
-    """SVD of B.A to a rank: QR of both factors, then the SVD of a core of rank x rank.
+    """Return the SVD of B.A to a rank: QR of both factors, then the SVD of a core of rank x rank.
 
-    Both factors get the roots of the values. A module whose smaller side is below `rank` gets rows of zeros, because
-    PEFT wants one rank for all.
+    Both factors get the roots of the values. A module whose smaller dimension is below `rank` gets rows of zeros,
+    because PEFT needs one rank for all.
     """
     q_OK, b_KR = torch.linalg.qr(factors.b)
     q_IK, a_KR = torch.linalg.qr(factors.a.T)
@@ -61,9 +61,9 @@ def truncate(factors: Factors, rank: int) -> Truncated:
 
 
 def factorise(delta_OI: Tensor, rank: int) -> Truncated:
-    """SVD of a dense delta to a rank: it is projected on the leading eigenvectors of delta'.delta.
+    """Return the SVD of a dense delta to a rank, by projecting it on the leading eigenvectors of delta'.delta.
 
-    In fp64, as squares lose half of the digits. Takes half as long as an SVD of 8960 x 1536 in fp32.
+    It works in fp64, because squares lose half of the digits. It takes half as long as an SVD of 8960 x 1536 in fp32.
     """
     outputs, inputs = delta_OI.shape
     if outputs < inputs:

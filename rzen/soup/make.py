@@ -1,4 +1,4 @@
-"""One call that makes a soup: parents in, a directory with the soup, how it is read and where it comes from out."""
+"""Make a soup in one call: fine-tunes in, a directory with the soup, its identity and its lineage out."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ def make_soup(
     scores: Mapping[str, float] | None = None,
     places: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Write the soup of these directories to the new directory `out`; returns its lineage (`soup.json`).
+    """Write the soup of these directories to the new directory `out`, and return its lineage (`soup.json`).
 
-    Parents are adapters or full checkpoints; the soup is what they are. They are taken in the order of their names,
-    so that the order of `parents` does not matter. `selection` is what `greedy_weights` or `searched_weights` found,
-    for the methods of these names. `base` is for full checkpoints alone. `scores` (parent -> own score) are recorded,
-    and as their `places` what they are called elsewhere, where `parents` are copies.
-    Appears complete or not at all. Raises `UserError` where parents do not belong together, hold numbers that are not
-    finite, or are not what the method needs.
+    Parents are all adapters or all full checkpoints, and so is the soup. They are taken in the order of their names, so
+    that the order of `parents` does not matter. `selection` is what `greedy_weights` or `searched_weights` found, for
+    the methods of these names. `base` is for full checkpoints only.
+
+    The lineage records `scores` (parent -> own score), and `places` where `parents` are local copies. `out` appears
+    complete or not at all. Raises `UserError` where parents do not belong together, hold numbers that are not finite,
+    or are not what the method needs.
     """
     if out.exists():
         raise UserError(str(out), "exists already", "name a new directory for the soup")
@@ -62,10 +63,11 @@ def make_soup(
 
 
 def total_weight(folder: Path) -> float:
-    """What a soup weighs as a parent of a mean, so that this is the mean over all: the weights it was made with.
+    """Return the weight of a soup as a parent of a further mean, so that the result is the mean over all fine-tunes.
 
-    Of a selected soup: the number of parents that it kept. As exact as the soup, which may have lost something to SVD.
-    Raises `UserError` for anything but a mean.
+    It is the sum of the weights that the soup was made with. A selected soup weighs as many as the parents that it
+    kept. The mean is as exact as the soup, which may have lost something to an SVD. Raises `UserError` for anything but
+    a mean.
     """
     path = folder / LINEAGE
     lineage = json.loads(path.read_text()) if path.is_file() else {}
@@ -76,7 +78,7 @@ def total_weight(folder: Path) -> float:
 
 
 def _weights(parents: Mapping[str, Path], config: SoupConfig, selection: Selection | None) -> dict[str, float]:
-    """Relative weights of those that take part, in the order of their names."""
+    """Return the relative weights of the parents that take part, in the order of their names."""
     if not parents:
         raise UserError("soup", "has no parents", "name at least one fine-tune")
     if isinstance(config, GreedySoup | SearchedSoup):
@@ -99,7 +101,7 @@ def _total_weight(weights: Mapping[str, float], config: SoupConfig) -> dict[str,
 def _write(
     parents: Sequence[Parent], shares: Sequence[float], out: Path, config: SoupConfig, base: Path | None
 ) -> dict[str, Any]:
-    """Weights and what belongs to them; returns what the lineage says of them."""
+    """Write weights and their config, and return their part of the lineage."""
     if adapters := [parent for parent in parents if isinstance(parent, Adapter)]:
         if base is not None:
             raise UserError(str(base), "a base was named, but adapters need none", "leave the base out")
@@ -109,7 +111,7 @@ def _write(
 
 
 def _entry(parent: Parent, places: Mapping[str, str]) -> dict[str, Any]:
-    """What the lineage says of a parent; of a soup, its own lineage too."""
+    """Return the entry of a parent in the lineage. A soup brings its own lineage too."""
     place = places.get(parent.name, str(parent.path))
     entry: dict[str, Any] = {"name": parent.name, "place": place, "sha256": parent.sha256}
     if isinstance(parent, Adapter):
@@ -119,7 +121,7 @@ def _entry(parent: Parent, places: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _in_common(identities: list[dict[str, Any]]) -> dict[str, Any]:
-    """What all say alike, of the entries of `lineage` too."""
+    """Return the entries that are equal in all identities, also within `lineage`."""
     first, *others = identities
     common = {key: value for key, value in first.items() if all(key in o and o[key] == value for o in others)}
     lineages = [identity["lineage"] for identity in identities if "lineage" in identity]

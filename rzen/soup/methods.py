@@ -1,4 +1,4 @@
-"""How deltas become one: coefficients of a linear combination (mean, SLERP), or a merge of entries (TIES, DARE)."""
+"""How deltas become one: by coefficients of a linear combination (mean, SLERP) or a merge of entries (TIES, DARE)."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ STRAIGHT = 1e-6  # below this sine of their angle, two directions are one: SLERP
 
 
 def slerp_coefficients(gram_PP: Tensor, shares: Sequence[float]) -> list[float]:
-    """Coefficients of the deltas of P parents, from their inner products (fp64).
+    """Return the coefficients of the deltas of P parents, from their inner products (fp64).
 
-    Of two, with t the share of the second and w their angle: sin((1-t)w)/sin(w) and sin(tw)/sin(w). Further parents
-    are taken in one by one, each with its share among those so far, so that the order counts.
+    For two parents they are sin((1-t)w)/sin(w) and sin(tw)/sin(w): t is the share of the second, w their angle. Further
+    parents are added one by one, each with its share among those so far. So the order matters.
 
     The angle is that of whole models, all modules as one vector. Every parent then has one coefficient everywhere, as
-    in the mean, and how layers are cut into modules (q, k and v apart or in one) changes nothing.
-    Raises `UserError` for opposite deltas, between which there are many shortest ways.
+    in the mean. How layers are cut into modules (q, k and v separate or in one) changes nothing. Raises `UserError` for
+    opposite deltas, between which there are many shortest ways.
     """
     found = torch.zeros(len(shares), dtype=torch.float64)
     found[0] = 1.0
@@ -38,7 +38,7 @@ def slerp_coefficients(gram_PP: Tensor, shares: Sequence[float]) -> list[float]:
 
 
 def _slerp(one: Tensor, other: Tensor, product: Tensor, t: float) -> tuple[float, float]:
-    """From the squared lengths of two vectors and their product."""
+    """Return two coefficients, from the squared lengths of two vectors and their product."""
     lengths = math.sqrt(one * other)
     cosine = min(1.0, max(-1.0, float(product) / lengths)) if lengths else 1.0
     angle = math.acos(cosine)
@@ -50,9 +50,9 @@ def _slerp(one: Tensor, other: Tensor, product: Tensor, t: float) -> tuple[float
 
 
 def merge(deltas: Sequence[Tensor], shares: Sequence[float], config: TiesSoup | DareSoup, name: str) -> Tensor:
-    """TIES or DARE of the deltas of one weight, dense, by PEFT; `name` of the weight decides what DARE drops.
+    """Return TIES or DARE of the dense deltas of one weight, by PEFT. The `name` of the weight decides what DARE drops.
 
-    PEFT's TIES divides by the number of parents with the elected sign, so that its weights have to be 1 on average.
+    PEFT's TIES divides by the number of parents with the elected sign, so that its weights must be 1 on average.
     """
     shares_P = torch.tensor(shares, dtype=torch.float32)
     counts_P = shares_P * len(shares)

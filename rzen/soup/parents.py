@@ -27,7 +27,7 @@ WRITERS_NOTES = ("_name_or_path", "transformers_version", "dtype", "torch_dtype"
 
 @dataclass(frozen=True)
 class Parent(ABC):
-    """A fine-tune, by the name that the job gives it."""
+    """A fine-tune under the name that the job gives it."""
 
     name: str
     path: Path
@@ -37,38 +37,38 @@ class Parent(ABC):
 
     @property
     def base_sha256(self) -> str | None:
-        """Of the weights it was fine-tuned from, where it says."""
+        """Return the hash of the weights that it was fine-tuned from, where it says."""
         lineage: dict[str, Any] = self.identity.get("lineage", {})
         return self.identity.get("base_sha256") or lineage.get("base_sha256")
 
     @property
     @abstractmethod
     def sha256(self) -> str:
-        """Of its weights. Reads them."""
+        """Return the hash of its weights. Reads them."""
 
 
 @dataclass(frozen=True)
 class Adapter(Parent):
-    """A PEFT directory; `rzen.json` beside it, where present, names the base and identity of its training."""
+    """A PEFT directory. Its `rzen.json`, where present, names the base and identity of its training."""
 
     @property
     def sha256(self) -> str:
-        """Of the file of its weights."""
+        """Return the hash of the file of its weights."""
         return file_sha256(self.path / WEIGHTS)
 
     @property
     def rank(self) -> int:
-        """One for all modules."""
+        """Return the rank, which is one for all modules."""
         return int(self.config["r"])
 
     @property
     def scale(self) -> float:
-        """What PEFT multiplies B.A with."""
+        """Return the factor that PEFT multiplies B.A with."""
         divisor = math.sqrt(self.rank) if self.config.get("use_rslora") else self.rank
         return float(self.config["lora_alpha"] / divisor)
 
     def factors(self, module: str) -> Factors:
-        """Of one module, fp32, the scale in B. Raises `UserError` where a number is not finite."""
+        """Return the factors of one module, fp32, scale in B. Raises `UserError` for numbers that are not finite."""
         a_RI, b_OR = (self.tensors.read(module + factor).to(torch.float32) for factor in FACTORS)
         return Factors(a_RI, self.scale * b_OR)
 
@@ -79,15 +79,15 @@ class Checkpoint(Parent):
 
     @property
     def sha256(self) -> str:
-        """That of `checkpoint_sha256`."""
+        """Return the `checkpoint_sha256`."""
         return checkpoint_sha256(self.path)
 
 
 def open_parents(paths: Mapping[str, Path]) -> Sequence[Parent]:
-    """Open all, in the order of `paths`, without reading weights.
+    """Open all parents, in the order of `paths`, without reading weights.
 
-    Raises `UserError` for what is neither adapter nor checkpoint, where there are both, and for parents that do not
-    belong together: another base, other modules or shapes, another prompt or readout, or adapters that are not plain.
+    Raises `UserError` for what is neither adapter nor checkpoint, and for a mix of both. Raises it for parents that do
+    not belong together: they differ in base, modules, shapes, prompt or readout, or are not plain adapters.
     """
     adapters = [name for name, path in paths.items() if (path / CONFIG).is_file()]
     if adapters and len(adapters) < len(paths):
@@ -109,7 +109,7 @@ def open_parents(paths: Mapping[str, Path]) -> Sequence[Parent]:
 
 
 def open_checkpoint(name: str, path: Path) -> Checkpoint:
-    """Raises `UserError` where `path` holds no checkpoint."""
+    """Open a checkpoint. Raises `UserError` where `path` holds none."""
     files = sorted(path.glob("*.safetensors"))
     if not (path / MODEL_CONFIG).is_file() or not files:
         expected = f"a directory with {CONFIG} and {WEIGHTS}, or with {MODEL_CONFIG} and *.safetensors, is expected"
@@ -118,7 +118,7 @@ def open_checkpoint(name: str, path: Path) -> Checkpoint:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """As all files beside weights are written."""
+    """Write a JSON file, indented and with sorted keys, as all small files of a model are."""
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
@@ -141,7 +141,7 @@ def _check_plain(path: Path, config: dict[str, Any]) -> None:
 
 
 def _check_alike(parents: Sequence[Parent]) -> None:
-    """One base, by the hash of its weights, or by name where none has a hash; one way of reading."""
+    """Refuse parents of different bases (by hash, or by name where none has a hash), prompts or readouts."""
     _check_same(parents, "base_sha256", lambda parent: parent.base_sha256)
     if parents[0].base_sha256 is None:
         _check_same(parents, "base model", lambda parent: parent.config.get("base_model_name_or_path"))
@@ -156,7 +156,7 @@ def _check_same(parents: Sequence[Parent], what: str, value_of: Callable[[Any], 
             raise UserError(
                 f"{first.path} and {other.path}",
                 f"differ in {what}: {value_of(first)!r} and {value_of(other)!r}",
-                "soup only fine-tunes of one base, trained and used alike",
+                "soup only fine-tunes of one base, with the same prompt and readout",
             )
 
 
@@ -165,7 +165,7 @@ def _setting(key: str, checkpoint: Checkpoint) -> Any:
 
 
 def _architecture(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What `config.json` says of the model; parts of it (`text_config`) with a dot in the name."""
+    """Return the settings in `config.json`. Those of its parts (`text_config`) have a dot in the name."""
     entries = [("", checkpoint.config)]
     found: dict[str, Any] = {}
     for prefix, part in entries:
@@ -178,7 +178,7 @@ def _architecture(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _check_layout(first: Checkpoint, other: Checkpoint) -> None:
-    """Both have tensors of the same names, shapes and dtypes."""
+    """Refuse checkpoints whose tensors differ in names, shapes or dtypes."""
     one, two = first.tensors.layout, other.tensors.layout
     place = f"{first.path} and {other.path}"
     if different := sorted(one.keys() ^ two.keys()):
@@ -186,7 +186,7 @@ def _check_layout(first: Checkpoint, other: Checkpoint) -> None:
     for name, (shape, dtype) in one.items():
         if (shape, dtype) != two[name]:
             problem = f"differ in {name}: {shape} {dtype} and {two[name][0]} {two[name][1]}"
-            raise UserError(place, problem, "soup fine-tunes of one base, exported alike")
+            raise UserError(place, problem, "soup fine-tunes of one base, exported in one dtype")
 
 
 def _check_adapters(adapters: Sequence[Adapter]) -> None:

@@ -1,6 +1,6 @@
-"""Which parents a soup is made of, from scores alone. Higher is better; nothing here knows what is scored.
+"""Select the parents of a soup and their weights, from scores only. Higher is better; what is scored does not matter.
 
-Both are deterministic, and ask for no weights twice.
+Both searches are deterministic, and ask for no weights twice.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class Selection:
 
 
 def greedy_weights(scores: Mapping[str, float], score_of: Callable[[Weights], float]) -> Selection:
-    """Parents by their own `scores` from the best down, each kept if the mean scores higher with it than without.
+    """Take parents by their own `scores` from the best down. Keep each if the mean scores higher with it than without.
 
-    (Wortsman et al., arXiv 2203.05482, recipe 1, which keeps one that changes nothing, too: it would cost rank.) Equal
-    scores are ordered by name. Calls `score_of` once for each parent but the best.
+    This is recipe 1 of Wortsman et al. (arXiv 2203.05482), except that it keeps no parent that changes nothing: that
+    would cost rank. Equal scores are ordered by name. `score_of` is called once for each parent but the best.
     """
     for name, own in scores.items():
         _check_finite({name: 1.0}, own)
@@ -62,11 +62,11 @@ def searched_weights(
     seed: int,
     scores: Mapping[str, float] | None = None,
 ) -> Selection:
-    """The best of at most `evaluations` weights, of which up to `at_once` are scored by one call of `scores_of`.
+    """Return the best of at most `evaluations` weights. Each call of `scores_of` scores up to `at_once` of them.
 
-    First equal weights and single parents, but those whose `scores` are known. Then each call gets the best point of a
-    quadratic model of the scores so far (Scheffé's polynomial for mixtures), where there are enough for one, and
-    samples of a simplex that narrows round the best. Weights are multiples of about 1/100.
+    Equal weights and single parents come first, except those whose `scores` are known. Then each call gets the best
+    point of a quadratic model of the scores so far (Scheffé's polynomial for mixtures), once there are enough scores.
+    The other points are samples of a simplex that narrows around the best. Weights are multiples of about 1/100.
     """
     names = sorted(names)
     parts = len(names) * math.ceil(STEPS / len(names))
@@ -97,7 +97,7 @@ def searched_weights(
 def _propose(
     found: Mapping[Point, float], parts: int, reach: float, count: int, rng: np.random.Generator
 ) -> list[Point]:
-    """New points: the best by a model, unless it is the turn of chance alone, and samples round the best so far."""
+    """Return new points: the best by a model, except in turns of samples only, and samples around the best so far."""
     centre_P = np.array(_best(found)) / parts
     drawn_NP = (1 - reach) * centre_P + reach * rng.dirichlet(np.ones(len(centre_P)), POOL)
     points = [point for point in dict.fromkeys(_rounded(drawn_P, parts) for drawn_P in drawn_NP) if point not in found]
@@ -109,9 +109,9 @@ def _propose(
 
 
 def _likely(found: Mapping[Point, float], parts: int, reach: float) -> list[Point]:
-    """The new point with the highest score by a model of the known ones, of those on the way up from the best.
+    """Return the new point that a model of the known ones scores highest, among those on the way up from the best.
 
-    Least squares, in which far points count little: scores are like a quadratic near the best alone.
+    The model is a least-squares fit in which far points count little, because scores are quadratic only near the best.
     """
     best, known_NP = _best(found), np.array(list(found)) / parts
     distances_N = np.linalg.norm(known_NP - np.array(best) / parts, axis=1)
@@ -131,7 +131,7 @@ def _likely(found: Mapping[Point, float], parts: int, reach: float) -> list[Poin
 
 
 def _moves(point: Point) -> list[Point]:
-    """Points to which 1, 2, 4, ... parts are carried from one parent to another."""
+    """Return the points that differ by 1, 2, 4, ... parts moved from one parent to another."""
     found = []
     for giver, taker in itertools.permutations(range(len(point)), 2):
         step = 1
@@ -145,7 +145,7 @@ def _moves(point: Point) -> list[Point]:
 
 
 def _rounded(weights_P: NDArray[np.float64], parts: int) -> Point:
-    """Whole parts, in sum `parts`: those with the largest fractions are rounded up."""
+    """Return whole parts with the sum `parts`: those with the largest fractions are rounded up."""
     floors_P = np.floor(weights_P * parts).astype(int)
     missing = parts - int(floors_P.sum())
     floors_P[np.argsort(floors_P - weights_P * parts, kind="stable")[:missing]] += 1
@@ -153,7 +153,10 @@ def _rounded(weights_P: NDArray[np.float64], parts: int) -> Point:
 
 
 def _terms(weights_NP: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Scheffé's terms: weights and their products in pairs. As weights sum to 1, squares and a constant are in them."""
+    """Return Scheffé's terms: weights and their products in pairs.
+
+    Weights sum to 1, so that squares and a constant are linear combinations of these.
+    """
     i, j = np.triu_indices(weights_NP.shape[1], 1)
     return np.concatenate([weights_NP, weights_NP[:, i] * weights_NP[:, j]], axis=1)
 

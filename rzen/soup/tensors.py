@@ -34,8 +34,8 @@ Layout = dict[str, tuple[list[int], torch.dtype]]  # name -> shape and dtype, in
 class Tensors:
     """The tensors of some files, each read when asked for.
 
-    What has been read of a mapped file counts as memory until the file is closed. So every read opens it anew, which
-    takes less than a millisecond, and returns a copy.
+    What has been read of a mapped file counts as memory until the file is closed. So every read opens the file again,
+    which takes less than a millisecond, and returns a copy.
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:
@@ -53,7 +53,7 @@ class Tensors:
             self.layout |= self.files[path]
 
     def read(self, name: str) -> Tensor:
-        """A copy of one tensor. Raises `UserError` where a number in it is not finite."""
+        """Return a copy of one tensor. Raises `UserError` where a number in it is not finite."""
         path = self._paths[name]
         with _opened(path) as file:
             tensor: Tensor = file.get_tensor(name).clone()
@@ -66,7 +66,7 @@ class Tensors:
 
 
 def write_tensors(path: Path, layout: Layout, tensors: Iterable[Tensor]) -> None:
-    """Write a file of this layout from tensors in the same order, none of which is kept."""
+    """Write a file of this layout from tensors in the same order, without keeping them."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, (shape, dtype) in layout.items():
