@@ -97,7 +97,7 @@ def test_named_tests_exist() -> None:
 
 def test_a_file_that_is_gone_is_found(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
-    readme.write_text("`rzen/config.py`, `rzen/gone.py`, `pipelines/`, `elsewhere/gone.py`, `data/{a}.tar`\n")
+    readme.write_text("`rzen/families.py`, `rzen/gone.py`, `pipelines/`, `elsewhere/gone.py`, `data/{a}.tar`\n")
     assert missing_paths(readme) == ["rzen/gone.py"]
 
 
