@@ -21,7 +21,7 @@ from transformers import AutoModel, AutoProcessor
 from tests.export.report import largest, report
 from tests.export.sides import Side, sides
 
-TOKEN_PX = {"qwen2_vl": 28, "qwen2_5_vl": 28, "qwen3_vl": 32}
+TOKEN_PX = {"qwen2_vl": 28, "qwen2_5_vl": 28, "qwen3_vl": 32, "qwen3_5": 32}
 NOTES = """\
 Largest difference from rzen's own vectors in fp32, on tiny backbones of the real classes with a merged adapter. ST is
 sentence-transformers as its users call it, one side at a time; AutoModel is the chat template, AutoProcessor, AutoModel
