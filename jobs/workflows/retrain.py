@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.evaluation.scores import Model, Scorer, evaluation
+from jobs.runtime.lease import Lease
 from jobs.runtime.models import is_published, local_folder, publish_folder
 from jobs.runtime.progress import say
 from jobs.runtime.revision import revision, versions
@@ -24,7 +25,7 @@ from jobs.sweeps.finetunes import check_train, stage_document
 from jobs.training.encoder import backbone_url
 from jobs.training.runs import SPEC, Run
 from jobs.training.specs import TrainSpec
-from jobs.workflows.registry import Champion, Lease, Registry
+from jobs.workflows.registry import Champion, Registry
 from jobs.workflows.specs import RetrainSpec
 from pipelines.feed.reader import Reader
 from pipelines.storage.location import open_store, resolve_endpoint

@@ -139,8 +139,8 @@ def test_a_lease_is_renewed_while_its_holder_lives_and_ends_after_its_death(
         lease.check()
         with pytest.raises(UserError), Registry(registry.store).lease(30):
             pass
-    monkeypatch.setattr("jobs.workflows.registry.Lease._keep", lambda _: None)
-    monkeypatch.setattr("jobs.workflows.registry.Lease.release", lambda _: None)
+    monkeypatch.setattr("jobs.runtime.lease.Lease._keep", lambda _: None)
+    monkeypatch.setattr("jobs.runtime.lease.Lease.release", lambda _: None)
     with registry.lease(0.5) as dead:  # never renewed, never given back
         time.sleep(0.6)
         with pytest.raises(UserError, match="was not renewed in time"):
