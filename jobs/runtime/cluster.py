@@ -20,6 +20,7 @@ from jobs.runtime.progress import Bars
 from jobs.spec.run import ClusterConfig
 from pipelines.config import FeedConfig
 from pipelines.errors import UserError
+from rzen.packages import are_hidden, import_own_packages
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCAL: dict[str, Any] = {"include_dashboard": False}
@@ -84,7 +85,11 @@ def ray_cluster() -> Iterator[None]:
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
-            address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **({} if address else LOCAL)
+            address=address or "local",
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            runtime_env=_runtime_env(),
+            **({} if address else LOCAL),
         )
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler leaves no time for a last checkpoint
@@ -97,6 +102,17 @@ def ray_cluster() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _runtime_env() -> dict[str, Any] | None:
+    """Return what workers need to find this package in a working directory that hides it. Mostly nothing.
+
+    Ray gives the working directory to its workers as the first entry of `sys.path`. Workers with an environment of
+    their own cannot be those that Ray has started in advance, so that it is only asked for where it is needed.
+    """
+    if not are_hidden(str(Path.cwd())):
+        return None
+    return {"worker_process_setup_hook": f"{import_own_packages.__module__}.{import_own_packages.__name__}"}
 
 
 @contextmanager

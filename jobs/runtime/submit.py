@@ -33,7 +33,7 @@ def submit(
     *,
     wait: bool,
 ) -> int:
-    """Submits `python -m jobs.run SPEC ...`; its exit status, or 0 without `wait`.
+    """Submit `python -m rzen run SPEC ...`. Return its exit status, or 0 without `wait`.
 
     A job whose process was lost is submitted again as often as `config` says. Raises `UserError` if no cluster answers
     or the spec is not in the working directory.
@@ -46,7 +46,7 @@ def submit(
         raise UserError(spec, f"is not inside {folder}", "name another --working-dir")
     server = address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
     client = _client(server)
-    command = ["python", "-m", "jobs.run", str(path.relative_to(folder))]
+    command = ["python", "-m", "rzen", "run", str(path.relative_to(folder))]
     command += [word for text in overrides for word in ("--set", text)]
     for attempt in range(config.retries + 1):
         job = client.submit_job(
