@@ -1,10 +1,10 @@
-"""Imports the packages of this project by name, in a folder that has a package `jobs` or `pipelines` of its own.
+"""Imports the packages of this project in a folder that has its own package `jobs` or `pipelines`.
 
-Python looks for packages along `sys.path`, and Ray puts the working directory of a job at its beginning. A user's
-`jobs` would then hide ours. Only `rzen` carries the name of the project, so that it can be found everywhere: it
-imports the other two from the folder that it is in itself. Later imports take them from `sys.modules`.
+Python searches `sys.path` for packages, and Ray puts the working directory of a job first. A user's `jobs` would then
+hide ours. Only `rzen` has the name of the project, so Python finds it everywhere. It imports the other two from its
+own folder. Later imports take them from `sys.modules`.
 
-Uses the standard library only, because it runs before anything else.
+This module uses the standard library only, because it runs before anything else.
 """
 
 from __future__ import annotations
