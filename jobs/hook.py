@@ -1,4 +1,4 @@
-"""Ray's own command for our specs: with RAY_JOB_SUBMIT_HOOK=jobs.hook.submit, `ray job submit jobs/stage2.yaml`."""
+"""Lets Ray's command submit specs: RAY_JOB_SUBMIT_HOOK=jobs.hook.submit ray job submit jobs/stage2.yaml."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from jobs.cli import main
 
 
 def submit(*, entrypoint: Sequence[str], address: str | None, working_dir: str | None, no_wait: bool, **_: Any) -> None:
-    """Called by Ray with all arguments of its command: a YAML file is submitted as by `rzen submit`.
+    """Submit a YAML file as `rzen submit` does. Ray calls this with all arguments of its command.
 
-    Ends the process with the job's exit status. Any other entrypoint is left to Ray. What a spec settles (`submit`) is
-    not looked at among the arguments.
+    Ends the process with the exit status of the job. Ray handles any other entrypoint itself. Arguments for settings
+    that a spec has under `submit` are ignored.
     """
     if not entrypoint or not entrypoint[0].endswith((".yaml", ".yml")):
         return

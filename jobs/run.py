@@ -1,4 +1,4 @@
-"""`python -m jobs.run SPEC [--set a.b=c]`, the same as `rzen run`; also the shebang of every shipped spec."""
+"""Runs a spec: `python -m jobs.run SPEC [--set a.b=c]` is `rzen run`. It is the shebang of every shipped spec."""
 
 from __future__ import annotations
 

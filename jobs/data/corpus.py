@@ -1,4 +1,4 @@
-"""Job of kind `corpus`."""
+"""Job of kind `corpus`: draws a folder of files with captions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipelines.synthetic.corpus import make_corpus
 
 
 def run(spec: CorpusSpec) -> dict[str, Any]:
-    """Draws the corpus; a finished one is left as it is."""
+    """Draw the corpus. A finished one is left unchanged."""
     with disk_errors(spec.out), Bars() as bars:
         samples = make_corpus(
             Path(spec.out), spec.corpus, lambda done, total: bars.update("draw", done, total, unit="files")

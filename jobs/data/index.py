@@ -1,4 +1,4 @@
-"""Job of kind `index`."""
+"""Job of kind `index`: makes a dataset of external shards where they are."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from pipelines.shards.shuffle_check import warning
 from pipelines.storage.location import open_store
 from pipelines.storage.shard_urls import find_shards
 
-_EXAMPLE_BATCH = 256  # for the warning; the batch of a run is not known yet
+_EXAMPLE_BATCH = 256  # for the warning: the batch size of a later training run is not known
 
 
 def run(spec: IndexSpec) -> dict[str, Any]:
-    """Indexes the shards and tells what became of every sample."""
+    """Index the shards and report what became of every sample."""
     store = open_store(spec.out, spec.endpoint)
     say(f"  {', '.join(url for source in spec.sources.values() for url in source.urls)} -> {store.url}/{spec.split}")
     with ray_cluster(), Bars() as bars:
@@ -43,7 +43,7 @@ def fingerprint(spec: IndexSpec) -> dict[str, str]:
 def _print_report(report: IndexReport, place: str) -> None:
     say("  " + ", ".join(f"{name} {count:,}" for name, count in sorted(report.accepted.items())))
     if num_rejected := sum(report.rejected.values()):
-        say(f"  not used: {num_rejected:,} of {report.seen:,} samples ({place} lists them)", "yellow")
+        say(f"  skipped: {num_rejected:,} of {report.seen:,} samples ({place} lists them)", "yellow")
     for reason, count in sorted(report.rejected.items(), key=lambda item: -item[1]):
         say(f"    {reason} {count:,}, such as {report.examples[reason][0]}", "yellow")
     for reason, found in sorted(report.findings.items()):

@@ -1,4 +1,4 @@
-"""Job of kind `ingest`."""
+"""Job of kind `ingest`: turns a folder of files into shards."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipelines.storage.location import open_store
 
 
 def run(spec: IngestSpec) -> dict[str, Any]:
-    """Writes the data set and tells what became of every sample."""
+    """Write the dataset and report what became of every sample."""
     raw = read_folder(spec.input, spec.media)
     store = open_store(spec.out, spec.endpoint)
     say(f"  {spec.input} -> {store.url}, {spec.held_out_fraction:.0%} held out")
@@ -42,7 +42,7 @@ def _print_report(report: IngestReport) -> None:
         if sources:
             say(f"  {split}: " + ", ".join(f"{name} {count:,}" for name, count in sorted(sources.items())))
     if report.rejected:
-        say(f"  not used: {report.num_rejected:,} of {report.seen:,} samples ({REPORT_PATH} lists them)", "yellow")
+        say(f"  skipped: {report.num_rejected:,} of {report.seen:,} samples ({REPORT_PATH} lists them)", "yellow")
     for reason, count in sorted(report.rejected.items(), key=lambda item: -item[1]):
         say(f"    {reason} {count:,}, such as {report.examples[reason][0]}", "yellow")
     say(f"  {report.num_bytes / 1e6:.1f} MB in {duration(report.elapsed_s)}")

@@ -1,4 +1,4 @@
-"""The Ray under a job: the cluster that submitted it, the one that RAY_ADDRESS names, or one of this machine."""
+"""Connects a job to Ray: the cluster that submitted it, the one that RAY_ADDRESS names, or a local one."""
 
 from __future__ import annotations
 
@@ -35,35 +35,35 @@ class Resources:
 
 
 POLL_S = 0.3
-MAX_LINKED = 16  # runs that a link names
+MAX_LINKED = 16  # runs that a link can name
 _ROUNDING = 1e-9
 
 
 def set_environment() -> None:
-    """What Ray and the maths libraries read from the environment once, when they are imported: call this before."""
-    os.environ |= {"RAY_TQDM": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}  # no bars, no hints among our lines
+    """Set what Ray and the math libraries read from the environment. Call this before they are imported."""
+    os.environ |= {"RAY_TQDM": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}  # they would mix with our output
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # relative paths of a spec mean the folder of the job, on workers too
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # workers resolve relative paths in the job's folder
     if os.environ.get("RAY_ADDRESS"):
-        # Ray Train's runs at /api/train/v2/runs/v1 (this Ray's dashboard has no page for them), at the price of an
-        # actor of 400 MB. A Ray of our own has no dashboard.
+        # Shows Ray Train's runs at /api/train/v2/runs/v1 (this Ray's dashboard has no page for them). It costs an actor
+        # of 400 MB. A local Ray has no dashboard.
         os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
         return
-    # A local Ray listens on all interfaces, so that it asks for a token; one of our own leaves no trace at home.
+    # A local Ray listens on all interfaces, so it needs a token. This one is not written to the user's home.
     if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    # Fractions of CPUs mean more processes than CPUs, of which Ray would warn every few seconds.
+    # Tasks of less than one CPU mean more processes than CPUs. Ray would warn about it every few seconds.
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    # Ray's processes are new interpreters: they must find this package, and the commands beside this interpreter.
+    # Ray's processes are new interpreters. They must find this package, and the commands of this environment.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 
 def metrics_link(runs: Sequence[str]) -> str | None:
-    """Grafana's page of these runs; None where the cluster's head, whose variables its jobs inherit, knows no Grafana.
+    """Return the URL of Grafana's dashboard for these runs. None if the cluster's head knows no Grafana.
 
-    Ray's dashboard reads the same variables, and embeds the same page.
+    Jobs inherit the environment of the head. Ray's dashboard reads the same variables and embeds the same page.
     """
     host = os.environ.get("RAY_GRAFANA_IFRAME_HOST") or os.environ.get("RAY_GRAFANA_HOST")
     if not host:
@@ -74,7 +74,7 @@ def metrics_link(runs: Sequence[str]) -> str | None:
 
 @contextmanager
 def ray_cluster() -> Iterator[None]:
-    """Connects to Ray, or starts one that ends with the block. Within an existing connection, nothing happens."""
+    """Connect to Ray, or start a local one that ends with the block. Do nothing if this process is connected."""
     import ray
 
     if ray.is_initialized():
@@ -92,7 +92,7 @@ def ray_cluster() -> Iterator[None]:
             **({} if address else LOCAL),
         )
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler leaves no time for a last checkpoint
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray's handler leaves no time for a last checkpoint
     except (ConnectionError, TimeoutError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         if address:
@@ -117,7 +117,7 @@ def _runtime_env() -> dict[str, Any] | None:
 
 @contextmanager
 def ray_data() -> Iterator[None]:
-    """Ray Data without bars of its own; a `UserError` of a task comes out as itself."""
+    """Run Ray Data without its progress bars. A `UserError` in a task is raised as itself."""
     import ray.data
 
     context = ray.data.DataContext.get_current().copy()
@@ -133,14 +133,14 @@ def _quiet() -> None:
     import ray.data  # sets its own level when it is imported
 
     logging.getLogger(ray.data.__name__).setLevel(logging.ERROR)
-    # It warns that there is no GPU, and sets its own level when it is imported.
+    # DeepSpeed warns that there is no GPU, and sets its own level when it is imported.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno > logging.WARNING)
 
 
 def check_size(what: str, count: int, each: Resources, feed: FeedConfig | None = None) -> None:
-    """Raise `UserError` if the cluster can never hold `count` of `what` and one task of a feed at once.
+    """Raise `UserError` if the cluster can never hold `count` of `what` and one task of the data loader at once.
 
-    Ray would wait for ever, without a word.
+    Ray would wait indefinitely, without a message.
     """
     import ray
 
@@ -149,7 +149,7 @@ def check_size(what: str, count: int, each: Resources, feed: FeedConfig | None =
     for resource, amount, rest in (("CPU", each.cpus, feed_cpus), ("GPU", each.gpus, 0.0)):
         needed = count * amount + rest
         if needed > present.get(resource, 0.0) + _ROUNDING:
-            feed_share = f" + {rest:g} for the feed" if rest else ""
+            feed_share = f" + {rest:g} for the data loader" if rest else ""
             raise UserError(
                 f"the cluster has {present.get(resource, 0.0):g} {resource}s",
                 f"{count} {what} x {amount:g}{feed_share} need {needed:g}",
@@ -175,8 +175,8 @@ def has_room(running: Sequence[ClusterConfig], another: ClusterConfig, feed: Fee
     return all(amount <= present.get(resource, 0.0) + _ROUNDING for resource, amount in needed.items())
 
 
-def watch(work: Mapping[str, Future[Any]], board: Any) -> dict[str, Any]:
-    """Waits for work and shows what it posts on `board`; returns the results by name, in the order of `work`.
+def watch(work: Mapping[str, Future[Any]], tracker: Any) -> dict[str, Any]:
+    """Wait for work and show the progress that it posts to `tracker`. Return the results by name, in order.
 
     The first failure is raised, as itself if it is a `UserError`.
     """
@@ -186,16 +186,16 @@ def watch(work: Mapping[str, Future[Any]], board: Any) -> dict[str, Any]:
     with Bars() as bars:
         while waiting:
             done, waiting = wait(waiting, timeout=POLL_S, return_when=FIRST_EXCEPTION)
-            for name, news in ray.get(board.news.remote()).items():
-                bars.update(name, news.done, news.total, note=news.note)
+            for name, progress in ray.get(tracker.progress.remote()).items():
+                bars.update(name, progress.done, progress.total, note=progress.note)
             for error in filter(None, (future.exception() for future in done)):
                 raise user_error(error) or error from error
     return {name: future.result() for name, future in work.items()}
 
 
 def user_error(error: BaseException) -> UserError | None:
-    """The `UserError` inside what Ray made of it: task errors wrap causes, Ray Train lists failures by rank."""
-    if type(error) is UserError:  # Ray's own subclass of it prints a traceback and keeps the original as `cause`
+    """Return the `UserError` inside an error of Ray. Task errors wrap causes, Ray Train lists failures by rank."""
+    if type(error) is UserError:  # Ray's subclass of it prints a traceback and has the original as `cause`
         return error
     inside = [error.__cause__, getattr(error, "cause", None), getattr(error, "controller_failure", None)]
     inside += getattr(error, "worker_failures", {}).values()

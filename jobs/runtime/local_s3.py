@@ -1,6 +1,7 @@
-"""An S3 API on this machine for the time of one command: `python -m jobs.runtime.local_s3 rzen run ...`.
+"""Runs one command with a local S3 server: `python -m jobs.runtime.local_s3 rzen run ...`.
 
-Uses the endpoint that AWS_ENDPOINT_URL names, or else starts moto's server: no account, no Docker, and nothing is kept.
+Uses the endpoint that AWS_ENDPOINT_URL names. Without one, it starts moto's server, which needs no account and no
+Docker. That server keeps nothing after the command.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _START_S = 60
 
 @contextmanager
 def s3_server() -> Iterator[str]:
-    """URL of an empty S3 server; it ends with the block. Raises `RuntimeError` if it does not start."""
+    """Yield the URL of an empty S3 server, which ends with the block. Raise `RuntimeError` if it does not start."""
     port = free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)

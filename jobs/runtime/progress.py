@@ -1,4 +1,4 @@
-"""What a job tells while it runs: bars on a terminal, one readable line every so often in a log."""
+"""What a job prints while it runs: progress bars on a terminal, a line from time to time in a log."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from rich.table import Table
 from rich.text import Text
 
 console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
-_LINES = 5  # of a piece of work, where nobody asks for another interval
+_LINES = 5  # of a piece of work in a log, unless another interval is given
 _STATES = {"queued": "dim", "starting": "", "running": "", "restart": "yellow", "finished": "green", "failed": "red"}
 
 
 def say(text: str, style: str = "") -> None:
-    """One line, without markup."""
+    """Print one line, without markup."""
     console.print(text, style=style, markup=False)
 
 
 class _Throughput:
-    """How fast one piece of work goes since it was first seen, and when a log is due another line of it."""
+    """Measures the rate of one piece of work since it was first seen, and prints log lines of it."""
 
     def __init__(self, done: int) -> None:
         self._began_s, self._begun = time.monotonic(), done
-        self._told: int | None = None
+        self._printed: int | None = None
 
     def rate(self, done: int) -> float:
         elapsed_s = time.monotonic() - self._began_s
@@ -45,13 +45,13 @@ class _Throughput:
         return duration((total - done) / rate) if rate and done < total else ""
 
     def log(self, name: str, unit: str, done: int, total: int, note: str, every: int) -> None:
-        """Prints a line every `every` (0: every fifth of `total`)."""
+        """Print a line every `every` units (0: every fifth of `total`)."""
         every = every or max(1, total // _LINES)
-        if self._told is None:
-            self._told = self._begun // every
+        if self._printed is None:
+            self._printed = self._begun // every
         mark = done // every if done < total else total + 1
-        if mark > self._told:
-            self._told = mark
+        if mark > self._printed:
+            self._printed = mark
             left = self.left(done, total)
             rate = self.rate(done)
             speed = f" ({rate:.1f}/s{f', {left} left' if left else ''})" if rate else ""
@@ -60,7 +60,7 @@ class _Throughput:
 
 
 class Bars:
-    """Several pieces of work, each with a name, so many of so many done, and a note."""
+    """Progress of several pieces of work, each with a name, the number done, the total and a note."""
 
     def __init__(self) -> None:
         self._progress = RichProgress(
@@ -86,7 +86,7 @@ class Bars:
         self._progress.stop()
 
     def update(self, name: str, done: int, total: int, unit: str = "samples", note: str = "") -> None:
-        """`done` of `total` so far. Without a terminal, there are a few lines in all."""
+        """Show that `done` of `total` are done. Without a terminal, print a few lines in all."""
         pace = self._paces.setdefault(name, _Throughput(done))
         if not console.is_terminal:
             pace.log(name, unit, done, total, note, every=0)
@@ -99,7 +99,7 @@ class Bars:
 
 
 class RunTable:
-    """Training runs side by side: a table on a terminal, lines in a log."""
+    """Progress of parallel training runs: a table on a terminal, lines in a log."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self._states = dict.fromkeys(names, "queued")
@@ -117,15 +117,15 @@ class RunTable:
         self._live.stop()
 
     def set_state(self, name: str, state: str, reason: str = "") -> None:
-        """A run has come to another state, from any thread."""
+        """Change the state of a run. Any thread may call this."""
         with self._lock:
             self._states[name] = state
-            self._paces.pop(name, None)  # a start that takes a minute is not part of its speed
+            self._paces.pop(name, None)  # the start, which takes up to a minute, is not part of the rate
         if len(self._states) > 1 and (reason or not console.is_terminal):
             say(f"  {name}: {state}{f': {reason}' if reason else ''}", "red" if state == "failed" else "dim")
 
     def update(self, name: str, news: Progress, every: int) -> None:
-        """What a run has posted. Without a terminal, a line is printed every `every` steps."""
+        """Show the progress of a run. Without a terminal, print a line every `every` steps."""
         with self._lock:
             before, self._news[name] = self._news.get(name), news
             if news == before:
@@ -138,7 +138,7 @@ class RunTable:
             )
 
     def states(self) -> dict[str, int]:
-        """How many runs are in each state."""
+        """Return the number of runs in each state."""
         with self._lock:
             found = Counter(state.partition(" ")[0] for state in self._states.values())
         return {state: found[state] for state in _STATES}
@@ -161,7 +161,7 @@ class RunTable:
 
 
 def duration(seconds: float) -> str:
-    """`7 s`, `1:05`, `2:03:09`."""
+    """Return seconds as text: `7 s`, `1:05`, `2:03:09`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -172,34 +172,34 @@ def duration(seconds: float) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far some remote work is."""
+    """Progress of a piece of remote work."""
 
     done: int
     total: int
     note: str = ""
     figures: Mapping[str, str] = field(default_factory=dict)
-    """What one watches, by name."""
+    """Figures to show, by name."""
 
 
 class ProgressTracker:
-    """Where remote work leaves word of itself. Made into an actor by whoever needs one."""
+    """Collects the progress of remote work. Its users make it a Ray actor."""
 
     def __init__(self) -> None:
-        self._news: dict[str, Progress] = {}
+        self._progress: dict[str, Progress] = {}
         self._stopping = False
 
-    def post(self, name: str, news: Progress) -> None:
-        """Replaces the news of `name`."""
-        self._news[name] = news
+    def post(self, name: str, progress: Progress) -> None:
+        """Replace the progress of `name`."""
+        self._progress[name] = progress
 
     def stop(self) -> None:
-        """Whoever waits for the work is about to go."""
+        """Announce that the job is about to end."""
         self._stopping = True
 
     def is_stopping(self) -> bool:
-        """Whether `stop` was called: time for a checkpoint."""
+        """Return whether `stop` was called and a last checkpoint is due."""
         return self._stopping
 
-    def news(self) -> dict[str, Progress]:
-        """The newest of each name."""
-        return self._news
+    def progress(self) -> dict[str, Progress]:
+        """Return the newest progress of each name."""
+        return self._progress

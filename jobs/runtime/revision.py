@@ -1,4 +1,4 @@
-"""Which code this is, and the versions of the libraries that decide its results."""
+"""Identifies the code and the libraries that a result was made with."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ _PACKAGES = ("ray", "torch", "transformers", "deepspeed", "peft")
 
 
 def revision() -> str:
-    """Of the code, where it lies in a git repository; `-dirty` with uncommitted changes. Images, which hold no history,
-    name theirs in RZEN_REVISION.
+    """Return the git revision of the code, with `-dirty` if there are uncommitted changes.
+
+    Container images have no git history. They set RZEN_REVISION.
     """
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
@@ -22,5 +23,5 @@ def revision() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return name -> installed version of the packages that decide what is computed."""
+    """Return package -> installed version of the libraries that decide results."""
     return {name: importlib.metadata.version(name) for name in _PACKAGES}

@@ -1,4 +1,4 @@
-"""`rzen submit`: a spec to a Ray cluster's job server, its log to this terminal."""
+"""Submits a spec to the job server of a Ray cluster and prints the log of the job."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from pipelines.errors import UserError
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
-# Not sent along: history, environments and results.
+# Not sent to the cluster: history, environments and results.
 EXCLUDES = [".git", ".venv", "runs", "**/__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache"]
-# Ray kills a job that it stops after three seconds, which is too soon for a last checkpoint.
+# By default Ray kills a job three seconds after it was stopped. That is too soon for a last checkpoint.
 ENVIRONMENT = {"RAY_JOB_STOP_WAIT_TIME_S": "60"}
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 
@@ -35,7 +35,7 @@ def submit(
 ) -> int:
     """Submit `python -m rzen run SPEC ...`. Return its exit status, or 0 without `wait`.
 
-    A job whose process was lost is submitted again as often as `config` says. Raises `UserError` if no cluster answers
+    A job whose process was lost is submitted again, as often as `config` says. Raise `UserError` if no cluster answers
     or the spec is not in the working directory.
     """
     from ray.job_submission import JobStatus
@@ -59,13 +59,13 @@ def submit(
         say(f"submitted {job} to {server}")
         say(f"  dashboard  {client.get_address()}/#/jobs/{job}", "dim")
         say(f"  follow     ray job logs --follow {job}", "dim")
-        say(f"  stop       ray job stop {job}       then the same command goes on from the last checkpoint", "dim")
+        say(f"  stop       ray job stop {job}       the same command then resumes from the last checkpoint", "dim")
         if not wait:
             return 0
         try:
             asyncio.run(_follow(client, job))
         except KeyboardInterrupt:
-            say(f"\n{job} goes on; stop it with: ray job stop {job}", "yellow")
+            say(f"\n{job} continues; stop it with: ray job stop {job}", "yellow")
             return 130
         details = client.get_job_info(job)
         status = _exit_status(details)
@@ -92,7 +92,7 @@ def _client(server: str) -> JobSubmissionClient:
 
 
 def _exit_status(details: JobDetails) -> int:
-    """0 for a job that succeeded; its own status where it has one."""
+    """Return 0 for a job that succeeded, else its exit status, or 1 if it has none."""
     from ray.job_submission import JobStatus
 
     if details.status == JobStatus.SUCCEEDED:

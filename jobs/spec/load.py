@@ -1,6 +1,6 @@
-"""YAML to a checked spec: every mistake is told with file, line, key, value, rule and fix.
+"""Reads a YAML file into a checked spec. Each error names the file, line, key, value, rule and fix.
 
-text -> plain data with the line of every key -> `--set a.b=c` on top -> the spec class of its kind
+text -> plain data with the line of every key -> `--set a.b=c` on top -> spec class of the kind
 """
 
 from __future__ import annotations
@@ -43,32 +43,32 @@ class Document:
     places: dict[Key, str] = field(default_factory=dict)
 
     def place(self, key: Key) -> str:
-        """Of a key, or of the nearest one around it."""
+        """Return where a key was written, or the nearest key around it."""
         for length in range(len(key), -1, -1):
             if key[:length] in self.places:
                 return self.places[key[:length]]
         return self.name
 
     def overlaid(self, changes: Mapping[str, Any], place: Callable[[Key], str]) -> Document:
-        """A copy with `changes` on top: mappings are merged key by key, everything else is replaced.
+        """Return a copy with `changes` on top. Mappings are merged key by key, everything else is replaced.
 
-        `place(key)` says where the change of a key was written.
+        `place(key)` returns where the change of a key was written.
         """
         places = dict(self.places)
         return Document(_merge(self.data, changes, (), places, place), self.name, self.folder, places)
 
     def place_under(self, *around: str) -> Callable[[Key], str]:
-        """Places of keys within the part of this document at `around`."""
+        """Return a function for the places of keys within the part of this document at `around`."""
         return lambda key: self.place((*around, *key))
 
 
-def read_document(path: str | Path, beside: Path | None = None, above: tuple[Path, ...] = ()) -> Document:
-    """A YAML file on top of its `base`, not checked yet. A relative path is looked up `beside` the file that names it.
+def read_document(path: str | Path, folder: Path | None = None, above: tuple[Path, ...] = ()) -> Document:
+    """Read a YAML file on top of its `base`, without checking it.
 
-    `jobs/demo.yaml` is also found where the package is installed and the folder is not there. `above` are the files
-    that are based on this one.
+    A relative path is looked up in `folder`, that of the file that names it. A shipped spec such as `jobs/demo.yaml` is
+    also found in the installed package. `above` are the files that are based on this one.
     """
-    file = Path(path) if beside is None else beside / path
+    file = Path(path) if folder is None else folder / path
     if not file.is_file() and (_BUILTIN / file.name).is_file() and file.parent.name in ("jobs", ""):
         file = _BUILTIN / file.name
     try:
@@ -81,9 +81,7 @@ def read_document(path: str | Path, beside: Path | None = None, above: tuple[Pat
         raise UserError(str(path), f"cannot be read: {error}", "name a YAML file") from error
     except yaml.YAMLError as error:
         line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
-        raise UserError(
-            f"{path}:{line}", f"is not YAML: {getattr(error, 'problem', error)}", "mend the line"
-        ) from error
+        raise UserError(f"{path}:{line}", f"is not YAML: {getattr(error, 'problem', error)}", "fix the line") from error
     if not isinstance(node, yaml.MappingNode):
         raise UserError(str(path), "is not a mapping of settings", "start with `kind: ...`")
     places: dict[Key, str] = {}
@@ -98,13 +96,13 @@ def read_document(path: str | Path, beside: Path | None = None, above: tuple[Pat
 
 
 def override(document: Document, overrides: Sequence[str]) -> Document:
-    """The document with each `a.b=c` on top; the value is YAML."""
+    """Return the document with each `a.b=c` on top. The value is YAML."""
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not all(key.split(".")):
             raise UserError(f"--set {text}", "is not of the form key=value", "write it like --set optim.lr=1e-4")
         try:
-            change = yaml.load(value, Loader=_Loader)  # a SafeLoader underneath
+            change = yaml.load(value, Loader=_Loader)  # a subclass of SafeLoader
         except yaml.YAMLError as error:
             raise UserError(f"--set {text}", "its value is not YAML", "quote it") from error
         document = document.overlaid(nested(key, change), partial(_place_on_command_line, text))
@@ -112,7 +110,7 @@ def override(document: Document, overrides: Sequence[str]) -> Document:
 
 
 def nested(key: str, value: Any) -> dict[str, Any]:
-    """`a.b`, 1 -> {a: {b: 1}}."""
+    """Return a dotted key and its value as nested mappings: `a.b`, 1 -> {a: {b: 1}}."""
     first, dot, rest = key.partition(".")
     return {first: nested(rest, value) if dot else value}
 
@@ -122,7 +120,7 @@ def _place_on_command_line(text: str, key: Key) -> str:
 
 
 def check(document: Document) -> JobConfig:
-    """The spec that a document describes. Raises `UserError` with one line per mistake."""
+    """Return the spec that a document describes. Raise `UserError` with one line for each error."""
     kind = document.data.get("kind")
     known = list(kind_names())
     if not isinstance(kind, str) or kind not in known:
@@ -139,7 +137,7 @@ def check(document: Document) -> JobConfig:
 
 
 def substitute(data: Any, values: Mapping[str, Any], place: str) -> Any:
-    """`data` with `${name}` replaced in every string; a string that is nothing else takes the value's type."""
+    """Return `data` with `${name}` replaced in every string. A string that is one variable takes its type."""
     if isinstance(data, dict):
         return {key: substitute(value, values, place) for key, value in data.items()}
     if isinstance(data, list):
@@ -198,7 +196,7 @@ def _keys(data: Any, key: Key) -> Iterator[Key]:
 
 
 def _distinct(error: ValidationError, data: Any) -> list[tuple[Key, Any]]:
-    """Problems by the key as it was written. Of a union, which reports every alternative, the one that was meant."""
+    """Return the problems by the key as it was written. A union reports every alternative: keep the intended one."""
     problems: dict[Key, Any] = {}
     for problem in error.errors():
         problems.setdefault(_written_key(data, problem), problem)
@@ -210,7 +208,7 @@ def _distinct(error: ValidationError, data: Any) -> list[tuple[Key, Any]]:
 
 
 def _written_key(data: Any, problem: Any) -> Key:
-    """Pydantic's location without the names of union members, which nobody wrote."""
+    """Return pydantic's location without the names of union members, which are not in the file."""
     key: list[str] = []
     for position, part in enumerate(problem["loc"]):
         is_missing = problem["type"] == "missing" and position == len(problem["loc"]) - 1
@@ -239,7 +237,7 @@ def _explain(document: Document, model: type[BaseModel], key: Key, problem: Any)
 
 
 def _fields(model: type[BaseModel], loc: Sequence[Any]) -> list[str]:
-    """Settings of the model at `loc`."""
+    """Return the settings of the model at `loc`."""
     schema = model.model_json_schema()
     here: Any = schema
     for part in loc:

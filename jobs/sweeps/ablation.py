@@ -1,7 +1,8 @@
-"""Job of kind `ablation`: the same training with and without parts of the recipe, each with several seeds.
+"""Job of kind `ablation`: trains with and without parts of the recipe, each with several seeds.
 
-Every pair of variant and seed is a training run of its own, with its scores in its folder: the same command continues.
-Seed by seed, so that all variants of a seed are complete early, and a report of the finished seeds is always there.
+Every pair of variant and seed is one training run, with its scores in its folder. The same command therefore resumes
+the job. It works seed by seed, so that all variants of a seed are complete early. A report of the finished seeds is
+always there.
 """
 
 from __future__ import annotations
@@ -35,14 +36,16 @@ if TYPE_CHECKING:
     from rzen.evaluation.ablation import Effect
     from rzen.evaluation.results import Result
 
-_TOLD = ("dropped_fraction", "effective_fraction", "temperature")
+_SHOWN = ("dropped_fraction", "effective_fraction", "temperature")
 VariantAndSeed = tuple[str, int]
 
 
 @dataclass(frozen=True)
 class Finished:
-    """What is known of a finished run: its scores, its metrics step by step, and the seconds that all its workers
-    spent in steps, waiting for data apart: with one thread each, no fewer than their CPU seconds.
+    """Results of a finished run.
+
+    `worker_s` are the seconds that all its workers spent in steps, without waiting for data. With one thread for each
+    worker they are at least the CPU seconds.
     """
 
     results: list[Result]
@@ -51,42 +54,40 @@ class Finished:
 
 
 def resolve(spec: AblationSpec, document: Document) -> tuple[dict[VariantAndSeed, TrainSpec], EvaluateSpec]:
-    """The spec of each run, seed by seed, and the evaluation (without models); `document` is what `spec` was read from.
+    """Return the spec of each run, seed by seed, and the evaluation without its models. `document` is that of `spec`.
 
-    Raises `UserError` for two variants that train the same.
+    Raise `UserError` for two variants that train the same.
     """
     stage = stage_document(spec.stage, spec.set, document)
     runs: dict[VariantAndSeed, TrainSpec] = {}
     for seed in spec.seed_list:
-        alike: dict[str, str] = {}
+        seen: dict[str, str] = {}
         for variant, changes in spec.variants.items():
             place = document.place_under("variants", variant)
             own = {"name": f"{variant}-s{seed}", "seed": seed}
             train = check_train(stage.overlaid(changes, place).overlaid(own, place))
             content = train.model_dump_json(exclude={"name"})
-            if content in alike:
-                problem = f"variant {variant!r} trains the same as variant {alike[content]!r}"
-                raise UserError(
-                    document.place(("variants", variant)), problem, "let it change something, or leave it out"
-                )
-            alike[content] = variant
+            if content in seen:
+                problem = f"variant {variant!r} trains the same as variant {seen[content]!r}"
+                raise UserError(document.place(("variants", variant)), problem, "let it change something, or remove it")
+            seen[content] = variant
             runs[variant, seed] = train
     return runs, evaluation(spec.evaluate, document, "evaluate")
 
 
 def named(spec: AblationSpec, document: Document) -> list[JobConfig]:
-    """The specs of its runs, and of their evaluation."""
+    """Return the specs of the runs and of their evaluation."""
     runs, evaluate = resolve(spec, document)
     return [*runs.values(), evaluate]
 
 
 def run(spec: AblationSpec, document: Document) -> dict[str, Any]:
-    """Trains and scores what is not there yet, and writes the report."""
+    """Train and score what is not there yet, and write the report."""
     from jobs.training.launch import launch
 
     runs, evaluate = resolve(spec, document)
     say(f"  {len(spec.variants)} variants x {len(spec.seed_list)} seeds: {', '.join(spec.variants)}")
-    seeds_at_once = max(1, spec.max_parallel // len(spec.variants))  # so that there is always enough to do
+    seeds_at_once = max(1, spec.max_parallel // len(spec.variants))  # so that `max_parallel` runs can start
     finished: dict[VariantAndSeed, Finished] = {}
     started_s = time.monotonic()
     with ray_cluster():
@@ -114,7 +115,7 @@ def _scored(group: Mapping[VariantAndSeed, TrainSpec], evaluate: EvaluateSpec) -
 
 
 def facts(evaluate: EvaluateSpec, elapsed_s: float) -> dict[str, Any]:
-    """When, where, by which code and in which time; under a connected Ray."""
+    """Return date, code, hardware and time of the results. Needs a connected Ray."""
     import ray
 
     assert evaluate.data is not None
@@ -138,20 +139,20 @@ def _processor() -> str:
 
 
 def write_report(spec: AblationSpec, finished: Mapping[VariantAndSeed, Finished], where: dict[str, Any]) -> None:
-    """The numbers, the tables and the plot of all runs that are there."""
+    """Write scores, tables and plot of all runs that are finished."""
     from rzen.evaluation.ablation import effects, plot_effects
     from rzen.evaluation.results import write_json
 
     scores: dict[str, dict[int, dict[str, float]]] = {variant: defaultdict(dict) for variant in spec.variants}
     for (variant, seed), some in finished.items():
         for row in some.results:
-            scores[variant][seed].setdefault(row.task, row.value)  # of several metrics the first one, which is compared
+            scores[variant][seed].setdefault(row.task, row.value)  # the first metric counts
     found = effects(scores, spec.baseline)
     runs = [
         {
             "variant": variant,
             "seed": seed,
-            "training": _of_training(some.steps),
+            "training": _training_means(some.steps),
             "rows": [asdict(row) for row in some.results],
         }
         for (variant, seed), some in finished.items()
@@ -161,15 +162,15 @@ def write_report(spec: AblationSpec, finished: Mapping[VariantAndSeed, Finished]
     out = Path(spec.out)
     write_json(out / "ablation.json", {"settings": settings, "effects": [asdict(some) for some in found], "runs": runs})
     (out / "ablation.svg").write_text(plot_effects(found, spec.baseline), encoding="utf-8")
-    (out / "ablation.md").write_text(_page(spec, found, runs, settings), encoding="utf-8")
+    (out / "ablation.md").write_text(_markdown(spec, found, runs, settings), encoding="utf-8")
 
 
-def _of_training(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Means over the steps: whether a part of the recipe had anything to do."""
-    return {name: statistics.fmean(row[name] for row in steps if not row["skipped"]) for name in _TOLD}
+def _training_means(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return means over the steps. They show whether a part of the recipe had any effect in training."""
+    return {name: statistics.fmean(row[name] for row in steps if not row["skipped"]) for name in _SHOWN}
 
 
-def _page(
+def _markdown(
     spec: AblationSpec, found: Sequence[Effect], runs: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]
 ) -> str:
     from rzen.evaluation.ablation import difference_table, score_table
@@ -181,19 +182,19 @@ def _page(
     num_intervals = len([effect for effect in found if effect.variant != spec.baseline])
     notes = "".join(f"* {note}\n" for note in spec.notes)
     compared = ", ".join(f"{task} {metric}" for task, metric in metrics.items())
-    seeds = f"{len(spec.variants)} variants x {num_seeds} seeds (of {len(spec.seed_list)} asked for)"
+    seeds = f"{len(spec.variants)} variants x {num_seeds} seeds (of {len(spec.seed_list)} requested)"
     return f"""# What the parts change
 
 * {seeds}, {settings["date"]}, revision {settings["revision"]}
-* {settings["hardware"]}; workers computed {settings["worker_s"]:,.0f} s in steps (starts, feed and evaluation apart)
+* {settings["hardware"]}; workers computed {settings["worker_s"]:,.0f} s in training steps only
 * {compared}
 {notes}
 ## Difference to {spec.baseline}, points
 
-Mean over the seeds with its 95% interval (Student's t, paired by seed), bold where the interval leaves 0 out. It covers
-what the seed changes in a run, not the choice of the held-out samples, nor of what all runs start from. There are
-{num_intervals} intervals, and one in twenty of such misses the truth by chance: the mean of the tasks is the column to
-look at first, and what is not bold is not shown to help or to harm.
+Mean over the seeds with its 95% interval (Student's t, paired by seed), bold where the interval excludes 0. The
+interval covers what the seed changes in a run. It does not cover the choice of the held-out samples or of the model
+that all runs start from. There are {num_intervals} intervals, and one in twenty misses the true value by chance. Look
+at the mean of the tasks first. A difference that is not bold is not shown to be real.
 
 {difference_table(found, spec.baseline)}
 ![differences](ablation.svg)
@@ -201,19 +202,19 @@ look at first, and what is not bold is not shown to help or to harm.
 ## Mean scores, %
 
 {score_table(found)}
-## What the parts did in training
+## Effects in training
 
-Means over steps and seeds: negatives dropped (as duplicates, or as false negatives), kept negatives that weigh in,
+Means over steps and seeds: negatives dropped as duplicates or false negatives, effective share of the kept negatives,
 and the temperature.
 
 {_training_table(runs)}"""
 
 
 def _training_table(runs: Sequence[Mapping[str, Any]]) -> str:
-    lines = ["| variant | dropped, % | weigh in, % | temperature |", "| --- | ---: | ---: | ---: |"]
+    lines = ["| variant | dropped, % | effective, % | temperature |", "| --- | ---: | ---: | ---: |"]
     for variant in dict.fromkeys(run["variant"] for run in runs):
         dropped, effective, temperature = (
-            statistics.fmean(run["training"][name] for run in runs if run["variant"] == variant) for name in _TOLD
+            statistics.fmean(run["training"][name] for run in runs if run["variant"] == variant) for name in _SHOWN
         )
         lines.append(f"| {variant} | {100 * dropped:.2f} | {100 * effective:.1f} | {temperature:.4f} |")
     return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""Job of kind `finetunes`: fine-tunes side by side, then their soups."""
+"""Job of kind `finetunes`: trains fine-tunes in parallel, then makes their soups."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipelines.errors import UserError
 
 
 def resolve(spec: FinetunesSpec, document: Document) -> dict[str, TrainSpec]:
-    """The spec of each fine-tune; `document` is what `spec` was read from."""
+    """Return the spec of each fine-tune. `document` is that of `spec`."""
     stage = stage_document(spec.stage, spec.set, document)
     specs: dict[str, TrainSpec] = {}
     for name, (run, values) in spec.changes().items():
@@ -42,7 +42,7 @@ def stage_document(stage: str, changes: Mapping[str, Any], document: Document) -
 
 
 def check_train(document: Document) -> TrainSpec:
-    """The spec of one run. Raises `UserError` if it is of another kind."""
+    """Return the spec of one run. Raise `UserError` if it is of another kind."""
     train = check(document)
     if not isinstance(train, TrainSpec):
         raise UserError(document.place(("kind",)), f"kind={train.kind!r} does not train", "use kind: train")
@@ -50,12 +50,12 @@ def check_train(document: Document) -> TrainSpec:
 
 
 def named(spec: FinetunesSpec, document: Document) -> list[JobConfig]:
-    """The specs of its runs and evaluations."""
+    """Return the specs of the runs and evaluations."""
     return [*resolve(spec, document).values(), *soup.named(spec, document)]
 
 
 def run(spec: FinetunesSpec, document: Document) -> dict[str, Any]:
-    """Trains all, then makes the soups of those that ended well. A job that is finished reports, and no more."""
+    """Train all, then make the soups of those that succeeded. A finished job only reports."""
     from jobs.training.launch import launch
 
     specs = resolve(spec, document)
@@ -69,7 +69,7 @@ def run(spec: FinetunesSpec, document: Document) -> dict[str, Any]:
     builder = soup.SoupBuilder(spec, document, survivors)
     builder.report(builder.summary({"runs": states}))
     for name in states.keys() - survivors.keys():
-        say(f"  {name} failed for good and is not in the soups: {states[name]['reason']}", "red")
+        say(f"  {name} failed permanently and is not in the soups: {states[name]['reason']}", "red")
     return {"outputs": [*builder.outputs(), *(runs[name].result_url for name in survivors)]}
 
 

@@ -1,4 +1,4 @@
-"""Job of kind `soup`, and what the fine-tunes end with: soups of several models, scored and compared with them."""
+"""Job of kind `soup`: makes soups of several models and compares their scores. Fine-tunes end with the same."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ if TYPE_CHECKING:
 SUMMARY = "summary"
 CANDIDATES, MODELS = "candidates", "models"
 SELECTION_BIAS_NOTE = (
-    "Greedy and searched soups were chosen by these same scores, which flatters them; `probe` chooses on other data."
+    "These scores also chose the greedy and searched soups, so they are biased upwards. `probe` chooses on other data."
 )
 
 
 def named(spec: SoupsConfig, document: Document) -> list[JobConfig]:
-    """The specs of its evaluations."""
+    """Return the specs of the evaluations."""
     entries = {"evaluate": spec.evaluate, "probe": spec.probe}
     return [evaluation(changes, document, key) for key, changes in entries.items() if changes]
 
 
 def stored_runs(spec: SoupsConfig) -> dict[str, Any]:
-    """What the summary of the same job says of its runs, if it came that far before."""
+    """Return what an earlier summary of the same job says about its runs, if there is one."""
     runs: dict[str, Any] = _stored(open_store(spec.out, spec.endpoint)).get("runs", {})
     return runs
 
@@ -55,7 +55,7 @@ def _stored(out: Store) -> dict[str, Any]:
 
 
 def run(spec: SoupSpec, document: Document) -> dict[str, Any]:
-    """Makes the soups of the models that the spec names."""
+    """Make the soups of the models that the spec names."""
     scored = open_store(spec.out, spec.endpoint).child(MODELS)
     models = {name: Model(ref, scored.child(_identity(ref, spec.endpoint))) for name, ref in spec.models.items()}
     builder = SoupBuilder(spec, document, models)
@@ -75,10 +75,10 @@ class SoupBuilder:
     """Makes the soups of a spec out of `models`, which are adapters of one base or full models.
 
     {out}/{soup}/adapter/ or model/   the soup, with its lineage in soup.json
-                 scores/              of the soup, one file for each way of scoring
-          models/{hash}/scores/       of the models of a job of kind `soup`
-          candidates/{hash}/scores/   of what greedy and searched soups tried
-          summary.json, .md, .svg     everything in one place
+                 scores/              scores of the soup, one file for each scoring configuration
+          models/{hash}/scores/       scores of the models of a job of kind `soup`
+          candidates/{hash}/scores/   scores of the candidates of greedy and searched soups
+          summary.json, .md, .svg     all scores and weights
     """
 
     def __init__(self, spec: SoupsConfig, document: Document, models: Mapping[str, Model]) -> None:
@@ -93,11 +93,11 @@ class SoupBuilder:
         self._probe = Scorer(evaluation(spec.probe, document, "probe")) if spec.probe else self._scorer
 
     def outputs(self) -> list[str]:
-        """Places of the soups, in the order of the spec."""
+        """Return the places of the soups, in the order of the spec."""
         return [self._out.child(name).child(self._folder).url for name in self._spec.soups]
 
     def summary(self, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """Makes and scores what is not there yet; `facts` are whatever else decides or describes the job. JSON."""
+        """Make and score what is not there yet. Return the summary as JSON. `facts` are further entries of it."""
         key = self._key(facts)
         before = _stored(self._out)
         if before.get("key") == key and all(is_published(open_store(url, self._endpoint)) for url in self.outputs()):
@@ -120,7 +120,7 @@ class SoupBuilder:
         return found
 
     def report(self, summary: Mapping[str, Any]) -> None:
-        """Prints the scores and where everything is."""
+        """Print the scores and the places of the results."""
         from rzen.evaluation.results import Result, terminal_table
 
         for name, lineage in summary["soups"].items():
@@ -140,7 +140,7 @@ class SoupBuilder:
 
     @cached_property
     def _folders(self) -> dict[str, Path]:
-        """Local model replicass."""
+        """Local copies of the models."""
         return {name: Path(local_folder(url, self._endpoint)) for name, url in self._places.items()}
 
     @property
@@ -154,14 +154,14 @@ class SoupBuilder:
         return {name: checkpoint_sha256(folder) for name, folder in self._folders.items()}
 
     def _make(self, name: str, soup: SoupConfig) -> dict[str, Any]:
-        """Publishes one soup; returns its lineage."""
+        """Publish one soup. Return its lineage."""
         say(f"  soup {name}: {soup.method} of {', '.join(self._models)}", "dim")
         chosen = self._choose(soup) if isinstance(soup, GreedySoup | SearchedSoup) else None
-        self._out.delete_tree(name)  # the scores of an earlier soup of this name, too
+        self._out.delete_tree(name)  # with the scores of an earlier soup of this name
         return self._merge_and_publish(soup, self._out.child(name), chosen)
 
     def _choose(self, soup: GreedySoup | SearchedSoup) -> Selection:
-        """Weights by scores."""
+        """Choose weights by scores."""
         from rzen.soup.select import greedy_weights, searched_weights
 
         scores = dict(zip(self._models, self._score_candidates([{name: 1.0} for name in self._models]), strict=True))
@@ -171,8 +171,8 @@ class SoupBuilder:
         return searched_weights(list(self._models), self._score_candidates, scores=scores, **how)
 
     def _score_candidates(self, mixes: Sequence[Mapping[str, float]]) -> list[float]:
-        """Mean scores of weighted means of the models, by the probe."""
-        assert self._probe is not None  # the schema asks for it
+        """Return the mean probe score of each weighted mean of the models."""
+        assert self._probe is not None  # the spec is checked for it
         candidates: dict[str, Model] = {}
         for weights in mixes:
             if len(weights) == 1:
@@ -189,7 +189,7 @@ class SoupBuilder:
         scores = [mean_score(rows) for rows in self._probe.scores(candidates).values()]
         for candidate in candidates.values():
             if candidate not in self._models.values():
-                candidate.store.delete_tree(self._folder)  # its scores are all that is wanted
+                candidate.store.delete_tree(self._folder)  # only its scores are needed
         return scores
 
     def _merge_and_publish(self, soup: SoupConfig, store: Store, chosen: Selection | None = None) -> dict[str, Any]:
@@ -206,7 +206,7 @@ class SoupBuilder:
 
     @cached_property
     def _equal_weights(self) -> dict[str, float]:
-        """One for each model, and for a soup so many as it was made of."""
+        """Weight 1 for each model. A soup counts with the number of models that it was made of."""
         from rzen.soup.make import total_weight
         from rzen.soup.parents import LINEAGE
 

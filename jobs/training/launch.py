@@ -69,7 +69,7 @@ def _save(runs: Sequence[Prepared], board: Any) -> None:
     """Wait up to `SAVE_S` for a checkpoint of every run that has made steps since its last one."""
     import ray
 
-    news = ray.get(board.news.remote())
+    news = ray.get(board.progress.remote())
     done = {prepared.run: news[name].done for prepared in runs if (name := prepared.run.spec.name) in news}
     ray.get(board.stop.remote())
     say("  saving; the same command resumes from there", "yellow")
@@ -104,7 +104,7 @@ def _run_queue(
             running[name] = prepared
             futures[name] = _in_thread(fit, prepared, board, table.set_state, abandoned)
         done, _ = wait(futures.values(), timeout=POLL_S, return_when=FIRST_COMPLETED)
-        for name, news in ray.get(board.news.remote()).items():
+        for name, news in ray.get(board.progress.remote()).items():
             if name in running:
                 table.update(name, news, running[name].run.spec.run.log_every_steps)
         for name in [name for name, future in futures.items() if future in done]:

@@ -1,6 +1,7 @@
-"""Job of kind `pipeline`: jobs one after the other, each of which is done once.
+"""Job of kind `pipeline`: runs jobs one after the other, each of them once.
 
-A job is repeated when its resolved settings, any job before it, or the files it starts from have changed.
+A job is repeated when its resolved settings, any job before it, or the raw files that it reads have changed. It is also
+repeated when its output is gone.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pipelines.storage.store import Store
 
 
 def resolve_jobs(spec: PipelineSpec, document: Document) -> dict[str, tuple[JobConfig, Document]]:
-    """Checked spec of every job, and what it was read from; `document` is what `spec` was read from."""
+    """Return the checked spec of every job, and its document. `document` is that of `spec`."""
     jobs: dict[str, tuple[JobConfig, Document]] = {}
     for name, job in spec.jobs.items():
         around = ("jobs", name)
@@ -38,12 +39,12 @@ def resolve_jobs(spec: PipelineSpec, document: Document) -> dict[str, tuple[JobC
 
 
 def named(spec: PipelineSpec, document: Document) -> list[JobConfig]:
-    """The specs of its jobs."""
+    """Return the specs of the jobs."""
     return [job for job, _ in resolve_jobs(spec, document).values()]
 
 
 def run(spec: PipelineSpec, document: Document) -> dict[str, Any]:
-    """Runs what is not done yet, under one Ray."""
+    """Run the jobs that are not done, all with one connection to Ray."""
     jobs = resolve_jobs(spec, document)
     state = open_store(str(substitute(spec.state, spec.vars, "state")), spec.endpoint)
     state.ensure_bucket()
@@ -75,7 +76,7 @@ def _record(name: str) -> str:
 
 
 def _key(job: JobConfig, document: Document, before: str) -> str:
-    """Identity of a job's work: its settings, those of all jobs before it, and the raw files it reads."""
+    """Return what identifies a job's work: its settings, all jobs before it, and the raw files that it reads."""
     specs = [job, *named_specs(job, document)]
     content: list[Any] = [before, *(spec.model_dump(mode="json", exclude={"submit"}) for spec in specs)]
     if (raw := raw_input(job)) is not None:
@@ -84,7 +85,7 @@ def _key(job: JobConfig, document: Document, before: str) -> str:
 
 
 def _is_done(state: Store, name: str, key: str, endpoint: str | None) -> bool:
-    """Done with the same key, and what it made has not been deleted since."""
+    """Return whether the job was done with the same key and its outputs still exist."""
     if not state.exists(_record(name)):
         return False
     record = json.loads(state.read(_record(name)))

@@ -1,6 +1,6 @@
 """The model registry in a store: published models, the champion, and the history of promotions.
 
-    models/{id}/            adapter or model, as `publish_folder` writes it, and lineage.json, written last, never changed
+    models/{id}/            adapter or model, and lineage.json, which is written last; never changed
     promotions/000003.json  third promotion: model, the champion before it, reason and gate report; never changed
     champion.json           copy of the newest promotion for whoever serves the model; at most one promotion behind
     retrainings/{id}.json   what a scheduled retraining run did

@@ -1,4 +1,4 @@
-"""Job of kind `retrain`: one run of scheduled retraining. The same command given again goes on, or does nothing.
+"""Job of kind `retrain`: one run of scheduled retraining. The same command resumes it, or does nothing.
 
 lease -> new data? -> train from the champion -> soup with it -> score both -> publish -> gate -> promote or refuse
 """
@@ -34,12 +34,12 @@ WORK, SCORES = "work", "scores"
 
 
 def named(spec: RetrainSpec, document: Document) -> list[JobConfig]:
-    """The specs of the first training and of the evaluation."""
+    """Return the specs of the first training and of the evaluation."""
     return [_train_spec(spec, document, "first", None), evaluation(spec.evaluate, document, "evaluate")]
 
 
 def run(spec: RetrainSpec, document: Document) -> dict[str, Any]:
-    """Does what is due, and records it. Raises `UserError` while another one is at it."""
+    """Do what is due, and record it. Raise `UserError` while another process retrains."""
     registry = Registry(open_store(spec.registry, spec.endpoint))
     with registry.lease(spec.lease_s) as lease:
         retraining = _RetrainRun(spec, document, registry, registry.champion())
@@ -51,8 +51,10 @@ def run(spec: RetrainSpec, document: Document) -> dict[str, Any]:
 
 
 class _RetrainRun:
-    """One candidate against one champion. The names of its run and model follow from the champion, the data and the
-    settings, so that a run that was interrupted is found again by the next one.
+    """One candidate against one champion.
+
+    The names of its run and model follow from the champion, the data and the settings. The next run therefore finds an
+    interrupted one.
     """
 
     def __init__(self, spec: RetrainSpec, document: Document, registry: Registry, champion: Champion | None) -> None:
@@ -73,7 +75,7 @@ class _RetrainRun:
         self.id = f"after-{number}-{_hash([trained, decided])}"
 
     def nothing_to_do(self) -> str | None:
-        """Why, if so."""
+        """Return why there is nothing to do. None if there is."""
         before: Mapping[str, int] = self._data_before.get("samples", {})
         new = sum(max(0, size - before.get(source, 0)) for source, size in self._data["samples"].items())
         if self._champion and self._data_before.get("fingerprint") == self._data["fingerprint"]:
@@ -88,7 +90,7 @@ class _RetrainRun:
         return None
 
     def work(self, lease: Lease) -> str:
-        """Trains, publishes and decides; returns the outcome."""
+        """Train, publish and decide. Return the outcome."""
         self._registry.record(self.id, {"outcome": "training", "data": self._data})
         if not self._registry.has(self.id):
             self._publish()
@@ -129,7 +131,7 @@ class _RetrainRun:
         return out, make_soup(parents, out, self._spec.soup, places={"champion": url, "candidate": place})
 
     def _scores(self, candidate: ModelRef) -> dict[str, Any]:
-        """Verdict and scores, for the lineage."""
+        """Return verdict and scores for the lineage."""
         from rzen.evaluation.gate import judge
 
         kept = self._registry.store.child(SCORES)
@@ -146,7 +148,7 @@ class _RetrainRun:
         }
 
     def _base(self, run: Run) -> str | None:
-        """What an adapter belongs on, for good: not in the folder of a run that may be gone."""
+        """Return the base of an adapter. It must outlive the folder of the run, which may be deleted."""
         if run.spec.model.tune == "full":
             return None
         if self._parent:
@@ -183,7 +185,7 @@ def _facts(train: TrainSpec) -> dict[str, Any]:
 
 
 def _ref(lineage: Mapping[str, Any], url: str) -> ModelRef:
-    """How a model of the registry is loaded."""
+    """Return how to load a model of the registry."""
     if lineage["tune"] == "lora":
         return ModelRef(base=lineage["base"], adapter=url, instructions=lineage["instructions"])
     return ModelRef(base=url, instructions=lineage["instructions"])

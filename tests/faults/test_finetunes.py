@@ -76,7 +76,7 @@ def test_survivors_are_souped_and_the_lost_run_is_named(
     assert main([*job, "--set", "runs.late={}"]) == 0
     out = capsys.readouterr().out
     assert sorted(killed) == ["doomed-seed-1", "doomed-seed-1", "unlucky-seed-1"]
-    assert "doomed-seed-1 failed for good and is not in the soups" in out
+    assert "doomed-seed-1 failed permanently and is not in the soups" in out
 
     summary = json.loads((tmp_path / "soups/summary.json").read_text())
     survivors = ["unlucky-seed-1", "calm-seed-1", "late-seed-1"]
@@ -91,7 +91,7 @@ def test_survivors_are_souped_and_the_lost_run_is_named(
     assert scores["searched"] >= scores["uniform"]
     page = (tmp_path / "soups/summary.md").read_text()
     assert "| doomed-seed-1 | failed |" in page
-    assert "which flatters them" in page
+    assert "biased upwards" in page
 
     log = (tmp_path / "runs/unlucky-seed-1/log.txt").read_text()
     for event in ("starts at step 0 of 30, 1 workers", "lost a worker", "restart 1 of 1 from step", "finished"):
@@ -102,7 +102,7 @@ def test_survivors_are_souped_and_the_lost_run_is_named(
     assert contents(tmp_path) == before
     again = capsys.readouterr().out
     assert again.count("finished before") == 3
-    assert "doomed-seed-1 failed for good" in again
+    assert "doomed-seed-1 failed permanently" in again
 
 
 def contents(folder: Path) -> dict[str, Any]:

@@ -129,7 +129,7 @@ def test_source_without_a_usable_sample_stops_the_run_with_one_message(tmp_path:
 def test_cluster_without_cpus_for_the_feed_is_refused_at_once(tmp_path: Path, ray_cluster: None) -> None:
     publish(open_store(str(tmp_path / "data")), {"red": ("a", 24)})
     spec = make_spec(tmp_path, "large", cluster={"workers": 4, "cpus_per_worker": 1.0})
-    with pytest.raises(UserError, match=r"has 4 CPUs: 4 workers x 1 \+ 0.5 for the feed need 4.5"):
+    with pytest.raises(UserError, match=r"has 4 CPUs: 4 workers x 1 \+ 0.5 for the data loader need 4.5"):
         train.run(spec)
 
 

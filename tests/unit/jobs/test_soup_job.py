@@ -86,7 +86,7 @@ def test_soups_are_chosen_scored_and_told(tmp_path: Path, judge: Judge) -> None:
     assert len(searched["trace"]) <= 8
     assert sum(parent["coefficient"] for parent in searched["parents"]) == pytest.approx(1)
     page = (tmp_path / "out/summary.md").read_text()
-    assert "which flatters them" in page
+    assert "biased upwards" in page
     assert "| searched |" in page
     assert not (tmp_path / "out/candidates").exists()
 
