@@ -74,11 +74,13 @@ def _identity(ref: ModelRef, endpoint: str | None) -> str:
 class SoupBuilder:
     """Makes the soups of a spec out of `models`, which are adapters of one base or full models.
 
-    {out}/{soup}/adapter/ or model/   the soup, with its lineage in soup.json
-                 scores/              scores of the soup, one file for each scoring configuration
-          models/{hash}/scores/       scores of the models of a job of kind `soup`
-          candidates/{hash}/scores/   scores of the candidates of greedy and searched soups
-          summary.json, .md, .svg     all scores and weights
+    It writes these files:
+
+        {out}/{soup}/adapter/ or model/   the soup, with its lineage in soup.json
+                     scores/              scores of the soup, one file for each scoring configuration
+              models/{hash}/scores/       scores of the models of a job of kind `soup`
+              candidates/{hash}/scores/   scores of the candidates of greedy and searched soups
+              summary.json, .md, .svg     all scores and weights
     """
 
     def __init__(self, spec: SoupsConfig, document: Document, models: Mapping[str, Model]) -> None:

@@ -154,8 +154,8 @@ class Sandbox:
 
 def _start(max_memory_bytes: int) -> subprocess.Popen[bytes]:
     one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-    # Not the inherited PYTHONPATH: Ray adds a job's working directory to sys.path inside the process. The folder of this
-    # package goes first, because that directory may have another package `pipelines`.
+    # Not the inherited PYTHONPATH: Ray adds a job's working directory to sys.path inside the process. The folder of
+    # this package goes first, because that directory may have another package `pipelines`.
     path = os.pathsep.join([str(Path(__file__).resolve().parents[2]), *sys.path])
     environment = os.environ | one_thread | {"PYTHONPATH": path, _INSIDE: "1"}
     child = subprocess.Popen(

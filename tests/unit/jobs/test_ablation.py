@@ -266,7 +266,7 @@ def test_report_says_how_many_seeds_where_when_and_what_the_parts_did(tmp_path: 
     write_report(spec, finished, where)
     page = (tmp_path / "out/ablation.md").read_text()
     assert "* 2 variants x 2 seeds (of 3 requested), 2026-11-21, revision abc\n" in page
-    assert "* 2 CPUs; workers computed 4,000 s in steps" in page
+    assert "* 2 CPUs; workers computed 4,000 s in training steps" in page
     assert "* text_image hit@1\n* A toy.\n" in page
     assert "| hardness | **+5.0 [+5.0, +5.0]** |" in page
     assert "| baseline | 2.00 | 50.0 | 0.0500 |" in page
