@@ -37,7 +37,7 @@ def evaluate(
     if list_:
         _list_datasets(spec, changes, as_json)
     else:
-        run_file(spec, changes)
+        run_file(spec, changes, kind="evaluate")
 
 
 def _list_datasets(path: str, changes: list[str] | None, as_json: bool) -> None:
