@@ -121,11 +121,10 @@ def run(spec: EmbedSpec) -> dict[str, Any]:
         "num_vectors": num_samples - writer.skipped.total(),
         "num_embedded": num_embedded,
         "skipped": dict(writer.skipped),
-        # Absolute, where local: whoever searches may be in another folder.
-        "model": open_store(spec.model, spec.endpoint).url,
+        "model": _absolute(spec.model),
         "config": config,
         "dtype": spec.dtype,
-        "data": spec.data.model_dump(mode="json") | {"root": open_store(spec.data.root, spec.data.endpoint).url},
+        "data": spec.data.model_dump(mode="json") | {"root": _absolute(spec.data.root)},
     }
     store.write(MANIFEST, as_json(content))
     _delete_all_but(store, [*writer.paths, *(f"{LISTINGS}/{shard.path}" for shard in shards)])
@@ -143,6 +142,11 @@ def run(spec: EmbedSpec) -> dict[str, Any]:
 def data_of(data: DataConfig, split: str) -> DataConfig:
     """Return the same data, another split."""
     return data.model_copy(update={"split": split})
+
+
+def _absolute(url: str) -> str:
+    """A local path as an absolute one, because whoever searches may be in another folder."""
+    return str(Path(url).absolute()) if Path(url).exists() else url
 
 
 def _published_parts(store: Store, config: str) -> list[str]:

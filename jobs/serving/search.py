@@ -71,7 +71,9 @@ def _read_manifest(store: Store) -> dict[str, Any]:
 def _read_vectors(store: Store, manifest: dict[str, Any], spec: SearchSpec) -> tuple[pa.Table, Any]:
     """Rows that may be found and their vectors `[N, D]`; of equal targets the first one."""
     tables = [pq.read_table(io.BytesIO(store.read(part))) for part in manifest["parts"]]
-    table = pa.concat_tables([part for part in tables if len(part)])
+    if not tables:
+        raise UserError(store.url, "holds no vectors", "embed a dataset with targets that can be decoded")
+    table = pa.concat_tables(tables)
     _, first = np.unique(table["target_sha256"].to_numpy(zero_copy_only=False), return_index=True)
     wanted = np.isin(table["modality"].to_numpy(zero_copy_only=False), spec.modalities or MODALITIES)
     kept = np.intersect1d(first, np.flatnonzero(wanted))
