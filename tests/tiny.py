@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +28,17 @@ PROMPT = PromptConfig(max_visual_tokens=24)
 
 
 def tiny_checkpoint(folder: Path, config: TinyBackbone = TINY) -> str:
-    """Build the backbone in `folder` and return its path."""
-    build_tiny(folder, config, TEXTS)
+    """Write the backbone into `folder` and return its path. A process builds each backbone once and copies it."""
+    shutil.copytree(_built(config.model_dump_json()), folder, dirs_exist_ok=True)
     return str(folder)
+
+
+@functools.cache
+def _built(config_json: str) -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="rzen-tiny-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    build_tiny(folder, TinyBackbone.model_validate_json(config_json), TEXTS)
+    return folder
 
 
 def tiny_model(model_dir: str, prompt: PromptConfig = PROMPT) -> ModelConfig:
