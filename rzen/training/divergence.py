@@ -36,24 +36,27 @@ def divergence_error(learner: Learner, fed: FeedBatchProtocol, row: Row, num_ski
 
 
 def _broken(learner: Learner, pairs: EncodedPairs) -> list[str]:
+    """Return the keys of the pairs that have a vector which is not finite. Each pair is embedded by itself."""
     learner.eval()
+    broken = []
     with torch.no_grad():
-        return [
-            key
-            for key, sides in zip(pairs.keys, _sides(pairs), strict=True)
-            if not learner.embedder(EncodedBatch.concat([*sides, *learner.blanks]))[: len(sides)].isfinite().all()
-        ]
+        for key, inputs in zip(pairs.keys, _inputs(pairs), strict=True):
+            # Blanks are embedded too, because ZeRO stage 3 needs them, and then left out.
+            vectors = learner.embedder(EncodedBatch.concat([*inputs, *learner.blanks]))[: len(inputs)]
+            if not vectors.isfinite().all():
+                broken.append(key)
+    return broken
 
 
-def _sides(pairs: EncodedPairs) -> Iterator[list[EncodedBatch]]:
+def _inputs(pairs: EncodedPairs) -> Iterator[list[EncodedBatch]]:
     """Yield query, target and mined negatives of each pair."""
     start = 0
     for index, count in enumerate(pairs.negative_counts.tolist()):
-        sides = [role.slice(index, index + 1) for role in (pairs.queries, pairs.targets)]
+        inputs = [role.slice(index, index + 1) for role in (pairs.queries, pairs.targets)]
         if pairs.negatives is not None:
-            sides.append(pairs.negatives.slice(start, start + count))
+            inputs.append(pairs.negatives.slice(start, start + count))
         start += count
-        yield sides
+        yield inputs
 
 
 def _all_ranks(keys: Sequence[str]) -> list[str]:
