@@ -151,7 +151,9 @@ class Reader:
         """
         share = plan.batch(step, rank, world_size)
         sizes = [len(block.rows) for block in share.blocks]
-        starts = np.cumsum([0, *sizes[:-1]]) * world_size + rank * np.array(sizes)  # in the whole batch
+        # Reserves are chosen by the position in the whole batch, so that every number of workers takes the same. Blocks
+        # of the whole batch are `world_size` times as long, and this rank's share of each is contiguous.
+        starts = np.cumsum([0, *sizes[:-1]]) * world_size + rank * np.array(sizes)
         positions = np.concatenate([start + np.arange(size) for start, size in zip(starts, sizes, strict=True)])
         rejected: list[Rejected] = []
         encoded: list[Any] = []

@@ -82,6 +82,8 @@ def _split(samples: list[RawSample], fraction: float, seed: int, root: str) -> d
     for raw in free:
         by_target[_input_identity(raw.sample.positive, raw.files, root)].append(raw)
     room = max(0, min(round(fraction * len(free)), len(free) - _MIN_TRAIN_SAMPLES))
+    # In random order, each target is held out if all of its samples still fit. Otherwise a model would be tested on
+    # targets that it has trained on.
     for target in sorted(by_target, key=lambda target: _draw(seed, "held out", target)):
         group = by_target[target]
         fits = len(group) <= room

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from pipelines.plan.placement import ConstrainedSamples
 from pipelines.plan.subset import seed_of_name
-from pipelines.plan.types import Int64Array
+from pipelines.plan.types import EPOCH_STREAM, Int64Array
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,14 +38,14 @@ class Epoch:
         epoch: int,
     ) -> Epoch:
         """Draw the order, a pure function of the arguments."""
-        rng = np.random.default_rng([seed, 1, seed_of_name(name), epoch])
+        rng = np.random.default_rng([seed, EPOCH_STREAM, seed_of_name(name), epoch])
         num_batches = num_samples // batch
         batch_S = constrained.place(num_batches, batch, rng)
         used = np.flatnonzero(batch_S >= 0)
         order = used[np.argsort(batch_S[used], kind="stable")]
         first = np.concatenate([[0], np.cumsum(np.bincount(batch_S[used], minlength=num_batches))])
         num_free = num_samples - len(constrained.numbers)
-        runs = np.arange(num_free // run_length, dtype=np.uint32)
+        runs = np.arange(num_free // run_length, dtype=np.uint32)  # half the memory of int64
         rng.shuffle(runs)
         return cls(
             batch=batch,
@@ -62,6 +62,7 @@ class Epoch:
         """Return the numbers of samples `start` to `stop` of the batch at `position`."""
         first, last = (int(number) for number in self.first[position : position + 2])
         num_free = self.batch - (last - first)
+        # Free samples are counted through the epoch: `position * batch` rows come before, `first` of them placed.
         free = np.arange(min(start, num_free), min(stop, num_free)) + position * self.batch - first
         placed = self.placed[first + max(0, start - num_free) : first + max(0, stop - num_free)]
         return np.concatenate([self._free_numbers(free), placed])

@@ -41,6 +41,7 @@ class ConstrainedSamples:
             numbers, used = subset.numbers(table.duplicates)
             duplicates.append(numbers[used] + start)
             targets.append(table.targets[used].astype(np.uint64))
+            # Clusters are spans of samples. A subset may use a part of one, and only the used samples stay together.
             first, stop = table.clusters.T
             samples = np.concatenate([NO_SAMPLES, *map(np.arange, first, stop)])
             numbers, used = subset.numbers(samples)
@@ -48,6 +49,7 @@ class ConstrainedSamples:
             cluster_ids = np.repeat(np.arange(len(first)), stop - first) + num_clusters
             clusters.append(cluster_ids[used])
             num_clusters += len(first)
+        # A target or cluster of which only one sample is used constrains nothing.
         duplicate, target = _keep_shared(np.concatenate(duplicates), np.concatenate(targets))
         member, cluster = _keep_shared(np.concatenate(clustered), np.concatenate(clusters))
         numbers = np.union1d(duplicate, member)
@@ -91,7 +93,7 @@ def _deal(target_S: Int64Array, num_batches: int, batch: int, rng: np.random.Gen
     num_targets = int(target_S.max(initial=-1)) + 1
     order = np.lexsort([rng.random(len(target_S)), rng.permutation(num_targets)[target_S]])
     dealt_S = np.full(len(target_S), -1, np.int64)
-    order = order[: num_batches * batch]
+    order = order[: num_batches * batch]  # an epoch has whole batches only
     dealt_S[order] = (np.arange(len(order)) + rng.integers(num_batches)) % num_batches
     return dealt_S
 

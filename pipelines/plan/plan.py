@@ -24,7 +24,7 @@ from pipelines.errors import UserError
 from pipelines.plan.epoch import Epoch
 from pipelines.plan.schedule import Lane, Phase, Schedule
 from pipelines.plan.sources import PlanSource
-from pipelines.plan.types import Block, GlobalBatch, MixturePhase, Row
+from pipelines.plan.types import RESERVE_STREAM, Block, GlobalBatch, MixturePhase, Row
 
 
 class SourceDescription(TypedDict):
@@ -117,7 +117,7 @@ class Plan:
         rows = self.batch(step).rows
         member = rows[position][0]
         used = np.array([index for name, index in rows if name == member])
-        rng = np.random.default_rng([self.seed, 2, step])
+        rng = np.random.default_rng([self.seed, RESERVE_STREAM, step])
         source = next(source for source in self.sources if member in source.members)
         return source.reserves(rng, member, used, position, count)
 

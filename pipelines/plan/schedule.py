@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.plan.types import Int64Array
+from pipelines.plan.types import LANE_STREAM, SOURCE_STREAM, Int64Array
 
 Phase = tuple[int, tuple[float, ...]]
 """First step, and the share of each source from there on."""
@@ -37,13 +37,13 @@ class Schedule:
             # Planned to the end of the run, as if no phase followed: a later phase changes nothing before it.
             lane_shares = [sum(shares[ordinal] for ordinal in lane.sources) for lane in lanes]
             lane_counts = apportion(lane_shares, planned_steps - first)
-            lane_of_step = spread(lane_counts, [seed, 0, first])[: max(0, stop - first)]
+            lane_of_step = spread(lane_counts, [seed, LANE_STREAM, first])[: max(0, stop - first)]
             lane_parts.append(lane_of_step)
             num_used = np.bincount(lane_of_step, minlength=len(lanes))
             for number, lane in enumerate(lanes):
                 source_shares = [shares[ordinal] for ordinal in lane.sources]
                 source_counts = apportion(source_shares, lane.blocks * lane_counts[number])
-                sequence = spread(source_counts, [seed, 4, first, number])[: lane.blocks * num_used[number]]
+                sequence = spread(source_counts, [seed, SOURCE_STREAM, first, number])[: lane.blocks * num_used[number]]
                 source_parts[number].append(np.array(lane.sources, np.int16)[sequence])
         self._lane_of_step = np.concatenate(lane_parts)
         self._nth_of_lane = _count_earlier(self._lane_of_step, len(lanes))
@@ -71,6 +71,7 @@ def apportion(shares: Sequence[float], steps: int) -> tuple[int, ...]:
     exact = np.asarray(shares) / sum(shares) * steps
     counts = np.floor(exact).astype(int)
     missing = steps - int(counts.sum())
+    # The steps that rounding down has left go to the largest remainders. Stable: the first of equal ones wins.
     counts[np.argsort(counts - exact, kind="stable")[:missing]] += 1
     return tuple(int(c) for c in counts)
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.config import MixtureConfig
-from pipelines.plan.types import Int64Array
+from pipelines.plan.types import SUBSET_STREAM, Int64Array
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,10 +25,10 @@ class SourceSubset:
         """Choose up to `max_samples_per_source` samples; another `seed` chooses other runs."""
         size = min(num_samples, mixture.max_samples_per_source)
         length = min(mixture.run_length, size)
-        wanted = -(-size // max(length, 1))
+        wanted = -(-size // max(length, 1))  # runs, rounded up: the last one is used in part
         if size == num_samples or wanted > num_samples // length:  # all, or all but a part of a run
             return cls(size, length, None)
-        rng = np.random.default_rng([seed, 3, seed_of_name(name)])
+        rng = np.random.default_rng([seed, SUBSET_STREAM, seed_of_name(name)])
         return cls(size, length, np.sort(rng.choice(num_samples // length, wanted, replace=False)))
 
     def samples(self, numbers: Int64Array) -> Int64Array:

@@ -77,4 +77,5 @@ def _read_targets(store: Store, shards: Sequence[ShardInfo]) -> Targets:
 
 def _targets_of(store: Store, shard: ShardInfo) -> Targets:
     hexadecimal = read_index_table(store, shard, ["target_sha256"])["target_sha256"].to_pylist()
+    # Big-endian, so that the order of the numbers is that of the hex digits.
     return np.frombuffer(b"".join(bytes.fromhex(text[:16]) for text in hexadecimal), ">u8").astype(np.uint64)

@@ -148,6 +148,7 @@ def only_group(data: bytes) -> Group:
 def _read_entry(data: Buffer, position: int) -> tuple[Entry | None, int]:
     """Return the entry whose headers begin at `position`, None unless it is a regular file, and the next position."""
     first = position
+    # Extended headers come before the header that they describe. There may be several.
     long_name, long_size, is_sparse = None, None, False
     while True:
         block = data[position : position + BLOCK_BYTES]
