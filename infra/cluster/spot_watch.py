@@ -1,10 +1,10 @@
-"""Tells Ray that the cloud is about to take this machine back. Ray polls no such notice on virtual machines itself.
+"""Drains a spot node when the cloud announces that it takes the machine back. Ray does not poll these notices itself.
 
     python spot_watch.py aws | gcp
 
-Started beside Ray on spot nodes by aws.yaml and gcp.yaml, with the standard library alone. Drained, a node gets no new
-work, training makes a checkpoint and goes on elsewhere. tests/infra/test_spot_watch.py runs it against both clouds'
-metadata services as documented. On Kubernetes the pods' preStop hook does the same.
+aws.yaml and gcp.yaml start it next to Ray on spot nodes. It uses the standard library only. A drained node gets no new
+work. Training writes a checkpoint and resumes on other nodes. tests/infra/test_spot_watch.py runs this program against
+both clouds' metadata services as documented. On Kubernetes the preStop hook of the pods does the same.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from collections.abc import Callable
 AWS = "http://169.254.169.254"
 GCP = "http://metadata.google.internal"
 _TIMEOUT_S = 2
-_MARGIN_S = 10  # between the end that Ray is told of and the real one
+_MARGIN_S = 10  # between the end that Ray learns and the real one
 _GCP_NOTICE_S = 30  # Google says only that the end is near
 
 
 def main() -> int:
-    """Waits for a notice, drains the node, and ends."""
+    """Wait for a notice, drain the node, and end."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cloud", choices=["aws", "gcp"])
@@ -53,7 +53,7 @@ def _asked(notice: Callable[[str], float | None], url: str) -> float | None:
 
 
 def aws_notice(url: str) -> float | None:
-    """Seconds until EC2 ends this instance; None as long as it does not. IMDSv2 only: each answer asks for a token."""
+    """Return the seconds until EC2 ends this instance, None without a notice. Uses IMDSv2: each call needs a token."""
     token = _get(f"{url}/latest/api/token", {"X-aws-ec2-metadata-token-ttl-seconds": "60"}, method="PUT")
     try:
         text = _get(f"{url}/latest/meta-data/spot/instance-action", {"X-aws-ec2-metadata-token": token})
@@ -66,7 +66,7 @@ def aws_notice(url: str) -> float | None:
 
 
 def gcp_notice(url: str) -> float | None:
-    """Seconds until Google ends this instance, at least; None as long as it does not."""
+    """Return the least seconds until Google ends this instance, None without a notice."""
     text = _get(f"{url}/computeMetadata/v1/instance/preempted", {"Metadata-Flavor": "Google"})
     return _GCP_NOTICE_S if text.strip() == "TRUE" else None
 
@@ -79,7 +79,7 @@ def _get(url: str, headers: dict[str, str], method: str = "GET") -> str:
 
 
 def drain(left_s: int) -> bool:
-    """Tells Ray; False if it did not accept."""
+    """Drain this node. Return False if Ray did not accept."""
     command = ["ray", "drain-node", "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
     command += ["--reason-message", "spot notice", "--deadline-remaining-seconds", str(left_s)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

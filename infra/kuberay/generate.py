@@ -1,10 +1,11 @@
-"""Writes what must not be copied by hand: RayJobs from the specs in jobs/, the PrometheusRule from the alert rules.
+"""Generates manifests: RayJobs from the specs in jobs/, the PrometheusRule from the alert rules.
 
     python -m infra.kuberay.generate            writes the files
     python -m infra.kuberay.generate --check    exit status 1 if one of them is not what would be written
 
-Each RayJob brings its own cluster: the head and the groups of base/raycluster.yaml that its spec asks for, with as many
-nodes as it can use. `tests/infra/test_kuberay.py` runs the check, and each command as a shell in the pod would read it.
+Each RayJob has its own cluster: the head, and the groups of base/raycluster.yaml that its spec needs. They have as many
+nodes as it can use. Kinds that need local files have no RayJob. `local` in their declaration says why.
+`tests/infra/test_kuberay.py` runs the check, and passes each command through the shells that read it.
 """
 
 from __future__ import annotations

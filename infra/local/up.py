@@ -1,8 +1,10 @@
-"""A Ray cluster on this machine with monitoring, until Ctrl-C: `python -m infra.local.up`.
+"""Runs a Ray cluster with monitoring on this machine until Ctrl-C: `python -m infra.local.up`.
 
-Ray's head with its dashboard; Prometheus with our alerts and Grafana with our dashboard, where they are installed. It
-ends what it started and nothing else (`ray stop` would end every Ray of the machine). tests/infra/test_local.py runs
-it with stand-ins for the programs, tests/infra/test_prometheus.py with a real Ray and Prometheus.
+It starts Ray's head with its dashboard. If they are installed, it also starts Prometheus with our alerts and Grafana
+with our dashboard. At the end it stops only what it started: `ray stop` would end every Ray of the machine.
+
+tests/infra/test_local.py runs it with stand-ins for the programs. tests/infra/test_prometheus.py uses a real Ray
+and Prometheus.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ _GRACE_S = 20
 
 
 def main() -> int:
-    """Starts the programs, says how to reach them, and waits; exit status 1 if one of them ended by itself."""
+    """Start the programs, print their addresses, and wait. Return 1 if one of them ended by itself."""
     options = _options()
     folder = Path(options.temp_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -59,22 +61,22 @@ def main() -> int:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--port", type=int, default=6379, help="of Ray, for RAY_ADDRESS (%(default)s)")
-    parser.add_argument("--dashboard-port", type=int, default=8265, help="(%(default)s)")
-    parser.add_argument("--client-port", type=int, default=10001, help="of Ray's client server (%(default)s)")
-    parser.add_argument("--prometheus-port", type=int, default=9090, help="(%(default)s)")
-    parser.add_argument("--grafana-port", type=int, default=3000, help="(%(default)s)")
-    parser.add_argument("--num-cpus", type=int, help="that Ray hands out (default: those of the machine)")
-    parser.add_argument("--scrape-s", type=int, default=15, help="between two looks of Prometheus (%(default)s)")
-    parser.add_argument("--temp-dir", default="/tmp/rzen", help="for logs and sockets; must be short (%(default)s)")
+    parser.add_argument("--port", type=int, default=6379, help="port of Ray, for RAY_ADDRESS (%(default)s)")
+    parser.add_argument("--dashboard-port", type=int, default=8265, help="port of the dashboard (%(default)s)")
+    parser.add_argument("--client-port", type=int, default=10001, help="port of Ray's client server (%(default)s)")
+    parser.add_argument("--prometheus-port", type=int, default=9090, help="port of Prometheus (%(default)s)")
+    parser.add_argument("--grafana-port", type=int, default=3000, help="port of Grafana (%(default)s)")
+    parser.add_argument("--num-cpus", type=int, help="CPUs that Ray offers (default: those of the machine)")
+    parser.add_argument("--scrape-s", type=int, default=15, help="seconds between scrapes (%(default)s)")
+    parser.add_argument("--temp-dir", default="/tmp/rzen", help="folder of logs; must be short (%(default)s)")
     return parser.parse_args()
 
 
 def _environment(options: argparse.Namespace) -> dict[str, str]:
-    """What Ray reads from its environment. RAY_AUTH_MODE and RAY_AUTH_TOKEN of the user count."""
+    """Return what Ray reads from its environment. RAY_AUTH_MODE and RAY_AUTH_TOKEN of the user win."""
     chosen = {
         "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token"),
-        # These two ports are the same for every Ray of a machine, and it says nothing if they are taken.
+        # By default every Ray of a machine uses these two ports, and it gives no error if they are taken.
         "AUTOSCALER_METRIC_PORT": os.environ.get("AUTOSCALER_METRIC_PORT", str(free_port())),
         "DASHBOARD_METRIC_PORT": os.environ.get("DASHBOARD_METRIC_PORT", str(free_port())),
         "RAY_PROMETHEUS_HOST": f"http://127.0.0.1:{options.prometheus_port}",
@@ -102,7 +104,7 @@ def _environment(options: argparse.Namespace) -> dict[str, str]:
 
 
 def _commands(options: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
-    """Program -> command, for those that are installed, in the order in which they start."""
+    """Return program -> command for the installed programs, in the order in which they start."""
     ray = ["ray", "start", "--head", "--block", "--disable-usage-stats", f"--port={options.port}"]
     ray += ["--dashboard-host=127.0.0.1", f"--dashboard-port={options.dashboard_port}"]
     ray += [f"--ray-client-server-port={options.client_port}", f"--dashboard-agent-listen-port={free_port()}"]
@@ -126,7 +128,7 @@ def _commands(options: argparse.Namespace, folder: Path) -> dict[str, list[str]]
 
 
 def _prometheus_config(folder: Path, scrape_s: int) -> Path:
-    """monitoring/prometheus.yaml for the Ray in `folder`."""
+    """Write monitoring/prometheus.yaml for the Ray in `folder`. Return its path."""
     config = yaml.safe_load((MONITORING / "prometheus.yaml").read_text())
     config["global"] = {"scrape_interval": f"{scrape_s}s", "evaluation_interval": f"{scrape_s}s"}
     config["rule_files"] = [str(MONITORING / name) for name in config["rule_files"]]

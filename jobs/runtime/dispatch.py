@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pkgutil
 from typing import Any
 
@@ -9,6 +10,8 @@ from jobs.runtime.cluster import set_environment
 from jobs.spec.job import JobConfig
 from jobs.spec.kinds import find_kind
 from jobs.spec.load import Document
+
+_log = logging.getLogger(__name__)
 
 
 def named_specs(spec: JobConfig, document: Document) -> list[JobConfig]:
@@ -27,6 +30,7 @@ def run_spec(spec: JobConfig, document: Document) -> dict[str, Any]:
     """Run a checked spec in the handler of its kind. Return its result: `outputs` lists the places that it wrote."""
     set_environment()
     kind = find_kind(spec.kind)
+    _log.info("kind %s: %s", kind.name, kind.run)
     handler = pkgutil.resolve_name(kind.run)
     result: dict[str, Any] = handler(spec, document) if kind.named else handler(spec)
     return result

@@ -8,6 +8,7 @@ cannot both succeed, because the file is only replaced if it is still the versio
 from __future__ import annotations
 
 import json
+import logging
 import threading
 import time
 import uuid
@@ -19,6 +20,7 @@ from pipelines.errors import UserError
 from pipelines.storage.store import Store
 
 LEASE = "lease.json"
+_log = logging.getLogger(__name__)
 _RENEWALS = 3  # within the time of a lease, so that two may fail
 
 
@@ -91,5 +93,5 @@ class Lease:
                 if not self._renew():
                     self._until_s = 0.0
                     return
-            except UserError:  # the store did not answer; there are more attempts before the lease ends
-                continue
+            except UserError as error:  # the store did not answer; there are more attempts before the lease ends
+                _log.warning("lease not renewed, trying again: %s", error)

@@ -19,6 +19,7 @@ from jobs.runtime.local_s3 import free_port
 from pipelines.storage.location import open_store
 from tests.data import publish
 from tests.paths import ROOT
+from tests.plug_in import write_plug_in
 from tests.specs import stage
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -110,6 +111,19 @@ def test_a_job_that_fails_gives_its_exit_status_and_one_message(cluster: Cluster
     assert mistake.returncode == 1
     assert "error: --set steps=-1: steps=-1: input should be" in mistake.stderr
     assert "submitted" not in mistake.stdout  # a mistake in a spec never gets to the cluster
+
+
+def test_a_kind_of_another_package_is_submitted(cluster: Cluster, tmp_path: Path) -> None:
+    """Its package is in the folder that is sent along."""
+    folder = tmp_path / "laptop"
+    write_plug_in(folder)
+    (folder / "count.yaml").write_text(f'kind: count\nfile: count.yaml\nout: "{tmp_path}/lines.json"\n')
+    unknown = cluster.run("rzen", "submit", "count.yaml", cwd=folder)
+    assert "kind='count' is not a kind of job" in unknown.stderr
+    path = os.pathsep.join([str(folder), cluster.environment["PYTHONPATH"]])
+    done = cluster.run("rzen", "submit", "count.yaml", cwd=folder, PYTHONPATH=path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((tmp_path / "lines.json").read_text()) == {"lines": 3, "runs": 1}
 
 
 def test_without_the_token_nobody_submits(cluster: Cluster, tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """One run of retraining on Kubernetes: starts a copy of a suspended RayJob and waits for its end.
 
-Run by cronjob.yaml, with the standard library alone; tests/infra/test_tick.py runs it against a fake API server.
-The copy has the name of the run's Job, so that a repeated run finds it in place of starting a second, and belongs to
-that Job, so that it goes with it. Exit status: 0 if the run succeeded.
+cronjob.yaml runs it, with the standard library only. tests/infra/test_retrain_run.py runs it against a fake API server.
+The copy has the name of the run's Job. A repeated run therefore finds it and does not start a second one. The copy
+belongs to that Job, so Kubernetes deletes both together. Exit status: 0 if the run succeeded.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ POLL_S = float(os.environ.get("POLL_S", "30"))
 
 
 def main(template: str) -> int:
-    """Starts a copy of RayJob `template`, once for each run."""
+    """Start a copy of RayJob `template`, once for each run, and wait for its end."""
     name = os.environ["JOB_NAME"]
     spec = call("GET", template)["spec"] | {"suspend": False}
     owner = {"apiVersion": "batch/v1", "kind": "Job", "name": name, "uid": os.environ["JOB_UID"]}
@@ -44,10 +44,10 @@ def main(template: str) -> int:
 
 
 def call(method: str, name: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-    """One call of the API for the RayJobs of this namespace."""
+    """Call the API for the RayJobs of this namespace. Return the answer."""
     server = f"https://{os.environ['KUBERNETES_SERVICE_HOST']}:{os.environ['KUBERNETES_SERVICE_PORT']}"
     namespace = (ACCOUNT / "namespace").read_text()
-    # The token is read anew each time: Kubernetes changes it every hour.
+    # Read the token each time, because Kubernetes changes it every hour.
     request = urllib.request.Request(
         f"{server}/apis/ray.io/v1/namespaces/{namespace}/rayjobs/{name}".rstrip("/"),
         method=method,

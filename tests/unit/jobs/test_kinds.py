@@ -11,62 +11,14 @@ from jobs.cli import main
 from jobs.spec.job import JobConfig
 from jobs.spec.kinds import Kind, find_kind, gpus_of, kind_names, no_gpus
 from pipelines.errors import UserError
-
-PLUG_IN = '''\
-"""Kind `count`: counts the lines of a file."""
-
-import json
-from pathlib import Path
-from typing import Literal
-
-from jobs.spec.job import JobConfig
-from jobs.spec.kinds import Kind, no_gpus
-
-
-class CountSpec(JobConfig):
-    """Count the lines of a file."""
-
-    kind: Literal["count"]
-    """Must be `count`."""
-    file: str
-    """Text file to read."""
-    out: str
-    """JSON file to write."""
-
-
-def run(spec):
-    out = Path(spec.out)
-    number = len(Path(spec.file).read_text().splitlines())
-    runs = json.loads(out.read_text())["runs"] + 1 if out.exists() else 1
-    out.write_text(json.dumps({"lines": number, "runs": runs}))
-    return {"outputs": [spec.out], "lines": number}
-
-
-def fingerprint(spec):
-    return Path(spec.file).read_text()
-
-
-COUNT = Kind(
-    name="count",
-    spec=CountSpec,
-    run="counting:run",
-    reads={"file": "text file"},
-    makes={"out": "number of lines"},
-    fingerprint="counting:fingerprint",
-    gpus=no_gpus,
-)
-'''
+from tests.plug_in import write_plug_in
 
 
 @pytest.fixture
 def plug_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder with a package as pip installs it: the module, and the line of its metadata that names the kind."""
+    """The folder of an installed package with the kind `count`."""
     site = tmp_path / "site"
-    metadata = site / "counting-1.0.dist-info"
-    metadata.mkdir(parents=True)
-    (site / "counting.py").write_text(PLUG_IN)
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: counting\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text("[rzen.kinds]\ncount = counting:COUNT\n")
+    write_plug_in(site)
     monkeypatch.syspath_prepend(site)
     kind_names.cache_clear()
     yield site
