@@ -1,4 +1,4 @@
-"""Ticks of scheduled retraining against an S3 API: promoted, nothing new, refused, killed on the way, rolled back."""
+"""Runs of scheduled retraining against an S3 API: promoted, nothing new, refused, killed on the way, rolled back."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def bucket(tmp_path: Path, s3_endpoint: str, ray_cluster: None, monkeypatch: pyt
 
 
 @pytest.mark.timeout(600)
-def test_ticks_promote_refuse_and_do_nothing(
+def test_retraining_promotes_refuses_and_does_nothing(
     tmp_path: Path, bucket: Store, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry = Registry(bucket.child("registry"))

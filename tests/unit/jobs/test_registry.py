@@ -149,7 +149,7 @@ def test_a_lease_is_renewed_while_its_holder_lives_and_ends_after_its_death(
         pass
 
 
-def test_ticks_are_kept_in_order(registry: Registry) -> None:
+def test_retraining_runs_are_kept_in_order(registry: Registry) -> None:
     registry.record("2", {"outcome": "nothing new"})
     registry.record("1", {"outcome": "training"})
     registry.record("2", {"outcome": "promoted"})
