@@ -1,6 +1,9 @@
 import io
 import json
 import logging
+import os
+import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -46,6 +49,14 @@ def test_wrong_command_line_exits_with_two(arguments: list[str], capsys: pytest.
 def test_a_mistyped_command_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["vaildate", "x.yaml"]) == 2
     assert "Did you mean 'validate'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("words", "expected"), [("rzen val", "validate"), ("rzen registry ro", "rollback")])
+def test_shells_complete_commands(words: str, expected: str) -> None:
+    variables = {"_RZEN_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    command = [sys.executable, "-m", "rzen"]
+    done = subprocess.run(command, env=os.environ | variables, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == [expected]
 
 
 def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
