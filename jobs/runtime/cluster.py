@@ -8,15 +8,13 @@ import secrets
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
-from jobs.runtime.progress import Bars
 from jobs.spec.run import ClusterConfig
 from pipelines.config import FeedConfig
 from pipelines.errors import UserError
@@ -173,24 +171,6 @@ def has_room(running: Sequence[ClusterConfig], another: ClusterConfig, feed: Fee
     }
     present = ray.cluster_resources()
     return all(amount <= present.get(resource, 0.0) + _ROUNDING for resource, amount in needed.items())
-
-
-def watch(work: Mapping[str, Future[Any]], tracker: Any) -> dict[str, Any]:
-    """Wait for work and show the progress that it posts to `tracker`. Return the results by name, in order.
-
-    The first failure is raised, as itself if it is a `UserError`.
-    """
-    import ray
-
-    waiting = set(work.values())
-    with Bars() as bars:
-        while waiting:
-            done, waiting = wait(waiting, timeout=POLL_S, return_when=FIRST_EXCEPTION)
-            for name, progress in ray.get(tracker.progress.remote()).items():
-                bars.update(name, progress.done, progress.total, note=progress.note)
-            for error in filter(None, (future.exception() for future in done)):
-                raise user_error(error) or error from error
-    return {name: future.result() for name, future in work.items()}
 
 
 def user_error(error: BaseException) -> UserError | None:

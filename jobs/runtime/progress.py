@@ -176,7 +176,6 @@ class Progress:
 
     done: int
     total: int
-    note: str = ""
     figures: Mapping[str, str] = field(default_factory=dict)
     """Figures to show, by name."""
 

@@ -1,7 +1,5 @@
 import json
 import os
-from concurrent.futures import Future
-from typing import Any
 
 import pytest
 
@@ -81,21 +79,3 @@ def test_link_to_the_numbers_is_that_of_our_dashboard_as_a_browser_knows_it(monk
     board = json.loads((ROOT / "infra/monitoring/grafana/rzen.json").read_text())
     assert board["uid"] == "rzen"
     assert "run" in [variable["name"] for variable in board["templating"]["list"]]
-
-
-@pytest.mark.ray
-def test_watch_raises_the_first_failure_as_itself(ray_cluster: None) -> None:
-    import ray
-
-    from jobs.runtime.cluster import watch
-    from jobs.runtime.progress import ProgressTracker
-
-    board = ray.remote(num_cpus=0)(ProgressTracker).remote()
-    good: Future[Any] = Future()
-    bad: Future[Any] = Future()
-    good.set_result(1)
-    bad.set_exception(caused_by(MISTAKE))
-    with pytest.raises(UserError) as caught:
-        watch({"good": good, "bad": bad}, board)
-    assert caught.value is MISTAKE
-    assert watch({"good": good}, board) == {"good": 1}
