@@ -67,7 +67,7 @@ def noise(
     return Visual(kind, pixels, times_s)
 
 
-def mixed_sides() -> list[DecodedInput]:
+def mixed_inputs() -> list[DecodedInput]:
     """Text, image, page, video (odd number of frames), several of them, and fused sides, with sizes that divide
     nothing.
     """

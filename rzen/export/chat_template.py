@@ -19,7 +19,7 @@ _PARTS = """\
 {%- set side = namespace(instruction='', visuals='', text='') %}
 {%- for message in messages %}
     {%- if message['role'] not in ['system', 'user'] %}
-        {{- raise_exception('a side has a system message, its instruction, and a user message') }}
+        {{- raise_exception('an input has a system message, its instruction, and a user message') }}
     {%- endif %}
     {%- set words = namespace(text='') %}
     {%- if message['content'] is string %}
@@ -33,7 +33,7 @@ _PARTS = """\
             {%- elif part['type'] in ['video', 'video_url'] %}
                 ON_VIDEO
             {%- else %}
-                {{- raise_exception('a side has texts, images and videos') }}
+                {{- raise_exception('an input has texts, images and videos') }}
             {%- endif %}
         {%- endfor %}
     {%- endif %}

@@ -62,8 +62,8 @@ class BatchLayout:
         if "flash" in attention:
             return None if everything else torch.tensor(self.filled_BL)
         if self.packed:
-            sides_N = torch.tensor(np.repeat(np.arange(len(self.batch)), self.batch.lengths))
-            seen = (sides_N[:, None] == sides_N)[None, None]
+            inputs_N = torch.tensor(np.repeat(np.arange(len(self.batch)), self.batch.lengths))
+            seen = (inputs_N[:, None] == inputs_N)[None, None]
         elif everything and attention == "sdpa":
             return None
         else:

@@ -137,13 +137,13 @@ def smart_resize(height_px: int, width_px: int, factor_px: int, min_pixels: int,
     sides_px = (height_px, width_px)
     if max(sides_px) / min(sides_px) > MAX_ASPECT_RATIO:
         raise BadMedia("extreme_aspect_ratio", f"{width_px} x {height_px} pixels")
-    height, width = (round(side / factor_px) * factor_px for side in sides_px)
+    height, width = (round(input / factor_px) * factor_px for input in sides_px)
     if height * width > max_pixels:
         shrink = math.sqrt((height_px * width_px) / max_pixels)
-        height, width = (max(factor_px, math.floor(side / shrink / factor_px) * factor_px) for side in sides_px)
+        height, width = (max(factor_px, math.floor(input / shrink / factor_px) * factor_px) for input in sides_px)
     elif height * width < min_pixels:
         enlarge = math.sqrt(min_pixels / (height_px * width_px))
-        height, width = (math.ceil(side * enlarge / factor_px) * factor_px for side in sides_px)
+        height, width = (math.ceil(input * enlarge / factor_px) * factor_px for input in sides_px)
     return height, width
 
 

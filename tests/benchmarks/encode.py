@@ -117,8 +117,8 @@ def by_plain_loop(model: Path) -> Way:
 
     def encode(items: Sequence[Item]) -> Vectors:
         found = []
-        for sides in _batches(items):
-            encoded = EncodedBatch.concat([processor.encode([side]) for side in sides])
+        for inputs in _batches(items):
+            encoded = EncodedBatch.concat([processor.encode([input]) for input in inputs])
             found.append(plain.vectors(backbone, plain.inputs(encoded, backbone.config)).numpy())
         return np.concatenate(found)
 
@@ -132,17 +132,17 @@ def by_sentence_transformers(model: Path) -> Way:
     encoder = SentenceTransformer(str(model), device="cpu")
 
     def encode(items: Sequence[Item]) -> Vectors:
-        inputs = [_input(side) for sides in _batches(items) for side in sides]  # all at once: it sorts by length
+        inputs = [_input(input) for batch in _batches(items) for input in batch]  # all at once: it sorts by length
         vectors: Vectors = encoder.encode(inputs, batch_size=BATCH)
         return vectors
 
     return encode
 
 
-def _input(side: DecodedInput) -> str | dict[str, Any]:
-    if not side.visuals:
-        return side.text
-    (visual,) = side.visuals
+def _input(input: DecodedInput) -> str | dict[str, Any]:
+    if not input.visuals:
+        return input.text
+    (visual,) = input.visuals
     if visual.kind == "video":
         return {"video": visual.frames.transpose(0, 3, 1, 2)}
     return {"image": Image.fromarray(visual.frames[0])}

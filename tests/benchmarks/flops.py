@@ -34,24 +34,24 @@ class Operations:
         return (1 + cached) * self.forward + checkpointing * self.blocks + self.backward
 
 
-def needed(backbone: Any, sides: EncodedBatch, *, causal: bool = True) -> Operations:
+def needed(backbone: Any, inputs: EncodedBatch, *, causal: bool = True) -> Operations:
     """For these sides, without padding."""
-    return _count(backbone, sides, sides.lengths, causal)
+    return _count(backbone, inputs, inputs.lengths, causal)
 
 
 def computed(
-    backbone: Any, sides: EncodedBatch, chunks: Sequence[npt.NDArray[np.int64]], *, packed: bool, causal: bool = True
+    backbone: Any, inputs: EncodedBatch, chunks: Sequence[npt.NDArray[np.int64]], *, packed: bool, causal: bool = True
 ) -> Operations:
     """For these sides in chunks, each padded to its longest side unless `packed`."""
-    lengths = sides.lengths.copy()
+    lengths = inputs.lengths.copy()
     for chunk in chunks:
         lengths[chunk] = lengths[chunk] if packed else lengths[chunk].max()
-    return _count(backbone, sides, lengths, causal)
+    return _count(backbone, inputs, lengths, causal)
 
 
-def _count(backbone: Any, sides: EncodedBatch, lengths: npt.NDArray[np.int32], causal: bool) -> Operations:
+def _count(backbone: Any, inputs: EncodedBatch, lengths: npt.NDArray[np.int32], causal: bool) -> Operations:
     text, vision = backbone.config.text_config, backbone.config.vision_config
-    num_patches = int(sides.grids.prod(axis=1).sum())
+    num_patches = int(inputs.grids.prod(axis=1).sum())
     forward = blocks = backward = 0.0
     for name, layer in backbone.named_modules():
         if not isinstance(layer, nn.Linear | nn.Conv3d):
@@ -66,6 +66,6 @@ def _count(backbone: Any, sides: EncodedBatch, lengths: npt.NDArray[np.int32], c
         backward += once * (layer.weight.requires_grad + ("patch_embed" not in name))
     squares = float(np.square(lengths, dtype=np.float64).sum()) / (2 if causal else 1)
     attention = 4 * squares * text.hidden_size * text.num_hidden_layers
-    frames = sides.grids[:, 0] * (sides.grids[:, 1] * sides.grids[:, 2]).astype(np.float64) ** 2
+    frames = inputs.grids[:, 0] * (inputs.grids[:, 1] * inputs.grids[:, 2]).astype(np.float64) ** 2
     attention += 4 * float(frames.sum()) * vision.embed_dim * vision.depth
     return Operations(forward + attention, blocks + attention, backward + 2 * attention)

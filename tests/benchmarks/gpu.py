@@ -95,7 +95,7 @@ class Bench:
         if way == "plain":
             config = self.model.config
             given = [(plain.inputs(part.queries, config), plain.inputs(part.targets, config)) for part in parts]
-            losses = [lambda sides=sides: plain.loss(self.model, *sides) for sides in given]
+            losses = [lambda inputs=inputs: plain.loss(self.model, *inputs) for inputs in given]
         else:
             losses = [lambda part=part: self.learner(part, [("t", len(part))], LATER)[0] for part in parts]
 
@@ -141,12 +141,12 @@ class Bench:
         needed = computed = 0.0
         for start in range(0, len(pairs), size):
             part = synthetic.collate(pairs[start : start + size])
-            sides = EncodedBatch.concat([part.queries, part.targets])
-            chunks = np.split(np.arange(len(sides)), 2)
+            inputs = EncodedBatch.concat([part.queries, part.targets])
+            chunks = np.split(np.arange(len(inputs)), 2)
             if way == "cached":
-                chunks = chunks_of(sides.lengths, self.chunk_tokens, packed=packed)
-            needed += flops.needed(self.model, sides).step()
-            all_computed = flops.computed(self.model, sides, chunks, packed=packed)
+                chunks = chunks_of(inputs.lengths, self.chunk_tokens, packed=packed)
+            needed += flops.needed(self.model, inputs).step()
+            all_computed = flops.computed(self.model, inputs, chunks, packed=packed)
             computed += all_computed.step(cached=way == "cached" and len(chunks) > 1, checkpointing=True)
         return needed, computed
 

@@ -90,14 +90,14 @@ def cached() -> Callable[[Tensor, Tensor], Tensor]:
 def measure(way: str, num_rows: int, device: str) -> dict[str, float]:
     """One run, in this process: `s` and `gib` beyond the inputs."""
     loss = cached() if way == "cached" else ours(way, device)
-    once(loss, *inputs(num_rows if device == "cuda" else 256, device), device)
-    sides = inputs(num_rows, device)
+    once(loss, *make_inputs(num_rows if device == "cuda" else 256, device), device)
+    inputs = make_inputs(num_rows, device)
     before = start_peak(device)
-    seconds = once(loss, *sides, device)
+    seconds = once(loss, *inputs, device)
     return {"s": seconds, "gib": (peak(device) - before) / 2**30}
 
 
-def inputs(num_rows: int, device: str) -> tuple[Tensor, Tensor]:
+def make_inputs(num_rows: int, device: str) -> tuple[Tensor, Tensor]:
     """Queries near their targets. One in eight pairs of targets is one nearly twice, which the rule has to find."""
     generator = torch.Generator().manual_seed(SEED)
     targets = normalize(torch.randn(num_rows, WIDTH, generator=generator), dim=1)

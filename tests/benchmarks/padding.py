@@ -53,8 +53,8 @@ def chunks(way: str, lengths: np.ndarray[Any, np.dtype[np.int32]], budget: int) 
 def shares(num_pairs: int) -> list[str]:
     """Markdown: padding among all tokens, at real size."""
     pairs = synthetic.mixed(num_pairs, shrink=1)
-    sides = [query for query, _ in pairs] + [target for _, target in pairs]
-    lengths = np.array([side.num_tokens for side in sides], np.int32)
+    inputs = [query for query, _ in pairs] + [target for _, target in pairs]
+    lengths = np.array([input.num_tokens for input in inputs], np.int32)
     lines = [
         f"{num_pairs} pairs, {lengths.sum():,} tokens; sides of {lengths.min()} to {lengths.max()}.",
         "",
@@ -69,15 +69,15 @@ def shares(num_pairs: int) -> list[str]:
     return lines
 
 
-def vectors(embedder: EmbeddingModel, sides: EncodedBatch, way: str, budget: int) -> Tensor:
+def vectors(embedder: EmbeddingModel, inputs: EncodedBatch, way: str, budget: int) -> Tensor:
     """Of all sides, in their order."""
     embedder.packing = "packed" if way == "packed" else "padded"
-    return embed(embedder, sides.split(), chunks(way, sides.lengths, budget), twice=False)
+    return embed(embedder, inputs.split(), chunks(way, inputs.lengths, budget), twice=False)
 
 
-def step(embedder: EmbeddingModel, sides: EncodedBatch, way: str, budget: int) -> None:
+def step(embedder: EmbeddingModel, inputs: EncodedBatch, way: str, budget: int) -> None:
     """Forward and backward."""
-    queries_BD, targets_BD = vectors(embedder, sides, way, budget).chunk(2)
+    queries_BD, targets_BD = vectors(embedder, inputs, way, budget).chunk(2)
     cross_entropy(50 * queries_BD @ targets_BD.T, torch.arange(len(queries_BD), device=queries_BD.device)).backward()
 
 
@@ -87,17 +87,17 @@ def times(shape: synthetic.Shape, options: argparse.Namespace, attention: str) -
     model: Any = synthetic.build(shape, options.device, attention, checkpointing=options.device == "cuda")
     embedder = EmbeddingModel(model, synthetic.LAYOUT).to(options.device)
     pairs = synthetic.collate(synthetic.encode(synthetic.mixed(options.pairs, shape.shrink), model.config))
-    sides = EncodedBatch.concat([pairs.queries, pairs.targets])
+    inputs = EncodedBatch.concat([pairs.queries, pairs.targets])
     with torch.no_grad():
-        found = {way: vectors(embedder, sides, way, budget) for way in WAYS}
+        found = {way: vectors(embedder, inputs, way, budget) for way in WAYS}
     apart = max(float((found[way] - found["whole"]).norm(dim=1).max()) for way in WAYS)
     assert apart < (1e-5 if options.device == "cpu" else 0.1), apart  # bf16 has 8 bits
     runs: dict[str, list[float]] = {way: [] for way in WAYS}
     for way in WAYS:
-        step(embedder, sides, way, budget)
+        step(embedder, inputs, way, budget)
     for turn in range(options.turns):
         for way in WAYS:
-            runs[way].append(seconds_of(partial(step, embedder, sides, way, budget), options.device))
+            runs[way].append(seconds_of(partial(step, embedder, inputs, way, budget), options.device))
             say(f"turn {turn + 1}, {way}: {runs[way][-1]:.3g} s")
     lines = [
         f"{options.pairs} pairs, chunks of {budget:,} tokens, attention {attention}. Vectors, of length 1, lie"
@@ -107,8 +107,8 @@ def times(shape: synthetic.Shape, options: argparse.Namespace, attention: str) -
         "|---|---:|---:|---:|---:|",
     ]
     for way in WAYS:
-        own = chunks(way, sides.lengths, budget)
-        share = padding_fraction(sides.lengths, own, packed=way == "packed")
+        own = chunks(way, inputs.lengths, budget)
+        share = padding_fraction(inputs.lengths, own, packed=way == "packed")
         ratios = [run / base for run, base in zip(runs[way], runs["whole"], strict=True)]
         lines.append(f"| {way} | {len(own)} | {share:.1%} | {spread(ratios, '.2f')} | {spread(runs[way], '.3g')} |")
     return lines

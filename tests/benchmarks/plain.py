@@ -21,9 +21,9 @@ def use_plain_vision(model: Any, attention: str) -> None:
     model.visual.patch_embed.proj.__class__ = nn.Conv3d
 
 
-def inputs(sides: EncodedBatch, config: Any) -> dict[str, Tensor]:
+def inputs(inputs: EncodedBatch, config: Any) -> dict[str, Tensor]:
     """What transformers' processor returns for these sides, on the CPU."""
-    ids = [torch.tensor(side.input_ids, dtype=torch.int64) for side in sides.split()]
+    ids = [torch.tensor(input.input_ids, dtype=torch.int64) for input in inputs.split()]
     padded_BL = pad_sequence(ids, batch_first=True)
     kinds = {1: config.image_token_id, 2: config.video_token_id}
     found = {
@@ -32,12 +32,12 @@ def inputs(sides: EncodedBatch, config: Any) -> dict[str, Tensor]:
         "mm_token_type_ids": sum(kind * (padded_BL == pad) for kind, pad in kinds.items()),
     }
     mean, std = (torch.tensor(values)[:, None] for values in (LAYOUT.image_mean, LAYOUT.image_std))
-    pixels = torch.tensor(sides.patches).unflatten(1, (3, -1))
+    pixels = torch.tensor(inputs.patches).unflatten(1, (3, -1))
     pixels = pixels.float().div_(255).sub_(mean).div_(std).flatten(1)
-    grids, visual_kinds = torch.tensor(sides.grids, dtype=torch.int64), torch.tensor(sides.grid_kinds)
+    grids, visual_kinds = torch.tensor(inputs.grids, dtype=torch.int64), torch.tensor(inputs.grid_kinds)
     patch_kinds = visual_kinds.repeat_interleave(grids.prod(1))
     for kind, name, grid in ((1, "pixel_values", "image_grid_thw"), (2, "pixel_values_videos", "video_grid_thw")):
-        if kind in sides.grid_kinds:
+        if kind in inputs.grid_kinds:
             found |= {name: pixels[patch_kinds == kind], grid: grids[visual_kinds == kind]}
     return found
 

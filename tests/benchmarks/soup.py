@@ -185,7 +185,7 @@ def delta(folder: Path, module: str) -> Tensor:
     """scale * B.A of one module, fp64."""
     config = json.loads((folder / CONFIG).read_text())
     with safe_open(folder / WEIGHTS, framework="pt") as file:
-        a_RI, b_OR = (file.get_tensor(f"base_model.model.{module}.lora_{side}.weight").double() for side in "AB")
+        a_RI, b_OR = (file.get_tensor(f"base_model.model.{module}.lora_{input}.weight").double() for input in "AB")
     return config["lora_alpha"] / config["r"] * b_OR @ a_RI
 
 

@@ -116,7 +116,7 @@ def mixed(num_pairs: int, shrink: int) -> list[Pair]:
     rng = np.random.default_rng(0)
     pairs = []
     for number in range(num_pairs):
-        height, width = (int(side) // shrink for side in rng.integers(8, 36, 2))
+        height, width = (int(input) // shrink for input in rng.integers(8, 36, 2))
         target = (
             Content(words=max(1, int(rng.integers(20, 601)) // shrink**2)),
             Content(visuals=(("image", 1, height, width),)),

@@ -73,19 +73,19 @@ def test_operations_are_those_that_torch_counts(chunk_tokens: int | None, checkp
     embedder = EmbeddingModel(model, synthetic.LAYOUT, ReadoutConfig(direction="bidirectional"))
     learner = Learner(embedder, Objective(ObjectiveConfig(), ["t"]), chunk_tokens)
     pairs = pairs_of(model)
-    sides = EncodedBatch.concat([pairs.queries, pairs.targets])
-    chunks: list[Indices] = np.split(np.arange(len(sides)), 2)
+    inputs = EncodedBatch.concat([pairs.queries, pairs.targets])
+    chunks: list[Indices] = np.split(np.arange(len(inputs)), 2)
     if chunk_tokens is not None:
-        chunks = chunks_of(sides.lengths, chunk_tokens, packed=False)
+        chunks = chunks_of(inputs.lengths, chunk_tokens, packed=False)
         assert len(chunks) > 2
     with FlopCounterMode(display=False) as counter:
         learner.train()(pairs, [("t", len(pairs))], 1000)[0].backward()
-    expected = flops.computed(model, sides, chunks, packed=False, causal=False)
+    expected = flops.computed(model, inputs, chunks, packed=False, causal=False)
     counted = expected.step(cached=chunk_tokens is not None, checkpointing=checkpointing)
     assert counter.get_total_flops() == pytest.approx(counted, rel=0.02 if checkpointing else 1e-4)
-    whole = flops.needed(model, sides, causal=False).step()
-    alone = [np.array([side]) for side in range(len(sides))]
-    assert whole == pytest.approx(flops.computed(model, sides, alone, packed=False, causal=False).step())
+    whole = flops.needed(model, inputs, causal=False).step()
+    alone = [np.array([input]) for input in range(len(inputs))]
+    assert whole == pytest.approx(flops.computed(model, inputs, alone, packed=False, causal=False).step())
     assert whole < counted
 
 

@@ -22,8 +22,8 @@ from pipelines.samples import DecodedInput
 from pipelines.samples import Visual as DecodedVisual
 from rzen.evaluation.metrics import metrics_by_query
 from rzen.export.mteb import load
+from tests.export.inputs import INSTRUCTION, noise
 from tests.export.report import report
-from tests.export.sides import INSTRUCTION, noise
 from tests.ranks import rank_of_gold, relevant_of
 
 NUM = 12
@@ -74,7 +74,7 @@ def main(out: Path) -> None:
 
     queries = [DecodedInput(text=text, instruction=INSTRUCTION) for text in TEXTS]
     targets = [DecodedInput(visuals=(DecodedVisual("image", pixels),)) for pixels in IMAGES]
-    vectors = [encoder._embedder.embed(sides) for sides in (queries, targets)]
+    vectors = [encoder._embedder.embed(inputs) for inputs in (queries, targets)]
     ranks = rank_of_gold(*vectors, np.arange(NUM))
     found = metrics_by_query(relevant_of(np.arange(NUM)[:, None]), ranks)
     theirs = {"ndcg_at_10": "ndcg_linear@10", "hit_rate_at_1": "hit@1", "hit_rate_at_5": "hit@5"}

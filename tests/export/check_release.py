@@ -20,8 +20,8 @@ import torch
 from PIL import Image
 from transformers import Qwen2VLForConditionalGeneration
 
+from tests.export.inputs import Input, make_inputs
 from tests.export.report import largest, report
-from tests.export.sides import Side, sides
 
 NOTES = """\
 Largest difference from rzen's own vectors in fp32, on a tiny Qwen2-VL with a merged adapter, exported with
@@ -55,23 +55,23 @@ def load(script: Path) -> Any:
 def differences(model: Any, expected: Any) -> dict[str, float | str]:
     """Kind of side -> difference."""
     found: dict[str, float | str] = {}
-    for name, side in sides(28).items():
-        vector = embed(model, side)
+    for name, input in make_inputs(28).items():
+        vector = embed(model, input)
         found[name] = "not taken" if vector is None else float(np.abs(vector - expected[name]).max())
     return found
 
 
-def embed(model: Any, side: Side) -> Any:
+def embed(model: Any, input: Input) -> Any:
     """Its vector; None for a side that the script cannot take: a video beside an image.
 
     The script puts nothing between instruction and text.
     """
-    kinds = {visual.kind == "video" for visual in side.visuals}
+    kinds = {visual.kind == "video" for visual in input.visuals}
     if len(kinds) > 1:
         return None
-    images = [Image.fromarray(frame) for visual in side.visuals for frame in visual.pixels]
+    images = [Image.fromarray(frame) for visual in input.visuals for frame in visual.pixels]
     given: Any = images if len(images) > 1 else images[0] if images else None
-    words = " ".join(part for part in (side.instruction, side.text) if part)
+    words = " ".join(part for part in (input.instruction, input.text) if part)
     several_images = kinds == {False} and len(images) > 1
     if several_images:
         model.qwen2vl_video_processor, kept = model.processor, model.qwen2vl_video_processor

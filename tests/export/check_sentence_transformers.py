@@ -18,8 +18,8 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoProcessor
 
+from tests.export.inputs import Input, make_inputs
 from tests.export.report import largest, report
-from tests.export.sides import Side, sides
 
 TOKEN_PX = {"qwen2_vl": 28, "qwen2_5_vl": 28, "qwen3_vl": 32, "qwen3_5": 32}
 NOTES = """\
@@ -29,43 +29,43 @@ and the last state of the last token. Both resize images with Pillow, as rzen, a
 otherwise ("video, resized"). "batch" is all sides but the resized video at once, padded."""
 
 
-def parts(side: Side) -> dict[str, Any]:
+def parts(input: Input) -> dict[str, Any]:
     """A side as sentence-transformers takes it."""
     found: dict[str, Any] = {}
-    if images := [Image.fromarray(v.pixels[0]) for v in side.visuals if v.kind != "video"]:
+    if images := [Image.fromarray(v.pixels[0]) for v in input.visuals if v.kind != "video"]:
         found["image"] = images
-    if videos := [v.pixels.transpose(0, 3, 1, 2) for v in side.visuals if v.kind == "video"]:
+    if videos := [v.pixels.transpose(0, 3, 1, 2) for v in input.visuals if v.kind == "video"]:
         found = {"video": videos[0]} | found
-    return found | ({"text": side.text} if side.text else {})
+    return found | ({"text": input.text} if input.text else {})
 
 
-def by_sentence_transformers(folder: Path, inputs: dict[str, Side], expected: Any) -> dict[str, float | str]:
+def by_sentence_transformers(folder: Path, inputs: dict[str, Input], expected: Any) -> dict[str, float | str]:
     """Kind of side -> difference."""
     model = SentenceTransformer(str(folder), device="cpu")
     found: dict[str, float | str] = {}
-    for name, side in inputs.items():
-        vector = model.encode([parts(side)], prompt=side.instruction or None)[0]
+    for name, input in inputs.items():
+        vector = model.encode([parts(input)], prompt=input.instruction or None)[0]
         found[name] = float(np.abs(vector - expected[name]).max())
-    together = [name for name, side in inputs.items() if not side.instruction and "video, resized" not in name]
+    together = [name for name, input in inputs.items() if not input.instruction and "video, resized" not in name]
     vectors = model.encode([parts(inputs[name]) for name in together], batch_size=len(together))
     found["batch"] = float(max(np.abs(v - expected[name]).max() for v, name in zip(vectors, together, strict=True)))
     return found
 
 
-def by_auto_model(folder: Path, inputs: dict[str, Side], expected: Any) -> dict[str, float | str]:
+def by_auto_model(folder: Path, inputs: dict[str, Input], expected: Any) -> dict[str, float | str]:
     """Kind of side -> difference."""
     model = AutoModel.from_pretrained(folder, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(folder, use_fast=False)
     found: dict[str, float | str] = {}
-    for name, side in inputs.items():
+    for name, input in inputs.items():
         content = [
             {"type": kind, kind: value}
-            for kind, values in parts(side).items()
+            for kind, values in parts(input).items()
             for value in (values if isinstance(values, list) else [values])
         ]
         messages = [{"role": "user", "content": content}]
-        if side.instruction:
-            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": side.instruction}]})
+        if input.instruction:
+            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": input.instruction}]})
         inputs = processor.apply_chat_template([messages], tokenize=True, return_dict=True, return_tensors="pt")
         inputs.pop("video_metadata", None)
         with torch.no_grad():
@@ -79,7 +79,7 @@ def main(out: Path) -> None:
     """Writes the result beside this file."""
     columns: dict[str, dict[str, float | str]] = {}
     for family, token_px in TOKEN_PX.items():
-        inputs = sides(token_px)
+        inputs = make_inputs(token_px)
         expected = np.load(out / f"{family}.npz")
         columns[f"ST {family}"] = by_sentence_transformers(out / family, inputs, expected)
         columns[f"AutoModel {family}"] = by_auto_model(out / family, inputs, expected)

@@ -1,4 +1,4 @@
-"""Exports of tiny models and the vectors that rzen's own encoder gives for `sides.py`: what the checks compare with.
+"""Exports of tiny models and the vectors that rzen's own encoder gives for `inputs.py`: what the checks compare with.
 
 python -m tests.export.make OUT         in the project's environment
 """
@@ -19,7 +19,7 @@ from rzen.families import FAMILIES
 from rzen.model.backbone import load_backbone
 from rzen.model.checkpoints import checkpoint_sha256
 from rzen.model.lora import add_lora, save_adapter
-from tests.export.sides import FRAMES, Side, sides
+from tests.export.inputs import FRAMES, Input, make_inputs
 from tests.tiny import tiny_checkpoint, tiny_model
 
 PROMPT = PromptConfig(max_visual_tokens=400)
@@ -28,10 +28,10 @@ RELEASE = ModelIdentity(
 )
 
 
-def decoded(side: Side) -> DecodedInput:
+def decoded(input: Input) -> DecodedInput:
     """As rzen takes it."""
-    visuals = tuple(DecodedVisual(visual.kind, visual.pixels) for visual in side.visuals)
-    return DecodedInput(text=side.text, instruction=side.instruction, visuals=visuals)
+    visuals = tuple(DecodedVisual(visual.kind, visual.pixels) for visual in input.visuals)
+    return DecodedInput(text=input.text, instruction=input.instruction, visuals=visuals)
 
 
 def trained_adapter(base: str, folder: Path, identity: ModelIdentity) -> Path:
@@ -51,8 +51,8 @@ def export(out: Path, base: str, identity: ModelIdentity, format: Format) -> Non
     adapter = trained_adapter(base, out.with_name(f"{out.name}-adapter"), identity)
     export_model(base, adapter, out, identity, ExportOptions(format=format, dtype="float32", frames=FRAMES))
     processor, embedder = load_encoder(str(out))
-    inputs = sides(processor.layout.factor_px)
-    vectors = {name: embedder(processor.encode([decoded(side)]))[0].numpy() for name, side in inputs.items()}
+    inputs = make_inputs(processor.layout.factor_px)
+    vectors = {name: embedder(processor.encode([decoded(input)]))[0].numpy() for name, input in inputs.items()}
     np.savez(out.with_suffix(".npz"), **vectors)
 
 

@@ -26,7 +26,7 @@ from tests.parity.test_training_step import pairs_by_rank
 from tests.tiny import PROMPT, tiny_checkpoint, tiny_model
 
 LONGEST, ALL = 61, 10**6  # tokens
-SIZES = {"one side": 1, "about three": 3 * LONGEST, "all but one": 12 * LONGEST, "all": ALL}
+SIZES = {"one input": 1, "about three": 3 * LONGEST, "all but one": 12 * LONGEST, "all": ALL}
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def test_dropout_that_is_not_replayed_would_show(
         assert_equal(outcome(learner_of(model_dir, size, dropout=0.3), pairs), expected)
 
 
-@pytest.mark.parametrize(("size", "most"), [("one side", 1), ("all", 15)])
+@pytest.mark.parametrize(("size", "most"), [("one input", 1), ("all", 15)])
 def test_activations_of_one_chunk_at_a_time_are_kept(model_dir: str, pairs: EncodedPairs, size: str, most: int) -> None:
     """Counts the inner activations of a layer that are alive at once. With 15 sides, 15 chunks of one side each."""
     learner = learner_of(model_dir, SIZES[size])
@@ -178,9 +178,9 @@ def test_grouping_by_length_leaves_less_padding(model_dir: str, pairs: EncodedPa
         found = {
             size: learner_of(model_dir, size)(pairs, [("a", len(pairs))], step=0)[1] for size in (None, 3 * LONGEST, 1)
         }
-    tokens = sum(int(side.lengths.sum()) for side in (pairs.queries, pairs.targets, pairs.negatives) if side)
+    tokens = sum(int(input.lengths.sum()) for input in (pairs.queries, pairs.targets, pairs.negatives) if input)
     assert {int(stats["tokens"]) for stats in found.values()} == {tokens}
     shares = [float(stats["padding_fraction"]) for stats in found.values()]
-    padded = [side.lengths.max() * len(side) for side in (pairs.queries, pairs.targets, pairs.negatives) if side]
+    padded = [input.lengths.max() * len(input) for input in (pairs.queries, pairs.targets, pairs.negatives) if input]
     assert shares[0] == pytest.approx(1 - tokens / sum(padded))
     assert shares[0] > shares[1] > shares[2] == 0

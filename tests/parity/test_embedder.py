@@ -31,7 +31,7 @@ from rzen.model.backbone import load_backbone
 from rzen.model.embedding_model import EmbeddingModel
 from rzen.model.lora import add_lora, load_adapter, save_adapter
 from rzen.model.vision import use_fast_vision
-from tests.tiny import PROMPT, TEXTS, TINY, mixed_sides, noise, tiny_checkpoint, tiny_model, trainable_state
+from tests.tiny import PROMPT, TEXTS, TINY, mixed_inputs, noise, tiny_checkpoint, tiny_model, trainable_state
 
 LORA = LoraConfig(rank=3)
 IDENTITY = ModelIdentity(prompt=PROMPT)
@@ -88,7 +88,7 @@ def embedder_of(
 def library(model_dir: str, processor: Processor, family: str) -> dict[str, Tensor]:
     """Readout -> vectors of the mixed sides, for readouts that the family has."""
     return {
-        name: reference_vectors(model_dir, processor, mixed_sides(), readout)
+        name: reference_vectors(model_dir, processor, mixed_inputs(), readout)
         for name, readout in READOUTS.items()
         if FAMILIES[family].bidirectional or readout.direction == "causal"
     }
@@ -108,29 +108,29 @@ def expected(library: dict[str, Tensor]) -> Tensor:
 
 
 def reference_vectors(
-    model_dir: str, processor: Processor, sides: Sequence[DecodedInput], readout: ReadoutConfig
+    model_dir: str, processor: Processor, inputs: Sequence[DecodedInput], readout: ReadoutConfig
 ) -> Tensor:
     """[B, D]: the library's tokenizer, image processor and model, one side at a time, without padding."""
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     model = AutoModel.from_pretrained(model_dir, attn_implementation="eager").eval()
     rows = []
-    for side in sides:
-        ids = torch.tensor([tokenizer(render(processor.pieces(side)))["input_ids"]])
+    for input in inputs:
+        ids = torch.tensor([tokenizer(render(processor.pieces(input)))["input_ids"]])
         types = (ids == model.config.image_token_id).long() + 2 * (ids == model.config.video_token_id)
         inputs: dict[str, Any] = {"input_ids": ids, "mm_token_type_ids": types}
-        inputs |= library_visuals(side.visuals, FAMILIES[model.config.model_type])
+        inputs |= library_visuals(input.visuals, FAMILIES[model.config.model_type])
         if model.config.model_type == "qwen2_5_vl":
-            inputs["second_per_grid_ts"] = [1.4 if v.times_s else 2 / 24 for v in side.visuals if v.kind == "video"]
+            inputs["second_per_grid_ts"] = [1.4 if v.times_s else 2 / 24 for v in input.visuals if v.kind == "video"]
         if readout.positions == "1d":
             inputs["position_ids"] = torch.arange(ids.shape[1]).expand(3, 1, -1)
         if readout.direction == "bidirectional":
-            if readout.positions == "mrope" and side.visuals:  # or it is computed from the mask below
+            if readout.positions == "mrope" and input.visuals:  # or it is computed from the mask below
                 inputs["position_ids"] = model.get_rope_index(**without_pixels(inputs))[0]
             inputs["attention_mask"] = torch.zeros(1, 1, ids.shape[1], ids.shape[1])  # added to the scores: all count
         with torch.no_grad():
             hidden_LD = model(**inputs).last_hidden_state[0]
         if readout.pooling == "mean":
-            instruction = tokenizer(side.instruction)["input_ids"] if side.instruction else []
+            instruction = tokenizer(input.instruction)["input_ids"] if input.instruction else []
             vector = hidden_LD[outside(ids[0].tolist(), instruction)].mean(dim=0)
         else:
             vector = hidden_LD[-1]
@@ -188,15 +188,15 @@ def library_video(frames: np.ndarray, family: Any) -> tuple[Tensor, list[int]]:
     return pairs.reshape(-1, 3 * 2 * patch * patch), [groups, *singles[0][1]]
 
 
-def vectors(embedder: EmbeddingModel, processor: Processor, sides: Sequence[DecodedInput]) -> Tensor:
+def vectors(embedder: EmbeddingModel, processor: Processor, inputs: Sequence[DecodedInput]) -> Tensor:
     with torch.no_grad():
-        return embedder(processor.encode(sides))
+        return embedder(processor.encode(inputs))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("packing", ["padded", "packed", "one at a time"])
 @pytest.mark.parametrize("readout", READOUTS)
-def test_batches_equal_the_library_on_single_sides(
+def test_batches_equal_the_library_on_single_inputs(
     model_dir: str,
     processor: Processor,
     family: str,
@@ -209,17 +209,17 @@ def test_batches_equal_the_library_on_single_sides(
         with pytest.raises(UserError, match=r"Qwen3.5 cannot be (packed|bidirectional): some of its layers are recur"):
             embedder_of(model_dir, processor, READOUTS[readout], packing)
         return
-    sides = mixed_sides()
-    assert len(set(processor.encode(sides).lengths.tolist())) > 5
+    inputs = mixed_inputs()
+    assert len(set(processor.encode(inputs).lengths.tolist())) > 5
     alone = packing == "one at a time"
     embedder = embedder_of(model_dir, processor, READOUTS[readout], "auto" if alone else packing, attention=attention)
-    groups = [[side] for side in sides] if alone else [sides]
+    groups = [[input] for input in inputs] if alone else [inputs]
     actual = torch.cat([vectors(embedder, processor, group) for group in groups])
     assert actual.dtype == torch.float32
     torch.testing.assert_close(actual, library[readout], atol=1e-5, rtol=0)
 
 
-def test_the_choices_and_the_sides_are_told_apart(library: dict[str, Tensor]) -> None:
+def test_the_choices_and_the_inputs_are_told_apart(library: dict[str, Tensor]) -> None:
     for vectors_BD in library.values():
         assert (vectors_BD @ vectors_BD.T - torch.eye(9)).max() < 0.9995
     for name, other in combinations(library, 2):
@@ -240,8 +240,8 @@ def test_bidirectional_attention_without_a_mask_shows_where_it_is_left_causal(
             embedder_of(model_dir, processor, UMARVEL)
         return
     monkeypatch.setattr(embedder_module, "_set_direction", lambda backbone, readout: None)
-    side = mixed_sides()[:1]
-    actual = vectors(embedder_of(model_dir, processor, UMARVEL), processor, side)
+    input = mixed_inputs()[:1]
+    actual = vectors(embedder_of(model_dir, processor, UMARVEL), processor, input)
     assert (actual - library["mrope bidirectional mean"][:1]).abs().max() > 1e-3
 
 
@@ -254,7 +254,7 @@ def test_a_backbone_can_be_read_one_way_and_then_the_other(
             EmbeddingModel(backbone, processor.layout, UMARVEL)
     else:
         EmbeddingModel(backbone, processor.layout, UMARVEL)
-    actual = vectors(EmbeddingModel(backbone, processor.layout), processor, mixed_sides())
+    actual = vectors(EmbeddingModel(backbone, processor.layout), processor, mixed_inputs())
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
 
 
@@ -282,7 +282,7 @@ def varlen(
 
 
 @pytest.mark.parametrize("readout", READOUTS)
-def test_flash_attention_is_given_packed_sides_and_no_mask(
+def test_flash_attention_is_given_packed_inputs_and_no_mask(
     model_dir: str, processor: Processor, family: str, library: dict[str, Tensor], readout: str
 ) -> None:
     if is_refused(family, READOUTS[readout]):
@@ -293,12 +293,12 @@ def test_flash_attention_is_given_packed_sides_and_no_mask(
     assert embedder.packs == FAMILIES[family].packs
     if not embedder.packs:
         return  # padded, which flash attention gets by rows
-    actual = vectors(embedder, processor, mixed_sides())
+    actual = vectors(embedder, processor, mixed_inputs())
     torch.testing.assert_close(actual, library[readout], atol=1e-5, rtol=0)
 
 
 def test_flash_attention_cuts_padding_by_the_mask(processor: Processor) -> None:
-    batch = processor.encode(mixed_sides())
+    batch = processor.encode(mixed_inputs())
     layout = BatchLayout(batch, packed=False)
     assert layout.mask(ReadoutConfig(), "flash_attention_2", torch.float32) is None  # causal: padding comes after
     mask = layout.mask(UMARVEL, "flash_attention_2", torch.float32)
@@ -310,9 +310,9 @@ def test_a_text_batch_after_an_image_batch_keeps_its_own_positions(
     model_dir: str, processor: Processor, expected: Tensor
 ) -> None:
     embedder = embedder_of(model_dir, processor)
-    sides = mixed_sides()
-    vectors(embedder, processor, sides[1:2])
-    torch.testing.assert_close(vectors(embedder, processor, sides[0:1]), expected[:1], atol=1e-5, rtol=0)
+    inputs = mixed_inputs()
+    vectors(embedder, processor, inputs[1:2])
+    torch.testing.assert_close(vectors(embedder, processor, inputs[0:1]), expected[:1], atol=1e-5, rtol=0)
 
 
 def test_packed_inputs_of_recurrent_layers_would_run_into_each_other(
@@ -321,17 +321,17 @@ def test_packed_inputs_of_recurrent_layers_would_run_into_each_other(
     """Why a family says whether it packs. A padded batch equals its inputs one by one up to the rounding of fp32."""
     monkeypatch.setitem(FAMILIES, family, replace(FAMILIES[family], packs=True))
     padded, packed = (embedder_of(model_dir, processor, packing=packing) for packing in ("padded", "packed"))
-    sides = mixed_sides()
-    alone = torch.cat([vectors(padded, processor, [side]) for side in sides])
-    assert (vectors(padded, processor, sides) - alone).abs().max() < 1e-6
-    assert ((vectors(packed, processor, sides) - alone).abs().max() > 1e-2) == (family == "qwen3_5")
+    inputs = mixed_inputs()
+    alone = torch.cat([vectors(padded, processor, [input]) for input in inputs])
+    assert (vectors(padded, processor, inputs) - alone).abs().max() < 1e-6
+    assert ((vectors(packed, processor, inputs) - alone).abs().max() > 1e-2) == (family == "qwen3_5")
 
 
 def test_parts_under_another_name_are_refused(model_dir: str, processor: Processor, family: str) -> None:
     """As in SmolVLM, whose language model is called `text_model`: attention would stay causal without an error."""
     title, causal = re.escape(FAMILIES[family].title), ReadoutConfig()
     backbone: Any = load_backbone(model_dir, tiny_model(model_dir))
-    layout = BatchLayout(processor.encode(mixed_sides()), packed=False)
+    layout = BatchLayout(processor.encode(mixed_inputs()), packed=False)
     with_index = backbone.get_rope_index
     backbone.get_rope_index = None
     with pytest.raises(UserError, match=rf"^backbone {title}: has no get_rope_index; give the family a hook"):
@@ -373,12 +373,12 @@ def test_pooling_faults_show(model_dir: str, processor: Processor, expected: Ten
     embedder.backbone.register_forward_hook(
         lambda *call: SimpleNamespace(last_hidden_state=FAULTS[fault](call[2].last_hidden_state, seen["pre"]))
     )
-    actual = vectors(embedder, processor, mixed_sides())
+    actual = vectors(embedder, processor, mixed_inputs())
     assert (actual - expected).abs().max() > 1e-2
 
 
 def test_videos_fed_as_images_show(model_dir: str, processor: Processor, expected: Tensor) -> None:
-    video = mixed_sides()[4].visuals[0]
+    video = mixed_inputs()[4].visuals[0]
     images = DecodedInput(visuals=tuple(Visual("image", frame[None]) for frame in video.frames))
     actual = vectors(embedder_of(model_dir, processor), processor, [images])
     assert (actual - expected[4]).abs().max() > 1e-2
@@ -410,9 +410,9 @@ def test_a_merged_adapter_gives_the_vectors_of_the_unmerged_one(
     embedder = with_lora(model_dir, processor)
     embedder = EmbeddingModel(embedder.backbone, processor.layout, READOUTS[readout])
     shake(embedder, 0.1)
-    unmerged = vectors(embedder, processor, mixed_sides())
+    unmerged = vectors(embedder, processor, mixed_inputs())
     merged = EmbeddingModel(embedder.backbone.merge_and_unload(), processor.layout, READOUTS[readout])
-    torch.testing.assert_close(vectors(merged, processor, mixed_sides()), unmerged, atol=1e-5, rtol=0)
+    torch.testing.assert_close(vectors(merged, processor, mixed_inputs()), unmerged, atol=1e-5, rtol=0)
     assert (unmerged - library[readout]).abs().max() > 1e-2
 
 
@@ -420,7 +420,7 @@ def test_a_new_adapter_changes_nothing_and_equal_seeds_give_equal_adapters(
     model_dir: str, processor: Processor, expected: Tensor
 ) -> None:
     first, again, other = (with_lora(model_dir, processor, seed) for seed in (0, 0, 1))
-    torch.testing.assert_close(vectors(first, processor, mixed_sides()), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(vectors(first, processor, mixed_inputs()), expected, atol=1e-5, rtol=0)
     states = [trainable_state(embedder) for embedder in (first, again, other)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert not all(torch.equal(states[0][name], states[2][name]) for name in states[0])
@@ -436,7 +436,7 @@ def test_gradients_reach_the_vision_tower_with_and_without_checkpointing(
         backbone = load_backbone(model_dir, model)
         embedder = EmbeddingModel(add_lora(backbone, LORA, 0) if tune == "lora" else backbone, processor.layout).train()
         shake(embedder, 0.1)
-        batch = processor.encode(mixed_sides())
+        batch = processor.encode(mixed_inputs())
         embedder(batch)[:, 0].sum().backward()
         assert backbone.visual.is_gradient_checkpointing == checkpointing
         gradients.append({name: p.grad for name, p in embedder.named_parameters() if p.requires_grad})
@@ -459,17 +459,17 @@ def test_a_saved_adapter_is_loaded_by_us_and_by_peft(
     assert files == ["adapter_config.json", "adapter_model.safetensors", "rzen.json"]
     assert all((tmp_path / "one" / f).read_bytes() == (tmp_path / "two" / f).read_bytes() for f in files)
 
-    sides = mixed_sides()
-    before = vectors(trained, processor, sides)
+    inputs = mixed_inputs()
+    before = vectors(trained, processor, inputs)
     ours = load_adapter(load_backbone(model_dir, tiny_model(model_dir)), tmp_path / "one", trainable=True)
     theirs = peft.PeftModel.from_pretrained(load_backbone(model_dir, tiny_model(model_dir)), str(tmp_path / "one"))
     for loaded in (ours, theirs):
         torch.testing.assert_close(
-            vectors(EmbeddingModel(loaded, processor.layout), processor, sides), before, atol=0, rtol=0
+            vectors(EmbeddingModel(loaded, processor.layout), processor, inputs), before, atol=0, rtol=0
         )
     assert len(trainable_state(ours)) == 2 * LINEARS[family]
     assert len(trainable_state(theirs)) == 0
-    assert (before - vectors(embedder_of(model_dir, processor), processor, sides)).abs().max() > 1e-2
+    assert (before - vectors(embedder_of(model_dir, processor), processor, inputs)).abs().max() > 1e-2
 
 
 def test_an_adapter_of_another_backbone_is_refused(

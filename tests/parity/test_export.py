@@ -34,7 +34,7 @@ from rzen.model.embedding_model import EmbeddingModel
 from rzen.model.lora import load_adapter
 from rzen.model.vision import use_fast_vision
 from tests.export.make import trained_adapter
-from tests.tiny import PROMPT, TEXTS, mixed_sides, noise, tiny_checkpoint, tiny_model
+from tests.tiny import PROMPT, TEXTS, mixed_inputs, noise, tiny_checkpoint, tiny_model
 
 INSTRUCTION = "Find what matches the given side."
 TEXT_SIDES = [
@@ -42,7 +42,7 @@ TEXT_SIDES = [
     *(DecodedInput(text=text, instruction=INSTRUCTION) for text in TEXTS),
     DecodedInput(text=f"  {TEXTS[3]}\n", instruction=f" {INSTRUCTION} "),
 ]
-IMAGE_SIDES = [side for side in mixed_sides() if all(visual.kind != "video" for visual in side.visuals)]
+IMAGE_SIDES = [input for input in mixed_inputs() if all(visual.kind != "video" for visual in input.visuals)]
 Made = tuple[str, Path, Path]
 
 
@@ -66,18 +66,18 @@ def qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export(tmp_path_factory.mktemp("qwen2"), ModelIdentity(prompt=PROMPT))[2]
 
 
-def rzen_vectors(out: Path, sides: list[DecodedInput]) -> Tensor:
+def rzen_vectors(out: Path, inputs: list[DecodedInput]) -> Tensor:
     processor, embedder = load_encoder(str(out))
-    return embedder(processor.encode(sides))
+    return embedder(processor.encode(inputs))
 
 
-def messages(side: DecodedInput) -> list[dict[str, Any]]:
+def messages(input: DecodedInput) -> list[dict[str, Any]]:
     """A side as chat templates take it."""
     content: list[dict[str, Any]] = [
-        {"type": "video"} if visual.kind == "video" else {"type": "image"} for visual in side.visuals
+        {"type": "video"} if visual.kind == "video" else {"type": "image"} for visual in input.visuals
     ]
-    content += [{"type": "text", "text": side.text}] if side.text else []
-    system = [{"role": "system", "content": side.instruction}] if side.instruction else []
+    content += [{"type": "text", "text": input.text}] if input.text else []
+    system = [{"role": "system", "content": input.instruction}] if input.instruction else []
     return [*system, {"role": "user", "content": content}]
 
 
@@ -98,22 +98,22 @@ def sentence_transformer(out: Path, scratch: Path) -> SentenceTransformer:
     return SentenceTransformer(modules=modules, device="cpu")
 
 
-def encode(model: SentenceTransformer, sides: list[DecodedInput], **settings: Any) -> Tensor:
+def encode(model: SentenceTransformer, inputs: list[DecodedInput], **settings: Any) -> Tensor:
     """One at a time, as each has a prompt of its own."""
-    vectors = [model.encode(side.text, prompt=side.instruction or None, **settings) for side in sides]
+    vectors = [model.encode(input.text, prompt=input.instruction or None, **settings) for input in inputs]
     return torch.tensor(np.stack(vectors))
 
 
-def auto_vectors(out: Path, sides: list[DecodedInput]) -> Tensor:
+def auto_vectors(out: Path, inputs: list[DecodedInput]) -> Tensor:
     """Without rzen: chat template, tokenizer, Pillow's image processor, AutoModel, last state of each side."""
     tokenizer, model = AutoTokenizer.from_pretrained(out), AutoModel.from_pretrained(out)
     image_processor = AutoImageProcessor.from_pretrained(out, backend="pil")
     vectors = []
-    for side in sides:
-        text = tokenizer.apply_chat_template(messages(side), tokenize=False)
+    for input in inputs:
+        text = tokenizer.apply_chat_template(messages(input), tokenize=False)
         visuals: dict[str, Any] = {}
-        if side.visuals:
-            images = [Image.fromarray(visual.frames[0]) for visual in side.visuals]
+        if input.visuals:
+            images = [Image.fromarray(visual.frames[0]) for visual in input.visuals]
             visuals = dict(image_processor(images, return_tensors="pt"))
             first, *others = text.split(IMAGE_PAD)
             counts = (visuals["image_grid_thw"].prod(dim=1) // 4).tolist()
@@ -131,26 +131,26 @@ def test_the_chat_template_writes_what_the_processor_writes(made: Made, tmp_path
     prompt = PromptConfig(template=template, max_visual_tokens=24)
     export_model(str(base), None, tmp_path / "out", ModelIdentity(prompt=prompt), ExportOptions(dtype="float32"))
     tokenizer, processor = AutoTokenizer.from_pretrained(tmp_path / "out"), Processor(str(base), prompt)
-    for side in [*mixed_sides(), *TEXT_SIDES]:
-        has_video = any(visual.kind == "video" for visual in side.visuals)
+    for input in [*mixed_inputs(), *TEXT_SIDES]:
+        has_video = any(visual.kind == "video" for visual in input.visuals)
         if has_video and TEMPLATES[template].frame_tokens:
             with pytest.raises(Exception, match="a video is read as images of 160 to 180 tokens"):
-                tokenizer.apply_chat_template(messages(side), tokenize=False)
+                tokenizer.apply_chat_template(messages(input), tokenize=False)
             continue
-        expected = render(processor.pieces(side))
+        expected = render(processor.pieces(input))
         # Libraries write one pad for a visual, and processors as many as there are; times and their marks too.
         expected = re.sub(r"(<\|(image|video)_pad\|>)+", r"<|\2_pad|>", expected)
         expected = re.sub(
             r"(<[\d.]+ seconds><\|vision_start\|><\|video_pad\|><\|vision_end\|>)+", "<|video_pad|>", expected
         )
-        assert tokenizer.apply_chat_template(messages(side), tokenize=False) == expected
+        assert tokenizer.apply_chat_template(messages(input), tokenize=False) == expected
 
 
-def test_what_is_no_side_is_refused_by_the_chat_template(qwen2: Path) -> None:
+def test_what_is_no_input_is_refused_by_the_chat_template(qwen2: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(qwen2)
     for message, why in (
-        ({"role": "assistant", "content": "x"}, "a side has a system message"),
-        ({"role": "user", "content": [{"type": "audio", "audio": "x.wav"}]}, "a side has texts, images and videos"),
+        ({"role": "assistant", "content": "x"}, "an input has a system message"),
+        ({"role": "user", "content": [{"type": "audio", "audio": "x.wav"}]}, "an input has texts, images and videos"),
     ):
         with pytest.raises(Exception, match=why):
             tokenizer.apply_chat_template([message], tokenize=False)
@@ -176,13 +176,13 @@ def test_sentence_transformers_cuts_texts_as_rzen_where_it_is_told_to(tmp_path: 
 
 def test_sentence_transformers_means_all_tokens_and_refuses_instructions(tmp_path: Path) -> None:
     _, _, out = export(tmp_path, ModelIdentity(prompt=PROMPT, readout=ReadoutConfig(pooling="mean")))
-    model, sides = sentence_transformer(out, tmp_path / "tokenizer"), TEXT_SIDES[: len(TEXTS)]
-    torch.testing.assert_close(encode(model, sides), rzen_vectors(out, sides), atol=1e-5, rtol=0)
+    model, inputs = sentence_transformer(out, tmp_path / "tokenizer"), TEXT_SIDES[: len(TEXTS)]
+    torch.testing.assert_close(encode(model, inputs), rzen_vectors(out, inputs), atol=1e-5, rtol=0)
     with pytest.raises(Exception, match="only rzen can take one"):
         model.encode(TEXTS[0], prompt=INSTRUCTION)
 
 
-def test_auto_classes_equal_on_images_pages_and_mixed_sides(made: Made) -> None:
+def test_auto_classes_equal_on_images_pages_and_mixed_inputs(made: Made) -> None:
     expected = rzen_vectors(made[2], IMAGE_SIDES)
     torch.testing.assert_close(auto_vectors(made[2], IMAGE_SIDES), expected, atol=1e-5, rtol=0)
 
@@ -198,11 +198,11 @@ def test_peft_loads_the_adapter(tmp_path: Path) -> None:
     processor = Processor(base, PROMPT)
     with torch.no_grad():
         actual, expected = (
-            EmbeddingModel(some, processor.layout)(processor.encode(mixed_sides())) for some in (model, own)
+            EmbeddingModel(some, processor.layout)(processor.encode(mixed_inputs())) for some in (model, own)
         )
     torch.testing.assert_close(actual, expected, atol=0, rtol=0)
     export_model(base, out, tmp_path / "merged", identity, ExportOptions(dtype="float32"))  # it is an adapter to rzen
-    torch.testing.assert_close(rzen_vectors(tmp_path / "merged", mixed_sides()), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(rzen_vectors(tmp_path / "merged", mixed_inputs()), expected, atol=1e-5, rtol=0)
 
 
 def test_the_directory_for_the_released_script_is_one_of_transformers_4(tmp_path: Path) -> None:
@@ -220,8 +220,10 @@ def test_the_directory_for_the_released_script_is_one_of_transformers_4(tmp_path
     assert not (out / "modules.json").exists()
     processor, own = Processor(base, prompt), load_adapter(load_backbone(base, tiny_model(base)), adapter)
     with torch.no_grad():
-        expected = EmbeddingModel(own, processor.layout, ReadoutConfig(positions="1d"))(processor.encode(mixed_sides()))
-    torch.testing.assert_close(rzen_vectors(out, mixed_sides()), expected, atol=1e-5, rtol=0)
+        expected = EmbeddingModel(own, processor.layout, ReadoutConfig(positions="1d"))(
+            processor.encode(mixed_inputs())
+        )
+    torch.testing.assert_close(rzen_vectors(out, mixed_inputs()), expected, atol=1e-5, rtol=0)
 
 
 def test_planted_faults_of_exports_show(qwen2: Path, tmp_path: Path) -> None:
@@ -271,7 +273,7 @@ def test_pooling_at_the_last_padded_place_shows(qwen2: Path, tmp_path: Path) -> 
     assert (actual - expected).abs().max() > 1e-2
 
 
-def test_mteb_reads_sides(qwen2: Path) -> None:
+def test_mteb_reads_inputs(qwen2: Path) -> None:
     pytest.importorskip("mteb", reason="mteb is not installed; tests/export/mteb.md holds the result where it is")
     from rzen.export.mteb import load
 
@@ -281,7 +283,7 @@ def test_mteb_reads_sides(qwen2: Path) -> None:
     batches = [{"text": list(TEXTS[:2])}, {"text": [TEXTS[2]], "image": [Image.fromarray(image.frames[0])]}]
     kind = type("Kind", (), {"value": "query"})
     actual = torch.tensor(encoder.encode(batches, task_metadata=metadata, prompt_type=kind))
-    sides = [DecodedInput(text=text, instruction=INSTRUCTION) for text in TEXTS[:2]]
-    sides.append(DecodedInput(text=TEXTS[2], instruction=INSTRUCTION, visuals=(image,)))
-    torch.testing.assert_close(actual, rzen_vectors(qwen2, sides), atol=1e-6, rtol=0)
+    inputs = [DecodedInput(text=text, instruction=INSTRUCTION) for text in TEXTS[:2]]
+    inputs.append(DecodedInput(text=TEXTS[2], instruction=INSTRUCTION, visuals=(image,)))
+    torch.testing.assert_close(actual, rzen_vectors(qwen2, inputs), atol=1e-6, rtol=0)
     assert encoder.mteb_model_meta.embed_dim == 64

@@ -42,7 +42,7 @@ def one_step(part: dict[str, Tensor], rank: int, fault: str = "") -> dict[str, T
     """Loss and gradients of a linear encoder, of its outputs and of theta, for the rows of one rank."""
     encoder = part["encoder"].clone().requires_grad_()
     queries, targets, negatives = (
-        torch.nn.functional.normalize(part[side] @ encoder, dim=-1) for side in ("queries", "targets", "negatives")
+        torch.nn.functional.normalize(part[input] @ encoder, dim=-1) for input in ("queries", "targets", "negatives")
     )
     for embeddings in (queries, targets, negatives):
         embeddings.retain_grad()
@@ -96,8 +96,8 @@ def worker(rank: int, world_size: int) -> dict[str, dict[str, Tensor]]:
 def relative_errors(workers: list[dict[str, Tensor]], expected: dict[str, Tensor]) -> dict[str, float]:
     """Largest error of each quantity, relative to its largest entry. Embedding gradients are of the mean over ranks."""
     found = {name: workers[0][name] for name in ("loss", "encoder", "theta")}
-    for side in ("queries", "targets", "negatives"):
-        found[side] = torch.cat([result[side] for result in workers]) / len(workers)
+    for input in ("queries", "targets", "negatives"):
+        found[input] = torch.cat([result[input] for result in workers]) / len(workers)
     return {name: float((found[name] - value).abs().max() / value.abs().max()) for name, value in expected.items()}
 
 

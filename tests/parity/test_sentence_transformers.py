@@ -41,20 +41,20 @@ class Given(nn.Module):
         return self
 
 
-def leaves(sides: int) -> list[Tensor]:
+def leaves(inputs: int) -> list[Tensor]:
     """Queries, targets, and one mined negative a query where there are three sides. Not of length 1."""
     generator = torch.Generator().manual_seed(11)
     return [
-        torch.randn(PAIRS, WIDTH, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(sides)
+        torch.randn(PAIRS, WIDTH, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(inputs)
     ]
 
 
-def ours(sides: int, relevance: Tensor | None = None, tau: float = TAU, **options: Any) -> list[Tensor]:
+def ours(inputs: int, relevance: Tensor | None = None, tau: float = TAU, **options: Any) -> list[Tensor]:
     """Loss and gradients by the leaves."""
     settings = {"hardness": None, "false_negatives": None, "temperature": TemperatureConfig(initial=tau)} | options
     objective = Objective(ObjectiveConfig(**settings), ["t"]).double()
-    inputs = leaves(sides)
-    queries, targets, *mined = (normalize(side, dim=1) for side in inputs)
+    inputs = leaves(inputs)
+    queries, targets, *mined = (normalize(input, dim=1) for input in inputs)
     loss, _ = objective(
         Batch(
             queries,
@@ -67,18 +67,18 @@ def ours(sides: int, relevance: Tensor | None = None, tau: float = TAU, **option
         step=0,
     )
     loss.backward()
-    return [loss.detach().reshape(1), *(side.grad for side in inputs)]
+    return [loss.detach().reshape(1), *(input.grad for input in inputs)]
 
 
-def theirs(sides: int, loss: nn.Module, labels: Tensor | None = None) -> list[Tensor]:
-    inputs = leaves(sides)
-    vectors = [normalize(side, dim=1).detach().requires_grad_() for side in inputs]
+def theirs(inputs: int, loss: nn.Module, labels: Tensor | None = None) -> list[Tensor]:
+    inputs = leaves(inputs)
+    vectors = [normalize(input, dim=1).detach().requires_grad_() for input in inputs]
     value = loss([{"vectors": part} for part in vectors], labels)
     value.backward()
     # Their losses normalize too, and the cached one brings its gradients from a hook.
     found = [
-        torch.autograd.grad(normalize(side, dim=1), side, part.grad)[0]
-        for side, part in zip(inputs, vectors, strict=True)
+        torch.autograd.grad(normalize(input, dim=1), input, part.grad)[0]
+        for input, part in zip(inputs, vectors, strict=True)
     ]
     return [value.detach().reshape(1), *found]
 
@@ -120,17 +120,17 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("tile_rows", [None, 3])
 @pytest.mark.parametrize("case", CASES)
 def test_multiple_negatives_ranking(case: str, tile_rows: int | None) -> None:
-    sides, options, their_options = CASES[case]
-    expected = theirs(sides, MultipleNegativesRankingLoss(Given(), scale=scale(), **their_options))
-    assert distance(ours(sides, tile_rows=tile_rows, **options), expected) < 1e-9
-    assert distance(ours(sides, hardness=HardnessConfig(alpha=1.0)), expected) > 1e-2
+    inputs, options, their_options = CASES[case]
+    expected = theirs(inputs, MultipleNegativesRankingLoss(Given(), scale=scale(), **their_options))
+    assert distance(ours(inputs, tile_rows=tile_rows, **options), expected) < 1e-9
+    assert distance(ours(inputs, hardness=HardnessConfig(alpha=1.0)), expected) > 1e-2
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_cached_multiple_negatives_ranking(case: str) -> None:
-    sides, options, their_options = CASES[case]
+    inputs, options, their_options = CASES[case]
     loss = CachedMultipleNegativesRankingLoss(Given(), scale=scale(), mini_batch_size=3, **their_options)
-    assert distance(ours(sides, tile_rows=3, **options), theirs(sides, loss)) < 1e-9
+    assert distance(ours(inputs, tile_rows=3, **options), theirs(inputs, loss)) < 1e-9
 
 
 @pytest.mark.parametrize("tau", [0.5, 0.05, 0.01])

@@ -78,7 +78,7 @@ def pairs_by_rank(model_dir: str) -> list[list[EncodedPairs]]:
     """
     encoder = PairEncoder(Processor(model_dir, PROMPT))
     image, video = noise("image", 1, 61, 97), noise("video", 3, 59, 83, 2)
-    video_side, text_side = DecodedInput(visuals=(video,)), DecodedInput(text=TEXTS[0])
+    video_input, text_input = DecodedInput(visuals=(video,)), DecodedInput(text=TEXTS[0])
     same, others = "ab" * 32, [f"{digit}0" * 32 for digit in range(1, 6)]
     text = [
         decoded(DecodedInput(text=TEXTS[0]), DecodedInput(text=TEXTS[1]), same),
@@ -91,8 +91,8 @@ def pairs_by_rank(model_dir: str) -> list[list[EncodedPairs]]:
             DecodedInput(text=TEXTS[2], visuals=(image,)),
             DecodedInput(visuals=(video,)),
             others[3],
-            video_side,
-            text_side,
+            video_input,
+            text_input,
         ),
         decoded(DecodedInput(visuals=(video,)), DecodedInput(text=TEXTS[1]), same),
     ]
@@ -243,18 +243,18 @@ def test_every_trained_parameter_gets_a_gradient_from_text_alone(model_dir: str)
 def test_pairs_are_encoded_alone_and_joined_in_order(model_dir: str) -> None:
     processor = Processor(model_dir, PROMPT)
     encoder: PairEncoder = pickle.loads(pickle.dumps(PairEncoder(processor)))
-    sides = [DecodedInput(text=TEXTS[0]), DecodedInput(visuals=(noise("image", 1, 61, 97),)), DecodedInput(text="x")]
+    inputs = [DecodedInput(text=TEXTS[0]), DecodedInput(visuals=(noise("image", 1, 61, 97),)), DecodedInput(text="x")]
     samples = [
-        decoded(sides[0], sides[1], "ffffffffffffffff" + "00" * 24),
-        decoded(sides[1], sides[2], "0000000000000102" + "ff" * 24),
-        decoded(sides[2], sides[0], "7fffffffffffffff" + "00" * 24),
+        decoded(inputs[0], inputs[1], "ffffffffffffffff" + "00" * 24),
+        decoded(inputs[1], inputs[2], "0000000000000102" + "ff" * 24),
+        decoded(inputs[2], inputs[0], "7fffffffffffffff" + "00" * 24),
     ]
     pairs = encoder.collate([encoder.sample(sample) for sample in samples])
     assert pairs.target_ids.tolist() == [-1, 258, 2**63 - 1]
     assert len(pairs) == 3
     for found, expected in (
-        (pairs.queries, processor.encode(sides)),
-        (pairs.targets, processor.encode([sides[1], sides[2], sides[0]])),
+        (pairs.queries, processor.encode(inputs)),
+        (pairs.targets, processor.encode([inputs[1], inputs[2], inputs[0]])),
     ):
         for name, array in vars(expected).items():
             np.testing.assert_array_equal(getattr(found, name), array)

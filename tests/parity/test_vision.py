@@ -29,15 +29,15 @@ def images(*sizes_px: tuple[int, int]) -> list[DecodedInput]:
     return [DecodedInput(visuals=(noise("image", 1, *size, seed),)) for seed, size in enumerate(sizes_px)]
 
 
-def vectors_and_gradients(backbone: Any, processor: Processor, sides: Sequence[DecodedInput]) -> list[Tensor]:
+def vectors_and_gradients(backbone: Any, processor: Processor, inputs: Sequence[DecodedInput]) -> list[Tensor]:
     embedder = EmbeddingModel(backbone, processor.layout)
-    vectors_BD = embedder(processor.encode(sides))
+    vectors_BD = embedder(processor.encode(inputs))
     (vectors_BD * torch.arange(vectors_BD.shape[1])).sum().backward()
     return [vectors_BD.detach(), *(parameter.grad for parameter in backbone.visual.parameters())]
 
 
 @pytest.mark.parametrize(
-    ("sides", "together"),
+    ("inputs", "together"),
     [
         (images((60, 60), (60, 60), (60, 60)), [3]),
         (images((60, 60), (120, 61), (60, 60), (60, 60), (61, 120)), [1, 1, 2, 1]),
@@ -45,7 +45,7 @@ def vectors_and_gradients(backbone: Any, processor: Processor, sides: Sequence[D
     ],
 )
 def test_the_fast_tower_equals_the_slow_one(
-    model_dir: str, sides: list[DecodedInput], together: list[int], monkeypatch: pytest.MonkeyPatch
+    model_dir: str, inputs: list[DecodedInput], together: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kernel, batches = vision.scaled_dot_product_attention, []
 
@@ -55,8 +55,8 @@ def test_the_fast_tower_equals_the_slow_one(
 
     monkeypatch.setattr(vision, "scaled_dot_product_attention", counted)
     processor = Processor(model_dir, PROMPT)
-    grouped = vectors_and_gradients(load_backbone(model_dir, tiny_model(model_dir)), processor, sides)
-    looped = vectors_and_gradients(AutoModel.from_pretrained(model_dir), processor, sides)
+    grouped = vectors_and_gradients(load_backbone(model_dir, tiny_model(model_dir)), processor, inputs)
+    looped = vectors_and_gradients(AutoModel.from_pretrained(model_dir), processor, inputs)
     assert len(grouped) == len(looped) > 10
     for ours, theirs in zip(grouped, looped, strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)

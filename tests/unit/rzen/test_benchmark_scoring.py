@@ -289,13 +289,13 @@ def test_vectors_of_two_models_stop_the_dataset() -> None:
         score(dataset, [EAST, NORTH], [(1, 0, 0), (0, 1, 0)])
 
 
-@pytest.mark.parametrize("side", ["queries", "candidates"])
-def test_collapse_stops_the_dataset(side: str) -> None:
+@pytest.mark.parametrize("input", ["queries", "candidates"])
+def test_collapse_stops_the_dataset(input: str) -> None:
     """A model that tells nothing apart would score 100% where the relevant candidate is listed first."""
     dataset = toy([{"a": 1.0}, {"b": 1.0}], ["a", "b"], [["a", "b"], ["b", "a"]])
     collapsed, good = unit([(1, 1e-3), (1, 0)]), [EAST, NORTH]
-    with pytest.raises(UserError, match=f"toy {side}: all 2 are one vector"):
-        score(dataset, *((collapsed, good) if side == "queries" else (good, collapsed)))
+    with pytest.raises(UserError, match=f"toy {input}: all 2 are one vector"):
+        score(dataset, *((collapsed, good) if input == "queries" else (good, collapsed)))
 
 
 def test_collapse_is_told_block_by_block() -> None:

@@ -15,7 +15,7 @@ from pipelines.config import MediaConfig
 from pipelines.errors import UserError
 from pipelines.samples import DecodedInput, Visual
 from rzen.config import ModelIdentity
-from tests.tiny import PROMPT, TEXTS, mixed_sides, tiny_checkpoint
+from tests.tiny import PROMPT, TEXTS, mixed_inputs, tiny_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +31,13 @@ def embedder(checkpoint: str) -> rzen.Embedder:
 @pytest.mark.parametrize("chunk_tokens", [1, 200, 16_384])
 def test_vectors_are_those_of_each_input_alone_in_order(checkpoint: str, chunk_tokens: int) -> None:
     embedder = rzen.load(checkpoint, identity=ModelIdentity(prompt=PROMPT), chunk_tokens=chunk_tokens)
-    sides = mixed_sides() * 2
-    vectors = embedder.embed(sides)
-    assert (vectors.dtype, vectors.shape) == (np.float32, (len(sides), 64))
+    inputs = mixed_inputs() * 2
+    vectors = embedder.embed(inputs)
+    assert (vectors.dtype, vectors.shape) == (np.float32, (len(inputs), 64))
     assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
-    alone = np.concatenate([embedder.embed([side]) for side in sides])
+    alone = np.concatenate([embedder.embed([input]) for input in inputs])
     assert np.abs(vectors - alone).max() < 1e-5
-    encoded = [embedder.processor.encode([side]) for side in sides]
+    encoded = [embedder.processor.encode([input]) for input in inputs]
     assert np.abs(embedder.embed_encoded(encoded) - alone).max() < 1e-5
 
 

@@ -29,7 +29,7 @@ from rzen.model.embedding_model import EmbeddingModel
 from rzen.model.lora import add_lora, load_adapter, save_adapter
 from rzen.model.vision import use_fast_vision
 from rzen.soup.make import make_soup
-from tests.tiny import PROMPT, TEXTS, TINY, mixed_sides, tiny_checkpoint, tiny_model
+from tests.tiny import PROMPT, TEXTS, TINY, mixed_inputs, tiny_checkpoint, tiny_model
 
 IDENTITY = ModelIdentity(prompt=PROMPT)
 FP32, BF16 = ExportOptions(dtype="float32"), ExportOptions(dtype="bfloat16")
@@ -59,12 +59,12 @@ def unmerged_vectors(base: str, adapter: Path | None) -> Tensor:
     backbone = load_backbone(base, tiny_model(base))
     model = load_adapter(backbone, adapter) if adapter else backbone
     with torch.no_grad():
-        return EmbeddingModel(model, processor.layout)(processor.encode(mixed_sides()))
+        return EmbeddingModel(model, processor.layout)(processor.encode(mixed_inputs()))
 
 
 def exported_vectors(model_dir: Path) -> Tensor:
     processor, embedder = load_encoder(str(model_dir))
-    return embedder(processor.encode(mixed_sides()))
+    return embedder(processor.encode(mixed_inputs()))
 
 
 def test_the_exported_model_gives_the_vectors_of_base_and_adapter(base: str, tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_the_exported_model_is_an_ordinary_checkpoint(base: str, tmp_path: Path)
     model = AutoModel.from_pretrained(model_dir)
     use_fast_vision(model)  # the last bits are those of the kernels
     with torch.no_grad():
-        actual = EmbeddingModel(model, processor.layout)(processor.encode(mixed_sides()))
+        actual = EmbeddingModel(model, processor.layout)(processor.encode(mixed_inputs()))
     torch.testing.assert_close(actual, exported_vectors(tmp_path / "model"), atol=0, rtol=0)
     assert AutoTokenizer.from_pretrained(model_dir)(TEXTS[0]) == AutoTokenizer.from_pretrained(base)(TEXTS[0])
     assert AutoImageProcessor.from_pretrained(model_dir, backend="pil").patch_size == 14
@@ -341,14 +341,14 @@ class Decoder:
         return SimpleNamespace(data=frames, pts_seconds=torch.tensor(indices) / 4)
 
 
-def test_batches_of_mteb_become_sides() -> None:
+def test_batches_of_mteb_become_inputs() -> None:
     image = Image.new("L", (6, 4), 7)
     asked, bare = inputs_of({"text": ["ab", "cd"], "query": ["a", "c"], "instruction": ["b", ""]}, "Find it.", 8)
     assert (asked.text, asked.instruction, bare.text, bare.instruction) == ("a", "b", "c", "")
     fused, alone = inputs_of({"text": ["x", "y"], "image": [[image, image], None]}, "Find it.", 8)
     assert [visual.frames.shape for visual in fused.visuals] == [(1, 4, 6, 3)] * 2
     assert (fused.instruction, alone.text, alone.visuals) == ("Find it.", "y", ())
-    (long,), (short,) = (side.visuals for side in inputs_of({"video": [Decoder(21), Decoder(2)]}, "", 5))
+    (long,), (short,) = (input.visuals for input in inputs_of({"video": [Decoder(21), Decoder(2)]}, "", 5))
     assert long.frames[:, 0, 0, 0].tolist() == [0, 5, 10, 15, 20]
     assert long.times_s == (0.0, 1.25, 2.5, 3.75, 5.0)
     assert short.frames.shape == (2, 4, 6, 3)

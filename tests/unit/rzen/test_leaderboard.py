@@ -227,7 +227,7 @@ def test_from_files_on_disk_to_the_submission(tmp_path: Path) -> None:
     assert list(submission.metrics.visdoc) == [row.name]
 
 
-def test_models_side_by_side() -> None:
+def test_models_input_by_input() -> None:
     rows = [MMEB_V2["MSVD"], MMEB_V2["GQA"]]
     leaderboards = {
         "old": build_leaderboard(rows, {"MSVD": whole(rows[0], 0.5), "GQA": whole(rows[1], 0.25)}, {}),

@@ -107,20 +107,20 @@ def test_a_checkpoint_soup_takes_in_one_more(tmp_path: Path, three: dict[str, Pa
 
 
 def test_bf16_is_mixed_in_fp32_and_rounded_once(tmp_path: Path, three: dict[str, Path], base: Path) -> None:
-    sides = {}
+    inputs = {}
     for name, path in three.items():
         tensors = {key: tensor.bfloat16() for key, tensor in load_file(path / "model.safetensors").items()}
-        sides[name] = save(tmp_path / f"{name}16", tensors | {"count": torch.tensor([7])}, like=base)
-    make_soup(sides, tmp_path / "soup", MeanSoup(weights=WEIGHTS))  # shares that fp32 holds exactly
+        inputs[name] = save(tmp_path / f"{name}16", tensors | {"count": torch.tensor([7])}, like=base)
+    make_soup(inputs, tmp_path / "soup", MeanSoup(weights=WEIGHTS))  # shares that fp32 holds exactly
     found = load_file(tmp_path / "soup/model.safetensors")
-    parents = [load_file(path / "model.safetensors") for path in sides.values()]
+    parents = [load_file(path / "model.safetensors") for path in inputs.values()]
     assert found.pop("count").tolist() == [7]
     for key, tensor in found.items():
         expected = sum(share * parent[key].double() for share, parent in zip(SHARES, parents, strict=True))
         assert torch.equal(tensor, expected.bfloat16())
-    save_file({**parents[2], "count": torch.tensor([8])}, sides["c"] / "model.safetensors")
+    save_file({**parents[2], "count": torch.tensor([8])}, inputs["c"] / "model.safetensors")
     with pytest.raises(UserError, match="count: is of whole numbers and differs"):
-        make_soup(sides, tmp_path / "other", MeanSoup())
+        make_soup(inputs, tmp_path / "other", MeanSoup())
 
 
 @pytest.mark.parametrize("based", [True, False], ids=["from the base", "from zero"])

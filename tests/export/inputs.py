@@ -24,7 +24,7 @@ class Visual:
 
 
 @dataclass(frozen=True)
-class Side:
+class Input:
     """One input."""
 
     text: str = ""
@@ -38,7 +38,7 @@ def noise(kind: str, frames: int, height_px: int, width_px: int, seed: int) -> V
     return Visual(kind, np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8))
 
 
-def sides(token_px: int) -> dict[str, Side]:
+def make_inputs(token_px: int) -> dict[str, Input]:
     """By kind, for a family whose tokens cover `token_px` x `token_px` pixels."""
 
     def visual(kind: str, height_tokens: int, width_tokens: int, seed: int) -> Visual:
@@ -53,16 +53,16 @@ def sides(token_px: int) -> dict[str, Side]:
         noise("video", FRAMES, 59, 83, 5),
     )
     return {
-        "text": Side(TEXT),
-        "text, instruction": Side(TEXT, INSTRUCTION),
-        "image": Side(visuals=(image,)),
-        "image, resized": Side(visuals=(photo,)),
-        "page": Side(instruction=INSTRUCTION, visuals=(page,)),
-        "page, shrunk": Side(visuals=(scan,)),
-        "video": Side(visuals=(video,)),
-        "video of large frames": Side(visuals=(wide,)),
-        "video, resized": Side(visuals=(clip,)),
-        "image + text": Side(TEXT, INSTRUCTION, (image,)),
-        "two images + text": Side(TEXT, "", (image, photo)),
-        "video + image + text": Side(TEXT, INSTRUCTION, (video, image)),
+        "text": Input(TEXT),
+        "text, instruction": Input(TEXT, INSTRUCTION),
+        "image": Input(visuals=(image,)),
+        "image, resized": Input(visuals=(photo,)),
+        "page": Input(instruction=INSTRUCTION, visuals=(page,)),
+        "page, shrunk": Input(visuals=(scan,)),
+        "video": Input(visuals=(video,)),
+        "video of large frames": Input(visuals=(wide,)),
+        "video, resized": Input(visuals=(clip,)),
+        "image + text": Input(TEXT, INSTRUCTION, (image,)),
+        "two images + text": Input(TEXT, "", (image, photo)),
+        "video + image + text": Input(TEXT, INSTRUCTION, (video, image)),
     }
