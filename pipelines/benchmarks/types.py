@@ -212,8 +212,8 @@ def check(dataset: Dataset, pool: Pool) -> None:
         if any(not 0 < grade < float("inf") for grade in query.relevance.values()):
             raise UserError(place, "has a relevant candidate of grade 0 or less, or of none", "leave it out")
     named = {id for query in dataset.queries for id in query.relevance}.union(*checked.values())
-    if (strangers := np.setdiff1d(as_ids(named), pool.ids)).size:
-        raise UserError(row.name, f"names a candidate {strangers[0].decode()} that it has not", "repair its reader")
+    if (unknown := np.setdiff1d(as_ids(named), pool.ids)).size:
+        raise UserError(row.name, f"names a candidate {unknown[0].decode()} that it has not", "repair its reader")
     if not any(query.relevance for query in dataset.queries):
         raise UserError(row.name, "has no relevant candidate for any query", "fetch it again")
 

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -17,7 +12,6 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import ray
 
 import rzen
 from jobs.embedding import embed
@@ -30,7 +24,7 @@ from pipelines.storage.location import open_store
 from rzen.config import ModelIdentity, PromptConfig
 from rzen.export.export import ExportOptions, export_model
 from tests.data import publish
-from tests.paths import ROOT
+from tests.kills import run_until_a_part_is_stored
 from tests.tiny import tiny_checkpoint
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -195,15 +189,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(whole: Path, tmp_path: Path, mod
     spec = spec_of(tmp_path, model)
     path = tmp_path / "spec.yaml"
     path.write_text(spec.model_dump_json())
-    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-    job = subprocess.Popen([sys.executable, "-m", "jobs.run", str(path)], cwd=ROOT, env=environment)
-    try:
-        while not list((tmp_path / "vectors").glob("unfinished/*/*.ids")) and job.poll() is None:
-            time.sleep(0.005)
-    finally:
-        job.send_signal(signal.SIGKILL)
-        job.wait()
-    time.sleep(3)  # its actors end with it, some time later
+    run_until_a_part_is_stored(path, tmp_path / "vectors", "unfinished/*/*.ids")
     assert list((tmp_path / "vectors").glob("unfinished/*/*.ids"))
     embed.run(spec)
     assert vector_files(tmp_path) == vector_files(whole)

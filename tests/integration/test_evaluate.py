@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import ray
 
 import rzen
 from jobs.cli import main
@@ -35,8 +29,8 @@ from pipelines.items.types import as_ids
 from pipelines.items.units import units
 from pipelines.storage.location import open_store
 from tests.data import publish
+from tests.kills import run_until_a_part_is_stored
 from tests.layouts import picture, planted, put, put_frames, put_lines, put_mbeir, put_mmeb
-from tests.paths import ROOT
 from tests.tiny import tiny_checkpoint
 
 SUITES = ("MMEB-V2", "M-BEIR", "M-BEIR global")
@@ -205,15 +199,7 @@ def test_any_number_of_actors_writes_the_same_files(
 def test_a_job_that_was_killed_goes_on_to_the_same_files(whole: Path, tmp_path: Path, backbone: str, own: Path) -> None:
     spec = spec_of(tmp_path, backbone, custom={"mine": str(own)}, instruction_sensitivity=True)
     path = put(tmp_path / "spec.yaml", spec.model_dump_json())
-    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-    job = subprocess.Popen([sys.executable, "-m", "jobs.run", str(path)], cwd=ROOT, env=environment)
-    try:
-        while not list((tmp_path / "cache").glob("*/*.ids")) and job.poll() is None:
-            time.sleep(0.005)
-    finally:
-        job.send_signal(signal.SIGKILL)
-        job.wait()
-    time.sleep(3)  # its actors end with it, some time later
+    run_until_a_part_is_stored(path, tmp_path / "cache", "*/*.ids")
     some, all = (len(list((folder / "cache").glob("*/*.ids"))) for folder in (tmp_path, whole))
     assert 0 < some < all
     run(spec)
