@@ -19,7 +19,7 @@ ifneq ($(STORE),local)
 SET += --set vars.store=$(if $(filter s3,$(STORE)),s3://rzen-demo,$(STORE))
 endif
 
-PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadgroup --no-loadscope-reorder --durations=20
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadscope --no-loadscope-reorder --durations=20
 
 .PHONY: help setup demo test test-long coverage check docs
 

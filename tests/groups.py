@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
+from xdist.scheduler import LoadScopeScheduling
+
+from tests.paths import ROOT
 
 RAY = "ray"
 
 
-def group_of(item: pytest.Item) -> str:
-    """Return the group of a test. All tests of a group run in one process, one after the other.
+@cache
+def group_of(module: str) -> str:
+    """Return the group of the tests of a module. All tests of a group run in one process, one after the other.
 
-    Tests with Ray form one group, because two clusters would compete for the CPUs. The others form one group a module,
-    because their fixtures belong to a module.
+    Modules that start Ray form one group, because two clusters would compete for the CPUs. Every other module is a
+    group, because fixtures belong to a module.
     """
-    if item.get_closest_marker("ray") or "ray_cluster" in getattr(item, "fixturenames", ()):
-        return RAY
-    return item.nodeid.partition("::")[0]
+    text = (ROOT / module).read_text(encoding="utf-8")
+    return RAY if "ray_cluster" in text or "pytest.mark.ray" in text else module
 
 
 def arrange(items: list[pytest.Item]) -> None:
-    """Assign the groups and sort the tests: Ray first, then modules with slow tests, then the others."""
-    groups = {item: group_of(item) for item in items}
-    slow = {groups[item] for item in items if item.get_closest_marker("slow")}
-    for item, group in groups.items():
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: (groups[item] != RAY, groups[item] not in slow))
+    """Sort the tests: Ray first, then modules with slow tests, then the others."""
+    slow = {_module(item.nodeid) for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (group_of(_module(item.nodeid)) != RAY, _module(item.nodeid) not in slow))
+
+
+class GroupScheduling(LoadScopeScheduling):  # type: ignore[misc]
+    """Hands whole groups to the processes.
+
+    The `xdist_group` marker does not work: pytest 9.2 ignores the suffix that pytest-xdist 3.8 adds to the test ids.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        return group_of(_module(nodeid))
+
+
+def _module(nodeid: str) -> str:
+    return nodeid.partition("::")[0]
