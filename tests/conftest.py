@@ -62,7 +62,7 @@ def ray_cluster() -> Iterator[None]:
     from tests.ray_workers.start import forked_ray_workers
 
     folder = tempfile.mkdtemp(prefix="rz", dir="/tmp")  # sockets lie in it, and their paths must be short
-    with nullcontext() if os.environ.get("RZEN_TEST_FORK_RAY") == "0" else forked_ray_workers(folder):
+    with forked_ray_workers(folder) if os.environ.get("RZEN_TEST_FORK_RAY") == "1" else nullcontext():
         ray.init(
             num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=512 << 20, _temp_dir=folder
         )

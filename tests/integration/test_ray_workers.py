@@ -18,10 +18,15 @@ class Worker:
     def draw(self) -> float:
         return float(np.random.rand())
 
+    def id(self) -> str:
+        return str(ray.ObjectRef.from_random().hex())
 
-@pytest.mark.skipif(os.environ.get("RZEN_TEST_FORK_RAY") == "0", reason="RZEN_TEST_FORK_RAY=0 forks no workers")
+
+@pytest.mark.skipif(os.environ.get("RZEN_TEST_FORK_RAY") != "1", reason="RZEN_TEST_FORK_RAY=1 is not set")
 def test_workers_are_forks_of_one_process(ray_cluster: None) -> None:
     workers = [Worker.remote() for _ in range(2)]
     assert all("tests.ray_workers.server" in parent for parent in ray.get([w.parent.remote() for w in workers]))
     first, second = ray.get([worker.draw.remote() for worker in workers])
     assert first != second
+    first_id, second_id = ray.get([worker.id.remote() for worker in workers])
+    assert first_id != second_id

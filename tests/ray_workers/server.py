@@ -21,18 +21,20 @@ import numpy
 
 from tests.ray_workers.worker import ray_worker
 
-AT_START = ("deepspeed", "pandas", "pyarrow.dataset", "rzen.training.worker", "pipelines.feed.reader")
-WITH_RAY = ("ray.data", "ray.train", "pipelines.feed.feed", "jobs.training.worker")
-FIRST_JOB = "01000000"  # of a cluster, in Ray's numbers: the test session. Workers of no job come before it.
-# Ray's library reads these when it is imported, so a fork serves the job and the raylet of the first request only.
-FIXED = ("RAY_JOB_ID", "RAY_RAYLET_PID")
+# Not Ray: its library reads the worker's settings and seeds its random ids when it is imported. Forks of a process with
+# Ray would give equal ids to different objects.
+PRELOADED = ("deepspeed", "pandas", "pyarrow.dataset", "rzen.training.worker", "pipelines.feed.reader")
 INHERITED = [path for path in sys.path if path not in os.environ.get("PYTHONPATH", "").split(os.pathsep)]
 
 
 def serve(path: str) -> None:
     """Fork a worker for each request that arrives at the socket."""
-    for name in AT_START:
+    for name in PRELOADED:
         __import__(name)
+    assert "ray" not in sys.modules
+    assert threading.active_count() == 1, "a fork would lose these threads"
+    gc.freeze()  # a collection in a worker would write to, and so copy, the memory that it shares
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel takes workers that have ended
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(path)
         listener.listen(64)
@@ -44,25 +46,13 @@ def serve(path: str) -> None:
             client, _ = listener.accept()
             with client, contextlib.suppress(OSError):
                 request, outputs = receive(client)
-                if serves(request["environment"]) and os.fork() == 0:
+                if os.fork() == 0:
                     listener.close()
                     client.sendall(b"1")
                     client.close()
                     become(request, outputs)
                 for output in outputs:
                     os.close(output)
-
-
-def serves(environment: dict[str, str]) -> bool:
-    """Import Ray for the first worker of a job, and say whether this server can fork the worker."""
-    if "ray" not in sys.modules and environment.get("RAY_JOB_ID") == FIRST_JOB:
-        os.environ.update(environment)
-        for name in WITH_RAY:
-            __import__(name)
-        gc.freeze()  # a collection in a worker would write to, and so copy, the memory that it shares
-        assert threading.active_count() == 1, "a fork would lose these threads"
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel takes workers that have ended
-    return "ray" in sys.modules and all(environment.get(name) == os.environ.get(name) for name in FIXED)
 
 
 def receive(client: socket.socket) -> tuple[dict[str, Any], list[int]]:
