@@ -127,8 +127,8 @@ def test_every_variant_is_scored_with_every_seed(job: Path) -> None:
         orders[name] = (spec["data"]["seed"], spec["spec"]["seed"])
     assert orders == {"baseline-s0": (0, 0), "other-s0": (0, 0), "baseline-s1": (1, 1)}
     page = (job / "out/ablation.md").read_text()
-    assert "* 2 variants x 2 seeds (of 2 asked for)" in page
-    assert "workers computed 2 s in steps" in page
+    assert "* 2 variants x 2 seeds (of 2 requested)" in page
+    assert "workers computed 2 s in training steps only" in page
 
 
 def test_both_seeds_of_an_untrained_variant_are_one_model_and_the_variants_are_two(job: Path) -> None:
