@@ -6,7 +6,6 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +58,9 @@ def ray_cluster() -> Iterator[None]:
     """The one local Ray of the session, with four logical CPUs."""
     import ray.data
 
-    from tests.ray_workers.start import forked_ray_workers
-
     folder = tempfile.mkdtemp(prefix="rz", dir="/tmp")  # sockets lie in it, and their paths must be short
-    with forked_ray_workers(folder) if os.environ.get("RZEN_TEST_FORK_RAY") == "1" else nullcontext():
-        ray.init(
-            num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=512 << 20, _temp_dir=folder
-        )
-        logging.getLogger("ray.data").setLevel(logging.ERROR)  # or pages of it drown every failing test
-        yield
-        ray.shutdown()
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=512 << 20, _temp_dir=folder)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # or pages of it drown every failing test
+    yield
+    ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)

@@ -16,7 +16,6 @@ COMMANDS = {
     "RZEN_KUBERAY_CRDS names no folder": "export RZEN_KUBERAY_CRDS=kuberay/helm-chart/kuberay-operator/crds, in a clone"
     " of github.com/ray-project/kuberay at v1.7",
     "may not mount a small tmpfs here": "run the tests as root",
-    "RZEN_TEST_FORK_RAY=1 is not set": "export RZEN_TEST_FORK_RAY=1",
     "quantizing is possible here": "run the tests on a machine without GPU",
 }
 
