@@ -119,7 +119,7 @@ def by_plain_loop(model: Path) -> Way:
         found = []
         for inputs in _batches(items):
             encoded = EncodedBatch.concat([processor.encode([input]) for input in inputs])
-            found.append(plain.vectors(backbone, plain.inputs(encoded, backbone.config)).numpy())
+            found.append(plain.vectors(backbone, plain.library_inputs(encoded, backbone.config)).numpy())
         return np.concatenate(found)
 
     return encode

@@ -18,7 +18,7 @@ contrasts all pairs with each other.
 Ceiling: bf16 products of square matrices on the same device, median. Operations are counted by formula (`flops.py`):
 `needed` is forward and backward without padding and without anything repeated, as in the usual MFU; `computed` adds
 padding, gradient checkpointing and the first pass of gradient caching, but counts causal attention as half where a
-mask makes the kernel compute it whole (`plain`, where sides differ in length). Memory is the allocator's peak in the
+mask makes the kernel compute it whole (`plain`, where inputs differ in length). Memory is the allocator's peak in the
 step, weights and optimizer included. Kernels are those of one step of `cached`, by their own time on the device.
 
 Aims: at 1280 tokens `cached` computes at 45% of the ceiling or more (of what is needed at most half can be reached, as
@@ -94,15 +94,17 @@ class Bench:
         parts = [synthetic.collate(pairs[start : start + size]) for start in range(0, len(pairs), size)]
         if way == "plain":
             config = self.model.config
-            given = [(plain.inputs(part.queries, config), plain.inputs(part.targets, config)) for part in parts]
+            given = [
+                (plain.library_inputs(part.queries, config), plain.library_inputs(part.targets, config))
+                for part in parts
+            ]
             losses = [lambda inputs=inputs: plain.loss(self.model, *inputs) for inputs in given]
         else:
             losses = [lambda part=part: self.learner(part, [("t", len(part))], LATER)[0] for part in parts]
 
         def step() -> None:
-            if way == "plain":
-                plain.use_plain_vision(self.model, self.attention)
-            else:
+            plain.use_plain_vision(self.model, self.attention)
+            if way != "plain":
                 use_fast_vision(self.model)
             self.learner.chunk_tokens = self.chunk_tokens if way == "cached" else None
             for loss in losses:

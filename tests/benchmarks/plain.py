@@ -21,8 +21,8 @@ def use_plain_vision(model: Any, attention: str) -> None:
     model.visual.patch_embed.proj.__class__ = nn.Conv3d
 
 
-def inputs(inputs: EncodedBatch, config: Any) -> dict[str, Tensor]:
-    """What transformers' processor returns for these sides, on the CPU."""
+def library_inputs(inputs: EncodedBatch, config: Any) -> dict[str, Tensor]:
+    """Return what transformers' processor gives for these inputs, on the CPU."""
     ids = [torch.tensor(input.input_ids, dtype=torch.int64) for input in inputs.split()]
     padded_BL = pad_sequence(ids, batch_first=True)
     kinds = {1: config.image_token_id, 2: config.video_token_id}

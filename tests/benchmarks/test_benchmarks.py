@@ -60,7 +60,9 @@ def test_the_plain_loop_has_the_same_vectors() -> None:
     with torch.no_grad():
         ours = EmbeddingModel(model, synthetic.LAYOUT)(targets)
         plain.use_plain_vision(model, "sdpa")
-        torch.testing.assert_close(plain.vectors(model, plain.inputs(targets, model.config)), ours, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            plain.vectors(model, plain.library_inputs(targets, model.config)), ours, rtol=0, atol=1e-5
+        )
     assert float((ours - ours[:1]).norm(dim=1)[1:].min()) > 0.1
 
 
