@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 
 from jobs.embedding.engine import BadItems, check_workers, embed_items
 from jobs.embedding.listings import list_shards, samples_of
-from jobs.embedding.settings import Workers, embedder_settings
+from jobs.embedding.settings import embedder_settings
 from jobs.embedding.specs import EmbedSpec
 from jobs.embedding.vectors import Ids, VectorCache, VectorIndex, config_digest, ids_path
 from jobs.runtime.cluster import ray_cluster
@@ -102,15 +102,13 @@ def run(spec: EmbedSpec) -> dict[str, Any]:
     old_parts = _published_parts(store, config)
     vectors = VectorCache(store.child(UNFINISHED), settings.config)
     vectors.add(store, old_parts)
-    workers = Workers(spec.actors, spec.cpus_per_actor, spec.gpus_per_actor, spec.cpus_per_task)
     with ray_cluster(), Bars() as bars:
-        if not spec.autoscaling:
-            check_workers(workers)
-        shards = list_shards(spec.data, spec.splits, listings, workers.cpus_per_task)
+        check_workers(spec)
+        shards = list_shards(spec.data, spec.splits, listings, spec.cpus_per_task)
         num_samples = sum(shard.stop - shard.start for shard in shards)
         say(f"  {num_samples:,} targets of {spec.data.root}, model {spec.model}, {spec.actors} actor(s) -> {store.url}")
         on_progress = partial(bars.update, "embed", unit="targets")
-        (bad,) = embed_items(_items(shards, listings), [(settings, vectors)], workers, on_progress)
+        (bad,) = embed_items(_items(shards, listings), [(settings, vectors)], spec, on_progress)
     writer = _PartWriter(store, vectors, config)
     for part in _parts(shards, listings, bad, spec.samples_per_part):
         writer.add(part)

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import ray.data
 
-from jobs.embedding.settings import EmbedderSettings, Workers
+from jobs.embedding.settings import EmbedderSettings
+from jobs.embedding.specs import Workers
 from jobs.embedding.vectors import VectorCache, write_part
 from jobs.runtime.cluster import Resources, check_size, ray_data
 from jobs.runtime.models import checkpoint_folder, load_embedder
@@ -68,7 +69,9 @@ def embed_items(
 
 
 def check_workers(workers: Workers) -> None:
-    """Raise `UserError` if the cluster can never hold the actors and one task that decodes at once."""
+    """Raise `UserError` if the cluster cannot grow, and never holds the actors and one task that decodes at once."""
+    if workers.autoscaling:
+        return
     each = Resources(workers.cpus_per_actor, workers.gpus_per_actor)
     check_size("actors", workers.actors, each, FeedConfig(cpus_per_task=workers.cpus_per_task))
 

@@ -40,16 +40,6 @@ class EmbedderSettings:
     config: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Workers:
-    """The share of the cluster that embeds."""
-
-    actors: int
-    cpus_per_actor: float
-    gpus_per_actor: float
-    cpus_per_task: float
-
-
 def embedder_settings(
     name: str,
     model: ModelRef,

@@ -9,10 +9,28 @@ from pydantic import Field
 
 from jobs.spec.job import JobConfig
 from jobs.spec.kinds import Kind
-from pipelines.config import DataConfig, PositiveFloat, PositiveInt
+from pipelines.config import Config, DataConfig, PositiveFloat, PositiveInt
+from pipelines.samples import Split
 
 
-class EmbedSpec(JobConfig):
+class Workers(Config):
+    """The share of the cluster that embeds: settings of every kind that does."""
+
+    chunk_tokens: PositiveInt = 16_384
+    """Tokens embedded at once, visual tokens and padding included."""
+    actors: PositiveInt = 1
+    """Number of model replicas. Each holds one model at a time."""
+    cpus_per_actor: PositiveFloat = 1.0
+    """Logical CPUs of each replica."""
+    gpus_per_actor: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs of each replica."""
+    cpus_per_task: PositiveFloat = 1.0
+    """Logical CPUs of a task that decodes. As many tasks run as the replicas leave CPUs for."""
+    autoscaling: bool = False
+    """Whether the cluster can grow. If so, the job does not check that it is large enough now."""
+
+
+class EmbedSpec(Workers, JobConfig):
     """Embed the targets of a dataset: the corpus that `rzen search` searches."""
 
     kind: Literal["embed"]
@@ -21,7 +39,7 @@ class EmbedSpec(JobConfig):
     """Exported model: a directory or an s3:// URL. A checkpoint or a hub name works, too."""
     data: DataConfig
     """`data.split` is ignored: see `splits`."""
-    splits: Annotated[list[Literal["train", "held_out"]], Field(min_length=1)] = Field(default=["train", "held_out"])
+    splits: Annotated[list[Split], Field(min_length=1)] = Field(default=["train", "held_out"])
     """Splits to embed."""
     out: str
     """Directory or s3:// URL of the vectors (Parquet) and `vectors.json`. A second run embeds only what is new."""
@@ -31,21 +49,10 @@ class EmbedSpec(JobConfig):
     """Compute type; that of the export where not given."""
     samples_per_part: PositiveInt = 1024
     """Targets of one Parquet file, at most. A file is kept while its targets are the same."""
-    chunk_tokens: PositiveInt = 16_384
-    """Tokens embedded at once, visual tokens and padding included."""
-    actors: PositiveInt = 1
-    """Number of model replicas."""
-    cpus_per_actor: PositiveFloat = 1.0
-    """Logical CPUs of each replica."""
-    gpus_per_actor: Annotated[float, Field(ge=0)] = 0.0
-    """GPUs of each replica."""
-    cpus_per_task: PositiveFloat = 1.0
-    """Logical CPUs of a task that decodes. As many tasks run as the replicas leave CPUs for."""
-    autoscaling: bool = False
-    """The cluster can grow: skip the check that it is large enough now."""
 
 
-def _gpus(spec: EmbedSpec, named: Sequence[JobConfig]) -> float:
+def gpus_of_actors(spec: Workers, named: Sequence[JobConfig]) -> float:
+    """Return how many GPUs a job that embeds can use at once."""
     return spec.actors * spec.gpus_per_actor
 
 
@@ -55,5 +62,5 @@ EMBED = Kind(
     run="jobs.embedding.embed:run",
     reads={"model": "exported model", "data": "dataset"},
     makes={"out": "vectors as Parquet, and vectors.json"},
-    gpus=_gpus,
+    gpus=gpus_of_actors,
 )

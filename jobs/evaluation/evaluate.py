@@ -22,7 +22,7 @@ from typing import Any
 from jobs.embedding.engine import Models, check_workers
 from jobs.evaluation.datasets import Bundle, files_bundle, split_bundle
 from jobs.evaluation.report import SuiteResults, Suites, write_report, write_suite
-from jobs.evaluation.score import Problem, endpoint_of, models_of, score_models, workers_of
+from jobs.evaluation.score import Problem, Scored, endpoint_of, models_of, score_models
 from jobs.evaluation.specs import EvaluateSpec
 from jobs.runtime.cluster import ray_cluster
 from jobs.runtime.progress import console, say
@@ -31,6 +31,7 @@ from pipelines.config import DataConfig
 from pipelines.feed.reader import Reader
 from pipelines.storage.location import open_store
 from pipelines.storage.store import Store
+from rzen.evaluation.dataset_scores import DatasetScores
 from rzen.evaluation.results import Result, markdown_table, terminal_table, write_results
 from rzen.evaluation.tasks import METRICS, TASKS, chance
 
@@ -53,7 +54,7 @@ def run(spec: EvaluateSpec) -> dict[str, Any]:
     cache.ensure_bucket()
     suites: Suites = {}
     with ray_cluster():
-        _check_size(spec)
+        check_workers(spec)
         for bundle in _bundles(spec, cache):
             models = models_of(spec, bundle, dict.fromkeys(spec.models, cache))
             found = _score_suites(spec, bundle, models)
@@ -76,19 +77,17 @@ def score(spec: EvaluateSpec, reader: Reader, stores: Mapping[str, Store]) -> di
     """
     listings = next(iter(stores.values())).child(LISTINGS)
     with ray_cluster():
-        _check_size(spec)
+        check_workers(spec)
         bundle = split_bundle(spec, reader, listings)
-        models = models_of(spec, bundle, stores)
-        (results,) = _score_suites(spec, bundle, models).values()
+        found = _scored(spec, bundle, models_of(spec, bundle, stores))
+        results: dict[str, dict[str, DatasetScores]] = {name: {} for name in spec.models}
+        for some in found:
+            assert isinstance(some, Scored), "a problem of a split is raised"
+            results[some.model][some.scores.dataset.row.name] = some.scores
     for store in (listings, *stores.values()):
         store.delete_tree("")
     assert bundle.data is not None
-    return {name: _split_scores(spec, bundle.data, name, some) for name, some in results.items()}
-
-
-def _check_size(spec: EvaluateSpec) -> None:
-    if not spec.autoscaling:
-        check_workers(workers_of(spec))
+    return {name: _split_scores(spec, bundle.data, name, by_task) for name, by_task in results.items()}
 
 
 def _bundles(spec: EvaluateSpec, cache: Store) -> Iterator[Bundle]:
@@ -101,18 +100,29 @@ def _bundles(spec: EvaluateSpec, cache: Store) -> Iterator[Bundle]:
 def _score_suites(spec: EvaluateSpec, bundle: Bundle, models: Models) -> dict[str, dict[str, SuiteResults]]:
     """Suite -> model -> what is known of it."""
     suites = {suite: {some.name: SuiteResults() for some, _ in models} for suite in bundle.rows}
-    for found in score_models(spec, bundle, models):
+    for found in _scored(spec, bundle, models):
         if isinstance(found, Problem):
             suites[found.row.suite][found.model].problems[found.row.name] = found.text
-            say(f"  {found.model}: {found.text}", "yellow")
         else:
             suites[found.scores.dataset.row.suite][found.model].add(found)
     return suites
 
 
+def _scored(spec: EvaluateSpec, bundle: Bundle, models: Models) -> Iterator[Scored | Problem]:
+    """Every model on every dataset. What a reader of the log should know of it is printed."""
+    for found in score_models(spec, bundle, models):
+        if isinstance(found, Problem):
+            say(f"  {found.model}: {found.text}", "yellow")
+        else:
+            name = found.scores.dataset.row.name
+            for part in found.scores.collapsed:
+                say(f"  {found.model}: all {part} of {name} have one vector", "yellow")
+        yield found
+
+
 def _write_split(spec: EvaluateSpec, data: DataConfig, results: Mapping[str, SuiteResults]) -> None:
     """Write the rows of all models as JSON and Markdown, and print them."""
-    rows = [row for name, some in results.items() for row in _split_scores(spec, data, name, some).rows]
+    rows = [row for name, some in results.items() for row in _split_scores(spec, data, name, some.scored).rows]
     settings = {
         "data": Reader(data).fingerprint,
         "spec": spec.model_dump(mode="json"),
@@ -126,10 +136,12 @@ def _write_split(spec: EvaluateSpec, data: DataConfig, results: Mapping[str, Sui
     say(f"  {path}, {path.with_suffix('.md').name}")
 
 
-def _split_scores(spec: EvaluateSpec, data: DataConfig, model: str, results: SuiteResults) -> ModelScores:
+def _split_scores(
+    spec: EvaluateSpec, data: DataConfig, model: str, by_task: Mapping[str, DatasetScores]
+) -> ModelScores:
     """The rows of one model, in the order of the tasks."""
     scores = ModelScores([], {})
-    for task, scored in results.scored.items():
+    for task, scored in by_task.items():
         ranks = scored.ranked.rank  # each query has one relevant candidate
         pools = Counter(scored.dataset.pool_size(query) for query in scored.dataset.queries)
         metrics = spec.metrics or TASKS[task].metrics

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from jobs.embedding.engine import BadItems, Models, describe, embed_items
-from jobs.embedding.settings import Workers, embedder_settings
+from jobs.embedding.settings import embedder_settings
 from jobs.embedding.vectors import VectorCache
 from jobs.evaluation.datasets import DAMAGED, Bundle, Entry
 from jobs.evaluation.specs import EvaluateSpec
@@ -45,11 +45,6 @@ class Problem:
     model: str
     row: Row
     text: str
-
-
-def workers_of(spec: EvaluateSpec) -> Workers:
-    """Return the share of the cluster that embeds."""
-    return Workers(spec.actors, spec.cpus_per_actor, spec.gpus_per_actor, spec.cpus_per_task)
 
 
 def endpoint_of(spec: EvaluateSpec) -> str | None:
@@ -92,7 +87,7 @@ def score_models(spec: EvaluateSpec, bundle: Bundle, models: Models) -> Iterator
         for group, problems in _groups(bundle.entries):
             for row, text in problems:
                 yield from (Problem(some.name, row, text) for some, _ in models)
-            bad = embed_items(_items(spec, group), models, workers_of(spec), on_progress)
+            bad = embed_items(_items(spec, group), models, spec, on_progress)
             for (some, vectors), mine in zip(models, bad, strict=True):
                 corpora = _Corpora(vectors, Path(scratch))
                 for dataset in group:

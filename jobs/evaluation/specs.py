@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from jobs.embedding.specs import Workers, gpus_of_actors
 from jobs.spec.job import JobConfig, Named
 from jobs.spec.kinds import Kind
 from jobs.spec.model import ModelRef
-from pipelines.config import DataConfig, MediaConfig, NonNegativeInt, PositiveFloat, PositiveInt
+from pipelines.config import DataConfig, MediaConfig, NonNegativeInt
 from rzen.config import ModelCard, ModelIdentity, PromptConfig, ReadoutConfig
 from rzen.evaluation.tasks import TASKS, Metric
 
 
-class EvaluateSpec(ModelIdentity, JobConfig):
+class EvaluateSpec(Workers, ModelIdentity, JobConfig):
     """Score models on a held-out split, on public benchmarks and on custom retrieval datasets."""
 
     kind: Literal["evaluate"]
@@ -59,18 +59,6 @@ class EvaluateSpec(ModelIdentity, JobConfig):
     memory-mapped. `null` uses the system's folder for temporary files."""
     endpoint: str | None = None
     """S3 endpoint of models and cache. `null` uses the environment's AWS_ENDPOINT_URL."""
-    chunk_tokens: PositiveInt = 16_384
-    """Tokens embedded at once, visual tokens and padding included."""
-    actors: PositiveInt = 1
-    """Number of model replicas. Each holds one model at a time."""
-    cpus_per_actor: PositiveFloat = 1.0
-    """Logical CPUs of each replica."""
-    gpus_per_actor: Annotated[float, Field(ge=0)] = 0.0
-    """GPUs of each replica."""
-    cpus_per_task: PositiveFloat = 1.0
-    """Logical CPUs of a task that decodes. As many tasks run as the replicas leave CPUs for."""
-    autoscaling: bool = False
-    """Whether the cluster can grow. If so, the job does not check that it is large enough now."""
     out: str
     """Local folder: results.json and results.md of `data`, index.html, and per suite and model files and tables."""
 
@@ -85,11 +73,7 @@ class EvaluateSpec(ModelIdentity, JobConfig):
         return self
 
 
-def _gpus(spec: EvaluateSpec, named: Sequence[JobConfig]) -> float:
-    return spec.actors * spec.gpus_per_actor
-
-
-_HOW_FAST = {"actors", "cpus_per_actor", "gpus_per_actor", "cpus_per_task", "chunk_tokens", "autoscaling", "submit"}
+_HOW_FAST = {*Workers.model_fields, "submit"}
 _WHERE = {"models", "out", "cache", "scratch"}
 _ONLY_SHOWN = {"num_examples", "instruction_sensitivity", "submission"}
 EVALUATE = Kind(
@@ -103,6 +87,6 @@ EVALUATE = Kind(
         "custom": "custom datasets",
     },
     makes={"out": "scores, leaderboard files, HTML report", "cache": "vectors"},
-    gpus=_gpus,
+    gpus=gpus_of_actors,
     not_science=frozenset(_HOW_FAST | _WHERE | _ONLY_SHOWN),
 )

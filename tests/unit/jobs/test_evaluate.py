@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from jobs.evaluation.evaluate import _split_scores
-from jobs.evaluation.report import SuiteResults
 from jobs.evaluation.specs import EvaluateSpec
 from jobs.spec.model import ModelRef
 from pipelines.benchmarks.split import split_dataset
@@ -35,15 +34,14 @@ def score(
     ]
     dataset = split_dataset(task, "held_out", samples, pool_is_source=pool_is_source, metric="hit@1", modality="image")
     rows = {item.row.index for item in dataset.candidates if item.row is not None}
-    results = SuiteResults()
-    results.scored[task] = score_dataset(
+    scores = score_dataset(
         dataset,
         Vectors.of((query.item.id for query in dataset.queries), QUERIES),
         Vectors.of((item.id for item in dataset.candidates), targets[sorted(rows)]),
         collapse_is_error=False,
     )
     assert SPEC.data is not None
-    found = _split_scores(SPEC, SPEC.data, "m", results)
+    found = _split_scores(SPEC, SPEC.data, "m", {task: scores})
     return found.rows, found.by_query[task]
 
 
