@@ -33,6 +33,7 @@ from rzen.model.checkpoints import (
     file_sha256,
     read_identity,
 )
+from rzen.model.embedder import load
 from rzen.model.embedding_model import EmbeddingModel
 from rzen.model.lora import CONFIG, WEIGHTS, load_adapter
 from rzen.soup.parents import LINEAGE
@@ -72,7 +73,9 @@ def export_model(
     lineage = {"base": options.facts.base or base_dir, "base_sha256": base_sha256}
     if options.format == "rzen_release":
         release.check(base, identity)
-    model = load_backbone(str(base), _plain(base_dir, "float32"))
+    model = load_backbone(
+        str(base), ModelConfig(backbone=base_dir, tune="full", dtype="float32", gradient_checkpointing=False)
+    )
     if adapter_dir is not None:
         _check_identity(adapter_dir, identity, base_sha256)
         adapted = load_adapter(model, adapter_dir)
@@ -125,17 +128,10 @@ def load_encoder(model_dir: str, dtype: Dtype | None = None) -> tuple[Processor,
     Raises `UserError` where the directory is no exported model.
     """
     path = Path(model_dir) / IDENTITY
-    if not path.is_file() or "dtype" not in (saved := json.loads(path.read_text())):
+    if not path.is_file() or "dtype" not in json.loads(path.read_text()):
         raise UserError(str(path), "is missing, or an adapter's", "name a directory with a model, written by export")
-    identity = read_identity(Path(model_dir), ModelIdentity())
-    stored: Dtype = saved["dtype"]
-    processor = Processor(model_dir, identity.prompt)
-    backbone = load_backbone(model_dir, _plain(model_dir, dtype or stored))
-    return processor, EmbeddingModel(backbone, processor.layout, identity.readout).requires_grad_(False).eval()
-
-
-def _plain(base_dir: str, dtype: Dtype) -> ModelConfig:
-    return ModelConfig(backbone=base_dir, tune="full", dtype=dtype, gradient_checkpointing=False)
+    embedder = load(model_dir, device="cpu", dtype=dtype)
+    return embedder.processor, embedder.model
 
 
 def _write_weights(model: PreTrainedModel, base: Path, folder: Path, dtype: Dtype) -> None:
