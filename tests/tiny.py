@@ -1,4 +1,4 @@
-"""A tiny real backbone of each family and a few sides of every kind."""
+"""A tiny real backbone of each family and a few inputs of every kind."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def noise(
 
 
 def mixed_inputs() -> list[DecodedInput]:
-    """Text, image, page, video (odd number of frames), several of them, and fused sides, with sizes that divide
+    """Text, image, page, video (odd number of frames), several of them, and fused inputs, with sizes that divide
     nothing.
     """
     image, page, video = noise("image", 1, 61, 97), noise("document", 1, 120, 85, 1), noise("video", 5, 59, 83, 2)

@@ -1,4 +1,4 @@
-"""What a benchmark gives: queries and candidates as sides with unique ids, pools, relevance, and its row of the table.
+"""What a benchmark gives: queries and candidates as inputs with unique ids, pools, relevance, and its row of the table.
 
 Ids are digests of name and content. Equal names with unlike content are two candidates, as are unlike names with equal
 content: the protocols count candidates by name, and their own scripts merge what shares a name.

@@ -63,7 +63,7 @@ def model_card(
         " product of two is their similarity.",
         "## How to load it",
         *_loading(folder, identity, format, unsupported_reason),
-        "## How it reads a side",
+        "## How it reads an input",
         _reading(identity),
         "## How it was made",
         *_making(folder, facts),
@@ -145,7 +145,7 @@ def _loading(folder: Path, identity: ModelIdentity, format: str, unsupported_rea
             'model.encode("a red circle", prompt="Find an image that matches the given caption.")',
             'model.encode([image, {"text": "the same at night", "image": image}])',
         ),
-        "vLLM, with the files of sentence-transformers; sides as messages, the instruction as system message:",
+        "vLLM, with the files of sentence-transformers; inputs as messages, the instruction as system message:",
         _code(
             "from vllm import LLM",
             "",
@@ -157,8 +157,8 @@ def _loading(folder: Path, identity: ModelIdentity, format: str, unsupported_rea
             "",
             'model = AutoModel.from_pretrained("PATH")',
             'processor = AutoProcessor.from_pretrained("PATH", use_fast=False)  # images resized by Pillow, as trained',
-            'side = [{"role": "user", "content": [{"type": "text", "text": "a red circle"}]}]',
-            'inputs = processor.apply_chat_template([side], tokenize=True, return_dict=True, return_tensors="pt")',
+            'chat = [{"role": "user", "content": [{"type": "text", "text": "a red circle"}]}]',
+            'inputs = processor.apply_chat_template([chat], tokenize=True, return_dict=True, return_tensors="pt")',
             "vector = model(**inputs).last_hidden_state[:, -1]",
         )
         if identity.readout.pooling == "last_token"
@@ -227,7 +227,7 @@ def _limits(
         limit = sentence_transformers.text_limit(folder, identity.prompt)
         limits += [
             "Other libraries do not cut long texts: they would cut from the right, which beside visuals takes the token"
-            " that is pooled. For sides of text alone, sentence-transformers cuts as rzen with `encode(...,"
+            " that is pooled. For inputs of text only, sentence-transformers cuts as rzen with `encode(...,"
             f" processing_kwargs={{'text': {{'truncation': True, 'max_length': {limit}}}}})`.",
             f"Other libraries give {frames} frames to a video, sampled by their own rule, and refuse shorter ones;"
             " frames are resized by torchvision, which rounds otherwise than Pillow.",

@@ -1,4 +1,4 @@
-"""An exported model in mteb: every readout and kind of side, because rzen itself reads them. Needs mteb 2.
+"""An exported model in mteb: every readout and kind of input, because rzen itself reads them. Needs mteb 2.
 
 mteb.evaluate(load("runs/model"), mteb.get_tasks(["NFCorpus"]))
 """

@@ -35,14 +35,14 @@ class Operations:
 
 
 def needed(backbone: Any, inputs: EncodedBatch, *, causal: bool = True) -> Operations:
-    """For these sides, without padding."""
+    """For these inputs, without padding."""
     return _count(backbone, inputs, inputs.lengths, causal)
 
 
 def computed(
     backbone: Any, inputs: EncodedBatch, chunks: Sequence[npt.NDArray[np.int64]], *, packed: bool, causal: bool = True
 ) -> Operations:
-    """For these sides in chunks, each padded to its longest side unless `packed`."""
+    """For these inputs in chunks, each padded to its longest input unless `packed`."""
     lengths = inputs.lengths.copy()
     for chunk in chunks:
         lengths[chunk] = lengths[chunk] if packed else lengths[chunk].max()

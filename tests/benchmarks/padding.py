@@ -44,7 +44,7 @@ GLOBAL_PAIRS = 768  # the recipe's batch, for the shares
 
 
 def chunks(way: str, lengths: np.ndarray[Any, np.dtype[np.int32]], budget: int) -> list[Indices]:
-    """Which sides are embedded together; the first half are the queries."""
+    """Which inputs are embedded together; the first half are the queries."""
     if way == "whole":
         return np.split(np.arange(len(lengths)), 2)
     return chunks_of(lengths, budget, packed=way == "packed")
@@ -56,7 +56,7 @@ def shares(num_pairs: int) -> list[str]:
     inputs = [query for query, _ in pairs] + [target for _, target in pairs]
     lengths = np.array([input.num_tokens for input in inputs], np.int32)
     lines = [
-        f"{num_pairs} pairs, {lengths.sum():,} tokens; sides of {lengths.min()} to {lengths.max()}.",
+        f"{num_pairs} pairs, {lengths.sum():,} tokens; inputs of {lengths.min()} to {lengths.max()}.",
         "",
         "| way | tokens of a chunk | chunks | padding |",
         "|---|---:|---:|---:|",
@@ -70,7 +70,7 @@ def shares(num_pairs: int) -> list[str]:
 
 
 def vectors(embedder: EmbeddingModel, inputs: EncodedBatch, way: str, budget: int) -> Tensor:
-    """Of all sides, in their order."""
+    """Of all inputs, in their order."""
     embedder.packing = "packed" if way == "packed" else "padded"
     return embed(embedder, inputs.split(), chunks(way, inputs.lengths, budget), twice=False)
 

@@ -53,7 +53,7 @@ def load(script: Path) -> Any:
 
 
 def differences(model: Any, expected: Any) -> dict[str, float | str]:
-    """Kind of side -> difference."""
+    """Kind of input -> difference."""
     found: dict[str, float | str] = {}
     for name, input in make_inputs(28).items():
         vector = embed(model, input)
@@ -62,7 +62,7 @@ def differences(model: Any, expected: Any) -> dict[str, float | str]:
 
 
 def embed(model: Any, input: Input) -> Any:
-    """Its vector; None for a side that the script cannot take: a video beside an image.
+    """Its vector; None for an input that the script cannot take: a video beside an image.
 
     The script puts nothing between instruction and text.
     """

@@ -24,13 +24,13 @@ from tests.export.report import largest, report
 TOKEN_PX = {"qwen2_vl": 28, "qwen2_5_vl": 28, "qwen3_vl": 32, "qwen3_5": 32}
 NOTES = """\
 Largest difference from rzen's own vectors in fp32, on tiny backbones of the real classes with a merged adapter. ST is
-sentence-transformers as its users call it, one side at a time; AutoModel is the chat template, AutoProcessor, AutoModel
-and the last state of the last token. Both resize images with Pillow, as rzen, and videos with torchvision, which rounds
-otherwise ("video, resized"). "batch" is all sides but the resized video at once, padded."""
+sentence-transformers as its users call it, one input at a time. AutoModel is the chat template, AutoProcessor,
+AutoModel and the last state of the last token. Both resize images with Pillow, as rzen, and videos with torchvision,
+which rounds otherwise ("video, resized"). "batch" is all inputs but the resized video at once, padded."""
 
 
 def parts(input: Input) -> dict[str, Any]:
-    """A side as sentence-transformers takes it."""
+    """An input as sentence-transformers takes it."""
     found: dict[str, Any] = {}
     if images := [Image.fromarray(v.pixels[0]) for v in input.visuals if v.kind != "video"]:
         found["image"] = images
@@ -40,7 +40,7 @@ def parts(input: Input) -> dict[str, Any]:
 
 
 def by_sentence_transformers(folder: Path, inputs: dict[str, Input], expected: Any) -> dict[str, float | str]:
-    """Kind of side -> difference."""
+    """Kind of input -> difference."""
     model = SentenceTransformer(str(folder), device="cpu")
     found: dict[str, float | str] = {}
     for name, input in inputs.items():
@@ -53,7 +53,7 @@ def by_sentence_transformers(folder: Path, inputs: dict[str, Input], expected: A
 
 
 def by_auto_model(folder: Path, inputs: dict[str, Input], expected: Any) -> dict[str, float | str]:
-    """Kind of side -> difference."""
+    """Kind of input -> difference."""
     model = AutoModel.from_pretrained(folder, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(folder, use_fast=False)
     found: dict[str, float | str] = {}

@@ -1,4 +1,4 @@
-"""The inputs of the checks: sides of every kind, as plain data that any environment can build.
+"""The inputs of the checks, of every kind, as plain data that any environment can build.
 
 Sizes are whole tokens, so that nothing is resized, but for those whose name says so.
 """

@@ -47,7 +47,7 @@ def trained_adapter(base: str, folder: Path, identity: ModelIdentity) -> Path:
 
 
 def export(out: Path, base: str, identity: ModelIdentity, format: Format) -> None:
-    """A directory `out` in fp32, and `out.npz` with the vector of every side."""
+    """A directory `out` in fp32, and `out.npz` with the vector of every input."""
     adapter = trained_adapter(base, out.with_name(f"{out.name}-adapter"), identity)
     export_model(base, adapter, out, identity, ExportOptions(format=format, dtype="float32", frames=FRAMES))
     processor, embedder = load_encoder(str(out))

@@ -1,4 +1,4 @@
-"""A result as it is kept: a Markdown table of the largest difference from rzen's own vectors, for each kind of side."""
+"""A result as it is kept: a Markdown table of the largest difference from rzen's vectors, by kind of input."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def report(title: str, packages: Sequence[str], columns: Mapping[str, Mapping[str, float | str]], notes: str) -> str:
-    """`columns`: title -> kind of side -> difference, or why there is none."""
+    """`columns`: title -> kind of input -> difference, or why there is none."""
     here = Path(__file__).parent
     command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
     revision = subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"

@@ -24,7 +24,7 @@ from tests.integration.test_training import GLOBAL_BATCH, Batch, Folders, batche
 from tests.tiny import PROMPT, small_pieces, tiny_checkpoint, tiny_model
 
 pytestmark = pytest.mark.slow
-POISON = 7  # as the first token of a side
+POISON = 7  # as the first token of an input
 STEPS = 6
 
 Poisoned = Mapping[int, tuple[int, ...]]  # step -> samples of its global batch

@@ -136,7 +136,7 @@ def test_dropout_that_is_not_replayed_would_show(
 
 @pytest.mark.parametrize(("size", "most"), [("one input", 1), ("all", 15)])
 def test_activations_of_one_chunk_at_a_time_are_kept(model_dir: str, pairs: EncodedPairs, size: str, most: int) -> None:
-    """Counts the inner activations of a layer that are alive at once. With 15 sides, 15 chunks of one side each."""
+    """Counts the inner activations of a layer that are alive at once. With 15 inputs, 15 chunks of one input each."""
     learner = learner_of(model_dir, SIZES[size])
     alive: weakref.WeakSet[Any] = weakref.WeakSet()
     peak = 0

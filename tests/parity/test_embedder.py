@@ -1,4 +1,4 @@
-"""The embedder against a plain transformers forward, one side at a time, and planted faults that must show."""
+"""The embedder against a plain transformers forward, one input at a time, and planted faults that must show."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def embedder_of(
 
 @pytest.fixture(scope="module")
 def library(model_dir: str, processor: Processor, family: str) -> dict[str, Tensor]:
-    """Readout -> vectors of the mixed sides, for readouts that the family has."""
+    """Readout -> vectors of the mixed inputs, for readouts that the family has."""
     return {
         name: reference_vectors(model_dir, processor, mixed_inputs(), readout)
         for name, readout in READOUTS.items()
@@ -110,7 +110,7 @@ def expected(library: dict[str, Tensor]) -> Tensor:
 def reference_vectors(
     model_dir: str, processor: Processor, inputs: Sequence[DecodedInput], readout: ReadoutConfig
 ) -> Tensor:
-    """[B, D]: the library's tokenizer, image processor and model, one side at a time, without padding."""
+    """[B, D]: the library's tokenizer, image processor and model, one input at a time, without padding."""
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     model = AutoModel.from_pretrained(model_dir, attn_implementation="eager").eval()
     rows = []
@@ -225,7 +225,7 @@ def test_the_choices_and_the_inputs_are_told_apart(library: dict[str, Tensor]) -
     for name, other in combinations(library, 2):
         difference_B = (library[name] - library[other]).abs().amax(dim=1)
         if {name, other} == {"mrope causal last_token", "1d causal last_token"}:
-            assert difference_B[[0, 2, 6]].max() < 1e-6  # sides without patches: the positions are the same
+            assert difference_B[[0, 2, 6]].max() < 1e-6  # inputs without patches: the positions are the same
             difference_B = difference_B[[1, 3, 4, 5, 7, 8]]
         assert difference_B.min() > 1e-3, (name, other)
 

@@ -1,4 +1,4 @@
-"""The blank side that keeps ranks in step: it calls all there is, and leaves the other sides alone."""
+"""The blank input that keeps ranks in step: it calls all there is, and leaves the other inputs alone."""
 
 from __future__ import annotations
 

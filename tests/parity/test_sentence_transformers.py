@@ -42,7 +42,7 @@ class Given(nn.Module):
 
 
 def leaves(inputs: int) -> list[Tensor]:
-    """Queries, targets, and one mined negative a query where there are three sides. Not of length 1."""
+    """Queries, targets, and one mined negative a query where there are three inputs. Not of length 1."""
     generator = torch.Generator().manual_seed(11)
     return [
         torch.randn(PAIRS, WIDTH, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(inputs)
@@ -94,7 +94,7 @@ def scale(tau: float = TAU) -> float:
 
 
 CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
-    # name: (sides, our options, theirs)
+    # name: (inputs, our options, theirs)
     "plain": (2, {}, {}),
     "hardness": (2, {"hardness": HARD}, {"hardness_mode": "in_batch_negatives", "hardness_strength": 9.0}),
     "mined": (3, {"mined": MinedConfig(hardness=None)}, {}),

@@ -13,11 +13,11 @@ from PIL import Image
 from rich.console import Console
 
 from pipelines.errors import UserError
-from rzen.report import Hit, Search, terminal_hits, write_page
-from rzen.report.hits import MODALITIES
+from rzen.report.hits import MODALITIES, Hit, Search, terminal_hits
 from rzen.report.plots import inline_svg
 from rzen.report.scores import score_tables, task_label
 from rzen.report.thumbnails import ThumbnailPool
+from rzen.report.write import write_page
 
 HOSTILE = "</script><script>alert(1)</script> \"' onload=x & <img src=//evil.example/a.png>"
 CSS = resources.files("rzen.report").joinpath("page.css").read_text()
