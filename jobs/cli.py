@@ -111,7 +111,7 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _add(group: typer.Typer, commands: Sequence[Callable[..., None]], **names: str) -> None:
+def _add(group: typer.Typer, commands: Sequence[Callable[..., None]]) -> None:
     for command in commands:
         name = command.__name__.removesuffix("_models")
         epilog = data.INDEX_EXAMPLES if command is data.index else None

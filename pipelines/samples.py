@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 MediaKind = Literal["image", "video", "document"]
 MEDIA_KINDS: tuple[MediaKind, ...] = ("image", "video", "document")
+Split = Literal["train", "held_out"]
 UInt8Array = npt.NDArray[np.uint8]
 Members = dict[str, bytes]
 """Member of a sample -> bytes of the file."""
@@ -105,7 +106,7 @@ class RawSample:
 
     sample: Sample
     files: dict[str, FileRef] = field(default_factory=dict)
-    split: Literal["train", "held_out"] | None = None
+    split: Split | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -192,11 +192,10 @@ def family_of(backbone: Any) -> Family:
     return _family(backbone.config.model_type, "backbone")
 
 
-def _family(model_type: str, place: str) -> Family:
-    for name, family in FAMILIES.items():
-        if name == model_type:
-            return family
-    raise UserError(place, f"model_type {model_type!r} is not supported", f"use one of {sorted(FAMILIES)}")
+def _family(model_type: Any, place: str) -> Family:
+    if model_type not in FAMILIES:
+        raise UserError(place, f"model_type {model_type!r} is not supported", f"use one of {sorted(FAMILIES)}")
+    return FAMILIES[model_type]
 
 
 def part_of(backbone: Any, path: str) -> Any:

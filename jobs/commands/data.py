@@ -13,7 +13,7 @@ from jobs.spec.load import read_document
 
 
 class Split(StrEnum):
-    """Splits of a dataset."""
+    """Splits of a dataset. Typer takes no list of `pipelines.samples.Split`."""
 
     train = "train"
     held_out = "held_out"

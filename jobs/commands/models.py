@@ -16,7 +16,7 @@ EXPORT_SPEC, SEARCH_SPEC = "jobs/export.yaml", "jobs/search.yaml"
 
 
 class Modality(StrEnum):
-    """What a search may find."""
+    """What a search may find. Typer takes no list of `rzen.report.hits.Modality`."""
 
     image = "image"
     page = "page"

@@ -9,6 +9,7 @@ from pydantic import Field
 from jobs.spec.job import JobConfig, Named
 from jobs.spec.kinds import Kind, no_gpus
 from pipelines.config import MediaConfig, NonNegativeInt, PositiveInt
+from pipelines.samples import Split
 from pipelines.shards.mapping import SourceMapping
 from pipelines.synthetic.config import CorpusConfig
 
@@ -67,7 +68,7 @@ class IndexSpec(JobConfig):
     """Directory or s3:// URL of the dataset: indices, report and manifest. The shards themselves are only read."""
     endpoint: str | None = None
     """S3 endpoint of the shards and of `out`. `null` uses AWS_ENDPOINT_URL from the environment."""
-    split: Literal["train", "held_out"] = "train"
+    split: Split = "train"
     """Split of the dataset that the shards become."""
     decode: bool = False
     """Whether to decode every file once, in a child process with limits, and to leave out files that cannot be

@@ -18,9 +18,8 @@ from urllib.parse import urlencode
 from jobs.spec.run import ClusterConfig
 from pipelines.config import FeedConfig
 from pipelines.errors import UserError
-from rzen.packages import are_hidden, import_own_packages
+from rzen.packages import ROOT, are_hidden, import_own_packages
 
-ROOT = Path(__file__).resolve().parents[2]
 LOCAL: dict[str, Any] = {"include_dashboard": False}
 
 
@@ -54,7 +53,7 @@ def set_environment() -> None:
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     # Ray's processes are new interpreters. They must find this package, and the commands of this environment.
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH")]))
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 

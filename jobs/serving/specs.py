@@ -11,6 +11,7 @@ from jobs.spec.kinds import Kind, no_gpus
 from jobs.spec.model import ModelRef
 from pipelines.config import PositiveInt
 from rzen.config import ModelIdentity, PromptConfig, ReadoutConfig
+from rzen.report.hits import Modality
 
 
 class ExportSpec(ModelIdentity, JobConfig):
@@ -58,7 +59,7 @@ class SearchSpec(JobConfig):
     """S3 endpoint of the vectors and the model. `null` uses AWS_ENDPOINT_URL from the environment."""
     instruction: str = "Find an image that matches the given caption:"
     """Instruction put before every query."""
-    modalities: Annotated[list[Literal["image", "page", "video", "text"]], Field(min_length=1)] | None = None
+    modalities: Annotated[list[Modality], Field(min_length=1)] | None = None
     """Modalities that may be found. `null`: all."""
     top_k: PositiveInt = 12
     """Hits per query."""

@@ -7,17 +7,16 @@ candidate of all, with its instruction.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
 
 from pipelines.benchmarks.types import Dataset, Modality, Query, Row
 from pipelines.items.listing import ListedShard, row_item
 from pipelines.items.types import Item
-from pipelines.samples import Sample
+from pipelines.samples import Sample, Split
 
 
 def split_dataset(
     task: str,
-    split: Literal["train", "held_out"],
+    split: Split,
     samples: Iterable[tuple[ListedShard, int, Sample]],
     *,
     pool_is_source: bool,

@@ -20,7 +20,6 @@ import posixpath
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from pydantic import FiniteFloat, ValidationError
 
@@ -29,7 +28,7 @@ from pipelines.errors import BadMedia, UserError
 from pipelines.media.documents import page_texts
 from pipelines.media.files import KINDS
 from pipelines.media.sandbox import Sandbox
-from pipelines.samples import FileRef, Input, Media, MediaKind, RawSample, Rejected, Sample
+from pipelines.samples import FileRef, Input, Media, MediaKind, RawSample, Rejected, Sample, Split
 from pipelines.sources.passages import choose_passages
 
 LIST_NAME = "captions.jsonl"
@@ -68,7 +67,7 @@ class _Line(Config):
     task: str | None = None
     instruction: str | None = None
     relevance: FiniteFloat | None = None
-    split: Literal["train", "held_out"] | None = None
+    split: Split | None = None
 
 
 _OPTIONS = {"source", "task", "instruction", "relevance"}  # fields of the sample; `split` is the raw sample's

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from matplotlib.axes import Axes
 
-from rzen.evaluation.figures import FAINT, INK, colours, plot_panels
+from rzen.evaluation.figures import FAINT, INK, colors, plot_panels
 from rzen.evaluation.results import task_title
 
 MEAN = "mean"
@@ -49,15 +49,17 @@ def effects(scores: Scores, baseline: str) -> list[Effect]:
     """Every variant on every task, the mean of the tasks last. Raises `ValueError` where a run is missing."""
     seeds = sorted(scores[baseline])
     tasks = list(scores[baseline][seeds[0]])
-    table = {variant: {seed: _with_mean(of_arm[seed]) for seed in sorted(of_arm)} for variant, of_arm in scores.items()}
-    for variant, of_arm in table.items():
-        if list(of_arm) != seeds or any(list(values) != [*tasks, MEAN] for values in of_arm.values()):
+    table = {
+        variant: {seed: _with_mean(by_seed[seed]) for seed in sorted(by_seed)} for variant, by_seed in scores.items()
+    }
+    for variant, by_seed in table.items():
+        if list(by_seed) != seeds or any(list(values) != [*tasks, MEAN] for values in by_seed.values()):
             raise ValueError(f"{variant} was not scored on the seeds and tasks of {baseline}")
     found = []
     for task in (*tasks, MEAN):
-        for variant, of_arm in table.items():
-            differences = [of_arm[seed][task] - table[baseline][seed][task] for seed in seeds]
-            score = statistics.fmean(of_arm[seed][task] for seed in seeds)
+        for variant, by_seed in table.items():
+            differences = [by_seed[seed][task] - table[baseline][seed][task] for seed in seeds]
+            score = statistics.fmean(by_seed[seed][task] for seed in seeds)
             found.append(Effect(variant, task, score, *paired_interval(differences), len(seeds)))
     return found
 
@@ -90,7 +92,7 @@ def difference_table(found: Sequence[Effect], baseline: str) -> str:
 
 
 def _markdown(found: Sequence[Effect], cell: Callable[[Effect], str]) -> str:
-    variants, tasks = _arms(found), _tasks(found)
+    variants, tasks = _variants(found), _tasks(found)
     cells = {(effect.variant, effect.task): cell(effect) for effect in found}
     lines = [["variant", *map(_title, tasks)], ["---", *["---:"] * len(tasks)]]
     lines += [[variant, *(cells[variant, task] for task in tasks)] for variant in variants]
@@ -100,7 +102,7 @@ def _markdown(found: Sequence[Effect], cell: Callable[[Effect], str]) -> str:
 def plot_effects(found: Sequence[Effect], baseline: str) -> str:
     """One panel per task, one line per variant: the difference in points and its interval. SVG, the same every time."""
     others = [effect for effect in found if effect.variant != baseline]
-    variants, tasks = _arms(others), [MEAN, *(task for task in _tasks(others) if task != MEAN)]
+    variants, tasks = _variants(others), [MEAN, *(task for task in _tasks(others) if task != MEAN)]
     reach = 110 * max(max(abs(effect.low), abs(effect.high)) for effect in others) or 1.0
     unit = "with 95% intervals paired by seed"
     return plot_panels(
@@ -113,17 +115,17 @@ def plot_effects(found: Sequence[Effect], baseline: str) -> str:
 
 
 def _draw(axes: Axes, variants: list[str], found: Sequence[Effect], reach: float) -> None:
-    for effect, colour in zip(found, colours(len(variants)), strict=True):
+    for effect, color in zip(found, colors(len(variants)), strict=True):
         height = variants.index(effect.variant)
-        axes.plot([100 * effect.low, 100 * effect.high], [height, height], color=colour, linewidth=1.5)
-        axes.plot([100 * effect.difference], [height], color=colour, marker="o", markersize=4)
+        axes.plot([100 * effect.low, 100 * effect.high], [height, height], color=color, linewidth=1.5)
+        axes.plot([100 * effect.difference], [height], color=color, marker="o", markersize=4)
     axes.axvline(0, color=INK, linewidth=0.8, linestyle=":")
     axes.set_title(_title(found[0].task), loc="left", fontsize=9, color=INK)
     axes.set_xlim(-reach, reach)
     axes.grid(axis="x", color=FAINT, linewidth=0.5)
 
 
-def _arms(found: Sequence[Effect]) -> list[str]:
+def _variants(found: Sequence[Effect]) -> list[str]:
     return list(dict.fromkeys(effect.variant for effect in found))
 
 

@@ -11,8 +11,8 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart by the colour-blind; pure greys, which a page may recolour for a dark background.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# Okabe and Ito's colors, told apart by the color-blind; pure greys, which a page may recolor for a dark background.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 INK, QUIET, FAINT = "#333333", "#777777", "#dddddd"
 STYLE = {
     "svg.hashsalt": "rzen",  # equal plots are equal bytes
@@ -59,18 +59,18 @@ def plot_panels(
 
 def draw_bars(axes: Axes, values: Sequence[float | None], label: Callable[[float], str], title: str) -> None:
     """A thin bar in each row of a panel, with its number, on a scale of percent; `values` in [0, 1]."""
-    for height, (value, colour) in enumerate(zip(values, colours(len(values)), strict=True)):
+    for height, (value, color) in enumerate(zip(values, colors(len(values)), strict=True)):
         if value is not None:
-            axes.plot([0, 100 * value], [height, height], color=colour, linewidth=4, solid_capstyle="butt")
+            axes.plot([0, 100 * value], [height, height], color=color, linewidth=4, solid_capstyle="butt")
             axes.annotate(label(value), (100 * value, height), (4, 0), textcoords="offset points", va="center")
     axes.set_title(title, loc="left", fontsize=9, color=INK)
     axes.set_xlim(0, 118)
     axes.set_xticks([0, 50, 100])
 
 
-def colours(count: int) -> list[str]:
+def colors(count: int) -> list[str]:
     """Return `count` colors, repeated where there are not enough."""
-    return [COLOURS[index % len(COLOURS)] for index in range(count)]
+    return [COLORS[index % len(COLORS)] for index in range(count)]
 
 
 def svg_text(figure: Figure, title: str) -> str:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from rich.text import Text
 
-from rzen.evaluation.figures import FAINT, INK, QUIET, STYLE, colours, draw_bars, plot_panels, svg_text
+from rzen.evaluation.figures import FAINT, INK, QUIET, STYLE, colors, draw_bars, plot_panels, svg_text
 from rzen.evaluation.tasks import TASKS
 
 
@@ -96,8 +96,8 @@ def plot_losses(curves: Mapping[str, Sequence[tuple[int, float]]]) -> str:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 3.2), layout="constrained")
         axes = figure.subplots()
-        for (steps, losses), colour in zip(_columns(curves), colours(len(curves)), strict=True):
-            axes.plot(steps, losses, color=colour)
+        for (steps, losses), color in zip(_columns(curves), colors(len(curves)), strict=True):
+            axes.plot(steps, losses, color=color)
         axes.set_ylim(bottom=0)
         axes.set_xlabel("step")
         axes.set_title("loss", loc="left", fontsize=9, color=QUIET)
@@ -149,7 +149,7 @@ def _label_ends(axes: Axes, curves: Mapping[str, Sequence[tuple[int, float]]]) -
     low, high = axes.get_ylim()
     line_height = 0.065 * (high - low)
     right = max(step for curve in curves.values() for step, _ in curve)
-    colour_of = dict(zip(curves, colours(len(curves)), strict=True))
+    color_of = dict(zip(curves, colors(len(curves)), strict=True))
     ends = sorted((curve[-1][1], name) for name, curve in curves.items())
     height = -math.inf
     for loss, name in ends:
@@ -160,7 +160,7 @@ def _label_ends(axes: Axes, curves: Mapping[str, Sequence[tuple[int, float]]]) -
             (6, 0),
             textcoords="offset points",
             va="center",
-            color=colour_of[name],
+            color=color_of[name],
             annotation_clip=False,
         )
 
