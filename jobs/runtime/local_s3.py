@@ -22,7 +22,7 @@ _START_S = 60
 def s3_server() -> Iterator[str]:
     """Yield the URL of an empty S3 server, which ends with the block. Raise `RuntimeError` if it does not start."""
     port = free_port()
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    command = [sys.executable, "-m", "jobs.runtime.moto_server", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         _wait_for(port, server)
