@@ -14,9 +14,7 @@ from pipelines.config import DataConfig, MediaConfig
 from pipelines.feed.reader import Reader
 from pipelines.storage.location import resolve_endpoint
 from rzen.config import ModelIdentity
-from rzen.model.checkpoints import checkpoint_sha256, file_sha256, read_identity
-
-_PREPROCESSING = ("config.json", "preprocessor_config.json", "tokenizer.json")
+from rzen.model.checkpoints import checkpoint_sha256, read_identity, stored_dtype
 
 
 @dataclass(frozen=True)
@@ -62,13 +60,12 @@ def embedder_settings(
     adapter = Path(local_folder(model.adapter, resolved)) if model.adapter else None
     identity = read_identity(adapter or base, default)
     config = {
-        "weights": checkpoint_sha256(base),
+        "base": checkpoint_sha256(base),
         "adapter": adapter and checkpoint_sha256(adapter),
-        "files": {name: file_sha256(base / name) for name in _PREPROCESSING if (base / name).is_file()},
         "identity": identity.model_dump(mode="json"),
         "instructions": model.instructions,
         "media": media.model_dump(mode="json"),
-        "dtype": dtype,
+        "dtype": dtype or stored_dtype(base),
         "versions": versions(),
     }
     fingerprints: dict[str, str] = {}

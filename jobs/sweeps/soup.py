@@ -57,7 +57,9 @@ def _stored(out: Store) -> dict[str, Any]:
 def run(spec: SoupSpec, document: Document) -> dict[str, Any]:
     """Make the soups of the models that the spec names."""
     scored = open_store(spec.out, spec.endpoint).child(MODELS)
-    models = {name: Model(ref, scored.child(_identity(ref, spec.endpoint))) for name, ref in spec.models.items()}
+    is_scored = spec.evaluate or spec.probe  # otherwise the base may be anywhere
+    folders = {name: _identity(ref, spec.endpoint) if is_scored else name for name, ref in spec.models.items()}
+    models = {name: Model(ref, scored.child(folders[name])) for name, ref in spec.models.items()}
     builder = SoupBuilder(spec, document, models)
     builder.report(builder.summary({}))
     return {"outputs": builder.outputs()}
@@ -66,8 +68,8 @@ def run(spec: SoupSpec, document: Document) -> dict[str, Any]:
 def _identity(ref: ModelRef, endpoint: str | None) -> str:
     from rzen.model.checkpoints import checkpoint_sha256
 
-    folders = [local_folder(url, endpoint) for url in (ref.base, ref.adapter) if url]
-    content = [checkpoint_sha256(Path(folder)) if Path(folder).is_dir() else folder for folder in folders]
+    folders = [checkpoint_folder(ref.base, endpoint), *([local_folder(ref.adapter, endpoint)] if ref.adapter else [])]
+    content = [checkpoint_sha256(Path(folder)) for folder in folders]
     return hashlib.sha256(json.dumps([content, ref.instructions]).encode()).hexdigest()[:16]
 
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +195,8 @@ def _train_spec(spec: RetrainSpec, document: Document, name: str, parent: ModelR
     place = document.place_under("set")
     stage = stage_document(spec.stage, spec.set, document).overlaid({"name": name}, place)
     if parent and spec.start == "champion":
-        goes_on = {"backbone": parent.base}
-        stage = stage.overlaid({"model": goes_on, "init_adapter": parent.adapter}, place)
+        # The champion's adapter decides its rank. A soup may have given it another than the stage gives a new one.
+        model = {key: value for key, value in stage.data.get("model", {}).items() if key != "lora"}
+        stage = replace(stage, data=stage.data | {"model": model})
+        stage = stage.overlaid({"model": {"backbone": parent.base}, "init_adapter": parent.adapter}, place)
     return check_train(stage)

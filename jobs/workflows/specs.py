@@ -38,8 +38,9 @@ class RetrainSpec(JobConfig):
     start: Literal["champion", "afresh"] = "champion"
     """`champion` continues from the champion's weights, `afresh` starts as the stage says. The first model always
     starts as the stage says."""
-    soup: MeanSoup | None = MeanSoup()
-    """Mean of `champion` and `candidate`, which is scored instead of the trained model. `null` scores that itself."""
+    soup: MeanSoup | None = MeanSoup(rank="keep")
+    """Mean of `champion` and `candidate`, which is scored instead of the trained model. `null` scores that itself. By
+    default every champion has the rank and scale of the first. With `rank: null` the ranks add up at each promotion."""
     evaluate: FileChanges
     """Spec of kind `evaluate` on a dataset that never changes. Its `models` and `out` are ignored."""
     gate: GateConfig = GateConfig()

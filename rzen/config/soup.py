@@ -8,6 +8,8 @@ from pydantic import Field
 
 from pipelines.config import Config, NonNegativeInt, PositiveInt
 
+Rank = PositiveInt | Literal["keep"] | None
+
 
 class WeightedSoup(Config):
     """What all soups of named parents share."""
@@ -15,9 +17,10 @@ class WeightedSoup(Config):
     weights: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = None
     """Relative weight of each parent. Parents that are not named are left out. `null`: all equal. To add a fine-tune to
     an existing soup, weigh the soup with its `total_weight`: the result is the mean over all fine-tunes."""
-    rank: PositiveInt | None = None
-    """Rank of the soup of adapters. `null`: the sum of their ranks, with which mean and SLERP are exact. A lower rank
-    takes an SVD of each module, and the lineage records what is left out."""
+    rank: Rank = None
+    """Rank of the soup of adapters. `null`: the sum of their ranks, with which mean and SLERP are exact. `keep`: the
+    largest of their ranks. A rank below the sum takes an SVD of each module, and the lineage records what is left out.
+    """
 
 
 class MeanSoup(WeightedSoup):
@@ -35,14 +38,14 @@ class SlerpSoup(WeightedSoup):
 
 
 class TiesSoup(WeightedSoup):
-    """Largest entries of each delta, an elected sign for each entry, mean of those with it (arXiv 2306.01708)."""
+    """Largest entries of each delta, an elected sign for each entry, weighted mean of those (arXiv 2306.01708)."""
 
     method: Literal["ties"] = "ties"
     """Must be `ties`. Full checkpoints need their base."""
     density: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Share of the entries of a weight's delta that is kept, the largest (TIES: 20%)."""
     signs: Literal["total", "frequency"] = "total"
-    """A sign is elected by the sum of the entries (TIES) or by their number."""
+    """A sign is elected by the weighted sum of the entries (TIES) or by their number."""
 
 
 class DareSoup(WeightedSoup):
@@ -54,7 +57,7 @@ class DareSoup(WeightedSoup):
     """Share of the entries that is kept. Our choice. DARE drops up to 90% of a full fine-tune, but what is left has no
     low rank."""
     merge: Literal["linear", "ties"] = "linear"
-    """After dropping, take the mean of all entries, or of those with the elected sign (TIES)."""
+    """After dropping, take the weighted mean of all entries, or of those with the elected sign (TIES)."""
     seed: NonNegativeInt = 0
     """Seed of the choice of entries."""
 
@@ -64,7 +67,7 @@ class GreedySoup(Config):
 
     method: Literal["greedy"] = "greedy"
     """Must be `greedy`. Needs validation scores."""
-    rank: PositiveInt | None = None
+    rank: Rank = None
     """Rank of the soup of adapters, as in `mean`."""
 
 
@@ -79,7 +82,7 @@ class SearchedSoup(Config):
     """Soups that are scored at the same time. Their scores decide the next ones. Our choice."""
     seed: NonNegativeInt = 0
     """Seed of the weights that are tried."""
-    rank: PositiveInt | None = None
+    rank: Rank = None
     """Rank of the soup of adapters, as in `mean`."""
 
 

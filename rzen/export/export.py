@@ -30,7 +30,6 @@ from rzen.model.checkpoints import (
     atomic_directory,
     checkpoint_dir,
     checkpoint_sha256,
-    file_sha256,
     read_identity,
 )
 from rzen.model.embedder import load
@@ -81,7 +80,7 @@ def export_model(
         adapted = load_adapter(model, adapter_dir)
         lineage |= {
             "adapter": options.facts.adapter or str(adapter_dir),
-            "adapter_sha256": file_sha256(adapter_dir / WEIGHTS),
+            "adapter_sha256": checkpoint_sha256(adapter_dir),
         }
         model = adapted.merge_and_unload(safe_merge=True) if options.format != "adapter" else model
     elif options.format == "adapter":

@@ -9,9 +9,10 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 
@@ -20,19 +21,36 @@ from rzen.config import ModelIdentity
 from rzen.families import read_family
 
 IDENTITY = "rzen.json"
+MODEL_CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+WRITERS_NOTES = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+"""Entries of a `config.json` that say who wrote it and how. They change no vector."""
+# The first of these that a folder has is what transformers, or PEFT, reads. An index names further files.
+_MODEL_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_ADAPTERS_NOTES = ("base_model_name_or_path", "inference_mode", "revision", "auto_mapping", "peft_version")
+_PREPROCESSING = ("preprocessor_config.json", "tokenizer.json")
 
 
 def checkpoint_dir(path_or_hub: str) -> Path:
     """Return the directory of a checkpoint. A hub name (`Qwen/Qwen2-VL-2B-Instruct`) is downloaded, if not cached.
 
-    Raises `UserError` for anything that is not a checkpoint of a supported type.
+    Raises `UserError` for anything that is not a checkpoint of a supported type. transformers would also load an
+    adapter that is in the same folder, without being asked. Such a folder is refused.
     """
     folder = Path(path_or_hub)
     if not folder.is_dir():
         folder = _download(path_or_hub)
     read_family(folder)
+    if (folder / ADAPTER_CONFIG).is_file():
+        fix = f"move {ADAPTER_CONFIG} and its weights to a folder of their own, and name that as the adapter"
+        raise UserError(str(folder), "holds a checkpoint and an adapter", fix)
     return folder
 
 
@@ -48,12 +66,52 @@ def read_identity(folder: Path, default: ModelIdentity) -> ModelIdentity:
     return ModelIdentity.model_validate({name: saved[name] for name in ModelIdentity.model_fields if name in saved})
 
 
+def stored_dtype(folder: Path) -> str | None:
+    """Return the type that an exported model is computed in by default. None for a model that does not say."""
+    path = folder / IDENTITY
+    found: str | None = json.loads(path.read_text()).get("dtype") if path.is_file() else None
+    return found
+
+
 def checkpoint_sha256(folder: Path) -> str:
-    """Return the identity of the weights: the hash of all safetensors files, in order. Reads them all."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        digest.update(bytes.fromhex(file_sha256(path)))
-    return digest.hexdigest()
+    """Return the identity of a checkpoint or adapter: the hash of what is read from its folder. Reads all of it.
+
+    That is the files of the weights, of any format, and what decides vectors next to them: configuration, tokenizer and
+    patches. Names of the files, and notes of the program that wrote them, do not count. Prompt and readout do not
+    either: `read_identity` returns them. Raises `UserError` for a folder without weights.
+    """
+    content: dict[str, Any] = {"weights": [file_sha256(path) for path in weight_files(folder)]}
+    for name, notes in ((MODEL_CONFIG, WRITERS_NOTES), (ADAPTER_CONFIG, _ADAPTERS_NOTES)):
+        if (folder / name).is_file():
+            content[name] = _without(notes, _read_object(folder / name))
+    for name in _PREPROCESSING:
+        if (folder / name).is_file():
+            content[name] = file_sha256(folder / name)
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files that transformers or PEFT reads the weights of a folder from, sorted by name.
+
+    Other files with weights are not read, such as those of another format. Raises `UserError` where there are none, or
+    where a file is missing that an index names.
+    """
+    names: tuple[str, ...] = _ADAPTER_WEIGHTS
+    if not (folder / ADAPTER_CONFIG).is_file():
+        own = folder / MODEL_CONFIG
+        named = _read_object(own).get("transformers_weights") if own.is_file() else None
+        names = (str(named),) if named else _MODEL_WEIGHTS
+    first = next((name for name in names if (folder / name).is_file()), None)
+    if first is None:
+        raise UserError(str(folder), "has no weights", f"one of these is expected: {', '.join(names)}")
+    if not first.endswith(".index.json"):
+        return [folder / first]
+    shards = sorted(set(_read_object(folder / first).get("weight_map", {}).values()))
+    if missing := [name for name in shards if not (folder / name).is_file()]:
+        raise UserError(str(folder / missing[0]), f"does not exist, but {first} names it", "copy the model again")
+    if not shards:
+        raise UserError(str(folder / first), "names no files", "copy the model again")
+    return [folder / name for name in shards]
 
 
 def file_sha256(path: Path) -> str:
@@ -73,6 +131,25 @@ def atomic_directory(folder: Path) -> Iterator[Path]:
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _without(notes: Sequence[str], node: Any) -> Any:
+    """Return a configuration without the entries of these names, at any depth. PEFT writes names in any order."""
+    if isinstance(node, dict):
+        return {key: _without(notes, value) for key, value in node.items() if key not in notes}
+    if isinstance(node, list) and all(isinstance(item, str) for item in node):
+        return sorted(node)
+    return node
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(str(path), f"is not JSON ({error})", "copy the model again") from error
+    if not isinstance(found, dict):
+        raise UserError(str(path), f"holds {type(found).__name__}, not an object", "copy the model again")
+    return found
 
 
 def _download(name: str) -> Path:

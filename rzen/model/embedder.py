@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +19,7 @@ from pipelines.samples import DecodedInput, Visual
 from rzen.config import ModelConfig, ModelIdentity
 from rzen.inputs.processor import EncodedBatch, Processor
 from rzen.model.backbone import load_backbone
-from rzen.model.checkpoints import IDENTITY, checkpoint_dir, read_identity
+from rzen.model.checkpoints import checkpoint_dir, read_identity, stored_dtype
 from rzen.model.chunks import chunks_of, embed
 from rzen.model.embedding_model import EmbeddingModel
 from rzen.model.lora import load_adapter
@@ -104,7 +103,7 @@ def load(
     read = read_identity(Path(adapter) if adapter else base, identity or ModelIdentity())
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     config = ModelConfig(
-        backbone=str(base), dtype=dtype or _stored_dtype(base, where), gradient_checkpointing=False, tune="full"
+        backbone=str(base), dtype=dtype or _default_dtype(base, where), gradient_checkpointing=False, tune="full"
     )
     backbone = load_backbone(str(base), config)
     processor = Processor(str(base), read.prompt)
@@ -132,8 +131,6 @@ def as_input(some: Embeddable, instruction: str, media: MediaConfig) -> DecodedI
     )
 
 
-def _stored_dtype(folder: Path, device: str) -> Dtype:
-    path = folder / IDENTITY
-    stored = json.loads(path.read_text()).get("dtype") if path.is_file() else None
+def _default_dtype(folder: Path, device: str) -> Dtype:
     default: Dtype = "bfloat16" if device.startswith("cuda") else "float32"
-    return stored or default
+    return cast(Dtype | None, stored_dtype(folder)) or default

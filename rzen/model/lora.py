@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 
 from pipelines.errors import UserError
 from rzen.config import LoraConfig, ModelIdentity
-from rzen.model.checkpoints import IDENTITY
+from rzen.model.checkpoints import ADAPTER_CONFIG, IDENTITY
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS, CONFIG = "adapter_model.safetensors", ADAPTER_CONFIG
 
 
 def add_lora(backbone: PreTrainedModel, config: LoraConfig, seed: int) -> peft.PeftModel:

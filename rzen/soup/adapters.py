@@ -28,18 +28,22 @@ Squares = dict[str, tuple[float, float]]  # module -> squared norms of what an S
 def write_adapter(
     adapters: Sequence[Adapter], shares: Sequence[float], out: Path, config: SoupConfig
 ) -> dict[str, Any]:
-    """Write weights (fp32, scale 1) and PEFT's config of the soup into `out`, and return its part of the lineage.
+    """Write weights (fp32) and PEFT's config of the soup into `out`, and return its part of the lineage.
 
-    That is coefficients, rank and, where an SVD left something out, the residual.
+    That is coefficients, rank and, where an SVD left something out, the residual. Scale and dropout are those of the
+    parents where all have the same, so that training can continue from the soup as from a parent. Otherwise they are 1
+    and 0.
     """
     whole_rank = sum(adapter.rank for adapter in adapters)
+    asked = max(adapter.rank for adapter in adapters) if config.rank == "keep" else config.rank
+    scale = _common([adapter.scale for adapter in adapters], 1.0) or 1.0
     found: dict[str, Any] = {}
     squares: Squares = {}
     if isinstance(config, TiesSoup | DareSoup):
-        rank = config.rank or whole_rank
+        rank = asked or whole_rank
         soup_of = partial(_merged, adapters, shares, config, rank, squares=squares)
     else:
-        rank = min(config.rank or whole_rank, whole_rank)
+        rank = min(asked or whole_rank, whole_rank)
         if isinstance(config, SlerpSoup):
             shares = found["coefficients"] = slerp_coefficients(gram(adapters), shares)
         soup_of = partial(_combined, adapters, shares, rank, squares=squares)
@@ -48,10 +52,26 @@ def write_adapter(
     for a, b in ([module + factor for factor in FACTORS] for module in modules):
         layout[a] = ([rank, shapes[a][0][1]], torch.float32)
         layout[b] = ([shapes[b][0][0], rank], torch.float32)
-    write_tensors(out / WEIGHTS, layout, (tensor for module in modules for tensor in soup_of(module)))
-    plain = {"r": rank, "lora_alpha": rank, "lora_dropout": 0.0, "use_rslora": False, "inference_mode": True}
+    write_tensors(out / WEIGHTS, layout, (tensor for module in modules for tensor in _divided(soup_of(module), scale)))
+    alpha = scale * rank
+    plain = {
+        "r": rank,
+        "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
+        "lora_dropout": _common([adapter.config.get("lora_dropout", 0.0) for adapter in adapters], 0.0),
+        "use_rslora": False,
+        "inference_mode": True,
+    }
     write_json(out / CONFIG, {**adapters[0].config, **plain})
     return found | {"rank": rank} | _residual(squares)
+
+
+def _common(values: Sequence[float], otherwise: float) -> float:
+    return values[0] if len(set(values)) == 1 else otherwise
+
+
+def _divided(factors: Factors, scale: float) -> Factors:
+    """Return factors whose product is `factors` once PEFT has multiplied it with the scale."""
+    return Factors(factors.a, factors.b / scale)
 
 
 def modules_of(adapter: Adapter) -> list[str]:

@@ -31,7 +31,7 @@ def write_checkpoint(
     from zero, and so small that SLERP is the mean. TIES and DARE are defined on differences from the base. Raises
     `UserError` where they get none, or one that the fine-tunes did not start from.
     """
-    if config.rank is not None:
+    if isinstance(config.rank, int):  # `keep` keeps what there is
         problem = f"rank={config.rank}, but full checkpoints have no rank"
         raise UserError(f"soup method {config.method}", problem, "leave rank out")
     if isinstance(config, TiesSoup | DareSoup) and base_dir is None:
@@ -46,7 +46,8 @@ def write_checkpoint(
         mixed = (_mixed(checkpoints, base, shares, config, name).to(dtype) for name, (_, dtype) in layout.items())
         write_tensors(out / file.name, layout, mixed)
     for path in first.path.iterdir():
-        if path.is_file() and path.suffix != ".safetensors" and path.name not in (IDENTITY, LINEAGE):
+        # Weights that nobody reads, such as those of another format, are not those of the soup.
+        if path.is_file() and path.suffix not in (".safetensors", ".bin") and path.name not in (IDENTITY, LINEAGE):
             shutil.copyfile(path, out / path.name)
     if base is not None:
         found["base"] = {"path": str(base.path), "sha256": base.sha256}

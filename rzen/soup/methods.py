@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from peft.utils import merge_utils
@@ -50,19 +51,46 @@ def _slerp(one: Tensor, other: Tensor, product: Tensor, t: float) -> tuple[float
 
 
 def merge(deltas: Sequence[Tensor], shares: Sequence[float], config: TiesSoup | DareSoup, name: str) -> Tensor:
-    """Return TIES or DARE of the dense deltas of one weight, by PEFT. The `name` of the weight decides what DARE drops.
+    """Return TIES or DARE of the dense deltas of one weight. The `name` of the weight decides what DARE drops.
 
-    PEFT's TIES divides by the number of parents with the elected sign, so that its weights must be 1 on average.
+    DARE drops entries by PEFT. TIES is our own, because PEFT divides by the number of parents with the elected sign,
+    whatever their weights. An entry can then be larger than that of every parent.
     """
-    shares_P = torch.tensor(shares, dtype=torch.float32)
-    counts_P = shares_P * len(shares)
     if isinstance(config, TiesSoup):
-        found: Tensor = merge_utils.ties(list(deltas), counts_P, config.density, config.signs)
-        return found
+        return _disjoint_mean([_largest(delta, config.density) for delta in deltas], shares, config.signs)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int.from_bytes(hashlib.sha256(f"{config.seed} {name}".encode()).digest()[:8], "little"))
         if config.merge == "ties":
-            found = merge_utils.dare_ties(list(deltas), counts_P, config.density)
-        else:
-            found = merge_utils.dare_linear(list(deltas), shares_P, config.density)
+            kept = (merge_utils.prune(delta, config.density, "random", rescale=True) for delta in deltas)
+            return _disjoint_mean(list(kept), shares, "total")
+        shares_P = torch.tensor(shares, dtype=torch.float32)
+        found: Tensor = merge_utils.dare_linear(list(deltas), shares_P, config.density)
     return found
+
+
+def _largest(delta: Tensor, density: float) -> Tensor:
+    """Return a delta of which only the largest entries are left: their share rounded, and at least one."""
+    count = max(1, round(density * delta.numel()))
+    flat = delta.flatten()
+    kept = torch.zeros_like(flat)
+    at = flat.abs().topk(count).indices
+    kept[at] = flat[at]
+    return kept.view_as(delta)
+
+
+def _disjoint_mean(deltas: Sequence[Tensor], shares: Sequence[float], signs: Literal["total", "frequency"]) -> Tensor:
+    """Return the weighted mean of the entries that have the elected sign, 0 where there are none.
+
+    `total` elects the sign of the weighted sum, as TIES (arXiv 2306.01708, section 3) with weights. `frequency` elects
+    that of more parents. Positive wins a tie, as in PEFT. No entry is larger than the largest of the parents.
+    """
+    votes = torch.zeros_like(deltas[0])
+    for delta, share in zip(deltas, shares, strict=True):
+        votes += share * delta if signs == "total" else delta.sign()
+    is_positive = votes >= 0
+    total, weight = torch.zeros_like(votes), torch.zeros_like(votes)
+    for delta, share in zip(deltas, shares, strict=True):
+        agrees = (delta != 0) & ((delta > 0) == is_positive)
+        total += share * delta * agrees
+        weight += share * agrees
+    return total.div_(weight.clamp_(min=torch.finfo(weight.dtype).tiny))

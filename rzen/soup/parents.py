@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,18 +14,17 @@ import torch
 
 from pipelines.errors import UserError
 from rzen.config import ReadoutConfig
-from rzen.model.checkpoints import IDENTITY, checkpoint_sha256, file_sha256
+from rzen.model.checkpoints import IDENTITY, MODEL_CONFIG, WRITERS_NOTES, checkpoint_sha256, weight_files
 from rzen.model.lora import CONFIG, WEIGHTS
 from rzen.soup.factors import Factors
 from rzen.soup.tensors import Tensors
 
 FACTORS = (".lora_A.weight", ".lora_B.weight")
-MODEL_CONFIG, LINEAGE = "config.json", "soup.json"
-WRITERS_NOTES = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")  # in a config.json, not of the model
+LINEAGE = "soup.json"
 
 
 @dataclass(frozen=True)
-class Parent(ABC):
+class Parent:
     """A fine-tune under the name that the job gives it."""
 
     name: str
@@ -42,19 +40,14 @@ class Parent(ABC):
         return self.identity.get("base_sha256") or lineage.get("base_sha256")
 
     @property
-    @abstractmethod
     def sha256(self) -> str:
-        """Return the hash of its weights. Reads them."""
+        """Return the `checkpoint_sha256`. Reads the weights."""
+        return checkpoint_sha256(self.path)
 
 
 @dataclass(frozen=True)
 class Adapter(Parent):
     """A PEFT directory. Its `rzen.json`, where present, names the base and identity of its training."""
-
-    @property
-    def sha256(self) -> str:
-        """Return the hash of the file of its weights."""
-        return file_sha256(self.path / WEIGHTS)
 
     @property
     def rank(self) -> int:
@@ -76,11 +69,6 @@ class Adapter(Parent):
 @dataclass(frozen=True)
 class Checkpoint(Parent):
     """A directory that AutoModel loads, in one file or in shards."""
-
-    @property
-    def sha256(self) -> str:
-        """Return the `checkpoint_sha256`."""
-        return checkpoint_sha256(self.path)
 
 
 def open_parents(paths: Mapping[str, Path]) -> Sequence[Parent]:
@@ -109,11 +97,13 @@ def open_parents(paths: Mapping[str, Path]) -> Sequence[Parent]:
 
 
 def open_checkpoint(name: str, path: Path) -> Checkpoint:
-    """Open a checkpoint. Raises `UserError` where `path` holds none."""
-    files = sorted(path.glob("*.safetensors"))
-    if not (path / MODEL_CONFIG).is_file() or not files:
+    """Open a checkpoint. Raises `UserError` where `path` holds none, or one that is not in safetensors files."""
+    if not (path / MODEL_CONFIG).is_file():
         expected = f"a directory with {CONFIG} and {WEIGHTS}, or with {MODEL_CONFIG} and *.safetensors, is expected"
         raise UserError(str(path), "is neither an adapter nor a checkpoint", expected)
+    files = weight_files(path)
+    if files[0].suffix != ".safetensors":
+        raise UserError(str(files[0]), "is not a safetensors file", "export the model, and soup the export")
     return Checkpoint(name, path, _read_json(path / MODEL_CONFIG), _read_json(path / IDENTITY), Tensors(files))
 
 

@@ -19,12 +19,13 @@ from rzen.evaluation.results import Result
 from tests.adapters import adapter, dense
 from tests.data import publish
 from tests.specs import evaluate
+from tests.tiny import tiny_checkpoint
 
 JOB = """\
 kind: soup
 models:
-  a: {{base: base, adapter: "{0}/a"}}
-  b: {{base: base, adapter: "{0}/b"}}
+  a: {{base: "{0}/base", adapter: "{0}/a"}}
+  b: {{base: "{0}/base", adapter: "{0}/b"}}
 soups:
   uniform: {{method: mean}}
   greedy: {{method: greedy}}
@@ -57,6 +58,7 @@ class Judge:
 def judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Judge:
     for seed, name in enumerate("ab"):
         adapter(tmp_path / name, rank=2, alpha=4, seed=seed)
+    tiny_checkpoint(tmp_path / "base")
     publish(open_store(str(tmp_path / "data")), {"red": ("text_image", 24)})
     (tmp_path / "evaluate.yaml").write_text(evaluate(f"{tmp_path}/data"))
     (tmp_path / "job.yaml").write_text(JOB.format(tmp_path))
