@@ -1,8 +1,10 @@
 """A killable child process for untrusted files: nothing inside a process can stop a decoder that never returns.
 
     parent                                   child (`python -m pipelines.media.sandbox`)
-    Sandbox.call(f, *args) --pickle-->       limits CPU and memory, runs f(*args)
+    Sandbox.call(f, *args) --pickle-->       limits CPU and memory, gives up its rights (`confine`), runs f(*args)
           result or BadMedia <--raw data--   answers with bytes or JSON, which the parent never unpickles
+
+The child gets the variables of `_VARIABLES` and no others, so that it holds no keys and tokens of the job.
 
 One child serves many files, so that its start (0.3 s, 2 s with pymupdf) is paid once. It is replaced whenever it breaks
 a limit. It is started by `subprocess` and not forked, which is safe inside Ray workers.
@@ -13,7 +15,9 @@ decoder_crashed, and decoder_error for an exception that the decoder does not ha
 
 from __future__ import annotations
 
+import fcntl
 import json
+import logging
 import math
 import os
 import pickle
@@ -26,7 +30,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self, TypeVar
@@ -35,7 +39,9 @@ import numpy as np
 
 from pipelines.config import MediaConfig
 from pipelines.errors import BadMedia, UserError
+from pipelines.media.confine import confine
 
+_log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 _INSIDE = "RZEN_MEDIA_SANDBOX"
 _LENGTHS = struct.Struct("<QQ")
@@ -43,9 +49,21 @@ _LENGTHS = struct.Struct("<QQ")
 _WALL_PER_CPU_S = 4.0
 _WALL_EXTRA_S = 15.0
 _START_S = 60.0
-_READY = b"!"
+# What an interpreter and the loader of libraries need from the environment.
+_VARIABLES = (
+    "PATH",
+    "LANG",
+    "LC_ALL",
+    "LC_CTYPE",
+    "TZ",
+    "LD_LIBRARY_PATH",
+    "DYLD_LIBRARY_PATH",
+    "PYTHONHOME",
+    "PYTHONUTF8",
+)
+_told: set[str] = set()  # what this process has warned about
 _PLACE = "the decoding child"
-_CHUNK_BYTES = 1 << 20
+_CHUNK_BYTES = 1 << 20  # also the size of a pipe: with Linux's 64 KB, the two processes wait for each other often
 _DISORDER = (struct.error, ValueError)  # of an answer that a faulty decoder has overwritten
 _MAYBE_OF_EARLIER_FILES = ("decoder_crashed", "decoder_memory_limit")
 
@@ -157,7 +175,8 @@ def _start(max_memory_bytes: int) -> subprocess.Popen[bytes]:
     # Not the inherited PYTHONPATH: Ray adds a job's working directory to sys.path inside the process. The folder of
     # this package goes first, because that directory may have another package `pipelines`.
     path = os.pathsep.join([str(Path(__file__).resolve().parents[2]), *sys.path])
-    environment = os.environ | one_thread | {"PYTHONPATH": path, _INSIDE: "1"}
+    environment = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
+    environment |= one_thread | {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", _INSIDE: "1"}
     child = subprocess.Popen(
         [sys.executable, "-P", "-m", "pipelines.media.sandbox", str(max_memory_bytes)],
         stdin=subprocess.PIPE,
@@ -166,26 +185,43 @@ def _start(max_memory_bytes: int) -> subprocess.Popen[bytes]:
         bufsize=0,
         env=environment,
     )
+    assert child.stdin is not None
+    assert child.stdout is not None
+    for pipe in (child.stdin, child.stdout):
+        with suppress(AttributeError, OSError):  # not Linux, or this user has too many pipes
+            fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _CHUNK_BYTES)
     try:
-        assert child.stdout is not None
-        _receive(child.stdout.fileno(), len(_READY), time.monotonic() + _START_S)
-    except (EOFError, TimeoutError) as error:
+        header, _ = _receive_answer(child, time.monotonic() + _START_S, max_memory_bytes)
+    except (EOFError, TimeoutError, *_DISORDER) as error:
         child.kill()
         problem = f"did not start: exit status {child.wait()}"
         raise UserError(_PLACE, problem, f"check that {sys.executable} can import numpy and pipelines") from error
+    _warn_once(header["json"])
     return child
+
+
+def _warn_once(missing: list[str]) -> None:
+    if missing and not _told:
+        _told.update(missing)
+        _log.warning("%s can %s: this kernel has no lock for it (see pipelines/media)", _PLACE, ", ".join(missing))
 
 
 def _exchange(
     child: subprocess.Popen[bytes], request: bytes, deadline_s: float, max_bytes: int
 ) -> tuple[dict[str, Any], bytearray]:
     assert child.stdin is not None
-    assert child.stdout is not None
     # The child reads a whole request before it does anything else, so that writing cannot block on its work.
     child.stdin.write(_LENGTHS.pack(len(request), 0))
     unsent = memoryview(request)
     while unsent:
         unsent = unsent[child.stdin.write(unsent) :]
+    return _receive_answer(child, deadline_s, max_bytes)
+
+
+def _receive_answer(
+    child: subprocess.Popen[bytes], deadline_s: float, max_bytes: int
+) -> tuple[dict[str, Any], bytearray]:
+    assert child.stdout is not None
     header_bytes, payload_bytes = _LENGTHS.unpack(_receive(child.stdout.fileno(), _LENGTHS.size, deadline_s))
     if header_bytes + payload_bytes > max_bytes:
         raise ValueError(f"{header_bytes + payload_bytes} bytes, more than its memory")
@@ -259,16 +295,18 @@ def _limit_cpu(max_cpu_s: int) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
 
 
-def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
-    answers.write(_READY)
-    answers.flush()
+def _serve(requests: BinaryIO, answers: BinaryIO, missing: list[str]) -> None:
+    _send(answers, {"json": missing}, b"")
     while lengths := requests.read(_LENGTHS.size):
         request_bytes, _ = _LENGTHS.unpack(lengths)
-        header, payload = _answer(requests.read(request_bytes))
-        encoded = json.dumps(header).encode()
-        answers.write(_LENGTHS.pack(len(encoded), len(payload)) + encoded)
-        answers.write(payload)
-        answers.flush()
+        _send(answers, *_answer(requests.read(request_bytes)))
+
+
+def _send(answers: BinaryIO, header: dict[str, Any], payload: bytes | memoryview) -> None:
+    encoded = json.dumps(header).encode()
+    answers.write(_LENGTHS.pack(len(encoded), len(payload)) + encoded)
+    answers.write(payload)
+    answers.flush()
 
 
 def _main() -> None:
@@ -278,7 +316,7 @@ def _main() -> None:
     # Decoders print to descriptor 1: the answers go through a private copy of it.
     with os.fdopen(os.dup(1), "wb") as answers:
         os.dup2(2, 1)
-        _serve(sys.stdin.buffer, answers)
+        _serve(sys.stdin.buffer, answers, list(confine()))
 
 
 if __name__ == "__main__":
