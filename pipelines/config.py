@@ -116,6 +116,9 @@ class DataConfig(Config):
     """Split to read: `train` or `held_out`."""
     instructions: bool = True
     """Put each sample's instruction before its text. Stage 1 of the recipe has none, stage 2 has."""
+    trusted: bool = False
+    """Whether you made the files yourself. `false` decodes videos and documents in a child process with limits and
+    without rights, which costs some time. `true` decodes them in the process of the task. Results are the same."""
     negatives_per_sample: NonNegativeInt = 0
     """At most this many of each sample's mined negatives are decoded and used, the first ones."""
     media: MediaConfig = MediaConfig()

@@ -16,6 +16,8 @@ COMMANDS = {
     "RZEN_KUBERAY_CRDS names no folder": "export RZEN_KUBERAY_CRDS=kuberay/helm-chart/kuberay-operator/crds, in a clone"
     " of github.com/ray-project/kuberay at v1.7",
     "may not mount a small tmpfs here": "run the tests as root",
+    "the attempts are system calls of x86-64": "run the tests on Linux on x86-64",
+    "this kernel lacks this lock": "run the tests on Linux 6.7 or later",
     "quantizing is possible here": "run the tests on a machine without GPU",
 }
 

@@ -122,7 +122,7 @@ def run(spec: EmbedSpec) -> dict[str, Any]:
         "model": _absolute(spec.model),
         "config": config,
         "dtype": spec.dtype,
-        "data": spec.data.model_dump(mode="json") | {"root": _absolute(spec.data.root)},
+        "data": spec.data.model_dump(mode="json", exclude={"trusted"}) | {"root": _absolute(spec.data.root)},
     }
     store.write(MANIFEST, as_json(content))
     _delete_all_but(store, [*writer.paths, *(f"{LISTINGS}/{shard.path}" for shard in shards)])

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _UNFINISHED = "scores/unfinished"
 """Folder of a model's vectors while it is scored."""
-_OTHER_DATA = {"suites", "custom", "datasets", "media"}
+_NOT_SCIENCE: Any = {"suites": True, "custom": True, "datasets": True, "media": True, "data": {"trusted"}}
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Scorer:
         assert evaluate.data is not None, "`evaluation` has checked it"
         self._evaluate = evaluate
         self._reader = Reader(evaluate.data)
-        spec = EVALUATE.science(evaluate.model_dump(mode="json", exclude=_OTHER_DATA))
+        spec = EVALUATE.science(evaluate.model_dump(mode="json", exclude=_NOT_SCIENCE))
         self.scoring_config = {"data": self._reader.fingerprint, "spec": spec}
         self._path = (
             f"scores/{hashlib.sha256(json.dumps(self.scoring_config, sort_keys=True).encode()).hexdigest()[:16]}.json"

@@ -44,7 +44,8 @@ def run(spec: SearchSpec) -> dict[str, Any]:
     queries_QD = embedder.embed([DecodedInput(text=query, instruction=spec.instruction) for query in queries])
     check_width(vectors_ND, queries_QD.shape[1], store.url)
     rows_QK, scores_QK = top_k(queries_QD, vectors_ND, spec.top_k)
-    data = DataConfig.model_validate(manifest["data"])
+    # Vectors may come from others, and trust is the user's to give: `embed` does not record it.
+    data = DataConfig.model_validate(manifest["data"]).model_copy(update={"trusted": False})
     searches = [
         Search(query, _hits(data, corpus.take(rows_K).to_pylist(), scores_K))
         for query, rows_K, scores_K in zip(queries, rows_QK, scores_QK, strict=True)

@@ -70,6 +70,7 @@ TRAIN = Kind(
     gpus=_gpus,
     # Where and how fast a run goes. Datasets are identified by their fingerprints, wherever they are stored.
     not_science=frozenset(
-        {"run", "feed", "checkpoint", "cluster", "submit", "data.root", "data.endpoint", "optim.zero_stage"}
+        {"run", "feed", "checkpoint", "cluster", "submit", "data.root", "data.endpoint", "data.trusted"}
+        | {"optim.zero_stage"}
     ),
 )

@@ -190,14 +190,9 @@ class Reader:
     def _decode(self, item: StoredSample) -> DecodedSample:
         if isinstance(item, BadMedia):
             raise item
-        # Ingest has decoded every file once in a killable child. Files of external shards are untrusted. Images cannot
-        # run away, because their size is limited before they are decoded.
         sample, members = item
         sample = replace(sample, negatives=sample.negatives[: self.data.negatives_per_sample])
-        kinds = {media.kind for part in sample.inputs() for media in part.media}
-        is_external = self._manifest.sources[sample.source].mapping is not None
-        decoder = self._isolated_decoder if is_external and kinds - {"image"} else self._decoder
-        return decoder.sample(sample, members, self.data.instructions)
+        return self._decoder.sample(sample, members, self.data.instructions)
 
     def _rejected(self, row: Row, error: BadMedia) -> Rejected:
         return Rejected(self._rows.origin(row), error.reason, error.detail)
@@ -216,11 +211,8 @@ class Reader:
 
     @cached_property
     def _decoder(self) -> Decoder:
-        return Decoder(self.data.media)
-
-    @cached_property
-    def _isolated_decoder(self) -> Decoder:
-        return Decoder(self.data.media, isolated=True)
+        # What the manifest says about itself is no reason to trust it: whoever made the shards wrote it.
+        return Decoder(self.data.media, trusted=self.data.trusted)
 
 
 def _only(item: StoredSample, role: Role) -> StoredSample:

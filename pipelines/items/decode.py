@@ -15,7 +15,6 @@ from pipelines.feed.reader import Reader
 from pipelines.items.frames import choose_frames
 from pipelines.items.types import FRAMES, Item
 from pipelines.media.decode import Decoder
-from pipelines.media.documents import extract_page
 from pipelines.media.files import read_file
 from pipelines.media.images import decode_image
 from pipelines.samples import DecodedInput, FileRef, Media, Rejected, UInt8Array, Visual
@@ -26,7 +25,7 @@ class ItemDecoder:
 
     `fingerprints` has the manifest's of each split, by which the items were listed: rows of another one are others.
 
-    Files are trusted and decoded in this process, except by decord. Rows are decoded as the `Reader` decodes them.
+    Videos and documents are decoded in a sandbox, unless they are rows of a dataset with `data.trusted`.
     """
 
     def __init__(
@@ -90,8 +89,7 @@ class ItemDecoder:
             if media.member.endswith(f".{FRAMES}"):
                 return Visual("video", self._frames(Path(ref.path)))
             data = read_file(ref.path, self._config)
-            page = data if ref.page is None else extract_page(data, ref.page, self._config)
-            return self._decoder.member(media.kind, page)
+            return self._decoder.member(media.kind, data, ref.page)
         except BadMedia as error:
             raise BadMedia(error.reason, f"{ref.path}: {error.detail}".removesuffix(": ")) from error
 

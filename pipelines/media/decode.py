@@ -1,22 +1,25 @@
-"""Members of a sample to pixels: `decode_sample` in this process, `Decoder` also in a killable child."""
+"""Members of a sample to pixels: `decode_sample` in this process, `Decoder` in a killable child if untrusted."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from pipelines.config import MediaConfig
 from pipelines.errors import BadMedia
-from pipelines.media.documents import render_page
+from pipelines.media.documents import extract_page, render_page
 from pipelines.media.images import decode_image
 from pipelines.media.materialized import is_page_image
 from pipelines.media.sandbox import Sandbox
 from pipelines.media.videos import decode_video
 from pipelines.samples import DecodedInput, DecodedSample, Input, MediaKind, Sample, UInt8Array, Visual
 
+Pixels = tuple[UInt8Array, list[float]]
+"""RGB frames `[T, H, W, 3]`, and when each is shown (s)."""
 
-def decode_pixels(kind: MediaKind, data: bytes, config: MediaConfig) -> tuple[UInt8Array, list[float]]:
+
+def decode_pixels(kind: MediaKind, data: bytes, config: MediaConfig) -> Pixels:
     """Return RGB frames `[T, H, W, 3]` of one member, and for a video when each is shown, in seconds from its start.
 
     T is 1 for an image and for a document, which is one page or the image of a page.
@@ -30,6 +33,11 @@ def decode_pixels(kind: MediaKind, data: bytes, config: MediaConfig) -> tuple[UI
             return render_page(data, 0, config)[None], []
         case "video":
             return decode_video(data, config)
+
+
+def decode_page(kind: MediaKind, data: bytes, page: int | None, config: MediaConfig) -> Pixels:
+    """Decode as `decode_pixels` does: with `page`, that page of a document, counted from zero."""
+    return decode_pixels(kind, data if page is None else extract_page(data, page, config), config)
 
 
 def decode_member(kind: MediaKind, data: bytes, config: MediaConfig) -> Visual:
@@ -49,20 +57,30 @@ def decode_sample(sample: Sample, members: dict[str, bytes], config: MediaConfig
 
 
 class Decoder:
-    """Decodes for one worker: in process for trusted files, in a sandbox with `isolated`, and always for decord."""
+    """Decodes for one worker: videos and documents in a sandbox, images and stored page images in this process.
 
-    def __init__(self, config: MediaConfig, isolated: bool = False) -> None:
+    PIL cannot run away on an image, because its size is limited before it is decoded. `trusted` says that the user made
+    the files: all are then decoded in this process, except by decord. `isolated` decodes images in the sandbox, too.
+    """
+
+    def __init__(self, config: MediaConfig, *, trusted: bool = False, isolated: bool = False) -> None:
         self._config = config
+        self._trusted = trusted
         self._isolated = isolated
         self._sandbox = Sandbox(config)
 
-    def member(self, kind: MediaKind, data: bytes) -> Visual:
-        """Decode as `decode_member` does. A sandbox adds its own reasons."""
-        if not (self._isolated or (kind == "video" and self._config.video_backend == "decord")):
-            return decode_member(kind, data, self._config)
+    def member(self, kind: MediaKind, data: bytes, page: int | None = None) -> Visual:
+        """Decode as `decode_member` does. A sandbox adds its own reasons. `page` is that of a document, from zero."""
         _check_bytes(data, self._config)
-        frames, times_s = self._sandbox.call(decode_pixels, kind, data, self._config)
+        decode = self._sandbox.call if self._in_sandbox(kind, data) else _call
+        frames, times_s = decode(decode_page, kind, data, page, self._config)
         return Visual(kind, frames, tuple(times_s))
+
+    def _in_sandbox(self, kind: MediaKind, data: bytes) -> bool:
+        if self._isolated or (kind == "video" and self._config.video_backend == "decord"):
+            return True
+        is_picture = kind == "image" or (kind == "document" and is_page_image(data))
+        return not (is_picture or self._trusted)
 
     def sample(self, sample: Sample, members: dict[str, bytes], instructions: bool) -> DecodedSample:
         """Decode as `decode_sample` does."""
@@ -77,6 +95,10 @@ class Decoder:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+def _call(function: Callable[..., Pixels], *args: Any) -> Pixels:
+    return function(*args)
 
 
 def _decode_inputs(

@@ -208,7 +208,7 @@ def _warn_once(missing: list[str]) -> None:
 
 def _exchange(
     child: subprocess.Popen[bytes], request: bytes, deadline_s: float, max_bytes: int
-) -> tuple[dict[str, Any], bytearray]:
+) -> tuple[dict[str, Any], memoryview]:
     assert child.stdin is not None
     # The child reads a whole request before it does anything else, so that writing cannot block on its work.
     child.stdin.write(_LENGTHS.pack(len(request), 0))
@@ -220,29 +220,31 @@ def _exchange(
 
 def _receive_answer(
     child: subprocess.Popen[bytes], deadline_s: float, max_bytes: int
-) -> tuple[dict[str, Any], bytearray]:
+) -> tuple[dict[str, Any], memoryview]:
     assert child.stdout is not None
     header_bytes, payload_bytes = _LENGTHS.unpack(_receive(child.stdout.fileno(), _LENGTHS.size, deadline_s))
     if header_bytes + payload_bytes > max_bytes:
         raise ValueError(f"{header_bytes + payload_bytes} bytes, more than its memory")
-    header = json.loads(_receive(child.stdout.fileno(), header_bytes, deadline_s))
+    header = json.loads(bytes(_receive(child.stdout.fileno(), header_bytes, deadline_s)))
     return header, _receive(child.stdout.fileno(), payload_bytes, deadline_s)
 
 
-def _receive(descriptor: int, num_bytes: int, deadline_s: float) -> bytearray:
-    received = bytearray()
-    while len(received) < num_bytes:
+def _receive(descriptor: int, num_bytes: int, deadline_s: float) -> memoryview:
+    pixels: Any = np.empty(num_bytes, np.uint8)  # takes memory only where something is read into it
+    received = memoryview(pixels)
+    missing = received
+    while missing:
         ready, _, _ = select.select([descriptor], [], [], max(0.0, deadline_s - time.monotonic()))
         if not ready:
             raise TimeoutError
-        chunk = os.read(descriptor, min(_CHUNK_BYTES, num_bytes - len(received)))
-        if not chunk:
+        count = os.readv(descriptor, [missing[:_CHUNK_BYTES]])
+        if not count:
             raise EOFError
-        received += chunk
+        missing = missing[count:]
     return received
 
 
-def _value(header: dict[str, Any], payload: bytearray) -> Any:
+def _value(header: dict[str, Any], payload: memoryview) -> Any:
     if "reason" in header:
         raise BadMedia(header["reason"], header["detail"])
     if "user_error" in header:

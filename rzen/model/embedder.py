@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 from pipelines.config import MediaConfig
 from pipelines.errors import UserError
-from pipelines.media.decode import decode_member
+from pipelines.media.decode import Decoder
 from pipelines.media.files import kind_of, read_file
 from pipelines.samples import DecodedInput, Visual
 from rzen.config import ModelConfig, ModelIdentity
@@ -37,7 +37,8 @@ class Embedder:
     """Processor and model as one: inputs in, unit vectors out.
 
     `model` is frozen and in evaluation mode. `chunk_tokens` limits what is embedded at once, visual tokens and padding
-    included. Vectors do not depend on it, but for rounding. `media` says how files become pixels.
+    included. Vectors do not depend on it, but for rounding. `media` says how files become pixels. Videos and documents
+    are decoded in a child process with limits.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Embedder:
         self.model = model
         self.chunk_tokens = chunk_tokens
         self.media = media or MediaConfig()
+        self._decoder = Decoder(self.media)
 
     def embed(self, inputs: Sequence[Embeddable], instruction: str = "") -> Vectors:
         """Return unit vectors `[len(inputs), D]` in fp32, in the order given; at least one input.
@@ -58,7 +60,7 @@ class Embedder:
         `instruction` goes with all inputs, except those that have one of their own (`DecodedInput`). Raises `BadMedia`
         for an input that cannot be decoded or that the backbone cannot take.
         """
-        decoded = (as_input(some, instruction, self.media) for some in inputs)
+        decoded = (as_input(some, instruction, self.media, self._decoder) for some in inputs)
         return np.concatenate([self.embed_encoded(group) for group in self._groups(decoded)])
 
     def embed_encoded(self, inputs: Sequence[EncodedBatch]) -> Vectors:
@@ -113,7 +115,7 @@ def load(
     return Embedder(processor, model.requires_grad_(False).eval().to(where), chunk_tokens, media)
 
 
-def as_input(some: Embeddable, instruction: str, media: MediaConfig) -> DecodedInput:
+def as_input(some: Embeddable, instruction: str, media: MediaConfig, decoder: Decoder) -> DecodedInput:
     """Return what a user passed as a decoded input. Raises `BadMedia`, and `UserError` for what is none."""
     match some:
         case DecodedInput():
@@ -124,7 +126,7 @@ def as_input(some: Embeddable, instruction: str, media: MediaConfig) -> DecodedI
             pixels = np.asarray(ImageOps.exif_transpose(some).convert("RGB"))
             return DecodedInput(visuals=(Visual("image", pixels[None]),), instruction=instruction)
         case Path():
-            visual = decode_member(kind_of(some), read_file(str(some), media), media)
+            visual = decoder.member(kind_of(some), read_file(str(some), media))
             return DecodedInput(visuals=(visual,), instruction=instruction)
     raise UserError(
         f"embed({type(some).__name__})", "is not an input", "pass a str, a Path, a PIL image or a DecodedInput"
