@@ -75,6 +75,12 @@ def check_aspect(width: float, height: float, config: MediaConfig) -> None:
         raise BadMedia("extreme_aspect_ratio", f"{width:g} x {height:g}, limit {config.max_aspect_ratio:g}")
 
 
+def on_white(pixels: UInt8Array) -> UInt8Array:
+    """Return RGB pixels `[H, W, 3]` of RGBA pixels `[H, W, 4]` on white."""
+    image = Image.fromarray(pixels)
+    return np.asarray(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB"))
+
+
 def _draft(image: Image.Image, target_pixels: int) -> None:
     scale = math.sqrt(target_pixels / (image.width * image.height))
     if image.format in ("JPEG", "MPO") and scale <= 0.5:
@@ -91,8 +97,7 @@ def _rgb(image: Image.Image) -> UInt8Array:
         # Our choice: scientific values have no agreed white. They are stretched from their darkest to their brightest.
         return _grey((values - low) * (255 / (high - low) if high > low else 0))
     if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
+        return on_white(np.asarray(image.convert("RGBA")))
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 

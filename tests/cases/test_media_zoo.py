@@ -1,0 +1,75 @@
+"""Files of many writers, against what independent tools see in them (`values.json`, written by `measure_media`)."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipelines.config import MediaConfig
+from pipelines.errors import BadMedia
+from pipelines.media.decode import Decoder
+from pipelines.media.files import KINDS
+from pipelines.media.videos import uniform_indices
+from tests.cases.measure_media import FILES, VALUES, VIDEO_GRID, grid
+
+EXPECTED: dict[str, dict[str, Any]] = json.loads(VALUES.read_text())["files"]
+# Differences that are not faults: compression, other filters, anti-aliasing.
+VIDEO_TOLERANCE, IMAGE_TOLERANCE, PAGE_TOLERANCE = 2, 2, 6
+TOLERANCES = {
+    "tiff_cielab.tif": 65,  # its green is outside of sRGB, and each library clips it differently
+}
+
+
+def files(kind: str) -> list[str]:
+    return [name for name in EXPECTED if KINDS[Path(name).suffix] == kind]
+
+
+@pytest.fixture(scope="module")
+def decord() -> Iterator[Decoder]:
+    with Decoder(MediaConfig(video_backend="decord")) as decoder:
+        yield decoder
+
+
+def frames_or_reason(decoder: Decoder, name: str) -> tuple[np.ndarray, tuple[float, ...]] | str:
+    try:
+        found = decoder.member("video", (FILES / name).read_bytes())
+    except BadMedia as error:
+        return error.reason
+    return found.frames, found.times_s
+
+
+def check_video(name: str, frames: np.ndarray, times_s: tuple[float, ...]) -> None:
+    expected = EXPECTED[name]
+    width, height = expected["size"]
+    chosen = uniform_indices(len(expected["frames"]), 8)
+    assert frames.shape == (len(chosen), height, width, 3)
+    assert times_s == pytest.approx([expected["times_s"][i] for i in chosen], abs=0.002)
+    for frame, i in zip(frames, chosen, strict=True):
+        np.testing.assert_allclose(grid(frame, VIDEO_GRID), expected["frames"][i], atol=VIDEO_TOLERANCE)
+
+
+def test_the_zoo_has_every_file() -> None:
+    assert sorted(EXPECTED) == sorted(path.name for path in FILES.iterdir() if path.suffix.lower() in KINDS)
+
+
+@pytest.mark.parametrize("name", files("video"))
+def test_a_video_shows_the_frames_that_ffmpeg_shows(name: str) -> None:
+    found = frames_or_reason(Decoder(MediaConfig()), name)
+    if isinstance(found, str):
+        assert found == EXPECTED[name]["rejected"]
+    else:
+        check_video(name, *found)
+
+
+@pytest.mark.parametrize("name", files("video"))
+def test_decord_shows_the_same_frames_or_refuses_the_file(name: str, decord: Decoder) -> None:
+    found = frames_or_reason(decord, name)
+    if isinstance(found, str):
+        # decord needs a duration in the header.
+        reasons = ("corrupt_video",) if name == "no_duration.mkv" else ("decord_unsupported", "no_video_stream")
+        assert found in reasons
+    else:
+        check_video(name, *found)
