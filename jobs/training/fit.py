@@ -12,18 +12,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray.exceptions import RayError
 from ray.train import TrainingFailedError
 
 from jobs.runtime.cluster import user_error
-from jobs.runtime.models import is_published, local_folder, publish_folder
+from jobs.runtime.models import is_published, publish_folder
 from jobs.runtime.progress import say
-from jobs.runtime.records import differences
 from jobs.training.encoder import BACKBONE, encoder_of
 from jobs.training.runs import Run
 from jobs.training.specs import TrainSpec
+from jobs.training.start import check_backbone, describe_start, with_init_adapter
 from jobs.training.tracking import UNTRACKED, check_tracking
 from jobs.training.worker import train_worker
 from pipelines.errors import UserError
@@ -33,8 +33,9 @@ from pipelines.plan.build import build_plan
 from pipelines.plan.plan import Plan
 from pipelines.plan.resample import next_mixture_change
 from rzen.config import TinyBackbone
-from rzen.families import FAMILIES, read_family
-from rzen.model.checkpoints import HUB_NAME, checkpoint_dir, read_identity
+
+if TYPE_CHECKING:
+    from rzen.training.init_adapter import InitAdapter
 
 FAILURE = "failure.txt"
 _MAX_TEXTS = 4000  # of a source; what a tiny tokenizer is trained on
@@ -61,7 +62,8 @@ def prepare(spec: TrainSpec) -> Prepared | None:
         seed=spec.seed,
     )
     plan.check_world_size(spec.cluster.workers)
-    _check_models(spec)
+    check_backbone(spec)
+    spec, adapter = with_init_adapter(spec)
     check_tracking(spec.run.tracking)
     run = Run(spec)
     if not run.begin({"data": reader.fingerprints(plan)} | plan.describe()):
@@ -69,25 +71,10 @@ def prepare(spec: TrainSpec) -> Prepared | None:
         return None
     if isinstance(spec.model.backbone, TinyBackbone) and not is_published(run.store.child(BACKBONE)):
         _build_backbone(run, spec.model.backbone, reader)
-    _summarize(run, plan)
+    _summarize(run, plan, adapter)
     for text in reader.unshuffled(plan):
         say(f"    {text}", "yellow")
     return Prepared(run, plan, reader.tasks(plan))
-
-
-def _check_models(spec: TrainSpec) -> None:
-    """Raise `UserError` for a model that is missing or cannot be read as asked, before any worker starts."""
-    backbone = spec.model.backbone
-    family = None
-    if isinstance(backbone, TinyBackbone):
-        family = FAMILIES[backbone.family]
-    elif "://" not in backbone and not HUB_NAME.fullmatch(backbone):
-        family = read_family(checkpoint_dir(backbone))
-    if family is not None:  # otherwise the workers check it
-        family.check(spec.model.readout, spec.model.packing)
-    adapter = spec.init_adapter
-    if adapter and "://" not in adapter and not Path(adapter).is_dir():
-        raise UserError(f"init_adapter {adapter}", "does not exist", "run stage 1 first, or set init_adapter: null")
 
 
 def _build_backbone(run: Run, config: TinyBackbone, reader: Reader) -> None:
@@ -105,24 +92,15 @@ def _build_backbone(run: Run, config: TinyBackbone, reader: Reader) -> None:
         publish_folder(Path(scratch), run.store.child(BACKBONE))
 
 
-def _summarize(run: Run, plan: Plan) -> None:
+def _summarize(run: Run, plan: Plan, adapter: InitAdapter | None) -> None:
     spec = run.spec
     per_worker = spec.global_batch // spec.cluster.workers
     shares = f"{spec.cluster.workers} x {per_worker}" if spec.cluster.workers > 1 else "1 worker"
-    backbone = "a tiny random backbone" if isinstance(spec.model.backbone, TinyBackbone) else spec.model.backbone
-    tuning = f"LoRA rank {spec.model.lora.rank}" if spec.model.tune == "lora" else "every weight"
     say(f"  {spec.name}: {plan.num_steps:,} steps of {spec.global_batch} pairs ({shares})")
     for line in plan.summary():
         say(f"    {line}", "dim")
-    say(
-        f"    {backbone}, {tuning}, {spec.model.dtype}; instructions {'on' if spec.data.instructions else 'off'}", "dim"
-    )
+    describe_start(spec, adapter)
     say(f"    {run.store.url}, checkpoint every {spec.checkpoint.every_steps} steps", "dim")
-    if spec.init_adapter is not None:
-        adapter = Path(local_folder(spec.init_adapter, run.endpoint))
-        before = read_identity(adapter, spec.model.identity)
-        for change in differences(before.model_dump(), spec.model.identity.model_dump()):
-            say(f"    init_adapter was trained with another setting: {change}", "yellow")
     if step := run.step():
         say(f"    resumes from step {step}")
 

@@ -30,7 +30,8 @@ class TrainSpec(JobConfig):
     model: ModelConfig
     """Backbone, prompt and which weights are trained."""
     init_adapter: str | None = None
-    """Adapter to continue from (directory or s3:// URL), such as that of stage 1. `null` starts a new adapter."""
+    """Adapter to continue from (directory or s3:// URL), such as that of stage 1. Its rank, alpha, dropout and modules
+    hold, and it must have been trained on this backbone. `null` starts a new adapter."""
     objective: ObjectiveConfig = ObjectiveConfig()
     """Loss."""
     optim: OptimConfig = OptimConfig()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from jobs.training.runs import SPEC, Run
 from jobs.training.specs import TrainSpec
 from jobs.workflows.registry import Champion, Registry
 from jobs.workflows.specs import RetrainSpec
+from pipelines.errors import UserError
 from pipelines.feed.reader import Reader
 from pipelines.storage.location import open_store, resolve_endpoint
 
@@ -43,7 +45,10 @@ def run(spec: RetrainSpec, document: Document) -> dict[str, Any]:
     registry = Registry(open_store(spec.registry, spec.endpoint))
     with registry.lease(spec.lease_s) as lease:
         retraining = _RetrainRun(spec, document, registry, registry.champion())
-        outcome = retraining.nothing_to_do() or retraining.work(lease)
+        outcome = retraining.nothing_to_do()
+        if outcome is None:
+            retraining.check_queries()
+            outcome = retraining.work(lease)
         say(f"  {outcome}")
     champion = registry.champion()
     say(f"  champion: {champion.model if champion else 'none'}")
@@ -88,6 +93,20 @@ class _RetrainRun:
             return f"nothing new: {self.id} was made of these data and refused"
         say(f"  {self.id}: {new:,} new samples, champion {self._champion.model if self._champion else 'none'}")
         return None
+
+    def check_queries(self) -> None:
+        """Raise `UserError` if the frozen set is too small to decide anything, before a model is trained for it."""
+        from rzen.evaluation.gate import too_few_queries
+
+        assert self._evaluate.data is not None, "`evaluation` has checked it"
+        reader = Reader(self._evaluate.data)
+        counts: Counter[str] = Counter()
+        for source, size in reader.sizes().items():
+            counts[reader.task_of(source)] += size
+        asked = self._evaluate.tasks or list(counts)
+        if few := too_few_queries({task: counts[task] for task in asked if counts[task]}, self._spec.gate.min_queries):
+            place = f"{self._evaluate.data.root}/{self._evaluate.data.split}"
+            raise UserError(place, "; ".join(few), "add samples to the frozen set, or lower gate.min_queries")
 
     def work(self, lease: Lease) -> str:
         """Train, publish and decide. Return the outcome."""

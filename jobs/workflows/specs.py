@@ -22,6 +22,8 @@ class GateConfig(Config):
     """Largest loss of any single task, and so of any modality. Our choice."""
     minimum: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(default_factory=dict)
     """Task -> lowest score of a model that is promoted. The first model must reach it, too."""
+    min_queries: PositiveInt = 100
+    """Least number of queries of each task. With fewer, no model is promoted, and no training starts. Our choice."""
     draws: PositiveInt = 10_000
     """Number of bootstrap draws."""
 

@@ -54,7 +54,7 @@ class LoraConfig(Config):
 
     rank: PositiveInt = 64
     """Rank of the adapters (paper)."""
-    alpha: PositiveInt | None = None
+    alpha: PositiveInt | PositiveFloat | None = None
     """Scale numerator. `null`: twice the rank. Our choice, because the paper is silent."""
     dropout: Fraction = 0.0
     """Dropout before the adapters. Our choice, because the paper is silent."""
@@ -95,7 +95,7 @@ class ModelConfig(ModelIdentity):
     tune: Literal["lora", "full"] = "lora"
     """`lora` trains adapters on all linear layers. `full` trains every weight."""
     lora: LoraConfig = LoraConfig()
-    """Used when `tune` is `lora`."""
+    """Settings of a new adapter. With `init_adapter`, that adapter decides, and what is set here must agree."""
     quantize: Literal["nf4"] | None = None
     """`nf4` holds the frozen weights in 4 bits (QLoRA, arXiv 2305.14314): less memory, slower. Needs bitsandbytes, a
     CUDA GPU and `tune: lora`. Export merges into the weights as they were before."""

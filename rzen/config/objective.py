@@ -21,7 +21,10 @@ class TemperatureConfig(Config):
     maximum: PositiveFloat = 0.5
     """Upper bound of a temperature. Our choice."""
     learnable: bool = True
-    """`false` keeps `initial` for every task."""
+    """`false` keeps the first value of every task."""
+    carried: bool = False
+    """`true` starts from the temperatures that `init_adapter`, or else the backbone, was trained with. Every model is
+    saved with those of its tasks. Tasks that it does not have start from `initial`."""
     lr_scale: NonNegativeFloat = 5.0
     """Learning rate of theta relative to the model's. Our choice. Theta has no weight decay."""
 

@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 from rzen.evaluation.comparison import MEAN, paired_intervals
 
+MIN_QUERIES = 100
+"""With 100 queries, the 95% interval of a score of one half is about 10 points to each side. Our choice."""
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -21,6 +24,15 @@ class Verdict:
     scores: dict[str, dict[str, Any]]
 
 
+def too_few_queries(counts: Mapping[str, int], min_queries: int) -> list[str]:
+    """Return why these numbers of queries by task decide nothing; empty if they do."""
+    return [
+        f"{task} has {count} queries, fewer than {min_queries}: too few to decide"
+        for task, count in counts.items()
+        if count < min_queries
+    ]
+
+
 def judge(
     champion: Mapping[str, NDArray[np.float64]] | None,
     candidate: Mapping[str, NDArray[np.float64]],
@@ -29,14 +41,16 @@ def judge(
     max_drop: float,
     minimum: Mapping[str, float],
     draws: int,
+    min_queries: int = MIN_QUERIES,
 ) -> Verdict:
     """Compare scores by task, one for each query ([Q], in the same order for both models), in [0, 1].
 
-    Three conditions promote a model. The mean gain over the tasks is above `min_gain` with its whole 95% interval. No
-    task loses more than `max_drop`. All scores reach their `minimum`. Without a champion, only the last one counts.
+    Four conditions promote a model. Each task has at least `min_queries`, because fewer show nothing. The mean gain
+    over the tasks is above `min_gain` with its whole 95% interval. No task loses more than `max_drop`. All scores reach
+    their `minimum`. Without a champion, only the first and the last one count.
     """
     scores: dict[str, dict[str, Any]] = {task: {"candidate": float(each.mean())} for task, each in candidate.items()}
-    reasons = []
+    reasons = too_few_queries({task: len(each) for task, each in candidate.items()}, min_queries)
     for task, least in minimum.items():
         if task not in scores:
             reasons.append(f"{task} has no score")

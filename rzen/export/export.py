@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -27,10 +28,13 @@ from rzen.inputs.processor import Processor
 from rzen.model.backbone import load_backbone
 from rzen.model.checkpoints import (
     IDENTITY,
+    TEMPERATURES,
     atomic_directory,
+    check_base,
     checkpoint_dir,
     checkpoint_sha256,
     read_identity,
+    read_temperatures,
 )
 from rzen.model.embedder import load
 from rzen.model.embedding_model import EmbeddingModel
@@ -76,7 +80,8 @@ def export_model(
         str(base), ModelConfig(backbone=base_dir, tune="full", dtype="float32", gradient_checkpointing=False)
     )
     if adapter_dir is not None:
-        _check_identity(adapter_dir, identity, base_sha256)
+        check_base(adapter_dir, base)
+        _check_identity(adapter_dir, identity)
         adapted = load_adapter(model, adapter_dir)
         lineage |= {
             "adapter": options.facts.adapter or str(adapter_dir),
@@ -85,16 +90,17 @@ def export_model(
         model = adapted.merge_and_unload(safe_merge=True) if options.format != "adapter" else model
     elif options.format == "adapter":
         raise UserError("format=adapter", "there is no adapter", "name one in model.adapter, or set format: model")
+    temperatures = read_temperatures(adapter_dir or base)
     unsupported_reason = sentence_transformers.unsupported_reason(identity)
     with atomic_directory(out_dir) as folder:
         if options.format == "adapter":
             assert adapter_dir is not None
             _copy_adapter(adapter_dir, folder, lineage)
             content = identity.model_dump() | {"base_sha256": base_sha256, "lineage": lineage}
-            _write_json(folder / IDENTITY, content)
+            _write_json(folder / IDENTITY, content | _with_temperatures(temperatures))
         else:
             _write_weights(model, base, folder, options.dtype)
-            write_identity(folder, identity, options.dtype, lineage)
+            write_identity(folder, identity, options.dtype, lineage, temperatures)
         if options.format == "rzen_release":
             release.write_files(folder, identity)
         elif options.format == "model" and unsupported_reason is None:
@@ -105,20 +111,38 @@ def export_model(
 
 
 def write_model(
-    model: PreTrainedModel, base: Path, out_dir: Path, identity: ModelIdentity, dtype: Dtype, lineage: dict[str, str]
+    model: PreTrainedModel,
+    base: Path,
+    out_dir: Path,
+    identity: ModelIdentity,
+    dtype: Dtype,
+    lineage: dict[str, str],
+    temperatures: Mapping[str, float] | None = None,
 ) -> None:
     """Write a full model, rounded once to `dtype` in place, with the tokenizer and preprocessor of its `base`.
 
-    `lineage` says what it was made from. `out_dir` appears complete or not at all.
+    `lineage` says what it was made from, and `temperatures` are those of its tasks. `out_dir` appears complete or not
+    at all.
     """
     with atomic_directory(out_dir) as folder:
         _write_weights(model, base, folder, dtype)
-        write_identity(folder, identity, dtype, lineage)
+        write_identity(folder, identity, dtype, lineage, temperatures)
 
 
-def write_identity(folder: Path, identity: ModelIdentity, dtype: Dtype, lineage: dict[str, str]) -> None:
+def write_identity(
+    folder: Path,
+    identity: ModelIdentity,
+    dtype: Dtype,
+    lineage: dict[str, str],
+    temperatures: Mapping[str, float] | None = None,
+) -> None:
     """Write `rzen.json` into a checkpoint directory, for `load_encoder` to open it."""
-    _write_json(folder / IDENTITY, identity.model_dump() | {"normalize": True, "dtype": dtype, "lineage": lineage})
+    content = identity.model_dump() | {"normalize": True, "dtype": dtype, "lineage": lineage}
+    _write_json(folder / IDENTITY, content | _with_temperatures(temperatures or {}))
+
+
+def _with_temperatures(temperatures: Mapping[str, float]) -> dict[str, Any]:
+    return {TEMPERATURES: dict(temperatures)} if temperatures else {}
 
 
 def load_encoder(model_dir: str, dtype: Dtype | None = None) -> tuple[Processor, EmbeddingModel]:
@@ -160,15 +184,14 @@ def _copy_adapter(adapter_dir: Path, folder: Path, lineage: dict[str, str]) -> N
         shutil.copyfile(adapter_dir / LINEAGE, folder / LINEAGE)
 
 
-def _check_identity(adapter_dir: Path, identity: ModelIdentity, base_sha256: str) -> None:
+def _check_identity(adapter_dir: Path, identity: ModelIdentity) -> None:
     """Refuse an adapter that was trained with another identity. One from elsewhere names none."""
-    path = adapter_dir / IDENTITY
-    saved = json.loads(path.read_text()) if path.is_file() else {}
-    trained = read_identity(adapter_dir, identity).model_dump() | {"base_sha256": saved.get("base_sha256", base_sha256)}
-    for key, value in (identity.model_dump() | {"base_sha256": base_sha256}).items():
+    trained = read_identity(adapter_dir, identity).model_dump()
+    for key, value in identity.model_dump().items():
         if trained[key] != value:
             problem = f"the adapter was trained with {trained[key]}, not {value}"
-            raise UserError(f"{path} {key}", problem, "export it with the base, prompt and readout of its training")
+            fix = "export it with the prompt and readout of its training"
+            raise UserError(f"{adapter_dir / IDENTITY} {key}", problem, fix)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from pipelines.errors import UserError
 from rzen.config import ModelIdentity
 from rzen.families import read_family
 
-IDENTITY = "rzen.json"
+IDENTITY, TEMPERATURES = "rzen.json", "temperatures"
 MODEL_CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
@@ -64,6 +64,13 @@ def read_identity(folder: Path, default: ModelIdentity) -> ModelIdentity:
     if not saved.get("prompt"):
         return default
     return ModelIdentity.model_validate({name: saved[name] for name in ModelIdentity.model_fields if name in saved})
+
+
+def read_temperatures(folder: Path) -> dict[str, float]:
+    """Return task -> temperature that a model or adapter was trained with; empty if it does not say."""
+    path = folder / IDENTITY
+    found: dict[str, float] = json.loads(path.read_text()).get(TEMPERATURES, {}) if path.is_file() else {}
+    return found
 
 
 def stored_dtype(folder: Path) -> str | None:
@@ -131,6 +138,18 @@ def atomic_directory(folder: Path) -> Iterator[Path]:
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_base(adapter: Path, base: Path) -> None:
+    """Refuse an adapter that was trained on another checkpoint than `base`, by their hashes. Reads the checkpoint.
+
+    Raises `UserError`. An adapter from elsewhere names no hash, and is taken for one of this base.
+    """
+    path = adapter / IDENTITY
+    trained = json.loads(path.read_text()).get("base_sha256") if path.is_file() else None
+    if trained is not None and trained != (found := checkpoint_sha256(base)):
+        problem = f"the adapter was trained with {trained[:16]}, not {found[:16]} ({base})"
+        raise UserError(f"{path} base_sha256", problem, "name the base of its training")
 
 
 def _without(notes: Sequence[str], node: Any) -> Any:

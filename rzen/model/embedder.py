@@ -19,7 +19,7 @@ from pipelines.samples import DecodedInput, Visual
 from rzen.config import ModelConfig, ModelIdentity
 from rzen.inputs.processor import EncodedBatch, Processor
 from rzen.model.backbone import load_backbone
-from rzen.model.checkpoints import checkpoint_dir, read_identity, stored_dtype
+from rzen.model.checkpoints import check_base, checkpoint_dir, read_identity, stored_dtype
 from rzen.model.chunks import chunks_of, embed
 from rzen.model.embedding_model import EmbeddingModel
 from rzen.model.lora import load_adapter
@@ -99,9 +99,11 @@ def load(
 
     `device` is a GPU if there is one. `dtype` is that of the export; without one, float32 on a CPU and bfloat16 on a
     GPU. `identity` holds for models that do not say how they are read (`rzen.json`). Raises `UserError` for anything
-    that is not a checkpoint of a supported family.
+    that is not a checkpoint of a supported family, and for an adapter that was trained on another checkpoint.
     """
     base = checkpoint_dir(str(path))
+    if adapter is not None:
+        check_base(Path(adapter), base)
     read = read_identity(Path(adapter) if adapter else base, identity or ModelIdentity())
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     config = ModelConfig(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 
 from pipelines.errors import UserError
 from rzen.config import LoraConfig, ModelIdentity
-from rzen.model.checkpoints import ADAPTER_CONFIG, IDENTITY
+from rzen.model.checkpoints import ADAPTER_CONFIG, IDENTITY, TEMPERATURES
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", ADAPTER_CONFIG
 
@@ -38,10 +39,19 @@ def add_lora(backbone: PreTrainedModel, config: LoraConfig, seed: int) -> peft.P
         return peft.get_peft_model(backbone, settings)
 
 
-def save_adapter(model: peft.PeftModel, folder: Path, *, identity: ModelIdentity, base: str, base_sha256: str) -> None:
+def save_adapter(
+    model: peft.PeftModel,
+    folder: Path,
+    *,
+    identity: ModelIdentity,
+    base: str,
+    base_sha256: str,
+    temperatures: Mapping[str, float] | None = None,
+) -> None:
     """Write the adapter as a PEFT directory, with its identity in `rzen.json`. Equal adapters give equal bytes.
 
-    `base` is the backbone as the job names it, `base_sha256` its `checkpoint_sha256`.
+    `base` is the backbone as the job names it, `base_sha256` its `checkpoint_sha256`. `temperatures` are those of its
+    tasks.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.contiguous().cpu() for name, value in _adapter_state(model).items()}
@@ -50,7 +60,8 @@ def save_adapter(model: peft.PeftModel, folder: Path, *, identity: ModelIdentity
     config = json.loads((folder / CONFIG).read_text())
     config["target_modules"] = sorted(config["target_modules"])  # PEFT writes a set, in any order
     _write_json(folder / CONFIG, config | {"base_model_name_or_path": base, "inference_mode": True})
-    _write_json(folder / IDENTITY, identity.model_dump() | {"base_sha256": base_sha256})
+    trained = {"base_sha256": base_sha256} | ({TEMPERATURES: dict(temperatures)} if temperatures else {})
+    _write_json(folder / IDENTITY, identity.model_dump() | trained)
 
 
 def load_adapter(backbone: PreTrainedModel, folder: Path, *, trainable: bool = False) -> peft.PeftModel:

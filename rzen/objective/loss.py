@@ -10,7 +10,7 @@ Shapes: B own queries, N pairs of all ranks, T tasks.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,11 @@ class Objective(nn.Module):
     """Loss of one rank's queries against the targets of all ranks. Its mean over ranks is the loss of the whole batch.
 
     The temperatures are one vector `theta_T`, in the sorted order of `tasks`. Every step gives it a gradient, zero for
-    the tasks that the batch lacks, so that data parallelism never meets an unused parameter.
+    the tasks that the batch lacks, so that data parallelism never meets an unused parameter. They start at `first`, and
+    at `config.temperature.initial` for tasks that it lacks.
+
+    The forward pass computes in fp32. Where `theta_T` is rounded, its values are those of `exact_theta_T`. Whoever
+    steps an optimizer with fp32 copies writes them there.
 
     A theta outside its bounds counts as the bound, while its gradient passes unchanged (straight-through). That is
     linear, so averaging over ranks stays exact, and a theta at the bound can return.
@@ -42,7 +46,16 @@ class Objective(nn.Module):
     Gradients equal a double loop in fp64 (tests/parity/test_loss.py), across ranks (tests/parity/test_gather.py).
     """
 
-    def __init__(self, config: ObjectiveConfig, tasks: Sequence[str], similarity: Similarity | None = None) -> None:
+    exact_theta_T: Tensor  # noqa: N815  a shape, as in `theta_T`
+
+    def __init__(
+        self,
+        config: ObjectiveConfig,
+        tasks: Sequence[str],
+        similarity: Similarity | None = None,
+        *,
+        first: Mapping[str, float] | None = None,
+    ) -> None:
         super().__init__()
         if not tasks:
             raise UserError("tasks", "none given", "name the task of every source")
@@ -52,8 +65,11 @@ class Objective(nn.Module):
         self.terms = terms_of(config)
         self.tasks = tuple(sorted(set(tasks)))
         self.bounds = (math.log(temperature.minimum), math.log(temperature.maximum))
-        theta_T = torch.full((len(self.tasks),), math.log(temperature.initial))
+        taus = [(first or {}).get(task, temperature.initial) for task in self.tasks]
+        theta_T = torch.tensor([math.log(tau) for tau in taus])
         self.theta_T = nn.Parameter(theta_T, requires_grad=temperature.learnable)
+        # A buffer, because DeepSpeed rounds parameters to bf16, and no buffers.
+        self.register_buffer("exact_theta_T", theta_T.clone(), persistent=False)
 
     @property
     def needs_queries(self) -> bool:
@@ -74,20 +90,33 @@ class Objective(nn.Module):
         Raises `UserError` for unknown tasks.
         """
         named = {tasks} if isinstance(tasks, str) else set(tasks)
+        theta_T = self._theta()
         for task in sorted(named.difference(self.tasks)):
             raise UserError(f"task {task!r}", "has no temperature", f"known tasks: {', '.join(self.tasks)}")
         if len(named) == 1:
-            theta = self.theta_T[self.tasks.index(named.pop())]
+            theta = theta_T[self.tasks.index(named.pop())]
         else:
-            theta = self.theta_T[torch.tensor([self.tasks.index(task) for task in tasks], device=self.theta_T.device)]
-        if theta.dtype in (torch.bfloat16, torch.float16):
-            theta = theta.float()
+            theta = theta_T[torch.tensor([self.tasks.index(task) for task in tasks], device=theta_T.device)]
         return torch.exp(theta + (theta.clamp(*self.bounds) - theta).detach())
+
+    def temperatures(self) -> dict[str, float]:
+        """Return task -> tau, as the forward pass uses it."""
+        return {task: float(self.temperature(task).detach()) for task in self.tasks}
+
+    def _theta(self) -> Tensor:
+        """Return theta in fp32 or wider, with the gradient of `theta_T`."""
+        if not self.theta_T.requires_grad:
+            return self.exact_theta_T
+        if self.theta_T.dtype not in (torch.bfloat16, torch.float16):
+            return self.theta_T
+        rounded_T = self.theta_T.float()
+        return rounded_T + (self.exact_theta_T.float() - rounded_T).detach()
 
     @torch.no_grad()
     def clamp_(self) -> None:
         """Project `theta_T` onto its bounds, in place."""
         self.theta_T.clamp_(*self.bounds)
+        self.exact_theta_T.clamp_(*self.bounds)
 
     def forward(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean loss over the own queries (0-dim, fp32 or wider) and detached 0-dim statistics.

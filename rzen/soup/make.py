@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipelines.errors import UserError
 from rzen.config import GreedySoup, MeanSoup, SearchedSoup, SoupConfig
-from rzen.model.checkpoints import IDENTITY, atomic_directory
+from rzen.model.checkpoints import IDENTITY, TEMPERATURES, atomic_directory
 from rzen.soup.adapters import write_adapter
 from rzen.soup.checkpoints import write_checkpoint
 from rzen.soup.parents import LINEAGE, Adapter, Checkpoint, Parent, open_parents, write_json
@@ -56,7 +57,7 @@ def make_soup(
             **({} if scores is None else {"scores": dict(scores)}),
             **({} if selection is None else {"score": selection.score, "trace": selection.trace}),
         }
-        if identity := _in_common([parent.identity for parent in opened]):
+        if identity := _in_common([parent.identity for parent in opened]) | _temperatures(opened, shares):
             write_json(partial / IDENTITY, identity)
         write_json(partial / LINEAGE, lineage)
     return lineage
@@ -118,6 +119,22 @@ def _entry(parent: Parent, places: Mapping[str, str]) -> dict[str, Any]:
         entry["rank"] = parent.rank
     own = parent.path / LINEAGE
     return entry | ({"soup": json.loads(own.read_text())} if own.is_file() else {})
+
+
+def _temperatures(parents: Sequence[Parent], shares: Sequence[float]) -> dict[str, Any]:
+    """Return the temperatures of the soup: for each task the mean of theta, the logarithm, of the parents that have it.
+
+    They decide no vector. A stage that starts from the soup can take them over.
+    """
+    thetas: dict[str, list[tuple[float, float]]] = {}
+    for parent, share in zip(parents, shares, strict=True):
+        for task, value in parent.identity.get(TEMPERATURES, {}).items():
+            thetas.setdefault(task, []).append((math.log(value), share))
+    found = {
+        task: math.exp(sum(theta * share for theta, share in some) / sum(share for _, share in some))
+        for task, some in thetas.items()
+    }
+    return {TEMPERATURES: found} if found else {}
 
 
 def _in_common(identities: list[dict[str, Any]]) -> dict[str, Any]:

@@ -121,7 +121,9 @@ def _open_adapter(name: str, path: Path) -> Adapter:
 
 
 def _check_plain(path: Path, config: dict[str, Any]) -> None:
-    """Refuse what changes the meaning of B.A: ranks per module, and initializations that also change the base."""
+    """Refuse what is no product B.A: other methods, ranks per module, initializations that also change the base."""
+    if (kind := config.get("peft_type", "LORA")) != "LORA":
+        raise UserError(f"{path / CONFIG} peft_type", f"{kind} is not supported", "use LoRA")
     for key in ("rank_pattern", "alpha_pattern"):
         if config.get(key):
             raise UserError(f"{path / CONFIG} {key}", f"{config[key]} is not supported", "use one rank for all modules")

@@ -106,16 +106,33 @@ def restore(engine: Any, folder: Path, *, plan_fingerprint: str) -> int:
     return state.step
 
 
+def put_parameters(engine: Any, values: Mapping[str, Tensor]) -> None:
+    """Put fp32 values of some trained parameters into an engine with `create_moments`. Every rank has all of them."""
+    trained = _trained(engine)
+    put = _put_piece if _is_sharded(engine) else _put_whole
+    for name, value in values.items():
+        put(trained[name], value)
+    _use_masters(engine)
+
+
+def full_fp32(parameter: Any) -> Tensor:
+    """Return one trained parameter in fp32, on all ranks. A collective."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    value: Tensor = safe_get_full_fp32_param(parameter)
+    return value
+
+
 def full_parameters(engine: Any, moment: str | None = None) -> dict[str, Tensor]:
     """Return each trained parameter in fp32, or a moment of it, on the CPU of rank 0. Other ranks get nothing.
 
     A collective. It gathers one parameter at a time, so that no other rank ever holds more than one of them whole.
     """
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+    from deepspeed.utils import safe_get_full_optimizer_state
 
     full = {}
     for name, parameter in _trained(engine).items():
-        value = safe_get_full_optimizer_state(parameter, moment) if moment else safe_get_full_fp32_param(parameter)
+        value = safe_get_full_optimizer_state(parameter, moment) if moment else full_fp32(parameter)
         if dist.get_rank() == 0:
             full[name] = value.cpu()
     return full

@@ -24,7 +24,7 @@ from rzen.config import ModelConfig, ObjectiveConfig, OptimConfig
 from rzen.export.export import write_model
 from rzen.inputs.processor import VisionLayout
 from rzen.model.backbone import load_backbone
-from rzen.model.checkpoints import checkpoint_dir, checkpoint_sha256
+from rzen.model.checkpoints import check_base, checkpoint_dir, checkpoint_sha256
 from rzen.model.embedding_model import EmbeddingModel
 from rzen.model.lora import add_lora, load_adapter, save_adapter
 from rzen.objective.loss import Objective
@@ -32,9 +32,11 @@ from rzen.training import checkpoint
 from rzen.training.batch import FeedBatchProtocol
 from rzen.training.checkpoint_manager import ASK_S, CheckpointManager, CheckpointStore
 from rzen.training.divergence import divergence_error
+from rzen.training.init_adapter import read_init_adapter
 from rzen.training.optim import build_optimizer, lr_at, set_lr
 from rzen.training.step import Learner
 from rzen.training.telemetry import Row, step_row
+from rzen.training.temperatures import carried_temperatures, use_fp32_temperatures
 
 # Gradients sent at once: DeepSpeed's 500 million would be buffers larger than an adapter. In ZeRO stage 3 also weights
 # gathered ahead. Our choice.
@@ -97,6 +99,7 @@ def train_stage(
     start = 0
     if newest is not None:
         start = checkpoint.restore(engine, newest, plan_fingerprint=stage.plan_fingerprint)
+        use_fp32_temperatures(engine)
 
     stop = stage.num_steps if stage.stop is None else stage.stop
     engine.train()
@@ -190,21 +193,25 @@ def ensure_process_group() -> None:
 def build_learner(stage: Stage, backbone_dir: str, init_adapter: Path | None, tasks: Sequence[str]) -> Learner:
     """Return backbone, new or given adapter, and one temperature per task, on the CPU. Equal on all ranks.
 
-    Raises `UserError` for a directory that is no checkpoint, or an adapter that does not fit.
+    Raises `UserError` for a directory that is no checkpoint, for an adapter that does not fit or has another base than
+    the backbone, and for settings that contradict it.
     """
-    model = stage.model
+    model, base = stage.model, checkpoint_dir(backbone_dir)
+    if init_adapter is not None:
+        if model.tune != "lora":
+            raise UserError("init_adapter", "needs tune=lora", "export base and adapter, and train the result")
+        read_init_adapter(init_adapter, model.lora)
+        check_base(init_adapter, base)
     backbone = load_backbone(backbone_dir, model)
-    if model.tune == "lora":
-        if init_adapter is None:
-            backbone = add_lora(backbone, model.lora, stage.seed)
-        else:
-            backbone = load_adapter(backbone, init_adapter, trainable=True)
-    elif init_adapter is not None:
-        raise UserError("init_adapter", "needs tune=lora", "export base and adapter, and train the result")
-    layout = VisionLayout.read(str(checkpoint_dir(backbone_dir)))
+    if init_adapter is not None:
+        backbone = load_adapter(backbone, init_adapter, trainable=True)
+    elif model.tune == "lora":
+        backbone = add_lora(backbone, model.lora, stage.seed)
+    layout = VisionLayout.read(str(base))
     embedder = EmbeddingModel(backbone, layout, model.readout, model.packing)
+    first = carried_temperatures(stage.objective.temperature, init_adapter or base)
     lockstep = stage.optim.zero_stage == 3
-    return Learner(embedder, Objective(stage.objective, tasks), stage.chunk_tokens, lockstep=lockstep)
+    return Learner(embedder, Objective(stage.objective, tasks, first=first), stage.chunk_tokens, lockstep=lockstep)
 
 
 def build_engine(learner: Learner, stage: Stage) -> tuple[Any, torch.optim.Optimizer]:
@@ -243,8 +250,15 @@ def build_engine(learner: Learner, stage: Stage) -> tuple[Any, torch.optim.Optim
             "stage3_param_persistence_threshold": WHOLE_ELEMENTS,
         },
     }
+    exact = {
+        name: value.detach().clone()
+        for name, value in learner.named_parameters()
+        if value.requires_grad and value.dtype == torch.float32 and stage.model.dtype == "bfloat16"
+    }
     engine, *_ = deepspeed.initialize(model=learner, optimizer=optimizer, config=settings)
     checkpoint.create_moments(engine)
+    checkpoint.put_parameters(engine, exact)  # DeepSpeed's fp32 copies are of parameters that it has rounded to bf16
+    use_fp32_temperatures(engine)
     return engine, optimizer
 
 
@@ -258,6 +272,7 @@ def update(engine: Any, loss: Tensor) -> bool:
     with engine.coalesce_grad_reduction():
         engine.backward(loss)
     engine.step()
+    use_fp32_temperatures(engine)
     return bool(engine.was_step_applied())
 
 
@@ -281,10 +296,19 @@ def save_model(stage: Stage, engine: Any, weights: Mapping[str, Tensor], backbon
     name = model.backbone if isinstance(model.backbone, str) else backbone_dir
     base_sha256 = checkpoint_sha256(base)
     backbone: Any = engine.module.embedder.backbone
+    temperatures = engine.module.objective.temperatures()
     if model.tune == "lora":
-        save_adapter(backbone, output, identity=model.identity, base=name, base_sha256=base_sha256)
+        save_adapter(
+            backbone,
+            output,
+            identity=model.identity,
+            base=name,
+            base_sha256=base_sha256,
+            temperatures=temperatures,
+        )
     else:
-        write_model(backbone, base, output, model.identity, model.dtype, {"base": name, "base_sha256": base_sha256})
+        lineage = {"base": name, "base_sha256": base_sha256}
+        write_model(backbone, base, output, model.identity, model.dtype, lineage, temperatures)
 
 
 def _now_s(device: torch.device) -> float:

@@ -19,6 +19,7 @@ RETRAIN = """\
 kind: retrain
 stage: stage.yaml
 evaluate: {{spec: evaluate.yaml}}
+gate: {{min_queries: 24}}
 min_new_samples: 4
 registry: "{0}/registry"
 """

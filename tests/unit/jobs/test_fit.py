@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from jobs.training.fit import _check_models
 from jobs.training.specs import TrainSpec
+from jobs.training.start import check_backbone
 from pipelines.errors import UserError
 from rzen.config import TinyBackbone
 from tests.tiny import TINY, tiny_checkpoint
@@ -36,7 +36,7 @@ def test_what_a_family_cannot_do_is_refused_before_workers_start(
     local = tiny_checkpoint(tmp_path, TinyBackbone(**TINY.model_dump() | {"family": "qwen3_5"}))
     for backbone in ({"family": "qwen3_5"}, local):
         with pytest.raises(UserError, match=problem):
-            _check_models(spec(backbone, **model))
-        _check_models(spec(backbone))
-    _check_models(spec({"family": "qwen3_vl"}, **model))
-    _check_models(spec("Qwen/Qwen3.5-0.8B", **model))  # on the hub: the workers check it
+            check_backbone(spec(backbone, **model))
+        check_backbone(spec(backbone))
+    check_backbone(spec({"family": "qwen3_vl"}, **model))
+    check_backbone(spec("Qwen/Qwen3.5-0.8B", **model))  # on the hub: the workers check it

@@ -54,5 +54,14 @@ def test_the_first_model_needs_no_champion_but_the_minimum() -> None:
     assert weak.reasons == [f"page scores {CHAMPION['page'].mean():.3f}, less than 0.9", "sound has no score"]
 
 
+@pytest.mark.parametrize("champion", [None, {"image": np.zeros(3), "page": np.zeros(100)}])
+def test_three_queries_decide_nothing(champion: Any) -> None:
+    """Right against wrong for all three would otherwise be a gain with an interval of no width."""
+    found = verdict({"image": np.ones(3), "page": np.ones(100)}, champion=champion)
+    assert not found.promote
+    assert found.reasons == ["image has 3 queries, fewer than 100: too few to decide"]
+    assert verdict({"image": np.ones(3), "page": np.ones(100)}, champion=champion, min_queries=3).promote
+
+
 def test_better_means_better_by_more_than_asked() -> None:
     assert not verdict(improved("image", 40), min_gain=0.05).promote

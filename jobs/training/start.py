@@ -1,0 +1,92 @@
+"""What a run starts from: backbone, adapter and temperatures. The driver checks it before any worker starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jobs.runtime.models import local_folder
+from jobs.runtime.progress import say
+from jobs.runtime.records import differences
+from jobs.training.specs import TrainSpec
+from pipelines.errors import UserError
+from pipelines.storage.location import resolve_endpoint
+from rzen.config import TinyBackbone
+from rzen.families import FAMILIES, read_family
+from rzen.model.checkpoints import HUB_NAME, check_base, checkpoint_dir, read_identity
+
+if TYPE_CHECKING:
+    from rzen.training.init_adapter import InitAdapter
+
+
+def check_backbone(spec: TrainSpec) -> None:
+    """Raise `UserError` for a backbone that is missing or cannot be read as asked."""
+    backbone = spec.model.backbone
+    family = None
+    if isinstance(backbone, TinyBackbone):
+        family = FAMILIES[backbone.family]
+    elif "://" not in backbone and not HUB_NAME.fullmatch(backbone):
+        family = read_family(checkpoint_dir(backbone))
+    if family is not None:  # otherwise the workers check it
+        family.check(spec.model.readout, spec.model.packing)
+
+
+def with_init_adapter(spec: TrainSpec) -> tuple[TrainSpec, InitAdapter | None]:
+    """Return the spec with rank, alpha and dropout of its `init_adapter`, and what that says. A new adapter: no change.
+
+    Raises `UserError` for an adapter that is missing, that the run cannot continue, or that has another base. Workers
+    check the base again, and they alone where it is not a local directory.
+    """
+    if spec.init_adapter is None:
+        return spec, None
+    from rzen.training.init_adapter import read_init_adapter
+
+    folder = _adapter_folder(spec, spec.init_adapter)
+    found = read_init_adapter(folder, spec.model.lora)
+    backbone = spec.model.backbone
+    if isinstance(backbone, str) and Path(backbone).is_dir():
+        check_base(folder, Path(backbone))
+    return spec.model_copy(update={"model": spec.model.model_copy(update={"lora": found.lora})}), found
+
+
+def describe_start(spec: TrainSpec, adapter: InitAdapter | None) -> None:
+    """Print what the run starts from. Raises `UserError` for temperatures that cannot be carried over."""
+    backbone = spec.model.backbone
+    name = "a tiny random backbone" if isinstance(backbone, TinyBackbone) else backbone
+    lora = spec.model.lora
+    tuning = "every weight"
+    if spec.model.tune == "lora":
+        alpha = lora.alpha or 2 * lora.rank
+        tuning = str(adapter) if adapter else f"new LoRA rank {lora.rank}, alpha {alpha:g}, dropout {lora.dropout:g}"
+    instructions = "on" if spec.data.instructions else "off"
+    say(f"    {name}, {tuning}, {spec.model.dtype}; instructions {instructions}", "dim")
+    if spec.init_adapter is not None:
+        say(f"    continues from {spec.init_adapter}", "dim")
+        before = read_identity(_adapter_folder(spec, spec.init_adapter), spec.model.identity)
+        for change in differences(before.model_dump(), spec.model.identity.model_dump()):
+            say(f"    init_adapter was trained with another setting: {change}", "yellow")
+    if spec.objective.temperature.carried:
+        _describe_temperatures(spec)
+
+
+def _describe_temperatures(spec: TrainSpec) -> None:
+    from rzen.training.temperatures import SETTING, carried_temperatures
+
+    backbone = spec.model.backbone
+    if spec.init_adapter is not None:
+        folder = _adapter_folder(spec, spec.init_adapter)
+    elif isinstance(backbone, TinyBackbone):
+        raise UserError(SETTING, "a tiny random backbone has no temperatures", "set it to false")
+    elif Path(backbone).is_dir():
+        folder = Path(backbone)
+    else:
+        return  # the workers read them
+    found = carried_temperatures(spec.objective.temperature, folder)
+    listed = ", ".join(f"{task} {value:.4g}" for task, value in sorted(found.items()))
+    say(f"    temperatures carried over: {listed}", "dim")
+
+
+def _adapter_folder(spec: TrainSpec, adapter: str) -> Path:
+    if "://" not in adapter and not Path(adapter).is_dir():
+        raise UserError(f"init_adapter {adapter}", "does not exist", "run stage 1 first, or set init_adapter: null")
+    return Path(local_folder(adapter, resolve_endpoint(spec.run.endpoint)))

@@ -1,0 +1,47 @@
+"""The adapter that training continues from. It decides rank, alpha, dropout and modules, and names its base."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines.errors import UserError
+from rzen.config import LoraConfig
+from rzen.soup.adapters import modules_of
+from rzen.soup.parents import Adapter, open_parents
+
+_SETTING = "init_adapter"
+
+
+@dataclass(frozen=True)
+class InitAdapter:
+    """What an adapter says of itself."""
+
+    lora: LoraConfig
+    """Its rank, alpha and dropout."""
+    num_modules: int
+    """Linear layers that it adapts."""
+
+    def __str__(self) -> str:
+        lora = self.lora
+        return f"LoRA rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}, {self.num_modules} modules"
+
+
+def read_init_adapter(folder: Path, asked: LoraConfig) -> InitAdapter:
+    """Return what training continues from. Reads the weights.
+
+    Raises `UserError` for settings of `asked` that were given and differ. Raises it too for whatever a soup would
+    refuse: otherwise that would come out when the training is done.
+    """
+    (adapter,) = open_parents({_SETTING: folder})
+    assert isinstance(adapter, Adapter), "its config says so"
+    for name in adapter.tensors.layout:
+        adapter.tensors.read(name)  # refuses numbers that are not finite
+    config = adapter.config
+    found = {"rank": adapter.rank, "alpha": config["lora_alpha"], "dropout": config.get("lora_dropout", 0.0)}
+    for name, value in found.items():
+        said = getattr(asked, name) if name in asked.model_fields_set else None
+        if said is not None and said != value:
+            fix = f"leave model.lora out, because the adapter decides, or set {_SETTING}: null"
+            raise UserError(f"model.lora.{name}={said}", f"{_SETTING} {folder} has {value}", fix)
+    return InitAdapter(LoraConfig.model_validate(found), len(modules_of(adapter)))
