@@ -45,9 +45,10 @@ class Sample:
 
     `source` is the dataset, and a global batch is drawn from one. Each `task` has its own temperature. `instruction`
     is put before the query and `target_instruction` before the targets, in stages with instructions. `target_sha256`
-    identifies the content of the positive (text and bytes), so that duplicates are not scored as negatives.
-    `relevance` is a finite number: how well the positive answers the query, in datasets that grade their pairs (STS
-    has 0 to 5). Only its order counts. `origin` says where the sample came from: file, and page or line in it.
+    identifies the content of the positive (text and bytes), and `query_sha256` that of the query. So duplicates and
+    right answers are not scored as negatives. `relevance` is a finite number: how well the positive
+    answers the query, in datasets that grade their pairs (STS has 0 to 5). Only its order counts. `origin` says where
+    the sample came from: file, and page or line in it.
     """
 
     key: str
@@ -59,6 +60,7 @@ class Sample:
     instruction: str = ""
     target_instruction: str = ""
     target_sha256: str = ""
+    query_sha256: str = ""
     origin: str = ""
     relevance: float | None = None
 
@@ -67,10 +69,15 @@ class Sample:
         return (self.query, self.positive, *self.negatives)
 
     def to_json(self) -> bytes:
-        """Return UTF-8 JSON with sorted keys: equal samples give equal bytes. A missing relevance is left out."""
+        """Return UTF-8 JSON with sorted keys: equal samples give equal bytes.
+
+        A missing relevance is left out, and so is a missing `query_sha256`.
+        """
         fields = asdict(self)
         if self.relevance is None:
             del fields["relevance"]
+        if not self.query_sha256:
+            del fields["query_sha256"]
         return json.dumps(fields, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
 
     @classmethod
@@ -99,7 +106,7 @@ class FileRef:
 
 @dataclass(frozen=True, slots=True)
 class RawSample:
-    """What a source yields: a sample whose `target_sha256` is still empty, and a file for every member it names.
+    """What a source yields: a sample whose hashes are still empty, and a file for every member it names.
 
     `split` is set if the data define their own split.
     """
@@ -147,3 +154,5 @@ class DecodedSample:
     query: DecodedInput
     positive: DecodedInput
     negatives: tuple[DecodedInput, ...] = ()
+    negative_sha256: tuple[str, ...] = ()
+    """Content of each negative, as `Sample.target_sha256`; filled by whoever read their bytes."""

@@ -12,7 +12,7 @@ from PIL import Image
 from pipelines.errors import BadMedia
 from pipelines.samples import DecodedSample, Input, Media, Members, Sample
 from pipelines.shards.duplicates import with_duplicates
-from pipelines.shards.index import target_sha256
+from pipelines.shards.index import with_hashes
 from pipelines.shards.manifest import Manifest, ShardInfo, SourceInfo, index_path, publish_manifest
 from pipelines.shards.write import write_shard
 from pipelines.storage.store import Store
@@ -20,8 +20,13 @@ from pipelines.storage.store import Store
 SAMPLES_PER_SHARD = 8
 
 
-def make_sample(source: str, task: str, number: int, bad: bool, colour: int | None = None) -> tuple[Sample, Members]:
-    """Text to an image of one colour, its number's where none is given; a `bad` one is no image."""
+def make_sample(
+    source: str, task: str, number: int, bad: bool, colour: int | None = None, query: int | None = None
+) -> tuple[Sample, Members]:
+    """Text to an image of one colour, its number's where none is given; a `bad` one is no image.
+
+    The text names `query` instead of the number, where it is given.
+    """
     picture = io.BytesIO()
     colour = number if colour is None else colour
     Image.new("RGB", (12, 8), (colour % 256, colour // 256, 7)).save(picture, "PNG")
@@ -30,13 +35,13 @@ def make_sample(source: str, task: str, number: int, bad: bool, colour: int | No
         key=f"{number:08d}",
         source=source,
         task=task,
-        query=Input(f"{source} {number}"),
+        query=Input(f"{source} {number if query is None else query}"),
         positive=Input("", (Media("image", "p0.png"),)),
         negatives=(Input(f"not {source} {number}"), Input("nor this")),
         instruction="Find the colour.",
         origin=f"{number}.png",
     )
-    return replace(sample, target_sha256=target_sha256(sample.positive, members)), members
+    return with_hashes(sample, members), members
 
 
 def publish(
@@ -44,15 +49,19 @@ def publish(
     sources: Mapping[str, tuple[str, int]],
     bad: Mapping[str, Collection[int]] | None = None,
     duplicates: Mapping[str, Collection[int]] | None = None,
+    equal_queries: Mapping[str, Collection[int]] | None = None,
 ) -> Manifest:
     """Writes the split `train`: source -> (task, number of samples). Those in `bad` cannot be decoded, those in
-    `duplicates` show what sample 0 shows. Shards hold 8.
+    `duplicates` show what sample 0 shows, those in `equal_queries` ask what sample 1 asks. Shards hold 8.
     """
     store.ensure_bucket()
     infos = {}
     for source, (task, count) in sources.items():
-        unusable, same = ((some or {}).get(source, ()) for some in (bad, duplicates))
-        samples = [make_sample(source, task, n, n in unusable, 0 if n in same else n) for n in range(count)]
+        unusable, same, asked = ((some or {}).get(source, ()) for some in (bad, duplicates, equal_queries))
+        samples = [
+            make_sample(source, task, n, n in unusable, 0 if n in same else n, 1 if n in asked else n)
+            for n in range(count)
+        ]
         parts = [samples[start : start + SAMPLES_PER_SHARD] for start in range(0, count, SAMPLES_PER_SHARD)]
         shards = tuple(_store_shard(store, source, ordinal, part) for ordinal, part in enumerate(parts))
         infos[source] = SourceInfo(task, count, shards)

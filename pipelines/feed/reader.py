@@ -26,6 +26,7 @@ from pipelines.plan.sources import PlanSource
 from pipelines.plan.types import Row, SourceTable
 from pipelines.samples import DecodedInput, DecodedSample, Input, Members, Rejected, Sample
 from pipelines.shards.duplicates import source_table
+from pipelines.shards.index import content_sha256
 from pipelines.shards.manifest import Manifest, SourceInfo, read_manifest, source_info
 from pipelines.shards.shuffle_check import SETTING, NeighborSimilarity, warning
 from pipelines.storage.location import open_store, resolve_endpoint
@@ -192,7 +193,9 @@ class Reader:
             raise item
         sample, members = item
         sample = replace(sample, negatives=sample.negatives[: self.data.negatives_per_sample])
-        return self._decoder.sample(sample, members, self.data.instructions)
+        decoded = self._decoder.sample(sample, members, self.data.instructions)
+        contents = tuple(content_sha256(negative, members) for negative in sample.negatives)
+        return replace(decoded, negative_sha256=contents)
 
     def _rejected(self, row: Row, error: BadMedia) -> Rejected:
         return Rejected(self._rows.origin(row), error.reason, error.detail)

@@ -17,11 +17,11 @@ from pipelines.media.files import read_file
 from pipelines.media.materialized import SUFFIX, materialize
 from pipelines.media.sandbox import Sandbox
 from pipelines.samples import Media, MediaKind, Members, RawSample, Sample
-from pipelines.shards.index import target_sha256
+from pipelines.shards.index import with_hashes
 
 
 def load_sample(raw: RawSample, config: MediaConfig, *, materialized: bool = False) -> tuple[Sample, Members]:
-    """Return the sample with `target_sha256`, and its members. A killable child has decoded each of them.
+    """Return the sample with its hashes, and its members. A killable child has decoded each of them.
 
     Members are original files or single pages, or with `materialized` the frames of a video and the image of a page.
     Raises `BadMedia` for the first bad member: missing_file, unreadable_file, too_many_bytes, and the reasons of
@@ -39,7 +39,7 @@ def load_sample(raw: RawSample, config: MediaConfig, *, materialized: bool = Fal
             raise BadMedia(error.reason, f"{ref.path}: {error.detail}".removesuffix(": ")) from error
         members[_stored_media(media, materialized).member] = content or data
     sample = _with_media(raw.sample, lambda media: _stored_media(media, materialized))
-    return replace(sample, target_sha256=target_sha256(sample.positive, members)), members
+    return with_hashes(sample, members), members
 
 
 def stored_content(kind: MediaKind, data: bytes, page: int | None, config: MediaConfig, materialized: bool) -> bytes:

@@ -1,4 +1,4 @@
-"""Batches for the samples that cannot go anywhere: equal targets apart, clusters together."""
+"""Batches for the samples that cannot go anywhere: equal targets and equal queries apart, clusters together."""
 
 from __future__ import annotations
 
@@ -10,19 +10,24 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pipelines.plan.dealing import deal
 from pipelines.plan.subset import SourceSubset
 from pipelines.plan.types import NO_SAMPLES, Int64Array, SourceTable
+
+_Numbered = tuple[list[Int64Array], list[npt.NDArray[Any]]]
+"""Samples, and a key of each, in parts."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ConstrainedSamples:
-    """The S samples with a target or a cluster in common with others.
+    """The S samples with a target, a query or a cluster in common with others.
 
-    `numbers` `[S]` is ascending. `target` and `cluster` `[S]` are dense ids, -1 for none.
+    `numbers` `[S]` is ascending. `target`, `query` and `cluster` `[S]` are dense ids, -1 for none.
     """
 
     numbers: Int64Array
     target: Int64Array
+    query: Int64Array
     cluster: Int64Array
 
     @classmethod
@@ -30,39 +35,35 @@ class ConstrainedSamples:
         cls, tables: Sequence[SourceTable], subsets: Sequence[SourceSubset], starts: Int64Array
     ) -> ConstrainedSamples:
         """Find them in the used samples of all members; member m numbers its samples from `starts[m]` on."""
-        duplicates, targets, clustered, clusters = (
-            [NO_SAMPLES],
-            [NO_SAMPLES.astype(np.uint64)],
-            [NO_SAMPLES],
-            [NO_SAMPLES],
-        )
+        by_target: _Numbered = [NO_SAMPLES], [NO_SAMPLES.astype(np.uint64)]
+        by_query: _Numbered = [NO_SAMPLES], [NO_SAMPLES.astype(np.uint64)]
+        by_cluster: _Numbered = [NO_SAMPLES], [NO_SAMPLES]
         num_clusters = 0
         for table, subset, start in zip(tables, subsets, starts, strict=False):
             numbers, used = subset.numbers(table.duplicates)
-            duplicates.append(numbers[used] + start)
-            targets.append(table.targets[used].astype(np.uint64))
+            for (of_column, keys), column in ((by_target, table.targets), (by_query, table.queries)):
+                if len(column):  # the queries of a source may be unknown
+                    of_column.append(numbers[used] + start)
+                    keys.append(column[used].astype(np.uint64))
             # Clusters are spans of samples. A subset may use a part of one, and only the used samples stay together.
             first, stop = table.clusters.T
-            samples = np.concatenate([NO_SAMPLES, *map(np.arange, first, stop)])
-            numbers, used = subset.numbers(samples)
-            clustered.append(numbers[used] + start)
-            cluster_ids = np.repeat(np.arange(len(first)), stop - first) + num_clusters
-            clusters.append(cluster_ids[used])
+            numbers, used = subset.numbers(np.concatenate([NO_SAMPLES, *map(np.arange, first, stop)]))
+            by_cluster[0].append(numbers[used] + start)
+            by_cluster[1].append((np.repeat(np.arange(len(first)), stop - first) + num_clusters)[used])
             num_clusters += len(first)
-        # A target or cluster of which only one sample is used constrains nothing.
-        duplicate, target = _keep_shared(np.concatenate(duplicates), np.concatenate(targets))
-        member, cluster = _keep_shared(np.concatenate(clustered), np.concatenate(clusters))
-        numbers = np.union1d(duplicate, member)
-        target_S, cluster_S = np.full((2, len(numbers)), -1, np.int64)
-        target_S[np.searchsorted(numbers, duplicate)] = target
-        cluster_S[np.searchsorted(numbers, member)] = cluster
-        return cls(numbers, target_S, cluster_S)
+        # A target, query or cluster of which only one sample is used constrains nothing.
+        shared = [_keep_shared(*map(np.concatenate, parts)) for parts in (by_target, by_query, by_cluster)]
+        numbers = np.unique(np.concatenate([samples for samples, _ in shared]))
+        ids = np.full((len(shared), len(numbers)), -1, np.int64)
+        for ids_S, (samples, dense) in zip(ids, shared, strict=True):
+            ids_S[np.searchsorted(numbers, samples)] = dense
+        return cls(numbers, *ids)
 
     def place(self, num_batches: int, batch: int, rng: np.random.Generator) -> Int64Array:
         """Return the batch of each sample `[S]`, or -1 where all batches are full and the epoch leaves it out."""
         if (self.cluster >= 0).any():
-            return _pack(self.target, self.cluster, num_batches, batch, rng)
-        return _deal(self.target, num_batches, batch, rng)
+            return _pack(self.target, self.query, self.cluster, num_batches, batch, rng)
+        return deal(self.target, self.query, num_batches, batch, rng)
 
     def notes(self, num_batches: int, batch: int) -> list[str]:
         """Describe what no order of an epoch can meet."""
@@ -72,6 +73,12 @@ class ConstrainedSamples:
             lines.append(
                 f"{crowded} targets have more duplicates (up to {sizes.max()}) than an epoch has batches"
                 f" ({num_batches}): some batches hold duplicates, which are not scored against each other"
+            )
+        sizes = np.bincount(self.query[self.query >= 0])
+        if crowded := int((sizes > num_batches).sum()):
+            lines.append(
+                f"{crowded} queries come in more samples (up to {sizes.max()}) than an epoch has batches"
+                f" ({num_batches}): some batches hold a query twice, whose targets are no negatives of it"
             )
         sizes = np.bincount(self.cluster[self.cluster >= 0])
         if large := int((sizes > batch).sum()):
@@ -88,25 +95,27 @@ def _keep_shared(numbers: Int64Array, keys: npt.NDArray[Any]) -> tuple[Int64Arra
     return numbers[several][order], dense[order]
 
 
-def _deal(target_S: Int64Array, num_batches: int, batch: int, rng: np.random.Generator) -> Int64Array:
-    """Deal the samples of each target to consecutive batches, which keeps equal targets apart."""
-    num_targets = int(target_S.max(initial=-1)) + 1
-    order = np.lexsort([rng.random(len(target_S)), rng.permutation(num_targets)[target_S]])
-    dealt_S = np.full(len(target_S), -1, np.int64)
-    order = order[: num_batches * batch]  # an epoch has whole batches only
-    dealt_S[order] = (np.arange(len(order)) + rng.integers(num_batches)) % num_batches
-    return dealt_S
-
-
 def _pack(
-    target_S: Int64Array, cluster_S: Int64Array, num_batches: int, batch: int, rng: np.random.Generator
+    target_S: Int64Array,
+    query_S: Int64Array,
+    cluster_S: Int64Array,
+    num_batches: int,
+    batch: int,
+    rng: np.random.Generator,
 ) -> Int64Array:
-    """Place the largest clusters first, then the duplicates of the most frequent target.
+    """Place the largest clusters first, then the samples of the most frequent targets and queries.
 
     Each goes into the emptiest of the batches with the fewest duplicates of it. A cluster that fits nowhere is divided.
     Some order without duplicates may exist where this greedy order finds none.
     """
-    packer = _Packer(target_S, num_batches, batch, rng)
+    # Targets and queries are keys of one kind: all that counts is which samples have one in common.
+    keys_S = [
+        [key for key in pair if key >= 0]
+        for pair in zip(
+            target_S.tolist(), np.where(query_S < 0, -1, query_S + target_S.max() + 1).tolist(), strict=True
+        )
+    ]
+    packer = _Packer(keys_S, num_batches, batch, rng)
     clustered = np.flatnonzero(cluster_S >= 0)
     by_cluster = np.split(clustered, np.flatnonzero(np.diff(cluster_S[clustered])) + 1)
     single = np.flatnonzero(cluster_S < 0).tolist()
@@ -114,39 +123,39 @@ def _pack(
     for members in sorted(shuffled, key=len, reverse=True):
         if not packer.put(members):
             single += members
-    frequency = Counter(target_S[single].tolist())
-    frequency[-1] = 0  # samples without a target conflict with nothing and go last, into whatever is free
+    frequency = Counter(key for member in single for key in keys_S[member])
     order = [single[i] for i in rng.permutation(len(single))]
-    for member in sorted(order, key=lambda s: (-frequency[int(target_S[s])], int(target_S[s]))):
+    # Samples without a key conflict with nothing and go last, into whatever is free.
+    for member in sorted(order, key=lambda s: (-sum(frequency[key] for key in keys_S[s]), keys_S[s])):
         packer.put([member])
     return packer.placed_S
 
 
 class _Packer:
-    """Free rows and placed targets of each batch B of an epoch."""
+    """Free rows and placed keys of each batch B of an epoch."""
 
-    def __init__(self, target_S: Int64Array, num_batches: int, batch: int, rng: np.random.Generator) -> None:
-        self.placed_S = np.full(len(target_S), -1, np.int64)
-        self._target_S = target_S
+    def __init__(self, keys_S: list[list[int]], num_batches: int, batch: int, rng: np.random.Generator) -> None:
+        self.placed_S = np.full(len(keys_S), -1, np.int64)
+        self._keys_S = keys_S
         self._free_B = np.full(num_batches, batch)
         self._tie_B = rng.random(num_batches)
-        self._batches_of: dict[int, Counter[int]] = {}  # target -> batch -> duplicates in it
+        self._batches_of: dict[int, Counter[int]] = {}  # key -> batch -> its samples there
 
     def put(self, members: list[int]) -> bool:
         """Place the members in one batch. Return False if no batch has room for all of them."""
-        targets = [int(target) for target in self._target_S[members] if target >= 0]
+        keys = [key for member in members for key in self._keys_S[member]]
         fits = np.flatnonzero(self._free_B >= len(members))
         if not len(fits):
             return False
         duplicates_B = np.zeros(len(self._free_B), np.int64)
-        for target in targets:
-            for at, count in self._batches_of.get(target, {}).items():
+        for key in keys:
+            for at, count in self._batches_of.get(key, {}).items():
                 duplicates_B[at] += count
         # lexsort takes its last key first: fewest duplicates, then most room, then a random order.
         best = np.lexsort([self._tie_B[fits], -self._free_B[fits], duplicates_B[fits]])[0]
         chosen = int(fits[best])
         self.placed_S[members] = chosen
         self._free_B[chosen] -= len(members)
-        for target in targets:
-            self._batches_of.setdefault(target, Counter())[chosen] += 1
+        for key in keys:
+            self._batches_of.setdefault(key, Counter())[chosen] += 1
         return True

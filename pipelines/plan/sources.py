@@ -80,6 +80,6 @@ def _fingerprint(tables: Mapping[str, SourceTable]) -> str:
     digest = hashlib.sha256()
     for name, table in tables.items():
         digest.update(f"{name} {table.num_samples} ".encode())
-        for array in (table.duplicates, table.targets, table.clusters):
+        for array in (table.duplicates, table.targets, table.clusters, table.queries):
             digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()[:16]

@@ -24,16 +24,17 @@ _NO_CLUSTERS: Int64Array = np.zeros((0, 2), np.int64)
 class SourceTable:
     """What a plan has to know about a source. Sample i is the i-th in stored order.
 
-    `duplicates` `[D]` are the samples, ascending, whose target other samples may have too. `targets` `[D]` are equal
-    for equal targets, also between sources. `clusters` `[C, 2]` are first and stop of adjacent samples that have to
-    share a batch, such as mined hard negatives or clips of one video. A cluster has at least two samples; clusters
-    are ascending and do not overlap.
+    `duplicates` `[D]` are the samples, ascending, whose target or query other samples may have too. `targets` and
+    `queries` `[D]` are equal for equal targets and queries, also between sources. `queries` is empty if they are
+    unknown. `clusters` `[C, 2]` are first and stop of adjacent samples that have to share a batch, such as mined hard
+    negatives or clips of one video. A cluster has at least two samples; clusters are ascending and do not overlap.
     """
 
     num_samples: int
     duplicates: Int64Array = field(default_factory=lambda: NO_SAMPLES)
     targets: npt.NDArray[np.integer[Any]] = field(default_factory=lambda: NO_SAMPLES)
     clusters: Int64Array = field(default_factory=lambda: _NO_CLUSTERS)
+    queries: npt.NDArray[np.integer[Any]] = field(default_factory=lambda: NO_SAMPLES)
 
 
 @dataclass(frozen=True, slots=True)

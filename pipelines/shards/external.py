@@ -23,7 +23,7 @@ from pipelines.config import MediaConfig
 from pipelines.errors import BadMedia, UserError
 from pipelines.media.decode import Decoder
 from pipelines.samples import Sample
-from pipelines.shards.index import IndexRow, index_bytes, target_sha256
+from pipelines.shards.index import IndexRow, content_sha256, index_bytes
 from pipelines.shards.manifest import ShardInfo
 from pipelines.shards.mapping import SampleMapper, SourceMapping
 from pipelines.shards.read import on_disk
@@ -33,7 +33,7 @@ from pipelines.storage.location import open_store
 from pipelines.storage.shard_urls import ShardFile
 from pipelines.storage.store import Store
 
-SCAN_VERSION = 1
+SCAN_VERSION = 2
 _METADATA = b"rzen"
 _MAX_EXAMPLES = 3  # for each shard and reason
 
@@ -161,11 +161,11 @@ def scan(
     tally = ScanCounts()
     for group in _distinct_groups(data, tally):
         try:
-            sample, target = _usable(data, group, mapper, media)
+            sample, target, query = _usable(data, group, mapper, media)
         except BadMedia as error:
             tally.reject(_printable(group.key), error)
             continue
-        rows.append(IndexRow(group.key, group.offset, group.end - group.offset, target, len(group.members)))
+        rows.append(IndexRow(group.key, group.offset, group.end - group.offset, target, len(group.members), query))
         texts.append((target, words_of(f"{sample.query.text} {sample.positive.text}")))
     tally.accepted = len(rows)
     assert tally.seen == tally.accepted + sum(tally.rejected.values())
@@ -189,8 +189,8 @@ def _distinct_groups(data: bytes | mmap.mmap, tally: ScanCounts) -> Iterator[Gro
 
 def _usable(
     data: bytes | mmap.mmap, group: Group, mapper: SampleMapper, media: MediaConfig | None
-) -> tuple[Sample, str]:
-    """Return a sample and the identity of its target. Raises `BadMedia`."""
+) -> tuple[Sample, str, str]:
+    """Return a sample, and the identities of its target and query. Raises `BadMedia`."""
     if group.problem:
         raise BadMedia(group.problem)
     if _printable(group.key) != group.key:
@@ -201,7 +201,7 @@ def _usable(
     sample = mapper.sample(group.key, members)
     if media:
         _isolated_decoder(media).sample(sample, members, instructions=False)
-    return sample, target_sha256(sample.positive, members)
+    return sample, content_sha256(sample.positive, members), content_sha256(sample.query, members)
 
 
 @cache

@@ -1,11 +1,11 @@
-"""The index of a shard: key, byte range and target of every sample, as a Parquet file."""
+"""The index of a shard: key, byte range, target and query of every sample, as a Parquet file."""
 
 from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.errors import UserError
-from pipelines.samples import Input
+from pipelines.samples import Input, Sample
 from pipelines.shards.manifest import ShardInfo
 from pipelines.storage.store import Store
 
@@ -25,6 +25,7 @@ INDEX_SCHEMA = pa.schema(
         ("length", pa.int64()),  # bytes to the end of its last member, padding included
         ("target_sha256", pa.string()),
         ("num_members", pa.int32()),  # without the json
+        ("query_sha256", pa.string()),  # not in datasets of format 2
     ]
 )
 
@@ -38,6 +39,7 @@ class IndexRow:
     length: int
     target_sha256: str
     num_members: int
+    query_sha256: str
 
 
 @dataclass(frozen=True)
@@ -68,12 +70,19 @@ class ShardIndex:
         return (self.targets or b"")[32 * row : 32 * (row + 1)].hex()
 
 
-def target_sha256(positive: Input, members: Mapping[str, bytes]) -> str:
-    """Identify a target by its content: its text and the bytes of its media, in order."""
-    digest = hashlib.sha256(hashlib.sha256(positive.text.encode()).digest())
-    for media in positive.media:
+def content_sha256(part: Input, members: Mapping[str, bytes]) -> str:
+    """Identify a query or target by its content: its text and the bytes of its media, in order."""
+    digest = hashlib.sha256(hashlib.sha256(part.text.encode()).digest())
+    for media in part.media:
         digest.update(hashlib.sha256(members[media.member]).digest())
     return digest.hexdigest()
+
+
+def with_hashes(sample: Sample, members: Mapping[str, bytes]) -> Sample:
+    """Return the sample with `target_sha256` and `query_sha256`. Those that it has are kept."""
+    target = sample.target_sha256 or content_sha256(sample.positive, members)
+    query = sample.query_sha256 or content_sha256(sample.query, members)
+    return replace(sample, target_sha256=target, query_sha256=query)
 
 
 def index_bytes(rows: list[IndexRow], metadata: dict[bytes, bytes] | None = None) -> bytes:
@@ -95,8 +104,10 @@ def read_shard_index(store: Store, shard: ShardInfo) -> ShardIndex:
     return ShardIndex(keys, offsets.to_numpy(), lengths.to_numpy(), targets)
 
 
-def read_index_table(store: Store, shard: ShardInfo, columns: list[str]) -> pa.Table:
-    """Read columns of the index of a shard. Raises `UserError` if it is missing or not the manifest's."""
+def read_index_table(store: Store, shard: ShardInfo, columns: Sequence[str]) -> pa.Table:
+    """Read columns of the index of a shard, those that it has. Raises `UserError` if it is missing or not the
+    manifest's.
+    """
     place, fix = f"{store.url}/{shard.index_path}", shard.remedy
     try:
         data = store.read(shard.index_path)
@@ -104,7 +115,8 @@ def read_index_table(store: Store, shard: ShardInfo, columns: list[str]) -> pa.T
         raise UserError(place, "is named in the manifest but missing", fix) from error
     if hashlib.sha256(data).hexdigest() != shard.index_sha256:
         raise UserError(place, "is not the index that the manifest names", fix)
-    table = pq.read_table(io.BytesIO(data), columns=columns).combine_chunks()
+    with pq.ParquetFile(io.BytesIO(data)) as file:
+        table = file.read([name for name in columns if name in file.schema_arrow.names]).combine_chunks()
     if len(table) != shard.num_samples:
         raise UserError(place, f"{len(table)} indexed samples, the manifest says {shard.num_samples}", fix)
     return table

@@ -2,7 +2,7 @@
 
     {split}/{source}/{source}-000000.tar           a shard
     {split}/{source}/{source}-000000.idx.parquet   its index
-    {split}/{source}/duplicates.parquet            samples of the source that share a target
+    {split}/{source}/duplicates.parquet            samples of the source that share a target or a query
     {split}/manifest.json                          written last; readers trust nothing else
 
 External shards stay where they are. The manifest names them by absolute URL, with a mapping for each source. Only
@@ -20,7 +20,10 @@ from typing import Any
 from pipelines.errors import UserError
 from pipelines.storage.store import Store
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+READABLE_VERSIONS = (2, FORMAT_VERSION)
+"""Datasets of version 2 do not know equal queries: plans do not keep them apart. The objective finds them all the same.
+"""
 _SHARDS_PER_PIECE = 1000
 
 
@@ -100,8 +103,9 @@ class Manifest:
         """Parse what `to_json` wrote. Raises `ValueError` for anything else, an edited manifest included."""
         try:
             content = json.loads(data, object_hook=_parse_shard)
-            if content["format_version"] != FORMAT_VERSION:
-                raise ValueError(f"format version {content['format_version']}, this program reads {FORMAT_VERSION}")
+            if content["format_version"] not in READABLE_VERSIONS:
+                known = " and ".join(map(str, READABLE_VERSIONS))
+                raise ValueError(f"format version {content['format_version']}, this program reads {known}")
             fingerprint = content.pop("fingerprint")
             sources = {name: _parse_source(source) for name, source in content.pop("sources").items()}
             manifest = cls(sources=sources, **content)
@@ -128,7 +132,7 @@ def index_path(shard_path: str) -> str:
 
 
 def duplicates_path(split: str, source: str) -> str:
-    """Return the path, below the data root, of the file that names samples with a common target."""
+    """Return the path, below the data root, of the file that names samples with a common target or query."""
     return f"{split}/{source}/duplicates.parquet"
 
 

@@ -118,7 +118,7 @@ class SampleMapper:
         return {name.lower(): data[entry.start : entry.start + entry.size] for name, entry in named.items()}
 
     def sample(self, key: str, members: Mapping[str, bytes], origin: str = "") -> Sample:
-        """Return the sample, without `target_sha256`.
+        """Return the sample, without hashes.
 
         Raises `BadMedia`: missing_member, missing_field, empty_text, empty_file, not_text, not_a_number, not_utf8,
         bad_json.

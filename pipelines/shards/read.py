@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipelines.errors import BadMedia
 from pipelines.samples import Members, Sample
-from pipelines.shards.index import ShardIndex
+from pipelines.shards.index import ShardIndex, with_hashes
 from pipelines.shards.manifest import ShardInfo
 from pipelines.shards.mapping import SampleMapper, SourceMapping
 from pipelines.shards.tars import only_group
@@ -49,7 +49,7 @@ def external_sample_parser(source: str, mapping: SourceMapping) -> Parser:
 def read_samples(
     store: Store, path: str, index: ShardIndex, rows: range, parse: Parser = parse_native_sample
 ) -> list[tuple[Sample, Members] | BadMedia]:
-    """Read adjacent samples of a shard in one ranged read.
+    """Read adjacent samples of a shard in one ranged read. All have `target_sha256` and `query_sha256`.
 
     Bytes that are not a sample become `BadMedia` (`damaged_shard`) in its place and affect no other sample. Raises
     `FileNotFoundError`, and `UserError` if the shard ends early.
@@ -63,7 +63,7 @@ def read_samples(
             sample, members = parse(index.keys[row].as_py(), data[offset - start : offset - start + length])
             if index.targets is not None:
                 sample = replace(sample, target_sha256=index.target_sha256(row))
-            found.append((sample, members))
+            found.append((with_hashes(sample, members), members))  # datasets of format 2 lack those of queries
         except (ValueError, BadMedia) as error:
             found.append(BadMedia("damaged_shard", f"{path} at byte {offset}: {error}"))
     return found

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pipelines.samples import Members, Sample
-from pipelines.shards.index import IndexRow, index_bytes
+from pipelines.shards.index import IndexRow, index_bytes, with_hashes
 from pipelines.shards.manifest import ShardInfo, index_path
 from pipelines.shards.tars import BLOCK_BYTES
 from pipelines.storage.store import disk_errors
@@ -17,17 +17,20 @@ from pipelines.storage.store import disk_errors
 def write_shard(local_path: Path, samples: Iterable[tuple[Sample, Members]]) -> ShardInfo:
     """Write a tar (USTAR, json first, members sorted, no times, no owners) and its index next to it.
 
-    Raises `UserError` for a full disk, `ValueError` for a key or member name that WebDataset could not group.
+    A sample without hashes gets them. Raises `UserError` for a full disk, `ValueError` for a key or member name that
+    WebDataset could not group.
     """
     digest = hashlib.sha256()
     rows: list[IndexRow] = []
     offset = 0
     with disk_errors(local_path), local_path.open("wb") as file:
         for sample, members in samples:
+            sample = with_hashes(sample, members)
             record = _record(sample, members)
             file.write(record)
             digest.update(record)
-            rows.append(IndexRow(sample.key, offset, len(record), sample.target_sha256, len(members)))
+            row = IndexRow(sample.key, offset, len(record), sample.target_sha256, len(members), sample.query_sha256)
+            rows.append(row)
             offset += len(record)
         end = bytes(2 * BLOCK_BYTES)
         file.write(end)

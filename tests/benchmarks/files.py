@@ -22,7 +22,7 @@ import pymupdf
 from PIL import Image
 
 from pipelines.samples import Input, Media, MediaKind, Members, Sample
-from pipelines.shards.index import target_sha256
+from pipelines.shards.index import content_sha256
 from pipelines.shards.manifest import Manifest, ShardInfo, SourceInfo, publish_manifest
 from pipelines.shards.write import write_shard
 from pipelines.storage.location import open_store
@@ -160,16 +160,17 @@ def _samples(kind: str, numbers: range, seed: int) -> Iterator[tuple[Sample, Mem
     for number in numbers:
         caption = _sentence(random.Random(f"{seed} caption {number}"), 12)
         members = {member: make_bytes(number, seed)}
-        positive = Input("", (Media(medium, member),))
+        query, positive = Input(caption), Input("", (Media(medium, member),))
         yield (
             Sample(
                 key=f"{number:08d}",
                 source=kind,
                 task=f"text_{kind}",
-                query=Input(caption),
+                query=query,
                 positive=positive,
                 instruction="Find what is described.",
-                target_sha256=target_sha256(positive, members),
+                target_sha256=content_sha256(positive, members),
+                query_sha256=content_sha256(query, members),
                 origin=f"{number}.{member}",
             ),
             members,

@@ -23,7 +23,7 @@ from pipelines.feed.reader import Reader
 from pipelines.ingest.blocks import plan_blocks
 from pipelines.ingest.ingest import IngestReport, ingest
 from pipelines.samples import FileRef, Input, Media, MediaKind, Members, RawSample, Rejected, Sample
-from pipelines.shards.index import target_sha256
+from pipelines.shards.index import content_sha256
 from pipelines.shards.manifest import read_manifest
 from pipelines.shards.verify import verify
 from pipelines.storage.location import open_store
@@ -98,8 +98,8 @@ def test_every_medium_arrives_whole(tmp_path: Path) -> None:
     found = {sample.query.text: (sample, members) for sample, members in stored(out, "train")}
     for raw in raws:
         sample, members = found[raw.sample.query.text]
-        assert sample.target_sha256 == target_sha256(sample.positive, members)
-        assert replace(sample, key="", target_sha256="") == raw.sample
+        assert sample.target_sha256 == content_sha256(sample.positive, members)
+        assert replace(sample, key="", target_sha256="", query_sha256="") == raw.sample
         whole = {name: Path(ref.path).read_bytes() for name, ref in raw.files.items() if ref.page is None}
         assert {name: members[name] for name in whole} == whole
     for number in (0, 2):

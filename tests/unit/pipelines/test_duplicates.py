@@ -1,15 +1,19 @@
 """Which samples share a target: found at publication, checked when read, complete where sources are merged."""
 
+import hashlib
+import io
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from pipelines.config import DataConfig, MixtureConfig
 from pipelines.errors import UserError
 from pipelines.feed.reader import Reader
 from pipelines.plan.build import build_plan
+from pipelines.samples import DecodedSample
 from pipelines.shards.duplicates import source_table
 from pipelines.shards.manifest import Manifest, duplicates_path, publish_manifest, read_manifest
 from pipelines.shards.verify import verify
@@ -36,6 +40,59 @@ def test_duplicates_are_named_next_to_the_shards(store: LocalStore) -> None:
     assert len(set(tables["cars"].targets.tolist())) == 1
     assert [len(tables[name].duplicates) for name in ("dogs", "eels")] == [0, 0]
     assert verify(store, "train") == []
+
+
+def test_equal_queries_are_named_and_kept_apart(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    publish(store, {"cars": ("t", 24)}, duplicates={"cars": DUPLICATES}, equal_queries={"cars": [2, 9, 20]})
+    reader = reader_of(store, run_length=8)
+    table = reader.tables()["cars"]
+    assert table.duplicates.tolist() == sorted({0, *DUPLICATES, 1, 2, 20})
+    query_of = dict(zip(table.duplicates.tolist(), table.queries.tolist(), strict=True))
+    assert len({query_of[number] for number in (1, 2, 9, 20)}) == 1
+    assert len({query_of[number] for number in (0, 1, 3, 8)}) == 4
+    plan = build_plan({"cars": table}, reader.data.mixture, global_batch=4, epochs=3)
+    for step in range(plan.num_steps):
+        samples = [sample for name, index in plan.batch(step).rows for sample, _ in reader.raw(name, [index])]
+        assert len({sample.query_sha256 for sample in samples}) == 4
+        assert len({sample.target_sha256 for sample in samples}) == 4
+    merged = reader_of(store, merge_small=True).tables()["cars"]
+    assert len(merged.queries) == 24
+    assert np.array_equal(merged.queries[table.duplicates], table.queries)
+
+
+def as_format_2(store: LocalStore) -> None:
+    """Takes the queries out of indices, duplicates and manifest, as datasets were written before."""
+    manifest = read_manifest(store, "train")
+    sources = {}
+    for name, source in manifest.sources.items():
+        shards = []
+        for shard in source.shards:
+            digest = without_column(store, shard.index_path, "query_sha256")
+            shards.append(replace(shard, index_sha256=digest))
+        digest = without_column(store, duplicates_path("train", name), "query")
+        sources[name] = replace(source, shards=tuple(shards), duplicates_sha256=digest)
+    publish_manifest(store, Manifest("train", sources, format_version=2))
+
+
+def without_column(store: LocalStore, path: str, column: str) -> str:
+    sink = io.BytesIO()
+    pq.write_table(pq.read_table(store.root / path).drop_columns([column]), sink)
+    store.write(path, sink.getvalue())
+    return hashlib.sha256(sink.getvalue()).hexdigest()
+
+
+def test_a_dataset_of_format_2_is_read_in_place(store: LocalStore) -> None:
+    as_format_2(store)
+    assert verify(store, "train") == []
+    for reader in (reader_of(store), reader_of(store, merge_small=True)):
+        table = reader.tables()["cars"]
+        assert len(table.duplicates) in (5, 24)
+        assert len(table.queries) == 0
+        build_plan(reader.tables(), reader.data.mixture, global_batch=4)
+    (sample,) = reader.samples("cars", [3])  # the objective gets ids all the same
+    assert isinstance(sample, DecodedSample)
+    assert sample.sample.query_sha256 == hashlib.sha256(hashlib.sha256(b"cars 3").digest()).hexdigest()
 
 
 def test_the_ids_are_those_of_the_objective(store: LocalStore) -> None:

@@ -20,7 +20,7 @@ from pipelines.errors import BadMedia, UserError
 from pipelines.feed.reader import Reader
 from pipelines.samples import DecodedSample, Input, Media, Rejected, Sample
 from pipelines.shards.external import ScanCounts, ScanJob, index_shard, scan
-from pipelines.shards.index import IndexRow, target_sha256
+from pipelines.shards.index import IndexRow, content_sha256
 from pipelines.shards.manifest import Manifest, SourceInfo, publish_manifest
 from pipelines.shards.mapping import InputMapping, SampleMapper, SourceMapping
 from pipelines.shards.tars import Entry, Finding, Header, entries, groups, read_header
@@ -363,7 +363,8 @@ def test_indexed_shards_are_read_in_place_by_range(tmp_path: Path) -> None:
     assert [sample.key for sample, _ in samples] == ["000", "001", "002", "003"] + [f"deep/er/00{n}" for n in range(3)]
     for number, (sample, members) in enumerate(samples):
         assert members == {"jpg": picture(number % 4 if number < 4 else number - 4)}
-        assert sample.target_sha256 == target_sha256(sample.positive, members)
+        assert sample.target_sha256 == content_sha256(sample.positive, members)
+        assert sample.query_sha256 == content_sha256(sample.query, members)
         assert sample.positive == Input("", (Media("image", "jpg"),))
     (decoded,) = reader.samples("s", [5])
     assert decoded.query.text == "caption 1"  # type: ignore[union-attr]
@@ -485,7 +486,8 @@ def test_shard_writer_and_img2dataset_layout_need_no_settings(tmp_path: Path) ->
     rows, tally = scanned(shard.read_bytes())
     assert [row.key for row in rows] == [f"{n:09d}" for n in range(6)]
     assert (tally.rejected, tally.findings) == ({}, {})
-    assert rows[3].target_sha256 == target_sha256(Input("", (Media("image", "jpg"),)), {"jpg": picture(3)})
+    assert rows[3].target_sha256 == content_sha256(Input("", (Media("image", "jpg"),)), {"jpg": picture(3)})
+    assert len({row.query_sha256 for row in rows}) == len(rows)
 
 
 def test_the_found_tag_is_that_of_the_store(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import pickle
 from collections import Counter
 from functools import reduce
+from itertools import combinations
 
 import numpy as np
 import numpy.typing as npt
@@ -255,12 +256,114 @@ def test_duplicates_of_a_target_are_apart(
             assert count <= -(-max(in_use[target], 1) // num_batches)
 
 
+@settings(max_examples=150, deadline=None)
+@given(
+    num_samples=st.integers(8, 120),
+    num_keys=st.tuples(st.integers(2, 80), st.integers(2, 80)),
+    batch=st.integers(2, 8),
+    with_clusters=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_equal_targets_and_equal_queries_are_apart(
+    num_samples: int, num_keys: tuple[int, int], batch: int, with_clusters: bool, seed: int
+) -> None:
+    """Wherever samples that are linked by them, directly or through others, are not more than the batches."""
+    rng = np.random.default_rng(seed)
+    targets, queries = (rng.integers(0, count, num_samples) for count in num_keys)
+    clusters = np.array([(0, 2), (3, 5)]) if with_clusters else np.zeros((0, 2), np.int64)
+    table = SourceTable(num_samples, np.arange(num_samples), targets, clusters, queries)
+    plan = build_plan({"a": table}, MixtureConfig(run_length=4), global_batch=batch, epochs=2, seed=seed)
+    num_batches = num_samples // batch
+    linked = linked_samples(targets, queries)
+    for step in range(plan.num_steps):
+        rows = [index for _, index in plan.batch(step).rows]
+        assert len(set(rows)) == batch
+        for one, other in combinations(rows, 2):
+            if with_clusters or len(linked[one]) > num_batches:
+                continue
+            assert targets[one] != targets[other]
+            assert queries[one] != queries[other]
+    per_epoch = [plan.batch(step).rows for step in range(num_batches)]
+    assert len({row for rows in per_epoch for row in rows}) == num_batches * batch
+
+
+def linked_samples(*keys: npt.NDArray[np.int64]) -> list[set[int]]:
+    """The set of each sample, by following equal keys from one to the next."""
+    found: list[set[int]] = [set() for _ in keys[0]]
+    for start in range(len(found)):
+        if not found[start]:
+            group, ahead = {start}, [start]
+            while ahead:
+                one = ahead.pop()
+                near = {int(i) for key in keys for i in np.flatnonzero(key == key[one])} - group
+                group |= near
+                ahead += near
+            for member in group:
+                found[member] = group
+    return found
+
+
+def test_swaps_separate_equal_queries_of_a_set_larger_than_the_epoch() -> None:
+    """Pictures of ten classes, each twice with two classes: all of the 2000 samples are linked through the classes."""
+    rng = np.random.default_rng(0)
+    queries = np.repeat(np.arange(1000), 2)
+    targets = np.concatenate([rng.permutation(10)[:2] for _ in range(1000)])
+    table = SourceTable(2000, np.arange(2000), targets, queries=queries)
+    plan = build_plan({"a": table}, MixtureConfig(), global_batch=20, epochs=1)
+    for step in range(plan.num_steps):
+        rows = [index for _, index in plan.batch(step).rows]
+        assert len(set(queries[rows].tolist())) == 20
+        assert max(Counter(targets[rows].tolist()).values()) <= 4  # 2 would be even
+    fewer = build_plan({"a": SourceTable(2000, np.arange(2000), targets)}, MixtureConfig(), global_batch=20)
+    equal = sum(20 - len({int(queries[i]) for _, i in fewer.batch(step).rows}) for step in range(fewer.num_steps))
+    assert equal > 5  # by chance, when the plan does not know the queries
+
+
+def test_clusters_keep_equal_queries_of_others_apart() -> None:
+    clusters = np.array([(0, 3), (3, 6)])
+    queries = np.array([1, 2, 3, 4, 5, 6, 1, 4, 7, 7, 8, 8])
+    table = SourceTable(40, np.arange(12), np.arange(12), clusters, queries)
+    plan = build_plan({"a": table}, MixtureConfig(), global_batch=8, epochs=4)
+    for step in range(plan.num_steps):
+        met = [int(queries[index]) for _, index in plan.batch(step).rows if index < 12]
+        assert len(met) == len(set(met))
+
+
+def test_queries_are_part_of_the_fingerprint() -> None:
+    same = np.array([3, 3, 4])
+    plans = [
+        build_plan({"a": SourceTable(20, np.arange(3), same, queries=queries)}, MixtureConfig(), global_batch=4)
+        for queries in (np.array([7, 8, 8]), np.array([7, 7, 8]))
+    ]
+    assert plans[0].fingerprint() != plans[1].fingerprint()
+
+
+def test_queries_that_all_differ_change_no_batch() -> None:
+    rng = np.random.default_rng(1)
+    targets = rng.integers(0, 30, 60)
+    tables = [
+        SourceTable(90, np.arange(60), targets, queries=queries) for queries in (np.arange(60), np.zeros(0, np.int64))
+    ]
+    plans = [build_plan({"a": table}, MixtureConfig(), global_batch=8, epochs=3) for table in tables]
+    assert all_rows(plans[0]) == all_rows(plans[1])
+
+
 def test_more_duplicates_than_batches_are_reported() -> None:
     targets = np.array([0] * 9 + list(range(1, 12)))
     plan = build_plan({"a": SourceTable(20, np.arange(20), targets)}, MixtureConfig(), global_batch=5)
     assert plan.summary()[1:] == [
         "a: 1 targets have more duplicates (up to 9) than an epoch has batches (4): some batches hold"
         " duplicates, which are not scored against each other"
+    ]
+
+
+def test_more_equal_queries_than_batches_are_reported() -> None:
+    queries = np.array([0] * 9 + list(range(1, 12)))
+    table = SourceTable(20, np.arange(20), np.arange(20), queries=queries)
+    plan = build_plan({"a": table}, MixtureConfig(), global_batch=5)
+    assert plan.summary()[1:] == [
+        "a: 1 queries come in more samples (up to 9) than an epoch has batches (4): some batches hold a query twice,"
+        " whose targets are no negatives of it"
     ]
 
 

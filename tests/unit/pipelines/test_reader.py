@@ -16,8 +16,8 @@ from pipelines.feed.reader import MAX_RESERVES, Reader
 from pipelines.plan.build import build_plan
 from pipelines.plan.plan import Plan
 from pipelines.plan.types import SourceTable
-from pipelines.samples import DecodedSample, Rejected
-from pipelines.shards.index import read_shard_index
+from pipelines.samples import DecodedSample, Input, Rejected
+from pipelines.shards.index import content_sha256, read_shard_index
 from pipelines.storage.location import open_store
 from pipelines.storage.store import LocalStore
 from tests.data import SAMPLES_PER_SHARD, ColourEncoder, make_sample, publish
@@ -331,3 +331,12 @@ def test_blocks_of_a_batch_follow_each_other_on_every_rank(tmp_path: Path) -> No
     assert np.array_equal(joined, alone.batch)  # the same reserves too
     assert sum(len(fed.rejected) for fed in ranks) == len(alone.rejected) > 0
     assert ranks[0].source in ("cars+dogs", "dogs+cars")
+
+
+def test_contents_are_told_where_their_bytes_are_read(tmp_path: Path) -> None:
+    publish(open_store(str(tmp_path)), CARS)
+    samples = list(Reader(DataConfig(root=str(tmp_path), negatives_per_sample=2)).samples("cars", [3, 4]))
+    assert all(isinstance(sample, DecodedSample) for sample in samples)
+    contents = [sample.negative_sha256 for sample in samples if isinstance(sample, DecodedSample)]
+    assert contents[0][0] == content_sha256(Input("not cars 3"), {})
+    assert contents[0][1] == contents[1][1] == content_sha256(Input("nor this"), {})

@@ -15,7 +15,7 @@ import webdataset
 
 from pipelines.errors import BadMedia, UserError
 from pipelines.samples import Input, Media, Members, Sample
-from pipelines.shards.index import read_shard_index, target_sha256
+from pipelines.shards.index import content_sha256, read_shard_index
 from pipelines.shards.manifest import (
     Manifest,
     ShardInfo,
@@ -38,7 +38,8 @@ def make_samples(count: int) -> list[tuple[Sample, Members]]:
         members = {"p0.png": bytes([n]) * (n * 300), "n0.png": b"negative", "q0.mp4": b"q" * 512}
         inputs = {"query": Input("ü?", (Media("video", "q0.mp4"),)), "positive": Input("", (Media("image", "p0.png"),))}
         sample = Sample(f"{n:08d}", "cars", "t2i", negatives=(Input("", (Media("image", "n0.png"),)),), **inputs)
-        samples.append((replace(sample, target_sha256=target_sha256(sample.positive, members)), members))
+        target, query = (content_sha256(part, members) for part in (sample.positive, sample.query))
+        samples.append((replace(sample, target_sha256=target, query_sha256=query), members))
     return samples
 
 
@@ -147,12 +148,12 @@ def test_damage_is_reported_and_costs_no_neighbor(where: str, tmp_path: Path) ->
     assert [first, third] == [samples[1], samples[3]]
 
 
-def test_target_sha256_is_that_of_text_and_bytes() -> None:
+def test_content_sha256_is_that_of_text_and_bytes() -> None:
     target = Input("a", (Media("image", "p0.png"), Media("image", "p1.png")))
-    base = target_sha256(target, {"p0.png": b"xy", "p1.png": b"z"})
-    assert base == target_sha256(target, {"p0.png": b"xy", "p1.png": b"z", "q0.png": b"other"})
-    assert base != target_sha256(target, {"p0.png": b"x", "p1.png": b"yz"})
-    assert base != target_sha256(replace(target, text="b"), {"p0.png": b"xy", "p1.png": b"z"})
+    base = content_sha256(target, {"p0.png": b"xy", "p1.png": b"z"})
+    assert base == content_sha256(target, {"p0.png": b"xy", "p1.png": b"z", "q0.png": b"other"})
+    assert base != content_sha256(target, {"p0.png": b"x", "p1.png": b"yz"})
+    assert base != content_sha256(replace(target, text="b"), {"p0.png": b"xy", "p1.png": b"z"})
 
 
 @pytest.mark.parametrize("key", ["", "a.b", "a/b"])
@@ -198,8 +199,8 @@ def test_bad_manifests_are_reported(tmp_path: Path) -> None:
     store.write("train/manifest.json", manifest.to_json().replace(b'"seed": 7', b'"seed": 8'))
     with pytest.raises(UserError, match="fingerprint"):
         read_manifest(store, "train")
-    store.write("train/manifest.json", manifest.to_json().replace(b'"format_version": 2', b'"format_version": 3'))
-    with pytest.raises(UserError, match="format version 3, this program reads 2"):
+    store.write("train/manifest.json", manifest.to_json().replace(b'"format_version": 3', b'"format_version": 4'))
+    with pytest.raises(UserError, match="format version 4, this program reads 2 and 3"):
         read_manifest(store, "train")
     for damaged in (b"{", b"[]", b"{}", b'{"format_version": 1}'):
         store.write("train/manifest.json", damaged)
