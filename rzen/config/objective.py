@@ -87,8 +87,9 @@ class ObjectiveConfig(Config):
     mined: MinedConfig = MinedConfig()
     """Mined hard negatives."""
     duplicates: Literal["drop", "positive"] = "drop"
-    """Other targets of the batch with the content of the positive. `drop` leaves them out. `positive` makes them
-    positives too, and the loss of a query the mean over its positives."""
+    """Other targets of the batch that are right answers: those with the content of the positive, and the targets of
+    equal queries. `drop` leaves them out. `positive` makes them positives too, and the loss of a query is the mean
+    over its positives."""
     margin: Annotated[float, Field(ge=0, lt=2)] | None = None
     """Drop negatives with s > s(q, k+) + margin: too good to be negative (Qwen3-Embedding has 0.1)."""
     focal_gamma: Annotated[float, Field(ge=1)] | None = None

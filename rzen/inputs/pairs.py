@@ -5,6 +5,7 @@ Workers that decode media import this module, so that it must be quick to import
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,10 +27,16 @@ class EncodedPairs:
     """B target inputs."""
     target_ids: npt.NDArray[np.int64]
     """[B], equal for targets of equal content: the first 8 bytes of `target_sha256`."""
+    query_ids: npt.NDArray[np.int64]
+    """[B], the same of `query_sha256`: equal to that of a target that shows the same."""
+    instruction_ids: npt.NDArray[np.int64]
+    """[B], equal for queries that are asked with equal instructions."""
     negatives: EncodedBatch | None
     """Mined negatives, those of query 0 first. None if there are none at all."""
     negative_counts: npt.NDArray[np.int64]
     """[B], how many of them each query has."""
+    negative_ids: npt.NDArray[np.int64]
+    """Content of each mined negative, as `target_ids`."""
     keys: tuple[str, ...]
     """[B], `source/key` of each sample, for messages."""
     relevance: npt.NDArray[np.float64]
@@ -48,23 +55,31 @@ class PairEncoder:
     def sample(self, decoded: DecodedSample) -> EncodedPairs:
         """Return one pair. Negatives of a graded pair are left out, because it is not contrasted.
 
-        Raises `BadMedia` for a shape that the backbone cannot take, `UserError` without content hash.
+        Raises `BadMedia` for a shape that the backbone cannot take, `UserError` without content hashes.
         """
-        place = f"{decoded.sample.source}/{decoded.sample.key}"
-        sha256 = decoded.sample.target_sha256
-        if not sha256:
-            # With one id for all, every target would be a duplicate of every positive, and the loss would be zero.
-            raise UserError(place, "has no target_sha256", "ingest its source again")
-        relevance = decoded.sample.relevance
-        negatives = decoded.negatives if relevance is None else ()
+        sample = decoded.sample
+        place = f"{sample.source}/{sample.key}"
+        for name, sha256 in (("target_sha256", sample.target_sha256), ("query_sha256", sample.query_sha256)):
+            if not sha256:
+                # With one id for all, every target would be a duplicate of every positive, and the loss would be zero.
+                raise UserError(place, f"has no {name}", "ingest its source again")
+        if len(decoded.negative_sha256) != len(decoded.negatives):
+            raise UserError(
+                place, "has negatives without negative_sha256", "read it with `pipelines.feed.reader.Reader`"
+            )
+        negatives = decoded.negatives if sample.relevance is None else ()
+        instruction_sha256 = hashlib.sha256(decoded.query.instruction.encode()).hexdigest()
         return EncodedPairs(
             queries=self.processor.encode([decoded.query]),
             targets=self.processor.encode([decoded.positive]),
-            target_ids=np.array([int.from_bytes(bytes.fromhex(sha256)[:8], signed=True)], np.int64),
+            target_ids=_ids([sample.target_sha256]),
+            query_ids=_ids([sample.query_sha256]),
+            instruction_ids=_ids([instruction_sha256]),
             keys=(place,),
             negatives=self.processor.encode(negatives) if negatives else None,
             negative_counts=np.array([len(negatives)], np.int64),
-            relevance=np.array([relevance], np.float64),  # None becomes NaN
+            negative_ids=_ids(decoded.negative_sha256[: len(negatives)]),
+            relevance=np.array([sample.relevance], np.float64),  # None becomes NaN
         )
 
     def collate(self, pairs: Sequence[EncodedPairs]) -> EncodedPairs:
@@ -74,8 +89,16 @@ class PairEncoder:
             queries=EncodedBatch.concat([pair.queries for pair in pairs]),
             targets=EncodedBatch.concat([pair.targets for pair in pairs]),
             target_ids=np.concatenate([pair.target_ids for pair in pairs]),
+            query_ids=np.concatenate([pair.query_ids for pair in pairs]),
+            instruction_ids=np.concatenate([pair.instruction_ids for pair in pairs]),
             negatives=EncodedBatch.concat(negatives) if negatives else None,
             negative_counts=np.concatenate([pair.negative_counts for pair in pairs]),
+            negative_ids=np.concatenate([pair.negative_ids for pair in pairs]),
             keys=tuple(key for pair in pairs for key in pair.keys),
             relevance=np.concatenate([pair.relevance for pair in pairs]),
         )
+
+
+def _ids(sha256: Sequence[str]) -> npt.NDArray[np.int64]:
+    """Return the first 8 bytes of each hash."""
+    return np.array([int.from_bytes(bytes.fromhex(text)[:8], signed=True) for text in sha256], np.int64)

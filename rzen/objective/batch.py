@@ -11,6 +11,7 @@ from functools import cached_property
 
 from torch import Tensor
 
+from rzen.objective.identity import Identity
 from rzen.vectors import Vectors, take, widen
 
 
@@ -24,6 +25,9 @@ class Mined:
     """`[M]`, number of the query, among those of all ranks, that each was mined for; -1 where there is none."""
     teacher_scores: Tensor | None = None
     """`[M]`, score that a teacher gives each negative for its owner; NaN where unknown."""
+    ids: Tensor | None = None
+    """`[M]`, content of each negative, equal to the id of a target or query of equal content. Without them, a negative
+    that is a right answer of a row counts as a negative of it."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,11 @@ class Batch:
     """Mined negatives."""
     target_ids: Tensor | None = None
     """`[N]`, equal for targets of equal content. Such targets are duplicates, and never negatives of each other."""
+    query_ids: Tensor | None = None
+    """`[N]`, content of each query, equal to the id of a target or mined negative of equal content."""
+    instruction_ids: Tensor | None = None
+    """`[N]`, equal for queries that are asked with equal instructions. Queries are equal by content and instruction.
+    None where all have the same."""
     relevance: Tensor | None = None
     """`[N]`, grade of each pair of all ranks; NaN for pairs without one. Graded pairs are trained on their order."""
     teacher_scores: Tensor | None = None
@@ -63,6 +72,19 @@ class Batch:
     def positives(self) -> Vectors:
         """Targets of the own queries. One slice for all who use it, so that their gradients meet in one place."""
         return take(self.targets, self.own)
+
+    @cached_property
+    def identity(self) -> Identity:
+        """What the ids say about columns that are no negatives."""
+        return Identity.of(
+            self.target_ids,
+            self.query_ids,
+            self.instruction_ids,
+            None if self.mined is None else self.mined.ids,
+            num_pairs=len(self.targets),
+            num_mined=0 if self.mined is None else len(self.mined.owners),
+            device=self.targets.device,
+        )
 
     def widened(self) -> Batch:
         """Return the batch with all vectors in fp32 or wider. The 0.95 threshold and the softmax need it."""

@@ -29,7 +29,7 @@ def tile_loss(
     `scores_by_width` are `[R, C]` each, the full width last. `tau` is 0-dim, or `[R, 1]`.
     """
     with torch.no_grad():
-        not_negative_RC = tile.excluded | tile.duplicates
+        not_negative_RC = tile.excluded | tile.related
         for term in terms:
             marks_RC = term.drops(tile)
             if marks_RC is not None:

@@ -137,15 +137,17 @@ class Objective(nn.Module):
 
     def _contrast(self, batch: Batch, step: int, tau: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of both directions, and the statistics of queries against targets."""
-        hardness, ids = self.config.hardness, batch.target_ids
-        pools = [Pool(batch.queries, batch.targets, batch.targets, ids, hardness)]
+        hardness, identity = self.config.hardness, batch.identity
+        related = identity.query_to_targets
+        pools = [Pool(batch.queries, batch.targets, batch.targets, related, hardness)]
         for term in self.terms:
             pools += term.pools(batch)
         forward = Direction(pools, batch, step, self.similarity)
         loss, sums = self._tiled(forward, tau)
         share = sum(term.reverse_share for term in self.terms)
         if share:
-            among_queries = Pool(batch.positives, queries_of(batch), batch.targets, ids, hardness)
+            related = identity.target_to_queries
+            among_queries = Pool(batch.positives, queries_of(batch), batch.targets, related, hardness)
             reverse = Direction([among_queries], batch, step, self.similarity, is_reverse=True)
             reverse_loss, _ = self._tiled(reverse, tau)
             loss = (1 - share) * loss + share * reverse_loss

@@ -7,7 +7,7 @@ all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,9 @@ from rzen.config import HardnessConfig
 from rzen.objective.batch import Batch
 from rzen.objective.similarity import Similarity
 from rzen.vectors import Vectors, take
+
+Related = Callable[[Tensor], Tensor]
+"""Numbers of R rows among the pairs of all ranks -> bool `[R, C]`."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,8 @@ class Pool:
     keys: Vectors
     """One for each column: what is compared with a row's positive to find false negatives. It is the column itself
     where columns are targets, and the target of the column where they are queries."""
-    ids: Tensor | None
-    """`[C]`, content of the keys, equal for duplicates."""
+    related: Related
+    """Marks the columns that the ids show to be no negatives."""
     hardness: HardnessConfig | None
     """Weights of these negatives; None: all 1."""
     includes_row: bool = False
@@ -73,8 +76,9 @@ class Tile:
     """`[R]`, column of each row's positive, in the first pool."""
     excluded: Tensor
     """Bool `[R, C]`: the positive, and columns that are no candidates of the row at all."""
-    duplicates: Tensor
-    """Bool `[R, C]`: other columns that have the content of the positive. They are never negatives."""
+    related: Tensor
+    """Bool `[R, C]`: other columns that the ids show to be no negatives: duplicates of the positive, other right
+    answers of the query, the query itself (`rzen.objective.identity`)."""
 
     def split(self, values_RC: Tensor) -> tuple[Tensor, ...]:
         """Return the part of each pool, as views."""
@@ -89,6 +93,11 @@ class Tile:
             if id(pool.keys) not in found:
                 found[id(pool.keys)] = similarity.scores(positives, pool.keys)
         return join_columns([found[id(pool.keys)] for pool in pools])
+
+    def further_answers(self) -> Tensor:
+        """Mark the columns of the first pool that form a pair with the row in the batch, bool."""
+        identity = self.direction.batch.identity
+        return (identity.askers if self.direction.is_reverse else identity.answers)(self.positives)
 
     def teacher_scores(self) -> Tensor | None:
         """Return what the teacher gives the positive and the row's own mined negatives, `[R, C]`, NaN elsewhere.
@@ -112,9 +121,9 @@ def tile_of(direction: Direction, rows: slice) -> Tile:
     positive_R = offset + torch.arange(rows.start, rows.stop, device=device)
     shape = len(positive_R), sum(len(pool.columns) for pool in direction.pools)
     excluded_RC = torch.zeros(shape, dtype=torch.bool, device=device)
-    duplicates_RC = torch.zeros_like(excluded_RC)
+    related_RC = torch.zeros_like(excluded_RC)
     excluded_RC.scatter_(1, positive_R[:, None], True)
-    parts = zip(direction.pools, direction.split(excluded_RC), direction.split(duplicates_RC), strict=True)
+    parts = zip(direction.pools, direction.split(excluded_RC), direction.split(related_RC), strict=True)
     for pool, out_RC, same_RC in parts:
         if pool.includes_row:
             out_RC.scatter_(1, positive_R[:, None], True)
@@ -122,9 +131,8 @@ def tile_of(direction: Direction, rows: slice) -> Tile:
             out_RC |= pool.owners < 0
             if not pool.shared:
                 out_RC |= pool.owners != positive_R[:, None]
-        if pool.ids is not None:
-            torch.eq(pool.ids[positive_R, None], pool.ids, out=same_RC)
-    return Tile(direction, rows, positive_R, excluded_RC, duplicates_RC.logical_and_(~excluded_RC))
+        same_RC.copy_(pool.related(positive_R))
+    return Tile(direction, rows, positive_R, excluded_RC, related_RC.logical_and_(~excluded_RC))
 
 
 def join_columns(parts: Sequence[Tensor]) -> Tensor:

@@ -106,20 +106,20 @@ class FalseNegatives(Term):
         """Mark them; None during the warm-up."""
         if tile.direction.step < self.rule.warmup_steps:
             return None
-        return false_negatives(tile.positive_similarity(), tile.excluded, tile.duplicates, self.rule)
+        return false_negatives(tile.positive_similarity(), tile.excluded, tile.related, self.rule)
 
 
 def false_negatives(
-    similarity_RC: Tensor, excluded_RC: Tensor, duplicates_RC: Tensor, rule: FalseNegativeConfig
+    similarity_RC: Tensor, excluded_RC: Tensor, related_RC: Tensor, rule: FalseNegativeConfig
 ) -> Tensor:
     """Mark the negatives that look like the positive, bool `[R, C]`, within the cap of `rule`.
 
     `similarity_RC` is the score of each column's key with the row's positive, fp32; `excluded_RC` marks what is no
-    negative. The cap becomes a second threshold of each row: the most similar negative that has to stay. Duplicates
-    fill the cap first. Ties at the cap stay.
+    negative. The cap becomes a second threshold of each row: the most similar negative that has to stay. What the ids
+    show to be no negatives (`related_RC`) fills the cap first. Ties at the cap stay.
     """
     most_R = (rule.max_dropped_fraction * (~excluded_RC).sum(dim=1)).long()
-    similarity_RC = similarity_RC.masked_fill(duplicates_RC, torch.inf).masked_fill(excluded_RC, -torch.inf)
+    similarity_RC = similarity_RC.masked_fill(related_RC, torch.inf).masked_fill(excluded_RC, -torch.inf)
     alike_RC = similarity_RC > rule.threshold
     crowded_K = (alike_RC.sum(dim=1) > most_R).nonzero()[:, 0]
     if len(crowded_K):  # only these need to be ranked, which costs more than everything else
@@ -130,11 +130,13 @@ def false_negatives(
 
 
 class DuplicatesAsPositives(Term):
-    """Targets with the content of the positive are positives too. The engine never takes them for negatives."""
+    """Duplicates of the positive, and the targets of equal queries, are positives too. The engine never takes them for
+    negatives.
+    """
 
     def further_positives(self, tile: Tile) -> Tensor | None:
-        """Mark duplicates in the first pool. Those in other pools have not been scored as targets."""
-        return tile.split(tile.duplicates)[0]
+        """Mark them in the first pool. Those in other pools have not been scored as targets."""
+        return tile.further_answers()
 
 
 @dataclass(frozen=True)
@@ -177,9 +179,9 @@ class OtherQueries(Term):
 
     def pools(self, batch: Batch) -> list[Pool]:
         """Return the queries of all ranks."""
-        queries = queries_of(batch)
-        pool = Pool(batch.queries, queries, batch.targets, batch.target_ids, self.config.hardness, includes_row=True)
-        return [pool]
+        related = batch.identity.query_to_queries
+        queries, hardness = queries_of(batch), self.config.hardness
+        return [Pool(batch.queries, queries, batch.targets, related, hardness, includes_row=True)]
 
 
 @dataclass(frozen=True)
@@ -190,8 +192,9 @@ class OtherTargets(Term):
 
     def pools(self, batch: Batch) -> list[Pool]:
         """Return the targets of all ranks, scored with the own positives."""
+        related = batch.identity.target_to_targets
         hardness = self.config.hardness
-        return [Pool(batch.positives, batch.targets, batch.targets, batch.target_ids, hardness, includes_row=True)]
+        return [Pool(batch.positives, batch.targets, batch.targets, related, hardness, includes_row=True)]
 
 
 @dataclass(frozen=True)
@@ -210,7 +213,7 @@ class MinedNegatives(Term):
                 batch.queries,
                 mined.vectors,
                 mined.vectors,
-                None,
+                batch.identity.query_to_mined,
                 self.config.hardness,
                 owners=mined.owners,
                 shared=self.config.shared,

@@ -35,11 +35,14 @@ class _AllRanks:
     """Pairs of all ranks, rank after rank. Every rank has B of them."""
 
     targets: Vectors
-    target_ids: Tensor
+    ids: Tensor
+    """`[N, 3]`: ids of targets, queries and instructions."""
     num_mined: Tensor
     """`[N]`, mined negatives of each query."""
     mined: Tensor | None
     """K vectors for each of N queries, zero behind those that a query has; None where no rank has any."""
+    mined_ids: Tensor | None
+    """Their ids, `[N, K]`."""
     queries: Vectors | None
     relevance: Tensor | None
 
@@ -62,8 +65,9 @@ def contrasted_batches(
             return values.view(-1, len(pairs), *values.shape[1:])[:, rows].flatten(0, 1)
 
         mined = None
-        if gathered.mined is not None:
-            mined = _mined(of_block(gathered.mined), of_block(gathered.num_mined))
+        if gathered.mined is not None and gathered.mined_ids is not None:
+            mined = _mined(of_block(gathered.mined), of_block(gathered.num_mined), of_block(gathered.mined_ids))
+        target_ids, query_ids, instruction_ids = of_block(gathered.ids).unbind(dim=1)
         yield Batch(
             take(own.queries, rows),
             of_block(gathered.targets),
@@ -71,7 +75,9 @@ def contrasted_batches(
             rank * size,
             all_queries=None if gathered.queries is None else of_block(gathered.queries),
             mined=mined,
-            target_ids=of_block(gathered.target_ids),
+            target_ids=target_ids,
+            query_ids=query_ids,
+            instruction_ids=instruction_ids,
             relevance=None if gathered.relevance is None else of_block(gathered.relevance),
         )
         start += size
@@ -80,14 +86,17 @@ def contrasted_batches(
 def _gather(own: OwnVectors, pairs: EncodedPairs, needs_queries: bool) -> _AllRanks:
     device = own.targets.device
     counts_N = gather_ids(torch.tensor(pairs.negative_counts, device=device))
-    room = _with_room(own, pairs.negative_counts, int(counts_N.max()))
+    most = int(counts_N.max())
+    room = _with_room(own, pairs.negative_counts, most)
+    ids = np.stack([pairs.target_ids, pairs.query_ids, pairs.instruction_ids], axis=1)
     relevance_N = gather_ids(torch.tensor(pairs.relevance, device=device))
     is_graded = not bool(relevance_N.isnan().all())
     return _AllRanks(
         targets=gather_with_gradient(own.targets),
-        target_ids=gather_ids(torch.tensor(pairs.target_ids, device=device)),
+        ids=gather_ids(torch.tensor(ids, device=device)),
         num_mined=counts_N,
-        mined=gather_with_gradient(room) if room.shape[1] else None,
+        mined=gather_with_gradient(room) if most else None,
+        mined_ids=gather_ids(_ids_with_room(pairs, most).to(device)) if most else None,
         queries=gather_with_gradient(own.queries) if is_graded or needs_queries else None,
         relevance=relevance_N if is_graded else None,
     )
@@ -103,11 +112,19 @@ def _with_room(own: OwnVectors, counts: npt.NDArray[np.int64], most: int) -> Ten
     return room
 
 
-def _mined(vectors: Tensor, counts_N: Tensor) -> Mined:
+def _ids_with_room(pairs: EncodedPairs, most: int) -> Tensor:
+    """Return the ids of the mined negatives in the places of `_with_room`, 0 where there is none."""
+    counts_B = torch.tensor(pairs.negative_counts)
+    room_BK = torch.zeros(len(counts_B), most, dtype=torch.int64)
+    room_BK[_is_filled(counts_B, most)] = torch.tensor(pairs.negative_ids)
+    return room_BK
+
+
+def _mined(vectors: Tensor, counts_N: Tensor, ids_NK: Tensor) -> Mined:
     """Return the negatives of a block with their owners; -1 owns what is empty."""
     owners_N1 = torch.arange(len(counts_N), device=counts_N.device)[:, None]
     owners_NK = owners_N1.where(_is_filled(counts_N, vectors.shape[1]), -1)
-    return Mined(vectors.flatten(0, 1), owners_NK.flatten())
+    return Mined(vectors.flatten(0, 1), owners_NK.flatten(), ids=ids_NK.flatten())
 
 
 def _is_filled(counts_N: Tensor, most: int) -> Tensor:

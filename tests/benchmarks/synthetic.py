@@ -137,8 +137,11 @@ def encode(pairs: Sequence[Pair], config: Any) -> list[EncodedPairs]:
             queries=_encode(query, config, rng),
             targets=_encode(target, config, rng),
             target_ids=np.array([number]),
+            query_ids=np.array([-1 - number]),
+            instruction_ids=np.zeros(1, np.int64),
             negatives=None,
             negative_counts=np.zeros(1, np.int64),
+            negative_ids=np.zeros(0, np.int64),
             keys=(f"synthetic/{number}",),
             relevance=np.full(1, np.nan),
         )

@@ -69,7 +69,15 @@ def encode(processor: Processor, step: int, index: int) -> EncodedPairs:
     target = DecodedInput(text=f"{TEXTS[index % 5]} {step}")
     if index >= GLOBAL_BATCH // 2:
         target = DecodedInput(visuals=(noise("image", 1, 61, 97, 10 * step + index),))
-    sample = Sample(f"{step}-{index}", "s", "a", Input(), Input(), target_sha256=f"{step:02x}{index:02x}" * 16)
+    sample = Sample(
+        f"{step}-{index}",
+        "s",
+        "a",
+        Input(),
+        Input(),
+        target_sha256=f"{step:02x}{index:02x}" * 16,
+        query_sha256=f"{index:02x}{step:02x}ff" * 16,
+    )
     query = DecodedInput(text=f"{TEXTS[(index + step) % 5]} {index}")
     return PairEncoder(processor).sample(DecodedSample(sample, query, target))
 

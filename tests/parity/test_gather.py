@@ -16,7 +16,14 @@ from rzen.objective.loss import Objective
 from tests.gloo import run_workers
 
 ROWS, NEGATIVES, INPUT, WIDTH = 12, 6, 7, 5
-FAULTS = ("gather detached", "gradient averaged in the gather", "positives of rank 0", "loss times ranks")
+FAULTS = (
+    "gather detached",
+    "gradient averaged in the gather",
+    "positives of rank 0",
+    "loss times ranks",
+    "queries of rank 0",
+    "mined ids of this rank",
+)
 CONFIG = ObjectiveConfig(
     false_negatives=FalseNegativeConfig(threshold=0.5, warmup_steps=0, max_dropped_fraction=0.25),
     temperature=TemperatureConfig(initial=0.1),
@@ -34,6 +41,8 @@ def inputs() -> dict[str, Tensor]:
         "targets": normal(ROWS, INPUT),
         "negatives": normal(NEGATIVES, INPUT),
         "ids": torch.tensor([0, 1, 2, 3, 0, 5, 6, 3, 8, 9, 10, 0]),  # duplicates within and across ranks
+        "query ids": torch.tensor([20, 21, 22, 20, 24, 25, 8, 27, 28, 21, 30, 31]),  # equal across ranks; one a target
+        "mined ids": torch.tensor([40, 1, 42, 20, 9, 45]),  # targets and a query, mostly of other ranks
         "encoder": normal(INPUT, WIDTH),
     }
 
@@ -54,14 +63,20 @@ def one_step(part: dict[str, Tensor], rank: int, fault: str = "") -> dict[str, T
     if fault == "gradient averaged in the gather":  # data parallelism averages already
         share = 1 / dist.get_world_size()
         gathered = share * gathered + (1 - share) * gathered.detach()
+    query_ids, mined_ids = gather_ids(part["query ids"]), gather_ids(part["mined ids"])
+    if fault == "queries of rank 0":  # every rank takes the first rows for its own
+        query_ids = query_ids.roll(offset)
+    if fault == "mined ids of this rank":
+        mined_ids = part["mined ids"].repeat(dist.get_world_size())
     loss, stats = objective(
         Batch(
             queries,
             gathered,
             "b",
             positive_offset=0 if fault == "positives of rank 0" else offset,
-            mined=Mined(gather_with_gradient(negatives), torch.zeros(NEGATIVES, dtype=torch.int64)),
+            mined=Mined(gather_with_gradient(negatives), torch.zeros(NEGATIVES, dtype=torch.int64), ids=mined_ids),
             target_ids=gather_ids(part["ids"]),
+            query_ids=query_ids,
         ),
         step=0,
     )
@@ -118,6 +133,9 @@ def test_workers_equal_one_process(world_size: int) -> None:
         assert min(misplaced["queries"], misplaced["encoder"]) > 0.05
         scaled = relative_errors([result["loss times ranks"] for result in results], expected)
         assert min(scaled["encoder"], scaled["theta"]) > 0.5
+        for fault in ("queries of rank 0", "mined ids of this rank"):
+            errors = relative_errors([result[fault] for result in results], expected)
+            assert min(errors["loss"], errors["encoder"]) > 1e-3, (fault, errors)
 
 
 def gather_unequal(rank: int, _world_size: int) -> Any:

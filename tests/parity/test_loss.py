@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -39,6 +39,10 @@ IDS = [
     4,
 ]  # rows 4 to 8 are positives; 6 and 10 are duplicates of 4, 9 is a duplicate of 5
 OWNERS = [4, 4, 6, -1, 8, 1]  # queries that the mined negatives belong to; one is padding
+# Queries 2, 4 and 9 are equal. Query 7 shows what targets 5 and 9 show, and query 10 what its own target shows.
+QUERY_IDS = [20, 21, 24, 23, 24, 25, 26, 5, 28, 24, 4]
+INSTRUCTIONS = [0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0]  # with them, query 9 is not that of 2 and 4
+MINED_IDS = [2, 30, 26, 4, 4, 5]  # a right answer of query 4, query 6 itself, and targets of other queries
 
 
 def config(
@@ -67,6 +71,9 @@ class RankData:
     mined: Tensor
     ids: list[int] | None = None
     owners: list[int] | None = None
+    query_ids: list[int] | None = None
+    instructions: list[int] | None = None
+    mined_ids: list[int] | None = None
 
     @property
     def own(self) -> Tensor:
@@ -85,8 +92,65 @@ class Column:
     pool: str
     score: Tensor
     key: Tensor  # vector that is compared with the positive
-    content: int | None
+    known: bool  # no negative, as the ids show
+    is_answer: bool  # a right answer of the row
     hardness: HardnessConfig | None
+
+
+@dataclass
+class Known:
+    """What the ids say, pair by pair. Contents are numbers; those without an id are equal to nothing."""
+
+    data: RankData
+    fault: str = ""
+
+    def target(self, j: int) -> int:
+        return self.data.ids[j] if self.data.ids else 1000 + j
+
+    def query(self, j: int) -> int:
+        return self.data.query_ids[j] if self.data.query_ids else 2000 + j
+
+    def mined(self, m: int) -> int:
+        return self.data.mined_ids[m] if self.data.mined_ids else 3000 + m
+
+    def asked(self, j: int) -> tuple[int, int]:
+        with_instruction = self.data.instructions and self.fault != "instructions ignored"
+        return self.query(j), self.data.instructions[j] if with_instruction and self.data.instructions else 0
+
+    def answers(self, i: int, content: int) -> bool:
+        """Whether some pair calls this content a right answer of query i."""
+        if self.fault == "equal queries are negatives":
+            return content == self.target(i)
+        return any(self.asked(k) == self.asked(i) and self.target(k) == content for k in range(ALL))
+
+    def are_a_pair(self, one: int, other: int) -> bool:
+        return any({one, other} == {self.query(k), self.target(k)} for k in range(ALL))
+
+    def of_query(self, i: int, content: int) -> bool:
+        """Whether a target or mined negative of this content is no negative of query i."""
+        if self.answers(i, content):
+            return True
+        if self.fault == "the query itself stays":
+            return False
+        answered = any(self.target(k) == self.query(i) and self.query(k) == content for k in range(ALL))
+        return content == self.query(i) or answered
+
+    def of_queries(self, i: int, j: int) -> bool:
+        in_common = any(self.answers(i, self.target(k)) and self.answers(j, self.target(k)) for k in range(ALL))
+        return in_common or self.of_query(i, self.query(j))
+
+    def of_target_and_query(self, i: int, j: int) -> bool:
+        if self.answers(j, self.target(i)):
+            return True
+        if self.fault == "the query itself stays":
+            return False
+        answers = any(self.query(k) == self.target(i) and self.target(k) == self.query(j) for k in range(ALL))
+        return self.query(j) == self.target(i) or answers
+
+    def of_targets(self, i: int, j: int) -> bool:
+        one, other = self.target(i), self.target(j)
+        in_common = any(self.answers(k, one) and self.answers(k, other) for k in range(ALL))
+        return one == other or in_common or self.are_a_pair(one, other)
 
 
 @dataclass
@@ -116,41 +180,51 @@ class Oracle:
     def columns(self, batch: RankData, i: int, dims: int) -> tuple[Column, list[Column]]:
         """The positive of query i, and everything else it meets."""
         queries, targets, mined = (self.cut(part, dims) for part in (batch.queries, batch.targets, batch.mined))
-        content = batch.ids or list(range(ALL))
-        hardness = self.config.hardness
+        hardness, ids = self.config.hardness, Known(batch, self.fault)
 
-        def column(pool: str, score: Tensor, j: int) -> Column:
-            return Column(pool, score, batch.targets[j].detach(), content[j], hardness)
+        def column(pool: str, score: Tensor, j: int, known: bool, is_answer: bool = False) -> Column:
+            return Column(pool, score, batch.targets[j].detach(), known, is_answer, hardness)
 
-        positive = column("targets", queries[i] @ targets[i], i)
-        others = [column("targets", queries[i] @ targets[j], j) for j in range(ALL) if j != i]
+        def target(j: int) -> Column:
+            content = ids.target(j)
+            return column("targets", queries[i] @ targets[j], j, ids.of_query(i, content), ids.answers(i, content))
+
+        positive = target(i)
+        others = [target(j) for j in range(ALL) if j != i]
         with_itself = self.fault == "a row is its own negative"
         if "queries" in self.config.same_side:
-            others += [column("queries", queries[i] @ queries[j], j) for j in range(ALL) if j != i or with_itself]
+            for j in range(ALL):
+                if j != i or with_itself:
+                    known = ids.of_queries(i, j) and not (j == i and with_itself)
+                    others.append(column("queries", queries[i] @ queries[j], j, known))
         if "targets" in self.config.same_side:
-            others += [column("same targets", targets[i] @ targets[j], j) for j in range(ALL) if j != i or with_itself]
+            for j in range(ALL):
+                if j != i or with_itself:
+                    known = ids.of_targets(i, j) and not (j == i and with_itself)
+                    others.append(column("same targets", targets[i] @ targets[j], j, known))
         if batch.owners is not None:
             shared, weights = self.config.mined.shared, self.config.mined.hardness
             for m, owner in enumerate(batch.owners):
                 mine = i + 1 if self.fault == "mined for the next query" else i
                 if owner == mine or (owner >= 0 and shared):
                     key = batch.mined[m].detach()
-                    others.append(Column("mined", queries[i] @ mined[m], key, None, weights))
+                    known = ids.of_query(i, ids.mined(m)) and self.fault != "mined negatives without ids"
+                    others.append(Column("mined", queries[i] @ mined[m], key, known, False, weights))
         return positive, others
 
     def columns_back(self, batch: RankData, i: int, dims: int) -> tuple[Column, list[Column]]:
         """The query of target i, and all other queries."""
         queries, targets = (self.cut(part, dims) for part in (batch.queries, batch.targets))
-        content = batch.ids or list(range(ALL))
-        found = [
-            Column("targets", targets[i] @ queries[j], batch.targets[j].detach(), content[j], self.config.hardness)
-            for j in range(ALL)
-        ]
+        found, ids = [], Known(batch, self.fault)
+        for j in range(ALL):
+            known, is_answer = ids.of_target_and_query(i, j), ids.answers(j, ids.target(i))
+            key = batch.targets[j].detach()
+            found.append(Column("targets", targets[i] @ queries[j], key, known, is_answer, self.config.hardness))
         return found[i], found[:i] + found[i + 1 :]
 
     def row(self, positive: Column, others: list[Column], tau: Tensor) -> Tensor:
         rule = self.config.false_negatives if self.step >= 10 else None
-        duplicates = [column for column in others if column.content is not None and column.content == positive.content]
+        duplicates = [column for column in others if column.known]
         dropped = set() if self.fault == "duplicates stay" else {id(column) for column in duplicates}
         if rule is not None:
             like = {id(column): float(column.key @ positive.key) for column in others}
@@ -159,8 +233,9 @@ class Oracle:
             if self.fault != "duplicates stay":
                 like |= {id(column): math.inf for column in duplicates}
             cap = len(others) if self.fault == "no cap" else int(rule.max_dropped_fraction * len(others))
-            most_alike = sorted(others, key=lambda column: -like[id(column)])[:cap]
-            dropped |= {id(column) for column in most_alike if like[id(column)] > rule.threshold}
+            falling = [*sorted((like[id(column)] for column in others), reverse=True), -math.inf]
+            least = max(rule.threshold, falling[cap])  # ties at the cap stay
+            dropped |= {id(column) for column in others if like[id(column)] > least}
         if self.config.margin is not None:
             most = (0 if self.fault == "margin from zero" else float(positive.score.detach())) + self.config.margin
             dropped |= {id(column) for column in others if float(column.score.detach()) > most}
@@ -179,7 +254,7 @@ class Oracle:
                 negatives = negatives + weight * torch.exp(column.score / tau)
         wanted = [positive]
         if self.config.duplicates == "positive":
-            wanted += [column for column in duplicates if column.pool == "targets"]
+            wanted += [column for column in duplicates if column.is_answer]
         losses = []
         for column in wanted:
             numerator = torch.exp(column.score / tau)
@@ -205,10 +280,14 @@ class Oracle:
         return torch.exp(exponent if flows else exponent.detach())
 
 
+def ids_of(numbers: list[int] | None) -> Tensor | None:
+    return None if numbers is None else torch.tensor(numbers)
+
+
 def evaluate(made: ObjectiveConfig, data: RankData, step: int = 10, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     """Our loss, and its gradients by queries, targets, mined negatives and theta."""
     objective = Objective(made, TASKS).to(dtype)
-    mined = None if data.owners is None else Mined(data.mined, torch.tensor(data.owners))
+    mined = None if data.owners is None else Mined(data.mined, torch.tensor(data.owners), ids=ids_of(data.mined_ids))
     loss, _ = objective(
         Batch(
             data.own,
@@ -217,7 +296,9 @@ def evaluate(made: ObjectiveConfig, data: RankData, step: int = 10, dtype: torch
             positive_offset=OFFSET,
             all_queries=data.queries if objective.needs_queries else None,
             mined=mined,
-            target_ids=None if data.ids is None else torch.tensor(data.ids),
+            target_ids=ids_of(data.ids),
+            query_ids=ids_of(data.query_ids),
+            instruction_ids=ids_of(data.instructions),
         ),
         step=step,
     )
@@ -289,13 +370,51 @@ def test_loss_and_gradients_equal_the_double_loop(
     assert distance(evaluate(made, data), expected(made, data)) < 1e-9
 
 
+def with_equal_queries(instructions: list[int] | None = None) -> RankData:
+    return replace(batch(IDS, OWNERS), query_ids=QUERY_IDS, instructions=instructions, mined_ids=MINED_IDS)
+
+
+@pytest.mark.parametrize("instructions", [None, INSTRUCTIONS], ids=["no instructions", "instructions"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_ids_of_queries_and_mined_negatives_equal_the_double_loop(
+    options: dict[str, Any], instructions: list[int] | None
+) -> None:
+    data, made = with_equal_queries(instructions), config(**options)
+    assert distance(evaluate(made, data), expected(made, data)) < 1e-9
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_ids_without_equal_contents_change_no_bit(options: dict[str, Any]) -> None:
+    data, made = batch(IDS, OWNERS), config(**options)
+    named = replace(
+        data, query_ids=list(range(100, 100 + ALL)), instructions=INSTRUCTIONS, mined_ids=[*range(200, 206)]
+    )
+    for one, other in zip(evaluate(made, data), evaluate(made, named), strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("tile_rows", [1, 2, 3, 5, 9])
 @pytest.mark.parametrize("tau", [0.5, 0.005], ids=["loss of about 3", "tiny losses"])
 @pytest.mark.parametrize("options", [OPTIONS["recipe"], OPTIONS["everything"]], ids=["recipe", "everything"])
 def test_tiles_change_nothing(options: dict[str, Any], tau: float, tile_rows: int) -> None:
-    data = batch(IDS, OWNERS)
+    data = with_equal_queries()
     whole, tiled = (evaluate(config(tau=tau, tile_rows=rows, **options), data) for rows in (None, tile_rows))
     assert distance(tiled, whole) < 1e-12
+
+
+IDENTITY_FAULTS: dict[str, dict[str, Any]] = {
+    "equal queries are negatives": {"symmetric": 0.5},
+    "the query itself stays": {"symmetric": 0.5, "hardness": None},
+    "instructions ignored": {"symmetric": 0.5},
+    "mined negatives without ids": {},
+}
+
+
+@pytest.mark.parametrize("fault", IDENTITY_FAULTS)
+def test_the_double_loop_catches_planted_faults_of_ids(fault: str) -> None:
+    data, made = with_equal_queries(INSTRUCTIONS), config(**IDENTITY_FAULTS[fault], rule=None)
+    assert distance(evaluate(made, data), expected(made, data)) < 1e-9
+    assert distance(evaluate(made, data), expected(made, data, fault=fault)) > 1e-2
 
 
 FAULTS: dict[str, dict[str, Any]] = {
@@ -404,6 +523,62 @@ def test_tiles_never_hold_queries_times_columns(options: dict[str, Any]) -> None
     bound = max(inputs, 8 * tile_rows * num_columns)
     assert largest_tensor(config(tile_rows=tile_rows, **options), data) <= bound
     assert largest_tensor(config(**options), data) > bound  # all at once shows: so would tiles that are ignored
+
+
+def perfect(groups: list[int], queries: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Unit vectors in fp64. A query is its target, and that of a group is the mean of its targets."""
+    generator = torch.Generator().manual_seed(0)
+    targets = normalize(torch.randn(len(groups), 16, generator=generator, dtype=torch.float64), dim=1)
+    members = torch.tensor([[float(one == other) for other in groups] for one in groups], dtype=torch.float64)
+    return normalize(members @ targets, dim=1), targets
+
+
+ALL_POOLS = {"symmetric": 0.5, "same_side": ["queries", "targets"], "mined": MinedConfig(hardness=None)}
+
+
+def test_a_perfect_model_has_no_loss_from_equal_queries() -> None:
+    """Two pictures that one caption describes. Each is a right answer, so that nothing is left to learn."""
+    queries, targets = perfect([0, 0, 2, 3])
+    objective = Objective(config(alpha=0.0, rule=None, tau=0.02, **ALL_POOLS), ["t"]).double()
+    ids = {"target_ids": torch.arange(4), "query_ids": torch.tensor([10, 10, 12, 13])}
+    blind, _ = objective(Batch(queries, targets, "t", all_queries=queries, target_ids=torch.arange(4)), step=0)
+    loss, stats = objective(Batch(queries, targets, "t", all_queries=queries, **ids), step=0)
+    assert float(blind.detach()) > 0.3
+    assert float(loss.detach()) < 1e-3
+    assert float(stats["accuracy"]) == 1.0
+
+
+@pytest.mark.parametrize("owner", [0, 1, 2])
+def test_a_mined_negative_that_is_a_positive_is_left_out(owner: int) -> None:
+    """By hand in fp64: it shows what target 1 shows, so that only query 1 does without it, whoever it was mined for."""
+    queries, targets = perfect([0, 1, 2, 3])
+    objective = Objective(config(alpha=0.0, rule=None, tau=0.05, mined=MinedConfig(hardness=None)), ["t"]).double()
+    mined = Mined(targets[1:2].clone(), torch.tensor([owner]), ids=torch.tensor([1]))
+    loss, _ = objective(Batch(queries, targets, "t", mined=mined, target_ids=torch.arange(4)), step=0)
+    rows = []
+    for i in range(4):
+        columns = [queries[i] @ target for target in targets] + ([] if i == 1 else [queries[i] @ targets[1]])
+        rows.append(torch.logsumexp(torch.stack(columns) / 0.05, 0) - queries[i] @ targets[i] / 0.05)
+    assert float(loss.detach()) == pytest.approx(float(sum(rows) / 4), rel=1e-5)
+
+
+def test_a_query_that_is_a_target_is_no_negative_of_itself() -> None:
+    """Pairs b -> c and a -> b: b is query 0 and target 1. Query 0 is not pushed away from b, a and c.
+
+    What is left of its negatives is the third pair, which is far.
+    """
+    one, other = torch.eye(4, dtype=torch.float64)[:2]
+    vectors = torch.stack([one, one, other])
+    made = config(alpha=0.0, rule=None, tau=0.05, same_side=["queries", "targets"], mined=MinedConfig(hardness=None))
+    objective = Objective(made, ["t"]).double()
+    for mined_id in (1, 2, 0):  # b itself, its answer, and the query that it answers
+        losses = []
+        for ids in ({"query_ids": torch.tensor([1, 0, 4])}, {}):
+            mined = Mined(one[None], torch.tensor([0]), ids=torch.tensor([mined_id]) if ids else None)
+            data = Batch(vectors[:1], vectors, "t", all_queries=vectors, mined=mined, **ids)
+            losses.append(float(objective(replace(data, target_ids=torch.tensor([2, 1, 5])), step=0)[0].detach()))
+        assert losses[0] < 1e-6
+        assert losses[1] > 1
 
 
 def test_without_extras_it_is_cross_entropy() -> None:

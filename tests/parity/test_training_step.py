@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import pickle
 import subprocess
@@ -67,14 +68,15 @@ def learner_of(model_dir: str, lora: LoraConfig | None = None, config: Objective
 
 
 def decoded(query: DecodedInput, target: DecodedInput, sha256: str, *negatives: DecodedInput) -> DecodedSample:
-    sample = Sample("000017", "flickr", "a", Input(), Input(), target_sha256=sha256)
-    return DecodedSample(sample, query, target, negatives)
+    contents = tuple(hashlib.sha256(repr(part).encode()).hexdigest() for part in (query, *negatives))
+    sample = Sample("000017", "flickr", "a", Input(), Input(), target_sha256=sha256, query_sha256=contents[0])
+    return DecodedSample(sample, query, target, negatives, contents[1:])
 
 
 def pairs_by_rank(model_dir: str) -> list[list[EncodedPairs]]:
-    """Three pairs of text alone for rank 0, three with visuals for rank 1; one target occurs on both.
+    """Three pairs of text alone for rank 0, three with visuals for rank 1; one target and one query occur on both.
 
-    Two of six have mined negatives, an unequal number.
+    Two of six have mined negatives, an unequal number. One of these shows what a query shows.
     """
     encoder = PairEncoder(Processor(model_dir, PROMPT))
     image, video = noise("image", 1, 61, 97), noise("video", 3, 59, 83, 2)
@@ -94,7 +96,7 @@ def pairs_by_rank(model_dir: str) -> list[list[EncodedPairs]]:
             video_input,
             text_input,
         ),
-        decoded(DecodedInput(visuals=(video,)), DecodedInput(text=TEXTS[1]), same),
+        decoded(DecodedInput(text=TEXTS[2]), DecodedInput(text=TEXTS[1]), same),
     ]
     return [[encoder.sample(sample) for sample in samples] for samples in (text, mixed)]
 
