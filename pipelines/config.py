@@ -28,9 +28,11 @@ def _default_document_backend() -> DocumentBackend:
 
 
 class Config(BaseModel):
-    """Base of all settings. Unknown keys and types that would be converted silently are errors. Values are frozen."""
+    """Base of all settings. Unknown keys and types that would be converted silently are errors, and so are infinite numbers. Values are frozen."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class MediaConfig(Config):

@@ -6,31 +6,23 @@ text -> plain data with the line of every key -> `--set a.b=c` on top -> spec cl
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from jobs.spec.job import JobConfig
 from jobs.spec.kinds import did_you_mean, find_kind, kind_names
+from jobs.spec.yaml_text import MAX_BYTES, MAX_DEPTH, Key, parse_yaml
 from pipelines.errors import UserError
 
-Key = tuple[str, ...]
 _MAX_PROBLEMS = 8
+_MAX_BASES = 16  # a file on a file on a file ...
+_MAX_SHOWN = 200  # letters of a value in an error
 _BUILTIN = Path(__file__).resolve().parents[1]
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which `2e-4` is a number, as in YAML 1.2, and a repeated key is an error."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+)([eE][-+]?\d+)$"), list("-+0123456789.")
-)
 
 
 @dataclass(frozen=True)
@@ -54,8 +46,12 @@ class Document:
 
         `place(key)` returns where the change of a key was written.
         """
-        places = dict(self.places)
-        return Document(_merge(self.data, changes, (), places, place), self.name, self.folder, places)
+        changed: list[Key] = []
+        merged = _merge(self.data, changes, (), changed)
+        replaced = set(changed)
+        kept = {key: where for key, where in self.places.items() if not _is_below(key, replaced)}
+        new = {key: place(key) for top in changed for key in _keys(_at(merged, top), top)}
+        return Document(merged, self.name, self.folder, kept | new)
 
     def place_under(self, *around: str) -> Callable[[Key], str]:
         """Return a function for the places of keys within the part of this document at `around`."""
@@ -71,27 +67,20 @@ def read_document(path: str | Path, folder: Path | None = None, above: tuple[Pat
     file = Path(path) if folder is None else folder / path
     if not file.is_file() and (_BUILTIN / file.name).is_file() and file.parent.name in ("jobs", ""):
         file = _BUILTIN / file.name
-    try:
-        text = file.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=_Loader)
-    except FileNotFoundError as error:
-        shipped = ", ".join(sorted(f"jobs/{spec.name}" for spec in _BUILTIN.glob("*.yaml")))
-        raise UserError(str(path), "no such file", f"name a spec of your own, or one of {shipped}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(str(path), f"cannot be read: {error}", "name a YAML file") from error
-    except yaml.YAMLError as error:
-        line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
-        raise UserError(f"{path}:{line}", f"is not YAML: {getattr(error, 'problem', error)}", "fix the line") from error
-    if not isinstance(node, yaml.MappingNode):
+    data, places = parse_yaml(_read_text(file, str(path)), str(path))
+    if not isinstance(data, dict):
         raise UserError(str(path), "is not a mapping of settings", "start with `kind: ...`")
-    places: dict[Key, str] = {}
-    document = Document(_plain(node, (), str(path), places), str(path), file.resolve().parent, places)
+    document = Document(data, str(path), file.resolve().parent, places)
     base = document.data.pop("base", None)
     if base is None:
         return document
+    if not isinstance(base, str):
+        raise UserError(document.place(("base",)), f"base={base!r} is not a file", "name a YAML file")
     if file.resolve() in above:
         raise UserError(document.place(("base",)), f"{path} is based on itself", "name another base")
-    below = read_document(str(base), document.folder, (*above, file.resolve()))
+    if len(above) >= _MAX_BASES:
+        raise UserError(document.place(("base",)), f"is the base of {_MAX_BASES} others", "use fewer files")
+    below = read_document(base, document.folder, (*above, file.resolve()))
     return replace(below.overlaid(document.data, document.place), name=document.name, folder=document.folder)
 
 
@@ -99,12 +88,11 @@ def override(document: Document, overrides: Sequence[str]) -> Document:
     """Return the document with each `a.b=c` on top. The value is YAML."""
     for text in overrides:
         key, equals, value = text.partition("=")
-        if not equals or not all(key.split(".")):
-            raise UserError(f"--set {text}", "is not of the form key=value", "write it like --set optim.lr=1e-4")
-        try:
-            change = yaml.load(value, Loader=_Loader)  # a subclass of SafeLoader
-        except yaml.YAMLError as error:
-            raise UserError(f"--set {text}", "its value is not YAML", "quote it") from error
+        parts = key.split(".")
+        if not equals or not all(parts) or len(parts) > MAX_DEPTH:
+            place = f"--set {_shortened(text)}"
+            raise UserError(place, "is not of the form key=value", "write it like --set optim.lr=1e-4")
+        change, _ = parse_yaml(value, f"--set {_shortened(text)}", one_line=True)
         document = document.overlaid(nested(key, change), partial(_place_on_command_line, text))
     return document
 
@@ -116,7 +104,25 @@ def nested(key: str, value: Any) -> dict[str, Any]:
 
 
 def _place_on_command_line(text: str, key: Key) -> str:
-    return f"--set {text}"
+    return f"--set {_shortened(text)}"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
+
+
+def _read_text(file: Path, name: str) -> str:
+    """Return the text of a YAML file. Raises `UserError` for other files, such as devices and very large ones."""
+    if not file.exists():
+        shipped = ", ".join(sorted(f"jobs/{spec.name}" for spec in _BUILTIN.glob("*.yaml")))
+        raise UserError(name, "no such file", f"name a spec of your own, or one of {shipped}")
+    try:
+        if not file.is_file():  # reading a device or a pipe may never end
+            raise UserError(name, "is not a file", "name a YAML file")
+        with file.open("rb") as content:
+            return content.read(MAX_BYTES + 1).decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(name, f"cannot be read: {error}", "name a YAML file in UTF-8") from error
 
 
 def check(document: Document) -> JobConfig:
@@ -130,9 +136,10 @@ def check(document: Document) -> JobConfig:
     try:
         return model.model_validate(document.data)
     except ValidationError as error:
-        problems = [_explain(document, model, key, problem) for key, problem in _distinct(error, document.data)]
-        first, rest = problems[0], problems[1:_MAX_PROBLEMS]
-        more = [f"... and {len(problems) - _MAX_PROBLEMS} more"] if len(problems) > _MAX_PROBLEMS else []
+        distinct = _distinct(error, document.data)
+        # Explaining takes milliseconds each, and a file may have thousands of problems.
+        first, *rest = (_explain(document, model, key, problem) for key, problem in distinct[:_MAX_PROBLEMS])
+        more = [f"... and {len(distinct) - _MAX_PROBLEMS} more"] if len(distinct) > _MAX_PROBLEMS else []
         raise UserError(first.place, first.problem, "\n".join([first.fix, *map(str, rest), *more])) from error
 
 
@@ -153,39 +160,29 @@ def substitute(data: Any, values: Mapping[str, Any], place: str) -> Any:
     return re.sub(r"\$\{(\w+)\}", lambda match: str(values[match[1]]), data)
 
 
-def _plain(node: yaml.Node, key: Key, name: str, places: dict[Key, str]) -> Any:
-    places[key] = f"{name}:{node.start_mark.line + 1}"
-    if isinstance(node, yaml.MappingNode):
-        mapping: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            part = str(key_node.value)
-            if part in mapping:
-                raise UserError(
-                    f"{name}:{key_node.start_mark.line + 1}", f"{part!r} is given twice", "keep one of them"
-                )
-            mapping[part] = _plain(value_node, (*key, part), name, places)
-            places[*key, part] = f"{name}:{key_node.start_mark.line + 1}"
-        return mapping
-    if isinstance(node, yaml.SequenceNode):
-        return [_plain(item, (*key, str(i)), name, places) for i, item in enumerate(node.value)]
-    return _Loader("").construct_object(node)
-
-
-def _merge(
-    data: Mapping[str, Any], changes: Mapping[str, Any], key: Key, places: dict[Key, str], place: Callable[[Key], str]
-) -> dict[str, Any]:
+def _merge(data: Mapping[str, Any], changes: Mapping[str, Any], key: Key, changed: list[Key]) -> dict[str, Any]:
+    """Return `data` with `changes` on top. The keys whose values are replaced are added to `changed`."""
     merged = dict(data)
     for part, change in changes.items():
         inner = (*key, part)
         old = merged.get(part)
         if isinstance(old, dict) and isinstance(change, dict):
-            merged[part] = _merge(old, change, inner, places, place)
+            merged[part] = _merge(old, change, inner, changed)
             continue
-        for stale in [known for known in places if known[: len(inner)] == inner]:
-            del places[stale]
-        places |= {changed: place(changed) for changed in _keys(change, inner)}
+        changed.append(inner)
         merged[part] = change
     return merged
+
+
+def _is_below(key: Key, tops: Set[Key]) -> bool:
+    """Return whether a key is one of `tops` or inside of one."""
+    return any(key[:length] in tops for length in range(1, len(key) + 1))
+
+
+def _at(data: Any, key: Key) -> Any:
+    for part in key:
+        data = data[part]
+    return data
 
 
 def _keys(data: Any, key: Key) -> Iterator[Key]:
@@ -200,11 +197,8 @@ def _distinct(error: ValidationError, data: Any) -> list[tuple[Key, Any]]:
     problems: dict[Key, Any] = {}
     for problem in error.errors():
         problems.setdefault(_written_key(data, problem), problem)
-    return [
-        (key, problem)
-        for key, problem in problems.items()
-        if not (isinstance(problem["input"], dict) and any(other[: len(key)] == key != other for other in problems))
-    ]
+    inner = {key[:length] for key in problems for length in range(len(key))}  # keys with a problem inside of them
+    return [(key, some) for key, some in problems.items() if not (isinstance(some["input"], dict) and key in inner)]
 
 
 def _written_key(data: Any, problem: Any) -> Key:
@@ -233,7 +227,7 @@ def _explain(document: Document, model: type[BaseModel], key: Key, problem: Any)
             return UserError(document.place(key), f"{dotted + ': ' if dotted else ''}{message}", "change one of them")
     rule = message[0].lower() + message[1:]
     fix = f"rzen schema {document.data['kind']} documents it"
-    return UserError(document.place(key), f"{dotted}={problem['input']!r}: {rule}", fix)
+    return UserError(document.place(key), f"{dotted}={_shortened(repr(problem['input']))}: {rule}", fix)
 
 
 def _fields(model: type[BaseModel], loc: Sequence[Any]) -> list[str]:

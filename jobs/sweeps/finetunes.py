@@ -9,7 +9,8 @@ from typing import Any
 from jobs.evaluation.scores import model_of
 from jobs.runtime.progress import say
 from jobs.spec.job import JobConfig
-from jobs.spec.load import Document, Key, check, nested, read_document
+from jobs.spec.load import Document, check, nested, read_document
+from jobs.spec.yaml_text import Key
 from jobs.sweeps import soup
 from jobs.sweeps.specs import FinetunesSpec
 from jobs.training.runs import DONE, Run
