@@ -28,7 +28,10 @@ def _default_document_backend() -> DocumentBackend:
 
 
 class Config(BaseModel):
-    """Base of all settings. Unknown keys and types that would be converted silently are errors, and so are infinite numbers. Values are frozen."""
+    """Base of all settings. Values are frozen.
+
+    Unknown keys, types that would be converted silently and infinite numbers are errors.
+    """
 
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
