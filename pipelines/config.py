@@ -53,9 +53,11 @@ class MediaConfig(Config):
     """`pymupdf` (AGPL-3.0 or commercial) if it is installed, else `pypdfium2` (BSD/Apache). Both give the same page
     within anti-aliasing. Manifests and records of runs hold the library that was used."""
     image_pixels: PositiveInt = 1_003_520
-    """A JPEG of more pixels is decoded at 1/2, 1/4 or 1/8 of its size, never below this: 1280 visual tokens."""
+    """A JPEG of more pixels is decoded at 1/2, 1/4 or 1/8 of its size, never below this. Left out, it follows the model
+    that reads the image: `prompt.max_visual_tokens` times the pixels of a token of its backbone."""
     page_pixels: PositiveInt = 1_003_520
-    """Pixels of a rendered page: 1280 visual tokens of 28 x 28 pixels (paper, at most 1280 per image)."""
+    """Pixels of a rendered page. Left out, it follows the model, as `image_pixels`. Where no model reads the page: 1280
+    tokens of 28 x 28 pixels."""
     max_pixels: PositiveInt = 64_000_000
     """Larger images and frames are rejected as `too_many_pixels` (decompression bombs)."""
     max_aspect_ratio: PositiveFloat = 200.0
@@ -72,6 +74,11 @@ class MediaConfig(Config):
     """CPU seconds that the decoding child may spend on one file. Then it is killed, and the file is counted."""
     max_memory_bytes: PositiveInt = 4 << 30
     """Address space of the decoding child."""
+
+    def for_model(self, visual_pixels: int) -> MediaConfig:
+        """Return the settings for a model that takes in images of `visual_pixels`. What was set stays as it is."""
+        left_out = {"image_pixels", "page_pixels"} - self.model_fields_set
+        return self.model_copy(update=dict.fromkeys(left_out, visual_pixels))
 
 
 class ResampleConfig(Config):

@@ -40,6 +40,11 @@ class Family:
     tiny: Callable[[TinyBackbone], Configs]
     """Text and vision settings of a tiny random one, under the names of its configuration class."""
 
+    @property
+    def token_px(self) -> int:
+        """Edge of the square that becomes one token: 2 x 2 patches, as in every published checkpoint."""
+        return 2 * self.patch_px
+
     def check(self, readout: ReadoutConfig, packing: Packing) -> None:
         """Raise `UserError` for settings that this family cannot do."""
         if packing == "packed" and not self.packs:

@@ -10,6 +10,11 @@ from jobs.runtime.progress import Bars, duration, say
 from pipelines.ingest.ingest import REPORT_PATH, IngestReport, ingest
 from pipelines.sources.folder import read_folder
 from pipelines.storage.location import open_store
+from rzen.config import PromptConfig
+from rzen.families import FAMILIES
+
+LARGEST_PIXELS = PromptConfig().max_visual_tokens * max(family.token_px for family in FAMILIES.values()) ** 2
+"""Pixels that any of the backbones takes in with the default budget."""
 
 
 def run(spec: IngestSpec) -> dict[str, Any]:
@@ -21,7 +26,8 @@ def run(spec: IngestSpec) -> dict[str, Any]:
         report = ingest(
             raw,
             store,
-            media=spec.media,
+            # Stored pages must be large enough for every model that may read them.
+            media=spec.media.for_model(LARGEST_PIXELS) if spec.materialized else spec.media,
             held_out_fraction=spec.held_out_fraction,
             seed=spec.seed,
             samples_per_shard=spec.samples_per_shard,

@@ -14,6 +14,7 @@ from pipelines.config import DataConfig, MediaConfig
 from pipelines.feed.reader import Reader
 from pipelines.storage.location import resolve_endpoint
 from rzen.config import ModelIdentity
+from rzen.inputs.processor import Processor
 from rzen.model.checkpoints import checkpoint_sha256, read_identity, stored_dtype
 
 
@@ -59,6 +60,7 @@ def embedder_settings(
     base = Path(checkpoint_folder(model.base, resolved))
     adapter = Path(local_folder(model.adapter, resolved)) if model.adapter else None
     identity = read_identity(adapter or base, default)
+    media = media.for_model(Processor(str(base), identity.prompt).visual_pixels)
     config = {
         "base": checkpoint_sha256(base),
         "adapter": adapter and checkpoint_sha256(adapter),
@@ -70,7 +72,7 @@ def embedder_settings(
     }
     fingerprints: dict[str, str] = {}
     if data is not None:  # workers may lack the variable of the endpoint
-        data = data.model_copy(update={"endpoint": resolve_endpoint(data.endpoint)})
+        data = data.model_copy(update={"endpoint": resolve_endpoint(data.endpoint), "media": media})
         for split in splits:
             fingerprints[split] = Reader(data.model_copy(update={"split": split})).fingerprint
     return EmbedderSettings(name, model, identity, resolved, media, data, fingerprints, dtype, chunk_tokens, config)

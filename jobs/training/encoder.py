@@ -39,6 +39,11 @@ class LocalEncoder:
         """Encode one sample, as `PairEncoder.sample`."""
         return self._encoder.sample(decoded)
 
+    @property
+    def visual_pixels(self) -> int:
+        """Pixels of an image or page that the model takes in at most."""
+        return self._encoder.visual_pixels
+
     def collate(self, pairs: list[EncodedPairs]) -> EncodedPairs:
         """Join pairs, as `PairEncoder.collate`."""
         return self._encoder.collate(pairs)

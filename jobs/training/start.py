@@ -13,6 +13,7 @@ from pipelines.errors import UserError
 from pipelines.storage.location import resolve_endpoint
 from rzen.config import TinyBackbone
 from rzen.families import FAMILIES, read_family
+from rzen.inputs.processor import VisionLayout
 from rzen.model.checkpoints import HUB_NAME, check_base, checkpoint_dir, read_identity
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ def describe_start(spec: TrainSpec, adapter: InitAdapter | None) -> None:
         tuning = str(adapter) if adapter else f"new LoRA rank {lora.rank}, alpha {alpha:g}, dropout {lora.dropout:g}"
     instructions = "on" if spec.data.instructions else "off"
     say(f"    {name}, {tuning}, {spec.model.dtype}; instructions {instructions}", "dim")
+    if token_px := _token_px(spec):
+        _describe_budget(spec, token_px)
     if spec.init_adapter is not None:
         say(f"    continues from {spec.init_adapter}", "dim")
         before = read_identity(_adapter_folder(spec, spec.init_adapter), spec.model.identity)
@@ -67,6 +70,27 @@ def describe_start(spec: TrainSpec, adapter: InitAdapter | None) -> None:
             say(f"    init_adapter was trained with another setting: {change}", "yellow")
     if spec.objective.temperature.carried:
         _describe_temperatures(spec)
+
+
+def _describe_budget(spec: TrainSpec, token_px: int) -> None:
+    """Print how many tokens an image has at most, and which settings leave some of them unused."""
+    tokens = spec.model.prompt.max_visual_tokens
+    budget = tokens * token_px**2
+    say(f"    images and pages of up to {tokens} tokens of {token_px} x {token_px} pixels", "dim")
+    media = spec.data.media.for_model(budget)
+    for name in ("image_pixels", "page_pixels"):
+        pixels = getattr(media, name)
+        if pixels < budget:
+            used = f"{pixels // token_px**2} of {tokens} tokens"
+            say(f"    data.media.{name}={pixels:,} gives at most {used}; leave it out to use all", "yellow")
+
+
+def _token_px(spec: TrainSpec) -> int | None:
+    """Return the edge of a token of the backbone. None for one that only the workers read."""
+    backbone = spec.model.backbone
+    if isinstance(backbone, TinyBackbone):
+        return FAMILIES[backbone.family].token_px
+    return VisionLayout.read(backbone).factor_px if Path(backbone).is_dir() else None
 
 
 def _describe_temperatures(spec: TrainSpec) -> None:

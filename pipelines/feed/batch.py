@@ -9,7 +9,10 @@ from pipelines.samples import DecodedSample, Rejected
 
 
 class Encoder(Protocol):
-    """What the learning half makes of samples. Must pickle."""
+    """What the learning half makes of samples. Must pickle.
+
+    One with `visual_pixels` says how many pixels of an image or page its model takes in. Media are then decoded for it.
+    """
 
     def sample(self, sample: DecodedSample) -> Any:
         """Encode one sample. Raises `BadMedia` for one that the model cannot take."""

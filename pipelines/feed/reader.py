@@ -215,7 +215,9 @@ class Reader:
     @cached_property
     def _decoder(self) -> Decoder:
         # What the manifest says about itself is no reason to trust it: whoever made the shards wrote it.
-        return Decoder(self.data.media, trusted=self.data.trusted)
+        pixels: int | None = getattr(self.encoder, "visual_pixels", None)
+        media = self.data.media.for_model(pixels) if pixels else self.data.media
+        return Decoder(media, trusted=self.data.trusted)
 
 
 def _only(item: StoredSample, role: Role) -> StoredSample:

@@ -46,7 +46,16 @@ class PromptConfig(Config):
     min_visual_tokens: PositiveInt = 4
     """Smaller images are enlarged to at least this many tokens. Our choice."""
     max_visual_tokens: PositiveInt = 1280
-    """At most this many tokens for an image, and for all frames of a video together (paper, section 4)."""
+    """At most this many tokens for an image, and for all frames of a video together (paper, section 4). A token is a
+    square of the backbone's own size: 28 x 28 pixels in Qwen2-VL, 32 x 32 in Qwen3-VL."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> PromptConfig:
+        if self.min_visual_tokens > self.max_visual_tokens:
+            raise ValueError(
+                f"min_visual_tokens={self.min_visual_tokens} is above max_visual_tokens={self.max_visual_tokens}"
+            )
+        return self
 
 
 class LoraConfig(Config):

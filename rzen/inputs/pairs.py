@@ -52,6 +52,11 @@ class PairEncoder:
 
     processor: Processor
 
+    @property
+    def visual_pixels(self) -> int:
+        """Pixels of an image or page that the model takes in at most."""
+        return self.processor.visual_pixels
+
     def sample(self, decoded: DecodedSample) -> EncodedPairs:
         """Return one pair. Negatives of a graded pair are left out, because it is not contrasted.
 

@@ -210,6 +210,11 @@ class Processor:
         """Patch geometry and normalization of the checkpoint."""
         return VisionLayout.read(self.model_dir)
 
+    @property
+    def visual_pixels(self) -> int:
+        """Pixels of an image or page that become tokens: `max_visual_tokens` squares of the checkpoint's own size."""
+        return self.prompt.max_visual_tokens * self.layout.factor_px**2
+
     def encode(self, inputs: Sequence[DecodedInput]) -> EncodedBatch:
         """Return token ids and patches of one or more inputs.
 

@@ -51,7 +51,7 @@ class Embedder:
         self.processor = processor
         self.model = model
         self.chunk_tokens = chunk_tokens
-        self.media = media or MediaConfig()
+        self.media = (media or MediaConfig()).for_model(processor.visual_pixels)
         self._decoder = Decoder(self.media)
 
     def embed(self, inputs: Sequence[Embeddable], instruction: str = "") -> Vectors:
