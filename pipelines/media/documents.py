@@ -12,8 +12,9 @@ from __future__ import annotations
 import io
 import math
 import re
+import unicodedata
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,6 +24,7 @@ from pipelines.errors import BadMedia
 from pipelines.media import sandbox
 from pipelines.media.images import check_aspect
 from pipelines.media.libraries import import_optional
+from pipelines.media.pdf_layers import settle_conditions
 from pipelines.samples import UInt8Array
 
 # Readers accept the marks of begin and end this far into the file (ISO 32000-1 Annex H of Adobe's edition, notes 13
@@ -31,6 +33,10 @@ from pipelines.samples import UInt8Array
 _MARK_WINDOW_BYTES = 1024
 # A newspaper page has about 30,000 characters. A malicious page may have gigabytes, and the caller keeps all pages.
 _MAX_TEXT_CHARS = 50_000
+# Parts of a catalog that a page does not show. They may refer to the other pages, or hold attachments and scripts.
+_UNSEEN = ("StructTreeRoot", "Outlines", "Names", "Dests", "PageLabels", "Threads", "Metadata", "OpenAction", "AA")
+# Latin and Armenian ligatures, then Hebrew and Arabic letters by their place in a word.
+_PRESENTATION_FORMS = re.compile("[\ufb00-\ufdff\ufe70-\ufefc]")
 _NO_MEMORY = re.compile(r"\b(m|c|re)alloc\b.*failed")
 
 
@@ -49,15 +55,51 @@ def render_page(data: bytes, page: int, config: MediaConfig) -> UInt8Array:
 
 
 def extract_page(data: bytes, page: int, config: MediaConfig) -> bytes:
-    """Return a PDF of this page only. Equal input gives equal bytes: there are no dates and no random identifier."""
+    """Return a PDF of this page only, which looks as in its file.
+
+    Equal input gives equal bytes: there are no dates and no random identifier. Also raises `BadMedia` with
+    inseparable_page.
+    """
     with _opened(data, config, page) as pdf:
-        return pdf.extract(page)
+        # A copied page is small and loses what the whole document says: which layers are hidden, values of forms,
+        # output intents. The second way keeps all of that.
+        for extract in (pdf.copy_page, pdf.remove_other_pages):
+            single = extract(page)
+            if _looks_equal(pdf, page, single, config):
+                return single
+        raise BadMedia("inseparable_page", f"page {page} looks different without the other pages")
 
 
 def page_texts(data: bytes, config: MediaConfig) -> list[str]:
-    """Return the text layer of each page, up to 50,000 characters. The document is opened once."""
+    """Return the text layer of each page, up to 50,000 characters. The document is opened once.
+
+    Ligatures and other presentation forms become the letters that they stand for.
+    """
     with _opened(data, config) as pdf:
-        return [pdf.text(page)[:_MAX_TEXT_CHARS] for page in range(pdf.count)]
+        return [plain_letters(pdf.text(page)[:_MAX_TEXT_CHARS]) for page in range(pdf.count)]
+
+
+def plain_letters(text: str) -> str:
+    """Replace presentation forms (U+FB00 to U+FDFF, U+FE70 to U+FEFC) by the letters that they stand for.
+
+    Everything else stays: NFKC of the whole text would also change superscripts, fractions and full-width letters.
+    """
+    return _PRESENTATION_FORMS.sub(lambda found: unicodedata.normalize("NFKC", found[0]), text)
+
+
+def _looks_equal(pdf: _Pdf, page: int, single: bytes, config: MediaConfig) -> bool:
+    """Return whether the only page of `single` looks as `page` of `pdf`, with a tenth of the pixels of a page."""
+    width, height = pdf.size(page)
+    if not _is_drawable(width, height, config):
+        return True  # the caller rejects it by its size
+    scale = math.sqrt(config.page_pixels / 10 / (width * height))
+    with _opened(single, config) as other:
+        return np.array_equal(pdf.render(page, scale), other.render(0, scale))
+
+
+def _is_drawable(width: float, height: float, config: MediaConfig) -> bool:
+    is_finite = 0 < width < math.inf and 0 < height < math.inf
+    return is_finite and max(width, height) <= config.max_aspect_ratio * min(width, height)
 
 
 class _Pdf(Protocol):
@@ -69,7 +111,8 @@ class _Pdf(Protocol):
     def size(self, page: int) -> tuple[float, float]: ...
     def render(self, page: int, scale: float) -> UInt8Array: ...
     def text(self, page: int) -> str: ...
-    def extract(self, page: int) -> bytes: ...
+    def copy_page(self, page: int) -> bytes: ...
+    def remove_other_pages(self, page: int) -> bytes: ...
     def close(self) -> None: ...
 
 
@@ -110,6 +153,7 @@ class _Mupdf:
         pymupdf.TOOLS.mupdf_display_errors(False)
         pymupdf.TOOLS.mupdf_display_warnings(False)
         self._mu: Any = pymupdf
+        self._data = data
         self.errors: tuple[type[Exception], ...] = (RuntimeError, ValueError, IndexError, pymupdf.mupdf.FzErrorBase)
         try:
             self._document = pymupdf.open(stream=data, filetype="pdf")
@@ -118,6 +162,7 @@ class _Mupdf:
             if self._document.needs_pass:
                 raise BadMedia("encrypted_pdf")
             self.count: int = self._document.page_count
+            settle_conditions(self._document)
         except self.errors as error:
             raise _bad(error) from error
 
@@ -134,10 +179,22 @@ class _Mupdf:
     def text(self, page: int) -> str:
         return str(self._document[page].get_text("text"))
 
-    def extract(self, page: int) -> bytes:
+    def copy_page(self, page: int) -> bytes:
         with self._mu.open() as single:
             single.insert_pdf(self._document, from_page=page, to_page=page, links=False)
-            return bytes(single.tobytes(garbage=3, deflate=True, no_new_id=True))
+            return self._saved(single)
+
+    def remove_other_pages(self, page: int) -> bytes:
+        with self._mu.open(stream=self._data, filetype="pdf") as single:
+            settle_conditions(single)
+            single.select([page])
+            for name in _UNSEEN:
+                single.xref_set_key(single.pdf_catalog(), name, "null")
+            return self._saved(single)
+
+    def _saved(self, document: Any) -> bytes:
+        options = {"garbage": 3, "deflate": True, "no_new_id": True, "encryption": self._mu.PDF_ENCRYPT_NONE}
+        return bytes(document.tobytes(**options))
 
     def close(self) -> None:
         self._document.close()
@@ -157,7 +214,11 @@ class _Pdfium:
         except pypdfium2.PdfiumError as error:
             locked = error.err_code == pypdfium2.raw.FPDF_ERR_PASSWORD
             raise BadMedia("encrypted_pdf" if locked else "corrupt_pdf", str(error)) from error
+        self._data = data
         self.count = len(self._document)
+        self._has_form = self._document.get_formtype() != pypdfium2.raw.FORMTYPE_NONE
+        if self._has_form:
+            self._document.init_forms()
 
     def size(self, page: int) -> tuple[float, float]:
         width, height = self._document[page].get_size()
@@ -168,15 +229,30 @@ class _Pdfium:
         return np.array(bitmap.to_numpy()[:, :, :3])
 
     def text(self, page: int) -> str:
+        if self._has_form:
+            # The values of fields become text of the page, as in the other library. The page has to be loaded again.
+            with closing(self._document[page]) as form:
+                form.flatten()
         text = str(self._document[page].get_textpage().get_text_range())
         # PDFium writes U+FFFE for a hyphen at the end of a line. The other library writes the hyphen and the line end.
         return text.replace("\ufffe", "-\n").replace("\r\n", "\n")
 
-    def extract(self, page: int) -> bytes:
-        single, buffer = self._pdfium.PdfDocument.new(), io.BytesIO()
+    def copy_page(self, page: int) -> bytes:
+        single = self._pdfium.PdfDocument.new()
         single.import_pages(self._document, pages=[page])
-        single.save(buffer)
-        single.close()
+        return self._saved(single)
+
+    def remove_other_pages(self, page: int) -> bytes:
+        single = self._pdfium.PdfDocument(self._data)
+        for other in reversed(range(self.count)):
+            if other != page:
+                del single[other]
+        return self._saved(single)
+
+    def _saved(self, document: Any) -> bytes:
+        buffer = io.BytesIO()
+        document.save(buffer, flags=self._pdfium.raw.FPDF_REMOVE_SECURITY)
+        document.close()
         return _without_stamps(buffer.getvalue())
 
     def close(self) -> None:

@@ -25,6 +25,7 @@ REASONS: dict[str, str] = {
     "corrupt_pdf": "it is damaged, ends too early, or has no page of a size",
     "too_many_pages": "it has more pages than media.max_pages",
     "no_such_page": "the page that a caption names is missing",
+    "inseparable_page": "it looks different without the other pages of its file",
     # the sandbox, for all of them
     "decoder_cpu_limit": "it took more than media.max_cpu_s; the child was killed",
     "decoder_memory_limit": "it took more than media.max_memory_bytes",

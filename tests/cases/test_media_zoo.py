@@ -11,9 +11,11 @@ import pytest
 from pipelines.config import MediaConfig
 from pipelines.errors import BadMedia
 from pipelines.media.decode import Decoder
+from pipelines.media.documents import extract_page, page_texts, render_page
 from pipelines.media.files import KINDS
 from pipelines.media.videos import uniform_indices
-from tests.cases.measure_media import FILES, VALUES, VIDEO_GRID, grid
+from pipelines.sources.passages import choose_passages
+from tests.cases.measure_media import FILES, IMAGE_GRID, VALUES, VIDEO_GRID, grid
 
 EXPECTED: dict[str, dict[str, Any]] = json.loads(VALUES.read_text())["files"]
 # Differences that are not faults: compression, other filters, anti-aliasing.
@@ -73,3 +75,25 @@ def test_decord_shows_the_same_frames_or_refuses_the_file(name: str, decord: Dec
         assert found in reasons
     else:
         check_video(name, *found)
+
+
+# Its crop box is larger than the page. Poppler cuts it at the page on two sides only.
+@pytest.mark.parametrize("name", sorted(set(files("document")) - {"pdf_cropbox_outside.pdf"}))
+@pytest.mark.parametrize("backend", ["pymupdf", "pypdfium2"])
+def test_a_page_looks_as_poppler_shows_it_also_without_its_file(name: str, backend: Any) -> None:
+    data, config = (FILES / name).read_bytes(), MediaConfig(document_backend=backend)
+    width, height = EXPECTED[name]["size"]
+    single = extract_page(data, 0, config)
+    assert extract_page(data, 0, config) == single
+    for pixels in (render_page(data, 0, config), render_page(single, 0, config)):
+        assert pixels.shape[1] / pixels.shape[0] == pytest.approx(width / height, rel=0.01)
+        np.testing.assert_allclose(grid(pixels, IMAGE_GRID), EXPECTED[name]["grid"], atol=PAGE_TOLERANCE)
+
+
+@pytest.mark.parametrize("name", [name for name in files("document") if len(EXPECTED[name]["text"].split()) > 3])
+@pytest.mark.parametrize("backend", ["pymupdf", "pypdfium2"])
+def test_the_query_of_a_page_is_the_text_that_poppler_reads(name: str, backend: Any) -> None:
+    texts = page_texts((FILES / name).read_bytes(), MediaConfig(document_backend=backend))
+    [passage] = choose_passages(texts)
+    assert len(passage.split()) >= 5
+    assert passage in EXPECTED[name]["text"]
