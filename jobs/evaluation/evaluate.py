@@ -33,7 +33,7 @@ from pipelines.storage.location import open_store
 from pipelines.storage.store import Store
 from rzen.evaluation.dataset_scores import DatasetScores
 from rzen.evaluation.results import Result, markdown_table, terminal_table, write_results
-from rzen.evaluation.tasks import METRICS, TASKS, chance
+from rzen.evaluation.tasks import TASKS, chance, score_queries
 
 LISTINGS, RESULTS = "listings", "results.json"
 
@@ -41,7 +41,7 @@ LISTINGS, RESULTS = "listings", "results.json"
 @dataclass(frozen=True)
 class ModelScores:
     """Scores of one model on a split: a row for each task and metric, and by task the first metric of each query, in
-    the order of the data.
+    the order of the data. Equal queries are one.
     """
 
     rows: list[Result]
@@ -110,11 +110,15 @@ def _score_suites(spec: EvaluateSpec, bundle: Bundle, models: Models) -> dict[st
 
 def _scored(spec: EvaluateSpec, bundle: Bundle, models: Models) -> Iterator[Scored | Problem]:
     """Every model on every dataset. What a reader of the log should know of it is printed."""
+    described = set[str]()
     for found in score_models(spec, bundle, models):
         if isinstance(found, Problem):
             say(f"  {found.model}: {found.text}", "yellow")
         else:
             name = found.scores.dataset.row.name
+            for note in found.scores.dataset.notes if name not in described else ():
+                say(f"  {name}: {note}")
+            described.add(name)
             for part in found.scores.collapsed:
                 say(f"  {found.model}: all {part} of {name} have one vector", "yellow")
         yield found
@@ -142,21 +146,22 @@ def _split_scores(
     """The rows of one model, in the order of the tasks."""
     scores = ModelScores([], {})
     for task, scored in by_task.items():
-        ranks = scored.ranked.rank  # each query has one relevant candidate
-        pools = Counter(scored.dataset.pool_size(query) for query in scored.dataset.queries)
+        queries = scored.dataset.queries
+        sizes = Counter((scored.dataset.pool_size(query), len(query.relevance)) for query in queries)
         metrics = spec.metrics or TASKS[task].metrics
         for metric in metrics:
+            values = score_queries(metric, scored.relevant, scored.ranked.rank)
             row = Result(
                 model=model,
                 task=task,
                 metric=metric,
-                value=METRICS[metric](ranks),
-                num_queries=len(ranks),
-                num_candidates=max(pools),
-                chance=sum(count / len(ranks) * chance(metric, size) for size, count in pools.items()),
+                value=float(values.mean()),
+                num_queries=len(queries),
+                num_candidates=max(size for size, _ in sizes),
+                chance=sum(count / len(queries) * chance(metric, *size) for size, count in sizes.items()),
                 split=data.split,
             )
             scores.rows.append(row)
-        first = METRICS[metrics[0]]
-        scores.by_query[task] = [first(ranks[query : query + 1]) for query in range(len(ranks))]
+            if metric == metrics[0]:
+                scores.by_query[task] = values.tolist()
     return scores

@@ -25,6 +25,7 @@ from pipelines.storage.store import Store
 if TYPE_CHECKING:
     from rzen.evaluation.results import Result
 
+_VERSION = 2  # of what is scored: since 2, equal queries are one
 _UNFINISHED = "scores/unfinished"
 """Folder of a model's vectors while it is scored."""
 _NOT_SCIENCE: Any = {"suites": True, "custom": True, "datasets": True, "media": True, "data": {"trusted"}}
@@ -69,7 +70,7 @@ class Scorer:
         self._evaluate = evaluate
         self._reader = Reader(evaluate.data)
         spec = EVALUATE.science(evaluate.model_dump(mode="json", exclude=_NOT_SCIENCE))
-        self.scoring_config = {"data": self._reader.fingerprint, "spec": spec}
+        self.scoring_config = {"version": _VERSION, "data": self._reader.fingerprint, "spec": spec}
         self._path = (
             f"scores/{hashlib.sha256(json.dumps(self.scoring_config, sort_keys=True).encode()).hexdigest()[:16]}.json"
         )

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from pipelines.benchmarks.corpus import Corpus
 from pipelines.benchmarks.files import Line, read_lines
+from pipelines.benchmarks.qrels import Qrels
 from pipelines.benchmarks.types import Dataset, Query, Row, file_in, make_item
 from pipelines.errors import UserError
 from pipelines.items.types import Item
@@ -54,8 +55,12 @@ def read_mbeir(row: Row, root: Path) -> Dataset:
     """A task with its own pool, or with the union of all."""
     files = paths(row, root)
     pool = Corpus(files["pool"], "did", partial(_candidate, root=root))
-    relevant = _qrels(files["qrels"])
+    qrels = _qrels(files["qrels"])
+    relevant = qrels.relevant()
     ids = pool.ids({did for grades in relevant.values() for did in grades})
+    notes = qrels.notes()
+    if lacking := sum(did not in ids for grades in relevant.values() for did in grades):
+        notes.append(f"{lacking} grades name a candidate that the pool lacks")
     prompts = _prompts(files["instructions"])
     match = _TASK.search(row.name)
     form = _FORMS[match[1]] if match else ("", "")
@@ -68,7 +73,8 @@ def read_mbeir(row: Row, root: Path) -> Dataset:
         item = _item(qid, line.get("query_txt"), line.get("query_img_path"), root, "q", prompt)
         grades = {ids[did]: grade for did, grade in relevant.get(qid, {}).items() if did in ids}
         queries.append(Query(item, grades))
-    return Dataset(row, queries, pool, "M-BEIR union" if row.suite == "M-BEIR global" else f"M-BEIR {row.subset}")
+    corpus = "M-BEIR union" if row.suite == "M-BEIR global" else f"M-BEIR {row.subset}"
+    return Dataset(row, queries, pool, corpus, tuple(notes))
 
 
 def _candidate(line: Line, root: Path) -> Item:
@@ -80,15 +86,13 @@ def _item(name: str, text: str | None, image: str | None, root: Path, slot: str,
     return make_item(name, (text or "").strip(), [("image", ref) for ref in refs], root, slot, instruction)
 
 
-def _qrels(path: Path) -> dict[str, dict[str, float]]:
-    """Query -> relevant candidate -> grade, of those above 0."""
-    found: dict[str, dict[str, float]] = {}
+def _qrels(path: Path) -> Qrels:
+    found = Qrels(higher_counts=True)
     for number, line in enumerate(_rows(path), start=1):
         fields = line.split()
         if len(fields) < 4:
             raise UserError(f"{path}:{number}", "is not: query 0 candidate relevance", "fetch it again")
-        if float(fields[3]) > 0:
-            found.setdefault(fields[0], {})[fields[2]] = float(fields[3])
+        found.add(f"{path}:{number}", fields[0], fields[2], fields[3])
     return found
 
 

@@ -9,7 +9,7 @@ What is assumed, from the sets' pages on the hub and the loaders of MMEB-V2's au
 
 VisRAG's ids are long names of files: there a picture is named by its first 50 letters and 8 digits of its MD5
 (`pages_short`). Of two scores for one pair the higher counts; scores of 0 are not relevant; queries without a relevant
-page are left out. All languages of a multilingual set are asked.
+page are left out. `Dataset.notes` counts all of these. All languages of a multilingual set are asked.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from pipelines.benchmarks.files import Line, find_parts, read_parts
+from pipelines.benchmarks.qrels import Qrels
 from pipelines.benchmarks.types import Dataset, Query, Row, file_in, make_item
 from pipelines.errors import UserError
 from pipelines.items.types import Item
@@ -36,20 +37,34 @@ def read_pages(row: Row, root: Path) -> Dataset:
     paths = {name: _path(row, root, name) for name in names}
     _write_pictures(corpus, {name: path for name, path in paths.items() if not path.exists()})
     pages = {name: _page(row, root, name, path) for name, path in paths.items()}
-    grades: dict[str, dict[str, float]] = {}
+    judged = Qrels(higher_counts=True)
     for line in read_parts(qrels, ("query-id", "corpus-id", "score")):
-        name, score = str(line["corpus-id"]), float(line["score"])
-        if score > 0:
-            if name not in pages:
-                raise UserError(f"{data} qrels", f"name {name!r}, which the corpus lacks", fetch)
-            mine = grades.setdefault(str(line["query-id"]), {})
-            mine[pages[name].id] = max(score, mine.get(pages[name].id, 0.0))
-    asked = [
-        Query(make_item(name, str(line["query"]), (), root, "q", row.instruction), grades[name])
-        for line in read_parts(queries, ("query-id", "query"))
-        if (name := str(line["query-id"])) in grades
-    ]
-    return Dataset(row, asked, list(pages.values()), row.name)
+        judged.add(f"{data} qrels", str(line["query-id"]), str(line["corpus-id"]), line["score"])
+    grades = judged.relevant()
+    if lacking := {name for mine in grades.values() for name in mine} - pages.keys():
+        raise UserError(f"{data} qrels", f"name {min(lacking)!r}, which the corpus lacks", fetch)
+    asked = []
+    num_queries = 0
+    for line in read_parts(queries, ("query-id", "query")):
+        num_queries += 1
+        name = str(line["query-id"])
+        if name in grades:
+            relevance = {pages[page].id: grade for page, grade in grades[name].items()}
+            asked.append(Query(make_item(name, str(line["query"]), (), root, "q", row.instruction), relevance))
+    notes = judged.notes()
+    if left_out := num_queries - len(asked):
+        notes.append(f"{left_out} queries have no relevant page and are left out")
+    if lacking := grades.keys() - {query.item.name for query in asked}:
+        notes.append(f"{len(lacking)} queries have grades and are not among the queries, {min(lacking)!r} for example")
+    if row.suite == "custom":
+        _check_queries_once(data, asked)
+    return Dataset(row, asked, list(pages.values()), row.name, tuple(notes))
+
+
+def _check_queries_once(data: Path, asked: list[Query]) -> None:
+    for name, count in Counter(query.item.name for query in asked).items():
+        if count > 1:
+            raise UserError(f"{data} queries {name}", "is there twice", "give each query a name of its own")
 
 
 def _page(row: Row, root: Path, name: str, path: Path) -> Item:

@@ -24,6 +24,8 @@ from pipelines.samples import FileRef, Input, Media, MediaKind
 Suite = Literal["MMEB-V2", "M-BEIR", "M-BEIR global", "custom", "held_out", "train"]
 """Public benchmarks, custom datasets, and the splits of a dataset of ours."""
 Modality = Literal["image", "video", "visdoc", "mixed"]
+MAX_GRADE = 1023
+"""The largest grade: 2^1024 is no double."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +33,9 @@ class Row:
     """One dataset of the table: what is scored, and where its files are.
 
     `pool` is `local` where every query has candidates of its own (in M-BEIR: where the task has), else `global`.
-    `metric` is the one that counts. `num_queries` are those of the protocol; a dataset with another number is
-    incomplete. `data` and `media` are folders under the benchmark's, `source` and `revision` what to fetch. The other
-    fields are for the reader `layout`, which finds things by them.
+    `metric` is the one that counts. `cutoffs` are scored in addition to 1, 5 and 10. `num_queries` are those of the
+    protocol; a dataset with another number is incomplete. `data` and `media` are folders under the benchmark's,
+    `source` and `revision` what to fetch. The other fields are for the reader `layout`, which finds things by them.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Row:
     num_classes: int = 0
     instruction: str = ""
     target_instruction: str = ""
+    cutoffs: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +65,13 @@ class Query:
     """A query with the grades of its relevant candidates by id, all above 0, and its pool: ids, or None for all.
 
     `relevance` is empty where no relevant candidate is in the pool at all: the query scores 0 and is counted.
+    `excluded` candidates are never ranked, such as the document that a query was taken from.
     """
 
     item: Item
     relevance: Mapping[str, float]
     pool: tuple[str, ...] | None = None
+    excluded: tuple[str, ...] = ()
 
 
 class Stream(Protocol):
@@ -82,20 +87,22 @@ class Stream(Protocol):
 class Dataset:
     """One benchmark dataset. `candidates` has every candidate once, in the same order each time.
 
-    Datasets of one `corpus` have the same candidates, which need to be embedded and read once (`Pool`).
+    Datasets of one `corpus` have the same candidates, which need to be embedded and read once (`Pool`). `notes` report
+    what the files hold and the dataset does not.
     """
 
     row: Row
     queries: Sequence[Query]
     candidates: Sequence[Item] | Stream
     corpus: str
+    notes: tuple[str, ...] = ()
 
     def pool_size(self, query: Query) -> int:
         """Return how many candidates a query has. Only for candidates that are in memory."""
         if query.pool is not None:
-            return len(query.pool)
+            return len(set(query.pool).difference(query.excluded))
         assert isinstance(self.candidates, Sequence)
-        return len(self.candidates)
+        return len(self.candidates) - len(query.excluded)
 
     def pick(self, places: Iterable[int]) -> dict[int, Item]:
         """The candidates at these places."""
@@ -189,7 +196,7 @@ def check(dataset: Dataset, pool: Pool) -> None:
     """Raise `UserError` for what would cost points without an error.
 
     That is a query that is there twice, relevance or pools that name no candidate, and no answer at all. It is also a
-    candidate with an instruction that the protocol does not give it.
+    relevant candidate that is excluded, and a candidate with an instruction that the protocol does not give it.
     """
     row = dataset.row
     wrong = pool.instructions - {row.target_instruction}
@@ -209,9 +216,12 @@ def check(dataset: Dataset, pool: Pool) -> None:
             raise UserError(place, "has a pool with a candidate twice", "repair its reader")
         if query.pool is not None and not query.relevance.keys() <= pool_ids:
             raise UserError(place, "has a relevant candidate outside its pool", "repair its reader")
-        if any(not 0 < grade < float("inf") for grade in query.relevance.values()):
-            raise UserError(place, "has a relevant candidate of grade 0 or less, or of none", "leave it out")
-    named = {id for query in dataset.queries for id in query.relevance}.union(*checked.values())
+        if any(not 0 < grade <= MAX_GRADE for grade in query.relevance.values()):
+            problem = f"has a relevant candidate of grade 0 or less, above {MAX_GRADE}, or of none"
+            raise UserError(place, problem, "leave it out")
+        if len(set(query.excluded)) < len(query.excluded) or query.relevance.keys() & set(query.excluded):
+            raise UserError(place, "excludes a candidate twice, or a relevant one", "repair its reader")
+    named = {id for query in dataset.queries for id in (*query.relevance, *query.excluded)}.union(*checked.values())
     if (unknown := np.setdiff1d(as_ids(named), pool.ids)).size:
         raise UserError(row.name, f"names a candidate {unknown[0].decode()} that it has not", "repair its reader")
     if not any(query.relevance for query in dataset.queries):

@@ -21,6 +21,7 @@ from pipelines.items.types import Item, Role, ShardRow, content_id
 from pipelines.samples import Rejected, Sample
 from pipelines.storage.store import Store
 
+_VERSION = 2  # of what a listing holds
 _SCHEMA = pa.schema(
     [("sample", pa.string()), ("origin", pa.string()), ("reason", pa.string()), ("detail", pa.string())]
 )
@@ -30,7 +31,7 @@ _SCHEMA = pa.schema(
 class ListedShard:
     """One shard of a split: samples `start` to `stop` of `source`.
 
-    `content` identifies the bytes and how they become samples, `digest` also the index and the names in the samples.
+    `digest` identifies the bytes and how they become samples, the index and the names in the samples.
     """
 
     split: str
@@ -38,7 +39,6 @@ class ListedShard:
     task: str
     start: int
     stop: int
-    content: str
     digest: str
 
     @property
@@ -55,9 +55,8 @@ def shards_of(reader: Reader) -> list[ListedShard]:
         start = 0
         for shard in info.shards:
             stop = start + shard.num_samples
-            content = content_id([shard.sha256, info.mapping])
-            digest = content_id([content, shard.index_sha256, source, info.task])
-            found.append(ListedShard(reader.data.split, source, info.task, start, stop, content, digest))
+            digest = content_id([_VERSION, shard.sha256, info.mapping, shard.index_sha256, source, info.task])
+            found.append(ListedShard(reader.data.split, source, info.task, start, stop, digest))
             start = stop
     return found
 
@@ -88,12 +87,14 @@ def read_listing(shard: ListedShard, store: Store) -> Iterator[Sample | Rejected
 def row_item(shard: ListedShard, index: int, sample: Sample, role: Role) -> Item:
     """Return one input of a sample as an item.
 
-    Targets of equal content and instruction have one id, wherever they are. A query is known by its shard and key.
+    Inputs of equal content and instruction have one id as targets and one as queries, wherever they are.
     """
     row = ShardRow(shard.split, shard.source, index, role)
     name = f"{shard.source}/{sample.key}"
     if role == "query":
-        return Item(content_id(["query", shard.content, sample.key]), name, sample.query, sample.instruction, row=row)
+        kinds = [media.kind for media in sample.query.media]
+        id = content_id(["query", sample.query_sha256, kinds, sample.instruction])
+        return Item(id, name, sample.query, sample.instruction, row=row)
     kinds = [media.kind for media in sample.positive.media]
     id = content_id(["target", sample.target_sha256, kinds, sample.target_instruction])
     return Item(id, name, sample.positive, sample.target_instruction, row=row)

@@ -21,8 +21,8 @@ import numpy.typing as npt
 from pipelines.benchmarks.types import Dataset, Pool, check, read_pool
 from pipelines.errors import UserError
 from pipelines.items.types import as_ids
-from rzen.evaluation.metrics import METRIC_NAMES, Relevant, metrics_by_query
-from rzen.evaluation.ranking import Ranked, rank_candidates, rank_pools
+from rzen.evaluation.metrics import CUTOFFS, FAMILIES, Relevant, metrics_by_query
+from rzen.evaluation.ranking import Pairs, Ranked, rank_candidates, rank_pools
 from rzen.evaluation.vectors import NONE, IntArray, Vectors, check_block_by_block, check_width
 
 
@@ -61,7 +61,7 @@ class DatasetScores:
             "have no relevant candidate in their pool and score 0": self.unanswerable,
         }
         counted = [f"{count} of {len(self.dataset.queries)} queries {what}" for what, count in told.items() if count]
-        return [*(f"all {name} have one vector" for name in self.collapsed), *counted]
+        return [*(f"all {name} have one vector" for name in self.collapsed), *counted, *self.dataset.notes]
 
 
 def score_dataset(
@@ -81,8 +81,10 @@ def score_dataset(
     counts against the relevant ones, and a remark reports it.
     """
     row = dataset.row
-    if row.metric not in METRIC_NAMES:
-        raise UserError(f"{row.name} metric {row.metric!r}", "is not known", f"use one of {', '.join(METRIC_NAMES)}")
+    cutoffs = sorted({*CUTOFFS, *row.cutoffs})
+    known = [f"{family}@{k}" for family in FAMILIES for k in cutoffs]
+    if row.metric not in known:
+        raise UserError(f"{row.name} metric {row.metric!r}", "is not known", f"use one of {', '.join(known)}")
     pool = pool or read_pool(dataset)
     check(dataset, pool)
     query_rows = queries.places(as_ids(query.item.id for query in dataset.queries), f"{row.name} queries")
@@ -97,11 +99,12 @@ def score_dataset(
     relevant = _relevant(dataset, place_of)
     asked_QD = queries.rows[query_rows]
     if dataset.queries[0].pool is None:
-        ranked = rank_candidates(asked_QD, candidates.rows, relevant, num_top=num_top, device=device)
+        excluded = _excluded(dataset, place_of)
+        ranked = rank_candidates(asked_QD, candidates.rows, relevant, excluded=excluded, num_top=num_top, device=device)
     else:
-        pools = [place_of.rows(query.pool or ()) for query in dataset.queries]
+        pools = [place_of.rows(id for id in query.pool or () if id not in query.excluded) for query in dataset.queries]
         ranked = rank_pools(asked_QD, candidates.rows, relevant, pools, num_top=num_top, device=device)
-    by_query = metrics_by_query(relevant, ranked.rank)
+    by_query = metrics_by_query(relevant, ranked.rank, cutoffs)
     mentioned = np.concatenate([relevant.row, ranked.rows[ranked.rows != NONE]])
     places = np.flatnonzero(np.isin(candidate_rows, mentioned)).tolist()
     shown = {int(candidate_rows[place]): item for place, item in dataset.pick(places).items()}
@@ -140,6 +143,11 @@ def _relevant(dataset: Dataset, places: _IdIndex) -> Relevant:
         np.array([grade for _, _, grade in pairs], dtype=np.float64),
         len(dataset.queries),
     )
+
+
+def _excluded(dataset: Dataset, places: _IdIndex) -> Pairs:
+    pairs = [(number, id) for number, query in enumerate(dataset.queries) for id in query.excluded]
+    return Pairs(np.array([number for number, _ in pairs], dtype=np.int64), places.rows(id for _, id in pairs))
 
 
 def _decided_by_ties(relevant: Relevant, ranked: Ranked) -> int:

@@ -31,6 +31,7 @@ from rzen.evaluation.vectors import IntArray
 CUTOFFS = (1, 5, 10)
 FAMILIES = ("hit", "ndcg_linear", "ndcg_exponential", "precision", "recall", "f1", "map", "mrr")
 METRIC_NAMES = tuple(f"{family}@{k}" for family in FAMILIES for k in CUTOFFS)
+_LARGE_GRADE = 512  # sums of a few gains 2^grade overflow from 1023 on
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +71,21 @@ def metrics_by_query(
         found[f"f1@{k}"] = 2 * precision_Q * recall_Q / np.where(seen_Q > 0, precision_Q + recall_Q, 1.0)
         found[f"mrr@{k}"] = total(np.where(seen_P & (number_P == 1), 1 / rank_P, 0.0))
         found[f"map@{k}"] = total(np.where(seen_P, number_P / rank_P, 0.0)) / np.clip(count_Q, 1, k)
-        for family, gain_P in (("linear", grade_P), ("exponential", np.exp2(grade_P) - 1)):
+        for family, gain_P in (("linear", grade_P), ("exponential", _exponential_gain(relevant, grade_P))):
             best_P = gain_P[np.lexsort((-gain_P, query_P))]
             ideal_Q = total(np.where(number_P <= k, best_P / np.log2(1 + number_P), 0.0))
             gained_Q = total(np.where(seen_P, gain_P / np.log2(1 + rank_P), 0.0))
             found[f"ndcg_{family}@{k}"] = gained_Q / np.where(ideal_Q > 0, ideal_Q, 1.0)
     return {name: found[name] for name in (f"{family}@{k}" for family in FAMILIES for k in cutoffs)}
+
+
+def _exponential_gain(relevant: Relevant, grade_P: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """2^g - 1. A query with a large grade gets its gains in another unit, which nDCG does not depend on."""
+    largest_Q = np.zeros(relevant.num_queries)
+    np.maximum.at(largest_Q, relevant.query, grade_P)
+    shift_P = np.where(largest_Q > _LARGE_GRADE, largest_Q, 0.0)[relevant.query]
+    gain_P: npt.NDArray[np.float64] = np.exp2(grade_P - shift_P) - np.exp2(-shift_P)
+    return gain_P
 
 
 def _number_within(count_Q: IntArray) -> IntArray:

@@ -31,6 +31,18 @@ _PAIRS = 4096  # relevant rows gathered at once
 
 
 @dataclass(frozen=True, slots=True)
+class Pairs:
+    """Queries, ascending, and rows of candidates."""
+
+    query: IntArray
+    row: IntArray
+
+    @classmethod
+    def none(cls) -> Pairs:
+        return cls(np.zeros(0, np.int64), np.zeros(0, np.int64))
+
+
+@dataclass(frozen=True, slots=True)
 class Ranked:
     """Ranks from 1 of the relevant candidates and how many others tie with each, `[P]`; the first K, `[Q, K]`.
 
@@ -48,16 +60,23 @@ def rank_candidates(
     candidates_ND: FloatArray,
     relevant: Relevant,
     *,
+    excluded: Pairs | None = None,
     num_top: int = 10,
     device: str = "",
     block_rows: int = 8192,
     query_rows: int = 1024,
 ) -> Ranked:
-    """All queries against all candidates, unit vectors of any float type. `device` is a GPU if there is one."""
+    """All queries against all candidates, unit vectors of any float type. `device` is a GPU if there is one.
+
+    `excluded` candidates have no rank and count for none. None of them is relevant.
+    """
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     num_queries, num_candidates = len(queries_QD), len(candidates_ND)
     num_top = min(num_top, num_candidates)
-    bounds = np.searchsorted(relevant.query, np.arange(0, num_queries + query_rows, query_rows))
+    starts = np.arange(0, num_queries + query_rows, query_rows)
+    bounds = np.searchsorted(relevant.query, starts)
+    excluded = excluded or Pairs.none()
+    excluded_bounds = np.searchsorted(excluded.query, starts)
     score_P = _scores_of_pairs(queries_QD, candidates_ND, relevant)
     least_P, most_P = (torch.from_numpy(score_P + margin).to(where) for margin in (np.float32(-TIE), np.float32(TIE)))
     above_P, level_P = (torch.zeros(len(score_P), dtype=torch.int64, device=where) for _ in range(2))
@@ -74,6 +93,8 @@ def rank_candidates(
                 column_p = torch.from_numpy(relevant.row[pairs] - first).to(where)
                 inside_p = (column_p >= 0) & (column_p < len(block_TD))
                 scores_BT[query_p[inside_p], column_p[inside_p]] = -torch.inf
+                left_out = slice(excluded_bounds[number], excluded_bounds[number + 1])
+                _leave_out(scores_BT, excluded.query[left_out] - start, excluded.row[left_out] - first)
                 above_P[pairs] += _count(scores_BT, query_p, least_P[pairs])
                 level_P[pairs] -= _count(scores_BT, query_p, most_P[pairs])
                 best_QK[rows], rows_QK[rows] = _merge(best_QK[rows], rows_QK[rows], scores_BT, first)
@@ -81,6 +102,14 @@ def rank_candidates(
     rank_P = _settle(relevant, score_P, above)
     first_QK, cosine_QK = _interleave(relevant, rank_P, score_P, rows_QK.cpu().numpy(), best_QK.cpu().numpy())
     return Ranked(rank_P, above + level_P.cpu().numpy(), first_QK, cosine_QK)
+
+
+def _leave_out(scores_BT: torch.Tensor, query: IntArray, column: IntArray) -> None:
+    """Give these pairs the lowest score, those that are in the block, in place."""
+    inside = (column >= 0) & (column < scores_BT.shape[1])
+    if inside.any():
+        rows, columns = (torch.from_numpy(some[inside]).to(scores_BT.device) for some in (query, column))
+        scores_BT[rows, columns] = -torch.inf
 
 
 def rank_pools(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from rzen.evaluation.metrics import Relevant, metrics_by_query
 from rzen.evaluation.vectors import IntArray
@@ -15,23 +16,6 @@ Form = Literal["text", "image", "page", "video", "image+text", "class"]
 Metric = Literal["hit@1", "hit@5", "hit@10", "ndcg@5", "mrr"]
 
 
-def _at(family: str, k: int) -> Callable[[IntArray], float]:
-    def value(rank_Q: IntArray) -> float:
-        queries = np.arange(len(rank_Q))
-        one_each = Relevant(queries, np.zeros_like(queries), np.ones(len(queries)), len(queries))
-        return float(metrics_by_query(one_each, rank_Q, (k,))[f"{family}@{k}"].mean())
-
-    return value
-
-
-METRICS: dict[Metric, Callable[[IntArray], float]] = {
-    "hit@1": _at("hit", 1),
-    "hit@5": _at("hit", 5),
-    "hit@10": _at("hit", 10),
-    "ndcg@5": _at("ndcg_linear", 5),
-    "mrr": lambda rank_Q: float((1.0 / rank_Q).mean()),
-}
-"""Each takes the rank of the one relevant target of each query, from 1, `[Q]`, and gives a score in [0, 1]."""
 DATASET_METRICS: dict[Metric, str] = {"ndcg@5": "ndcg_linear@5", "mrr": "mrr@10"}
 """The metric of `rzen.evaluation.metrics` that stands for one of another name."""
 
@@ -75,6 +59,30 @@ TASKS: dict[str, Task] = {
 }
 
 
-def chance(metric: Metric, num_candidates: int) -> float:
-    """What random ranking expects with one relevant target: the mean score over all its possible ranks."""
-    return METRICS[metric](np.arange(1, num_candidates + 1))
+def score_queries(metric: Metric, relevant: Relevant, rank_P: IntArray) -> npt.NDArray[np.float64]:
+    """Return the score of each query in [0, 1], `[Q]`, from the ranks of its relevant targets. Each has at least one.
+
+    `mrr` is 1 / rank of the first one, however low.
+    """
+    if metric == "mrr":
+        best_Q = np.full(relevant.num_queries, np.iinfo(np.int64).max)
+        np.minimum.at(best_Q, relevant.query, rank_P)
+        return 1.0 / best_Q
+    name = DATASET_METRICS.get(metric, metric)
+    return metrics_by_query(relevant, rank_P, (int(name.rpartition("@")[2]),))[name]
+
+
+def chance(metric: Metric, num_candidates: int, num_relevant: int = 1) -> float:
+    """Return what random ranking expects: the mean score over all orders of the candidates."""
+    if metric.startswith("ndcg"):
+        cutoff = int(metric.rpartition("@")[2])
+        gains = [1 / math.log2(1 + rank) for rank in range(1, min(cutoff, num_candidates) + 1)]
+        return num_relevant / num_candidates * math.fsum(gains) / math.fsum(gains[:num_relevant])
+    last = num_candidates - num_relevant + 1 if metric == "mrr" else int(metric.rpartition("@")[2])
+    first_is_here = num_relevant / num_candidates  # that the first relevant candidate has this rank
+    shares = []
+    for rank in range(1, min(last, num_candidates - num_relevant + 1) + 1):
+        shares.append(first_is_here / rank if metric == "mrr" else first_is_here)
+        left = num_candidates - rank
+        first_is_here *= (left - num_relevant + 1) / left if left else 0.0
+    return math.fsum(shares)

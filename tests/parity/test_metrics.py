@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from rzen.evaluation.metrics import CUTOFFS, METRIC_NAMES, Relevant, metrics_by_query
-from rzen.evaluation.ranking import rank_candidates, rank_pools
+from rzen.evaluation.ranking import Pairs, rank_candidates, rank_pools
 
 pytrec_eval = pytest.importorskip("pytrec_eval")
 NUM_QUERIES, NUM_CANDIDATES = 60, 40
@@ -103,6 +103,34 @@ def test_pools_of_its_own_equal_trec_eval() -> None:
     for k in CUTOFFS:
         np.testing.assert_allclose(found[f"ndcg_linear@{k}"], expected[f"ndcg_cut_{k}"], rtol=0, atol=1e-9)
         np.testing.assert_allclose(found[f"recall@{k}"], expected[f"recall_{k}"], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("block_rows", [1, 7, 1000])
+def test_excluded_candidates_equal_a_run_without_them(block_rows: int) -> None:
+    scores, grades = random_run(4)
+    out = (np.random.default_rng(5).random(scores.shape) < 0.2) & (grades == 0)
+    relevant, excluded = relevant_of(grades), Pairs(*np.nonzero(out))
+    axes = np.eye(NUM_CANDIDATES, dtype=np.float32)
+    ranked = rank_candidates(unit(scores), axes, relevant, excluded=excluded, block_rows=block_rows, query_rows=17)
+    assert not out[np.arange(NUM_QUERIES)[:, None], ranked.rows][ranked.rows >= 0].any()
+    found, expected = metrics_by_query(relevant, ranked.rank), theirs(np.where(out, -1.0, scores), grades, grades)
+    plain = theirs(scores, grades, grades)
+    for k in CUTOFFS:
+        np.testing.assert_allclose(found[f"ndcg_linear@{k}"], expected[f"ndcg_cut_{k}"], rtol=0, atol=1e-9)
+        assert abs(plain[f"ndcg_cut_{k}"] - expected[f"ndcg_cut_{k}"]).max() > 0.01
+
+
+def test_grades_up_to_the_largest_have_finite_metrics() -> None:
+    """Grades 1023 and 1022: the second gain is half of the first, as with grades 11 and 10 to three digits."""
+    ranks = np.array([2, 1])
+    found = []
+    for grades in ((1023.0, 1022.0), (11.0, 10.0)):
+        relevant = Relevant(np.zeros(2, np.int64), np.arange(2), np.array(grades), 1)
+        with np.errstate(all="raise", under="ignore"):
+            found.append(metrics_by_query(relevant, ranks)["ndcg_exponential@10"][0])
+    expected = (1 / 2 + 1 / np.log2(3)) / (1 + 1 / 2 / np.log2(3))
+    assert found[0] == pytest.approx(expected, abs=1e-12)
+    assert found[1] == pytest.approx(expected, abs=1e-3)
 
 
 def test_a_rule_that_favours_ties_is_caught() -> None:

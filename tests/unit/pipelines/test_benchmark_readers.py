@@ -411,6 +411,14 @@ def test_own_lists(tmp_path: Path) -> None:
         ("q9\td1\t1\n", "lacks 'q9'"),
         ("q1\td1\t1\nq1\td1\t2\n", "twice"),
         ("q1\td1\tx\nq1\td1\ty\n", "is not: query, candidate, grade"),
+        ("q\td\tscore\n", r"test\.tsv: has no grades"),
+        ("", r"test\.tsv: has no grades"),
+        ("q1\td1\t0\n", r"test\.tsv: has no grade above 0"),
+        ("q1\td1\t1\nq2\td2\tnan\n", r"test\.tsv:2: has the grade 'nan'; write a finite number"),
+        ("q1\td1\tinf\n", r"test\.tsv:1: has the grade 'inf'"),
+        ("q1\td1\t1\nq1\td1\t0\n", r"test\.tsv:2: grades 'd1' for 'q1' twice, as 1 and as 0; keep one"),
+        ("q1\td1\t0\nq1\td1\t1\n", r"test\.tsv:2: grades 'd1' for 'q1' twice, as 0 and as 1; keep one"),
+        ("q1\td1\t1023.5\n", r"test\.tsv:1: has the grade 1023\.5, above 1023"),
     ],
 )
 def test_own_grades_that_fit_nothing_are_refused(qrels: str, problem: str, tmp_path: Path) -> None:
@@ -429,6 +437,137 @@ def test_own_names_that_are_there_twice_and_paths_outside_are_refused(tmp_path: 
     put(root / "dataset.json", '{"metrics": "hit@1"}')
     with pytest.raises(UserError, match="metrics: Extra inputs"):
         read_custom(root)
+
+
+def test_names_of_queries_and_of_unjudged_candidates_are_unique(tmp_path: Path) -> None:
+    root = own_folder(tmp_path, "q1\td2\t1\n")
+    put_lines(root / "queries.jsonl", [{"_id": "q1", "text": "one"}, {"_id": "q1", "text": "another"}])
+    with pytest.raises(UserError, match=r"queries\.jsonl q1: is there twice"):
+        read_custom(root)
+    own_folder(tmp_path, "q1\td2\t1\n")
+    texts = [{"_id": name, "text": f"{number}"} for number, name in enumerate(["d2", "d3", "d3"])]
+    put_lines(root / "corpus.jsonl", texts)
+    with pytest.raises(UserError, match=r"corpus\.jsonl d3: is there twice"):
+        read_custom(root)
+
+
+def test_lines_that_are_left_out_are_told(tmp_path: Path) -> None:
+    qrels = "q1\td1\t2\nq1\td1\t2.0\nq1\td2\t0\nq1\td3\t-1\nq2\td2\t0\n"
+    dataset = read_custom(own_folder(tmp_path, qrels), "mine")
+    assert dataset.notes == (
+        "3 grades are 0 or less: not relevant",
+        "1 lines repeat an earlier grade",
+        "2 queries have no relevant candidate and are left out",
+    )
+    assert scored(dataset, {"q1": ["d1"]}).remarks == list(dataset.notes)
+
+
+def put_duplicates(root: Path, config: str, qrels: str) -> Path:
+    """Questions a1 and b1 are among the documents. So is q, but there the name means another text."""
+    texts = {"a1": "a", "a2": "a again", "b1": "b", "b2": "b again", "q": "no question"}
+    put_lines(root / "corpus.jsonl", [{"_id": name, "text": text} for name, text in texts.items()])
+    asked = {"a1": "a", "b1": "b", "q": "question"}
+    put_lines(root / "queries.jsonl", [{"_id": name, "text": text} for name, text in asked.items()])
+    put(root / "dataset.json", config)
+    put(root / "qrels/test.tsv", qrels)
+    return root
+
+
+GRADES = "a1\ta2\t1\nb1\tb2\t1\nq\tb1\t1\n"
+FIRST = {"a1": ["a1", "a2"], "b1": ["b1", "b2"], "q": ["q", "b1"]}  # every query finds itself
+
+
+@pytest.mark.parametrize(
+    ("exclude", "mrr", "excluded"),
+    [("same_input", (1 + 1 + 1 / 2) / 3, 2), ("same_id", 1.0, 3), ("nothing", 1 / 2, 0)],
+)
+def test_queries_that_are_documents_are_not_compared_with_themselves(
+    exclude: str, mrr: float, excluded: int, tmp_path: Path
+) -> None:
+    config = f'{{"metric": "mrr@10", "exclude": "{exclude}"}}'
+    dataset = read_custom(put_duplicates(tmp_path, config, GRADES), "mine")
+    result = scored(dataset, FIRST)
+    assert result.value == pytest.approx(mrr)
+    assert sum(len(query.excluded) for query in dataset.queries) == excluded
+    told = [f"{excluded} queries are not compared with the candidate that they are themselves"] if excluded else []
+    assert result.remarks == told
+    found = {result.names.get(int(row), "") for row in result.ranked.rows[0]}
+    assert ("a1" in found) == (exclude == "nothing")
+
+
+def test_excluded_candidates_equal_trec_eval(tmp_path: Path) -> None:
+    pytrec_eval = pytest.importorskip("pytrec_eval")
+    result = scored(read_custom(put_duplicates(tmp_path, '{"exclude": "same_id"}', GRADES), "mine"), FIRST)
+    qrel = {name: {relevant: 1} for name, relevant in (line.split("\t")[:2] for line in GRADES.splitlines())}
+    run = {}
+    for name, found in FIRST.items():
+        run[name] = {other: 1.0 / (1 + place) for place, other in enumerate(found) if other != name}
+    theirs = pytrec_eval.RelevanceEvaluator(qrel, {"ndcg_cut.10"}).evaluate(run)
+    ours = result.by_query["ndcg_linear@10"].tolist()
+    assert ours == pytest.approx([theirs[query.item.name]["ndcg_cut_10"] for query in result.dataset.queries])
+
+
+def test_a_query_that_is_its_own_answer(tmp_path: Path) -> None:
+    """`same_input` finds it, because the grades ask for it. `same_id` leaves it out, and a query that has no other."""
+    qrels = "a1\ta1\t1\na1\ta2\t1\nb1\tb1\t1\nq\tb1\t1\n"
+    kept = read_custom(put_duplicates(tmp_path, "{}", qrels), "mine")
+    assert [len(query.relevance) for query in kept.queries] == [2, 1, 1]
+    assert kept.notes == ()
+    left = read_custom(put_duplicates(tmp_path, '{"exclude": "same_id"}', qrels), "mine")
+    assert [(query.item.name, len(query.relevance)) for query in left.queries] == [("a1", 1), ("q", 1)]
+    assert left.notes == (
+        "3 queries are not compared with the candidate that they are themselves",
+        "2 queries have themselves for a relevant candidate, which exclude: same_id leaves out",
+        "1 queries have no other relevant candidate and are left out",
+    )
+    check(left, read_pool(left))
+
+
+def test_lists_exclude_by_id_and_check_their_grades(tmp_path: Path) -> None:
+    put(tmp_path / "dataset.json", '{"metric": "hit@1", "exclude": "same_id"}')
+    documents = [{"_id": "a", "text": "a"}, {"_id": "b", "text": "b"}, {"_id": "c", "text": "c"}]
+    line = {"query": {"_id": "a", "text": "?"}, "candidates": documents, "relevance": [0, 1, 0]}
+    dataset = read_custom(put_lines(tmp_path / "lists.jsonl", [line]))
+    result = scored(dataset, {"a": ["a", "b"]})
+    assert (result.value, dataset.pool_size(dataset.queries[0])) == (1.0, 2)
+    for relevance, problem in (
+        ([float("nan"), 1, 0], "has the grade nan"),
+        ([0, "much", 1], "has the grade 'much'"),
+        ([0, 2000, 1], "above 1023"),
+    ):
+        put_lines(tmp_path / "lists.jsonl", [line | {"relevance": relevance}])
+        with pytest.raises(UserError, match=rf"lists\.jsonl:1: .*{problem}"):
+            read_custom(tmp_path / "lists.jsonl")
+    twice = line | {"candidates": [*documents, documents[1]], "relevance": [0, 1, 0, 0]}
+    put_lines(tmp_path / "lists.jsonl", [twice])
+    with pytest.raises(UserError, match=r"twice, as 1 and as 0"):
+        read_custom(tmp_path / "lists.jsonl")
+
+
+def test_pages_with_scores_that_contradict_or_are_no_numbers(tmp_path: Path) -> None:
+    pages = [page("1"), page("2")]
+    put_pages(
+        tmp_path, "test", {"q": "which?", "r": "?"}, pages, [grade("q", "2", 1), grade("q", "2", 2), grade("q", "1", 0)]
+    )
+    assert read_custom(tmp_path, "mine").notes == (
+        "1 grades are 0 or less: not relevant",
+        "1 lines give a pair a second grade: the higher counts",
+        "1 queries have no relevant page and are left out",
+    )
+    put_pages(tmp_path / "nan", "test", {"q": "which?"}, pages, [grade("q", "2", float("nan")), grade("q", "1", 1)])
+    with pytest.raises(UserError, match="has the grade nan"):
+        read_custom(tmp_path / "nan", "mine")
+
+
+def test_cut_offs_are_of_the_row(tmp_path: Path) -> None:
+    root = own_folder(tmp_path, "q1\td1\t1\nq2\td2\t1\n")
+    put(root / "dataset.json", '{"metric": "recall@2", "cutoffs": [3]}')
+    result = scored(read_custom(root, "mine"), {"q1": ["d2", "d1"], "q2": ["d1", "d3"]})
+    assert result.value == 1 / 2
+    assert {"recall@2", "hit@3", "ndcg_linear@10"} <= result.metrics.keys()
+    put(root / "dataset.json", '{"metric": "recal@2"}')
+    with pytest.raises(UserError, match=r"'recal@2': is not known; use one of hit@1, hit@2, hit@5"):
+        scored(read_custom(root, "mine"), {"q1": [], "q2": []})
 
 
 def test_equal_names_with_different_content_do_not_collapse(tmp_path: Path) -> None:

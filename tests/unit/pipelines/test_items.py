@@ -80,9 +80,11 @@ def test_rows_of_a_dataset_that_was_replaced_are_refused(tmp_path: Path) -> None
 
 
 def test_an_id_is_that_of_the_content() -> None:
-    shard = ListedShard("train", "red", "t", 0, 9, "content", "digest")
+    shard = ListedShard("train", "red", "t", 0, 9, "digest")
     moved = replace(shard, split="held_out", source="blue", digest="other", start=100)
-    sample = Sample("k", "red", "t", Input("q"), Input("", (Media("image", "p0.png"),)), target_sha256="ab")
+    sample = Sample(
+        "k", "red", "t", Input("q"), Input("", (Media("image", "p0.png"),)), target_sha256="ab", query_sha256="ef"
+    )
 
     def target(sample: Sample, shard: ListedShard = shard) -> str:
         return row_item(shard, 0, sample, "positive").id
@@ -91,8 +93,13 @@ def test_an_id_is_that_of_the_content() -> None:
         return row_item(shard, 0, sample, "query").id
 
     assert target(sample) == target(replace(sample, key="other", query=Input("z")), moved)
-    assert query(sample) == query(sample, moved)
-    assert query(sample) not in (query(replace(sample, key="l")), query(sample, replace(shard, content="c")))
+    assert query(sample) == query(replace(sample, key="other", positive=Input("z"), target_sha256="gh"), moved)
+    asked = [
+        replace(sample, query_sha256="01"),
+        replace(sample, instruction="Find it."),
+        replace(sample, query=Input("", (Media("image", "q0.png"),))),
+    ]
+    assert len({query(sample), target(sample), *map(query, asked)}) == 5
     others = [
         replace(sample, target_sha256="cd"),
         replace(sample, target_instruction="Represent it."),

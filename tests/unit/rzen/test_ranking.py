@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -8,8 +9,8 @@ import pytest
 from pipelines.errors import UserError
 from rzen.evaluation.metrics import metrics_by_query
 from rzen.evaluation.ranking import rank_candidates, top_k
-from rzen.evaluation.tasks import METRICS, TASKS, chance
-from rzen.evaluation.vectors import NONE, FloatArray, check_block_by_block
+from rzen.evaluation.tasks import TASKS, Metric, chance, score_queries
+from rzen.evaluation.vectors import NONE, FloatArray, IntArray, check_block_by_block
 from tests.ranks import rank_of_gold, relevant_of
 
 
@@ -26,16 +27,21 @@ def random_unit(rows: int, width: int = 8, seed: int = 0) -> FloatArray:
     return unit(np.random.default_rng(seed).normal(size=(rows, width)))
 
 
+def mean_of(metric: Metric, rank_of_query: IntArray) -> float:
+    """The mean score of queries with one relevant target each."""
+    return float(score_queries(metric, relevant_of(np.arange(len(rank_of_query))[:, None]), rank_of_query).mean())
+
+
 def test_hand_written_ranks() -> None:
     """Targets at 0, 30, 60, 90 degrees; queries at 5, 50, 100 degrees, whose relevant targets are rows 1, 1, 0."""
     ranks = rank_of_gold(at(5, 50, 100), at(0, 30, 60, 90), [1, 1, 0])
     assert ranks.tolist() == [2, 2, 4]
-    assert METRICS["hit@1"](ranks) == 0.0
+    assert mean_of("hit@1", ranks) == 0.0
     at_2 = metrics_by_query(relevant_of(np.array([[1], [1], [0]])), ranks, (2,))
     assert at_2["hit@2"].mean() == pytest.approx(2 / 3)
-    assert METRICS["mrr"](ranks) == pytest.approx((1 / 2 + 1 / 2 + 1 / 4) / 3)
+    assert mean_of("mrr", ranks) == pytest.approx((1 / 2 + 1 / 2 + 1 / 4) / 3)
     assert at_2["ndcg_linear@2"].mean() == pytest.approx(2 / 3 / math.log2(3))
-    assert METRICS["ndcg@5"](ranks) == pytest.approx((2 / math.log2(3) + 1 / math.log2(5)) / 3)
+    assert mean_of("ndcg@5", ranks) == pytest.approx((2 / math.log2(3) + 1 / math.log2(5)) / 3)
 
 
 @pytest.mark.parametrize("block_rows", [1, 3, 7, 1024])
@@ -69,15 +75,15 @@ def test_collapsed_vectors_score_nothing_and_are_told() -> None:
         for vectors in (collapsed, identical, untrained, identical[:1])
     ]
     assert found == [True, True, False, False]
-    assert METRICS["hit@1"](rank_of_gold(identical, identical, np.arange(50))) == 0.0
+    assert mean_of("hit@1", rank_of_gold(identical, identical, np.arange(50))) == 0.0
     with pytest.raises(UserError, match="targets: all 50 are one vector"):
         check_block_by_block(collapsed, "targets")
 
 
 def test_untrained_vectors_score_at_chance() -> None:
     ranks = rank_of_gold(random_unit(400), random_unit(20, seed=1), np.arange(400) % 20)
-    assert METRICS["hit@1"](ranks) == pytest.approx(chance("hit@1", 20), abs=0.04)
-    assert METRICS["ndcg@5"](ranks) == pytest.approx(chance("ndcg@5", 20), abs=0.04)
+    assert mean_of("hit@1", ranks) == pytest.approx(chance("hit@1", 20), abs=0.04)
+    assert mean_of("ndcg@5", ranks) == pytest.approx(chance("ndcg@5", 20), abs=0.04)
 
 
 def test_several_relevant_targets_with_grades() -> None:
@@ -122,6 +128,26 @@ def test_chance_is_the_mean_over_all_ranks() -> None:
     assert chance("hit@5", 400) == 0.0125
     assert chance("ndcg@5", 2) == pytest.approx((1 + 1 / math.log2(3)) / 2)
     assert chance("mrr", 4) == pytest.approx((1 + 1 / 2 + 1 / 3 + 1 / 4) / 4)
+
+
+@pytest.mark.parametrize("num_relevant", [1, 2, 3, 5])
+@pytest.mark.parametrize("metric", ["hit@1", "hit@5", "ndcg@5", "mrr"])
+def test_chance_of_several_relevant_targets_is_the_mean_over_all_orders(metric: Metric, num_relevant: int) -> None:
+    orders = np.array(list(combinations(range(1, 8), num_relevant)))  # ranks of the relevant ones among seven
+    relevant = relevant_of(np.tile(np.arange(num_relevant), (len(orders), 1)))
+    expected = score_queries(metric, relevant, orders.reshape(-1)).mean()
+    assert chance(metric, 7, num_relevant) == pytest.approx(expected)
+
+
+def test_a_query_with_several_relevant_targets_is_scored_by_all() -> None:
+    """Ranks 2 and 3, then 1 and 9."""
+    relevant = relevant_of(np.array([[0, 1], [0, 1]]))
+    ranks = np.array([2, 3, 1, 9])
+    assert score_queries("mrr", relevant, ranks).tolist() == [1 / 2, 1.0]
+    assert score_queries("hit@1", relevant, ranks).tolist() == [0.0, 1.0]
+    ideal = 1 + 1 / math.log2(3)
+    first = (1 / math.log2(3) + 1 / math.log2(4)) / ideal
+    assert score_queries("ndcg@5", relevant, ranks).tolist() == pytest.approx([first, 1 / ideal])
 
 
 def test_table_of_tasks() -> None:
