@@ -124,7 +124,7 @@ class DataConfig(Config):
     """Directory or s3:// URL under which `ingest` or `index` published `{split}/manifest.json`."""
     endpoint: str | None = None
     """S3 endpoint of the data root and of external shards. Default: the environment's AWS_ENDPOINT_URL."""
-    split: str = "train"
+    split: Literal["train", "held_out"] = "train"
     """Split to read: `train` or `held_out`."""
     instructions: bool = True
     """Put each sample's instruction before its text. Stage 1 of the recipe has none, stage 2 has."""

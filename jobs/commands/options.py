@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 
 from jobs.spec.job import JobConfig
 from jobs.spec.load import Document, check, override, read_document
+from jobs.spec.no_effect import warnings
 from pipelines.errors import UserError
 
 SpecPath = Annotated[str, typer.Argument(metavar="SPEC", help="YAML file", show_default=True)]
@@ -38,12 +40,19 @@ def run_file(
 
     Raise `UserError` if the spec is not of the `kind` that the command runs.
     """
-    from jobs.runtime.dispatch import run_spec
+    from jobs.runtime.dispatch import named_specs, run_spec
 
     spec, document = read_spec(path, [*as_changes(settings or {}), *(changes or ())])
     if kind and spec.kind != kind:
         raise UserError(path, f"kind={spec.kind!r} is not a spec of kind {kind}", f"use `rzen run {path}`")
+    print_warnings(spec, named_specs(spec, document), document)
     run_spec(spec, document)
+
+
+def print_warnings(spec: JobConfig, named: Sequence[JobConfig], document: Document) -> None:
+    """Print the settings without effect of a spec, and of those that it names, to the standard error."""
+    for text in warnings(spec, named, document):
+        print(f"warning: {text}", file=sys.stderr)
 
 
 def as_changes(settings: Mapping[str, Any]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.commands.options import AsJson, Changes, SpecPath, print_json, read_spec, run_file
+from jobs.commands.options import AsJson, Changes, SpecPath, print_json, print_warnings, read_spec, run_file
 from jobs.spec.kinds import Kind, find_kind, kind_names
 from pipelines.errors import UserError
 
@@ -18,18 +18,22 @@ def validate(
     show: Annotated[bool, typer.Option("--show", help="print the resolved spec as JSON")] = False,
     changes: Changes = None,
 ) -> None:
-    """Check specs without running anything. Takes about a second, without torch or Ray."""
+    """Check specs without running anything, and warn of settings without effect.
+
+    Takes about a second, without torch or Ray.
+    """
     from jobs.runtime.dispatch import named_specs
 
     failed = False
     for path in specs:
         try:
             spec, document = read_spec(path, changes)
-            named_specs(spec, document)
+            named = named_specs(spec, document)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             failed = True
             continue
+        print_warnings(spec, named, document)
         print(f"{path}: valid {spec.kind} job")
         if show:
             print(spec.model_dump_json(indent=1))
@@ -59,7 +63,7 @@ def submit(
     from jobs.runtime.submit import submit as submit_job
 
     checked, document = read_spec(spec, changes)  # reports a mistake here, not in the log of the job
-    named_specs(checked, document)
+    print_warnings(checked, named_specs(checked, document), document)
     raise typer.Exit(submit_job(spec, changes or (), address, working_dir, checked.submit, wait=not no_wait))
 
 

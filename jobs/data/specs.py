@@ -8,6 +8,7 @@ from pydantic import Field
 
 from jobs.spec.job import JobConfig, Named
 from jobs.spec.kinds import Kind, no_gpus
+from jobs.spec.no_effect import NoEffect
 from pipelines.config import MediaConfig, NonNegativeInt, PositiveInt
 from pipelines.samples import Split
 from pipelines.shards.mapping import SourceMapping
@@ -84,6 +85,12 @@ CORPUS = Kind(
     reads={},
     makes={"out": "folder of files with captions"},
     local="draws files into a local folder",
+    no_effect=(
+        NoEffect("corpus.pages_per_document", lambda spec: not spec.corpus.num_documents, "corpus.num_documents is 0"),
+        NoEffect("corpus.repeats", lambda spec: not spec.corpus.num_repeated, "corpus.num_repeated is 0"),
+        NoEffect("corpus.clip_frames", lambda spec: not spec.corpus.num_clips, "corpus.num_clips is 0"),
+        NoEffect("corpus.hard_fraction", lambda spec: not spec.corpus.num_images, "corpus.num_images is 0"),
+    ),
 )
 INGEST = Kind(
     name="ingest",
@@ -93,6 +100,11 @@ INGEST = Kind(
     makes={"out": "dataset: shards, indices, report, manifest"},
     fingerprint="jobs.data.ingest:fingerprint",
     local="reads a local folder on every node",
+    no_effect=(
+        NoEffect("media.page_pixels", lambda spec: not spec.materialized, "pages are stored as they are"),
+        NoEffect("media.frames", lambda spec: not spec.materialized, "videos are stored as they are"),
+        NoEffect("media.fps", lambda spec: not spec.materialized, "videos are stored as they are"),
+    ),
 )
 INDEX = Kind(
     name="index",
@@ -102,4 +114,5 @@ INDEX = Kind(
     makes={"out": "dataset: indices, report, manifest"},
     fingerprint="jobs.data.index:fingerprint",
     gpus=no_gpus,
+    no_effect=(NoEffect("media", lambda spec: not spec.decode, "decode: false opens no file"),),
 )

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from jobs.spec.job import JobConfig
 from jobs.spec.kinds import Kind
+from jobs.spec.no_effect import NoEffect
 from pipelines.config import Config, DataConfig, PositiveFloat, PositiveInt
 from pipelines.samples import Split
 
@@ -56,6 +57,10 @@ def gpus_of_actors(spec: Workers, named: Sequence[JobConfig]) -> float:
     return spec.actors * spec.gpus_per_actor
 
 
+def _always(spec: EmbedSpec) -> bool:
+    return True
+
+
 EMBED = Kind(
     name="embed",
     spec=EmbedSpec,
@@ -63,4 +68,10 @@ EMBED = Kind(
     reads={"model": "exported model", "data": "dataset"},
     makes={"out": "vectors as Parquet, and vectors.json"},
     gpus=gpus_of_actors,
+    no_effect=(
+        NoEffect("data.split", _always, "`splits` decides"),
+        NoEffect("data.mixture", _always, "every target is embedded"),
+        NoEffect("data.negatives_per_sample", _always, "targets only are embedded"),
+        NoEffect("data.max_bad_fraction", _always, "bad targets are skipped and counted"),
+    ),
 )

@@ -10,6 +10,7 @@ from jobs.embedding.specs import Workers, gpus_of_actors
 from jobs.spec.job import JobConfig, Named
 from jobs.spec.kinds import Kind
 from jobs.spec.model import ModelRef
+from jobs.spec.no_effect import NoEffect
 from pipelines.config import DataConfig, MediaConfig, NonNegativeInt
 from rzen.config import ModelCard, ModelIdentity, PromptConfig, ReadoutConfig
 from rzen.evaluation.tasks import TASKS, Metric
@@ -73,6 +74,10 @@ class EvaluateSpec(Workers, ModelIdentity, JobConfig):
         return self
 
 
+def _has_data(spec: EvaluateSpec) -> bool:
+    return spec.data is not None
+
+
 _HOW_FAST = {*Workers.model_fields, "submit"}
 _WHERE = {"models", "out", "cache", "scratch"}
 _ONLY_SHOWN = {"num_examples", "instruction_sensitivity", "submission"}
@@ -88,5 +93,16 @@ EVALUATE = Kind(
     },
     makes={"out": "scores, leaderboard files, HTML report", "cache": "vectors"},
     gpus=gpus_of_actors,
+    no_effect=(
+        NoEffect("datasets", lambda spec: not spec.suites, "suites is empty"),
+        NoEffect("submission", lambda spec: "MMEB-V2" not in spec.suites, "suites does not name MMEB-V2"),
+        NoEffect("media", lambda spec: not (spec.suites or spec.custom), "suites and custom are empty"),
+        NoEffect("tasks", lambda spec: spec.data is None, "data is not set"),
+        NoEffect("metrics", lambda spec: spec.data is None, "data is not set"),
+        NoEffect("data.mixture", _has_data, "every sample of the split is scored"),
+        NoEffect("data.negatives_per_sample", _has_data, "mined negatives are not scored"),
+        NoEffect("data.max_bad_fraction", _has_data, "a bad sample is an error"),
+        NoEffect("data.instructions", _has_data, "`instructions` of each model decides"),
+    ),
     not_science=frozenset(_HOW_FAST | _WHERE | _ONLY_SHOWN),
 )

@@ -9,6 +9,7 @@ from pydantic import Field
 from jobs.spec.job import JobConfig, Named
 from jobs.spec.kinds import Kind, no_gpus
 from jobs.spec.model import ModelRef
+from jobs.spec.no_effect import NoEffect
 from pipelines.config import PositiveInt
 from rzen.config import ModelIdentity, PromptConfig, ReadoutConfig
 from rzen.report.hits import Modality
@@ -78,6 +79,11 @@ EXPORT = Kind(
     reads={"model": "checkpoint and adapter", "scores": "scores for the model card"},
     makes={"out": "model for other libraries, with a model card"},
     gpus=no_gpus,
+    no_effect=(
+        NoEffect("frames", lambda spec: spec.format != "model", "only format: model has files for other libraries"),
+        NoEffect("instructions", lambda spec: spec.format != "model", "only format: model has files for them"),
+        NoEffect("dtype", lambda spec: spec.format == "adapter", "an adapter keeps its type"),
+    ),
 )
 SEARCH = Kind(
     name="search",
@@ -86,4 +92,8 @@ SEARCH = Kind(
     reads={"vectors": "vectors of a corpus", "results": "scores", "curves": "metrics of training runs"},
     makes={"html": "HTML report"},
     local="writes a local report",
+    no_effect=(
+        NoEffect("results", lambda spec: spec.html is None, "they are part of the report, and html is not set"),
+        NoEffect("curves", lambda spec: spec.html is None, "they are part of the report, and html is not set"),
+    ),
 )

@@ -17,6 +17,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from jobs.spec.job import JobConfig
+from jobs.spec.no_effect import NoEffect
 from pipelines.errors import UserError
 
 GROUP = "rzen.kinds"
@@ -61,6 +62,8 @@ class Kind:
     """How many GPUs the job can use at once, from its spec and the specs that it names."""
     local: str = ""
     """Why the job needs local files and so has no RayJob on Kubernetes. Such kinds have no `gpus`."""
+    no_effect: tuple[NoEffect, ...] = ()
+    """Settings that have no effect under a condition. `rzen validate` and `rzen run` warn of them."""
     not_science: frozenset[str] = frozenset({"submit"})
     """Settings, as dotted keys, that never change the result: they are not part of a run's identity."""
 

@@ -30,6 +30,8 @@ def resolve(spec: FinetunesSpec, document: Document) -> dict[str, TrainSpec]:
         specs[name] = check_train(train)
     if len(kinds := {train.model.tune for train in specs.values()}) > 1:
         raise UserError(document.place(("runs",)), f"train {' and '.join(sorted(kinds))}", "give all one model.tune")
+    if found := spec.impossible(adapters=kinds == {"lora"}):  # otherwise that comes out when all have been trained
+        raise UserError(document.place(found[0]), found[1], "change the soups, or model.tune")
     return specs
 
 

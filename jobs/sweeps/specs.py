@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from jobs.spec.job import FileChanges, JobConfig, Name, Named
 from jobs.spec.kinds import Kind, gpus_of, no_gpus
 from jobs.spec.model import ModelRef
+from jobs.spec.no_effect import NoEffect
 from pipelines.config import NonNegativeInt, PositiveInt
 from rzen.config import MeanSoup, SoupConfig
 
@@ -43,6 +44,17 @@ class SoupsConfig(JobConfig):
             if name in ("candidates", "models"):
                 raise ValueError(f"soups.{name}: the job keeps scores in a folder of this name; choose another name")
         return self
+
+    def impossible(self, adapters: bool) -> tuple[tuple[str, ...], str] | None:
+        """Return key and problem of what cannot be merged from adapters, or from full models. None if there is none."""
+        if adapters and self.base:
+            return ("base",), f"base={self.base}: adapters hold only what training changed, so leave base out"
+        for name, soup in self.soups.items() if not adapters else ():
+            if soup.method in ("ties", "dare") and not self.base:
+                return ("soups", name), f"soups.{name}: method={soup.method} of full models needs base"
+            if isinstance(soup.rank, int):
+                return ("soups", name), f"soups.{name}: rank={soup.rank}, but full models have no rank"
+        return None
 
     def check_names(self, known: Collection[str]) -> None:
         """Raise `ValueError` for soup weights of something that is not among the models."""
@@ -112,6 +124,8 @@ class SoupSpec(SoupsConfig):
     def _of_one_kind(self) -> SoupSpec:
         if len({ref.adapter is None for ref in self.models.values()}) > 1:
             raise ValueError("models has adapters and full models; export the adapters first, or remove one kind")
+        if found := self.impossible(adapters=next(iter(self.models.values())).adapter is not None):
+            raise ValueError(found[1])
         self.check_names(list(self.models))
         return self
 
@@ -161,6 +175,21 @@ def _gpus_of_finetunes(spec: FinetunesSpec, named: Sequence[JobConfig]) -> float
     return sum(runs[: spec.max_parallel])
 
 
+def _always(spec: JobConfig) -> bool:
+    return True
+
+
+def _nothing_to_choose(spec: SoupsConfig) -> bool:
+    return all(soup.method not in ("greedy", "searched") for soup in spec.soups.values())
+
+
+_SCORES_OF = tuple(
+    NoEffect(f"{entry}.set.{name}", _always, "the job sets it")
+    for entry in ("evaluate", "probe")
+    for name in ("models", "out")
+)
+_PROBE = (NoEffect("probe", _nothing_to_choose, "no soup is greedy or searched"), *_SCORES_OF)
+_RUN_NAME = NoEffect("set.name", _always, "the job names its runs")
 _SOUPS = {"out": "{soup}/adapter or {soup}/model, summary"}
 FINETUNES = Kind(
     name="finetunes",
@@ -170,6 +199,7 @@ FINETUNES = Kind(
     makes=_SOUPS,
     named="jobs.sweeps.finetunes:named",
     gpus=_gpus_of_finetunes,
+    no_effect=(*_PROBE, _RUN_NAME, NoEffect("runs.*.name", _always, "the job names its runs")),
 )
 SOUP = Kind(
     name="soup",
@@ -179,6 +209,7 @@ SOUP = Kind(
     makes=_SOUPS,
     named="jobs.sweeps.soup:named",
     gpus=no_gpus,
+    no_effect=_PROBE,
 )
 ABLATION = Kind(
     name="ablation",
@@ -188,4 +219,11 @@ ABLATION = Kind(
     makes={"out": "ablation.json, .md and .svg"},
     named="jobs.sweeps.ablation:named",
     local="writes its report to a local folder",
+    no_effect=(
+        *_SCORES_OF[:2],
+        _RUN_NAME,
+        NoEffect("set.seed", _always, "`seeds` decides"),
+        NoEffect("variants.*.name", _always, "the job names its runs"),
+        NoEffect("variants.*.seed", _always, "`seeds` decides"),
+    ),
 )

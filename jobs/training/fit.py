@@ -20,6 +20,7 @@ from ray.train import TrainingFailedError
 from jobs.runtime.cluster import user_error
 from jobs.runtime.models import is_published, publish_folder
 from jobs.runtime.progress import say
+from jobs.spec.no_effect import unused_settings
 from jobs.training.encoder import BACKBONE, encoder_of
 from jobs.training.runs import Run
 from jobs.training.specs import TrainSpec
@@ -100,9 +101,18 @@ def _summarize(run: Run, plan: Plan, adapter: InitAdapter | None) -> None:
     for line in plan.summary():
         say(f"    {line}", "dim")
     describe_start(spec, adapter)
+    for text in _unused_by_length(spec, plan.num_steps):
+        say(f"    {text}", "yellow")
     say(f"    {run.store.url}, checkpoint every {spec.checkpoint.every_steps} steps", "dim")
     if step := run.step():
         say(f"    resumes from step {step}")
+
+
+def _unused_by_length(spec: TrainSpec, num_steps: int) -> list[str]:
+    """Return the settings without effect that only the length of the run shows, if it comes from `epochs`."""
+    before = {str(found) for found in unused_settings(spec)}
+    known = unused_settings(spec.model_copy(update={"steps": num_steps})) if spec.steps is None else []
+    return [str(found) for found in known if found.key != ("epochs",) and str(found) not in before]
 
 
 def fit(prepared: Prepared, board: Any, set_state: Callable[[str, str], None], abandoned: Event) -> None:

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from jobs.spec.job import JobConfig, Name
 from jobs.spec.kinds import Kind
 from jobs.spec.run import CheckpointConfig, ClusterConfig, RunConfig
+from jobs.training.no_effect import NO_EFFECT
 from pipelines.config import DataConfig, FeedConfig, NonNegativeInt, PositiveFloat, PositiveInt
 from rzen.config import ModelConfig, ObjectiveConfig, OptimConfig
 
@@ -55,6 +56,12 @@ class TrainSpec(JobConfig):
             raise ValueError("init_adapter needs model.tune: lora")
         if self.model.quantize and self.optim.zero_stage == 3:
             raise ValueError(f"model.quantize={self.model.quantize} works with optim.zero_stage 1 and 2 only")
+        if self.model.quantize and not self.cluster.gpus_per_worker:
+            raise ValueError(f"model.quantize={self.model.quantize} needs a CUDA GPU; set cluster.gpus_per_worker")
+        # A source that is smaller than a batch gets a smaller one, which the plan checks.
+        if self.global_batch % self.cluster.workers and not self.data.mixture.merge_small:
+            problem = f"global_batch={self.global_batch} cannot be shared evenly by {self.cluster.workers} workers"
+            raise ValueError(f"{problem}; choose a multiple, or another cluster.workers")
         return self
 
 
@@ -69,6 +76,7 @@ TRAIN = Kind(
     reads={"data": "dataset", "model.backbone": "checkpoint", "init_adapter": "adapter"},
     makes={"run": "{root}/{name}/ with adapter or model, checkpoints, metrics"},
     gpus=_gpus,
+    no_effect=NO_EFFECT,
     # Where and how fast a run goes. Datasets are identified by their fingerprints, wherever they are stored.
     not_science=frozenset(
         {"run", "feed", "checkpoint", "cluster", "submit", "data.root", "data.endpoint", "data.trusted"}

@@ -39,8 +39,9 @@ def resolve_jobs(spec: PipelineSpec, document: Document) -> dict[str, tuple[JobC
 
 
 def named(spec: PipelineSpec, document: Document) -> list[JobConfig]:
-    """Return the specs of the jobs."""
-    return [job for job, _ in resolve_jobs(spec, document).values()]
+    """Return the specs of the jobs, and of those that they name."""
+    jobs = resolve_jobs(spec, document).values()
+    return [one for job, source in jobs for one in (job, *named_specs(job, source))]
 
 
 def run(spec: PipelineSpec, document: Document) -> dict[str, Any]:

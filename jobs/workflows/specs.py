@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from jobs.spec.job import FileChanges, JobConfig, Name, Named
 from jobs.spec.kinds import Kind, gpus_of
+from jobs.spec.no_effect import NoEffect
 from pipelines.config import Config, PositiveFloat, PositiveInt
 from rzen.config import MeanSoup
 
@@ -84,6 +85,10 @@ def _gpus_of_retrain(spec: RetrainSpec, named: Sequence[JobConfig]) -> float:
     return max(gpus_of(one) for one in named)
 
 
+def _always(spec: RetrainSpec) -> bool:
+    return True
+
+
 RETRAIN = Kind(
     name="retrain",
     spec=RetrainSpec,
@@ -92,6 +97,11 @@ RETRAIN = Kind(
     makes={"registry": "model with its lineage; a promotion if it is better"},
     named="jobs.workflows.retrain:named",
     gpus=_gpus_of_retrain,
+    no_effect=(
+        NoEffect("set.name", _always, "the job names its runs"),
+        NoEffect("evaluate.set.models", _always, "the job sets it"),
+        NoEffect("evaluate.set.out", _always, "the job sets it"),
+    ),
 )
 PIPELINE = Kind(
     name="pipeline",

@@ -36,6 +36,8 @@ class TemperatureConfig(Config):
             raise ValueError(
                 f"minimum and maximum are both {self.minimum}, which leaves nothing to learn; set learnable: false"
             )
+        if self.learnable and self.lr_scale == 0:
+            raise ValueError("lr_scale=0 leaves nothing to learn; set learnable: false")
         return self
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -21,8 +21,8 @@ class OptimConfig(Config):
     """Share of the steps in which the rate rises linearly. Our choice."""
     final_lr_fraction: Fraction = 0.0
     """Rate at the last step relative to the peak."""
-    betas: list[Fraction] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
-    """Decay rates of AdamW's moments."""
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
+    """Decay rates of AdamW's moments, below 1."""
     max_grad_norm: PositiveFloat = 1.0
     """The global gradient norm is clipped to this. Our choice."""
     max_skipped_steps: NonNegativeInt = 5
