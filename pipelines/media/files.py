@@ -1,4 +1,4 @@
-"""Media files on local disks."""
+"""Media files: the extensions of each kind, in folders and in tars, and files on local disks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pipelines.errors import BadMedia, UserError
 from pipelines.samples import MediaKind
 
 _EXTENSIONS: dict[MediaKind, tuple[str, ...]] = {
-    "image": (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
+    "image": (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"),
     "document": (".pdf",),
     "video": (
         *(".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".flv", ".ogv", ".wmv", ".asf"),

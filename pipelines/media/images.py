@@ -17,7 +17,7 @@ from pipelines.config import MediaConfig
 from pipelines.errors import BadMedia
 from pipelines.samples import UInt8Array
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\x00", b"MM\x00*")
 # What PIL's parsers raise on damaged files, in addition to their documented OSError.
 _DAMAGE = (

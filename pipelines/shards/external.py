@@ -33,7 +33,7 @@ from pipelines.storage.location import open_store
 from pipelines.storage.shard_urls import ShardFile
 from pipelines.storage.store import Store
 
-SCAN_VERSION = 2
+SCAN_VERSION = 3
 _METADATA = b"rzen"
 _MAX_EXAMPLES = 3  # for each shard and reason
 

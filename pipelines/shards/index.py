@@ -21,7 +21,7 @@ from pipelines.storage.store import Store
 INDEX_SCHEMA = pa.schema(
     [
         ("key", pa.string()),
-        ("offset", pa.int64()),  # bytes from the start of the tar to the sample's first header
+        ("offset", pa.int64()),  # bytes from the start of the tar to the first header that the sample needs
         ("length", pa.int64()),  # bytes to the end of its last member, padding included
         ("target_sha256", pa.string()),
         ("num_members", pa.int32()),  # without the json
@@ -62,8 +62,9 @@ class ShardIndex:
 
     def span(self, first: int, last: int) -> tuple[int, int]:
         """Return offset and length in bytes of the samples `first` .. `last` and everything between them."""
-        start = int(self.offsets[first])
-        return start, int(self.offsets[last] + self.lengths[last]) - start
+        rows = slice(first, last + 1)
+        start = int(self.offsets[rows].min())  # a sample with hard links may begin before the one before it
+        return start, int((self.offsets[rows] + self.lengths[rows]).max()) - start
 
     def target_sha256(self, row: int) -> str:
         """Return the target of a sample in hex, or "" if targets were not read."""

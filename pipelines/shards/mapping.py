@@ -16,14 +16,10 @@ from pydantic import AfterValidator, Field, model_validator
 
 from pipelines.config import Config
 from pipelines.errors import BadMedia
+from pipelines.media.files import KINDS
 from pipelines.samples import Input, Media, MediaKind, Sample
 from pipelines.shards.tars import Buffer, Group
-
-KIND_OF_EXTENSION: dict[str, MediaKind] = {
-    **dict.fromkeys(("jpg", "jpeg", "png", "webp", "gif"), "image"),
-    **dict.fromkeys(("mp4", "mkv", "webm", "mov"), "video"),
-    "pdf": "document",
-}
+from pipelines.texts import decode_text
 
 
 def _alternatives(selector: str) -> list[tuple[str, str]]:
@@ -42,10 +38,14 @@ def _check_text(selector: str) -> str:
     return selector
 
 
+def _kind(member: str) -> MediaKind | None:
+    return KINDS.get(f".{member.rpartition('.')[2]}")
+
+
 def _check_media(selector: str) -> str:
     for member, field in _alternatives(_check_text(selector)):
-        if field or member.rpartition(".")[2] not in KIND_OF_EXTENSION:
-            known = ", ".join(KIND_OF_EXTENSION)
+        if field or _kind(member) is None:
+            known = ", ".join(extension[1:] for extension in KINDS)
             raise ValueError(f"{selector!r} must name members with one of these extensions: {known}")
     return selector
 
@@ -60,8 +60,8 @@ class InputMapping(Config):
     text: TextSelector | None = None
     """Member, or field of a JSON member."""
     media: MediaSelector | None = None
-    """Member with a file. Its extension says the kind: jpg, jpeg, png, webp, gif are images, mp4, mkv, webm, mov are
-    videos. A pdf is a document; its first page is used."""
+    """Member with a file. Its extension says the kind, as in folders: jpg, png, webp, avif and others are images, mp4,
+    mkv, webm and others are videos. A pdf is a document; its first page is used."""
 
     @model_validator(mode="after")
     def _not_empty(self) -> InputMapping:
@@ -186,7 +186,9 @@ def _media(selector: str, members: Mapping[str, bytes]) -> Media:
         if member in members:
             if not members[member]:
                 raise BadMedia("empty_file", member)
-            return Media(KIND_OF_EXTENSION[member.rpartition(".")[2]], member)
+            kind = _kind(member)
+            assert kind is not None, "checked with the mapping"
+            return Media(kind, member)
     raise BadMedia("missing_member", selector)
 
 
@@ -211,7 +213,7 @@ def _found(selector: str, members: Mapping[str, bytes]) -> Any:
 
 def _decoded(member: str, data: bytes) -> str:
     try:
-        return bytes(data).decode()
+        return decode_text(data)
     except UnicodeDecodeError as error:
         raise BadMedia("not_utf8", f"{member}: {error.reason} at byte {error.start}") from error
 

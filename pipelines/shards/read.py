@@ -13,7 +13,7 @@ from pipelines.samples import Members, Sample
 from pipelines.shards.index import ShardIndex, with_hashes
 from pipelines.shards.manifest import ShardInfo
 from pipelines.shards.mapping import SampleMapper, SourceMapping
-from pipelines.shards.tars import only_group
+from pipelines.shards.tars import last_group, only_group
 from pipelines.storage.location import open_store
 from pipelines.storage.store import LocalStore, Store, check_relative_path
 
@@ -36,9 +36,7 @@ def external_sample_parser(source: str, mapping: SourceMapping) -> Parser:
     mapper = SampleMapper(source, mapping)
 
     def parse(key: str, data: bytes) -> tuple[Sample, Members]:
-        group = only_group(data)
-        if group.key != key:
-            raise ValueError(f"the index says {key!r}, the shard {group.key!r}")
+        group = last_group(data, key)
         members = mapper.select(data, group)
         sample = mapper.sample(key, members, key)
         return sample, {media.member: members[media.member] for part in sample.inputs() for media in part.media}

@@ -2,51 +2,55 @@
 
     bytes -> entries (USTAR, GNU and PAX long names) -> groups of one key -> samples
 
-Nothing is skipped silently: bytes that belong to no sample become a `Finding`.
+Hard links have the bytes of the member that they name. Nothing but folders is skipped silently: bytes that belong to no
+sample become a `Finding`.
 """
 
 from __future__ import annotations
 
 import re
 import tarfile
+import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from mmap import mmap
 
-BLOCK_BYTES = 512
+from pipelines.shards.tar_headers import BLOCK_BYTES, link_name, pax_records, read_header
+
 _KEY = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")  # webdataset's own: up to the first dot of the base name
-_META = re.compile(r"__[^/]*__($|/)")  # webdataset stores its metadata under such names
+# Metadata under names of their own: webdataset's, those of archives made on a Mac, attributes that an old tar wrote as
+# files. Names that begin with a dot are hidden files, such as AppleDouble's `._a.jpg`, and have no key.
+_META = re.compile(r"__[^/]*__($|/)|(.*/)?(__MACOSX|PaxHeaders?(\.\d+)?)/|(.*/)?\.[^/]*$")
+_HARMLESS = ("not_a_member", "link")  # findings that damage no sample around them
+_MAX_LINK_BYTES = 256 << 20
 _EXTENDED = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE)
 _GNU_LONG = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 _SCAN_BYTES = 1 << 20
-_CHECKSUM = slice(148, 156)
 
 Buffer = bytes | mmap
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A regular file: headers (including those of a long name) from `offset`, bytes from `start`, padding to `end`."""
+    """A regular file: headers (including those of a long name) from `offset`, bytes from `start`, padding to `end`.
+
+    A hard link has its bytes in another entry, whose headers begin at `link_offset`.
+    """
 
     name: str
     offset: int
     start: int
     size: int
     end: int
-
-
-@dataclass(frozen=True, slots=True)
-class Header:
-    """One header block: name, bytes of content, one byte for the kind of entry."""
-
-    name: str
-    size: int
-    type: bytes
+    link_offset: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Bytes of no sample: bad_header, truncated, sparse_member, trailing_bytes, no_end_marker, not_a_member."""
+    """Bytes of no sample: bad_header, truncated, sparse_member, trailing_bytes, no_end_marker, not_a_member, link.
+
+    A `link` is symbolic, or a hard link to a file that the archive does not have before it.
+    """
 
     reason: str
     offset: int
@@ -55,7 +59,11 @@ class Finding:
 
 @dataclass(slots=True)
 class Group:
-    """Consecutive members of one key, by extension as written. `problem` is duplicate_member, damaged or empty."""
+    """Consecutive members of one key, by extension as written. `problem` is duplicate_member, damaged or empty.
+
+    The bytes from `offset` to `end` hold all that the sample needs: hard links may refer to entries before the first
+    member. `problem` is then link_too_far for more than 256 MB (our choice).
+    """
 
     key: str
     offset: int
@@ -79,15 +87,21 @@ def entries(data: Buffer, is_whole: bool = True) -> Iterator[Entry | Finding]:
     archive and needs no such end.
     """
     position = 0
+    regular: dict[str, Entry] = {}
     while position < len(data):
         if _is_end(data, position):
             if _has_content(data, position):
                 yield Finding("trailing_bytes", position, len(data) - position)
             return
         try:
-            entry, following = _read_entry(data, position)
-            if entry:
-                yield entry
+            found, following = _read_entry(data, position)
+            if isinstance(found, _Link):
+                yield _resolved(found, regular, position, following)
+            elif isinstance(found, Entry):
+                regular[_plain_path(found.name)] = found
+                yield found
+            elif found:
+                yield found
         except _CutError:
             yield Finding("truncated", position, len(data) - position)
             return
@@ -110,7 +124,7 @@ def groups(found: Iterable[Entry | Finding]) -> Iterator[Group | Finding]:
     is_damaged = False
     for item in found:
         if isinstance(item, Finding):
-            is_damaged = True
+            is_damaged |= item.reason not in _HARMLESS
             yield item
             continue
         matched = None if _META.match(item.name) else _KEY.fullmatch(item.name)
@@ -118,6 +132,7 @@ def groups(found: Iterable[Entry | Finding]) -> Iterator[Group | Finding]:
             yield Finding("not_a_member", item.offset, item.end - item.offset)
             continue
         key, extension = matched.groups()
+        key = normalized(key)
         if group is None or group.key != key:
             if group:
                 yield group
@@ -128,6 +143,10 @@ def groups(found: Iterable[Entry | Finding]) -> Iterator[Group | Finding]:
             group.problem = "duplicate_member"
         group.members[extension] = item
         group.end = item.end
+        if item.link_offset is not None:
+            group.offset = min(group.offset, item.link_offset)
+            if group.end - group.offset > _MAX_LINK_BYTES:
+                group.problem = "link_too_far"
         is_damaged = False
     if group:
         yield group
@@ -137,7 +156,7 @@ def only_group(data: bytes) -> Group:
     """Return the one sample that `data` consists of. Raises `ValueError` for anything else."""
     found = list(groups(entries(data, is_whole=False)))
     group = next((item for item in found if isinstance(item, Group)), None)
-    problems = [item.reason for item in found if isinstance(item, Finding) and item.reason != "not_a_member"]
+    problems = [item.reason for item in found if isinstance(item, Finding) and item.reason not in _HARMLESS]
     if group is None or problems or group.problem or sum(isinstance(item, Group) for item in found) != 1:
         if not problems:
             problems = [group.problem if group and group.problem else "not one sample"]
@@ -145,11 +164,51 @@ def only_group(data: bytes) -> Group:
     return group
 
 
-def _read_entry(data: Buffer, position: int) -> tuple[Entry | None, int]:
-    """Return the entry whose headers begin at `position`, None unless it is a regular file, and the next position."""
+def last_group(data: bytes, key: str) -> Group:
+    """Return the sample `key`, which `data` ends with. Others may come before it only if it has hard links to them.
+
+    Raises `ValueError` for anything else.
+    """
+    found = [item for item in groups(entries(data, is_whole=False)) if isinstance(item, Group)]
+    is_linked = any(entry.link_offset is not None for group in found[-1:] for entry in group.members.values())
+    group = found[-1] if is_linked and len(found) > 1 else only_group(data)
+    if group.problem or group.key != normalized(key):
+        raise ValueError(group.problem or f"the index says {key!r}, the shard {group.key!r}")
+    return group
+
+
+def normalized(name: str) -> str:
+    """Return a name in Unicode's form C. A Mac stores the same letters as several characters."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+@dataclass(frozen=True, slots=True)
+class _Link:
+    """A link in an archive. `target` is empty for a symbolic one."""
+
+    name: str
+    target: str
+
+
+def _resolved(link: _Link, regular: dict[str, Entry], offset: int, end: int) -> Entry | Finding:
+    target = regular.get(_plain_path(link.target)) if link.target else None
+    if target is None:
+        return Finding("link", offset, end - offset)
+    needed = target.offset if target.link_offset is None else target.link_offset
+    entry = Entry(link.name, offset, target.start, target.size, end, needed)
+    regular[_plain_path(link.name)] = entry
+    return entry
+
+
+def _plain_path(name: str) -> str:
+    return name.removeprefix("./")
+
+
+def _read_entry(data: Buffer, position: int) -> tuple[Entry | _Link | Finding | None, int]:
+    """Return what begins at `position`, with None for a folder and a finding for a device, and the next position."""
     first = position
     # Extended headers come before the header that they describe. There may be several.
-    long_name, long_size, is_sparse = None, None, False
+    long_name, long_link, long_size, is_sparse = None, None, None, False
     while True:
         block = data[position : position + BLOCK_BYTES]
         if len(block) != BLOCK_BYTES:
@@ -163,9 +222,12 @@ def _read_entry(data: Buffer, position: int) -> tuple[Entry | None, int]:
             raise _CutError
         if header.type == tarfile.GNUTYPE_LONGNAME:
             long_name = payload.partition(b"\0")[0].decode("utf-8", "surrogateescape")
+        elif header.type == tarfile.GNUTYPE_LONGLINK:
+            long_link = payload.partition(b"\0")[0].decode("utf-8", "surrogateescape")
         elif header.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
-            records = _pax_records(payload)
+            records = pax_records(payload)
             long_name = records.get("path", long_name)
+            long_link = records.get("linkpath", long_link)
             long_size = int(records["size"]) if "size" in records else long_size
             is_sparse |= any(name.startswith("GNU.sparse") for name in records)
         position = start + _padded(header.size)
@@ -178,63 +240,17 @@ def _read_entry(data: Buffer, position: int) -> tuple[Entry | None, int]:
     if has_content and start + size > len(data):
         raise _CutError
     end = min(end, len(data))  # some writers leave the last entry unpadded
-    return (Entry(long_name or header.name, first, start, size, end) if is_regular else None), end
-
-
-def read_header(block: bytes) -> Header:
-    """Read a block of 512 bytes as tarfile does, without the fields that are not used here: three times as fast.
-
-    Raises `tarfile.HeaderError` for a wrong checksum, malformed numbers, and a block of zeros.
-    """
-    total = sum(block) - sum(block[_CHECKSUM]) + 8 * ord(" ")
-    stored = _number(block[_CHECKSUM])
-    if stored != total:  # some old writers took bytes as signed
-        high = sum(byte > 127 for byte in block) - sum(byte > 127 for byte in block[_CHECKSUM])
-        if stored != total - 256 * high:
-            raise tarfile.HeaderError("bad checksum")
-    size, kind = _number(block[124:136]), block[156:157]
-    if size < 0:
-        raise tarfile.HeaderError("negative size")
-    name, prefix = (block[span].partition(b"\0")[0] for span in (slice(100), slice(345, 500)))
-    if kind == tarfile.AREGTYPE and name.endswith(b"/"):
-        kind = tarfile.DIRTYPE
-    if prefix and kind not in tarfile.GNU_TYPES:
-        name = prefix + b"/" + name
-    return Header(name.decode("utf-8", "surrogateescape"), size, kind)
-
-
-def _number(field: bytes) -> int:
-    """Read octal digits, or base 256, which is for numbers that are too large for them."""
-    if field[0] in (0x80, 0xFF):
-        return int.from_bytes(field[1:], "big") - ((field[0] == 0xFF) << 8 * (len(field) - 1))
-    try:
-        return int(field.partition(b"\0")[0].strip() or b"0", 8)
-    except ValueError as error:
-        raise tarfile.HeaderError("bad number") from error
+    name = long_name or header.name
+    if header.type in (tarfile.LNKTYPE, tarfile.SYMTYPE):
+        target = long_link or link_name(block)
+        return _Link(name, target if header.type == tarfile.LNKTYPE else ""), end
+    if is_regular:
+        return Entry(name, first, start, size, end), end
+    return (None if header.type == tarfile.DIRTYPE else Finding("not_a_member", first, end - first)), end
 
 
 def _padded(size: int) -> int:
     return size + -size % BLOCK_BYTES
-
-
-def _pax_records(payload: bytes) -> dict[str, str]:
-    """Read `LENGTH KEY=VALUE\\n`, repeated. Raises `tarfile.HeaderError`."""
-    records = {}
-    position = 0
-    try:
-        while position < len(payload) and payload[position]:
-            space = payload.index(b" ", position)
-            end = position + int(payload[position:space])
-            name, equals, value = payload[space + 1 : end - 1].partition(b"=")
-            if not equals or end <= space:
-                raise ValueError(name)
-            records[name.decode("utf-8", "surrogateescape")] = value.decode("utf-8", "surrogateescape")
-            position = end
-        if "size" in records and int(records["size"]) < 0:
-            raise ValueError("negative size")
-    except ValueError as error:
-        raise tarfile.HeaderError("bad extended header") from error
-    return records
 
 
 def _is_end(data: Buffer, position: int) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from pipelines.samples import Members, Sample
 from pipelines.shards.index import IndexRow, index_bytes, with_hashes
 from pipelines.shards.manifest import ShardInfo, index_path
-from pipelines.shards.tars import BLOCK_BYTES
+from pipelines.shards.tar_headers import BLOCK_BYTES
 from pipelines.storage.store import disk_errors
 
 

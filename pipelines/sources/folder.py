@@ -9,16 +9,18 @@
                             each with optional "source", "task", "instruction", "relevance", "split"
     report.pdf              without captions: a passage of each page's own text layer -> that page
 
-A caption of a PDF without "page" belongs to page 0. Hidden files and folders are ignored.
+A caption of a PDF without "page" belongs to page 0. Hidden files and folders are ignored. Extensions may be upper case,
+and names of the same letters are equal in any Unicode form. Texts are UTF-8, or UTF-16 or UTF-32 with a byte order
+mark.
 """
 
 from __future__ import annotations
 
 import codecs
-import os
 import posixpath
+import unicodedata
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from pydantic import FiniteFloat, ValidationError
@@ -30,6 +32,8 @@ from pipelines.media.files import KINDS
 from pipelines.media.sandbox import Sandbox
 from pipelines.samples import FileRef, Input, Media, MediaKind, RawSample, Rejected, Sample, Split
 from pipelines.sources.passages import choose_passages
+from pipelines.sources.tree import FolderTree, list_folder
+from pipelines.texts import decode_text, encoding_of, lines_of
 
 LIST_NAME = "captions.jsonl"
 
@@ -96,83 +100,44 @@ def read_folder(path: str, config: MediaConfig) -> Iterator[RawSample | Rejected
     if not root.is_dir():
         problem = "is not a folder" if root.exists() else "does not exist"
         raise UserError(str(path), problem, "name a folder of images, videos or PDFs")
-    tree = _list(root)
+    tree = list_folder(root)
     if not any(_kind(name) or _is_list(name) for name in tree.sizes):
         known = " ".join(KINDS)
         raise UserError(str(path), "holds no usable file", f"put files with {known} or a {LIST_NAME} into it")
     return _read(tree, config)
 
 
-@dataclass(frozen=True, slots=True)
-class _Tree:
-    """Files by path relative to `root` with `/`, sorted, and their sizes in bytes; None where unreadable."""
-
-    root: Path
-    sizes: dict[str, int | None]
-
-    def read(self, name: str) -> bytes:
-        if self.sizes[name] is None:
-            raise BadMedia("unreadable", name)  # opening a named pipe would wait indefinitely
-        try:
-            return (self.root / name).read_bytes()
-        except OSError as error:
-            raise BadMedia("unreadable", str(error)) from error
-
-
-def _list(root: Path) -> _Tree:
-    sizes: dict[str, int | None] = {}
-
-    def unreadable(error: OSError) -> None:
-        sizes[Path(error.filename).relative_to(root).as_posix()] = None
-
-    for folder, subfolders, names in os.walk(root, onerror=unreadable):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        place = Path(folder)
-        prefix = place.relative_to(root).as_posix()
-        for name in names:
-            if not name.startswith("."):
-                raw = posixpath.normpath(f"{prefix}/{name}")
-                # A name that is not UTF-8 cannot be stored: it is rejected, with a readable form of the name.
-                shown = os.fsencode(raw).decode(errors="replace")
-                sizes[shown] = _size(place / name) if shown == raw else None
-    return _Tree(root, dict(sorted(sizes.items())))
-
-
-def _size(path: Path) -> int | None:
-    try:
-        return path.stat().st_size if path.is_file() and os.access(path, os.R_OK) else None
-    except OSError:
-        return None
-
-
-def _read(tree: _Tree, config: MediaConfig) -> Iterator[RawSample | Rejected]:
+def _read(tree: FolderTree, config: MediaConfig) -> Iterator[RawSample | Rejected]:
     captioned: set[str] = set()
     for name in filter(_is_list, tree.sizes):
         yield from _read_list(tree, name, captioned)
-    stems = {posixpath.splitext(name)[0] for name in tree.sizes if _kind(name)}
+    captions: dict[str, list[str]] = {}
+    for name in filter(_is_caption, tree.sizes):
+        captions.setdefault(_stem(name), []).append(name)
+    stems = {_stem(name) for name in tree.sizes if _kind(name)}
     with Sandbox(config) as sandbox:
         for name in tree.sizes:
             if _is_list(name):
                 continue
             if _kind(name):
-                yield from _read_medium(tree, name, name in captioned, config, sandbox)
-            elif not name.endswith(".txt"):
+                yield from _read_medium(tree, name, captions.get(_stem(name), []), name in captioned, config, sandbox)
+            elif not _is_caption(name):
                 reason = "unreadable" if tree.sizes[name] is None else "unsupported_format"
                 yield Rejected(name, reason)
-            elif posixpath.splitext(name)[0] not in stems:
+            elif _stem(name) not in stems:
                 yield Rejected(name, "missing_file", "a caption without a medium of the same name")
 
 
 def _read_medium(
-    tree: _Tree, name: str, captioned: bool, config: MediaConfig, sandbox: Sandbox
+    tree: FolderTree, name: str, caption_files: list[str], captioned: bool, config: MediaConfig, sandbox: Sandbox
 ) -> Iterator[RawSample | Rejected]:
     """Yield the samples of a medium by its `.txt`, or of a PDF by its own text. A list may have used it already."""
-    caption_file = posixpath.splitext(name)[0] + ".txt"
     try:
-        if caption_file in tree.sizes:
+        if caption_files:
             _check_file(tree, name)
-            for caption in _captions(tree, caption_file):
-                yield _captioned(tree, name, None, caption)
+            for caption_file in caption_files:
+                for caption in _captions(tree, caption_file):
+                    yield _captioned(tree, name, None, caption)
         elif not captioned:
             _check_file(tree, name)
             if _kind(name) != "document":
@@ -182,9 +147,9 @@ def _read_medium(
         yield Rejected(name, bad.reason, bad.detail)
 
 
-def _captions(tree: _Tree, name: str) -> list[str]:
+def _captions(tree: FolderTree, name: str) -> list[str]:
     try:
-        lines = tree.read(name).decode("utf-8-sig").splitlines()
+        lines = lines_of(decode_text(tree.read(name)))
     except UnicodeDecodeError as error:
         raise BadMedia("unreadable", f"{name}: {error}") from error
     captions = [line.strip() for line in lines if line.strip()]
@@ -193,7 +158,7 @@ def _captions(tree: _Tree, name: str) -> list[str]:
     return captions
 
 
-def _read_pdf(tree: _Tree, name: str, config: MediaConfig, sandbox: Sandbox) -> Iterator[RawSample | Rejected]:
+def _read_pdf(tree: FolderTree, name: str, config: MediaConfig, sandbox: Sandbox) -> Iterator[RawSample | Rejected]:
     if (tree.sizes[name] or 0) > config.max_bytes:
         raise BadMedia("too_many_bytes", f"{tree.sizes[name]} > {config.max_bytes}")
     texts = sandbox.call(page_texts, tree.read(name), config)
@@ -204,21 +169,33 @@ def _read_pdf(tree: _Tree, name: str, config: MediaConfig, sandbox: Sandbox) -> 
             yield Rejected(f"{name}#page={page}", "no_text_layer")
 
 
-def _read_list(tree: _Tree, name: str, captioned: set[str]) -> Iterator[RawSample | Rejected]:
+def _read_list(tree: FolderTree, name: str, captioned: set[str]) -> Iterator[RawSample | Rejected]:
     """Yield the samples of one `captions.jsonl`, and add every file that it names to `captioned`."""
     try:
         _check_file(tree, name)
-        with (tree.root / name).open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                origin = f"{name}:{number}"
-                try:
-                    yield _listed(tree, posixpath.dirname(name), _parse(line), origin, captioned)
-                except BadMedia as bad:
-                    yield Rejected(origin, bad.reason, bad.detail)
+        for number, line in enumerate(_list_lines(tree.root / name), start=1):
+            if not line.strip():
+                continue
+            origin = f"{name}:{number}"
+            try:
+                yield _listed(tree, posixpath.dirname(name), _parse(line), origin, captioned)
+            except BadMedia as bad:
+                yield Rejected(origin, bad.reason, bad.detail)
     except BadMedia as bad:
         yield Rejected(name, bad.reason, bad.detail)
+
+
+def _list_lines(path: Path) -> Iterator[bytes]:
+    """Yield the lines in UTF-8. Only lists in other encodings are read as a whole."""
+    with path.open("rb") as lines:
+        if encoding_of(lines.read(4)).startswith("utf-8"):
+            lines.seek(0)
+            yield from lines
+            return
+    try:
+        yield from (line.encode() for line in decode_text(path.read_bytes()).split("\n"))
+    except UnicodeError as error:
+        raise BadMedia("unreadable", str(error)) from error
 
 
 def _parse(line: bytes) -> _Line:
@@ -234,9 +211,9 @@ def _parse(line: bytes) -> _Line:
     return parsed
 
 
-def _listed(tree: _Tree, folder: str, line: _Line, origin: str, captioned: set[str]) -> RawSample:
-    query_file = _resolve(folder, line.query_file)
-    file = _resolve(folder, line.file)
+def _listed(tree: FolderTree, folder: str, line: _Line, origin: str, captioned: set[str]) -> RawSample:
+    query_file = _resolve(tree, folder, line.query_file)
+    file = _resolve(tree, folder, line.file)
     captioned.update(name for name in (query_file, file) if name)
     texts = [text.strip() for text in (line.caption, line.query, line.positive) if text is not None]
     if not all(texts):
@@ -256,23 +233,26 @@ def _listed(tree: _Tree, folder: str, line: _Line, origin: str, captioned: set[s
     return replace(pair, sample=replace(pair.sample, **options), split=line.split)
 
 
-def _resolve(folder: str, name: str | None) -> str | None:
-    """Return a path of a list relative to the root. Only its text is checked: no file outside the root is accessed."""
+def _resolve(tree: FolderTree, folder: str, name: str | None) -> str | None:
+    """Return a path of a list relative to the root, as the folder writes it.
+
+    Only its text is checked: no file outside the root is accessed.
+    """
     if name is None:
         return None
     resolved = posixpath.normpath(posixpath.join(folder, name))
     if posixpath.isabs(resolved) or resolved == ".." or resolved.startswith("../"):
         raise BadMedia("outside_folder", name)
-    return resolved
+    return tree.spelled(resolved)
 
 
-def _captioned(tree: _Tree, name: str, page: int | None, caption: str) -> RawSample:
+def _captioned(tree: FolderTree, name: str, page: int | None, caption: str) -> RawSample:
     medium, ref = _medium(tree, "p0", name, page)
     origin = name if ref.page is None else f"{name}#page={ref.page}"
     return _sample(_TEXT_TO[medium.kind], Input(caption), Input(media=(medium,)), {medium.member: ref}, origin)
 
 
-def _medium(tree: _Tree, slot: str, name: str, page: int | None = None) -> tuple[Media, FileRef]:
+def _medium(tree: FolderTree, slot: str, name: str, page: int | None = None) -> tuple[Media, FileRef]:
     kind = _kind(name)
     if kind is None:
         raise BadMedia("unsupported_format", name)
@@ -298,7 +278,7 @@ def _sample(form: str, query: Input, positive: Input, files: dict[str, FileRef],
     return RawSample(sample, files)
 
 
-def _check_file(tree: _Tree, name: str) -> None:
+def _check_file(tree: FolderTree, name: str) -> None:
     if name not in tree.sizes:
         raise BadMedia("missing_file", name)
     if tree.sizes[name] is None:
@@ -308,7 +288,16 @@ def _check_file(tree: _Tree, name: str) -> None:
 
 
 def _is_list(name: str) -> bool:
-    return posixpath.basename(name) == LIST_NAME
+    return posixpath.basename(name).lower() == LIST_NAME
+
+
+def _is_caption(name: str) -> bool:
+    return posixpath.splitext(name)[1].lower() == ".txt"
+
+
+def _stem(name: str) -> str:
+    """Return what a medium and its captions have in common."""
+    return unicodedata.normalize("NFC", posixpath.splitext(name)[0])
 
 
 def _kind(name: str) -> MediaKind | None:

@@ -23,7 +23,8 @@ from pipelines.shards.external import ScanCounts, ScanJob, index_shard, scan
 from pipelines.shards.index import IndexRow, content_sha256
 from pipelines.shards.manifest import Manifest, SourceInfo, publish_manifest
 from pipelines.shards.mapping import InputMapping, SampleMapper, SourceMapping
-from pipelines.shards.tars import Entry, Finding, Header, entries, groups, read_header
+from pipelines.shards.tar_headers import Header, read_header
+from pipelines.shards.tars import Entry, Finding, entries, groups
 from pipelines.shards.verify import verify
 from pipelines.storage.location import open_store
 from pipelines.storage.shard_urls import ShardFile, expand_braces, find_shards
@@ -97,7 +98,7 @@ def test_headers_are_read_as_tarfile_reads_them(tar_format: int) -> None:
     assert accepted >= 3
 
 
-def test_folders_links_and_global_headers_are_passed_over() -> None:
+def test_folders_and_global_headers_are_passed_over_and_links_are_reported() -> None:
     sink = io.BytesIO()
     with tarfile.open(fileobj=sink, mode="w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "git"}) as tar:
         for name, kind in (("d", tarfile.DIRTYPE), ("d/a.jpg", tarfile.REGTYPE), ("d/a.txt", tarfile.SYMTYPE)):
@@ -105,7 +106,7 @@ def test_folders_links_and_global_headers_are_passed_over() -> None:
             header.type, header.linkname = kind, "elsewhere"
             tar.addfile(header)
         tar.addfile(tarfile.TarInfo("d/b.jpg"))
-    assert names(sink.getvalue()) == ["d/a.jpg", "d/b.jpg"]
+    assert names(sink.getvalue()) == ["d/a.jpg", "link", "d/b.jpg"]
 
 
 def test_groups_are_those_of_webdataset(tmp_path: Path) -> None:
