@@ -5,10 +5,11 @@ A run that lost a worker resumes from its last checkpoint. So does the same comm
 
 from __future__ import annotations
 
+import json
 import tempfile
 import traceback
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
@@ -22,7 +23,7 @@ from jobs.runtime.models import is_published, publish_folder
 from jobs.runtime.progress import say
 from jobs.spec.no_effect import unused_settings
 from jobs.training.encoder import BACKBONE, encoder_of
-from jobs.training.runs import Run
+from jobs.training.runs import DONE, Run
 from jobs.training.specs import TrainSpec
 from jobs.training.start import check_backbone, describe_start, with_init_adapter
 from jobs.training.tracking import UNTRACKED, check_tracking
@@ -142,6 +143,7 @@ def _fit(prepared: Prepared, board: Any, set_state: Callable[[str, str], None], 
             if stop == prepared.plan.num_steps:
                 if run.store.exists(UNTRACKED):
                     _report(run, run.store.read(UNTRACKED).decode().strip(), "yellow")
+                _report(run, _seen(json.loads(run.store.read(DONE))))
                 return
             continue
         except (TrainingFailedError, RayError) as error:
@@ -164,6 +166,17 @@ def _report(run: Run, event: str, style: str = "") -> None:
     """Print an event and write it to the run's log."""
     say(f"  {run.spec.name}: {event}", style)
     run.log(event)
+
+
+def _seen(done: Mapping[str, Any]) -> str:
+    """Return what a finished run was trained on."""
+    parts = [
+        f"{name} {counts['samples']:,.0f} samples ({counts['epochs']:.2f} epochs"
+        + (f", {counts['skipped']:,.0f} skipped)" if counts["skipped"] else ")")
+        for name, counts in done["sources"].items()
+    ]
+    replaced = f"; {done['replaced']:,} bad samples were replaced by others" if done["replaced"] else ""
+    return f"trained on {', '.join(parts)}{replaced}"
 
 
 def _with_phases(prepared: Prepared, point: ResumePoint) -> Prepared:

@@ -12,7 +12,7 @@
         log.txt              starts, lost workers, changes of the mixture and the end, with their times
         tensorboard/         the metrics as event files
         tracking.txt         what MLflow or W&B did not take
-        done.json            written last
+        done.json            samples and epochs of each source that it was trained on; written last
         scores/              scores of the result, one file for each scoring config
 
 The step of a run is in its checkpoints only: whoever resumes reads it from the checkpoint that `latest.json` names.
@@ -33,6 +33,7 @@ from jobs.runtime.revision import revision, versions
 from jobs.training.specs import TRAIN, TrainSpec
 from pipelines.errors import UserError
 from pipelines.feed.batch import ResumePoint
+from pipelines.plan.sources import PlanSource
 from pipelines.plan.types import MixturePhase
 from pipelines.storage.location import open_store, resolve_endpoint
 from pipelines.storage.store import Store
@@ -139,6 +140,21 @@ class Run:
         self.store.write(DONE, as_json(summary))
         self.store.delete_tree("checkpoints")
         self.store.delete(LATEST)
+
+
+def samples_seen(rows: Iterable[Mapping[str, Any]], sources: Iterable[PlanSource]) -> dict[str, dict[str, float]]:
+    """Return what a run was trained on, by source: samples, epochs, and samples of steps that were skipped.
+
+    It is counted from the rows of the steps, because resampling and skipped steps change what the plan foresaw.
+    """
+    by_name = {source.name: source for source in sources}
+    seen = {name: {"samples": 0.0, "epochs": 0.0, "skipped": 0.0} for name in by_name}
+    for row in rows:
+        for name in str(row["source"]).split("+"):  # one for each block
+            seen[name]["skipped" if row["skipped"] else "samples"] += by_name[name].batch
+    for name, counts in seen.items():
+        counts["epochs"] = round(counts["samples"] / by_name[name].num_samples, 4)
+    return seen
 
 
 def _science(identity: dict[str, Any]) -> dict[str, Any]:

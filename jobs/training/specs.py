@@ -42,7 +42,9 @@ class TrainSpec(JobConfig):
     steps: PositiveInt | None = None
     """Number of optimizer steps. `null` derives it from `epochs`."""
     epochs: PositiveFloat = 1.0
-    """Passes over the data, if `steps` is null (paper: 1)."""
+    """Passes over the data, if `steps` is null (paper: 1). A pass has the whole batches of all sources together. With
+    `data.mixture.weights`, sources are seen more or less often than that. The job prints the epochs of each source, and
+    `done.json` has what was trained on."""
     seed: NonNegativeInt = 0
     """Seed of batches, new weights and dropout."""
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -16,7 +16,7 @@ from jobs.runtime.models import checkpoint_folder, local_folder, publish_folder
 from jobs.runtime.progress import Progress
 from jobs.training.checkpoints import Checkpoints
 from jobs.training.encoder import backbone_url
-from jobs.training.runs import BEST
+from jobs.training.runs import BEST, samples_seen
 from jobs.training.tracking import Tracker
 
 if TYPE_CHECKING:
@@ -100,7 +100,10 @@ def train_worker(config: dict[str, Any]) -> None:
             publish_folder(output, run.store.child(run.result))
             if (best := output.with_name(BEST)).is_dir():
                 publish_folder(best, run.store.child(BEST))
-            run.finish({"steps": plan.num_steps, "last": checkpoints.metrics[-1]}, checkpoints.metrics)
+            rows = checkpoints.metrics
+            replaced = sum(int(row["bad_samples"]) for row in rows)
+            seen = {"sources": samples_seen(rows, plan.sources), "replaced": replaced}
+            run.finish({"steps": plan.num_steps, "last": rows[-1]} | seen, rows)
 
 
 def _figures(row: Row) -> dict[str, str]:

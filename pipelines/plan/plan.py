@@ -174,7 +174,7 @@ class Plan:
             what = f"{'blocks' if source.blocks > 1 else 'batches'} of {source.batch}"
             lines.append(
                 f"{source.name}: {source.num_samples} samples, {what}, {count / source.blocks:g} of {self.num_steps}"
-                f" steps ({count / source.batches_per_epoch:.2f} epochs)"
+                f" steps ({count * source.batch / source.num_samples:.2f} epochs)"
             )
             lines += [f"{source.name}: {note}" for note in source.notes()]
         return lines

@@ -13,6 +13,8 @@ from pipelines.plan.placement import ConstrainedSamples
 from pipelines.plan.subset import SourceSubset
 from pipelines.plan.types import Int64Array, Row, SourceTable
 
+_FEW = 0.01  # a share of the samples that is left out without a note
+
 
 class PlanSource:
     """One source, or several merged ones: `members`, and the number of their used samples in `sizes`.
@@ -35,6 +37,7 @@ class PlanSource:
         self.sizes = tuple(subset.size for subset in self._subsets)
         self._starts = np.concatenate([[0], np.cumsum(self.sizes)]).astype(np.int64)
         self.num_samples = int(self._starts[-1])
+        self.num_stored = sum(table.num_samples for table in tables.values())
         self._constrained = ConstrainedSamples.find(list(tables.values()), self._subsets, self._starts)
         self.tables_fingerprint = _fingerprint(tables)
 
@@ -73,7 +76,16 @@ class PlanSource:
 
     def notes(self) -> list[str]:
         """Describe, one line each, what the order of an epoch cannot meet."""
-        return self._constrained.notes(self.batches_per_epoch, self.batch)
+        left = self.num_samples % self.batch
+        lines = []
+        if self.num_samples < self.num_stored:
+            cut = f"{self.num_samples} of {self.num_stored} samples are used, the same in every epoch"
+            lines.append(f"{cut}: data.mixture.max_samples_per_source")
+        if left > _FEW * self.num_samples:
+            lines.append(
+                f"each epoch leaves out {left} of {self.num_samples} samples, others each time: no whole batch"
+            )
+        return lines + self._constrained.notes(self.batches_per_epoch, self.batch)
 
 
 def _fingerprint(tables: Mapping[str, SourceTable]) -> str:
