@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from functools import cache
+from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
 MediaKind = Literal["image", "video", "document"]
 MEDIA_KINDS: tuple[MediaKind, ...] = ("image", "video", "document")
@@ -23,6 +25,10 @@ Members = dict[str, bytes]
 """Member of a sample -> bytes of the file."""
 
 
+_STORED = with_config(ConfigDict(extra="forbid", strict=True))
+
+
+@_STORED
 @dataclass(frozen=True, slots=True)
 class Media:
     """One file of a sample. `member` is its name in the shard after the key: `q0.png`, `p0.mp4`, `p0.pdf`."""
@@ -31,6 +37,7 @@ class Media:
     member: str
 
 
+@_STORED
 @dataclass(frozen=True, slots=True)
 class Input:
     """A query or target before decoding: text, media, or both. At least one of them is present."""
@@ -39,6 +46,7 @@ class Input:
     media: tuple[Media, ...] = ()
 
 
+@_STORED
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One training or evaluation pair.
@@ -62,7 +70,7 @@ class Sample:
     target_sha256: str = ""
     query_sha256: str = ""
     origin: str = ""
-    relevance: float | None = None
+    relevance: Annotated[float, Field(allow_inf_nan=False)] | None = None
 
     def inputs(self) -> tuple[Input, ...]:
         """Return the query, the positive, then the negatives."""
@@ -84,16 +92,17 @@ class Sample:
     def from_json(cls, data: bytes | str) -> Sample:
         """Parse what `to_json` wrote. Raises `ValueError` for anything else."""
         try:
-            fields = json.loads(data)
-            query, positive = _parse_input(fields.pop("query")), _parse_input(fields.pop("positive"))
-            negatives = tuple(_parse_input(negative) for negative in fields.pop("negatives"))
-            return cls(query=query, positive=positive, negatives=negatives, **fields)
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"not a sample: {error}") from error
+            sample: Sample = _parser().validate_json(data, strict=True)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_context=False)[0]
+            key = ".".join(map(str, first["loc"]))
+            raise ValueError(f"not a sample: {key}: {first['msg']}".replace(": :", ":")) from error
+        return sample
 
 
-def _parse_input(fields: dict[str, Any]) -> Input:
-    return Input(text=fields["text"], media=tuple(Media(**media) for media in fields["media"]))
+@cache
+def _parser() -> TypeAdapter[Sample]:
+    return TypeAdapter(Sample)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,13 +6,15 @@ size, means, token numbers). An entry holds what a checkpoint does not say, and 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from pipelines.errors import UserError
+from pipelines.stored_json import read_json, stored_file
 from rzen.config import BackboneFamily, Packing, ReadoutConfig, TinyBackbone
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -184,12 +186,19 @@ FAMILIES: dict[BackboneFamily, Family] = {
 }
 
 
+@stored_file
+class BackboneFile(TypedDict):
+    """What every `config.json` of a checkpoint has."""
+
+    model_type: str
+
+
 def read_family(folder: Path) -> Family:
     """Return the family of a checkpoint directory. Raises `UserError` where the table does not have it."""
     config = folder / "config.json"
     if not config.is_file():
         raise UserError(str(folder), "has no config.json", "name the directory of a transformers checkpoint")
-    return _family(json.loads(config.read_text()).get("model_type"), str(folder))
+    return _family(read_json(config, BackboneFile, "name another checkpoint")["model_type"], str(folder))
 
 
 def family_of(backbone: Any) -> Family:
@@ -198,7 +207,7 @@ def family_of(backbone: Any) -> Family:
 
 
 def _family(model_type: Any, place: str) -> Family:
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(place, f"model_type {model_type!r} is not supported", f"use one of {sorted(FAMILIES)}")
     return FAMILIES[model_type]
 

@@ -21,11 +21,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from typing_extensions import TypedDict
 
 from jobs.embedding.engine import BadItems, check_workers, embed_items
 from jobs.embedding.listings import list_shards, samples_of
@@ -36,12 +37,13 @@ from jobs.runtime.cluster import ray_cluster
 from jobs.runtime.progress import Bars, say
 from jobs.runtime.records import as_json
 from jobs.spec.model import ModelRef
-from pipelines.config import DataConfig
+from pipelines.config import DataConfig, NonNegativeInt
 from pipelines.items.listing import ListedShard, row_item
 from pipelines.items.types import Item, as_ids
 from pipelines.samples import MediaKind, Rejected
 from pipelines.storage.location import open_store
 from pipelines.storage.store import Store
+from pipelines.stored_json import parse_json, stored_file
 from rzen.config import ModelIdentity
 from rzen.evaluation.vectors import FloatArray
 from rzen.report.hits import Modality
@@ -137,6 +139,23 @@ def run(spec: EmbedSpec) -> dict[str, Any]:
     }
 
 
+@stored_file
+class VectorsFile(TypedDict):
+    """`vectors.json`: the parts of a dataset's vectors, and what they were made of."""
+
+    parts: list[str]
+    num_vectors: NonNegativeInt
+    model: str
+    config: str
+    dtype: Literal["float32", "bfloat16"] | None
+    data: DataConfig
+
+
+def read_vectors_file(store: Store) -> VectorsFile:
+    """Return `vectors.json`. Raises `FileNotFoundError`, and `UserError` for a damaged one."""
+    return parse_json(store.read(MANIFEST), f"{store.url}/{MANIFEST}", VectorsFile, "run the job embed again")
+
+
 def data_of(data: DataConfig, split: str) -> DataConfig:
     """Return the same data, another split."""
     return data.model_copy(update={"split": split})
@@ -150,10 +169,10 @@ def _absolute(url: str) -> str:
 def _published_parts(store: Store, config: str) -> list[str]:
     """The parts of an earlier job, if they hold vectors of this model in this configuration."""
     try:
-        manifest: dict[str, Any] = json.loads(store.read(MANIFEST))
+        manifest = read_vectors_file(store)
     except FileNotFoundError:
         return []
-    return manifest["parts"] if manifest.get("config") == config else []
+    return manifest["parts"] if manifest["config"] == config else []
 
 
 def _items(shards: Iterable[ListedShard], listings: Store) -> Iterator[Item]:

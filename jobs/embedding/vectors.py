@@ -20,8 +20,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines.errors import UserError
 from pipelines.items.types import ID, as_ids
 from pipelines.storage.store import Store
 from rzen.evaluation.vectors import StoredArray, Vectors, as_stored, check_width
@@ -90,10 +92,13 @@ class VectorIndex:
     def _rows(self, part: int) -> StoredArray:
         store, path = self._parts[part]
         data = io.BytesIO(store.read(path))
-        if path.endswith(_ROWS):
-            return as_stored(np.load(data, allow_pickle=False))
-        column = pq.read_table(data, columns=["vector"])["vector"].combine_chunks()
-        return as_stored(column.flatten().to_numpy().reshape(len(column), -1))
+        try:
+            if path.endswith(_ROWS):
+                return as_stored(np.load(data, allow_pickle=False))
+            column = pq.read_table(data, columns=["vector"])["vector"].combine_chunks()
+            return as_stored(column.flatten().to_numpy().reshape(len(column), -1))
+        except (pa.ArrowException, KeyError, ValueError, EOFError, OSError) as error:
+            raise UserError(f"{store.url}/{path}", f"cannot be read: {error}", "delete the file") from error
 
 
 class VectorCache(VectorIndex):

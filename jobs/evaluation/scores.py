@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import TypedDict
 
 from jobs.evaluation.specs import EVALUATE, EvaluateSpec
 from jobs.spec.job import FileChanges
@@ -21,6 +22,7 @@ from jobs.training.runs import Run
 from pipelines.errors import UserError
 from pipelines.feed.reader import Reader
 from pipelines.storage.store import Store
+from pipelines.stored_json import parse_json, stored_file
 
 if TYPE_CHECKING:
     from rzen.evaluation.results import Result
@@ -60,6 +62,17 @@ def evaluation(changes: FileChanges, document: Document, key: str) -> EvaluateSp
     if evaluate.data is None:
         raise UserError(document.place((key, "spec")), "scores no split", "set data in it")
     return evaluate
+
+
+@stored_file
+class ScoresFile(TypedDict):
+    """A file of `scores/`."""
+
+    rows: list[dict[str, Any]]
+    by_query: dict[str, list[float]]
+
+
+_FIX = "delete the file to score again"
 
 
 class Scorer:
@@ -104,7 +117,10 @@ class Scorer:
             for name, scores in score(evaluate, self._reader, stores).items():
                 content = {"scoring_config": self.scoring_config, **asdict(scores)}
                 models[name].store.write(self._path, json.dumps(content, indent=1).encode())
-        return {name: json.loads(model.store.read(self._path)) for name, model in models.items()}
+        return {
+            name: {**parse_json(model.store.read(self._path), f"{model.store.url}/{self._path}", ScoresFile, _FIX)}
+            for name, model in models.items()
+        }
 
 
 def mean_score(rows: Sequence[Result]) -> float:

@@ -7,7 +7,6 @@ cannot both succeed, because the file is only replaced if it is still the versio
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
@@ -15,12 +14,16 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from typing_extensions import TypedDict
+
 from jobs.runtime.records import as_json, signature
 from pipelines.errors import UserError
 from pipelines.storage.store import Store
+from pipelines.stored_json import parse_json, stored_file
 
 LEASE = "lease.json"
 _log = logging.getLogger(__name__)
+_FIX = "delete the file if no other process works here"
 _RENEWALS = 3  # within the time of a lease, so that two may fail
 
 
@@ -37,6 +40,16 @@ def hold_lease(store: Store, seconds: float, activity: str) -> Iterator[Lease]:
         yield lease
     finally:
         lease.release()
+
+
+@stored_file
+class LeaseFile(TypedDict):
+    """`lease.json`: who holds the lease, until when (seconds since 1970), and who wrote it when."""
+
+    holder: str
+    until: float
+    by: str
+    at: str
 
 
 class Lease:
@@ -57,7 +70,7 @@ class Lease:
         """Take the lease. Raise `UserError` if another process holds it."""
         if self._store.exists(LEASE):
             data, self._tag = self._store.read_tagged(LEASE)
-            other = json.loads(data)
+            other = parse_json(data, self._place, LeaseFile, _FIX)
             if other["until"] > time.time():
                 left_s = max(0.0, other["until"] - time.time())
                 problem = f"{other['by']} {self._activity} (since {other['at']})"
@@ -84,7 +97,7 @@ class Lease:
         if not self._store.write_if(LEASE, as_json(content), self._tag):
             return False
         data, self._tag = self._store.read_tagged(LEASE)
-        self._until_s = until_s if json.loads(data)["holder"] == self._id else 0.0
+        self._until_s = until_s if parse_json(data, self._place, LeaseFile, _FIX)["holder"] == self._id else 0.0
         return self._until_s > 0
 
     def _keep(self) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
+
+from typing_extensions import TypedDict
 
 from jobs.runtime.models import checkpoint_folder, local_folder, publish_folder
 from jobs.runtime.progress import say
@@ -15,6 +17,39 @@ from jobs.training.runs import SPEC
 from pipelines.errors import UserError
 from pipelines.storage.location import open_store
 from pipelines.storage.store import disk_errors
+from pipelines.stored_json import parse_json, read_json, stored_file
+
+
+@stored_file
+class _Media(TypedDict):
+    frames: int
+
+
+@stored_file
+class _Data(TypedDict):
+    media: _Media
+
+
+@stored_file
+class _Spec(TypedDict):
+    global_batch: int
+    data: _Data
+
+
+@stored_file
+class _Facts(TypedDict):
+    data: NotRequired[dict[str, str]]
+    steps: NotRequired[int]
+
+
+@stored_file
+class RecipeFile(TypedDict):
+    """What a model card repeats from the `spec.json` of a run."""
+
+    spec: _Spec
+    data: _Facts
+    revision: NotRequired[str]
+
 
 FRAMES = 8  # as the released script of RzenEmbed
 SOUP = "soup.json"
@@ -69,8 +104,9 @@ _TARGETS = {
 
 def _soup(folder: Path) -> dict[str, Any]:
     """The lineage of a soup; nothing for what is none."""
-    lineage: dict[str, Any] = json.loads((folder / SOUP).read_text()) if (folder / SOUP).is_file() else {}
-    return lineage
+    from rzen.soup.make import SoupFile
+
+    return {**read_json(folder / SOUP, SoupFile)} if (folder / SOUP).is_file() else {}
 
 
 def _recipes(spec: ExportSpec, parents: list[str]) -> dict[str, Any]:
@@ -80,7 +116,8 @@ def _recipes(spec: ExportSpec, parents: list[str]) -> dict[str, Any]:
         above, _, _ = url.rstrip("/").rpartition("/")
         store = open_store(above, spec.endpoint) if above else None
         if store and store.exists(SPEC):
-            recipes[_run_name(url)] = json.loads(store.read(SPEC))
+            place = f"{store.url}/{SPEC}"
+            recipes[_run_name(url)] = parse_json(store.read(SPEC), place, RecipeFile, "restore or move it")
     return recipes
 
 
@@ -96,17 +133,24 @@ def _frames(recipes: dict[str, Any]) -> int:
 
 def _scores(spec: ExportSpec) -> dict[str, Any]:
     """Of an evaluation, the rows of the model that is exported."""
+    from rzen.evaluation.results import ResultsFile
+
     if spec.scores is None:
         return {}
     path = Path(spec.scores)
     if not path.is_file():
         raise UserError(f"scores {path}", "does not exist", "evaluate the model first, or set scores: null")
-    results = json.loads(path.read_text())
-    models = results["settings"]["spec"]["models"]
+    results = read_json(path, ResultsFile, "evaluate again, or set scores: null")
+    try:
+        models = results["settings"]["spec"]["models"]
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"scores {path}", "has no settings.spec.models", "evaluate again, or set scores: null"
+        ) from error
     mine = {
         name for name, ref in models.items() if (ref["base"], ref["adapter"]) == (spec.model.base, spec.model.adapter)
     }
-    rows = [row for row in results["rows"] if row["model"] in mine]
+    rows = [asdict(row) for row in results["rows"] if row.model in mine]
     if not rows:
         problem = f"has no score of base {spec.model.base} with adapter {spec.model.adapter}"
         raise UserError(

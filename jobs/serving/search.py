@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.embedding.embed import MANIFEST, data_of
+from jobs.embedding.embed import MANIFEST, VectorsFile, data_of, read_vectors_file
 from jobs.runtime.models import load_embedder
 from jobs.runtime.progress import console, say
 from jobs.runtime.revision import revision, versions
@@ -24,9 +24,10 @@ from pipelines.feed.reader import Reader
 from pipelines.samples import DecodedInput, Rejected
 from pipelines.storage.location import open_store
 from pipelines.storage.store import Store
+from pipelines.stored_json import read_json
 from rzen.config import ModelIdentity
 from rzen.evaluation.ranking import top_k
-from rzen.evaluation.results import Result, plot_losses, plot_scores
+from rzen.evaluation.results import ResultsFile, plot_losses, plot_scores
 from rzen.evaluation.vectors import as_stored, check_width
 from rzen.report.hits import MODALITIES, Hit, Search, terminal_hits
 from rzen.report.write import write_page
@@ -45,7 +46,7 @@ def run(spec: SearchSpec) -> dict[str, Any]:
     check_width(vectors_ND, queries_QD.shape[1], store.url)
     rows_QK, scores_QK = top_k(queries_QD, vectors_ND, spec.top_k)
     # Vectors may come from others, and trust is the user's to give: `embed` does not record it.
-    data = DataConfig.model_validate(manifest["data"]).model_copy(update={"trusted": False})
+    data = manifest["data"].model_copy(update={"trusted": False})
     searches = [
         Search(query, _hits(data, corpus.take(rows_K).to_pylist(), scores_K))
         for query, rows_K, scores_K in zip(queries, rows_QK, scores_QK, strict=True)
@@ -59,19 +60,18 @@ def run(spec: SearchSpec) -> dict[str, Any]:
     return {"outputs": [spec.html]}
 
 
-def _read_manifest(store: Store) -> dict[str, Any]:
+def _read_manifest(store: Store) -> VectorsFile:
     try:
-        manifest: dict[str, Any] = json.loads(store.read(MANIFEST))
+        return read_vectors_file(store)
     except FileNotFoundError as error:
         raise UserError(
             f"{store.url}/{MANIFEST}", "does not exist", "run a job of kind embed that writes here"
         ) from error
-    return manifest
 
 
-def _read_vectors(store: Store, manifest: dict[str, Any], spec: SearchSpec) -> tuple[pa.Table, Any]:
+def _read_vectors(store: Store, manifest: VectorsFile, spec: SearchSpec) -> tuple[pa.Table, Any]:
     """Rows that may be found and their vectors `[N, D]`; of equal targets the first one."""
-    tables = [pq.read_table(io.BytesIO(store.read(part))) for part in manifest["parts"]]
+    tables = [_read_part(store, part) for part in manifest["parts"]]
     if not tables:
         raise UserError(store.url, "holds no vectors", "embed a dataset with targets that can be decoded")
     table = pa.concat_tables(tables)
@@ -82,6 +82,13 @@ def _read_vectors(store: Store, manifest: dict[str, Any], spec: SearchSpec) -> t
         raise UserError("modalities", f"{store.url} holds none of {', '.join(spec.modalities or [])}", "ask for others")
     table = table.take(kept)
     return table.drop_columns(["vector"]), as_stored(np.stack(table["vector"].to_numpy(zero_copy_only=False)))
+
+
+def _read_part(store: Store, path: str) -> pa.Table:
+    try:
+        return pq.read_table(io.BytesIO(store.read(path)))
+    except (FileNotFoundError, pa.ArrowException, OSError) as error:
+        raise UserError(f"{store.url}/{path}", f"cannot be read: {error}", "run the job embed again") from error
 
 
 def _captions(corpus: pa.Table) -> list[str]:
@@ -114,23 +121,25 @@ def _thumbnails(data: DataConfig, row: dict[str, Any]) -> list[Any]:
     return [frame for visual in target.visuals for frame in visual.frames]
 
 
-def _write_page(spec: SearchSpec, manifest: dict[str, Any], searches: list[Search]) -> None:
-    results = json.loads(Path(spec.results).read_text()) if spec.results else {"settings": {}, "rows": []}
+def _write_page(spec: SearchSpec, manifest: VectorsFile, searches: list[Search]) -> None:
+    empty: ResultsFile = {"settings": {}, "rows": []}
+    results = read_json(Path(spec.results), ResultsFile, "evaluate again") if spec.results else empty
     plots = {}
     if spec.curves:
         plots["Training loss"] = plot_losses({name: _curve(spec, url) for name, url in spec.curves.items()})
     if results["rows"]:
-        plots["Retrieval scores"] = plot_scores([Result(**row) for row in results["rows"]])
+        plots["Retrieval scores"] = plot_scores(results["rows"])
     facts = {
         "model": manifest["model"],
-        "corpus": f"{manifest['num_vectors']:,} targets of {manifest['data']['root']}",
+        "corpus": f"{manifest['num_vectors']:,} targets of {manifest['data'].root}",
         "code": revision(),
         **versions(),
     }
     assert spec.html is not None
-    write_page(Path(spec.html), title="rzen", searches=searches, results=results, plots=plots, facts=facts)
+    content = {"settings": results["settings"], "rows": [asdict(row) for row in results["rows"]]}
+    write_page(Path(spec.html), title="rzen", searches=searches, results=content, plots=plots, facts=facts)
 
 
 def _curve(spec: SearchSpec, url: str) -> list[tuple[int, float]]:
-    rows = read_rows(open_store(url, spec.endpoint).read(METRICS))
+    rows = read_rows(open_store(url, spec.endpoint), METRICS)
     return [(row["step"], row["loss"]) for row in rows if not row["skipped"]]

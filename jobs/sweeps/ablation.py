@@ -108,7 +108,7 @@ def _scored(group: Mapping[VariantAndSeed, TrainSpec], evaluate: EvaluateSpec) -
     results = Scorer(evaluate).scores({name: model_of(some) for name, some in folders.items()})
     finished = {}
     for key, train in group.items():
-        steps = read_rows(folders[train.name].store.read(METRICS))
+        steps = read_rows(folders[train.name].store, METRICS)
         worker_s = train.cluster.workers * sum(row["step_s"] - row["feed_wait_s"] for row in steps)
         finished[key] = Finished(results[train.name], steps, worker_s)
     return finished

@@ -10,7 +10,9 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired
+
+from typing_extensions import TypedDict
 
 from jobs.evaluation.scores import Model, Scorer, evaluation, mean_score
 from jobs.runtime.cluster import ray_cluster
@@ -23,6 +25,7 @@ from jobs.spec.model import ModelRef
 from jobs.sweeps.specs import SoupsConfig, SoupSpec
 from pipelines.storage.location import open_store, resolve_endpoint
 from pipelines.storage.store import Store, disk_errors
+from pipelines.stored_json import parse_json, stored_file
 from rzen.config import GreedySoup, MeanSoup, SearchedSoup, SoupConfig
 
 if TYPE_CHECKING:
@@ -48,10 +51,21 @@ def stored_runs(spec: SoupsConfig) -> dict[str, Any]:
     return runs
 
 
+@stored_file
+class SummaryFile(TypedDict):
+    """`summary.json` of a job that makes soups."""
+
+    key: str
+    soups: dict[str, dict[str, Any]]
+    rows: list[dict[str, Any]]
+    runs: NotRequired[dict[str, Any]]
+
+
 def _stored(out: Store) -> dict[str, Any]:
     path = f"{SUMMARY}.json"
-    found: dict[str, Any] = json.loads(out.read(path)) if out.exists(path) else {}
-    return found
+    if not out.exists(path):
+        return {}
+    return {**parse_json(out.read(path), f"{out.url}/{path}", SummaryFile, "delete the file to make it again")}
 
 
 def run(spec: SoupSpec, document: Document) -> dict[str, Any]:

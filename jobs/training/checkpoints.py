@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 import time
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.runtime.records import as_json
-from jobs.training.runs import LATEST, METRICS, Run, read_rows, to_lines
+from jobs.training.runs import LATEST, METRICS, BestCheckpoint, LatestFile, Run, parse_rows, read_latest, to_lines
 from pipelines.feed.batch import ResumePoint
 
 
@@ -37,7 +36,9 @@ class Checkpoints:
         if not self._point.checkpoint:
             return None
         folder = self._download(self._point.checkpoint)
-        self.metrics = read_rows((folder / METRICS).read_bytes())
+        self.metrics = parse_rows(
+            (folder / METRICS).read_bytes(), f"{self._store.url}/{self._point.checkpoint}/{METRICS}"
+        )
         return folder
 
     def best(self) -> Path | None:
@@ -53,11 +54,11 @@ class Checkpoints:
         (folder / METRICS).write_bytes(to_lines(rows))
         self._store.delete_tree(path)
         self._store.upload_tree(folder, path)
-        latest: dict[str, Any] = {"path": path}
+        latest: LatestFile = {"path": path}
         kept = {path}
         if self._config.keep_best:
-            before = self._latest() if self._store.exists(LATEST) else {}
-            this = {"path": path, "accuracy": _accuracy(rows, self._published_step)}
+            before = self._latest() if self._store.exists(LATEST) else latest
+            this: BestCheckpoint = {"path": path, "accuracy": _accuracy(rows, self._published_step)}
             latest["best"] = max(this, before.get("best", this), key=lambda some: some["accuracy"])
             kept.add(latest["best"]["path"])
         self._store.write(LATEST, as_json(latest))
@@ -69,9 +70,8 @@ class Checkpoints:
             if name not in kept:
                 self._store.delete_tree(name)
 
-    def _latest(self) -> dict[str, Any]:
-        latest: dict[str, Any] = json.loads(self._store.read(LATEST))
-        return latest
+    def _latest(self) -> LatestFile:
+        return read_latest(self._store)
 
     def _download(self, path: str) -> Path:
         folder = Path(tempfile.mkdtemp(prefix="rzen-checkpoint-"))

@@ -5,11 +5,10 @@ A run that lost a worker resumes from its last checkpoint. So does the same comm
 
 from __future__ import annotations
 
-import json
 import tempfile
 import traceback
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
@@ -23,7 +22,7 @@ from jobs.runtime.models import is_published, publish_folder
 from jobs.runtime.progress import say
 from jobs.spec.no_effect import unused_settings
 from jobs.training.encoder import BACKBONE, encoder_of
-from jobs.training.runs import DONE, Run
+from jobs.training.runs import DoneFile, Run, read_done
 from jobs.training.specs import TrainSpec
 from jobs.training.start import check_backbone, describe_start, with_init_adapter
 from jobs.training.tracking import UNTRACKED, check_tracking
@@ -143,7 +142,7 @@ def _fit(prepared: Prepared, board: Any, set_state: Callable[[str, str], None], 
             if stop == prepared.plan.num_steps:
                 if run.store.exists(UNTRACKED):
                     _report(run, run.store.read(UNTRACKED).decode().strip(), "yellow")
-                _report(run, _seen(json.loads(run.store.read(DONE))))
+                _report(run, _seen(read_done(run.store)))
                 return
             continue
         except (TrainingFailedError, RayError) as error:
@@ -168,7 +167,7 @@ def _report(run: Run, event: str, style: str = "") -> None:
     run.log(event)
 
 
-def _seen(done: Mapping[str, Any]) -> str:
+def _seen(done: DoneFile) -> str:
     """Return what a finished run was trained on."""
     parts = [
         f"{name} {counts['samples']:,.0f} samples ({counts['epochs']:.2f} epochs"

@@ -26,7 +26,10 @@ import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import Any
+from typing import Annotated, Any, NotRequired
+
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from jobs.runtime.records import as_json, differences
 from jobs.runtime.revision import revision, versions
@@ -37,10 +40,68 @@ from pipelines.plan.sources import PlanSource
 from pipelines.plan.types import MixturePhase
 from pipelines.storage.location import open_store, resolve_endpoint
 from pipelines.storage.store import Store
+from pipelines.stored_json import parse_json, stored_file
 from rzen.training.checkpoint_state import FIX, STATE, parse_state
 
 SPEC, LATEST, DONE, METRICS, PHASES = "spec.json", "latest.json", "done.json", "metrics.jsonl", "phases.json"
 BEST, LOG = "best", "log.txt"
+
+
+CheckpointPath = Annotated[str, Field(pattern=r"^checkpoints/\w[\w.-]*$")]
+
+
+@stored_file
+class RunFile(TypedDict):
+    """`spec.json`: what makes two runs the same."""
+
+    id: str
+    spec: dict[str, Any]
+    data: dict[str, Any]
+    versions: NotRequired[dict[str, str]]
+    revision: NotRequired[str]
+
+
+@stored_file
+class BestCheckpoint(TypedDict):
+    """The best checkpoint of a run."""
+
+    path: CheckpointPath
+    accuracy: float
+
+
+@stored_file
+class LatestFile(TypedDict):
+    """`latest.json`: the newest checkpoint, and the best."""
+
+    path: CheckpointPath
+    best: NotRequired[BestCheckpoint]
+
+
+@stored_file
+class SamplesSeen(TypedDict):
+    """How much of a source a run was trained on."""
+
+    samples: float
+    epochs: float
+    skipped: float
+
+
+@stored_file
+class DoneFile(TypedDict):
+    """`done.json`: what a finished run was trained on, by source."""
+
+    sources: dict[str, SamplesSeen]
+    replaced: int
+
+
+@stored_file
+class MetricsRow(TypedDict):
+    """A line of `metrics.jsonl`: numbers by name, null for those that are not finite."""
+
+    step: int
+    skipped: NotRequired[float | None]
+    loss: NotRequired[float | None]
+    accuracy: NotRequired[float | None]
 
 
 class Run:
@@ -64,7 +125,10 @@ class Run:
     @property
     def id(self) -> str:
         """Return the id of the run, for trackers. It changes when the run restarts from scratch."""
-        return str(json.loads(self.store.read(SPEC))["id"])
+        return self._spec()["id"]
+
+    def _spec(self) -> RunFile:
+        return read_spec(self.store)
 
     def begin(self, data: dict[str, Any]) -> bool:
         """Claim the folder for this spec and these `data` (plain JSON values). Return False if the run is finished.
@@ -73,7 +137,7 @@ class Run:
         """
         identity = {"spec": self.spec.model_dump(mode="json"), "data": data}
         if self.store.exists(SPEC):
-            before = json.loads(self.store.read(SPEC))
+            before = self._spec()
             changes = differences(_science(before), _science(identity))
             if not changes:
                 return not self.store.exists(DONE)
@@ -96,7 +160,7 @@ class Run:
         """
         missing = ""
         while self.store.exists(LATEST):
-            path = json.loads(self.store.read(LATEST))["path"]
+            path = read_latest(self.store)["path"]
             place = f"{path}/{STATE}"
             try:
                 return ResumePoint(parse_state(self.store.read(place), f"{self.store.url}/{place}").step, path)
@@ -115,12 +179,12 @@ class Run:
 
     def rows(self, point: ResumePoint) -> list[dict[str, Any]]:
         """Return the metrics of every step before a resume point."""
-        return read_rows(self.store.read(f"{point.checkpoint}/{METRICS}")) if point.checkpoint else []
+        return read_rows(self.store, f"{point.checkpoint}/{METRICS}") if point.checkpoint else []
 
     def phases(self) -> list[MixturePhase]:
         """Return the changes of the mixture so far."""
         return (
-            [MixturePhase(**fields) for fields in json.loads(self.store.read(PHASES))]
+            parse_json(self.store.read(PHASES), f"{self.store.url}/{PHASES}", list[MixturePhase])
             if self.store.exists(PHASES)
             else []
         )
@@ -157,14 +221,37 @@ def samples_seen(rows: Iterable[Mapping[str, Any]], sources: Iterable[PlanSource
     return seen
 
 
-def _science(identity: dict[str, Any]) -> dict[str, Any]:
+def read_spec(store: Store) -> RunFile:
+    """Return the `spec.json` of a run. Raises `UserError` for a damaged one."""
+    return parse_json(store.read(SPEC), f"{store.url}/{SPEC}", RunFile, "restore it, or train under a new name")
+
+
+def read_done(store: Store) -> DoneFile:
+    """Return the `done.json` of a run. Raises `UserError` for a damaged one."""
+    return parse_json(store.read(DONE), f"{store.url}/{DONE}", DoneFile)
+
+
+def read_latest(store: Store) -> LatestFile:
+    """Return the `latest.json` of a run. Raises `UserError` for a damaged one."""
+    return parse_json(store.read(LATEST), f"{store.url}/{LATEST}", LatestFile, FIX)
+
+
+def _science(identity: Mapping[str, Any]) -> dict[str, Any]:
     """Return what decides the weights: the settings, and the data by their fingerprints."""
     return {"plan": identity["data"]} | TRAIN.science(identity["spec"])
 
 
-def read_rows(lines: bytes) -> list[dict[str, Any]]:
-    """Parse the rows of `metrics.jsonl`. JSON has no infinite numbers and no NaN: null there becomes NaN here."""
-    rows: list[dict[str, Any]] = [json.loads(line) for line in lines.splitlines()]
+def read_rows(store: Store, path: str) -> list[dict[str, Any]]:
+    """Return the rows of a `metrics.jsonl`. Raises `UserError` for a damaged one."""
+    return parse_rows(store.read(path), f"{store.url}/{path}")
+
+
+def parse_rows(lines: bytes, place: str) -> list[dict[str, Any]]:
+    """Parse rows of metrics. JSON has no infinite numbers and no NaN: null there becomes NaN here."""
+    rows = [
+        parse_json(line, f"{place}:{number}", MetricsRow, FIX)
+        for number, line in enumerate(lines.splitlines(), start=1)
+    ]
     return [{name: math.nan if value is None else value for name, value in row.items()} for row in rows]
 
 

@@ -11,6 +11,8 @@ import json
 import time
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from jobs.runtime.cluster import ray_cluster
 from jobs.runtime.dispatch import named_specs, raw_input, run_spec
 from jobs.runtime.progress import duration, say
@@ -21,6 +23,7 @@ from jobs.workflows.specs import PipelineSpec
 from pipelines.errors import UserError
 from pipelines.storage.location import open_store
 from pipelines.storage.store import Store
+from pipelines.stored_json import parse_json, stored_file
 
 
 def resolve_jobs(spec: PipelineSpec, document: Document) -> dict[str, tuple[JobConfig, Document]]:
@@ -72,6 +75,19 @@ def run(spec: PipelineSpec, document: Document) -> dict[str, Any]:
     return {"outputs": outputs}
 
 
+@stored_file
+class _Result(TypedDict):
+    outputs: list[str]
+
+
+@stored_file
+class RecordFile(TypedDict):
+    """Record of a finished job."""
+
+    key: str
+    result: _Result
+
+
 def _record(name: str) -> str:
     return f"{name}.json"
 
@@ -89,7 +105,8 @@ def _is_done(state: Store, name: str, key: str, endpoint: str | None) -> bool:
     """Return whether the job was done with the same key and its outputs still exist."""
     if not state.exists(_record(name)):
         return False
-    record = json.loads(state.read(_record(name)))
+    place = f"{state.url}/{_record(name)}"
+    record = parse_json(state.read(_record(name)), place, RecordFile, "delete the file to run the job again")
     return record["key"] == key and all(_exists(url, endpoint) for url in record["result"]["outputs"])
 
 

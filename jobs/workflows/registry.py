@@ -12,21 +12,80 @@ between the two writes, the next one that reads the registry writes `champion.js
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypeVar
+
+from typing_extensions import TypedDict
 
 from jobs.runtime.lease import Lease, hold_lease
 from jobs.runtime.models import publish_folder
 from jobs.runtime.records import as_json, signature
+from pipelines.config import PositiveInt
 from pipelines.errors import UserError
 from pipelines.storage.store import Store
+from pipelines.stored_json import parse_json, stored_file
 
 CHAMPION, LINEAGE = "champion.json", "lineage.json"
 MODELS, PROMOTIONS, RETRAININGS = "models", "promotions", "retrainings"
+
+
+T = TypeVar("T")
+_FIX = "restore the file from a backup of the registry"
+
+
+@stored_file
+class ChampionFile(TypedDict):
+    """`champion.json`."""
+
+    generation: PositiveInt
+    model: str
+
+
+@stored_file
+class PromotionFile(TypedDict):
+    """A file of `promotions/`."""
+
+    generation: PositiveInt
+    model: str
+    previous: str | None
+    reason: str
+    at: str
+    by: str
+    report: dict[str, Any] | None
+
+
+@stored_file
+class Verdict(TypedDict):
+    """What the gate decided."""
+
+    promote: bool
+    reasons: list[str]
+
+
+@stored_file
+class LineageFile(TypedDict):
+    """`lineage.json` of a model."""
+
+    id: str
+    at: str
+    by: str
+    base: NotRequired[str]
+    data: NotRequired[dict[str, Any]]
+    verdict: NotRequired[Verdict]
+
+
+@stored_file
+class RetrainingFile(TypedDict):
+    """A file of `retrainings/`."""
+
+    id: str
+    at: str
+    outcome: str
+    data: NotRequired[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -66,7 +125,7 @@ class Registry:
     def lineage(self, model: str) -> dict[str, Any]:
         """Return what a model was made of, and how. Raise `UserError` if there is no such model."""
         try:
-            return _read(self.store, f"{MODELS}/{model}/{LINEAGE}")
+            return {**_read(self.store, f"{MODELS}/{model}/{LINEAGE}", LineageFile)}
         except FileNotFoundError as error:
             raise UserError(self.store.url, f"has no model {model!r}", "rzen registry list prints the ids") from error
 
@@ -79,7 +138,7 @@ class Registry:
         newest = self._newest()
         if newest == 0:
             return None
-        promotion = _read(self.store, _path(newest))
+        promotion = _read(self.store, _path(newest), PromotionFile)
         pointer, tag = self._pointer()
         if pointer < newest:
             content = {
@@ -119,14 +178,14 @@ class Registry:
     def rollback(self, reason: str) -> Champion:
         """Promote the champion before the present one again. Raise `UserError` if there was none."""
         now = self.champion()
-        previous = _read(self.store, _path(now.generation))["previous"] if now else None
+        previous = _read(self.store, _path(now.generation), PromotionFile)["previous"] if now else None
         if previous is None:
             raise UserError(self.store.url, "has no champion before the present one", "rzen registry promote MODEL")
         return self.promote(str(previous), reason=reason, instead_of=now)
 
     def promotions(self) -> list[dict[str, Any]]:
         """Return all promotions, oldest first."""
-        return [_read(self.store, path) for path in self.store.list(PROMOTIONS)]
+        return [{**_read(self.store, path, PromotionFile)} for path in self.store.list(PROMOTIONS)]
 
     def record(self, id: str, content: Mapping[str, Any]) -> None:
         """Replace the record of a retraining run."""
@@ -135,11 +194,11 @@ class Registry:
     def retraining(self, id: str) -> dict[str, Any]:
         """Return the record of a retraining run, empty if it is new."""
         path = f"{RETRAININGS}/{id}.json"
-        return _read(self.store, path) if self.store.exists(path) else {}
+        return {**_read(self.store, path, RetrainingFile)} if self.store.exists(path) else {}
 
     def retrainings(self) -> list[dict[str, Any]]:
         """Return the records of all retraining runs, oldest first."""
-        found = [_read(self.store, path) for path in self.store.list(RETRAININGS)]
+        found = [{**_read(self.store, path, RetrainingFile)} for path in self.store.list(RETRAININGS)]
         return sorted(found, key=lambda retraining: str(retraining["at"]))
 
     @contextmanager
@@ -149,19 +208,21 @@ class Registry:
             yield lease
 
     def _newest(self) -> int:
-        return max((int(Path(path).stem) for path in self.store.list(PROMOTIONS)), default=0)
+        paths = self.store.list(PROMOTIONS)
+        if other := [path for path in paths if not re.fullmatch(rf"{PROMOTIONS}/\d{{6,}}\.json", path)]:
+            raise UserError(f"{self.store.url}/{other[0]}", "is not a promotion", "move it elsewhere")
+        return max((int(Path(path).stem) for path in paths), default=0)
 
     def _pointer(self) -> tuple[int, str | None]:
         if not self.store.exists(CHAMPION):
             return 0, None
         data, tag = self.store.read_tagged(CHAMPION)
-        return int(json.loads(data)["generation"]), tag
+        return parse_json(data, f"{self.store.url}/{CHAMPION}", ChampionFile, _FIX)["generation"], tag
 
 
 def _path(generation: int) -> str:
     return f"{PROMOTIONS}/{generation:06d}.json"
 
 
-def _read(store: Store, path: str) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(store.read(path))
-    return content
+def _read(store: Store, path: str, kind: type[T]) -> T:
+    return parse_json(store.read(path), f"{store.url}/{path}", kind, _FIX)

@@ -24,7 +24,7 @@ from jobs.spec.load import Document
 from jobs.spec.model import ModelRef
 from jobs.sweeps.finetunes import check_train, stage_document
 from jobs.training.encoder import backbone_url
-from jobs.training.runs import SPEC, Run
+from jobs.training.runs import Run, read_spec
 from jobs.training.specs import TrainSpec
 from jobs.workflows.registry import Champion, Registry
 from jobs.workflows.specs import RetrainSpec
@@ -181,7 +181,7 @@ class _RetrainRun:
         return base.url
 
     def _lineage(self, run: Run, base: str | None, soup: Mapping[str, Any] | None) -> dict[str, Any]:
-        spec = json.loads(run.store.read(SPEC))
+        spec = read_spec(run.store)
         return {
             "base": base,
             "tune": run.spec.model.tune,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import codecs
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.errors import UserError
+from pipelines.stored_json import parse_json, read_json
 
 Line = dict[str, Any]
 _PART = re.compile(r"-(\d+)-of-(\d+)\.parquet$")
@@ -61,15 +62,18 @@ def _parquet(path: Path, columns: Sequence[str], optional: Sequence[str]) -> Ite
 def read_lines(path: Path, columns: Sequence[str] = ()) -> Iterator[Line]:
     """Objects of a file of JSON lines, or of a JSON list. Raises `UserError` for a missing file and for a bad line."""
     try:
-        with path.open(encoding="utf-8-sig") as lines:
-            whole = json.load(lines) if path.suffix == ".json" else None
-            for number, line in enumerate(lines if whole is None else whole, start=1):
-                if whole is not None or line.strip():
-                    found = json.loads(line) if whole is None else line
-                    if not isinstance(found, dict):
-                        raise UserError(f"{path}:{number}", "is not an object", "repair the file")
-                    _check_columns(f"{path}:{number}", columns, found)
-                    yield found
+        if path.suffix == ".json":
+            for number, line in enumerate(read_json(path, list[dict[str, Any]], "repair the file"), start=1):
+                _check_columns(f"{path}:{number}", columns, line)
+                yield line
+            return
+        with path.open("rb") as lines:
+            for number, data in enumerate(lines, start=1):
+                if data.strip():
+                    text = data.removeprefix(codecs.BOM_UTF8) if number == 1 else data
+                    line = parse_json(text, f"{path}:{number}", dict[str, Any], "repair the line")
+                    _check_columns(f"{path}:{number}", columns, line)
+                    yield line
     except FileNotFoundError as error:
         raise UserError(str(path), "does not exist", "fetch it, or name another") from error
     except (OSError, ValueError) as error:

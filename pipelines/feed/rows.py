@@ -8,15 +8,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import ValidationError
 
 from pipelines.errors import BadMedia, UserError
 from pipelines.plan.types import Row
 from pipelines.samples import Members, Sample
 from pipelines.shards.index import ShardIndex, read_shard_index
-from pipelines.shards.manifest import Manifest, ShardInfo, source_info
+from pipelines.shards.manifest import Manifest, ShardInfo, SourceInfo, manifest_path, source_info
 from pipelines.shards.mapping import SourceMapping
 from pipelines.shards.read import Parser, external_sample_parser, parse_native_sample, read_samples, shard_file
 from pipelines.storage.store import Store
+from pipelines.stored_json import explain
 
 _RANGE_BYTES = 64 << 20  # a longer run is read in parts
 _INDEX_BYTES = 256 << 20  # of shard indices that a process keeps in memory
@@ -87,11 +89,22 @@ class RowReader:
         if name not in self._sources:
             info = source_info(self._store, self._manifest, name)
             starts = np.cumsum([0, *(shard.num_samples for shard in info.shards)], dtype=np.int64)
+            if starts[-1] != info.num_samples:
+                place = f"{self._store.url}/{manifest_path(self._manifest.split)} sources.{name}"
+                problem = f"num_samples={info.num_samples}, but its shards have {starts[-1]}"
+                raise UserError(place, problem, "run the job again that wrote it")
             parse: Parser = parse_native_sample
             if info.mapping is not None:
-                parse = external_sample_parser(name, SourceMapping.model_validate(info.mapping))
+                parse = external_sample_parser(name, self._mapping(name, info))
             self._sources[name] = _Source(info.shards, starts, parse)
         return self._sources[name]
+
+    def _mapping(self, name: str, info: SourceInfo) -> SourceMapping:
+        try:
+            return SourceMapping.model_validate(info.mapping)
+        except ValidationError as error:
+            place = f"{self._store.url}/{manifest_path(self._manifest.split)} sources.{name}.mapping"
+            raise UserError(place, explain(error), "run the index job again") from error
 
 
 @dataclass(frozen=True, slots=True)

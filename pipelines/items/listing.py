@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.config import DataConfig
+from pipelines.errors import UserError
 from pipelines.feed.reader import Reader
 from pipelines.items.types import Item, Role, ShardRow, content_id
 from pipelines.samples import Rejected, Sample
@@ -77,11 +78,14 @@ def write_listing(data: DataConfig, shard: ListedShard, store: Store) -> None:
 
 def read_listing(shard: ListedShard, store: Store) -> Iterator[Sample | Rejected]:
     """Yield the samples of a listed shard in order, without negatives, or why one cannot be read."""
-    for row in pq.read_table(io.BytesIO(store.read(shard.path))).to_pylist():
-        if row["sample"] is None:
-            yield Rejected(row["origin"], row["reason"], row["detail"])
-        else:
-            yield Sample.from_json(row["sample"])
+    try:
+        for row in pq.read_table(io.BytesIO(store.read(shard.path)), schema=_SCHEMA).to_pylist():
+            if row["sample"] is None:
+                yield Rejected(row["origin"], row["reason"], row["detail"])
+            else:
+                yield Sample.from_json(row["sample"])
+    except (pa.ArrowException, ValueError) as error:
+        raise UserError(f"{store.url}/{shard.path}", f"cannot be read: {error}", "delete the file") from error
 
 
 def row_item(shard: ListedShard, index: int, sample: Sample, role: Role) -> Item:

@@ -117,13 +117,13 @@ def _reuse(job: ScanJob, index: bytes) -> IndexedShard | None:
     try:
         schema = pq.read_schema(io.BytesIO(index))
         content = json.loads((schema.metadata or {})[_METADATA])
-    except (pa.ArrowInvalid, KeyError, ValueError):
-        return None
-    if any(content.get(name) != value for name, value in job.identity().items()):
-        return None
-    tally, neighbors = ScanCounts(**content["tally"]), ShardSimilarity(**content["neighbors"])
-    neighbors.pool = [(target, words) for target, words in neighbors.pool]
-    shard = _shard_info(job, index, tally.accepted, content["num_bytes"], content["sha256"])
+        if any(content.get(name) != value for name, value in job.identity().items()):
+            return None
+        tally, neighbors = ScanCounts(**content["tally"]), ShardSimilarity(**content["neighbors"])
+        neighbors.pool = [(target, words) for target, words in neighbors.pool]
+        shard = _shard_info(job, index, tally.accepted, content["num_bytes"], content["sha256"])
+    except (pa.ArrowException, KeyError, ValueError, TypeError, AttributeError, RecursionError):
+        return None  # a damaged index is made again
     return IndexedShard(shard, tally, neighbors, reused=True)
 
 

@@ -13,12 +13,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field, fields
-from typing import Any
+from functools import cache
+from typing import Annotated, Any, TypeVar, cast
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
 from pipelines.errors import UserError
 from pipelines.storage.store import Store
+from pipelines.stored_json import explain
 
 FORMAT_VERSION = 3
 READABLE_VERSIONS = (2, FORMAT_VERSION)
@@ -27,6 +32,14 @@ READABLE_VERSIONS = (2, FORMAT_VERSION)
 _SHARDS_PER_PIECE = 1000
 
 
+T = TypeVar("T")
+_STORED = with_config(ConfigDict(extra="forbid"))
+_Count = Annotated[int, Field(ge=0, strict=True)]
+SOURCE_NAME = re.compile(r"[^./\\\s\x00-\x1f\x7f-\x9f][^/\\\x00-\x1f\x7f-\x9f]{0,199}")
+"""Names of sources become folders of the dataset."""
+
+
+@_STORED
 @dataclass(frozen=True, slots=True)
 class ShardInfo:
     """One shard: `path` relative to the data root, or to its folder as `write_shard` returns it.
@@ -36,8 +49,8 @@ class ShardInfo:
     """
 
     path: str
-    num_samples: int
-    num_bytes: int
+    num_samples: _Count
+    num_bytes: _Count
     sha256: str
     index_sha256: str
     index: str | None = None
@@ -54,6 +67,7 @@ class ShardInfo:
         return f"run the {'index' if self.index else 'ingest'} job again"
 
 
+@_STORED
 @dataclass(frozen=True, slots=True)
 class SourceInfo:
     """The shards of one source in a split; all samples of a source have one task.
@@ -63,7 +77,7 @@ class SourceInfo:
     """
 
     task: str
-    num_samples: int
+    num_samples: _Count
     shards: tuple[ShardInfo, ...]
     mapping: dict[str, Any] | None = None
     duplicates_sha256: str | None = None
@@ -74,6 +88,7 @@ class SourceInfo:
         return _fingerprint(self)
 
 
+@_STORED
 @dataclass(frozen=True, slots=True)
 class Manifest:
     """What a split consists of, and the settings that it was made with."""
@@ -81,7 +96,7 @@ class Manifest:
     split: str
     sources: dict[str, SourceInfo]
     settings: dict[str, Any] = field(default_factory=dict)
-    format_version: int = FORMAT_VERSION
+    format_version: _Count = FORMAT_VERSION
 
     @property
     def num_samples(self) -> int:
@@ -107,10 +122,13 @@ class Manifest:
                 known = " and ".join(map(str, READABLE_VERSIONS))
                 raise ValueError(f"format version {content['format_version']}, this program reads {known}")
             fingerprint = content.pop("fingerprint")
-            sources = {name: _parse_source(source) for name, source in content.pop("sources").items()}
-            manifest = cls(sources=sources, **content)
-        except (AttributeError, KeyError, TypeError) as error:
+            sources = {name: _parse_source(name, source) for name, source in content.pop("sources").items()}
+            manifest = _checked(cls, {**content, "sources": sources})
+        except (AttributeError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"not a manifest: {error!r}") from error
+        for name in manifest.sources:
+            if not SOURCE_NAME.fullmatch(name):
+                raise ValueError(f"sources has {name!r}, which is not the name of a source")
         if manifest.fingerprint != fingerprint:
             raise ValueError("its fingerprint is not that of its content")
         return manifest
@@ -210,8 +228,24 @@ def _compact(part: object) -> str:
 
 def _parse_shard(parsed: dict[str, Any]) -> ShardInfo | dict[str, Any]:
     """Make a shard as soon as it is parsed, so that a million dicts never exist at once. Other dicts stay."""
-    return ShardInfo(**parsed) if parsed.keys() >= {"path", "index_sha256"} else parsed
+    if parsed.keys() >= {"path", "index_sha256"}:
+        return _checked(ShardInfo, parsed)
+    return parsed
 
 
-def _parse_source(parsed: dict[str, Any]) -> SourceInfo:
-    return SourceInfo(**parsed | {"shards": tuple(parsed["shards"])})
+def _parse_source(name: str, parsed: dict[str, Any]) -> SourceInfo:
+    return _checked(SourceInfo, parsed | {"shards": tuple(parsed["shards"])}, f"sources.{name}.")
+
+
+def _checked(kind: type[T], fields: dict[str, Any], place: str = "") -> T:
+    """Return a dataclass of these fields, with their types checked. Raises `ValueError` that names the field."""
+    try:
+        made: T = _validator(cast(Hashable, kind)).validate_python(fields)
+    except ValidationError as error:
+        raise ValueError(place + explain(error)) from error
+    return made
+
+
+@cache
+def _validator(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)

@@ -15,7 +15,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 from rich.text import Text
+from typing_extensions import TypedDict
 
+from pipelines.stored_json import stored_file
 from rzen.evaluation.figures import FAINT, INK, QUIET, STYLE, colors, draw_bars, plot_panels, svg_text
 from rzen.evaluation.tasks import TASKS
 
@@ -36,6 +38,14 @@ class Result:
     chance: float
     split: str = "held_out"
     """`train` marks a number measured on training data, which says little about new data."""
+
+
+@stored_file
+class ResultsFile(TypedDict):
+    """`results.json` of an evaluation."""
+
+    settings: dict[str, Any]
+    rows: list[Result]
 
 
 Column = tuple[str, str]

@@ -13,11 +13,12 @@ from typing import Any
 
 import yaml
 
+from pipelines.stored_json import read_json
 from rzen.config import ModelIdentity
 from rzen.export import sentence_transformers
-from rzen.families import read_family
+from rzen.families import BackboneFile, read_family
 from rzen.inputs.prompts import TEMPLATES
-from rzen.model.checkpoints import HUB_NAME, IDENTITY
+from rzen.model.checkpoints import HUB_NAME, AdapterFile, read_identity_file
 
 CARD = "README.md"
 
@@ -84,7 +85,7 @@ def _front_matter(folder: Path, format: str, unsupported_reason: str | None, fac
     config = folder / "config.json"
     tags = ["feature-extraction", "multimodal-embeddings", "rzen"]
     if config.is_file():
-        tags.append(json.loads(config.read_text())["model_type"])
+        tags.append(read_json(config, BackboneFile)["model_type"])
     fields: dict[str, Any] = {"library_name": library, "pipeline_tag": "feature-extraction", "tags": tags}
     if facts.base and HUB_NAME.fullmatch(facts.base) and not Path(facts.base).exists():
         relation = "adapter" if format == "adapter" else "finetune"
@@ -96,7 +97,7 @@ def _front_matter(folder: Path, format: str, unsupported_reason: str | None, fac
 
 def _loading(folder: Path, identity: ModelIdentity, format: str, unsupported_reason: str | None) -> list[str]:
     if format == "adapter":
-        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        base = read_json(folder / "adapter_config.json", AdapterFile).get("base_model_name_or_path")
         return [
             "An adapter for PEFT. Prompt and reading of its base are in `rzen.json`; `rzen` folds it into its base.",
             _code(
@@ -181,7 +182,7 @@ def _reading(identity: ModelIdentity) -> str:
 
 
 def _making(folder: Path, facts: ModelCardData) -> list[str]:
-    lineage = json.loads((folder / IDENTITY).read_text())["lineage"]
+    lineage = read_identity_file(folder).get("lineage", {})
     parts = [_bullets([f"{name.replace('_', ' ')}: `{value}`" for name, value in lineage.items()])]
     if facts.weights:
         shares = [f"{weight:.3f} x {name}" for name, weight in facts.weights.items()]

@@ -21,6 +21,7 @@ import torch
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from pipelines.errors import UserError
+from pipelines.stored_json import read_json
 from rzen.config import ModelConfig, ModelIdentity
 from rzen.export import release, sentence_transformers
 from rzen.export.card import CARD, ModelCardData, model_card
@@ -34,6 +35,7 @@ from rzen.model.checkpoints import (
     checkpoint_dir,
     checkpoint_sha256,
     read_identity,
+    read_identity_file,
     read_temperatures,
 )
 from rzen.model.embedder import load
@@ -151,7 +153,7 @@ def load_encoder(model_dir: str, dtype: Dtype | None = None) -> tuple[Processor,
     Raises `UserError` where the directory is no exported model.
     """
     path = Path(model_dir) / IDENTITY
-    if not path.is_file() or "dtype" not in json.loads(path.read_text()):
+    if "dtype" not in read_identity_file(path.parent):
         raise UserError(str(path), "is missing, or an adapter's", "name a directory with a model, written by export")
     embedder = load(model_dir, device="cpu", dtype=dtype)
     return embedder.processor, embedder.model
@@ -178,7 +180,7 @@ def _write_weights(model: PreTrainedModel, base: Path, folder: Path, dtype: Dtyp
 def _copy_adapter(adapter_dir: Path, folder: Path, lineage: dict[str, str]) -> None:
     """Copy PEFT's files. They name the base as the export does, not by its path on a worker."""
     shutil.copyfile(adapter_dir / WEIGHTS, folder / WEIGHTS)
-    config = json.loads((adapter_dir / CONFIG).read_text())
+    config = read_json(adapter_dir / CONFIG, dict[str, Any], "copy the adapter again")
     _write_json(folder / CONFIG, config | {"base_model_name_or_path": lineage["base"]})
     if (adapter_dir / LINEAGE).is_file():
         shutil.copyfile(adapter_dir / LINEAGE, folder / LINEAGE)

@@ -10,16 +10,26 @@ import json
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from pipelines.errors import UserError
+from pipelines.stored_json import read_json, stored_file
 from rzen.config import ModelIdentity
+from rzen.families import BackboneFile
 
 # What transformers 5 has added to a configuration, each with the meaning of what stands there in 4.51.
 _NEW = {"dtype", "layer_types", "model_type", "rope_parameters", "text_config", "transformers_version", "vision_config"}
 
 
+@stored_file
+class _Images(TypedDict):
+    patch_size: int
+    merge_size: int
+
+
 def check(base: Path, identity: ModelIdentity) -> None:
     """Raise `UserError` for a model that the script would read in another way than it was trained."""
-    model_type = json.loads((base / "config.json").read_text())["model_type"]
+    model_type = read_json(base / "config.json", BackboneFile)["model_type"]
     readout, fix = identity.readout, "export it with format: model, or train a model for the script"
     wanted = {
         "model_type": (model_type, "qwen2_vl"),
@@ -38,20 +48,20 @@ def write_files(folder: Path, identity: ModelIdentity) -> None:
 
     transformers 5 and rzen read them as well.
     """
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json", dict[str, Any])
     _write(folder / "config.json", flat_config(config))
-    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    tokenizer = read_json(folder / "tokenizer_config.json", dict[str, Any])
     if isinstance(tokenizer.get("extra_special_tokens"), list):
         tokenizer["additional_special_tokens"] = tokenizer.pop("extra_special_tokens")
     _write(folder / "tokenizer_config.json", tokenizer)
-    images = json.loads((folder / "preprocessor_config.json").read_text())
+    images = read_json(folder / "preprocessor_config.json", _Images)
     pixels = (images["patch_size"] * images["merge_size"]) ** 2
     size = {
         "min_pixels": identity.prompt.min_visual_tokens * pixels,
         "max_pixels": identity.prompt.max_visual_tokens * pixels,
     }
     edges = {"shortest_edge": size["min_pixels"], "longest_edge": size["max_pixels"]}
-    _write(folder / "preprocessor_config.json", images | size | {"size": edges})
+    _write(folder / "preprocessor_config.json", {**images, **size, "size": edges})
 
 
 def flat_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.samples import DecodedInput
+from pipelines.stored_json import read_json
 from rzen.config import ModelIdentity, PromptConfig
 from rzen.export.chat_template import FILE, chat_template
 from rzen.families import read_family
@@ -37,7 +38,7 @@ def write_files(folder: Path, identity: ModelIdentity, frames: int, instructions
 
     The `frames` of a video share `max_visual_tokens`. `instructions` have names, for `encode(..., prompt_name=...)`.
     """
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json", dict[str, Any])
     width = config.get("text_config", config)["hidden_size"]
     mode = POOLINGS[identity.readout.pooling]
     pooling = {f"pooling_mode_{name}": name.removesuffix("_tokens") == mode for name in _MODES}
@@ -91,7 +92,7 @@ def _prompts(instructions: Mapping[str, str]) -> dict[str, Any]:
 def _write_processors(folder: Path, prompt: PromptConfig, frames: int) -> None:
     """Write the sizes of images and of videos of `frames` frames, under the names of transformers 4 and 5."""
     path = folder / "preprocessor_config.json"
-    settings = json.loads(path.read_text())
+    settings = read_json(path, dict[str, Any])
     layout = Processor(str(folder), prompt).layout
     token_pixels = layout.factor_px**2
     low, high = prompt.min_visual_tokens, prompt.max_visual_tokens
@@ -126,7 +127,7 @@ def _write_template(folder: Path, identity: ModelIdentity) -> None:
     """Write the chat template as a file, and remove that of the base from the other files."""
     for path in (folder / "tokenizer_config.json", folder / "processor_config.json"):
         if path.is_file():
-            settings = json.loads(path.read_text())
+            settings = read_json(path, dict[str, Any])
             settings.pop("chat_template", None)
             _write(path, settings)
     (folder / FILE).write_text(chat_template(identity, read_family(folder)))

@@ -7,7 +7,6 @@ values of a patch.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -19,9 +18,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 from tokenizers import Tokenizer
+from typing_extensions import TypedDict
 
+from pipelines.config import PositiveInt
 from pipelines.errors import BadMedia, UserError
 from pipelines.samples import DecodedInput, UInt8Array, Visual
+from pipelines.stored_json import read_json, stored_file
 from rzen.config import PromptConfig
 from rzen.families import Family, read_family
 from rzen.inputs.prompts import TEMPLATES, Piece, Span, VisionKind, input_pieces
@@ -94,6 +96,15 @@ def _span(counts: npt.NDArray[Any], groups: slice) -> slice:
     return slice(int(ends[groups.start]), int(ends[max(groups.start, groups.stop)]))
 
 
+@stored_file
+class _VisionFile(TypedDict):
+    patch_size: PositiveInt
+    temporal_patch_size: PositiveInt
+    merge_size: PositiveInt
+    image_mean: list[float]
+    image_std: list[float]
+
+
 @dataclass(frozen=True)
 class VisionLayout:
     """How a checkpoint cuts pixels into patches and normalizes them (its `preprocessor_config.json`)."""
@@ -108,19 +119,16 @@ class VisionLayout:
     def read(cls, model_dir: str) -> VisionLayout:
         """Read the file of a checkpoint. Raises `UserError` where it is missing or lacks a setting."""
         path = Path(model_dir) / "preprocessor_config.json"
-        try:
-            config = json.loads(path.read_text())
-            return cls(
-                patch_px=config["patch_size"],
-                temporal_patch_frames=config["temporal_patch_size"],
-                merge_patches=config["merge_size"],
-                image_mean=tuple(config["image_mean"]),
-                image_std=tuple(config["image_std"]),
-            )
-        except FileNotFoundError as error:
-            raise UserError(str(path), "does not exist", "name the directory of a checkpoint") from error
-        except KeyError as error:
-            raise UserError(str(path), f"has no {error}", "name a checkpoint of a Qwen-VL family") from error
+        if not path.is_file():
+            raise UserError(str(path), "does not exist", "name the directory of a checkpoint")
+        config = read_json(path, _VisionFile, "name a checkpoint of a Qwen-VL family")
+        return cls(
+            patch_px=config["patch_size"],
+            temporal_patch_frames=config["temporal_patch_size"],
+            merge_patches=config["merge_size"],
+            image_mean=tuple(config["image_mean"]),
+            image_std=tuple(config["image_std"]),
+        )
 
     @property
     def factor_px(self) -> int:

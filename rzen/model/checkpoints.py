@@ -12,11 +12,15 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 from huggingface_hub import snapshot_download
+from pydantic import ValidationError
+from typing_extensions import TypedDict
 
+from pipelines.config import PositiveInt
 from pipelines.errors import UserError
+from pipelines.stored_json import explain, read_json, stored_file
 from rzen.config import ModelIdentity
 from rzen.families import read_family
 
@@ -38,6 +42,18 @@ _ADAPTERS_NOTES = ("base_model_name_or_path", "inference_mode", "revision", "aut
 _PREPROCESSING = ("preprocessor_config.json", "tokenizer.json")
 
 
+@stored_file
+class IdentityFile(TypedDict, total=False):
+    """What `rzen.json` of a model or adapter may say, in addition to `ModelIdentity`."""
+
+    prompt: dict[str, Any]
+    readout: dict[str, Any]
+    dtype: str | None
+    lineage: dict[str, str]
+    temperatures: dict[str, float]
+    base_sha256: str
+
+
 def checkpoint_dir(path_or_hub: str) -> Path:
     """Return the directory of a checkpoint. A hub name (`Qwen/Qwen2-VL-2B-Instruct`) is downloaded, if not cached.
 
@@ -54,30 +70,43 @@ def checkpoint_dir(path_or_hub: str) -> Path:
     return folder
 
 
+@stored_file
+class AdapterFile(TypedDict):
+    """What the `adapter_config.json` of an adapter has."""
+
+    base_model_name_or_path: NotRequired[str | None]
+    r: NotRequired[PositiveInt]
+    lora_alpha: NotRequired[float]
+
+
+def read_identity_file(folder: Path) -> IdentityFile:
+    """Return what the `rzen.json` of a model or adapter says; nothing if it has none. Raises `UserError`."""
+    path = folder / IDENTITY
+    return read_json(path, IdentityFile, "copy or export the model again") if path.is_file() else IdentityFile()
+
+
 def read_identity(folder: Path, default: ModelIdentity) -> ModelIdentity:
     """Return how a model or adapter is to be read, as it says itself; `default` where it says nothing.
 
     One that names a prompt and no readout is read by the defaults of `ReadoutConfig`.
     """
-    path = folder / IDENTITY
-    saved = json.loads(path.read_text()) if path.is_file() else {}
+    saved = read_identity_file(folder)
     if not saved.get("prompt"):
         return default
-    return ModelIdentity.model_validate({name: saved[name] for name in ModelIdentity.model_fields if name in saved})
+    try:
+        return ModelIdentity.model_validate({name: saved[name] for name in ModelIdentity.model_fields if name in saved})  # type: ignore[literal-required]
+    except ValidationError as error:
+        raise UserError(str(folder / IDENTITY), explain(error), "export the model again") from error
 
 
 def read_temperatures(folder: Path) -> dict[str, float]:
     """Return task -> temperature that a model or adapter was trained with; empty if it does not say."""
-    path = folder / IDENTITY
-    found: dict[str, float] = json.loads(path.read_text()).get(TEMPERATURES, {}) if path.is_file() else {}
-    return found
+    return read_identity_file(folder).get("temperatures", {})
 
 
 def stored_dtype(folder: Path) -> str | None:
     """Return the type that an exported model is computed in by default. None for a model that does not say."""
-    path = folder / IDENTITY
-    found: str | None = json.loads(path.read_text()).get("dtype") if path.is_file() else None
-    return found
+    return read_identity_file(folder).get("dtype")
 
 
 def checkpoint_sha256(folder: Path) -> str:
@@ -146,7 +175,7 @@ def check_base(adapter: Path, base: Path) -> None:
     Raises `UserError`. An adapter from elsewhere names no hash, and is taken for one of this base.
     """
     path = adapter / IDENTITY
-    trained = json.loads(path.read_text()).get("base_sha256") if path.is_file() else None
+    trained = read_identity_file(adapter).get("base_sha256")
     if trained is not None and trained != (found := checkpoint_sha256(base)):
         problem = f"the adapter was trained with {trained[:16]}, not {found[:16]} ({base})"
         raise UserError(f"{path} base_sha256", problem, "name the base of its training")
@@ -162,13 +191,7 @@ def _without(notes: Sequence[str], node: Any) -> Any:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(str(path), f"is not JSON ({error})", "copy the model again") from error
-    if not isinstance(found, dict):
-        raise UserError(str(path), f"holds {type(found).__name__}, not an object", "copy the model again")
-    return found
+    return read_json(path, dict[str, Any], "copy the model again")
 
 
 def _download(name: str) -> Path:

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipelines.errors import UserError
+from pipelines.stored_json import read_json
 from rzen.config import LoraConfig, ModelIdentity
 from rzen.model.checkpoints import ADAPTER_CONFIG, IDENTITY, TEMPERATURES
 
@@ -57,7 +58,7 @@ def save_adapter(
     tensors = {name: value.contiguous().cpu() for name, value in _adapter_state(model).items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     model.peft_config["default"].save_pretrained(str(folder))
-    config = json.loads((folder / CONFIG).read_text())
+    config = read_json(folder / CONFIG, dict[str, Any])
     config["target_modules"] = sorted(config["target_modules"])  # PEFT writes a set, in any order
     _write_json(folder / CONFIG, config | {"base_model_name_or_path": base, "inference_mode": True})
     trained = {"base_sha256": base_sha256} | ({TEMPERATURES: dict(temperatures)} if temperatures else {})

@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from pipelines.errors import UserError
+from pipelines.stored_json import read_json, stored_file
 from rzen.config import GreedySoup, MeanSoup, SearchedSoup, SoupConfig
 from rzen.model.checkpoints import IDENTITY, TEMPERATURES, atomic_directory
 from rzen.soup.adapters import write_adapter
 from rzen.soup.checkpoints import write_checkpoint
 from rzen.soup.parents import LINEAGE, Adapter, Checkpoint, Parent, open_parents, write_json
 from rzen.soup.select import Selection
+
+
+@stored_file
+class SoupParent(TypedDict):
+    """A parent of a soup."""
+
+    name: str
+    place: str
+    coefficient: float
+
+
+@stored_file
+class SoupFile(TypedDict, total=False):
+    """`soup.json`: what a soup was made of, and how."""
+
+    settings: dict[str, Any]
+    parents: list[SoupParent]
+    total_weight: float
+    """Weight of the soup as a parent of a further mean."""
 
 
 def make_soup(
@@ -71,11 +92,11 @@ def total_weight(folder: Path) -> float:
     a mean.
     """
     path = folder / LINEAGE
-    lineage = json.loads(path.read_text()) if path.is_file() else {}
+    lineage = read_json(path, SoupFile) if path.is_file() else SoupFile()
     if "total_weight" not in lineage:
         problem = "is no soup that says what it weighs; a mean of its parents does"
         raise UserError(str(path), problem, "name the directory of such a soup, or choose a weight yourself")
-    return float(lineage["total_weight"])
+    return lineage["total_weight"]
 
 
 def _weights(parents: Mapping[str, Path], config: SoupConfig, selection: Selection | None) -> dict[str, float]:
@@ -118,7 +139,7 @@ def _entry(parent: Parent, places: Mapping[str, str]) -> dict[str, Any]:
     if isinstance(parent, Adapter):
         entry["rank"] = parent.rank
     own = parent.path / LINEAGE
-    return entry | ({"soup": json.loads(own.read_text())} if own.is_file() else {})
+    return entry | ({"soup": read_json(own, SoupFile)} if own.is_file() else {})
 
 
 def _temperatures(parents: Sequence[Parent], shares: Sequence[float]) -> dict[str, Any]:

@@ -13,8 +13,16 @@ from typing import Any
 import torch
 
 from pipelines.errors import UserError
+from pipelines.stored_json import read_json
 from rzen.config import ReadoutConfig
-from rzen.model.checkpoints import IDENTITY, MODEL_CONFIG, WRITERS_NOTES, checkpoint_sha256, weight_files
+from rzen.model.checkpoints import (
+    MODEL_CONFIG,
+    WRITERS_NOTES,
+    AdapterFile,
+    checkpoint_sha256,
+    read_identity_file,
+    weight_files,
+)
 from rzen.model.lora import CONFIG, WEIGHTS
 from rzen.soup.factors import Factors
 from rzen.soup.tensors import Tensors
@@ -104,7 +112,7 @@ def open_checkpoint(name: str, path: Path) -> Checkpoint:
     files = weight_files(path)
     if files[0].suffix != ".safetensors":
         raise UserError(str(files[0]), "is not a safetensors file", "export the model, and soup the export")
-    return Checkpoint(name, path, _read_json(path / MODEL_CONFIG), _read_json(path / IDENTITY), Tensors(files))
+    return Checkpoint(name, path, _read_json(path / MODEL_CONFIG), {**read_identity_file(path)}, Tensors(files))
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -115,9 +123,9 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def _open_adapter(name: str, path: Path) -> Adapter:
     if not (path / WEIGHTS).is_file():
         raise UserError(str(path), f"has no {WEIGHTS}", f"a directory with {CONFIG} and {WEIGHTS} is expected")
-    config = _read_json(path / CONFIG)
+    config = {**read_json(path / CONFIG, AdapterFile)}
     _check_plain(path, config)
-    return Adapter(name, path, config, _read_json(path / IDENTITY), Tensors([path / WEIGHTS]))
+    return Adapter(name, path, config, {**read_identity_file(path)}, Tensors([path / WEIGHTS]))
 
 
 def _check_plain(path: Path, config: dict[str, Any]) -> None:
@@ -206,5 +214,4 @@ def _check_shape(first: Adapter, other: Adapter, name: str, shape: list[int]) ->
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    return found
+    return read_json(path, dict[str, Any], "copy the model again") if path.is_file() else {}

@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
+from pipelines.config import NonNegativeInt
 from pipelines.errors import UserError
+from pipelines.stored_json import parse_json
 
 PARAMETERS, MOMENTS, STATE = "parameters.safetensors", "moments.safetensors", "state.json"
 FIX = "resume from another checkpoint, or start a run under a new name"
@@ -18,9 +20,9 @@ FIX = "resume from another checkpoint, or start a run under a new name"
 class CheckpointState:
     """What a checkpoint says about itself."""
 
-    step: int
+    step: NonNegativeInt
     """Steps done, and so the number of the next one."""
-    updates: int
+    updates: NonNegativeInt
     """Steps that were not skipped, by which the optimizer corrects its moments."""
     plan_fingerprint: str
     sha256: dict[str, str]
@@ -37,15 +39,8 @@ class CheckpointState:
 
 def parse_state(content: str | bytes, place: str) -> CheckpointState:
     """Return the state in the content of a `state.json`. Raises `UserError` at `place` for anything else."""
-    try:
-        given = json.loads(content)
-        return CheckpointState(
-            step=int(given["step"]),
-            updates=int(given["updates"]),
-            plan_fingerprint=given["plan_fingerprint"],
-            sha256={name: given["sha256"][name] for name in (PARAMETERS, MOMENTS)},
-            world_size=int(given.get("world_size", 0)),
-            torch=given.get("torch", ""),
-        )
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(place, f"is no state of a checkpoint ({error})", FIX) from error
+    state = parse_json(content, place, CheckpointState, FIX)
+    for name in (PARAMETERS, MOMENTS):
+        if name not in state.sha256:
+            raise UserError(place, f"has no sha256.{name}", FIX)
+    return state

@@ -99,8 +99,9 @@ def test_of_many_promoters_one_wins(registry: Registry) -> None:
 
 def test_what_a_killed_promoter_left_is_finished_by_the_next_who_looks(registry: Registry) -> None:
     registry.promote("a", reason="the first", instead_of=None)
+    by = {"reason": "better", "report": None, "at": "2026", "by": "me"}
     registry.store.write(
-        "promotions/000002.json", json.dumps({"model": "b", "previous": "a", "generation": 2}).encode()
+        "promotions/000002.json", json.dumps({"model": "b", "previous": "a", "generation": 2, **by}).encode()
     )
     assert json.loads(registry.store.read(CHAMPION))["model"] == "a"
     assert registry.champion() == Champion(2, "b")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from jobs.training.checkpoints import Checkpoints
-from jobs.training.runs import LATEST, METRICS, Run, read_rows
+from jobs.training.runs import LATEST, METRICS, Run, parse_rows
 from jobs.training.specs import TrainSpec
 from pipelines.config import FeedConfig
 from pipelines.errors import UserError
@@ -111,7 +111,7 @@ def test_finished_run_is_left_alone_and_keeps_no_checkpoint(tmp_path: Path) -> N
     assert run.store.list() == ["done.json", METRICS, "spec.json"]
     lines = run.store.read(METRICS)
     assert lines == b'{"loss": null, "step": 0}\n{"loss": 1.0, "step": 1}\n'
-    assert math.isnan(read_rows(lines)[0]["loss"])
+    assert math.isnan(parse_rows(lines, "metrics.jsonl")[0]["loss"])
 
 
 def test_latest_checkpoint_brings_its_metrics_and_old_ones_go(tmp_path: Path) -> None:

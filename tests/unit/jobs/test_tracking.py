@@ -49,13 +49,13 @@ def test_rows_are_there_while_the_run_goes_on_and_once_after_a_restart(tmp_path:
     tracker = Tracker(run, [])
     for row in ROWS[:3]:
         tracker.log(row)
-    until(lambda: run.store.exists(METRICS) and len(read_rows(run.store.read(METRICS))) == 3)
+    until(lambda: run.store.exists(METRICS) and len(read_rows(run.store, METRICS)) == 3)
     tracker.close()
     again = Tracker(run, ROWS[:2])  # the checkpoint had two steps: the third is repeated
     for row in ROWS[2:]:
         again.log(row)
     again.close()
-    assert read_rows(run.store.read(METRICS)) == ROWS
+    assert read_rows(run.store, METRICS) == ROWS
     assert not run.store.exists(UNTRACKED)
     events = tensorboard_events(tmp_path / "runs" / "r" / TENSORBOARD)
     assert events["loss/_all"] == {step: 2.0 - step for step in range(5)}
