@@ -103,6 +103,7 @@ def export_model(
         else:
             _write_weights(model, base, folder, options.dtype)
             write_identity(folder, identity, options.dtype, lineage, temperatures)
+            _add_origin(folder / IDENTITY, options.facts)
         if options.format == "rzen_release":
             release.write_files(folder, identity)
         elif options.format == "model" and unsupported_reason is None:
@@ -141,6 +142,13 @@ def write_identity(
     """Write `rzen.json` into a checkpoint directory, for `load_encoder` to open it."""
     content = identity.model_dump() | {"normalize": True, "dtype": dtype, "lineage": lineage}
     _write_json(folder / IDENTITY, content | _with_temperatures(temperatures or {}))
+
+
+def _add_origin(path: Path, facts: ModelCardData) -> None:
+    """Add license and training data, where they are known. Other programs read them there (`rzen.export.mteb`)."""
+    sources = {source for recipe in facts.recipes.values() for source in recipe["data"].get("data", {})}
+    known = {"license": facts.license, "training_data": sorted(sources)}
+    _write_json(path, json.loads(path.read_text()) | {name: value for name, value in known.items() if value})
 
 
 def _with_temperatures(temperatures: Mapping[str, float]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pipelines.config import MediaConfig
 from pipelines.errors import UserError
 from pipelines.media.decode import Decoder
 from pipelines.media.files import kind_of, read_file
-from pipelines.samples import DecodedInput, Visual
+from pipelines.samples import DecodedInput, MediaKind, Visual
 from rzen.config import ModelConfig, ModelIdentity
 from rzen.inputs.processor import EncodedBatch, Processor
 from rzen.model.backbone import load_backbone
@@ -62,6 +62,10 @@ class Embedder:
         """
         decoded = (as_input(some, instruction, self.media, self._decoder) for some in inputs)
         return np.concatenate([self.embed_encoded(group) for group in self._groups(decoded)])
+
+    def decode(self, kind: MediaKind, data: bytes) -> Visual:
+        """Return the pixels of a file, by the limits and frames of `media`. Raises `BadMedia`."""
+        return self._decoder.member(kind, data)
 
     def embed_encoded(self, inputs: Sequence[EncodedBatch]) -> Vectors:
         """Return unit vectors `[len(inputs), D]` of inputs that were encoded elsewhere, each a batch of one."""

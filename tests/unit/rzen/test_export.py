@@ -1,27 +1,31 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from jobs.runtime.models import local_folder
 from jobs.serving.export import run as run_export
 from jobs.serving.specs import ExportSpec
 from pipelines.errors import UserError
+from pipelines.samples import DecodedInput, MediaKind, Visual
 from rzen.config import LoraConfig, MeanSoup, ModelIdentity, PromptConfig, ReadoutConfig, TinyBackbone
 from rzen.export.card import ModelCardData
-from rzen.export.export import ExportOptions, export_model, load_encoder
-from rzen.export.mteb import inputs_of
+from rzen.export.export import ExportOptions, export_model, load_encoder, write_identity
+from rzen.export.mteb import experiment, inputs_of, instruction_of, model_revision, with_video_files
 from rzen.inputs.processor import Processor
 from rzen.model.backbone import build_tiny, load_backbone
 from rzen.model.checkpoints import checkpoint_dir, checkpoint_sha256
@@ -343,17 +347,118 @@ class Decoder:
 
 def test_batches_of_mteb_become_inputs() -> None:
     image = Image.new("L", (6, 4), 7)
-    asked, bare = inputs_of({"text": ["ab", "cd"], "query": ["a", "c"], "instruction": ["b", ""]}, "Find it.", 8)
+    asked, bare = as_inputs({"text": ["ab", "cd"], "query": ["a", "c"], "instruction": ["b", ""]}, "Find it.", 8)
     assert (asked.text, asked.instruction, bare.text, bare.instruction) == ("a", "b", "c", "")
-    fused, alone = inputs_of({"text": ["x", "y"], "image": [[image, image], None]}, "Find it.", 8)
+    fused, alone = as_inputs({"text": ["x", "y"], "image": [[image, image], None]}, "Find it.", 8)
     assert [visual.frames.shape for visual in fused.visuals] == [(1, 4, 6, 3)] * 2
     assert (fused.instruction, alone.text, alone.visuals) == ("Find it.", "y", ())
-    (long,), (short,) = (input.visuals for input in inputs_of({"video": [Decoder(21), Decoder(2)]}, "", 5))
+    (long,), (short,) = (input.visuals for input in as_inputs({"video": [Decoder(21), Decoder(2)]}, "", 5))
     assert long.frames[:, 0, 0, 0].tolist() == [0, 5, 10, 15, 20]
     assert long.times_s == (0.0, 1.25, 2.5, 3.75, 5.0)
     assert short.frames.shape == (2, 4, 6, 3)
     with pytest.raises(UserError, match="the task has sound"):
-        inputs_of({"video": [Decoder(2)], "audio": [None]}, "", 5)
+        as_inputs({"video": [Decoder(2)], "audio": [None]}, "", 5)
+
+
+def as_inputs(batch: Mapping[str, Any], instruction: str, frames: int) -> list[DecodedInput]:
+    """With a decoder that shows the bytes of a file as the grey values of its frames."""
+
+    def decode(kind: MediaKind, data: bytes) -> Visual:
+        return Visual(kind, np.array(list(data), np.uint8)[:, None, None, None].repeat(3, axis=3))
+
+    return inputs_of(batch, instruction, frames, decode)
+
+
+def test_videos_of_mteb_are_decoded_from_their_files(tmp_path: Path) -> None:
+    (tmp_path / "clip.mp4").write_bytes(bytes([7]))
+    files = [{"bytes": bytes([3, 5]), "path": None}, {"bytes": None, "path": str(tmp_path / "clip.mp4")}]
+    stored, named = (input.visuals[0] for input in as_inputs({"video": files}, "", 5))
+    assert (stored.kind, stored.frames[:, 0, 0, 0].tolist()) == ("video", [3, 5])
+    assert named.frames[:, 0, 0, 0].tolist() == [7]
+
+
+class Video:
+    """A column of videos, as `datasets` calls it."""
+
+    def __init__(self, decode: bool = True) -> None:
+        self.decode = decode
+
+
+class Rows(list[dict[str, Any]]):
+    """Rows of `datasets`, with as much as a data loader needs."""
+
+    features: Mapping[str, object] = {"video": Video(), "id": object()}
+
+    def cast_column(self, name: str, feature: Video) -> Rows:
+        assert not feature.decode
+        rows = Rows({**row, name: {"bytes": row[name], "path": None}} for row in self)
+        rows.features = {**self.features, name: feature}
+        return rows
+
+
+def test_data_loaders_of_mteb_pass_videos_as_files() -> None:
+    def collate(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+        return {name: [row[name] for row in rows] for name in rows[0]}
+
+    rows = Rows({"video": bytes([number]), "id": str(number)} for number in range(3))
+    loader = DataLoader(rows, batch_size=2, collate_fn=collate)  # type: ignore[arg-type]
+    first, second = with_video_files(loader)
+    assert first["video"] == [{"bytes": bytes([number]), "path": None} for number in range(2)]
+    assert second["id"] == ["2"]
+    batches = [{"text": ["a"]}]
+    assert with_video_files(batches) is batches
+
+
+@pytest.mark.parametrize(
+    ("prompt", "kind", "given", "expected"),
+    [
+        (None, "query", {}, "prompt of mteb's kind"),
+        (None, "", {}, "prompt of mteb's kind"),
+        (None, "document", {}, ""),
+        ("Ask.", "query", {}, "Ask."),
+        ("Ask.", "document", {}, ""),
+        ({"query": "Ask."}, "query", {}, "Ask."),
+        ({"query": "Ask."}, "", {}, "Ask."),
+        ({"query": "Ask."}, "document", {}, ""),
+        ({"query": "Ask.", "document": "Read."}, "document", {}, "Read."),
+        ("Ask.", "query", {"query": "mine"}, "mine"),
+        ("Ask.", "query", {"query": "mine", "Retrieval": "kind", "Task": "own"}, "own"),
+        ("Ask.", "query", {"query": "mine", "Retrieval": "kind"}, "kind"),
+        (None, "document", {"Task": "own", "document": "mine"}, "mine"),
+        (None, "query", {"Task": ""}, ""),
+    ],
+)
+def test_instructions_in_mteb(prompt: Any, kind: str, given: dict[str, str], expected: str) -> None:
+    task = SimpleNamespace(name="Task", type="Retrieval", prompt=prompt)
+    assert instruction_of(task, kind, given, lambda name: "prompt of mteb's kind" if name == "Task" else "") == expected
+
+
+def test_the_revision_in_mteb_is_that_of_weights_and_reading(tmp_path: Path) -> None:
+    folders = []
+    for seed in (0, 1):
+        folders.append(tmp_path / str(seed) / "model")
+        build_tiny(folders[-1], TINY.model_copy(update={"seed": seed}), iter(TEXTS))
+    plain = [model_revision(folder) for folder in folders]
+    assert plain[0] != plain[1]
+    assert all(len(revision) == 40 for revision in plain)
+    write_identity(folders[0], ModelIdentity(), "float32", {})
+    assert model_revision(folders[0]) == plain[0]  # the same as saying nothing
+    write_identity(folders[0], ModelIdentity(readout=ReadoutConfig(pooling="mean")), "float32", {})
+    assert model_revision(folders[0]) not in plain
+    assert experiment({}, 8) is None
+    kinds = [experiment({}, 4), experiment({"query": "a"}, 8), experiment({"query": "b"}, 8), {}, None]
+    assert len({str(kind) for kind in kinds}) == 5
+
+
+def test_an_export_names_license_and_training_data(tmp_path: Path) -> None:
+    build_tiny(tmp_path / "base", TINY, iter(TEXTS))
+    recipe = {"data": {"data": {"coco": "12", "abc": "34"}, "steps": 3}, "spec": {"global_batch": 4}}
+    facts = ModelCardData(license="apache-2.0", recipes={"run": recipe})
+    for name, given in (("known", facts), ("unknown", ModelCardData())):
+        export_model(str(tmp_path / "base"), None, tmp_path / name, ModelIdentity(), ExportOptions(facts=given))
+    known, unknown = (json.loads((tmp_path / name / "rzen.json").read_text()) for name in ("known", "unknown"))
+    assert (known["license"], known["training_data"]) == ("apache-2.0", ["abc", "coco"])
+    assert {"license", "training_data"}.isdisjoint(unknown)
 
 
 def test_wrong_backbones_are_the_users_errors(tmp_path: Path) -> None:
