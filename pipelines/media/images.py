@@ -10,15 +10,47 @@ import math
 import struct
 import zlib
 
+import av
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import AvifImagePlugin, Image, TiffImagePlugin, UnidentifiedImageError
 
 from pipelines.config import MediaConfig
 from pipelines.errors import BadMedia
+from pipelines.media.color import to_srgb
 from pipelines.samples import UInt8Array
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\x00", b"MM\x00*")
+_AVIF = (b"ftypavif", b"ftypavis")
+_ORIENTATION = 0x0112  # of Exif
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # tags of TIFF
+_WHITE_IS_ZERO = 0
+_PNG_BIT_DEPTH = 24  # its place in the file; the color type follows
+_PNG_GREY, _PNG_RGB = 0, 2
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # several workers decode in parallel instead
+# Kinds of grey that PIL can read and does not list, by byte order, photometric interpretation, bits. `_grey` inverts
+# those in which zero is white.
+for _order, _bits, _mode, _raw_mode in (
+    *((order, 12, "I;16", "I;12") for order in (b"II", b"MM")),
+    *(
+        (b"II", 16, "I;16", "I;16"),
+        (b"MM", 16, "I;16B", "I;16B"),
+        (b"II", 32, "I", "I;32N"),
+        (b"MM", 32, "I", "I;32BS"),
+    ),
+):
+    for _photometric in (_WHITE_IS_ZERO, 1):
+        _kind = (_order, _photometric, (1,), 1, (_bits,), ())
+        TiffImagePlugin.OPEN_INFO.setdefault(_kind, (_mode, _raw_mode))
 # What PIL's parsers raise on damaged files, in addition to their documented OSError.
 _DAMAGE = (
     OSError,
@@ -36,6 +68,8 @@ _DAMAGE = (
 def decode_image(data: bytes, config: MediaConfig, target_pixels: int | None = None) -> UInt8Array:
     """Return upright RGB pixels `[H, W, 3]` of an image file: the first frame of an animation, transparency on white.
 
+    Colors are sRGB: an embedded ICC profile is applied.
+
     The array may be read-only: a copy would cost a tenth of the time.
 
     `target_pixels` is the size to which the caller will shrink the image. A JPEG at least twice as wide and high is
@@ -50,13 +84,16 @@ def decode_image(data: bytes, config: MediaConfig, target_pixels: int | None = N
             check_size(image.width, image.height, config)
             if target_pixels is not None:
                 _draft(image, target_pixels)
-            ImageOps.exif_transpose(image, in_place=True)
-            return _rgb(image)
+            image.load()  # PNG may have its Exif data after the pixels
+            orientation = image.getexif().get(_ORIENTATION, 1)
+            upright = _TURNS.get(orientation)
+            shown = _rgb(image, data)
+            return np.asarray(Image.fromarray(shown).transpose(upright)) if upright is not None else shown
     except Image.DecompressionBombError as error:
         raise BadMedia("too_many_pixels", str(error)) from error
     except UnidentifiedImageError as error:
         # PIL does not identify a file either when its first bytes are right and the rest of the header is missing.
-        known = data.startswith(_SIGNATURES)
+        known = data.startswith(_SIGNATURES) or data[4:12] in _AVIF
         raise BadMedia("corrupt_image" if known else "unsupported_format", f"begins with {data[:8]!r}") from error
     except _DAMAGE as error:
         raise BadMedia("corrupt_image", str(error)) from error
@@ -87,21 +124,57 @@ def _draft(image: Image.Image, target_pixels: int) -> None:
         image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
 
 
-def _rgb(image: Image.Image) -> UInt8Array:
-    if image.mode.startswith("I;16"):
-        # convert("RGB") would clip everything above 255 to white.
-        return np.repeat(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8)[:, :, None], 3, axis=2)
+def _rgb(image: Image.Image, data: bytes) -> UInt8Array:
+    profile, alpha = image.info.get("icc_profile"), _transparent_color(image, data)
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        image = _grey(image)
+    elif alpha is None and image.has_transparency_data:
+        image = image.convert("RGBA")
+        alpha = np.asarray(image.getchannel("A"))
+    image.info.pop("transparency", None)  # PIL would convert it too
+    if image.mode not in ("RGB", "L", "CMYK"):
+        image = image.convert("RGB")
+    image = to_srgb(image, profile)
+    if alpha is None:
+        return np.asarray(image)
+    return on_white(np.dstack([np.asarray(image), alpha]))
+
+
+def _grey(image: Image.Image) -> Image.Image:
+    """Return an 8-bit image of grey values that PIL keeps with more bits. Its own conversion would clip them."""
+    is_tiff, values = image.format == "TIFF", np.asarray(image)
+    bits, photometric = 16, 1
+    if is_tiff:
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        bits, photometric = int(tags.get(_BITS_PER_SAMPLE, (16,))[0]), int(tags.get(_PHOTOMETRIC, 1))
     if image.mode in ("I", "F"):
-        values = np.asarray(image).astype(np.float64)
-        low, high = float(values.min()), float(values.max())
         # Our choice: scientific values have no agreed white. They are stretched from their darkest to their brightest.
-        return _grey((values - low) * (255 / (high - low) if high > low else 0))
-    if image.has_transparency_data:
-        return on_white(np.asarray(image.convert("RGBA")))
-    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+        values = values.astype(np.float64)
+        if not np.isfinite(values).all():
+            raise ValueError("pixels that are not numbers")
+        low, high = float(values.min()), float(values.max())
+        greys = np.rint((values - low) * (255 / (high - low) if high > low else 0)).astype(np.uint8)
+    else:
+        most = (1 << min(bits, 16)) - 1
+        greys = ((np.minimum(values, most).astype(np.uint32) * 255 + most // 2) // most).astype(np.uint8)
+    return Image.fromarray(~greys if photometric == _WHITE_IS_ZERO else greys)
 
 
-def _grey(values: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> UInt8Array:
-    if not np.isfinite(values).all():
-        raise ValueError("pixels that are not numbers")
-    return np.repeat(np.rint(values).astype(np.uint8)[:, :, None], 3, axis=2)
+def _transparent_color(image: Image.Image, data: bytes) -> UInt8Array | None:
+    """Return alpha `[H, W]` of a PNG in which one color is transparent, or None. PIL compares it with scaled values."""
+    if image.format != "PNG" or (color := image.info.get("transparency")) is None:
+        return None
+    bit_depth, color_type = data[_PNG_BIT_DEPTH], data[_PNG_BIT_DEPTH + 1]
+    most = (1 << bit_depth) - 1
+    if color_type == _PNG_GREY:
+        scale = 1 if bit_depth in (1, 8, 16) else 255 // most
+        is_color = np.asarray(image).astype(np.uint16) == (color & most) * scale
+    elif color_type != _PNG_RGB:
+        return None
+    elif bit_depth == 8:
+        is_color = (np.asarray(image) == np.bitwise_and(color, most)).all(axis=-1)
+    else:
+        # PIL keeps the upper halves of 16-bit colors. FFmpeg compares all bits.
+        (frame,) = av.CodecContext.create("png", "r").decode(av.Packet(data))[:1]
+        is_color = frame.to_ndarray(format="rgba64be")[..., 3] == 0
+    return np.where(is_color, 0, 255).astype(np.uint8)

@@ -13,6 +13,7 @@ from pipelines.errors import BadMedia
 from pipelines.media.decode import Decoder
 from pipelines.media.documents import extract_page, page_texts, render_page
 from pipelines.media.files import KINDS
+from pipelines.media.images import decode_image
 from pipelines.media.videos import uniform_indices
 from pipelines.sources.passages import choose_passages
 from tests.cases.measure_media import FILES, IMAGE_GRID, VALUES, VIDEO_GRID, grid
@@ -55,6 +56,15 @@ def check_video(name: str, frames: np.ndarray, times_s: tuple[float, ...]) -> No
 
 def test_the_zoo_has_every_file() -> None:
     assert sorted(EXPECTED) == sorted(path.name for path in FILES.iterdir() if path.suffix.lower() in KINDS)
+
+
+@pytest.mark.parametrize("name", files("image"))
+def test_an_image_looks_as_imagemagick_shows_it(name: str) -> None:
+    pixels = decode_image((FILES / name).read_bytes(), MediaConfig())
+    width, height = EXPECTED[name]["size"]
+    assert pixels.shape == (height, width, 3)
+    tolerance = TOLERANCES.get(name, IMAGE_TOLERANCE)
+    np.testing.assert_allclose(grid(pixels, IMAGE_GRID), EXPECTED[name]["grid"], atol=tolerance)
 
 
 @pytest.mark.parametrize("name", files("video"))
