@@ -16,7 +16,14 @@ from pipelines.samples import Members, Sample
 from pipelines.shards.index import ShardIndex, read_shard_index
 from pipelines.shards.manifest import Manifest, ShardInfo, SourceInfo, manifest_path, source_info
 from pipelines.shards.mapping import SourceMapping
-from pipelines.shards.read import Parser, external_sample_parser, parse_native_sample, read_samples, shard_file
+from pipelines.shards.read import (
+    Parser,
+    check_length,
+    external_sample_parser,
+    parse_native_sample,
+    read_samples,
+    shard_file,
+)
 from pipelines.storage.store import Store
 from pipelines.stored_json import explain
 
@@ -35,6 +42,7 @@ class RowReader:
         self._manifest = manifest
         self._endpoint = endpoint
         self._sources: dict[str, _Source] = {}
+        self._checked: set[str] = set()
         self.indices = _IndexCache(store)
 
     def read(self, rows: Iterable[Row]) -> Iterator[tuple[Row, StoredSample]]:
@@ -80,10 +88,19 @@ class RowReader:
         store, path = shard_file(self._store, shard, self._endpoint)
         rows = range(begin, begin + len(run))
         try:
-            return read_samples(store, path, self.indices.get(shard), rows, source.parse)
+            found = read_samples(store, path, self.indices.get(shard), rows, source.parse, shard.tag)
+            if any(isinstance(item, BadMedia) for item in found):
+                self._check_once(store, path, shard)
         except FileNotFoundError as error:
             place = f"{store.url}/{path}"
             raise UserError(place, "is named in the manifest but missing", shard.remedy) from error
+        return found
+
+    def _check_once(self, store: Store, path: str, shard: ShardInfo) -> None:
+        """Raise `UserError` where bad samples show that a shard was replaced: one of another length."""
+        if shard.path not in self._checked:
+            check_length(store, path, shard)
+            self._checked.add(shard.path)
 
     def _source(self, name: str) -> _Source:
         if name not in self._sources:

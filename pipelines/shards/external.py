@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import mmap
+import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -33,7 +34,7 @@ from pipelines.storage.location import open_store
 from pipelines.storage.shard_urls import ShardFile
 from pipelines.storage.store import Store
 
-SCAN_VERSION = 3
+SCAN_VERSION = 4
 _METADATA = b"rzen"
 _MAX_EXAMPLES = 3  # for each shard and reason
 
@@ -165,7 +166,9 @@ def scan(
         except BadMedia as error:
             tally.reject(_printable(group.key), error)
             continue
-        rows.append(IndexRow(group.key, group.offset, group.end - group.offset, target, len(group.members), query))
+        crc32 = zlib.crc32(data[group.offset : group.end])
+        length = group.end - group.offset
+        rows.append(IndexRow(group.key, group.offset, length, target, len(group.members), query, crc32))
         texts.append((target, words_of(f"{sample.query.text} {sample.positive.text}")))
     tally.accepted = len(rows)
     assert tally.seen == tally.accepted + sum(tally.rejected.values())

@@ -26,6 +26,7 @@ INDEX_SCHEMA = pa.schema(
         ("target_sha256", pa.string()),
         ("num_members", pa.int32()),  # without the json
         ("query_sha256", pa.string()),  # not in datasets of format 2
+        ("crc32", pa.uint32()),  # of these bytes of the tar; not in datasets that were made before
     ]
 )
 
@@ -40,16 +41,21 @@ class IndexRow:
     target_sha256: str
     num_members: int
     query_sha256: str
+    crc32: int | None = None
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Byte ranges of the N samples of a shard, int64 [N]. `targets` are SHA-256 digests, 32 bytes each, or None."""
+    """Byte ranges of the N samples of a shard, int64 [N]. `targets` are SHA-256 digests, 32 bytes each, or None.
+
+    `checksums` are the CRC-32 of the bytes of each, uint32 [N]. None in datasets without.
+    """
 
     keys: pa.StringArray
     offsets: npt.NDArray[np.int64]
     lengths: npt.NDArray[np.int64]
     targets: bytes | None = None
+    checksums: npt.NDArray[np.uint32] | None = None
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -58,7 +64,8 @@ class ShardIndex:
     def num_bytes(self) -> int:
         """Approximate memory that the index takes."""
         arrays = self.keys.nbytes + self.offsets.nbytes + self.lengths.nbytes
-        return int(arrays) + len(self.targets or b"")
+        checksums = 0 if self.checksums is None else self.checksums.nbytes
+        return int(arrays) + len(self.targets or b"") + checksums
 
     def span(self, first: int, last: int) -> tuple[int, int]:
         """Return offset and length in bytes of the samples `first` .. `last` and everything between them."""
@@ -96,13 +103,16 @@ def index_bytes(rows: list[IndexRow], metadata: dict[bytes, bytes] | None = None
 
 def read_shard_index(store: Store, shard: ShardInfo) -> ShardIndex:
     """Read the index of a shard. Raises `UserError` if it is missing or not the manifest's."""
-    columns = ["key", "offset", "length"]
+    columns = ["key", "offset", "length", "crc32"]
     if shard.index:  # samples of shards that ingest wrote carry their own target
         columns.append("target_sha256")
     table = read_index_table(store, shard, columns)
     keys, offsets, lengths = (_column(table, name) for name in ("key", "offset", "length"))
     targets = _digests(_column(table, "target_sha256")) if shard.index else None
-    return ShardIndex(keys, offsets.to_numpy(), lengths.to_numpy(), targets)
+    checksums = None
+    if "crc32" in table.column_names and not table["crc32"].null_count:
+        checksums = _column(table, "crc32").to_numpy()
+    return ShardIndex(keys, offsets.to_numpy(), lengths.to_numpy(), targets, checksums)
 
 
 def read_index_table(store: Store, shard: ShardInfo, columns: Sequence[str]) -> pa.Table:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from pipelines.errors import BadMedia
+from pipelines.errors import BadMedia, UserError
 from pipelines.samples import Members, Sample
 from pipelines.shards.index import ShardIndex, with_hashes
 from pipelines.shards.manifest import ShardInfo
@@ -45,20 +46,33 @@ def external_sample_parser(source: str, mapping: SourceMapping) -> Parser:
 
 
 def read_samples(
-    store: Store, path: str, index: ShardIndex, rows: range, parse: Parser = parse_native_sample
+    store: Store,
+    path: str,
+    index: ShardIndex,
+    rows: range,
+    parse: Parser = parse_native_sample,
+    tag: str | None = None,
 ) -> list[tuple[Sample, Members] | BadMedia]:
     """Read adjacent samples of a shard in one ranged read. All have `target_sha256` and `query_sha256`.
 
-    Bytes that are not a sample become `BadMedia` (`damaged_shard`) in its place and affect no other sample. Raises
-    `FileNotFoundError`, and `UserError` if the shard ends early.
+    With `tag`, they are read only from the object that had this tag when it was indexed. Bytes that are not the indexed
+    sample become `BadMedia` (`damaged_shard`) in its place and affect no other sample. Raises `FileNotFoundError`, and
+    `UserError` if the shard ends early or has another tag.
     """
     start, length = index.span(rows[0], rows[-1])
-    data = store.read_range(path, start, length)
+    found_data = store.read_range(path, start, length) if tag is None else store.read_range_if(path, start, length, tag)
+    if found_data is None:
+        problem = "has changed since it was indexed: its samples may be others now"
+        raise UserError(f"{store.url}/{path}", problem, "restore it, or run the index job again")
+    data = found_data
     found: list[tuple[Sample, Members] | BadMedia] = []
     for row in rows:
         offset, length = index.span(row, row)
+        content = data[offset - start : offset - start + length]
         try:
-            sample, members = parse(index.keys[row].as_py(), data[offset - start : offset - start + length])
+            if index.checksums is not None and zlib.crc32(content) != index.checksums[row]:
+                raise ValueError("other bytes than were indexed")
+            sample, members = parse(index.keys[row].as_py(), content)
             if index.targets is not None:
                 sample = replace(sample, target_sha256=index.target_sha256(row))
             found.append((with_hashes(sample, members), members))  # datasets of format 2 lack those of queries
@@ -73,6 +87,13 @@ def shard_file(store: Store, shard: ShardInfo, endpoint: str | None = None) -> t
         return store, shard.path
     folder, _, name = shard.path.rpartition("/")
     return open_store(folder or "/", endpoint), name
+
+
+def check_length(store: Store, path: str, shard: ShardInfo) -> None:
+    """Raise `UserError` if a shard is longer or shorter than its manifest says."""
+    if (found := store.size(path)) != shard.num_bytes:
+        problem = f"has {found:,} bytes, the manifest says {shard.num_bytes:,}: it was replaced"
+        raise UserError(f"{store.url}/{path}", problem, f"restore it, or {shard.remedy}")
 
 
 @contextmanager

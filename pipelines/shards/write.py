@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tarfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -29,7 +30,8 @@ def write_shard(local_path: Path, samples: Iterable[tuple[Sample, Members]]) -> 
             record = _record(sample, members)
             file.write(record)
             digest.update(record)
-            row = IndexRow(sample.key, offset, len(record), sample.target_sha256, len(members), sample.query_sha256)
+            target, query = sample.target_sha256, sample.query_sha256
+            row = IndexRow(sample.key, offset, len(record), target, len(members), query, zlib.crc32(record))
             rows.append(row)
             offset += len(record)
         end = bytes(2 * BLOCK_BYTES)

@@ -107,6 +107,14 @@ class S3Store(Store):
     def read_range(self, path: str, offset: int, length: int) -> bytes:
         return self._range(path, offset, length)
 
+    def read_range_if(self, path: str, offset: int, length: int, tag: str) -> bytes | None:
+        try:
+            return self._range(path, offset, length, IfMatch=tag)
+        except UserError as error:
+            if _is_precondition(error.__cause__):
+                return None
+            raise
+
     def _range(self, path: str, offset: int, length: int, **conditions: str) -> bytes:
         def get(client: Any) -> bytes:
             span = f"bytes={offset}-{offset + length - 1}"
@@ -181,6 +189,10 @@ class S3Store(Store):
 
         return self._call(prefix, scan)
 
+    def size(self, path: str) -> int:
+        head = self._call(path, lambda client: client.head_object(Bucket=self.bucket, Key=self._key(path)))
+        return int(head["ContentLength"])
+
     def exists(self, path: str) -> bool:
         key = self._key(path)
 
@@ -225,6 +237,11 @@ class S3Store(Store):
             where = {"endpoint_override": parts.netloc, "scheme": parts.scheme}
         system = fs.S3FileSystem(connect_timeout=_CONNECT_TIMEOUT_S, request_timeout=_READ_TIMEOUT_S, **where)
         return system, f"{self.bucket}/{self.prefix}".rstrip("/")
+
+
+def _is_precondition(error: BaseException | None) -> bool:
+    """Return whether a store has refused a request because the object has another tag."""
+    return isinstance(error, ClientError) and error.response["ResponseMetadata"]["HTTPStatusCode"] == 412
 
 
 def _body(answer: dict[str, Any], length: int | None = None) -> bytes:

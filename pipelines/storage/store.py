@@ -59,6 +59,10 @@ class Store(ABC):
         """Return exactly `length` bytes from `offset`. Raises `FileNotFoundError`, and `UserError` if it ends early."""
 
     @abstractmethod
+    def read_range_if(self, path: str, offset: int, length: int, tag: str) -> bytes | None:
+        """Return what `read_range` does, of the object that `tags` lists with `tag`. None if it has another by now."""
+
+    @abstractmethod
     def write(self, path: str, data: bytes) -> None:
         """Create or replace an object, atomically."""
 
@@ -90,6 +94,10 @@ class Store(ABC):
 
         Paths are sorted and relative to this store.
         """
+
+    @abstractmethod
+    def size(self, path: str) -> int:
+        """Return the bytes of an object. Raises `FileNotFoundError`."""
 
     @abstractmethod
     def exists(self, path: str) -> bool:
@@ -205,6 +213,14 @@ class LocalStore(Store):
             raise ends_early(str(self._at(path)), f"{len(data)} of the {length} bytes from offset {offset}")
         return data
 
+    def read_range_if(self, path: str, offset: int, length: int, tag: str) -> bytes | None:
+        with disk_errors(self._at(path)):
+            if _tag(self._at(path).stat()) != tag:
+                return None
+        data = self.read_range(path, offset, length)
+        with disk_errors(self._at(path)):
+            return data if _tag(self._at(path).stat()) == tag else None  # it may have been replaced meanwhile
+
     def write(self, path: str, data: bytes) -> None:
         with disk_errors(self._at(path)), atomic_file(self._at(path)) as temporary:
             temporary.write_bytes(data)
@@ -244,7 +260,11 @@ class LocalStore(Store):
         with disk_errors(self._at(prefix)):
             files = (file for file in self._at(prefix).rglob("*") if not file.name.startswith(PARTIAL))
             stats = {file.relative_to(self.root).as_posix(): file.stat() for file in files if file.is_file()}
-        return {path: f"{stat.st_size}-{stat.st_mtime_ns}" for path, stat in sorted(stats.items())}
+        return {path: _tag(stat) for path, stat in sorted(stats.items())}
+
+    def size(self, path: str) -> int:
+        with disk_errors(self._at(path)):
+            return self._at(path).stat().st_size
 
     def exists(self, path: str) -> bool:
         with disk_errors(self._at(path)):
@@ -265,6 +285,10 @@ class LocalStore(Store):
 
     def arrow_filesystem(self) -> tuple[fs.FileSystem, str]:
         return fs.LocalFileSystem(), str(self.root)
+
+
+def _tag(stat: os.stat_result) -> str:
+    return f"{stat.st_size}-{stat.st_mtime_ns}"
 
 
 def ends_early(place: str, got: str) -> UserError:

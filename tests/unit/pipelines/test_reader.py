@@ -275,7 +275,7 @@ def test_indices_are_read_when_needed_and_kept_within_bounds(tmp_path: Path, mon
     monkeypatch.setattr(LocalStore, "read", counting)
     plan_for(reader, 4)
     assert reads == ["train/manifest.json", "train/cars/duplicates.parquet"]
-    one_index = 8 * (8 + 8 + 8 + 4)
+    one_index = 8 * (8 + 8 + 8 + 4 + 4)
     monkeypatch.setattr("pipelines.feed.rows._INDEX_BYTES", 2 * one_index)
     for position, expected in ((0, [0]), (7, []), (8, [1]), (1, []), (19, [2]), (0, []), (9, [1])):
         reads.clear()

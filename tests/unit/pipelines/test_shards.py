@@ -213,7 +213,7 @@ def test_index_of_a_source_leads_to_its_samples(tmp_path: Path) -> None:
     shard = source_info(store, manifest, "cars").shards[1]
     index = read_shard_index(store, shard)
     assert (len(index), index.keys.to_pylist()) == (3, ["00000005", "00000006", "00000007"])
-    assert index.num_bytes == 3 * (8 + 8 + 8 + 4)  # offset, length, key and its end
+    assert index.num_bytes == 3 * (8 + 8 + 8 + 4 + 4)  # offset, length, key and its end, checksum
     assert read_samples(store, shard.path, index, range(1, 2)) == [make_samples(8)[6]]
     with pytest.raises(UserError, match="has no source 'boats'; its sources: cars"):
         source_info(store, manifest, "boats")
