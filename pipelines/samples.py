@@ -18,6 +18,8 @@ import numpy.typing as npt
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
 MediaKind = Literal["image", "video", "document"]
+SOURCE_PATTERN = r"^[^./\\\s\x00-\x1f\x7f-\x9f][^/\\\x00-\x1f\x7f-\x9f]{0,199}$"
+"""Names of sources, which become folders of the dataset."""
 MEDIA_KINDS: tuple[MediaKind, ...] = ("image", "video", "document")
 Split = Literal["train", "held_out"]
 UInt8Array = npt.NDArray[np.uint8]

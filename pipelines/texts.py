@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import codecs
 import re
+from collections.abc import Iterator
+from typing import BinaryIO
+
+MAX_TEXT_BYTES = 1 << 20
+"""Longest caption file, line of a list, and text or JSON member of a shard. Longer ones are `too_long_text`."""
 
 # UTF-32 comes first: its mark begins with that of UTF-16.
 _MARKS = {
@@ -30,3 +35,14 @@ def decode_text(data: bytes) -> str:
 def lines_of(text: str) -> list[str]:
     """Return the lines of a text. CR LF, LF and CR end a line, and nothing else does."""
     return _LINE_END.split(text)
+
+
+def bounded_lines(file: BinaryIO) -> Iterator[bytes | None]:
+    """Yield the lines of a file, each with its end. A line beyond `MAX_TEXT_BYTES` is None, and never in memory."""
+    while line := file.readline(MAX_TEXT_BYTES):
+        if len(line) < MAX_TEXT_BYTES or line.endswith(b"\n"):
+            yield line
+            continue
+        while (rest := file.readline(MAX_TEXT_BYTES)) and not rest.endswith(b"\n"):
+            pass
+        yield None

@@ -19,7 +19,7 @@ LARGEST_PIXELS = PromptConfig().max_visual_tokens * max(family.token_px for fami
 
 def run(spec: IngestSpec) -> dict[str, Any]:
     """Write the dataset and report what became of every sample."""
-    raw = read_folder(spec.input, spec.media)
+    raw = read_folder(spec.input, spec.media, follow_links=spec.follow_links)
     store = open_store(spec.out, spec.endpoint)
     say(f"  {spec.input} -> {store.url}, {spec.held_out_fraction:.0%} held out")
     with ray_cluster(), Bars() as bars:

@@ -33,6 +33,9 @@ class IngestSpec(JobConfig):
     """Must be `ingest`."""
     input: str
     """Local folder of images, videos and PDFs with captions (see the README of pipelines/)."""
+    follow_links: bool = False
+    """Whether to read links to files outside of `input`, as download caches have. `false` counts them as
+    `outside_folder`."""
     out: str
     """Directory or s3:// URL of the dataset."""
     endpoint: str | None = None

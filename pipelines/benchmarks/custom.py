@@ -22,19 +22,20 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from pipelines.benchmarks.corpus import Corpus
 from pipelines.benchmarks.files import Line, read_lines
 from pipelines.benchmarks.pages import read_pages
 from pipelines.benchmarks.qrels import Qrels, read_qrels
-from pipelines.benchmarks.types import Dataset, Query, Row, file_in, make_item
-from pipelines.config import Config
+from pipelines.benchmarks.types import Dataset, Query, Row, file_inside, make_item
+from pipelines.config import Config, NonNegativeInt
 from pipelines.errors import UserError
 from pipelines.items.types import Item
 from pipelines.samples import FileRef, MediaKind
+from pipelines.stored_json import explain
 
 Exclude = Literal["same_input", "same_id", "nothing"]
 Own = dict[str, Item]
@@ -158,6 +159,7 @@ def _lists(row: Row, path: Path) -> tuple[Dataset, Own]:
     own: Own = {}
     for number, line in enumerate(read_lines(path, ("query", "candidates", "relevance"))):
         place = f"{path}:{number + 1}"
+        _check(_List, line, place)
         if len(line["candidates"]) != len(line["relevance"]):
             raise UserError(place, "has not one relevance for each candidate", "write 0 for those that are not")
         query = _item({"_id": number, **line["query"]}, path.parent, "q", row.instruction)
@@ -215,8 +217,42 @@ def _name(item: Line) -> str:
     return " ".join(str(item[key]) for key in (*_KINDS, "page", "text") if key in item)
 
 
+class _Item(Config):
+    """A query or a candidate; other keys are ignored."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    title: str | float | None = None
+    text: str | float | None = None
+    image: str | None = None
+    video: str | None = None
+    document: str | None = None
+    page: NonNegativeInt | None = None
+    instruction: str | None = None
+
+
+class _List(Config):
+    """A line of a file of lists."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    query: dict[str, Any]
+    candidates: list[dict[str, Any]]
+    relevance: list[Any]
+
+
+def _check(kind: type[Config], line: Line, place: str) -> None:
+    try:
+        kind.model_validate(line)
+    except ValidationError as error:
+        raise UserError(place, explain(error), "correct it") from error
+
+
 def _item(line: Line, root: Path, slot: str, instruction: str) -> Item:
-    media = [(kind, FileRef(str(file_in(root, line[kind])), _page(line, kind))) for kind in _KINDS if line.get(kind)]
+    _check(_Item, line, f"{root} {line['_id']!s:.60}")
+    media = [
+        (kind, FileRef(str(file_inside(root, line[kind])), _page(line, kind))) for kind in _KINDS if line.get(kind)
+    ]
     text = " ".join(part for key in ("title", "text") if (part := str(line.get(key) or "").strip()))
     return make_item(str(line["_id"]), text, media, root, slot, line.get("instruction") or instruction)
 

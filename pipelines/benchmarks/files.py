@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from pipelines.errors import UserError
 from pipelines.stored_json import parse_json, read_json
+from pipelines.texts import MAX_TEXT_BYTES, bounded_lines
 
 Line = dict[str, Any]
 _PART = re.compile(r"-(\d+)-of-(\d+)\.parquet$")
@@ -68,7 +69,9 @@ def read_lines(path: Path, columns: Sequence[str] = ()) -> Iterator[Line]:
                 yield line
             return
         with path.open("rb") as lines:
-            for number, data in enumerate(lines, start=1):
+            for number, data in enumerate(bounded_lines(lines), start=1):
+                if data is None:
+                    raise UserError(f"{path}:{number}", f"is longer than {MAX_TEXT_BYTES} bytes", "repair the line")
                 if data.strip():
                     text = data.removeprefix(codecs.BOM_UTF8) if number == 1 else data
                     line = parse_json(text, f"{path}:{number}", dict[str, Any], "repair the line")

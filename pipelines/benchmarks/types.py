@@ -166,6 +166,14 @@ def file_in(root: Path, name: str) -> Path:
     return root / relative
 
 
+def file_inside(root: Path, name: str) -> Path:
+    """Return the file as `file_in` does. Raises `UserError` for a link that leaves `root`, too."""
+    path = file_in(root, name)
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise UserError(f"{root} {name}", "is a link to a file outside of the folder", "put the file inside")
+    return path
+
+
 @dataclass(frozen=True, slots=True)
 class Pool:
     """The ids of a corpus in its order, `[N]` as bytes of 32, and the instructions that its candidates carry."""

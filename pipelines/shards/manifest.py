@@ -22,6 +22,7 @@ from typing import Annotated, Any, TypeVar, cast
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
 from pipelines.errors import UserError
+from pipelines.samples import SOURCE_PATTERN
 from pipelines.storage.store import Store
 from pipelines.stored_json import explain
 
@@ -35,8 +36,6 @@ _SHARDS_PER_PIECE = 1000
 T = TypeVar("T")
 _STORED = with_config(ConfigDict(extra="forbid"))
 _Count = Annotated[int, Field(ge=0, strict=True)]
-SOURCE_NAME = re.compile(r"[^./\\\s\x00-\x1f\x7f-\x9f][^/\\\x00-\x1f\x7f-\x9f]{0,199}")
-"""Names of sources become folders of the dataset."""
 
 
 @_STORED
@@ -127,7 +126,7 @@ class Manifest:
         except (AttributeError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"not a manifest: {error!r}") from error
         for name in manifest.sources:
-            if not SOURCE_NAME.fullmatch(name):
+            if not re.fullmatch(SOURCE_PATTERN, name):
                 raise ValueError(f"sources has {name!r}, which is not the name of a source")
         if manifest.fingerprint != fingerprint:
             raise ValueError("its fingerprint is not that of its content")

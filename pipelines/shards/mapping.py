@@ -19,7 +19,7 @@ from pipelines.errors import BadMedia
 from pipelines.media.files import KINDS
 from pipelines.samples import Input, Media, MediaKind, Sample
 from pipelines.shards.tars import Buffer, Group
-from pipelines.texts import decode_text
+from pipelines.texts import MAX_TEXT_BYTES, decode_text
 
 
 def _alternatives(selector: str) -> list[tuple[str, str]]:
@@ -121,7 +121,7 @@ class SampleMapper:
         """Return the sample, without hashes.
 
         Raises `BadMedia`: missing_member, missing_field, empty_text, empty_file, not_text, not_a_number, not_utf8,
-        bad_json.
+        bad_json, too_long_text.
         """
         mapping = self._mapping
         return Sample(
@@ -212,6 +212,8 @@ def _found(selector: str, members: Mapping[str, bytes]) -> Any:
 
 
 def _decoded(member: str, data: bytes) -> str:
+    if len(data) > MAX_TEXT_BYTES:
+        raise BadMedia("too_long_text", f"{member}: {len(data)} bytes, at most {MAX_TEXT_BYTES}")
     try:
         return decode_text(data)
     except UnicodeDecodeError as error:

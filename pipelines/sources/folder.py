@@ -17,25 +17,28 @@ mark.
 from __future__ import annotations
 
 import codecs
+import os
 import posixpath
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import FiniteFloat, ValidationError
+from pydantic import Field, FiniteFloat, ValidationError
 
 from pipelines.config import Config, MediaConfig, NonNegativeInt
 from pipelines.errors import BadMedia, UserError
 from pipelines.media.documents import page_texts
 from pipelines.media.files import KINDS
 from pipelines.media.sandbox import Sandbox
-from pipelines.samples import FileRef, Input, Media, MediaKind, RawSample, Rejected, Sample, Split
+from pipelines.samples import SOURCE_PATTERN, FileRef, Input, Media, MediaKind, RawSample, Rejected, Sample, Split
 from pipelines.sources.passages import choose_passages
 from pipelines.sources.tree import FolderTree, list_folder
-from pipelines.texts import decode_text, encoding_of, lines_of
+from pipelines.texts import MAX_TEXT_BYTES, bounded_lines, decode_text, encoding_of, lines_of
 
 LIST_NAME = "captions.jsonl"
+_MAX_LIST_BYTES = 256 << 20
 
 # source and task -> instruction of the query, instruction of the targets, worded like those of MMEB-V2
 INSTRUCTIONS: dict[str, tuple[str, str]] = {
@@ -67,7 +70,7 @@ class _Line(Config):
     query_file: str | None = None
     query: str | None = None
     positive: str | None = None
-    source: str | None = None
+    source: Annotated[str, Field(pattern=SOURCE_PATTERN)] | None = None
     task: str | None = None
     instruction: str | None = None
     relevance: FiniteFloat | None = None
@@ -84,23 +87,23 @@ _FORMS = (
 )
 
 
-def read_folder(path: str, config: MediaConfig) -> Iterator[RawSample | Rejected]:
+def read_folder(path: str, config: MediaConfig, *, follow_links: bool = False) -> Iterator[RawSample | Rejected]:
     """Yield all samples of a folder and everything that is rejected, in an order that depends on names only.
 
     First come the lines of every `captions.jsonl`, then every other file. Media are named and not read, except the text
-    layers of PDFs without captions, which a sandbox reads. Links to files are followed, because download caches use
-    them; links to folders are not. Keys are empty. `origin` is the path in the folder, with `#page=` from zero for
-    PDFs, or `captions.jsonl:line`.
+    layers of PDFs without captions, which a sandbox reads. Links to files of the folder are followed. Links to other
+    files are rejected, unless `follow_links` asks for them, as download caches need. Links to folders are not followed.
+    Keys are empty. `origin` is the path in the folder, with `#page=` from zero for PDFs, or `captions.jsonl:line`.
 
     Raises `UserError` at once for a missing path, a file, and a folder without a usable file. Reasons of `Rejected`:
-    no_caption, empty_caption, unsupported_format, unreadable, bad_json, missing_file, outside_folder, empty_file,
-    no_text_layer, and those of `pipelines.media` for PDFs.
+    no_caption, empty_caption, too_long_text, unsupported_format, unreadable, bad_json, missing_file, outside_folder,
+    empty_file, no_text_layer, and those of `pipelines.media` for PDFs.
     """
     root = Path(path).absolute()
     if not root.is_dir():
         problem = "is not a folder" if root.exists() else "does not exist"
         raise UserError(str(path), problem, "name a folder of images, videos or PDFs")
-    tree = list_folder(root)
+    tree = list_folder(root, follow_links=follow_links)
     if not any(_kind(name) or _is_list(name) for name in tree.sizes):
         known = " ".join(KINDS)
         raise UserError(str(path), "holds no usable file", f"put files with {known} or a {LIST_NAME} into it")
@@ -122,10 +125,17 @@ def _read(tree: FolderTree, config: MediaConfig) -> Iterator[RawSample | Rejecte
             if _kind(name):
                 yield from _read_medium(tree, name, captions.get(_stem(name), []), name in captioned, config, sandbox)
             elif not _is_caption(name):
-                reason = "unreadable" if tree.sizes[name] is None else "unsupported_format"
-                yield Rejected(name, reason)
+                yield _unused(tree, name)
             elif _stem(name) not in stems:
                 yield Rejected(name, "missing_file", "a caption without a medium of the same name")
+
+
+def _unused(tree: FolderTree, name: str) -> Rejected:
+    try:
+        tree.check_readable(name)
+    except BadMedia as bad:
+        return Rejected(name, bad.reason, bad.detail if bad.reason == "outside_folder" else "")
+    return Rejected(name, "unsupported_format")
 
 
 def _read_medium(
@@ -148,6 +158,8 @@ def _read_medium(
 
 
 def _captions(tree: FolderTree, name: str) -> list[str]:
+    if (tree.sizes[name] or 0) > MAX_TEXT_BYTES:
+        raise BadMedia("too_long_text", f"{name}: {tree.sizes[name]} bytes, at most {MAX_TEXT_BYTES}")
     try:
         lines = lines_of(decode_text(tree.read(name)))
     except UnicodeDecodeError as error:
@@ -174,10 +186,12 @@ def _read_list(tree: FolderTree, name: str, captioned: set[str]) -> Iterator[Raw
     try:
         _check_file(tree, name)
         for number, line in enumerate(_list_lines(tree.root / name), start=1):
-            if not line.strip():
+            if line is not None and not line.strip():
                 continue
             origin = f"{name}:{number}"
             try:
+                if line is None:
+                    raise BadMedia("too_long_text", f"more than {MAX_TEXT_BYTES} bytes")
                 yield _listed(tree, posixpath.dirname(name), _parse(line), origin, captioned)
             except BadMedia as bad:
                 yield Rejected(origin, bad.reason, bad.detail)
@@ -185,13 +199,15 @@ def _read_list(tree: FolderTree, name: str, captioned: set[str]) -> Iterator[Raw
         yield Rejected(name, bad.reason, bad.detail)
 
 
-def _list_lines(path: Path) -> Iterator[bytes]:
-    """Yield the lines in UTF-8. Only lists in other encodings are read as a whole."""
+def _list_lines(path: Path) -> Iterator[bytes | None]:
+    """Yield the lines in UTF-8, None for those that are too long. Only other encodings are read as a whole."""
     with path.open("rb") as lines:
         if encoding_of(lines.read(4)).startswith("utf-8"):
             lines.seek(0)
-            yield from lines
+            yield from bounded_lines(lines)
             return
+        if os.fstat(lines.fileno()).st_size > _MAX_LIST_BYTES:
+            raise BadMedia("too_long_text", f"a list of more than {_MAX_LIST_BYTES} bytes must be in UTF-8")
     try:
         yield from (line.encode() for line in decode_text(path.read_bytes()).split("\n"))
     except UnicodeError as error:
@@ -281,8 +297,7 @@ def _sample(form: str, query: Input, positive: Input, files: dict[str, FileRef],
 def _check_file(tree: FolderTree, name: str) -> None:
     if name not in tree.sizes:
         raise BadMedia("missing_file", name)
-    if tree.sizes[name] is None:
-        raise BadMedia("unreadable", name)
+    tree.check_readable(name)
     if tree.sizes[name] == 0:
         raise BadMedia("empty_file", name)
 

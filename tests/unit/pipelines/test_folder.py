@@ -245,12 +245,12 @@ def test_links_out_of_reach_and_special_files_are_unreadable(tmp_path):
     ]
 
 
-def test_a_link_to_a_file_elsewhere_is_followed(tmp_path):
+def test_a_link_to_a_file_elsewhere_is_followed_if_asked_for(tmp_path):
     (tmp_path / "blob").write_bytes(b"x")
     root = tmp_path / "data"
     write(root, {"a.txt": "c"})
     (root / "a.jpg").symlink_to(tmp_path / "blob")
-    (raw,) = read_folder(str(root), CONFIG)
+    (raw,) = read_folder(str(root), CONFIG, follow_links=True)
     assert raw.files["p0.jpg"].path == str(root / "a.jpg")
 
 
