@@ -73,7 +73,7 @@ def prepare(spec: TrainSpec) -> Prepared | None:
     if isinstance(spec.model.backbone, TinyBackbone) and not is_published(run.store.child(BACKBONE)):
         _build_backbone(run, spec.model.backbone, reader)
     _summarize(run, plan, adapter)
-    for text in reader.unshuffled(plan):
+    for text in reader.warnings(plan):
         say(f"    {text}", "yellow")
     return Prepared(run, plan, reader.tasks(plan))
 

@@ -27,7 +27,7 @@ from pipelines.plan.types import Row, SourceTable
 from pipelines.samples import DecodedInput, DecodedSample, Input, Members, Rejected, Sample
 from pipelines.shards.duplicates import source_table
 from pipelines.shards.index import content_sha256
-from pipelines.shards.manifest import Manifest, SourceInfo, read_manifest, source_info
+from pipelines.shards.manifest import FORMAT_VERSION, Manifest, SourceInfo, read_manifest, source_info
 from pipelines.shards.shuffle_check import SETTING, NeighborSimilarity, warning
 from pipelines.storage.location import open_store, resolve_endpoint
 
@@ -96,11 +96,20 @@ class Reader:
         """Return the sorted tasks of all batches that the plan may give. Each has its own temperature."""
         return tuple(sorted({self._batch_task(source) for source in plan.sources}))
 
-    def unshuffled(self, plan: Plan) -> list[str]:
-        """Return a warning for each source of the plan that its index job has found not to be shuffled."""
+    def warnings(self, plan: Plan) -> list[str]:
+        """Return a warning for each source of the plan that its index job has found not to be shuffled.
+
+        Return one more for a dataset whose equal queries are not known.
+        """
         measured = self._manifest.settings.get(SETTING, {})
         run_length = self.data.mixture.run_length
         warnings = []
+        if self._manifest.format_version < FORMAT_VERSION:
+            warnings.append(
+                f"{self.data.root} {self.data.split} has format {self._manifest.format_version}, without hashes of"
+                " queries: batches may hold equal queries, which the loss masks. Run its ingest or index job again to"
+                " keep them apart."
+            )
         for source in plan.sources:
             for member in source.members:
                 if member not in measured:

@@ -26,7 +26,7 @@ from pipelines.errors import UserError
 from pipelines.samples import DecodedInput, MediaKind, Visual
 from rzen.config import ModelIdentity
 from rzen.model import embedder
-from rzen.model.checkpoints import HUB_NAME, IDENTITY, checkpoint_dir, checkpoint_sha256, read_identity
+from rzen.model.checkpoints import HUB_NAME, checkpoint_dir, checkpoint_sha256, read_identity, read_identity_file
 from rzen.model.embedder import Embedder
 
 FRAMES = 8
@@ -161,7 +161,7 @@ def model_meta(
     """The `mteb.ModelMeta` of an exported model: what its directory says, and None for what it does not."""
     backbone: Any = embedder.model.backbone
     folder = checkpoint_dir(model_dir)
-    saved = _saved(folder)
+    saved = read_identity_file(folder)
     base = saved.get("lineage", {}).get("base", "")
     num_parameters = sum(parameter.numel() for parameter in backbone.parameters())
     module: Any = importlib.import_module("mteb.models")  # by name: it is not installed where types are checked
@@ -226,12 +226,6 @@ def _known_license(license: str | None) -> str | None:
         return license
     types: Any = importlib.import_module("mteb.types")
     return license.lower() if license.lower() in get_args(types.Licenses) else None
-
-
-def _saved(folder: Path) -> dict[str, Any]:
-    path = folder / IDENTITY
-    saved: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    return saved
 
 
 def load(model_dir: str, instructions: Mapping[str, str] | None = None, frames: int = FRAMES) -> MtebEncoder:

@@ -52,6 +52,8 @@ class IdentityFile(TypedDict, total=False):
     lineage: dict[str, str]
     temperatures: dict[str, float]
     base_sha256: str
+    license: str
+    training_data: list[str]
 
 
 def checkpoint_dir(path_or_hub: str) -> Path:

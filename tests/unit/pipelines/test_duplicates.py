@@ -56,6 +56,7 @@ def test_equal_queries_are_named_and_kept_apart(tmp_path: Path) -> None:
         samples = [sample for name, index in plan.batch(step).rows for sample, _ in reader.raw(name, [index])]
         assert len({sample.query_sha256 for sample in samples}) == 4
         assert len({sample.target_sha256 for sample in samples}) == 4
+    assert reader.warnings(plan) == []
     merged = reader_of(store, merge_small=True).tables()["cars"]
     assert len(merged.queries) == 24
     assert np.array_equal(merged.queries[table.duplicates], table.queries)
@@ -89,7 +90,10 @@ def test_a_dataset_of_format_2_is_read_in_place(store: LocalStore) -> None:
         table = reader.tables()["cars"]
         assert len(table.duplicates) in (5, 24)
         assert len(table.queries) == 0
-        build_plan(reader.tables(), reader.data.mixture, global_batch=4)
+        plan = build_plan(reader.tables(), reader.data.mixture, global_batch=4)
+        assert [text.split(": ")[0].split(" has ")[1] for text in reader.warnings(plan)] == [
+            "format 2, without hashes of queries"
+        ]
     (sample,) = reader.samples("cars", [3])  # the objective gets ids all the same
     assert isinstance(sample, DecodedSample)
     assert sample.sample.query_sha256 == hashlib.sha256(hashlib.sha256(b"cars 3").digest()).hexdigest()
