@@ -24,7 +24,7 @@ from jobs.spec.no_effect import unused_settings
 from jobs.training.encoder import BACKBONE, encoder_of
 from jobs.training.runs import DoneFile, Run, read_done
 from jobs.training.specs import TrainSpec
-from jobs.training.start import check_backbone, describe_start, with_init_adapter
+from jobs.training.start import check_backbone, describe_start, weights_of, with_init_adapter
 from jobs.training.tracking import UNTRACKED, check_tracking
 from jobs.training.worker import train_worker
 from pipelines.errors import UserError
@@ -67,7 +67,7 @@ def prepare(spec: TrainSpec) -> Prepared | None:
     spec, adapter = with_init_adapter(spec)
     check_tracking(spec.run.tracking)
     run = Run(spec)
-    if not run.begin({"data": reader.fingerprints(plan)} | plan.describe()):
+    if not run.begin({"data": reader.fingerprints(plan), "weights": weights_of(spec)} | plan.describe()):
         say(f"  {run.store.url}: finished before")
         return None
     if isinstance(spec.model.backbone, TinyBackbone) and not is_published(run.store.child(BACKBONE)):

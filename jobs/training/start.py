@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,11 +12,11 @@ from jobs.runtime.progress import say
 from jobs.runtime.records import differences
 from jobs.training.specs import TrainSpec
 from pipelines.errors import UserError
-from pipelines.storage.location import resolve_endpoint
+from pipelines.storage.location import open_store, resolve_endpoint
 from rzen.config import TinyBackbone
 from rzen.families import FAMILIES, read_family
 from rzen.inputs.processor import VisionLayout
-from rzen.model.checkpoints import HUB_NAME, check_base, checkpoint_dir, read_identity
+from rzen.model.checkpoints import HUB_NAME, check_base, checkpoint_dir, checkpoint_sha256, read_identity
 
 if TYPE_CHECKING:
     from rzen.training.init_adapter import InitAdapter
@@ -48,6 +50,34 @@ def with_init_adapter(spec: TrainSpec) -> tuple[TrainSpec, InitAdapter | None]:
     if isinstance(backbone, str) and Path(backbone).is_dir():
         check_base(folder, Path(backbone))
     return spec.model_copy(update={"model": spec.model.model_copy(update={"lora": found.lora})}), found
+
+
+def weights_of(spec: TrainSpec) -> dict[str, str]:
+    """Return what identifies the weights that a run starts from, by their content. Part of the identity of the run.
+
+    Of a backbone in object storage, only the tags are read, because the driver may have no room for it. A hub name stays
+    a name.
+    """
+    found = {}
+    backbone = spec.model.backbone
+    if isinstance(backbone, str) and Path(backbone).is_dir():
+        found["backbone"] = _sha256(backbone, _tags(backbone))
+    elif isinstance(backbone, str) and "://" in backbone:
+        found["backbone"] = _tags(backbone, resolve_endpoint(spec.run.endpoint))
+    if spec.init_adapter is not None:
+        adapter = str(_adapter_folder(spec, spec.init_adapter))
+        found["init_adapter"] = _sha256(adapter, _tags(adapter))
+    return found
+
+
+@cache
+def _sha256(folder: str, tags: str) -> str:
+    """Return the `checkpoint_sha256`. Several runs of one job read a backbone once, unless its `tags` have changed."""
+    return checkpoint_sha256(Path(folder))
+
+
+def _tags(url: str, endpoint: str | None = None) -> str:
+    return hashlib.sha256(repr(sorted(open_store(url, endpoint).tags().items())).encode()).hexdigest()
 
 
 def describe_start(spec: TrainSpec, adapter: InitAdapter | None) -> None:

@@ -17,8 +17,11 @@ from safetensors.torch import load_file, save_file
 
 import rzen
 from jobs.cli import main
+from jobs.spec.run import RunConfig
+from jobs.training.fit import prepare
 from jobs.training.specs import TrainSpec
 from jobs.training.start import describe_start, with_init_adapter
+from pipelines.config import DataConfig
 from pipelines.errors import UserError
 from pipelines.storage.location import open_store
 from rzen.config import LoraConfig, MeanSoup, ModelConfig, ObjectiveConfig, OptimConfig, TemperatureConfig
@@ -240,6 +243,31 @@ def test_a_soup_has_the_mean_of_the_logarithms_of_temperatures(tmp_path: Path, f
     make_soup({"x": first, "y": tmp_path / "second"}, tmp_path / "soup", MEAN)
     assert read_temperatures(tmp_path / "soup") == pytest.approx({"a": 0.026, "b": 0.031})
     assert torch.tensor([0.013, 0.052]).log().mean().exp() == pytest.approx(0.026)
+
+
+def test_a_run_does_not_resume_on_other_weights(tmp_path: Path, base: str, first: Path) -> None:
+    """The folders keep their names. Other notes of a writer are no other weights."""
+    publish(open_store(str(tmp_path / "data")), {"red": ("text_image", 16)})
+    shutil.copytree(base, tmp_path / "own")
+    spec = spec_of(str(tmp_path / "own"), first).model_copy(
+        update={
+            "run": RunConfig(root=str(tmp_path / "runs")),
+            "data": DataConfig(root=str(tmp_path / "data")),
+            "global_batch": 4,
+        }
+    )
+    assert prepare(spec) is not None
+    config = tmp_path / "own/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"transformers_version": "9"}))
+    assert prepare(spec) is not None
+    tensors = load_file(first / "adapter_model.safetensors")
+    save_file({name: value + 1 for name, value in tensors.items()}, first / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"holds a run with other settings: plan.weights.init_adapter '\w+' -> '\w+'"):
+        prepare(spec)
+    save_file(tensors, first / "adapter_model.safetensors")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"image_token_id": 7}))
+    with pytest.raises(UserError, match="base_sha256: the adapter was trained with"):
+        prepare(spec)
 
 
 def test_a_frozen_set_of_three_queries_is_refused_before_training(
