@@ -1,7 +1,7 @@
 """Moto's S3 server with atomic conditional writes: `python -m jobs.runtime.moto_server PORT`.
 
 Moto compares the tag and writes the object in two steps. Of two writers at the same moment both would succeed, which an
-object store rules out. A lock around conditional writes mends that.
+object store rules out. A lock around conditional writes prevents that.
 """
 
 from __future__ import annotations

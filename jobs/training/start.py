@@ -55,7 +55,7 @@ def with_init_adapter(spec: TrainSpec) -> tuple[TrainSpec, InitAdapter | None]:
 def weights_of(spec: TrainSpec) -> dict[str, str]:
     """Return what identifies the weights that a run starts from, by their content. Part of the identity of the run.
 
-    Of a backbone in object storage, only the tags are read, because the driver may have no room for it. A hub name stays
+    Only the tags of a backbone in object storage are read, because the driver may have no room for it. A hub name stays
     a name.
     """
     found = {}
