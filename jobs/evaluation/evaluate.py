@@ -58,13 +58,13 @@ def run(spec: EvaluateSpec) -> dict[str, Any]:
         for bundle in _bundles(spec, cache):
             models = models_of(spec, bundle, dict.fromkeys(spec.models, cache))
             found = _score_suites(spec, bundle, models)
+            configs = {some.name: some.config for some, _ in models}
             for suite, results in found.items():
-                suites[suite] = write_suite(
-                    spec, suite, results, bundle, {some.name: some.config for some, _ in models}
-                )
+                suites[suite] = write_suite(spec, suite, results, bundle, configs)
             if bundle.data is not None:
                 (results,) = found.values()
-                _write_split(spec, bundle.data, results)
+                weights = {name: [config["base"], config["adapter"]] for name, config in configs.items()}
+                _write_split(spec, bundle.data, results, weights)
     say(f"  {write_report(spec, suites)}")
     return {"outputs": [spec.out]}
 
@@ -124,12 +124,18 @@ def _scored(spec: EvaluateSpec, bundle: Bundle, models: Models) -> Iterator[Scor
         yield found
 
 
-def _write_split(spec: EvaluateSpec, data: DataConfig, results: Mapping[str, SuiteResults]) -> None:
-    """Write the rows of all models as JSON and Markdown, and print them."""
+def _write_split(
+    spec: EvaluateSpec, data: DataConfig, results: Mapping[str, SuiteResults], weights: Mapping[str, list[str | None]]
+) -> None:
+    """Write the rows of all models as JSON and Markdown, and print them.
+
+    `weights` are the hashes of base and adapter of each model, by which an export finds its scores.
+    """
     rows = [row for name, some in results.items() for row in _split_scores(spec, data, name, some.scored).rows]
     settings = {
         "data": Reader(data).fingerprint,
         "spec": spec.model_dump(mode="json"),
+        "weights": weights,
         "versions": versions(),
         "revision": revision(),
     }

@@ -61,9 +61,9 @@ def run(spec: ExportSpec) -> dict[str, Any]:
     from rzen.export.export import ExportOptions, export_model
     from rzen.model.checkpoints import read_identity
 
-    scores = _scores(spec)
     base = checkpoint_folder(spec.model.base, spec.endpoint)
     adapter = Path(local_folder(spec.model.adapter, spec.endpoint)) if spec.model.adapter else None
+    scores = _scores(spec, Path(base), adapter)
     soup = _soup(adapter or Path(base))
     weights = {parent["place"]: parent["coefficient"] for parent in soup.get("parents", [])}
     recipes = _recipes(spec, list(weights))
@@ -131,9 +131,10 @@ def _frames(recipes: dict[str, Any]) -> int:
     return (max(frames, default=FRAMES) + 1) // 2 * 2
 
 
-def _scores(spec: ExportSpec) -> dict[str, Any]:
-    """Of an evaluation, the rows of the model that is exported."""
+def _scores(spec: ExportSpec, base: Path, adapter: Path | None) -> dict[str, Any]:
+    """Of an evaluation, the rows of the model that is exported, which has the weights that were scored."""
     from rzen.evaluation.results import ResultsFile
+    from rzen.model.checkpoints import checkpoint_sha256
 
     if spec.scores is None:
         return {}
@@ -141,19 +142,15 @@ def _scores(spec: ExportSpec) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"scores {path}", "does not exist", "evaluate the model first, or set scores: null")
     results = read_json(path, ResultsFile, "evaluate again, or set scores: null")
-    try:
-        models = results["settings"]["spec"]["models"]
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"scores {path}", "has no settings.spec.models", "evaluate again, or set scores: null"
-        ) from error
-    mine = {
-        name for name, ref in models.items() if (ref["base"], ref["adapter"]) == (spec.model.base, spec.model.adapter)
-    }
+    scored = results["settings"].get("weights")
+    if not isinstance(scored, dict):
+        raise UserError(f"scores {path}", "has no settings.weights", "evaluate again, or set scores: null")
+    exported = [checkpoint_sha256(base), checkpoint_sha256(adapter) if adapter else None]
+    mine = {name for name, weights in scored.items() if weights == exported}
     rows = [asdict(row) for row in results["rows"] if row.model in mine]
     if not rows:
-        problem = f"has no score of base {spec.model.base} with adapter {spec.model.adapter}"
+        problem = f"has no score of the weights of base {spec.model.base} with adapter {spec.model.adapter}"
         raise UserError(
-            f"scores {path}", problem, f"it has {', '.join(models)}: evaluate this one, or set scores: null"
+            f"scores {path}", problem, f"it has {', '.join(scored)}: evaluate this one, or set scores: null"
         )
     return {"rows": rows, "settings": results["settings"]}

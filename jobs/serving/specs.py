@@ -38,7 +38,7 @@ class ExportSpec(ModelIdentity, JobConfig):
     instructions: Named[str] = Field(default_factory=dict)
     """Name -> instruction, for `encode(..., prompt_name=...)` of sentence-transformers."""
     scores: str | None = None
-    """Local results.json of an evaluation of this base and adapter, for the model card."""
+    """Local results.json of an evaluation of these weights, for the model card."""
     license: str | None = None
     """License identifier for the model card, such as apache-2.0."""
     out: str

@@ -218,4 +218,9 @@ def _train_spec(spec: RetrainSpec, document: Document, name: str, parent: ModelR
         model = {key: value for key, value in stage.data.get("model", {}).items() if key != "lora"}
         stage = replace(stage, data=stage.data | {"model": model})
         stage = stage.overlaid({"model": {"backbone": parent.base}, "init_adapter": parent.adapter}, place)
-    return check_train(stage)
+    train = check_train(stage)
+    if spec.start == "champion" and parent is None and train.objective.temperature.carried:
+        # The first model has no champion to take temperatures from.
+        first = stage.overlaid({"objective": {"temperature": {"carried": False}}}, place)
+        train = check_train(first)
+    return train

@@ -14,9 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from jobs.serving.export import _scores
+from jobs.serving.specs import ExportSpec
 from jobs.workflows.specs import RetrainSpec
 from pipelines.errors import UserError
 from rzen.config import DareSoup, MeanSoup, TiesSoup
+from rzen.evaluation.results import Result, write_results
 from rzen.model.checkpoints import checkpoint_dir, checkpoint_sha256
 from rzen.soup.make import make_soup
 from rzen.soup.methods import merge
@@ -126,6 +129,20 @@ def test_an_adapter_next_to_a_checkpoint_is_refused(tmp_path: Path) -> None:
     shutil.copy(adapter(tmp_path / "b", 2, 4, seed=1) / "adapter_config.json", folder)
     with pytest.raises(UserError, match=r"a: holds a checkpoint and an adapter; move adapter_config.json"):
         checkpoint_dir(folder)
+
+
+def test_an_export_takes_the_scores_of_its_weights_whatever_their_names(tmp_path: Path) -> None:
+    base, own = Path(tiny_checkpoint(tmp_path / "base")), adapter(tmp_path / "adapter", 2, 4, seed=1)
+    scored = {"a": [checkpoint_sha256(base), None], "b": [checkpoint_sha256(base), checkpoint_sha256(own)]}
+    rows = [Result(name, "text_image", "hit@1", value, 9, 9, 0.1) for name, value in (("a", 0.2), ("b", 0.6))]
+    write_results(tmp_path / "results.json", rows, {"weights": scored})
+    fields = {"kind": "export", "model": {"base": "elsewhere"}, "scores": str(tmp_path / "results.json"), "out": "o"}
+    spec = ExportSpec.model_validate(fields)
+    assert [row["value"] for row in _scores(spec, base, own)["rows"]] == [0.6]
+    assert [row["value"] for row in _scores(spec, base, None)["rows"]] == [0.2]
+    nudge(own / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="has no score of the weights of base elsewhere"):
+        _scores(spec, base, own)
 
 
 def test_ties_with_unequal_weights_is_a_weighted_mean(tmp_path: Path) -> None:

@@ -17,10 +17,14 @@ from safetensors.torch import load_file, save_file
 
 import rzen
 from jobs.cli import main
+from jobs.spec.load import Document
+from jobs.spec.model import ModelRef
 from jobs.spec.run import RunConfig
 from jobs.training.fit import prepare
 from jobs.training.specs import TrainSpec
 from jobs.training.start import describe_start, with_init_adapter
+from jobs.workflows.retrain import _train_spec
+from jobs.workflows.specs import RetrainSpec
 from pipelines.config import DataConfig
 from pipelines.errors import UserError
 from pipelines.storage.location import open_store
@@ -283,3 +287,15 @@ def test_a_frozen_set_of_three_queries_is_refused_before_training(
     problem = f"{tmp_path}/frozen/train: text_image has 3 queries, fewer than 100: too few to decide; add samples"
     assert problem in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+def test_retraining_carries_temperatures_from_the_champion_only(tmp_path: Path, base: str) -> None:
+    (tmp_path / "stage.yaml").write_text(stage(str(tmp_path), objective={"temperature": {"carried": True}}))
+    data = {"kind": "retrain", "stage": "stage.yaml", "evaluate": {"spec": "e"}, "registry": "r"}
+    document = Document(data, "retrain.yaml", tmp_path)
+    spec = RetrainSpec.model_validate(data)
+    first = _train_spec(spec, document, "first", None)
+    later = _train_spec(spec, document, "later", ModelRef(base=base, adapter="champion"))
+    assert [some.objective.temperature.carried for some in (first, later)] == [False, True]
+    assert later.init_adapter == "champion"
+    assert (first.model.lora.rank, "lora" in later.model.model_fields_set) == (2, False)
