@@ -30,7 +30,7 @@ from pipelines.shards.mapping import SampleMapper, SourceMapping
 from pipelines.shards.read import on_disk
 from pipelines.shards.shuffle_check import ShardSimilarity, Words, shard_similarity, words_of
 from pipelines.shards.tars import Finding, Group, entries, groups
-from pipelines.storage.location import open_store
+from pipelines.storage.location import open_object
 from pipelines.storage.shard_urls import ShardFile
 from pipelines.storage.store import Store
 
@@ -134,9 +134,8 @@ def _shard_info(job: ScanJob, index: bytes, num_samples: int, num_bytes: int, sh
 
 
 def _scan(job: ScanJob, endpoint: str | None) -> tuple[list[IndexRow], ScanCounts, ShardSimilarity, int, str]:
-    folder, _, name = job.found.url.rpartition("/")
     try:
-        with on_disk(open_store(folder or "/", endpoint), name) as path, path.open("rb") as file:
+        with on_disk(*open_object(job.found.url, endpoint)) as path, path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             num_bytes = file.tell()
             if not num_bytes:  # mmap rejects empty files

@@ -15,7 +15,7 @@ from pipelines.shards.index import ShardIndex, with_hashes
 from pipelines.shards.manifest import ShardInfo
 from pipelines.shards.mapping import SampleMapper, SourceMapping
 from pipelines.shards.tars import last_group, only_group
-from pipelines.storage.location import open_store
+from pipelines.storage.location import open_object
 from pipelines.storage.store import LocalStore, Store, check_relative_path
 
 Parser = Callable[[str, bytes], tuple[Sample, Members]]
@@ -85,8 +85,7 @@ def shard_file(store: Store, shard: ShardInfo, endpoint: str | None = None) -> t
     """Return the store that holds a shard, and its path there. `endpoint` is that of external shards on S3."""
     if not shard.index:
         return store, shard.path
-    folder, _, name = shard.path.rpartition("/")
-    return open_store(folder or "/", endpoint), name
+    return open_object(shard.path, endpoint)
 
 
 def check_length(store: Store, path: str, shard: ShardInfo) -> None:

@@ -31,6 +31,17 @@ def open_store(url: str, endpoint: str | None = None) -> Store:
     return open_s3(url, resolve_endpoint(endpoint))
 
 
+def open_object(url: str, endpoint: str | None = None) -> tuple[Store, str]:
+    """Return the store that holds one object, and its path there. Keys of S3 are taken as they are."""
+    if url.startswith("s3://"):
+        from pipelines.storage.s3 import S3Bucket
+
+        bucket, _, key = url.removeprefix("s3://").partition("/")
+        return S3Bucket(bucket, "", resolve_endpoint(endpoint)), key
+    folder, _, name = url.rpartition("/")
+    return open_store(folder or "/", endpoint), name
+
+
 def resolve_endpoint(endpoint: str | None) -> str | None:
     """Return the argument, or AWS_ENDPOINT_URL_S3, or AWS_ENDPOINT_URL.
 

@@ -244,6 +244,14 @@ def _is_precondition(error: BaseException | None) -> bool:
     return isinstance(error, ClientError) and error.response["ResponseMetadata"]["HTTPStatusCode"] == 412
 
 
+@dataclass(frozen=True, slots=True)
+class S3Bucket(S3Store):
+    """A whole bucket, in which a path is a key as it is: with `..`, `//` or anything else that a key may hold."""
+
+    def _key(self, path: str) -> str:
+        return path
+
+
 def _body(answer: dict[str, Any], length: int | None = None) -> bytes:
     wanted = answer["ContentLength"] if length is None else length
     last_s = time.monotonic() + _READ_TIMEOUT_S + wanted / _MIN_BYTES_PER_S

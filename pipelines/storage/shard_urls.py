@@ -28,8 +28,9 @@ class ShardFile:
 def find_shards(urls: Sequence[str], endpoint: str | None = None) -> list[ShardFile]:
     """Return all tars that the URLs name, each once, in the order given and by name within a folder or glob.
 
-    `{000..099}` and `{a,b}` are expanded first. A folder stands for all tars below it. Raises `UserError` for a missing
-    shard, and for a URL that matches none.
+    `{000..099}` and `{a,b}` are expanded first. A folder stands for all tars below it. If a file or folder has the very
+    name that is given, such as `data[1].tar`, it is not taken as a pattern. Raises `UserError` for a missing shard, and
+    for a URL that matches none.
     """
 
     @cache
@@ -39,8 +40,10 @@ def find_shards(urls: Sequence[str], endpoint: str | None = None) -> list[ShardF
 
     found: dict[str, str] = {}
     for url in urls:
-        for expanded in expand_braces(url):
-            found |= _matching(expanded, listed)
+        named = _named(url, listed) if _BRACES.search(url) else {}
+        for expanded in () if named else expand_braces(url):
+            named |= _matching(expanded, listed)
+        found |= named
     return [ShardFile(url, tag) for url, tag in found.items()]
 
 
@@ -82,21 +85,32 @@ def _matching(url: str, listed: Callable[[str], _Listing]) -> dict[str, str]:
     """Return absolute URL -> tag of the tars that a URL without braces names."""
     if url.endswith(_COMPRESSED):
         raise UserError(url, "is compressed, and compressed tars cannot be read by range", "unpack it to a .tar")
-    if _GLOB.search(url):
-        parts = url.split("/")
-        depth = next(number for number, part in enumerate(parts) if _GLOB.search(part))
-        listing = listed("/".join(parts[:depth]) or ("." if depth == 0 else "/"))
-        hits = listing.absolute(path for path in listing.tags if _fits(path.split("/"), parts[depth:]))
-    elif url.endswith(".tar"):
-        folder, slash, name = url.rpartition("/")
-        hits = listed(folder or (slash or ".")).absolute([name])
-    else:
-        listing = listed(url)
-        hits = listing.absolute(path for path in listing.tags if path.endswith(".tar"))
+    hits = _named(url, listed)
+    parts = url.split("/")
+    for depth, part in enumerate(parts):
+        # Folders before a pattern may have brackets in their names.
+        if not hits and _GLOB.search(part):
+            listing = listed("/".join(parts[:depth]) or ("." if depth == 0 else "/"))
+            hits = listing.absolute(path for path in listing.tags if _fits(path.split("/"), parts[depth:]))
     if not hits:
-        problem = "there is no such shard" if url.endswith(".tar") else "holds no .tar"
+        problem = "there is no such shard" if _is_tar(url) else "holds no .tar"
         raise UserError(url, problem, "name tars, a folder of them, a glob like s3://bucket/a/*.tar, or {000..099}")
     return hits
+
+
+def _named(url: str, listed: Callable[[str], _Listing]) -> dict[str, str]:
+    """Return the tar, or the tars of the folder, that a URL names if no character in it is special."""
+    if not _is_tar(url):
+        listing = listed(url)
+        return listing.absolute(path for path in listing.tags if _is_tar(path))
+    folder, slash, name = url.rpartition("/")
+    listing = listed(folder or (slash or "."))
+    # A key of S3 may have several slashes in a row, which are not part of the folder's URL.
+    return listing.absolute([url.removeprefix(f"{listing.url}/") if url.startswith("s3://") else name])
+
+
+def _is_tar(name: str) -> bool:
+    return name.lower().endswith(".tar")
 
 
 def _fits(parts: list[str], pattern: list[str]) -> bool:
