@@ -20,6 +20,10 @@ class UserError(Exception):
         return f"{self.place}: {self.problem}{fix}"
 
 
+class TakenError(UserError):
+    """Another process owns the output by now. Trying again is no use."""
+
+
 class BadMedia(Exception):
     """One file or sample that cannot be used. `reason` is a short, stable, countable name such as `truncated_video`."""
 

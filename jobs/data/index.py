@@ -6,10 +6,11 @@ from typing import Any
 
 from jobs.data.specs import IndexSpec
 from jobs.runtime.cluster import ray_cluster
+from jobs.runtime.lease import hold_output
 from jobs.runtime.progress import Bars, duration, say
 from pipelines.config import MixtureConfig
 from pipelines.ingest.indexing import IndexReport, index
-from pipelines.shards.manifest import report_path
+from pipelines.shards.manifest import DATASET, report_path
 from pipelines.shards.shuffle_check import warning
 from pipelines.storage.location import open_store
 from pipelines.storage.shard_urls import find_shards
@@ -21,7 +22,7 @@ def run(spec: IndexSpec) -> dict[str, Any]:
     """Index the shards and report what became of every sample."""
     store = open_store(spec.out, spec.endpoint)
     say(f"  {', '.join(url for source in spec.sources.values() for url in source.urls)} -> {store.url}/{spec.split}")
-    with ray_cluster(), Bars() as bars:
+    with hold_output(store, DATASET, "indexes"), ray_cluster(), Bars() as bars:
         report = index(
             {name: (source, source.urls) for name, source in spec.sources.items()},
             store,

@@ -6,8 +6,10 @@ from typing import Any
 
 from jobs.data.specs import IngestSpec
 from jobs.runtime.cluster import ray_cluster
+from jobs.runtime.lease import hold_output
 from jobs.runtime.progress import Bars, duration, say
 from pipelines.ingest.ingest import REPORT_PATH, IngestReport, ingest
+from pipelines.shards.manifest import DATASET
 from pipelines.sources.folder import read_folder
 from pipelines.storage.location import open_store
 from rzen.config import PromptConfig
@@ -22,7 +24,7 @@ def run(spec: IngestSpec) -> dict[str, Any]:
     raw = read_folder(spec.input, spec.media, follow_links=spec.follow_links)
     store = open_store(spec.out, spec.endpoint)
     say(f"  {spec.input} -> {store.url}, {spec.held_out_fraction:.0%} held out")
-    with ray_cluster(), Bars() as bars:
+    with hold_output(store, DATASET, "ingests"), ray_cluster(), Bars() as bars:
         report = ingest(
             raw,
             store,

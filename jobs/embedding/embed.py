@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,6 +35,7 @@ from jobs.embedding.settings import embedder_settings
 from jobs.embedding.specs import EmbedSpec
 from jobs.embedding.vectors import Ids, VectorCache, VectorIndex, config_digest, ids_path
 from jobs.runtime.cluster import ray_cluster
+from jobs.runtime.lease import hold_output
 from jobs.runtime.progress import Bars, say
 from jobs.runtime.records import as_json
 from jobs.spec.model import ModelRef
@@ -48,7 +50,9 @@ from rzen.config import ModelIdentity
 from rzen.evaluation.vectors import FloatArray
 from rzen.report.hits import Modality
 
+KIND = "vectors"
 MANIFEST, PARTS, LISTINGS, UNFINISHED = "vectors.json", "parts", "listings", "unfinished"
+_OURS = re.compile(rf"{PARTS}/.+-\d{{9}}-[0-9a-f]{{16}}\.(parquet|ids)|{LISTINGS}/[0-9a-f]{{32}}\.parquet")
 _ROWS_AT_ONCE = 500_000  # of new parts: their vectors lie in a temporary file, the rest in memory
 _MODALITIES: dict[MediaKind, Modality] = {"image": "image", "document": "page", "video": "video"}
 
@@ -87,7 +91,11 @@ class Part:
 def run(spec: EmbedSpec) -> dict[str, Any]:
     """Embed the target of every sample that has no vector yet, and publish the vectors of all."""
     store = open_store(spec.out, spec.endpoint)
-    store.ensure_bucket()
+    with hold_output(store, KIND, "embeds"):
+        return _run(spec, store)
+
+
+def _run(spec: EmbedSpec, store: Store) -> dict[str, Any]:
     listings = store.child(LISTINGS)
     settings = embedder_settings(
         "embed",
@@ -271,6 +279,6 @@ def _delete_all_but(store: Store, kept: Iterable[str]) -> None:
     wanted |= {ids_path(path) for path in wanted}
     for folder in (PARTS, LISTINGS):
         for path in store.list(folder):
-            if path not in wanted:
+            if path not in wanted and _OURS.fullmatch(path):
                 store.delete(path)
     store.delete_tree(UNFINISHED)

@@ -25,6 +25,7 @@ from jobs.evaluation.report import SuiteResults, Suites, write_report, write_sui
 from jobs.evaluation.score import Problem, Scored, endpoint_of, models_of, score_models
 from jobs.evaluation.specs import EvaluateSpec
 from jobs.runtime.cluster import ray_cluster
+from jobs.runtime.lease import hold_output
 from jobs.runtime.progress import console, say
 from jobs.runtime.revision import revision, versions
 from pipelines.config import DataConfig
@@ -53,7 +54,7 @@ def run(spec: EvaluateSpec) -> dict[str, Any]:
     cache = open_store(spec.cache, endpoint_of(spec))
     cache.ensure_bucket()
     suites: Suites = {}
-    with ray_cluster():
+    with hold_output(open_store(spec.out), "evaluation", "evaluates"), ray_cluster():
         check_workers(spec)
         for bundle in _bundles(spec, cache):
             models = models_of(spec, bundle, dict.fromkeys(spec.models, cache))

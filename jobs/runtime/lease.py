@@ -1,30 +1,61 @@
 """A lease on a folder in a store: the right to write there, for one process at a time.
 
-The holder is named in a JSON file of the folder. It renews the lease while it works. If it is killed, the lease ends
-after the seconds that it was taken for, and another process may take it. Two processes that try at the same time
-cannot both succeed, because the file is only replaced if it is still the version that was read.
+The holder is named in a JSON file of the folder. It renews the lease while it works. Two processes that try at the same
+time cannot both succeed, because the file is only replaced if it is still the version that was read.
+
+The file is deleted when its holder ends. If the holder is killed, the next process takes the lease. On the same machine
+it sees at once that the holder is gone. On another machine it watches the file for the seconds that the lease was taken
+for. Clocks of two machines are never compared.
 """
 
 from __future__ import annotations
 
 import logging
+import os
+import platform
 import threading
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from typing_extensions import TypedDict
 
+from jobs.runtime.progress import say
 from jobs.runtime.records import as_json, signature
 from pipelines.errors import UserError
+from pipelines.storage.publish import LEASE, check_replaceable, claim
 from pipelines.storage.store import Store
 from pipelines.stored_json import parse_json, stored_file
 
-LEASE = "lease.json"
+LEASE_S = 60.0
 _log = logging.getLogger(__name__)
 _FIX = "delete the file if no other process works here"
 _RENEWALS = 3  # within the time of a lease, so that two may fail
+_POLL_S = 0.5
+
+
+@contextmanager
+def hold_output(store: Store, kind: str, activity: str) -> Iterator[Lease]:
+    """Claim a folder for an output of this kind, and hold its lease while the block runs.
+
+    Raise `UserError` if the folder belongs to others, or if another process holds its lease.
+    """
+    claim(store, kind)
+    with hold_lease(store, LEASE_S, activity) as lease:
+        yield lease
+
+
+@contextmanager
+def hold_version(store: Store, activity: str) -> Iterator[Lease]:
+    """Hold the lease of a model's folder, whose next version the block publishes.
+
+    Raise `UserError` if the folder belongs to others, or if another process holds its lease.
+    """
+    check_replaceable(store)
+    with hold_lease(store, LEASE_S, activity) as lease:
+        yield lease
 
 
 @contextmanager
@@ -44,10 +75,15 @@ def hold_lease(store: Store, seconds: float, activity: str) -> Iterator[Lease]:
 
 @stored_file
 class LeaseFile(TypedDict):
-    """`lease.json`: who holds the lease, until when (seconds since 1970), and who wrote it when."""
+    """`lease.json`: who holds the lease, for how long, until when (seconds since 1970), and who wrote it when."""
 
     holder: str
+    activity: str
+    seconds: float
     until: float
+    machine: str | None
+    process: int
+    started: str | None
     by: str
     at: str
 
@@ -68,36 +104,70 @@ class Lease:
 
     def take(self) -> None:
         """Take the lease. Raise `UserError` if another process holds it."""
-        if self._store.exists(LEASE):
-            data, self._tag = self._store.read_tagged(LEASE)
-            other = parse_json(data, self._place, LeaseFile, _FIX)
-            if other["until"] > time.time():
-                left_s = max(0.0, other["until"] - time.time())
-                problem = f"{other['by']} {self._activity} (since {other['at']})"
-                raise UserError(self._place, problem, f"wait for it; if it was killed, retry in {left_s:.0f} s")
+        other, self._tag = self._read()
+        if other is not None:
+            alive = _is_alive(other)
+            if alive is None:
+                self._wait_for_silence(other)
+            elif alive:
+                raise self._taken(other)
         if not self._renew():
             raise UserError(self._place, "another process started at the same moment", "wait until it has finished")
         self._keeper.start()
 
     def check(self) -> None:
         """Raise `UserError` if the lease was lost because the machine slept or the store did not answer."""
-        if time.time() > self._until_s:
+        if time.monotonic() > self._until_s:
             raise UserError(self._place, "was not renewed in time", "give the command again")
 
     def release(self) -> None:
-        """End the lease, if it is still held."""
+        """End the lease, if it is still held: as long as it is, no other process takes it."""
         self._released.set()
         self._keeper.join()
-        if time.time() < self._until_s:
-            self._renew(0.0)
+        if time.monotonic() < self._until_s:
+            self._store.delete(LEASE)
 
-    def _renew(self, seconds: float | None = None) -> bool:
-        until_s = time.time() + (self._seconds if seconds is None else seconds)
-        content = {"holder": self._id, "until": until_s, "nonce": uuid.uuid4().hex, **signature()}
+    def _read(self) -> tuple[LeaseFile | None, str | None]:
+        try:
+            data, tag = self._store.read_tagged(LEASE)
+        except FileNotFoundError:
+            return None, None
+        return parse_json(data, self._place, LeaseFile, _FIX), tag
+
+    def _wait_for_silence(self, other: LeaseFile) -> None:
+        """Wait until a holder on another machine has let its time pass. Raise `UserError` if it renews the lease."""
+        seconds = other["seconds"]
+        say(f"  {self._place}: {_holder(other)}; if it was killed, this goes on in {seconds:.0f} s", "yellow")
+        deadline_s = time.monotonic() + seconds
+        while (left_s := deadline_s - time.monotonic()) > 0:
+            time.sleep(min(_POLL_S, left_s))
+            now, tag = self._read()
+            if tag != self._tag:
+                self._tag = tag
+                if now is None:  # the holder has ended
+                    return
+                raise self._taken(now)
+
+    def _taken(self, other: LeaseFile) -> UserError:
+        return UserError(self._place, _holder(other), "wait until it has finished, or end it")
+
+    def _renew(self) -> bool:
+        until_s = time.monotonic() + self._seconds
+        content = {
+            "holder": self._id,
+            "activity": self._activity,
+            "seconds": self._seconds,
+            "until": time.time() + self._seconds,  # for people, and for processes of this machine
+            "machine": _machine(),
+            "process": os.getpid(),
+            "started": _started(os.getpid()),
+            "nonce": uuid.uuid4().hex,
+            **signature(),
+        }
         if not self._store.write_if(LEASE, as_json(content), self._tag):
             return False
-        data, self._tag = self._store.read_tagged(LEASE)
-        self._until_s = until_s if parse_json(data, self._place, LeaseFile, _FIX)["holder"] == self._id else 0.0
+        now, self._tag = self._read()
+        self._until_s = until_s if now is not None and now["holder"] == self._id else 0.0
         return self._until_s > 0
 
     def _keep(self) -> None:
@@ -108,3 +178,31 @@ class Lease:
                     return
             except UserError as error:  # the store did not answer; there are more attempts before the lease ends
                 _log.warning("lease not renewed, trying again: %s", error)
+
+
+def _holder(content: LeaseFile) -> str:
+    return f"{content['by']} (process {content['process']}) {content['activity']} here, seen at {content['at']}"
+
+
+def _is_alive(content: LeaseFile) -> bool | None:
+    """Return whether a holder on this machine still works. None for one on another machine."""
+    if _machine() is None or content["machine"] != _machine():
+        return None
+    return time.time() < content["until"] and _started(content["process"]) == content["started"]
+
+
+def _machine() -> str | None:
+    """Return what identifies the running system and its numbering of processes, None if it does not tell."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{platform.node()} {boot} {Path('/proc/self/ns/pid').stat().st_ino}"
+    except OSError:
+        return None
+
+
+def _started(process: int) -> str | None:
+    """Return when a process of this machine started, in ticks since boot. None if there is none."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return None

@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Literal
 from jobs.spec.model import ModelRef
 from pipelines.errors import UserError
 from pipelines.storage.location import localize
-from pipelines.storage.store import Store
 from rzen.config import ModelIdentity
 
 if TYPE_CHECKING:
     from rzen.model.embedder import Embedder
 
-IDENTITY = "rzen.json"
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -27,7 +25,7 @@ def cache_dir() -> Path:
 def local_folder(url: str, endpoint: str | None) -> str:
     """A local directory with the files of `url`; a hub name is left as it is. Raises `UserError` if there are none."""
     if "://" not in url:
-        return url
+        return str(localize(url, cache_dir())) if Path(url).is_dir() else url
     try:
         return str(localize(url, cache_dir(), endpoint))
     except FileNotFoundError as error:
@@ -53,18 +51,3 @@ def load_embedder(
     base = checkpoint_folder(ref.base, endpoint)
     adapter = local_folder(ref.adapter, endpoint) if ref.adapter else None
     return load(base, adapter, dtype=dtype, identity=default, chunk_tokens=chunk_tokens or CHUNK_TOKENS)
-
-
-def publish_folder(local: Path, store: Store) -> None:
-    """Replaces what is in `store` by a model or adapter folder; `rzen.json` goes last and stands for the whole."""
-    store.ensure_bucket()
-    store.delete(IDENTITY)
-    store.delete_tree("")
-    files = [file for file in local.rglob("*") if file.is_file()]
-    for file in sorted(files, key=lambda file: (file.name == IDENTITY, file)):
-        store.upload(file, file.relative_to(local).as_posix())
-
-
-def is_published(store: Store) -> bool:
-    """Whether a model or adapter folder is there, whole."""
-    return store.exists(IDENTITY)

@@ -186,10 +186,20 @@ class ProgressTracker:
     def __init__(self) -> None:
         self._progress: dict[str, Progress] = {}
         self._stopping = False
+        self._notes: list[tuple[str, str]] = []
 
     def post(self, name: str, progress: Progress) -> None:
         """Replace the progress of `name`."""
         self._progress[name] = progress
+
+    def note(self, name: str, text: str) -> None:
+        """Keep what the user should know of `name` until the driver takes it."""
+        self._notes.append((name, text))
+
+    def take_notes(self) -> list[tuple[str, str]]:
+        """Return name and text of each note since the last call."""
+        notes, self._notes = self._notes, []
+        return notes
 
     def stop(self) -> None:
         """Announce that the job is about to end."""

@@ -9,14 +9,16 @@ from typing import Any, NotRequired
 
 from typing_extensions import TypedDict
 
-from jobs.runtime.models import checkpoint_folder, local_folder, publish_folder
+from jobs.runtime.lease import Lease, hold_version
+from jobs.runtime.models import checkpoint_folder, local_folder
 from jobs.runtime.progress import say
 from jobs.runtime.revision import revision, versions
 from jobs.serving.specs import ExportSpec
-from jobs.training.runs import SPEC
+from jobs.training.runs import DONE, SPEC
 from pipelines.errors import UserError
 from pipelines.storage.location import open_store
-from pipelines.storage.store import disk_errors
+from pipelines.storage.publish import publish_folder
+from pipelines.storage.store import Store, disk_errors
 from pipelines.stored_json import parse_json, read_json, stored_file
 
 
@@ -56,7 +58,14 @@ SOUP = "soup.json"
 
 
 def run(spec: ExportSpec) -> dict[str, Any]:
-    """Writes the directory."""
+    """Write the model. What was there before stays until the new one is whole."""
+    out = open_store(spec.out, spec.endpoint)
+    with hold_version(out, "exports") as lease:
+        _export(spec, out, lease)
+    return {"outputs": [spec.out]}
+
+
+def _export(spec: ExportSpec, out: Store, lease: Lease) -> None:
     from rzen.export.card import ModelCardData
     from rzen.export.export import ExportOptions, export_model
     from rzen.model.checkpoints import read_identity
@@ -83,7 +92,8 @@ def run(spec: ExportSpec) -> dict[str, Any]:
     with disk_errors(tempfile.gettempdir()), tempfile.TemporaryDirectory(prefix="rzen-export-") as folder:
         local = Path(folder, "model")
         unsupported_reason = export_model(base, adapter, local, identity, options)
-        publish_folder(local, open_store(spec.out, spec.endpoint))
+        lease.check()
+        publish_folder(local, out)
     say(f"  {spec.out}: {_TARGETS[spec.format]} ({spec.dtype}), prompt {identity.prompt.template}")
     if spec.format == "model":
         say(
@@ -92,7 +102,6 @@ def run(spec: ExportSpec) -> dict[str, Any]:
             else "    and for sentence-transformers, vLLM and mteb",
             "yellow" if unsupported_reason else "dim",
         )
-    return {"outputs": [spec.out]}
 
 
 _TARGETS = {
@@ -115,7 +124,7 @@ def _recipes(spec: ExportSpec, parents: list[str]) -> dict[str, Any]:
     for url in (spec.model.base, *([spec.model.adapter] if spec.model.adapter else []), *parents):
         above, _, _ = url.rstrip("/").rpartition("/")
         store = open_store(above, spec.endpoint) if above else None
-        if store and store.exists(SPEC):
+        if store and store.exists(SPEC) and store.exists(DONE):  # else the result may be of a run before
             place = f"{store.url}/{SPEC}"
             recipes[_run_name(url)] = parse_json(store.read(SPEC), place, RecipeFile, "restore or move it")
     return recipes

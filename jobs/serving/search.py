@@ -30,6 +30,7 @@ from rzen.evaluation.ranking import top_k
 from rzen.evaluation.results import ResultsFile, plot_losses, plot_scores
 from rzen.evaluation.vectors import as_stored, check_width
 from rzen.report.hits import MODALITIES, Hit, Search, terminal_hits
+from rzen.report.render import check_replaceable
 from rzen.report.write import write_page
 
 _NUM_CAPTIONS = 4
@@ -37,6 +38,8 @@ _NUM_CAPTIONS = 4
 
 def run(spec: SearchSpec) -> dict[str, Any]:
     """Prints the hits of every query; writes the page where one is asked for."""
+    if spec.html is not None:
+        check_replaceable(Path(spec.html))
     store = open_store(spec.vectors, spec.endpoint)
     manifest = _read_manifest(store)
     corpus, vectors_ND = _read_vectors(store, manifest, spec)

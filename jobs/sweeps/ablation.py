@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from jobs.evaluation.scores import Scorer, evaluation, model_of
 from jobs.evaluation.specs import EvaluateSpec
 from jobs.runtime.cluster import ray_cluster
+from jobs.runtime.lease import hold_output
 from jobs.runtime.progress import duration, say
 from jobs.runtime.revision import revision, versions
 from jobs.spec.job import JobConfig
@@ -31,6 +32,7 @@ from jobs.training.runs import METRICS, Run, read_rows
 from jobs.training.specs import TrainSpec
 from pipelines.errors import UserError
 from pipelines.feed.reader import Reader
+from pipelines.storage.location import open_store
 
 if TYPE_CHECKING:
     from rzen.evaluation.ablation import Effect
@@ -90,7 +92,7 @@ def run(spec: AblationSpec, document: Document) -> dict[str, Any]:
     seeds_at_once = max(1, spec.max_parallel // len(spec.variants))  # so that `max_parallel` runs can start
     finished: dict[VariantAndSeed, Finished] = {}
     started_s = time.monotonic()
-    with ray_cluster():
+    with hold_output(open_store(spec.out), "ablation", "compares variants"), ray_cluster():
         for begin in range(0, len(spec.seed_list), seeds_at_once):
             seeds = spec.seed_list[begin : begin + seeds_at_once]
             group = {key: train for key, train in runs.items() if key[1] in seeds}

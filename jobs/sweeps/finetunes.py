@@ -59,6 +59,11 @@ def named(spec: FinetunesSpec, document: Document) -> list[JobConfig]:
 
 def run(spec: FinetunesSpec, document: Document) -> dict[str, Any]:
     """Train all, then make the soups of those that succeeded. A finished job only reports."""
+    with soup.hold_soups(spec):
+        return _run(spec, document)
+
+
+def _run(spec: FinetunesSpec, document: Document) -> dict[str, Any]:
     from jobs.training.launch import launch
 
     specs = resolve(spec, document)

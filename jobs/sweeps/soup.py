@@ -6,7 +6,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,8 @@ from typing_extensions import TypedDict
 
 from jobs.evaluation.scores import Model, Scorer, evaluation, mean_score
 from jobs.runtime.cluster import ray_cluster
-from jobs.runtime.models import checkpoint_folder, is_published, local_folder, publish_folder
+from jobs.runtime.lease import Lease, hold_output
+from jobs.runtime.models import checkpoint_folder, local_folder
 from jobs.runtime.progress import console, say
 from jobs.runtime.revision import revision, versions
 from jobs.spec.job import JobConfig
@@ -24,6 +25,7 @@ from jobs.spec.load import Document
 from jobs.spec.model import ModelRef
 from jobs.sweeps.specs import SoupsConfig, SoupSpec
 from pipelines.storage.location import open_store, resolve_endpoint
+from pipelines.storage.publish import is_published, publish_folder
 from pipelines.storage.store import Store, disk_errors
 from pipelines.stored_json import parse_json, stored_file
 from rzen.config import GreedySoup, MeanSoup, SearchedSoup, SoupConfig
@@ -70,13 +72,19 @@ def _stored(out: Store) -> dict[str, Any]:
 
 def run(spec: SoupSpec, document: Document) -> dict[str, Any]:
     """Make the soups of the models that the spec names."""
-    scored = open_store(spec.out, spec.endpoint).child(MODELS)
-    is_scored = spec.evaluate or spec.probe  # otherwise the base may be anywhere
-    folders = {name: _identity(ref, spec.endpoint) if is_scored else name for name, ref in spec.models.items()}
-    models = {name: Model(ref, scored.child(folders[name])) for name, ref in spec.models.items()}
-    builder = SoupBuilder(spec, document, models)
-    builder.report(builder.summary({}))
+    with hold_soups(spec):
+        scored = open_store(spec.out, spec.endpoint).child(MODELS)
+        is_scored = spec.evaluate or spec.probe  # otherwise the base may be anywhere
+        folders = {name: _identity(ref, spec.endpoint) if is_scored else name for name, ref in spec.models.items()}
+        models = {name: Model(ref, scored.child(folders[name])) for name, ref in spec.models.items()}
+        builder = SoupBuilder(spec, document, models)
+        builder.report(builder.summary({}))
     return {"outputs": builder.outputs()}
+
+
+def hold_soups(spec: SoupsConfig) -> AbstractContextManager[Lease]:
+    """Hold the folder of the soups while a block runs. Raise `UserError` if it is that of others."""
+    return hold_output(open_store(spec.out, spec.endpoint), "soups", "makes soups")
 
 
 def _identity(ref: ModelRef, endpoint: str | None) -> str:
@@ -120,7 +128,6 @@ class SoupBuilder:
         before = _stored(self._out)
         if before.get("key") == key and all(is_published(open_store(url, self._endpoint)) for url in self.outputs()):
             return before
-        self._out.ensure_bucket()
         with ray_cluster() if self._probe else nullcontext():
             soups = {name: self._make(name, soup) for name, soup in self._spec.soups.items()}
             rows = self._scores({**self._models} | {name: self._model(self._out.child(name)) for name in soups})
@@ -175,8 +182,11 @@ class SoupBuilder:
         """Publish one soup. Return its lineage."""
         say(f"  soup {name}: {soup.method} of {', '.join(self._models)}", "dim")
         chosen = self._choose(soup) if isinstance(soup, GreedySoup | SearchedSoup) else None
-        self._out.delete_tree(name)  # with the scores of an earlier soup of this name
-        return self._merge_and_publish(soup, self._out.child(name), chosen)
+        place = self._out.child(name)
+        place.delete_tree("scores")  # of an earlier soup of this name
+        lineage = self._merge_and_publish(soup, place, chosen)
+        place.delete_tree("model" if self._folder == "adapter" else "adapter")  # of an earlier soup, too
+        return lineage
 
     def _choose(self, soup: GreedySoup | SearchedSoup) -> Selection:
         """Choose weights by scores."""

@@ -9,6 +9,7 @@ import tempfile
 import traceback
 import uuid
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
@@ -18,14 +19,14 @@ from ray.exceptions import RayError
 from ray.train import TrainingFailedError
 
 from jobs.runtime.cluster import user_error
-from jobs.runtime.models import is_published, publish_folder
+from jobs.runtime.lease import hold_output
 from jobs.runtime.progress import say
 from jobs.spec.no_effect import unused_settings
 from jobs.training.encoder import BACKBONE, encoder_of
-from jobs.training.runs import DoneFile, Run, read_done
+from jobs.training.runs import FAILURE, KIND, UNTRACKED, DoneFile, Run, read_done
 from jobs.training.specs import TrainSpec
 from jobs.training.start import check_backbone, describe_start, weights_of, with_init_adapter
-from jobs.training.tracking import UNTRACKED, check_tracking
+from jobs.training.tracking import check_tracking
 from jobs.training.worker import train_worker
 from pipelines.errors import UserError
 from pipelines.feed.batch import ResumePoint
@@ -33,12 +34,12 @@ from pipelines.feed.reader import Reader
 from pipelines.plan.build import build_plan
 from pipelines.plan.plan import Plan
 from pipelines.plan.resample import next_mixture_change
+from pipelines.storage.publish import is_published, publish_folder
 from rzen.config import TinyBackbone
 
 if TYPE_CHECKING:
     from rzen.training.init_adapter import InitAdapter
 
-FAILURE = "failure.txt"
 _MAX_TEXTS = 4000  # of a source; what a tiny tokenizer is trained on
 
 
@@ -51,8 +52,11 @@ class Prepared:
     tasks: tuple[str, ...]
 
 
-def prepare(spec: TrainSpec) -> Prepared | None:
-    """Check everything that needs no workers, and print what is going to happen. Return None if the run is finished."""
+def prepare(spec: TrainSpec, leases: ExitStack) -> Prepared | None:
+    """Check everything that needs no workers, and print what is going to happen. Return None if the run is finished.
+
+    An unfinished run is leased, and `leases` gives it back.
+    """
     reader = Reader(spec.data)
     plan = build_plan(
         reader.tables(),
@@ -67,7 +71,10 @@ def prepare(spec: TrainSpec) -> Prepared | None:
     spec, adapter = with_init_adapter(spec)
     check_tracking(spec.run.tracking)
     run = Run(spec)
-    if not run.begin({"data": reader.fingerprints(plan), "weights": weights_of(spec)} | plan.describe()):
+    data = {"data": reader.fingerprints(plan), "weights": weights_of(spec)} | plan.describe()
+    if run.state(data) is not False:
+        leases.enter_context(hold_output(run.store, KIND, "trains"))
+    if not run.begin(data):
         say(f"  {run.store.url}: finished before")
         return None
     if isinstance(spec.model.backbone, TinyBackbone) and not is_published(run.store.child(BACKBONE)):
@@ -141,8 +148,8 @@ def _fit(prepared: Prepared, board: Any, set_state: Callable[[str, str], None], 
             _trainer(prepared, stop, board).fit()
             if stop == prepared.plan.num_steps:
                 if run.store.exists(UNTRACKED):
-                    _report(run, run.store.read(UNTRACKED).decode().strip(), "yellow")
-                _report(run, _seen(read_done(run.store)))
+                    report(run, run.store.read(UNTRACKED).decode().strip(), "yellow")
+                report(run, _seen(read_done(run.store)))
                 return
             continue
         except (TrainingFailedError, RayError) as error:
@@ -157,11 +164,11 @@ def _fit(prepared: Prepared, board: Any, set_state: Callable[[str, str], None], 
             restarts += 1
             again = f"restart {restarts} of {spec.cluster.max_restarts}"
             lost = f"lost a worker ({_first_failure(error)}; {run.store.url}/{FAILURE})"
-        _report(run, f"{lost}; {again} from step {run.step()}", "yellow")
+        report(run, f"{lost}; {again} from step {run.step()}", "yellow")
         set_state(spec.name, again)
 
 
-def _report(run: Run, event: str, style: str = "") -> None:
+def report(run: Run, event: str, style: str = "") -> None:
     """Print an event and write it to the run's log."""
     say(f"  {run.spec.name}: {event}", style)
     run.log(event)
@@ -193,7 +200,7 @@ def _with_phases(prepared: Prepared, point: ResumePoint) -> Prepared:
         plan = plan.with_mixture_phase(due)
         total = sum(due.weights.values())
         shares = ", ".join(f"{name} {weight / total:.1%}" for name, weight in due.weights.items())
-        _report(run, f"from step {due.first_step} on {shares}")
+        report(run, f"from step {due.first_step} on {shares}")
     return replace(prepared, plan=plan)
 
 

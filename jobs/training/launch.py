@@ -12,7 +12,7 @@ from typing import Any
 
 from jobs.runtime.cluster import POLL_S, Resources, check_size, has_room, metrics_link, ray_cluster, user_error
 from jobs.runtime.progress import ProgressTracker, RunTable, say
-from jobs.training.fit import Prepared, fit, prepare
+from jobs.training.fit import Prepared, fit, prepare, report
 from jobs.training.runs import DONE, Run
 from jobs.training.specs import TrainSpec
 from pipelines.errors import UserError
@@ -34,8 +34,19 @@ def launch(
     Raises `UserError` as soon as fewer than `min_survivors` runs can succeed (by default all of `specs` must). Runs
     that are then under way are abandoned. They resume from their last checkpoints at the next launch.
     """
-    unfinished = [prepared for spec in specs if (prepared := prepare(spec))]
-    given_up = [prepared for prepared in unfinished if _is_known(prepared.run, failed_before or {})]
+    with ExitStack() as leases:
+        unfinished = [prepared for spec in specs if (prepared := prepare(spec, leases))]
+        return _launch(specs, unfinished, max_parallel, min_survivors, failed_before or {})
+
+
+def _launch(
+    specs: Sequence[TrainSpec],
+    unfinished: list[Prepared],
+    max_parallel: int,
+    min_survivors: int | None,
+    failed_before: Mapping[str, str],
+) -> dict[str, UserError]:
+    given_up = [prepared for prepared in unfinished if _is_known(prepared.run, failed_before)]
     unfinished = [prepared for prepared in unfinished if prepared not in given_up]
     may_fail = 0 if min_survivors is None else len(specs) - len(given_up) - min_survivors
     if may_fail < 0:
@@ -104,6 +115,9 @@ def _run_queue(
             running[name] = prepared
             futures[name] = _in_thread(fit, prepared, board, table.set_state, abandoned)
         done, _ = wait(futures.values(), timeout=POLL_S, return_when=FIRST_COMPLETED)
+        for name, text in ray.get(board.take_notes.remote()):
+            if name in running:
+                report(running[name].run, text, "yellow")
         for name, news in ray.get(board.progress.remote()).items():
             if name in running:
                 table.update(name, news, running[name].run.spec.run.log_every_steps)

@@ -3,8 +3,10 @@
     {root}/{name}/
         spec.json            resolved spec, versions, fingerprint of the data: what makes two runs the same
         backbone/            a tiny backbone, where the spec asks for one
-        checkpoints/000200/  trained parameters, moments, the step, and the metrics so far
-        latest.json          path of the newest complete checkpoint, written after it
+        rzen-output.json     marks the folder as that of a run
+        lease.json           who trains at present
+        checkpoints/000200-1f0c9a3e/    trained parameters, moments, the step, and the metrics so far
+        latest.json          run and path of the newest complete checkpoint, written after it
         phases.json          changes of the mixture, where the spec asks for resampling
         model/ or adapter/   the result
         best/                the result of the best checkpoint, where it is not the last
@@ -16,10 +18,13 @@
         scores/              scores of the result, one file for each scoring config
 
 The step of a run is in its checkpoints only: whoever resumes reads it from the checkpoint that `latest.json` names.
+Each checkpoint also names its run and the hash of the settings. `latest.json` only changes while it is the version that
+was read, so that only one of two processes can name the newest checkpoint.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import uuid
@@ -39,12 +44,18 @@ from pipelines.feed.batch import ResumePoint
 from pipelines.plan.sources import PlanSource
 from pipelines.plan.types import MixturePhase
 from pipelines.storage.location import open_store, resolve_endpoint
+from pipelines.storage.publish import claim
 from pipelines.storage.store import Store
 from pipelines.stored_json import parse_json, stored_file
 from rzen.training.checkpoint_state import FIX, STATE, parse_state
 
 SPEC, LATEST, DONE, METRICS, PHASES = "spec.json", "latest.json", "done.json", "metrics.jsonl", "phases.json"
 BEST, LOG = "best", "log.txt"
+KIND = "run"
+TENSORBOARD, UNTRACKED, FAILURE = "tensorboard", "tracking.txt", "failure.txt"
+RESULTS = ("adapter", "model", BEST)
+_FILES = (LATEST, DONE, METRICS, PHASES, LOG, UNTRACKED, FAILURE)
+_FOLDERS = ("checkpoints", "backbone", TENSORBOARD, "scores", "ray")
 
 
 CheckpointPath = Annotated[str, Field(pattern=r"^checkpoints/\w[\w.-]*$")]
@@ -55,6 +66,7 @@ class RunFile(TypedDict):
     """`spec.json`: what makes two runs the same."""
 
     id: str
+    settings_sha256: str
     spec: dict[str, Any]
     data: dict[str, Any]
     versions: NotRequired[dict[str, str]]
@@ -71,8 +83,9 @@ class BestCheckpoint(TypedDict):
 
 @stored_file
 class LatestFile(TypedDict):
-    """`latest.json`: the newest checkpoint, and the best."""
+    """`latest.json`: the newest checkpoint of a run, and the best."""
 
+    run: str
     path: CheckpointPath
     best: NotRequired[BestCheckpoint]
 
@@ -123,6 +136,11 @@ class Run:
         return self.store.child(self.result).url
 
     @property
+    def settings_sha256(self) -> str:
+        """Return the hash of the settings and data that decide the weights."""
+        return self._spec()["settings_sha256"]
+
+    @property
     def id(self) -> str:
         """Return the id of the run, for trackers. It changes when the run restarts from scratch."""
         return self._spec()["id"]
@@ -133,25 +151,48 @@ class Run:
     def begin(self, data: dict[str, Any]) -> bool:
         """Claim the folder for this spec and these `data` (plain JSON values). Return False if the run is finished.
 
+        A run of other settings that may be overwritten loses all but its result, which the new one replaces at its end.
+        Raises `UserError` if the folder holds a run of other settings or data, unless it may be overwritten, or files
+        of others.
+        """
+        claim(self.store, KIND)
+        if (state := self.state(data)) is not None:
+            return state
+        identity = self._identity(data)
+        facts = {
+            "id": uuid.uuid4().hex,
+            "settings_sha256": _hash(_science(identity)),
+            "versions": versions(),
+            "revision": revision(),
+        }
+        self.store.write(SPEC, as_json(identity | facts))  # first: what is left of another run has another id
+        for path in _FILES:
+            self.store.delete(path)
+        for folder in _FOLDERS:
+            self.store.delete_tree(folder)
+        return True
+
+    def state(self, data: dict[str, Any]) -> bool | None:
+        """Return True for an unfinished run of this spec and these data, False for a finished one, None for none.
+
         Raises `UserError` if the folder holds a run of other settings or data, unless it may be overwritten.
         """
-        identity = {"spec": self.spec.model_dump(mode="json"), "data": data}
-        if self.store.exists(SPEC):
-            before = self._spec()
-            changes = differences(_science(before), _science(identity))
-            if not changes:
-                return not self.store.exists(DONE)
-            if not self.spec.run.overwrite:
-                raise UserError(
-                    self.store.url,
-                    f"holds a run with other settings: {'; '.join(changes[:5])}",
-                    "choose another name, or set run.overwrite: true to restart from scratch",
-                )
-        self.store.ensure_bucket()
-        self.store.delete_tree("")
-        facts = {"id": uuid.uuid4().hex, "versions": versions(), "revision": revision()}
-        self.store.write(SPEC, as_json(identity | facts))
-        return True
+        if not self.store.exists(SPEC):
+            return None
+        before = self._spec()
+        changes = differences(_science(before), _science(self._identity(data)))
+        if not changes:
+            return not self.store.exists(DONE)
+        if not self.spec.run.overwrite:
+            raise UserError(
+                self.store.url,
+                f"holds a run with other settings: {'; '.join(changes[:5])}",
+                "choose another name, or set run.overwrite: true to restart from scratch",
+            )
+        return None
+
+    def _identity(self, data: dict[str, Any]) -> dict[str, Any]:
+        return {"spec": self.spec.model_dump(mode="json"), "data": data}
 
     def resume_point(self) -> ResumePoint:
         """Return the newest checkpoint and the step that it was taken after, as it says itself.
@@ -159,11 +200,18 @@ class Run:
         Raises `UserError` where the checkpoint that `latest.json` names is not there.
         """
         missing = ""
+        spec = self._spec()
         while self.store.exists(LATEST):
-            path = read_latest(self.store)["path"]
+            latest = read_latest(self.store)
+            path = latest["path"]
+            if latest["run"] != spec["id"]:  # a process of the run that was here before wrote it late
+                break
             place = f"{path}/{STATE}"
             try:
-                return ResumePoint(parse_state(self.store.read(place), f"{self.store.url}/{place}").step, path)
+                state = parse_state(self.store.read(place), f"{self.store.url}/{place}")
+                if (state.run, state.settings_sha256) != (spec["id"], spec["settings_sha256"]):
+                    raise UserError(f"{self.store.url}/{place}", "belongs to a run with other settings", FIX)
+                return ResumePoint(state.step, path)
             except FileNotFoundError as error:
                 # A worker may have published a newer one and deleted this one, or finished the run, in the meantime.
                 if self.store.exists(DONE):
@@ -233,12 +281,21 @@ def read_done(store: Store) -> DoneFile:
 
 def read_latest(store: Store) -> LatestFile:
     """Return the `latest.json` of a run. Raises `UserError` for a damaged one."""
-    return parse_json(store.read(LATEST), f"{store.url}/{LATEST}", LatestFile, FIX)
+    return parse_latest(store.read(LATEST), store)
+
+
+def parse_latest(data: bytes, store: Store) -> LatestFile:
+    """Return the content of a `latest.json` that was read from `store`. Raises `UserError` for a damaged one."""
+    return parse_json(data, f"{store.url}/{LATEST}", LatestFile, FIX)
 
 
 def _science(identity: Mapping[str, Any]) -> dict[str, Any]:
     """Return what decides the weights: the settings, and the data by their fingerprints."""
     return {"plan": identity["data"]} | TRAIN.science(identity["spec"])
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_rows(store: Store, path: str) -> list[dict[str, Any]]:

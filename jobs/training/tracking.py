@@ -16,10 +16,9 @@ from threading import Event, Thread
 from typing import Any, Protocol
 
 from jobs.spec.run import TrackingConfig
-from jobs.training.runs import METRICS, Run, to_lines
+from jobs.training.runs import METRICS, TENSORBOARD, UNTRACKED, Run, to_lines
 from pipelines.errors import UserError
 
-TENSORBOARD, UNTRACKED = "tensorboard", "tracking.txt"
 EVERY_S = 15.0
 _LABELS = ("step", "source", "task")
 _MLFLOW_PARAMS = 100  # of one request

@@ -12,12 +12,13 @@ import ray
 import ray.train
 from ray.util.metrics import Counter, Gauge
 
-from jobs.runtime.models import checkpoint_folder, local_folder, publish_folder
+from jobs.runtime.models import checkpoint_folder, local_folder
 from jobs.runtime.progress import Progress
 from jobs.training.checkpoints import Checkpoints
 from jobs.training.encoder import backbone_url
-from jobs.training.runs import BEST, samples_seen
+from jobs.training.runs import BEST, RESULTS, samples_seen
 from jobs.training.tracking import Tracker
+from pipelines.storage.publish import publish_folder
 
 if TYPE_CHECKING:
     from pipelines.feed.batch import FeedBatch
@@ -35,7 +36,9 @@ def train_worker(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     # From the feed, which has read it once for this group of workers and starts there.
-    checkpoints = Checkpoints(run, ray.train.get_dataset_shard(RESUME))
+    checkpoints = Checkpoints(
+        run, ray.train.get_dataset_shard(RESUME), lambda event: board.note.remote(spec.name, event)
+    )
     trackers: list[Tracker] = []
     gauges = {
         name: Gauge(f"rzen_{name}", metric.description, ("run", "source", "task")) for name, metric in METRICS.items()
@@ -75,6 +78,8 @@ def train_worker(config: dict[str, Any]) -> None:
                     plan_fingerprint=plan.fingerprint(),
                     chunk_tokens=spec.cluster.chunk_tokens,
                     stop=stop,
+                    run=run.id,
+                    settings_sha256=run.settings_sha256,
                 ),
                 backbone_dir=checkpoint_folder(backbone_url(run), run.endpoint),
                 init_adapter=Path(local_folder(spec.init_adapter, run.endpoint)) if spec.init_adapter else None,
@@ -97,9 +102,12 @@ def train_worker(config: dict[str, Any]) -> None:
                 num_threads=spec.cluster.threads_per_worker,
             )
         if rank == 0 and stop == plan.num_steps:
-            publish_folder(output, run.store.child(run.result))
-            if (best := output.with_name(BEST)).is_dir():
-                publish_folder(best, run.store.child(BEST))
+            made = {run.result: output, BEST: output.with_name(BEST)}
+            for name in RESULTS:
+                if (folder := made.get(name)) is not None and folder.is_dir():
+                    publish_folder(folder, run.store.child(name))
+                else:
+                    run.store.delete_tree(name)  # of a run that this one replaces
             rows = checkpoints.metrics
             replaced = sum(int(row["bad_samples"]) for row in rows)
             seen = {"sources": samples_seen(rows, plan.sources), "replaced": replaced}

@@ -22,6 +22,7 @@ from jobs.spec.load import Document, check, read_document, substitute
 from jobs.workflows.specs import PipelineSpec
 from pipelines.errors import UserError
 from pipelines.storage.location import open_store
+from pipelines.storage.publish import claim
 from pipelines.storage.store import Store
 from pipelines.stored_json import parse_json, stored_file
 
@@ -51,7 +52,7 @@ def run(spec: PipelineSpec, document: Document) -> dict[str, Any]:
     """Run the jobs that are not done, all with one connection to Ray."""
     jobs = resolve_jobs(spec, document)
     state = open_store(str(substitute(spec.state, spec.vars, "state")), spec.endpoint)
-    state.ensure_bucket()
+    claim(state, "pipeline")
     started_s = time.monotonic()
     key = ""
     outputs: list[str] = []

@@ -22,13 +22,14 @@ from typing import Any, NotRequired, TypeVar
 from typing_extensions import TypedDict
 
 from jobs.runtime.lease import Lease, hold_lease
-from jobs.runtime.models import publish_folder
 from jobs.runtime.records import as_json, signature
 from pipelines.config import PositiveInt
 from pipelines.errors import UserError
+from pipelines.storage.publish import claim, publish_folder
 from pipelines.storage.store import Store
 from pipelines.stored_json import parse_json, stored_file
 
+KIND = "registry"
 CHAMPION, LINEAGE = "champion.json", "lineage.json"
 MODELS, PROMOTIONS, RETRAININGS = "models", "promotions", "retrainings"
 
@@ -105,6 +106,7 @@ class Registry:
     def publish(self, model: str, folder: Path, lineage: Mapping[str, Any]) -> None:
         """Add a model. It exists once its lineage is written. Raise `UserError` if there is one of this id already."""
         place = self.store.child(MODELS).child(model)
+        claim(self.store, KIND)
         if place.exists(LINEAGE):
             raise UserError(place.url, "is there already, and models never change", "publish it under another id")
         publish_folder(folder, place)
@@ -204,6 +206,7 @@ class Registry:
     @contextmanager
     def lease(self, seconds: float) -> Iterator[Lease]:
         """Hold the right to retrain while the block runs. Raise `UserError` if another process holds it."""
+        claim(self.store, KIND)
         with hold_lease(self.store, seconds, "retrains") as lease:
             yield lease
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from jobs.evaluation.scores import Model, Scorer, evaluation
 from jobs.runtime.lease import Lease
-from jobs.runtime.models import is_published, local_folder, publish_folder
+from jobs.runtime.models import local_folder
 from jobs.runtime.progress import say
 from jobs.runtime.revision import revision, versions
 from jobs.spec.job import JobConfig
@@ -31,6 +31,7 @@ from jobs.workflows.specs import RetrainSpec
 from pipelines.errors import UserError
 from pipelines.feed.reader import Reader
 from pipelines.storage.location import open_store, resolve_endpoint
+from pipelines.storage.publish import is_published, publish_folder
 
 WORK, SCORES = "work", "scores"
 

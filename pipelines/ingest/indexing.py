@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from hashlib import sha256
-from pathlib import PurePosixPath
 
 import ray
 
@@ -19,10 +17,11 @@ from pipelines.config import MediaConfig
 from pipelines.errors import UserError
 from pipelines.shards.duplicates import with_duplicates
 from pipelines.shards.external import IndexedShard, ScanCounts, ScanJob, index_shard
-from pipelines.shards.manifest import Manifest, SourceInfo, manifest_path, publish_manifest, report_path
+from pipelines.shards.manifest import DATASET, Manifest, SourceInfo, manifest_path, publish_manifest, report_path
 from pipelines.shards.mapping import SourceMapping
 from pipelines.shards.shuffle_check import SETTING, NeighborSimilarity, ShardSimilarity, source_similarity
 from pipelines.storage.location import resolve_endpoint
+from pipelines.storage.publish import claim, read_published
 from pipelines.storage.shard_urls import find_shards
 from pipelines.storage.store import Store
 
@@ -84,13 +83,13 @@ def index(
     """
     started_s = time.monotonic()
     endpoint = resolve_endpoint(endpoint)
+    claim(out, DATASET)
     _check_split(out, split, sources)
     jobs = [
-        ScanJob(source, found, _index_path(split, source, found.url), mapping, media)
+        ScanJob(source, found, f"{split}/{source}", mapping, media)
         for source, (mapping, urls) in sources.items()
         for found in find_shards(urls, endpoint)
     ]
-    out.ensure_bucket()
     outcomes: list[IndexedShard | None] = [None] * len(jobs)
     for done, (number, outcome) in enumerate(_run(jobs, out, endpoint), start=1):
         outcomes[number] = outcome
@@ -102,7 +101,7 @@ def index(
 def _check_split(out: Store, split: str, sources: Mapping[str, object]) -> None:
     """Raise `UserError` if publishing would drop a source that another job has made."""
     try:
-        earlier = Manifest.from_json(out.read(manifest_path(split)))
+        earlier = Manifest.from_json(read_published(out, manifest_path(split)))
     except (FileNotFoundError, ValueError):  # none yet, or a damaged one, which this job replaces
         return
     place = f"{out.url}/{split}"
@@ -115,11 +114,6 @@ def _check_split(out: Store, split: str, sources: Mapping[str, object]) -> None:
             raise UserError(
                 place, f"holds shards that ingest wrote under {name!r}", "choose another out, or another name"
             )
-
-
-def _index_path(split: str, source: str, url: str) -> str:
-    """Name an index after the shard and its URL, so that added or removed shards do not change other indices."""
-    return f"{split}/{source}/{PurePosixPath(url).stem}-{sha256(url.encode()).hexdigest()[:12]}.idx.parquet"
 
 
 def _run(jobs: Sequence[ScanJob], out: Store, endpoint: str | None) -> Iterator[tuple[int, IndexedShard]]:
@@ -177,23 +171,15 @@ def _publish(
         if found := source_similarity(neighbors[source]):
             report.neighbors[source] = found
     report.elapsed_s = round(time.monotonic() - started_s, 3)
-    out.write(report_path(split), report.to_json())
     if unusable := [source for source, count in report.accepted.items() if not count]:
+        out.write(report_path(split), report.to_json())
         reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(report.rejected.items()))
         problem = f"has no usable sample; over all sources: {reasons or 'there are none'}"
         raise UserError(f"source {unusable[0]}", problem, f"see {out.url}/{report_path(split)}, and check the mapping")
     settings = {SETTING: {source: asdict(found) for source, found in report.neighbors.items()}}
-    publish_manifest(out, with_duplicates(out, Manifest(split, infos, settings)))
-    _delete_old_indices(out, split, sources, kept={outcome.shard.index_path for outcome in outcomes})
+    manifest = with_duplicates(out, Manifest(split, infos, settings))
+    publish_manifest(out, manifest, reports={report_path(split): report.to_json()})
     return report
-
-
-def _delete_old_indices(out: Store, split: str, sources: Iterable[str], kept: set[str]) -> None:
-    """Delete the indices of shards that an earlier manifest named and the published one does not."""
-    for source in sources:
-        for path in out.list(f"{split}/{source}"):
-            if path.endswith(".idx.parquet") and path not in kept:
-                out.delete(path)
 
 
 def _plain(mapping: SourceMapping) -> dict[str, object]:

@@ -29,16 +29,16 @@ from pipelines.media.libraries import library_versions
 from pipelines.samples import MediaKind, Members, RawSample, Rejected, Sample
 from pipelines.shards.duplicates import with_duplicates
 from pipelines.shards.manifest import (
+    DATASET,
+    DIGEST_CHARS,
     Manifest,
     ShardInfo,
     SourceInfo,
     index_path,
-    manifest_files,
-    manifest_path,
     publish_manifest,
-    read_manifest,
 )
 from pipelines.shards.write import write_shard
+from pipelines.storage.publish import claim
 from pipelines.storage.store import Store, disk_errors
 
 REPORT_PATH = "report.json"
@@ -102,17 +102,16 @@ def ingest(
 ) -> IngestReport:
     """Write the splits `train` and `held_out` and `report.json` below `out`. `on_progress` gets (done, all) samples.
 
-    Videos and pages are stored as they are, or with `materialized` as the frames and images that `media` decodes. The
-    manifest of an existing dataset is removed while the dataset is rewritten. A block without a usable sample leaves a
-    gap in the numbers of the shards. Raises `UserError` if nothing is usable, or for a fault that only the user can fix
-    (full disk, unreachable store). Then there is no manifest.
+    Videos and pages are stored as they are, or with `materialized` as the frames and images that `media` decodes. An
+    existing dataset stays as it is until the new one is whole. A block without a usable sample leaves a gap in the
+    numbers of the shards. Raises `UserError` if nothing is usable, for a folder that holds files of others, or for a
+    fault that only the user can fix (full disk, unreachable store).
     """
     started_s = time.monotonic()
     report = IngestReport(libraries=library_versions(media))
     samples = _collect(raw, report)
     blocks = plan_blocks(samples, held_out_fraction, seed, samples_per_shard)
-    out.ensure_bucket()
-    retired = _withdraw(out, TRAIN) | _withdraw(out, HELD_OUT) if blocks else set()
+    claim(out, DATASET)
     settings: dict[str, Any] = {
         "held_out_fraction": held_out_fraction,
         "seed": seed,
@@ -122,16 +121,13 @@ def ingest(
     manifests = _manifests(blocks, _run(blocks, out, media, materialized, on_progress), report)
     assert report.num_accepted + report.num_rejected == report.seen
     report.elapsed_s = round(time.monotonic() - started_s, 3)
-    out.write(REPORT_PATH, report.to_json())
     if not report.accepted[TRAIN]:
+        out.write(REPORT_PATH, report.to_json())
         reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(report.rejected.items()))
         problem = f"none of {report.seen} samples can be used for training ({reasons or 'there are none'})"
         raise UserError(out.url, problem, f"see {REPORT_PATH} there, and check the paths of the raw data")
-    manifests = [with_duplicates(out, manifest) for manifest in manifests]
-    for manifest in manifests:
-        publish_manifest(out, replace(manifest, settings=settings))
-    for path in sorted(retired - {path for manifest in manifests for path in manifest_files(manifest)}):
-        out.delete(path)
+    manifests = [replace(with_duplicates(out, manifest), settings=settings) for manifest in manifests]
+    publish_manifest(out, *manifests, reports={REPORT_PATH: report.to_json()})
     return report
 
 
@@ -215,9 +211,10 @@ def make_shard(
         shard = write_shard(local, usable())
         if shard.num_samples == 0:
             return WrittenShard(block_index, None, tuple(rejected))
-        out.upload(local, block.path)
-        out.upload(Path(index_path(str(local))), index_path(block.path))
-    return WrittenShard(block_index, replace(shard, path=block.path), tuple(rejected))
+        path = f"{block.path.removesuffix('.tar')}-{shard.sha256[:DIGEST_CHARS]}.tar"
+        out.upload(local, path)
+        out.upload(Path(index_path(str(local))), index_path(path))
+    return WrittenShard(block_index, replace(shard, path=path), tuple(rejected))
 
 
 def _manifests(blocks: list[Block], outcomes: list[WrittenShard], report: IngestReport) -> list[Manifest]:
@@ -240,13 +237,3 @@ def _manifests(blocks: list[Block], outcomes: list[WrittenShard], report: Ingest
         }
         manifests.append(Manifest(split, sources))
     return manifests
-
-
-def _withdraw(out: Store, split: str) -> set[str]:
-    """Delete the manifest of a split, which makes it unreadable, and return the files of the split."""
-    try:
-        files = manifest_files(read_manifest(out, split))
-    except UserError:  # none yet, or a damaged one, which this job replaces
-        files = set()
-    out.delete(manifest_path(split))
-    return files

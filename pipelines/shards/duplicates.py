@@ -1,7 +1,7 @@
 """Samples of a source with a common target or query: in one batch, each target would be a false negative of the other.
 
-`{split}/{source}/duplicates.parquet` lists them, so that a plan starts without reading the index of every shard. It is
-made from the indices when a split is published. Its hash is in the manifest.
+`{split}/{source}/duplicates-{digest}.parquet` lists them, so that a plan starts without reading the index of every
+shard. It is made from the indices when a split is published. Its hash is in the manifest.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ def with_duplicates(store: Store, manifest: Manifest) -> Manifest:
         table = pa.table([sample_D, targets_N[sample_D], queries_N[sample_D]], schema=_SCHEMA)
         pq.write_table(table, sink, compression="zstd")
         data = sink.getvalue()
-        store.write(duplicates_path(manifest.split, name), data)
-        sources[name] = replace(source, duplicates_sha256=hashlib.sha256(data).hexdigest())
+        sha256 = hashlib.sha256(data).hexdigest()
+        store.write(duplicates_path(manifest.split, name, sha256), data)
+        sources[name] = replace(source, duplicates_sha256=sha256)
     return replace(manifest, sources=sources)
 
 
@@ -54,7 +55,7 @@ def source_table(store: Store, split: str, name: str, source: SourceInfo, *, mer
     if merged or source.duplicates_sha256 is None:
         targets_N, queries_N = _read_ids(store, source.shards)
         return SourceTable(source.num_samples, np.arange(source.num_samples), targets_N, queries=queries_N)
-    path = duplicates_path(split, name)
+    path = duplicates_path(split, name, source.duplicates_sha256)
     place, fix = f"{store.url}/{path}", "run the job again that wrote the dataset"
     try:
         data = store.read(path)

@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cache
+from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
@@ -25,7 +26,7 @@ from pipelines.errors import BadMedia, UserError
 from pipelines.media.decode import Decoder
 from pipelines.samples import Sample
 from pipelines.shards.index import IndexRow, content_sha256, index_bytes
-from pipelines.shards.manifest import ShardInfo
+from pipelines.shards.manifest import DIGEST_CHARS, ShardInfo
 from pipelines.shards.mapping import SampleMapper, SourceMapping
 from pipelines.shards.read import on_disk
 from pipelines.shards.shuffle_check import ShardSimilarity, Words, shard_similarity, words_of
@@ -75,9 +76,19 @@ class ScanJob:
 
     source: str
     found: ShardFile
-    index_path: str
+    folder: str
+    """Folder of the index below the data root."""
     mapping: SourceMapping
     media: MediaConfig | None = None
+
+    @property
+    def index_path(self) -> str:
+        """Path of the index, named after the shard and all that decides the index.
+
+        Added, removed and changed shards do not change the indices of others, nor those of an earlier manifest.
+        """
+        digest = hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+        return f"{self.folder}/{PurePosixPath(self.found.url).stem}-{digest[:DIGEST_CHARS]}.idx.parquet"
 
     def identity(self) -> dict[str, Any]:
         """Return what decides the index. An index that was made with an equal identity is still valid."""

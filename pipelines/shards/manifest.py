@@ -1,9 +1,13 @@
 """The manifest of a split: which shards it consists of, and the settings that they were made with.
 
-    {split}/{source}/{source}-000000.tar           a shard
-    {split}/{source}/{source}-000000.idx.parquet   its index
-    {split}/{source}/duplicates.parquet            samples of the source that share a target or a query
-    {split}/manifest.json                          written last; readers trust nothing else
+    {split}/{source}/{source}-000000-{digest}.tar           a shard
+    {split}/{source}/{source}-000000-{digest}.idx.parquet   its index
+    {split}/{source}/duplicates-{digest}.parquet            samples of the source that share a target or a query
+    {split}/manifest.json                                   written last; readers trust nothing else
+    rzen-output.json                                        marks the folder as a dataset
+
+Names hold a digest of the content, so that a new version of a dataset leaves the files of the old one as they are. The
+manifests of both splits are replaced at the same moment.
 
 External shards stay where they are. The manifest names them by absolute URL, with a mapping for each source. Only
 their indices are below the data root.
@@ -14,15 +18,17 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Hashable, Iterator
-from dataclasses import dataclass, field, fields
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
+from types import MappingProxyType
 from typing import Annotated, Any, TypeVar, cast
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
 from pipelines.errors import UserError
 from pipelines.samples import SOURCE_PATTERN
+from pipelines.storage.publish import publish_files, read_published
 from pipelines.storage.store import Store
 from pipelines.stored_json import explain
 
@@ -30,7 +36,11 @@ FORMAT_VERSION = 3
 READABLE_VERSIONS = (2, FORMAT_VERSION)
 """Datasets of version 2 do not know equal queries: plans do not keep them apart. The objective finds them all the same.
 """
+DATASET = "dataset"
+DIGEST_CHARS = 12  # of a hash, in the name of a file
 _SHARDS_PER_PIECE = 1000
+_OURS = re.compile(rf".*-[0-9a-f]{{{DIGEST_CHARS}}}\.(tar|idx\.parquet|parquet)")
+_NONE: Mapping[str, bytes] = MappingProxyType({})
 
 
 T = TypeVar("T")
@@ -130,6 +140,9 @@ class Manifest:
                 raise ValueError(f"sources has {name!r}, which is not the name of a source")
         if manifest.fingerprint != fingerprint:
             raise ValueError("its fingerprint is not that of its content")
+        if manifest.format_version < FORMAT_VERSION:  # its files of duplicates know no queries and have other names
+            older = {name: replace(source, duplicates_sha256=None) for name, source in manifest.sources.items()}
+            return replace(manifest, sources=older)
         return manifest
 
 
@@ -148,9 +161,9 @@ def index_path(shard_path: str) -> str:
     return f"{shard_path.removesuffix('.tar')}.idx.parquet"
 
 
-def duplicates_path(split: str, source: str) -> str:
-    """Return the path, below the data root, of the file that names samples with a common target or query."""
-    return f"{split}/{source}/duplicates.parquet"
+def duplicates_path(split: str, source: str, sha256: str) -> str:
+    """Return the path, below the data root, of the file with this hash: samples with a common target or query."""
+    return f"{split}/{source}/duplicates-{sha256[:DIGEST_CHARS]}.parquet"
 
 
 def manifest_files(manifest: Manifest) -> set[str]:
@@ -162,20 +175,29 @@ def manifest_files(manifest: Manifest) -> set[str]:
             if not shard.index:  # external shards are elsewhere
                 files.add(shard.path)
         if source.duplicates_sha256:
-            files.add(duplicates_path(manifest.split, name))
+            files.add(duplicates_path(manifest.split, name, source.duplicates_sha256))
     return files
 
 
-def publish_manifest(store: Store, manifest: Manifest) -> None:
-    """Make a split visible. Call it when all of its shards are in place."""
-    store.write(manifest_path(manifest.split), manifest.to_json())
+def publish_manifest(store: Store, *manifests: Manifest, reports: Mapping[str, bytes] = _NONE) -> None:
+    """Make splits visible at the same moment, with their reports. Call it when all of their shards are in place.
+
+    Then the files of earlier versions of these splits are deleted, and those of jobs that were killed.
+    """
+    files = {manifest_path(some.split): some.to_json() for some in manifests} | dict(reports)
+    publish_files(store, files, DATASET)
+    for manifest in manifests:
+        named = manifest_files(manifest)
+        for path in store.list(manifest.split):
+            if path not in named and _OURS.fullmatch(path):
+                store.delete(path)
 
 
 def read_manifest(store: Store, split: str) -> Manifest:
     """Read the manifest of a split. Raises `UserError` if it is missing or damaged."""
     place = f"{store.url}/{manifest_path(split)}"
     try:
-        return Manifest.from_json(store.read(manifest_path(split)))
+        return Manifest.from_json(read_published(store, manifest_path(split)))
     except FileNotFoundError as error:
         fix = "run a job of kind ingest or index that writes here"
         raise UserError(place, "there is no such manifest", fix) from error

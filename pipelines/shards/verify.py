@@ -58,8 +58,10 @@ def _verify_sources(store: Store, manifest: Manifest, present: set[str]) -> list
     for name, source in sorted(manifest.sources.items()):
         if source.num_samples != sum(shard.num_samples for shard in source.shards):
             problems.append(f"{manifest.split}/{name}: {source.num_samples} samples, its shards hold another number")
-        path = duplicates_path(manifest.split, name)
-        if not source.duplicates_sha256 or path not in present:
+        if not source.duplicates_sha256:
+            continue
+        path = duplicates_path(manifest.split, name, source.duplicates_sha256)
+        if path not in present:
             continue
         if hashlib.sha256(store.read(path)).hexdigest() != source.duplicates_sha256:
             problems.append(f"{path}: its bytes have changed")

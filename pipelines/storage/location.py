@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from pipelines.errors import UserError
+from pipelines.storage.publish import LEASE, MARK, present_version, published, read_mark
 from pipelines.storage.store import PARTIAL, LocalStore, Store, disk_errors
 
 
@@ -53,13 +54,28 @@ def resolve_endpoint(endpoint: str | None) -> str | None:
 def localize(url: str, cache_dir: Path, endpoint: str | None = None) -> Path:
     """Return a local folder with the content of `url`: a local path itself, or an s3:// tree that is downloaded once.
 
-    Downloads are named by the content listed at the URL and appear in `cache_dir` only when complete. The processes of
-    a machine share them: one downloads, the others wait. Raises `FileNotFoundError` if there is nothing.
+    Of an output that is being replaced it is the present version, whole. Downloads are named by the content listed at
+    the URL and appear in `cache_dir` only when complete. The processes of a machine share them: one downloads, the
+    others wait. Raises `FileNotFoundError` if there is nothing.
     """
     store = open_store(url, endpoint)
     if isinstance(store, LocalStore):
-        return store.root
-    target = cache_dir / hashlib.sha256(repr((store, store.tags())).encode()).hexdigest()[:32]
+        return Path(published(store).url)
+    while True:
+        mark, version = read_mark(store)
+        try:
+            folder = _downloaded(present_version(store, mark), cache_dir)
+        except FileNotFoundError:
+            if read_mark(store)[1] == version:
+                raise
+        else:
+            if read_mark(store)[1] == version:  # else it may be a mixture of two versions
+                return folder
+
+
+def _downloaded(store: Store, cache_dir: Path) -> Path:
+    tags = {path: tag for path, tag in store.tags().items() if path not in (MARK, LEASE)}
+    target = cache_dir / hashlib.sha256(repr((store, tags)).encode()).hexdigest()[:32]
     if target.is_dir():
         return target
     with disk_errors(cache_dir):
@@ -68,6 +84,9 @@ def localize(url: str, cache_dir: Path, endpoint: str | None = None) -> Path:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not target.is_dir():
                 with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=cache_dir) as partial:
-                    store.download_tree("", Path(partial, "tree"))
+                    if not tags:
+                        raise FileNotFoundError(store.url)
+                    for path in tags:
+                        store.download(path, Path(partial, "tree", path))
                     Path(partial, "tree").rename(target)
     return target

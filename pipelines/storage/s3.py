@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -30,7 +30,7 @@ from botocore.exceptions import ConnectionError as UnreachableError
 from pyarrow import fs
 
 from pipelines.errors import UserError
-from pipelines.storage.store import Store, atomic_file, check_relative_path, disk_errors, ends_early
+from pipelines.storage.store import Store, atomic_file, check_relative_path, disk_errors, ends_early, is_partial
 
 T = TypeVar("T")
 _CONNECT_TIMEOUT_S = 3
@@ -185,13 +185,29 @@ class S3Store(Store):
         def scan(client: Any) -> dict[str, str]:
             pages = client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=folder)
             found = (entry for page in pages for entry in _entries(page))
-            return dict(sorted((entry["Key"].removeprefix(root), entry["ETag"]) for entry in found))
+            relative = ((entry["Key"].removeprefix(root), entry["ETag"]) for entry in found)
+            skipped = len(folder) - len(root)  # a folder of unfinished writes may be listed itself
+            return dict(sorted((path, tag) for path, tag in relative if not is_partial(PurePosixPath(path[skipped:]))))
 
         return self._call(prefix, scan)
 
     def size(self, path: str) -> int:
         head = self._call(path, lambda client: client.head_object(Bucket=self.bucket, Key=self._key(path)))
         return int(head["ContentLength"])
+
+    def walk(self, prefix: str = "") -> Iterator[str]:
+        folder, root = (f"{key}/".lstrip("/") for key in (self._key(prefix), self.prefix))
+        token: dict[str, str] = {}
+        while True:
+            page = self._call(prefix, partial(_list_page, Bucket=self.bucket, Prefix=folder, **token))
+            yield from (entry["Key"].removeprefix(root) for entry in _entries(page))
+            if not page["IsTruncated"]:
+                return
+            token = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def copy(self, source: str, target: str) -> None:
+        place = {"Bucket": self.bucket, "Key": self._key(source)}
+        self._call(target, lambda client: client.copy(place, self.bucket, self._key(target)))
 
     def exists(self, path: str) -> bool:
         key = self._key(path)
@@ -265,6 +281,12 @@ def _body(answer: dict[str, Any], length: int | None = None) -> bytes:
     if len(data) != wanted:
         raise _ShortError(f"{len(data)} of {wanted} bytes")
     return data
+
+
+def _list_page(client: Any, **request: str) -> dict[str, Any]:
+    page: dict[str, Any] = client.list_objects_v2(**request)
+    _entries(page)
+    return page
 
 
 def _entries(page: dict[str, Any]) -> Sequence[dict[str, Any]]:

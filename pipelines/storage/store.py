@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 
 from pyarrow import fs
 
@@ -119,6 +119,17 @@ class Store(ABC):
     def arrow_filesystem(self) -> tuple[fs.FileSystem, str]:
         """Return the folder for libraries that read with pyarrow: a file system, and the path in it."""
 
+    @abstractmethod
+    def walk(self, prefix: str = "") -> Iterator[str]:
+        """Yield the path of everything below the folder `prefix`, unfinished writes included, in any order.
+
+        An empty folder on a disk ends with a slash. Nothing is read ahead of need.
+        """
+
+    @abstractmethod
+    def copy(self, source: str, target: str) -> None:
+        """Create or replace an object by a copy of another one, atomically, where they are."""
+
     def list(self, prefix: str = "") -> list[str]:
         """Return the sorted paths, relative to this store, of all objects below the folder `prefix`."""
         return [*self.tags(prefix)]
@@ -156,6 +167,11 @@ def check_relative_path(path: str) -> PurePosixPath:
     return pure
 
 
+def is_partial(path: PurePath) -> bool:
+    """Return whether a path is that of an unfinished write, or in a folder of them."""
+    return any(part.startswith(PARTIAL) for part in path.parts)
+
+
 @contextmanager
 def _temporary_name(target: Path) -> Iterator[Path]:
     """Provide a temporary name next to `target`. A file that remains there is removed."""
@@ -172,12 +188,18 @@ def atomic_file(target: Path) -> Iterator[Path]:
     """Provide a temporary file that is moved to `target`, durably, when the block ends without an error."""
     with _temporary_name(target) as temporary:
         yield temporary
-        _sync(temporary)
+        sync(temporary)
         temporary.replace(target)
-        _sync(target.parent)
+        sync(target.parent)
 
 
-def _sync(path: Path) -> None:
+def _raise(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -233,7 +255,7 @@ class LocalStore(Store):
         target = self._at(path)
         with disk_errors(target), _temporary_name(target) as temporary:
             temporary.write_bytes(data)
-            _sync(temporary)
+            sync(temporary)
             try:
                 if tag is None:
                     os.link(temporary, target)  # fails if the target exists; a rename would not
@@ -245,7 +267,7 @@ class LocalStore(Store):
                         temporary.replace(target)
             except (FileExistsError, FileNotFoundError):
                 return False
-            _sync(target.parent)
+            sync(target.parent)
             return True
 
     def upload(self, local_file: Path, path: str) -> None:
@@ -257,14 +279,33 @@ class LocalStore(Store):
             shutil.copyfile(self._at(path), temporary)
 
     def tags(self, prefix: str = "") -> dict[str, str]:
-        with disk_errors(self._at(prefix)):
-            files = (file for file in self._at(prefix).rglob("*") if not file.name.startswith(PARTIAL))
+        start = self._at(prefix)
+        with disk_errors(start):
+            files = (file for file in start.rglob("*") if not is_partial(file.relative_to(start)))
             stats = {file.relative_to(self.root).as_posix(): file.stat() for file in files if file.is_file()}
         return {path: _tag(stat) for path, stat in sorted(stats.items())}
 
     def size(self, path: str) -> int:
         with disk_errors(self._at(path)):
             return self._at(path).stat().st_size
+
+    def walk(self, prefix: str = "") -> Iterator[str]:
+        with disk_errors(self._at(prefix)):
+            for folder, folders, files in os.walk(self._at(prefix), onerror=_raise):
+                inside = Path(folder).relative_to(self.root)
+                links = [name for name in folders if Path(folder, name).is_symlink()]
+                yield from ((inside / name).as_posix() for name in (*files, *links))
+                if not files and not folders and Path(folder) != self._at(prefix):
+                    yield f"{inside.as_posix()}/"
+
+    def copy(self, source: str, target: str) -> None:
+        with disk_errors(self._at(target)), _temporary_name(self._at(target)) as temporary:
+            try:
+                os.link(self._at(source), temporary)
+            except OSError:  # a file system without hard links, or no such file
+                shutil.copyfile(self._at(source), temporary)
+            temporary.replace(self._at(target))
+            sync(self._at(target).parent)
 
     def exists(self, path: str) -> bool:
         with disk_errors(self._at(path)):

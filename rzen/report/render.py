@@ -9,9 +9,13 @@ from typing import Any
 
 import jinja2
 
+from pipelines.errors import UserError
 from rzen.report.hits import Hit
 from rzen.report.plots import inline_svg
 from rzen.report.thumbnails import Thumbnail, ThumbnailPool
+
+_GENERATOR = b'<meta name="generator" content="rzen">'
+_HEAD_BYTES = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +45,16 @@ def write_html(
     svgs = {name: inline_svg(svg, name, f"plot-{i}-") for i, (name, svg) in enumerate(plots.items())}
     rendered = _environment().get_template(template)
     html = rendered.render(plots=svgs, facts=facts, thumbnails=pool.all(), **content)
+    check_replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # File names that are not UTF-8 reach us as lone surrogates, which no encoding holds.
     path.write_text(html, encoding="utf-8", errors="replace", newline="\n")
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise `UserError` for a file that is there and is no report of ours."""
+    if path.is_file() and _GENERATOR not in path.read_bytes()[:_HEAD_BYTES]:
+        raise UserError(str(path), "is a file that rzen did not write", "name a new file, or move this one away")
 
 
 def make_card(hit: Hit, pool: ThumbnailPool) -> Card:

@@ -3,8 +3,8 @@
     step-000123/
         parameters.safetensors      trained parameters, full, fp32
         moments.safetensors         AdamW's `exp_avg:` and `exp_avg_sq:` of each
-        state.json                  steps done, updates among them, fingerprint of the plan, SHA-256 of the files
-                                    above; written last
+        state.json                  steps done, updates among them, fingerprint of the plan, run, hash of its
+                                    settings, SHA-256 of the files above; written last
 
 Nothing else is needed: batches, learning rate and random numbers of a step are pure functions of its number. Restoring
 is exact with the same number of workers and within rounding with another (tests/integration/test_training.py).
@@ -13,7 +13,7 @@ is exact with the same number of workers and within rounding with another (tests
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch.nn.functional import pad
 
 from pipelines.errors import UserError
 from rzen.model.checkpoints import file_sha256
-from rzen.training.checkpoint_state import FIX, MOMENTS, PARAMETERS, STATE, CheckpointState, parse_state
+from rzen.training.checkpoint_state import FIX, MOMENTS, PARAMETERS, STATE, CheckpointState, Origin, parse_state
 
 MOMENT_NAMES = ("exp_avg", "exp_avg_sq")
 
@@ -62,7 +62,7 @@ class Snapshot:
         (folder / STATE).write_text(state.to_json())
 
 
-def snapshot(engine: Any, *, step: int, plan_fingerprint: str) -> Snapshot | None:
+def snapshot(engine: Any, *, step: int, origin: Origin) -> Snapshot | None:
     """Return the state after `step` steps on rank 0, None on all other ranks. A collective."""
     tensors = {PARAMETERS: full_parameters(engine), MOMENTS: {}}
     for moment in MOMENT_NAMES:
@@ -72,10 +72,10 @@ def snapshot(engine: Any, *, step: int, plan_fingerprint: str) -> Snapshot | Non
     state = CheckpointState(
         step=step,
         updates=_updates(engine),
-        plan_fingerprint=plan_fingerprint,
         sha256={},
         world_size=dist.get_world_size(),
         torch=torch.__version__,
+        **asdict(origin),
     )
     return Snapshot(state, tensors)
 

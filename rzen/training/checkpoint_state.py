@@ -17,6 +17,18 @@ FIX = "resume from another checkpoint, or start a run under a new name"
 
 
 @dataclass(frozen=True)
+class Origin:
+    """What a checkpoint comes from."""
+
+    plan_fingerprint: str
+    """Fingerprint of the batches. A checkpoint of another plan is refused."""
+    run: str = ""
+    """Id of the run."""
+    settings_sha256: str = ""
+    """Hash of the settings and data that decide the weights."""
+
+
+@dataclass(frozen=True)
 class CheckpointState:
     """What a checkpoint says about itself."""
 
@@ -31,6 +43,10 @@ class CheckpointState:
     """Ranks that wrote it. For information."""
     torch: str = ""
     """Version of torch. For information."""
+    run: str = ""
+    """Id of the run that wrote it."""
+    settings_sha256: str = ""
+    """Hash of the settings and data that decide the weights."""
 
     def to_json(self) -> str:
         """Return the content of `state.json`."""

@@ -31,6 +31,7 @@ from rzen.objective.loss import Objective
 from rzen.training import checkpoint
 from rzen.training.batch import FeedBatchProtocol
 from rzen.training.checkpoint_manager import ASK_S, CheckpointManager, CheckpointStore
+from rzen.training.checkpoint_state import Origin
 from rzen.training.divergence import divergence_error
 from rzen.training.init_adapter import read_init_adapter
 from rzen.training.optim import build_optimizer, lr_at, set_lr
@@ -62,6 +63,10 @@ class Stage:
     """Tokens of a chunk for gradient caching (`rzen.model.chunks`). Decides memory and time, not the weights."""
     stop: int | None = None
     """Pause with a checkpoint after this many steps. A model is written only after the last step. None: no pause."""
+    run: str = ""
+    """Id of the run, for its checkpoints."""
+    settings_sha256: str = ""
+    """Hash of the settings and data that decide the weights, for its checkpoints."""
 
 
 def train_stage(
@@ -109,7 +114,7 @@ def train_stage(
             checkpoints,
             start=start,
             every_steps=stage.checkpoint_every_steps,
-            plan_fingerprint=stage.plan_fingerprint,
+            origin=Origin(stage.plan_fingerprint, stage.run, stage.settings_sha256),
             preempted=preempted,
         )
         feed = ThreadPoolExecutor(max_workers=1)

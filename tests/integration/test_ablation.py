@@ -5,6 +5,7 @@ Ray evaluates; training is left out, which four times would take minutes: every 
 
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 import jobs.training.launch
 from jobs.cli import main
-from jobs.runtime.models import local_folder, publish_folder
+from jobs.runtime.models import local_folder
 from jobs.training.encoder import BACKBONE
 from jobs.training.fit import prepare
 from jobs.training.specs import TrainSpec
@@ -20,6 +21,7 @@ from pipelines.config import MediaConfig
 from pipelines.ingest.ingest import ingest
 from pipelines.sources.folder import read_folder
 from pipelines.storage.location import open_store
+from pipelines.storage.publish import publish_folder
 from pipelines.synthetic.config import CorpusConfig
 from pipelines.synthetic.corpus import make_corpus
 
@@ -71,7 +73,7 @@ out: "{0}/out"
 def end_at_the_start(specs: list[TrainSpec], max_parallel: int) -> None:
     """In place of `launch`: everything but the steps."""
     for spec in specs:
-        if prepared := prepare(spec):
+        if prepared := prepare(spec, ExitStack()):
             run = prepared.run
             publish_folder(Path(local_folder(run.store.child(BACKBONE).url, None)), run.store.child(run.result))
             numbers = {

@@ -185,8 +185,9 @@ def test_a_rerun_gives_the_same_bytes_wherever_the_raw_data_lies(tmp_path: Path)
 def test_a_smaller_rerun_leaves_no_orphans(tmp_path: Path) -> None:
     raws = write_images(tmp_path / "raw", 13)
     out = open_store(str(tmp_path / "out"))
-    out.write("train/notes.txt", b"not ours")
     run(raws, out)
+    out.write("train/notes.txt", b"not ours")
+    out.write("train/cars/cars-000000-0123456789ab.tar", b"from a run that was killed")
     run(raws[:5], out)
     assert verify(out, "train") == ["train/notes.txt: not in the manifest"]
     assert read_manifest(out, "train").num_samples == 4

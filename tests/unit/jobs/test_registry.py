@@ -42,6 +42,7 @@ def test_models_are_there_whole_and_never_change(registry: Registry, tmp_path: P
     assert open_store(registry.url("a"), getattr(registry.store, "endpoint", None)).list() == [
         "adapter_config.json",
         "lineage.json",
+        "rzen-output.json",
         "rzen.json",
     ]
     with pytest.raises(UserError, match="is there already, and models never change"):

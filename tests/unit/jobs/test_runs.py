@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 
 from jobs.training.checkpoints import Checkpoints
-from jobs.training.runs import LATEST, METRICS, Run, parse_rows
+from jobs.training.runs import LATEST, METRICS, SPEC, Run, parse_rows
 from jobs.training.specs import TrainSpec
 from pipelines.config import FeedConfig
-from pipelines.errors import UserError
+from pipelines.errors import TakenError, UserError
 from pipelines.feed.batch import ResumePoint
 from pipelines.feed.feed import RESUME, PlannedFeed
 from pipelines.plan.types import MixturePhase
+from pipelines.storage.publish import MARK, publish_folder
 from pipelines.storage.store import Store
 from rzen.training.checkpoint_state import MOMENTS, PARAMETERS, CheckpointState
 
@@ -41,11 +42,18 @@ def step_of(folder: Path) -> int:
     return int(json.loads((folder / "state.json").read_text())["step"])
 
 
+def steps_kept(run: Run) -> list[int]:
+    """The steps of the checkpoints that are there."""
+    return sorted({int(name.split("/")[1].split("-")[0]) for name in run.store.list("checkpoints")})
+
+
 def publish(checkpoints: Checkpoints, scratch: Path, step: int, accuracy: float = 0.5) -> None:
     """A checkpoint after `step` steps; those since the one before had this accuracy, and one more has been done."""
     folder = scratch / f"s{step}"
     folder.mkdir()
-    state = CheckpointState(step, step, "plan", {PARAMETERS: "p", MOMENTS: "m"})
+    spec = json.loads(checkpoints._store.read(SPEC))
+    origin = {"run": spec["id"], "settings_sha256": spec["settings_sha256"]}
+    state = CheckpointState(step, step, "plan", {PARAMETERS: "p", MOMENTS: "m"}, **origin)
     (folder / "state.json").write_text(state.to_json())
     done = [row for row in checkpoints.metrics if row["step"] < step]
     checkpoints.metrics = done + [
@@ -98,7 +106,7 @@ def test_overwrite_begins_anew(tmp_path: Path) -> None:
     changed = make_run(tmp_path, seed=1, run={"root": str(tmp_path), "overwrite": True})
     assert changed.begin(DATA)
     assert changed.step() == 0
-    assert changed.store.list() == ["spec.json"]
+    assert changed.store.list() == [MARK, "spec.json"]
 
 
 def test_finished_run_is_left_alone_and_keeps_no_checkpoint(tmp_path: Path) -> None:
@@ -108,7 +116,7 @@ def test_finished_run_is_left_alone_and_keeps_no_checkpoint(tmp_path: Path) -> N
     publish(checkpoints, tmp_path, 2)
     run.finish({"steps": 2}, [{"step": 0, "loss": math.nan}, {"step": 1, "loss": 1.0}])
     assert not make_run(tmp_path).begin(DATA)
-    assert run.store.list() == ["done.json", METRICS, "spec.json"]
+    assert run.store.list() == ["done.json", METRICS, MARK, "spec.json"]
     lines = run.store.read(METRICS)
     assert lines == b'{"loss": null, "step": 0}\n{"loss": 1.0, "step": 1}\n'
     assert math.isnan(parse_rows(lines, "metrics.jsonl")[0]["loss"])
@@ -121,7 +129,7 @@ def test_latest_checkpoint_brings_its_metrics_and_old_ones_go(tmp_path: Path) ->
     assert writer.latest() is None
     for step in (5, 10, 15):
         publish(writer, tmp_path, step)
-    assert {name.split("/")[1] for name in run.store.list("checkpoints")} == {"000010", "000015"}
+    assert steps_kept(run) == [10, 15]
     reader = checkpoints_of(run)
     folder = reader.latest()
     assert folder is not None
@@ -136,20 +144,20 @@ def test_the_best_checkpoint_stays(tmp_path: Path) -> None:
         writer = checkpoints_of(run)  # as after a restart
         writer.latest()
         publish(writer, tmp_path, step, accuracy)
-    assert {name.split("/")[1] for name in run.store.list("checkpoints")} == {"000010", "000020"}
+    assert steps_kept(run) == [10, 20]
     best = checkpoints_of(run).best()
     assert best is not None
     assert step_of(best) == 10
     publish(writer, tmp_path, 25, 0.9)
     assert checkpoints_of(run).best() is None
-    assert {name.split("/")[1] for name in run.store.list("checkpoints")} == {"000025"}
+    assert steps_kept(run) == [25]
 
 
 def test_half_written_checkpoint_is_never_the_latest(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     run.begin(DATA)
     publish(checkpoints_of(run), tmp_path, 5)
-    run.store.write("checkpoints/000010/parameters.safetensors", b"cut")  # killed before latest.json was written
+    run.store.write("checkpoints/000010-0a/parameters.safetensors", b"cut")  # killed before latest.json was written
     folder = checkpoints_of(run).latest()
     assert run.step() == 5
     assert folder is not None
@@ -191,7 +199,7 @@ def test_feed_and_learner_resume_from_one_checkpoint_though_another_appears(tmp_
 
     feed = feed_of(run)
     ranks = [shards[RESUME] for shards in feed.configure([RESUME], 2)]
-    assert ranks == [ResumePoint(5, "checkpoints/000005")] * 2
+    assert ranks == [ResumePoint(5, json.loads(run.store.read(LATEST))["path"])] * 2
     publish(late, tmp_path, 10)
     learner = Checkpoints(run, ranks[0]).latest()
     assert learner is not None
@@ -210,15 +218,16 @@ def test_the_step_is_that_of_the_checkpoint_and_not_of_what_names_it(tmp_path: P
     latest = json.loads(run.store.read(LATEST))
     assert "step" not in latest
     run.store.write(LATEST, json.dumps(latest | {"step": 99}).encode())  # as older versions did
-    assert run.resume_point() == ResumePoint(5, "checkpoints/000005")
+    assert run.resume_point() == ResumePoint(5, latest["path"])
 
 
 def test_a_named_checkpoint_that_is_not_there_is_told(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     run.begin(DATA)
     publish(checkpoints_of(run), tmp_path, 5)
-    run.store.delete_tree("checkpoints/000005")
-    with pytest.raises(UserError, match=r"latest.json: names checkpoints/000005, which is not there; resume from anot"):
+    run.store.delete_tree(run.resume_point().checkpoint)
+    match = r"latest.json: names checkpoints/000005-\w{8}, which is not there; resume from another"
+    with pytest.raises(UserError, match=match):
         run.resume_point()
 
 
@@ -229,13 +238,110 @@ def test_a_checkpoint_that_is_replaced_while_it_is_read_is_no_error(
     run.begin(DATA)
     writer = checkpoints_of(run)
     publish(writer, tmp_path, 5)
+    state_of_5 = f"{run.resume_point().checkpoint}/state.json"
     kind: Any = type(run.store)
     read = kind.read
 
     def slow(store: Store, path: str) -> bytes:
-        if path == "checkpoints/000005/state.json":
+        if path == state_of_5:
+            monkeypatch.setattr(kind, "read", read)
             publish(writer, tmp_path, 10)
         return bytes(read(store, path))
 
     monkeypatch.setattr(kind, "read", slow)
-    assert run.resume_point() == ResumePoint(10, "checkpoints/000010")
+    assert run.resume_point().step == 10
+
+
+def test_a_run_that_was_replaced_is_told_and_changes_nothing(tmp_path: Path) -> None:
+    """Its driver is gone, and one of its workers lives on."""
+    first = make_run(tmp_path)
+    first.begin(DATA)
+    late = checkpoints_of(first)
+    publish(late, tmp_path, 5)
+    second = make_run(tmp_path, seed=1, run={"root": str(tmp_path), "overwrite": True})
+    second.begin(DATA)
+    with pytest.raises(TakenError, match="holds another run by now"):
+        publish(late, tmp_path, 10)
+    assert second.step() == 0
+    publish(checkpoints_of(second), tmp_path, 15)
+    assert second.step() == 15
+    assert not (steps_kept(second) == [10, 15] and second.resume_point().step == 10)
+
+
+def test_a_pointer_that_another_run_wrote_late_is_not_followed(tmp_path: Path) -> None:
+    first = make_run(tmp_path)
+    first.begin(DATA)
+    publish(checkpoints_of(first), tmp_path, 5)
+    late = first.store.read(LATEST)
+    second = make_run(tmp_path, seed=1, run={"root": str(tmp_path), "overwrite": True})
+    second.begin(DATA)
+    second.store.write(LATEST, late)
+    assert second.step() == 0
+    publish(checkpoints_of(second), tmp_path, 15)
+    assert second.step() == 15
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    run.begin(DATA)
+    publish(checkpoints_of(run), tmp_path, 5)
+    place = f"{run.resume_point().checkpoint}/state.json"
+    state = json.loads(run.store.read(place))
+    run.store.write(place, json.dumps(state | {"settings_sha256": "other"}).encode())
+    with pytest.raises(UserError, match=r"state.json: belongs to a run with other settings"):
+        run.resume_point()
+
+
+def test_the_newest_checkpoint_never_goes_back(tmp_path: Path) -> None:
+    """A worker that was believed dead writes an older one."""
+    run = make_run(tmp_path)
+    run.begin(DATA)
+    late, present = checkpoints_of(run), checkpoints_of(run)
+    publish(present, tmp_path, 10)
+    publish(late, tmp_path, 5)
+    assert run.step() == 10
+    publish(late, tmp_path, 15)
+    assert run.step() == 15
+
+
+def test_two_processes_write_checkpoints_of_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path)
+    run.begin(DATA)
+    one, other = checkpoints_of(run), checkpoints_of(run)
+    kind: Any = type(run.store)
+    upload_tree = kind.upload_tree
+
+    def overtaken(store: Store, folder: Path, path: str) -> None:
+        monkeypatch.setattr(kind, "upload_tree", upload_tree)
+        upload_tree(store, folder, path)
+        publish(other, tmp_path / "other", 5)
+
+    (tmp_path / "other").mkdir()
+    monkeypatch.setattr(kind, "upload_tree", overtaken)
+    publish(one, tmp_path, 5)
+    folder = checkpoints_of(run).latest()
+    assert folder is not None
+    assert step_of(folder) == 5
+
+
+def test_an_overwritten_run_keeps_its_result_and_files_of_others(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    run.begin(DATA)
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "adapter.bin").write_bytes(b"old")
+    publish_folder(model, run.store.child(run.result))
+    run.store.write("notes.txt", b"mine")
+    run.finish({"steps": 2}, [])
+    changed = make_run(tmp_path, seed=1, run={"root": str(tmp_path), "overwrite": True})
+    assert changed.begin(DATA)
+    assert changed.store.read("notes.txt") == b"mine"
+    assert changed.store.read(f"{run.result}/adapter.bin") == b"old"
+
+
+def test_a_folder_of_others_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r/thesis.docx").write_bytes(b"mine")
+    with pytest.raises(UserError, match=r"r: holds files that rzen did not write: thesis.docx"):
+        make_run(tmp_path, run={"root": str(tmp_path), "overwrite": True}).begin(DATA)
+    assert [path.name for path in (tmp_path / "r").iterdir()] == ["thesis.docx"]

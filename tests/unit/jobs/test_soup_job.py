@@ -93,14 +93,19 @@ def test_soups_are_chosen_scored_and_told(tmp_path: Path, judge: Judge) -> None:
     assert not (tmp_path / "out/candidates").exists()
 
 
+def results_of(folder: Path) -> dict[str, str]:
+    """Every file, and when it was written."""
+    return open_store(str(folder / "out")).tags()
+
+
 def test_a_finished_job_reports_and_no_more(tmp_path: Path, judge: Judge, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", str(tmp_path / "job.yaml")]) == 0
-    tags = open_store(str(tmp_path / "out")).tags()
+    tags = results_of(tmp_path)
     judge.asked.clear()
     capsys.readouterr()
     assert main(["run", str(tmp_path / "job.yaml")]) == 0
     assert judge.asked == []
-    assert open_store(str(tmp_path / "out")).tags() == tags
+    assert results_of(tmp_path) == tags
     assert "searched" in capsys.readouterr().out
 
 

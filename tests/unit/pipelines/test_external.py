@@ -337,7 +337,7 @@ def published(tmp_path: Path, files: dict[str, bytes], mapping: SourceMapping = 
         (tmp_path / "theirs" / name).write_bytes(data)
     out = open_store(str(tmp_path / "out"))
     found = find_shards([str(tmp_path / "theirs")])
-    jobs = [ScanJob("s", one, f"train/s/{number}.idx.parquet", mapping) for number, one in enumerate(found)]
+    jobs = [ScanJob("s", one, "train/s", mapping) for one in found]
     shards = tuple(index_shard(job, out).shard for job in jobs)
     info = SourceInfo(mapping.task, sum(shard.num_samples for shard in shards), shards, mapping.model_dump())
     publish_manifest(out, Manifest("train", {"s": info}))
@@ -419,7 +419,7 @@ def test_an_index_is_made_once_for_a_shard_and_a_selection(tmp_path: Path) -> No
 
     def run(mapping: SourceMapping = CAPTIONED, **changes: Any) -> Any:
         (found,) = find_shards([str(tmp_path / "a.tar")])
-        return index_shard(ScanJob("s", found, "x.idx.parquet", mapping, **changes), out)
+        return index_shard(ScanJob("s", found, "x", mapping, **changes), out)
 
     first = run()
     again = run()
@@ -427,12 +427,14 @@ def test_an_index_is_made_once_for_a_shard_and_a_selection(tmp_path: Path) -> No
     assert (again.shard, again.tally, again.neighbors) == (first.shard, first.tally, first.neighbors)
     assert run(SourceMapping(instruction="Find.", task="other")).reused
     assert not run(SourceMapping(query=InputMapping(text="txt"))).reused
-    assert not run().reused
+    assert run().reused
     assert not run(media=MediaConfig()).reused
     (tmp_path / "a.tar").write_bytes(make_tar(pairs(4)))
     assert run().shard.num_samples == 4
-    out.write("x.idx.parquet", b"torn")
+    assert run().reused
+    out.write(run().shard.index_path, b"torn")
     assert not run().reused
+    assert run().reused
     assert first.shard.sha256 == hashlib.sha256(make_tar(pairs(3))).hexdigest()
 
 
@@ -441,10 +443,7 @@ def test_decoding_leaves_out_what_cannot_be_decoded(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(make_tar(files))
     (found,) = find_shards([str(tmp_path / "a.tar")])
     out = open_store(str(tmp_path / "out"))
-    tallies = [
-        index_shard(ScanJob("s", found, "x.idx.parquet", CAPTIONED, media), out).tally
-        for media in (None, MediaConfig())
-    ]
+    tallies = [index_shard(ScanJob("s", found, "x", CAPTIONED, media), out).tally for media in (None, MediaConfig())]
     assert [(tally.accepted, tally.rejected) for tally in tallies] == [(3, {}), (2, {"unsupported_format": 1})]
 
 

@@ -1,0 +1,97 @@
+"""Leases between processes and machines. What a registry makes of them is in `test_registry.py`."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.runtime.lease import LEASE, hold_lease, hold_output
+from pipelines.errors import UserError
+from pipelines.storage.location import open_store
+from pipelines.storage.store import Store
+from tests.paths import ROOT
+
+HOLDER = """
+import sys, time
+from jobs.runtime.lease import hold_lease
+from pipelines.storage.location import open_store
+with hold_lease(open_store(sys.argv[1]), 60, "trains"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return open_store(str(tmp_path))
+
+
+def leave(store: Store, **fields: Any) -> None:
+    """A lease that was never given back, as a killed process leaves it."""
+    with hold_lease(store, 60, "trains"):
+        content = json.loads(store.read(LEASE))
+    assert store.list() == []
+    store.write(LEASE, json.dumps(content | fields).encode())
+
+
+def test_a_killed_holder_on_this_machine_gives_way_at_once(store: Store) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, store.url], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match=rf"\(process {holder.pid}\) trains here"), hold_lease(store, 60, "trains"):
+        pass
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    begun_s = time.monotonic()
+    with hold_lease(store, 60, "trains") as lease:
+        lease.check()
+    assert time.monotonic() - begun_s < 5
+
+
+def test_a_number_that_another_process_has_by_now_is_no_holder(store: Store) -> None:
+    leave(store, seconds=60.0, until=time.time() + 60, process=1)
+    with hold_lease(store, 60, "trains"):
+        pass
+
+
+@pytest.mark.parametrize("skew_s", [-600, 0, 600])
+def test_a_silent_holder_on_another_machine_is_waited_for_whatever_its_clock_says(store: Store, skew_s: float) -> None:
+    leave(store, seconds=1.0, until=time.time() + skew_s, machine="another")
+    begun_s = time.monotonic()
+    with hold_lease(store, 60, "trains"):
+        assert time.monotonic() - begun_s >= 1.0
+
+
+@pytest.mark.parametrize("skew_s", [-600, 600])
+def test_a_living_holder_on_another_machine_is_never_robbed(
+    store: Store, monkeypatch: pytest.MonkeyPatch, skew_s: float
+) -> None:
+    with hold_lease(store, 0.9, "trains") as lease:
+        monkeypatch.setattr("jobs.runtime.lease._machine", lambda: "another")
+        now = time.time
+        monkeypatch.setattr("jobs.runtime.lease.time.time", lambda: now() + skew_s)
+        with pytest.raises(UserError, match="trains here"), hold_lease(store, 60, "trains"):
+            pass
+        lease.check()
+
+
+def test_a_damaged_lease_is_one_clear_error(store: Store) -> None:
+    for content in (b"", b"{", b"[]", b"{}"):
+        store.write(LEASE, content)
+        with pytest.raises(UserError, match=r"lease\.json: .*; delete the file if"), hold_lease(store, 60, "trains"):
+            pass
+
+
+def test_an_output_is_claimed_before_its_lease(store: Store) -> None:
+    store.write("thesis.docx", b"mine")
+    with pytest.raises(UserError, match=r"thesis\.docx"), hold_output(store, "run", "trains"):
+        pass
+    assert store.list() == ["thesis.docx"]
+    run = store.child("run")
+    with hold_output(run, "run", "trains"), pytest.raises(UserError, match="s here"), hold_output(run, "run", "trains"):
+        pass
