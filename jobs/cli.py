@@ -17,6 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from jobs.commands import data, models, registry, spec
+from jobs.commands.output import SafeFormatter, print_error, print_text
 from pipelines.errors import UserError
 
 EXAMPLES = """\
@@ -51,16 +52,16 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print_error(f"error: {error}")
         except KeyboardInterrupt:
-            print("\ninterrupted: the same command resumes from the last finished job or checkpoint", file=sys.stderr)
+            print_error("\ninterrupted: the same command resumes from the last finished job or checkpoint")
             raise typer.Exit(130) from None
         except BrokenPipeError:  # whoever reads the output has seen enough
             pass
         except OSError as error:
             if error.errno is None:
                 raise
-            print(f"error: {error.filename or 'operating system'}: {error.strerror}", file=sys.stderr)
+            print_error(f"error: {error.filename or 'operating system'}: {error.strerror}")
         raise typer.Exit(1)
 
 
@@ -81,7 +82,7 @@ def _print_version(wanted: bool) -> None:
     if wanted:
         from importlib.metadata import version
 
-        print(f"rzen {version('rzen')}")
+        print_text(f"rzen {version('rzen')}")
         raise typer.Exit
 
 
@@ -100,7 +101,9 @@ def _root(
     settings in the file, or for one run with --set. `rzen kinds` lists the kinds of job, `rzen schema KIND` their
     settings.
     """
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(SafeFormatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(handlers=[handler])
     for package in ("jobs", "rzen", "pipelines"):
         logging.getLogger(package).setLevel(log.upper())
     warnings.simplefilter("ignore", FutureWarning)  # libraries announce theirs between our lines

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from jobs.commands.options import AsJson, Changes, print_json, run_file
+from jobs.commands.output import print_text
 from jobs.spec.load import read_document
 
 
@@ -136,9 +137,9 @@ def verify(
         found[split] = {"samples": manifest.num_samples, "shards": num_shards, "problems": problems}
         if not as_json:
             for problem in problems:
-                print(problem)
+                print_text(problem)
             state = f"{len(problems)} problem(s)" if problems else "sound"
-            print(f"{store.url}/{split}: {manifest.num_samples:,} samples in {num_shards:,} shards, {state}")
+            print_text(f"{store.url}/{split}: {manifest.num_samples:,} samples in {num_shards:,} shards, {state}")
     if as_json:
         print_json(found)
     if any(split["problems"] for split in found.values()):

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from jobs.commands.options import AsJson, Changes, SpecPath, print_json, read_spec, run_file
+from jobs.commands.output import print_text
 from pipelines.errors import UserError
 
 BENCHMARK_SPEC, EMBED_SPEC = "jobs/benchmark.yaml", "jobs/embed.yaml"
@@ -53,9 +54,9 @@ def _list_datasets(path: str, changes: list[str] | None, as_json: bool) -> None:
         custom = [{"dataset": name, "path": path, "exists": Path(path).exists()} for name, path in spec.custom.items()]
         print_json({"suites": rows, "custom": custom})
         return
-    print(format_status(found), end="")
+    print_text(format_status(found), end="")
     for name, folder in spec.custom.items():
-        print(f"custom: {name}, {folder}{'' if Path(folder).exists() else ', which does not exist'}")
+        print_text(f"custom: {name}, {folder}{'' if Path(folder).exists() else ', which does not exist'}")
 
 
 def export(

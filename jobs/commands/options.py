@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
 
+from jobs.commands.output import print_error, print_text
 from jobs.spec.job import JobConfig
 from jobs.spec.load import Document, check, override, read_document
 from jobs.spec.no_effect import warnings
 from pipelines.errors import UserError
+from pipelines.redaction import redacted
 
 SpecPath = Annotated[str, typer.Argument(metavar="SPEC", help="YAML file", show_default=True)]
 Changes = Annotated[
@@ -52,7 +53,7 @@ def run_file(
 def print_warnings(spec: JobConfig, named: Sequence[JobConfig], document: Document) -> None:
     """Print the settings without effect of a spec, and of those that it names, to the standard error."""
     for text in warnings(spec, named, document):
-        print(f"warning: {text}", file=sys.stderr)
+        print_error(f"warning: {text}")
 
 
 def as_changes(settings: Mapping[str, Any]) -> list[str]:
@@ -62,4 +63,4 @@ def as_changes(settings: Mapping[str, Any]) -> list[str]:
 
 def print_json(content: Any) -> None:
     """Print JSON for scripts."""
-    print(json.dumps(content, indent=1))
+    print_text(json.dumps(redacted(content), indent=1))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jobs.commands.options import AsJson, print_json
+from jobs.commands.output import print_text
 from jobs.spec.load import read_document
 from pipelines.errors import UserError
 
@@ -56,15 +57,15 @@ def list_models(context: typer.Context, as_json: AsJson = False) -> None:
         mark = "*" if champion and champion.model == model else " "
         verdict = lineage.get("verdict", {})
         reasons = f"{'passed' if verdict['promote'] else 'refused'}: {'; '.join(verdict['reasons'])}" if verdict else ""
-        print(f"{mark} {model}  {lineage['at'][:19]}  {samples:,} samples  {reasons}")
+        print_text(f"{mark} {model}  {lineage['at'][:19]}  {samples:,} samples  {reasons}")
     for promotion in promotions:
         replaced = f" instead of {promotion['previous']}" if promotion["previous"] else ""
         text = f"{promotion['model']}{replaced}: {promotion['reason']} ({promotion['by']})"
-        print(f"promotion {promotion['generation']}  {promotion['at'][:19]}  {text}")
+        print_text(f"promotion {promotion['generation']}  {promotion['at'][:19]}  {text}")
     for retraining in retrainings:
-        print(f"retraining {retraining['id']}  {retraining['at'][:19]}  {retraining['outcome']}")
+        print_text(f"retraining {retraining['id']}  {retraining['at'][:19]}  {retraining['outcome']}")
     if champion is None:
-        print(f"{registry.store.url}: no champion yet")
+        print_text(f"{registry.store.url}: no champion yet")
 
 
 def show(context: typer.Context, model: ModelOrChampion = None) -> None:
@@ -86,20 +87,20 @@ def diff(context: typer.Context, model: Model, other: ModelOrChampion = None, as
         print_json(changes)
         return
     for change in changes:
-        print(change)
+        print_text(change)
 
 
 def promote(context: typer.Context, model: Model, reason: Reason) -> None:
     """Make a model the champion, whatever the gate decided."""
     registry = _open(context)
     promoted = registry.promote(model, reason=reason, instead_of=registry.champion())
-    print(f"promotion {promoted.generation}: {promoted.model}")
+    print_text(f"promotion {promoted.generation}: {promoted.model}")
 
 
 def rollback(context: typer.Context, reason: Reason) -> None:
     """Promote the champion before the present one again."""
     promoted = _open(context).rollback(reason)
-    print(f"promotion {promoted.generation}: {promoted.model}")
+    print_text(f"promotion {promoted.generation}: {promoted.model}")
 
 
 def _champion(registry: Registry) -> Champion:

@@ -9,8 +9,10 @@ from typing import Annotated
 import typer
 
 from jobs.commands.options import AsJson, Changes, SpecPath, print_json, print_warnings, read_spec, run_file
+from jobs.commands.output import print_error, print_text
 from jobs.spec.kinds import Kind, find_kind, kind_names
 from pipelines.errors import UserError
+from pipelines.redaction import redacted
 
 
 def validate(
@@ -30,13 +32,13 @@ def validate(
             spec, document = read_spec(path, changes)
             named = named_specs(spec, document)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print_error(f"error: {error}")
             failed = True
             continue
         print_warnings(spec, named, document)
-        print(f"{path}: valid {spec.kind} job")
+        print_text(f"{path}: valid {spec.kind} job")
         if show:
-            print(spec.model_dump_json(indent=1))
+            print_text(json.dumps(redacted(spec.model_dump(mode="json")), indent=1))
     if failed:
         raise typer.Exit(1)
 
@@ -75,10 +77,10 @@ def kinds(as_json: AsJson = False) -> None:
         return
     width = max(len(kind.name) for kind in found)
     for kind in found:
-        print(f"{kind.name:<{width}}  {kind.summary}")
+        print_text(f"{kind.name:<{width}}  {kind.summary}")
         for verb, places in (("reads", kind.reads), ("makes", kind.makes)):
             if places:
-                print(f"{'':<{width}}    {verb}  {'; '.join(f'{key}: {what}' for key, what in places.items())}")
+                print_text(f"{'':<{width}}    {verb}  {'; '.join(f'{key}: {what}' for key, what in places.items())}")
 
 
 def _described(kind: Kind) -> dict[str, object]:
@@ -102,4 +104,4 @@ def schema(
     from jobs.spec.schema import schema_of_all, schema_of_kind
 
     json.dump(schema_of_kind(kind) if kind else schema_of_all(), sys.stdout, indent=1)
-    print()
+    print_text()

@@ -5,21 +5,34 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 from types import TracebackType
 from typing import Any, Self
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.progress_bar import ProgressBar
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
+from pipelines.redaction import printable, redact_text
+
+
+class _SafeConsole(Console):
+    """Prints what it is given without the control characters in it: names of files and captions come from others."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Yield the segments of a renderable. Rich's own control codes are not part of their text."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(printable(redact_text(segment.text)), segment.style)
+
+
+console = _SafeConsole(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
 _LINES = 5  # of a piece of work in a log, unless another interval is given
 _STATES = {"queued": "dim", "starting": "", "running": "", "restart": "yellow", "finished": "green", "failed": "red"}
 

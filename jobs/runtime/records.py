@@ -8,6 +8,8 @@ import platform
 from datetime import UTC, datetime
 from typing import Any
 
+from pipelines.redaction import redacted
+
 
 def differences(before: Any, after: Any, key: str = "") -> list[str]:
     """Return `optim.lr 0.0002 -> 0.0001` for every leaf that differs."""
@@ -20,8 +22,8 @@ def differences(before: Any, after: Any, key: str = "") -> list[str]:
 
 
 def as_json(content: Any) -> bytes:
-    """Return a JSON file for people and programs. Equal contents give equal bytes."""
-    return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
+    """Return a JSON file for people and programs, without secrets. Equal contents give equal bytes."""
+    return (json.dumps(redacted(content), indent=1, sort_keys=True) + "\n").encode()
 
 
 def signature() -> dict[str, str]:

@@ -21,6 +21,7 @@ from jobs.training.runs import METRICS, read_rows
 from pipelines.config import DataConfig
 from pipelines.errors import UserError
 from pipelines.feed.reader import Reader
+from pipelines.redaction import has_hidden
 from pipelines.samples import DecodedInput, Rejected
 from pipelines.storage.location import open_store
 from pipelines.storage.store import Store
@@ -50,6 +51,8 @@ def run(spec: SearchSpec) -> dict[str, Any]:
     rows_QK, scores_QK = top_k(queries_QD, vectors_ND, spec.top_k)
     # Vectors may come from others, and trust is the user's to give: `embed` does not record it.
     data = manifest["data"].model_copy(update={"trusted": False})
+    if has_hidden(data.endpoint):  # the environment knows the one with the password
+        data = data.model_copy(update={"endpoint": None})
     searches = [
         Search(query, _hits(data, corpus.take(rows_K).to_pylist(), scores_K))
         for query, rows_K, scores_K in zip(queries, rows_QK, scores_QK, strict=True)

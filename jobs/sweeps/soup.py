@@ -24,6 +24,7 @@ from jobs.spec.job import JobConfig
 from jobs.spec.load import Document
 from jobs.spec.model import ModelRef
 from jobs.sweeps.specs import SoupsConfig, SoupSpec
+from pipelines.redaction import redacted
 from pipelines.storage.location import open_store, resolve_endpoint
 from pipelines.storage.publish import is_published, publish_folder
 from pipelines.storage.store import Store, disk_errors
@@ -139,7 +140,7 @@ class SoupBuilder:
             "versions": versions(),
             "revision": revision(),
         }
-        self._out.write(f"{SUMMARY}.json", (json.dumps(found, indent=1) + "\n").encode())
+        self._out.write(f"{SUMMARY}.json", (json.dumps(redacted(found), indent=1) + "\n").encode())
         self._write_report(found, rows)
         self._out.delete_tree(CANDIDATES)
         return found

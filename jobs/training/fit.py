@@ -34,6 +34,7 @@ from pipelines.feed.reader import Reader
 from pipelines.plan.build import build_plan
 from pipelines.plan.plan import Plan
 from pipelines.plan.resample import next_mixture_change
+from pipelines.redaction import redact_text
 from pipelines.storage.publish import is_published, publish_folder
 from rzen.config import TinyBackbone
 
@@ -157,7 +158,7 @@ def _fit(prepared: Prepared, board: Any, set_state: Callable[[str, str], None], 
                 raise cause from None
             if abandoned.is_set():  # interrupted, or another run has failed: nothing waits for this one
                 raise
-            run.store.write(FAILURE, "".join(traceback.format_exception(error)).encode())
+            run.store.write(FAILURE, redact_text("".join(traceback.format_exception(error))).encode())
             if restarts == spec.cluster.max_restarts:
                 problem = f"failed {restarts + 1} times, last with {_first_failure(error)}"
                 raise UserError(run.store.url, problem, f"{FAILURE} there holds the traceback") from None

@@ -43,6 +43,7 @@ from pipelines.errors import UserError
 from pipelines.feed.batch import ResumePoint
 from pipelines.plan.sources import PlanSource
 from pipelines.plan.types import MixturePhase
+from pipelines.redaction import printable, redact_text, redacted
 from pipelines.storage.location import open_store, resolve_endpoint
 from pipelines.storage.publish import claim
 from pipelines.storage.store import Store
@@ -192,7 +193,8 @@ class Run:
         return None
 
     def _identity(self, data: dict[str, Any]) -> dict[str, Any]:
-        return {"spec": self.spec.model_dump(mode="json"), "data": data}
+        identity: dict[str, Any] = redacted({"spec": self.spec.model_dump(mode="json"), "data": data})
+        return identity
 
     def resume_point(self) -> ResumePoint:
         """Return the newest checkpoint and the step that it was taken after, as it says itself.
@@ -244,7 +246,9 @@ class Run:
     def log(self, event: str) -> None:
         """Add a line to `log.txt`. Only the driver calls it, in one thread for each run."""
         before = self.store.read(LOG) if self.store.exists(LOG) else b""
-        self.store.write(LOG, before + f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}  {event}\n".encode())
+        self.store.write(
+            LOG, before + f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}  {redact_text(printable(event))}\n".encode()
+        )
 
     def finish(self, summary: dict[str, Any], metrics: list[dict[str, Any]]) -> None:
         """Record the end of the run, and delete its checkpoints. The result must be published before."""

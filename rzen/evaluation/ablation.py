@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from matplotlib.axes import Axes
 
+from pipelines.redaction import escape_markdown
 from rzen.evaluation.figures import FAINT, INK, colors, plot_panels
 from rzen.evaluation.results import task_title
 
@@ -96,7 +97,7 @@ def _markdown(found: Sequence[Effect], cell: Callable[[Effect], str]) -> str:
     cells = {(effect.variant, effect.task): cell(effect) for effect in found}
     lines = [["variant", *map(_title, tasks)], ["---", *["---:"] * len(tasks)]]
     lines += [[variant, *(cells[variant, task] for task in tasks)] for variant in variants]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return "\n".join(f"| {' | '.join(map(escape_markdown, line))} |" for line in lines) + "\n"
 
 
 def plot_effects(found: Sequence[Effect], baseline: str) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipelines.errors import UserError
+from pipelines.redaction import escape_markdown
 from rzen.evaluation.dataset_scores import DatasetScores
 from rzen.evaluation.vectors import NONE, FloatArray
 
@@ -87,11 +88,11 @@ def target_modality_accuracy(scored: DatasetScores) -> float:
 
 def comparison_table(differences: Mapping[str, Difference], first: str, second: str) -> str:
     """Markdown, in points; bold where 0 is outside the interval."""
-    lines = [f"| dataset | queries | {second} - {first} |", "| --- | ---: | ---: |"]
+    lines = [f"| dataset | queries | {escape_markdown(second)} - {escape_markdown(first)} |", "| --- | ---: | ---: |"]
     for name, one in differences.items():
         text = f"{100 * one.mean:+.1f} [{100 * one.low:+.1f}, {100 * one.high:+.1f}]"
         text = f"**{text}**" if one.low > 0 or one.high < 0 else text
-        lines.append(f"| {name} | {one.num_queries:,} | {text} |")
+        lines.append(f"| {escape_markdown(name)} | {one.num_queries:,} | {text} |")
     return "\n".join(lines) + "\n"
 
 

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipelines.benchmarks.types import Row
+from pipelines.redaction import escape_markdown
 from rzen.evaluation.figures import draw_bars, plot_panels
 from rzen.evaluation.results import write_json
 
@@ -166,7 +167,7 @@ def _mean(name: str, lines: Sequence[DatasetScore]) -> Mean:
 
 def _grid(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *body]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines) + "\n"
+    return "\n".join(f"| {' | '.join(map(escape_markdown, line))} |" for line in lines) + "\n"
 
 
 def _percent(value: float | None) -> str:

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 from typing_extensions import TypedDict
 
+from pipelines.redaction import escape_markdown, redacted
 from pipelines.stored_json import stored_file
 from rzen.evaluation.figures import FAINT, INK, QUIET, STYLE, colors, draw_bars, plot_panels, svg_text
 from rzen.evaluation.tasks import TASKS
@@ -58,8 +59,8 @@ def write_results(path: Path, rows: Sequence[Result], settings: Mapping[str, Any
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write readable JSON, atomically. Raises `ValueError` for a number that is not finite."""
-    text = json.dumps(content, indent=2, allow_nan=False)
+    """Write readable JSON without secrets, atomically. Raises `ValueError` for a number that is not finite."""
+    text = json.dumps(redacted(content), indent=2, allow_nan=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_text(text + "\n")
@@ -71,7 +72,7 @@ def markdown_table(rows: Sequence[Result]) -> str:
     head, body = _table(rows)
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
     lines += [[name, *(f"**{text}**" if best else text for text, best in cells)] for name, cells in body]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines) + "\n"
+    return "\n".join(f"| {' | '.join(map(escape_markdown, line))} |" for line in lines) + "\n"
 
 
 def terminal_table(rows: Sequence[Result]) -> Table:

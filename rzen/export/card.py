@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from pipelines.redaction import code_span, escape_markdown, redact_text, redacted
 from pipelines.stored_json import read_json
 from rzen.config import ModelIdentity
 from rzen.export import sentence_transformers
@@ -59,7 +60,7 @@ def model_card(
     """
     parts = [
         _front_matter(folder, format, unsupported_reason, facts),
-        f"# {facts.title}",
+        f"# {escape_markdown(facts.title)}",
         "Text, images, document pages, videos and any mix of them become vectors of length 1 in one space; the inner"
         " product of two is their similarity.",
         "## How to load it",
@@ -73,7 +74,10 @@ def model_card(
         "## Limits",
         _bullets(_limits(folder, identity, format, unsupported_reason, frames)),
         "## Versions",
-        _bullets([f"{name} {version}" for name, version in sorted(facts.versions.items())] or ["Not recorded."]),
+        _bullets(
+            [f"{escape_markdown(name)} {escape_markdown(version)}" for name, version in sorted(facts.versions.items())]
+            or ["Not recorded."]
+        ),
     ]
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
@@ -104,7 +108,8 @@ def _loading(folder: Path, identity: ModelIdentity, format: str, unsupported_rea
                 "from peft import PeftModel",
                 "from transformers import AutoModel",
                 "",
-                f'model = PeftModel.from_pretrained(AutoModel.from_pretrained("{base}"), "PATH")',
+                f"base = AutoModel.from_pretrained({json.dumps(redact_text(str(base)))})",
+                'model = PeftModel.from_pretrained(base, "PATH")',
             ),
         ]
     blocks = [
@@ -183,19 +188,29 @@ def _reading(identity: ModelIdentity) -> str:
 
 def _making(folder: Path, facts: ModelCardData) -> list[str]:
     lineage = read_identity_file(folder).get("lineage", {})
-    parts = [_bullets([f"{name.replace('_', ' ')}: `{value}`" for name, value in lineage.items()])]
+    parts = [
+        _bullets(
+            [
+                f"{escape_markdown(name.replace('_', ' '))}: {code_span(redact_text(value))}"
+                for name, value in lineage.items()
+            ]
+        )
+    ]
     if facts.weights:
-        shares = [f"{weight:.3f} x {name}" for name, weight in facts.weights.items()]
-        parts.append(f"A soup (`{facts.method}`) of {', '.join(shares)}.")
+        shares = [f"{weight:.3f} x {escape_markdown(name)}" for name, weight in facts.weights.items()]
+        parts.append(f"A soup ({code_span(str(facts.method))}) of {', '.join(shares)}.")
     for name, recipe in facts.recipes.items():
         data, spec = recipe["data"].get("data", {}), recipe["spec"]
         parts += [
-            f"### Run {name}",
+            f"### Run {escape_markdown(name)}",
             f"{recipe['data'].get('steps', '?')} steps of {spec['global_batch']} pairs, code revision"
-            f" `{recipe.get('revision', 'unknown')}`. Data, by the fingerprints of their manifest:",
-            _bullets([f"{source}: `{fingerprint}`" for source, fingerprint in data.items()] or ["Not recorded."]),
+            f" {code_span(str(recipe.get('revision', 'unknown')))}. Data, by the fingerprints of their manifest:",
+            _bullets(
+                [f"{escape_markdown(source)}: {code_span(str(fingerprint))}" for source, fingerprint in data.items()]
+                or ["Not recorded."]
+            ),
             "The settings:",
-            f"```json\n{json.dumps(spec, indent=1, sort_keys=True)}\n```",
+            f"```json\n{json.dumps(redacted(spec), indent=1, sort_keys=True)}\n```",
         ]
     if not facts.recipes:
         parts.append("No settings of a training run were found beside the weights.")
@@ -207,12 +222,15 @@ def _scores(scores: Mapping[str, Any]) -> str:
         return "None were given."
     head = "| task | metric | % | chance % | queries | candidates | split |\n|---|---|---:|---:|---:|---:|---|"
     rows = [
-        f"| {row['task']} | {row['metric']} | {100 * row['value']:.1f} | {100 * row['chance']:.1f} |"
+        f"| {escape_markdown(row['task'])} | {escape_markdown(row['metric'])} |"
+        f" {100 * row['value']:.1f} | {100 * row['chance']:.1f} |"
         f" {row['num_queries']} | {row['num_candidates']} | {row['split']} |"
         for row in scores["rows"]
     ]
     data = scores["settings"].get("data", "unknown")
-    return "\n".join([head, *rows, "", f"Measured by `rzen evaluate` on the data with fingerprint `{data}`."])
+    return "\n".join(
+        [head, *rows, "", f"Measured by `rzen evaluate` on the data with fingerprint {code_span(str(data))}."]
+    )
 
 
 def _limits(

@@ -21,6 +21,7 @@ import torch
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from pipelines.errors import UserError
+from pipelines.redaction import redacted
 from pipelines.stored_json import read_json
 from rzen.config import ModelConfig, ModelIdentity
 from rzen.export import release, sentence_transformers
@@ -148,7 +149,7 @@ def _add_origin(path: Path, facts: ModelCardData) -> None:
     """Add license and training data, where they are known. Other programs read them there (`rzen.export.mteb`)."""
     sources = {source for recipe in facts.recipes.values() for source in recipe["data"].get("data", {})}
     known = {"license": facts.license, "training_data": sorted(sources)}
-    _write_json(path, json.loads(path.read_text()) | {name: value for name, value in known.items() if value})
+    _write_json(path, read_json(path, dict[str, Any]) | {name: value for name, value in known.items() if value})
 
 
 def _with_temperatures(temperatures: Mapping[str, float]) -> dict[str, Any]:
@@ -205,4 +206,4 @@ def _check_identity(adapter_dir: Path, identity: ModelIdentity) -> None:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    path.write_text(json.dumps(redacted(content), indent=2, sort_keys=True) + "\n")

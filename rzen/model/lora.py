@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipelines.errors import UserError
+from pipelines.redaction import redacted
 from pipelines.stored_json import read_json
 from rzen.config import LoraConfig, ModelIdentity
 from rzen.model.checkpoints import ADAPTER_CONFIG, IDENTITY, TEMPERATURES
@@ -93,4 +94,4 @@ def _adapter_state(model: peft.PeftModel) -> dict[str, Tensor]:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    path.write_text(json.dumps(redacted(content), indent=2, sort_keys=True) + "\n")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from pipelines.errors import UserError
+from pipelines.redaction import redacted
 from pipelines.stored_json import read_json
 from rzen.config import ReadoutConfig
 from rzen.model.checkpoints import (
@@ -116,8 +117,8 @@ def open_checkpoint(name: str, path: Path) -> Checkpoint:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file, indented and with sorted keys, as all small files of a model are."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    """Write a JSON file, indented and with sorted keys, without secrets, as all small files of a model are."""
+    path.write_text(json.dumps(redacted(content), indent=2, sort_keys=True) + "\n")
 
 
 def _open_adapter(name: str, path: Path) -> Adapter:
