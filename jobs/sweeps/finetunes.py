@@ -8,6 +8,7 @@ from typing import Any
 
 from jobs.evaluation.scores import model_of
 from jobs.runtime.progress import say
+from jobs.runtime.records import differences
 from jobs.spec.job import JobConfig
 from jobs.spec.load import Document, check, nested, read_document
 from jobs.spec.yaml_text import Key
@@ -30,9 +31,22 @@ def resolve(spec: FinetunesSpec, document: Document) -> dict[str, TrainSpec]:
         specs[name] = check_train(train)
     if len(kinds := {train.model.tune for train in specs.values()}) > 1:
         raise UserError(document.place(("runs",)), f"train {' and '.join(sorted(kinds))}", "give all one model.tune")
+    for name, config in spec.soups.items():
+        parents = [specs[some] for some in getattr(config, "weights", None) or specs]
+        for parent in parents[1:]:
+            before, after = (_read_as(some) for some in (parents[0], parent))
+            if changes := differences(before, after):
+                problem = f"{parents[0].name} and {parent.name} cannot be one model: {'; '.join(changes)}"
+                raise UserError(document.place(("soups", name)), problem, "give all parents of a soup one setting")
     if found := spec.impossible(adapters=kinds == {"lora"}):  # otherwise that comes out when all have been trained
         raise UserError(document.place(found[0]), found[1], "change the soups, or model.tune")
     return specs
+
+
+def _read_as(train: TrainSpec) -> dict[str, Any]:
+    """Return what the parents of a soup must have in common, as the settings of the run."""
+    identity = train.model.identity.model_dump(mode="json")
+    return {"model": {"backbone": train.model.model_dump(mode="json")["backbone"], **identity}}
 
 
 def _place(where: str, key: Key) -> str:

@@ -56,6 +56,10 @@ class TrainSpec(JobConfig):
     def _possible(self) -> TrainSpec:
         if self.init_adapter is not None and self.model.tune != "lora":
             raise ValueError("init_adapter needs model.tune: lora")
+        groups, tokens = -(-self.data.media.frames // 2), self.model.prompt.max_visual_tokens
+        if groups > tokens and self.model.prompt.template != "rzen_release":
+            problem = f"data.media.frames={self.data.media.frames} need {groups} tokens of a video at least"
+            raise ValueError(f"{problem}, above model.prompt.max_visual_tokens={tokens}")
         if self.model.quantize and self.optim.zero_stage == 3:
             raise ValueError(f"model.quantize={self.model.quantize} works with optim.zero_stage 1 and 2 only")
         if self.model.quantize and not self.cluster.gpus_per_worker:

@@ -18,6 +18,7 @@ from jobs.evaluation.scores import Model, Scorer, evaluation
 from jobs.runtime.lease import Lease
 from jobs.runtime.models import local_folder
 from jobs.runtime.progress import say
+from jobs.runtime.records import differences
 from jobs.runtime.revision import revision, versions
 from jobs.spec.job import JobConfig
 from jobs.spec.load import Document
@@ -49,6 +50,7 @@ def run(spec: RetrainSpec, document: Document) -> dict[str, Any]:
         outcome = retraining.nothing_to_do()
         if outcome is None:
             retraining.check_queries()
+            retraining.check_soup()
             outcome = retraining.work(lease)
         say(f"  {outcome}")
     champion = registry.champion()
@@ -108,6 +110,25 @@ class _RetrainRun:
         if few := too_few_queries({task: counts[task] for task in asked if counts[task]}, self._spec.gate.min_queries):
             place = f"{self._evaluate.data.root}/{self._evaluate.data.split}"
             raise UserError(place, "; ".join(few), "add samples to the frozen set, or lower gate.min_queries")
+
+    def check_soup(self) -> None:
+        """Raise `UserError` if candidate and champion could not become one model, before the candidate is trained."""
+        if self._parent is None or self._spec.soup is None:
+            return
+        from rzen.model.checkpoints import check_base, read_identity
+
+        train = _train_spec(self._spec, self._document, self._run_name, self._parent)
+        fix = "restore it, set soup: null, or begin a new registry"
+        champion = Path(local_folder(self._parent.adapter or self._parent.base, self._endpoint))
+        if (train.model.tune == "lora") != (self._parent.adapter is not None):
+            raise UserError(f"model.tune={train.model.tune}", "the champion was trained with the other one", fix)
+        ours = train.model.identity.model_dump(mode="json")
+        if changes := differences(read_identity(champion, train.model.identity).model_dump(mode="json"), ours):
+            problem = f"the champion has another setting, and no soup with it: {'; '.join(changes)}"
+            raise UserError("model", problem, fix)
+        backbone = train.model.backbone
+        if self._parent.adapter and isinstance(backbone, str) and Path(backbone).is_dir():
+            check_base(champion, Path(backbone))
 
     def work(self, lease: Lease) -> str:
         """Train, publish and decide. Return the outcome."""

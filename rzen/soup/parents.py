@@ -143,11 +143,20 @@ def _check_plain(path: Path, config: dict[str, Any]) -> None:
 
 def _check_alike(parents: Sequence[Parent]) -> None:
     """Refuse parents of different bases (by hash, or by name where none has a hash), prompts or readouts."""
-    _check_same(parents, "base_sha256", lambda parent: parent.base_sha256)
-    if parents[0].base_sha256 is None:
+    _check_bases(parents)
+    if all(parent.base_sha256 is None for parent in parents):
         _check_same(parents, "base model", lambda parent: parent.config.get("base_model_name_or_path"))
     _check_same(parents, "prompt", lambda parent: parent.identity.get("prompt"))
     _check_same(parents, "readout", lambda parent: parent.identity.get("readout", ReadoutConfig().model_dump()))
+
+
+def _check_bases(parents: Sequence[Parent]) -> None:
+    """Refuse parents of different bases. A full checkpoint may also be the base of another parent: of the retrained."""
+    bases = {parent.base_sha256 for parent in parents}
+    if len(bases) > 1 and all(isinstance(parent, Checkpoint) for parent in parents):
+        bases -= {parent.sha256 for parent in parents}
+    if len(bases) > 1:
+        _check_same(parents, "base_sha256", lambda parent: parent.base_sha256)
 
 
 def _check_same(parents: Sequence[Parent], what: str, value_of: Callable[[Any], Any]) -> None:

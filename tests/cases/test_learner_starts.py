@@ -299,3 +299,31 @@ def test_retraining_carries_temperatures_from_the_champion_only(tmp_path: Path, 
     assert [some.objective.temperature.carried for some in (first, later)] == [False, True]
     assert later.init_adapter == "champion"
     assert (first.model.lora.rank, "lora" in later.model.model_fields_set) == (2, False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"a": {}, "b": {"model": {"prompt": {"template": "plain"}}}}, "model.prompt.template 'rzen_paper' -> 'plain'"),
+        ({"a": {}, "b": {"model": {"backbone": "other/model"}}}, "a and b cannot be one model: model.backbone"),
+        ({"a": {}, "b": {"model": {"readout": {"pooling": "mean"}}}}, "model.readout.pooling 'last_token' -> 'mean'"),
+    ],
+)
+def test_fine_tunes_that_no_soup_could_join_are_refused_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], problem: str
+) -> None:
+    (tmp_path / "stage.yaml").write_text(stage(str(tmp_path)))
+    path = tmp_path / "finetunes.yaml"
+    path.write_text(json.dumps({"kind": "finetunes", "stage": "stage.yaml", "runs": changes, "out": "o"}))
+    assert main(["validate", str(path)]) == 1
+    assert problem in capsys.readouterr().err
+    assert main(["validate", str(path), "--set", "soups={one: {method: mean, weights: {a: 1.0}}, uniform: null}"]) == 0
+
+
+def test_frames_that_no_budget_holds_are_refused() -> None:
+    """Two frames are a token at least."""
+    spec = spec_of("x", Path("y")).model_dump(mode="json")
+    spec["model"]["prompt"] |= {"max_visual_tokens": 4, "min_visual_tokens": 1}
+    with pytest.raises(ValueError, match=r"data.media.frames=9 need 5 tokens of a video at least, above .*tokens=4"):
+        TrainSpec.model_validate(spec | {"data": {"root": "d", "media": {"frames": 9}}})
+    TrainSpec.model_validate(spec | {"data": {"root": "d", "media": {"frames": 8}}})

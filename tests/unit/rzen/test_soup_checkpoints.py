@@ -272,3 +272,21 @@ def test_memory_is_that_of_one_module_of_each_parent(tmp_path: Path) -> None:
     found = json.loads(done.stdout.splitlines()[-1])
     assert set(found) == {"mean", "svd", "slerp"}
     assert max(found.values()) < MODULES * MODULE_BYTES, found
+
+
+def test_a_checkpoint_and_what_was_trained_from_it_become_one(tmp_path: Path, base: Path) -> None:
+    """Retraining with `tune: full`, twice: each candidate was trained from the champion, and that is its base."""
+    tensors = load_file(base / "model.safetensors")
+    champion = save(tmp_path / "champion", tensors, like=base, base_sha256=checkpoint_sha256(base))
+    for number in (1, 2):
+        tuned = {name: tensor + 0.1 * number for name, tensor in load_file(champion / "model.safetensors").items()}
+        candidate = save(tmp_path / f"tuned {number}", tuned, like=base, base_sha256=checkpoint_sha256(champion))
+        parents = {"champion": champion, "candidate": candidate}
+        make_soup(parents, tmp_path / f"soup {number}", MeanSoup(rank="keep"))
+        one, other = weights_of(champion), weights_of(candidate)
+        expected = {name: (one[name] + other[name]) / 2 for name in one}
+        champion = tmp_path / f"soup {number}"
+        assert apart(weights_of(champion), expected) < 1e-6
+    stranger = save(tmp_path / "other", tensors, like=base, base_sha256="ab" * 32)
+    with pytest.raises(UserError, match="differ in base_sha256"):
+        make_soup({"champion": champion, "other": stranger, "candidate": candidate}, tmp_path / "none", MeanSoup())
