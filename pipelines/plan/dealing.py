@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from pipelines.plan.types import Int64Array
 
-_SWAP_ROUNDS = 64  # a few remove what swaps can remove
+_SWAP_ROUNDS = 16  # a few remove what swaps can remove
 
 
 def deal(
@@ -26,6 +26,7 @@ def deal(
     num_sets = int(linked_S.max(initial=-1)) + 1
     order_keys = [rng.random(len(target_S)), rng.permutation(num_sets)[linked_S]]
     if has_queries:
+        # Of equal crowding, the target: `max` takes the first.
         main_S = max(target_S, query_S, key=_crowding)
         shuffled = np.append(rng.permutation(int(main_S.max()) + 1), -1)  # -1 takes the last one
         order_keys.insert(1, shuffled[main_S])
@@ -34,7 +35,7 @@ def deal(
     order = order[: num_batches * batch]  # an epoch has whole batches only
     dealt_S[order] = (np.arange(len(order)) + rng.integers(num_batches)) % num_batches
     if has_queries and num_batches > 1 and np.bincount(linked_S).max() > num_batches:
-        _swap_apart(dealt_S, [target_S, query_S], num_batches, rng)
+        _swap_apart(dealt_S, [main_S, query_S if main_S is target_S else target_S], num_batches, rng)
     return dealt_S
 
 
@@ -62,13 +63,17 @@ def _crowding(key_S: Int64Array) -> int:
 
 
 def _swap_apart(dealt_S: Int64Array, keys: list[Int64Array], num_batches: int, rng: np.random.Generator) -> None:
-    """Swap samples that meet their target or query in their batch for random ones, in place.
+    """Swap samples that meet one of their keys in their batch for others, in place.
 
     A swap is made if both samples then meet none of their keys. Keys with more samples than batches stay as they are.
+    `keys` begin with the key by which the samples were dealt. Every other round looks for partners with an equal one,
+    because to swap these leaves its counts as they are.
     """
     sizes = [np.bincount(key_S[key_S >= 0], minlength=1) for key_S in keys]
     used = np.flatnonzero(dealt_S >= 0)
-    for _ in range(_SWAP_ROUNDS):
+    by_main = used[np.argsort(keys[0][used], kind="stable")]
+    main_K = keys[0][by_main]
+    for turn in range(_SWAP_ROUNDS):
         places = [_Places(dealt_S, key_S, num_batches) for key_S in keys]
         crowded_S = np.zeros(len(dealt_S), bool)
         for place, key_S, size in zip(places, keys, sizes, strict=True):
@@ -76,7 +81,10 @@ def _swap_apart(dealt_S: Int64Array, keys: list[Int64Array], num_batches: int, r
         moved = np.flatnonzero(crowded_S)
         if not len(moved):
             return
-        other = rng.choice(used, len(moved))
+        first, stop = np.zeros_like(moved), np.full_like(moved, len(used))
+        if turn % 2 == 0:
+            first, stop = (np.searchsorted(main_K, keys[0][moved], side) for side in ("left", "right"))
+        other = by_main[rng.integers(first, stop)]
         fits = dealt_S[moved] != dealt_S[other]
         new_places = []
         for place, key_S in zip(places, keys, strict=True):
