@@ -116,8 +116,8 @@ def make_item(
 ) -> Item:
     """An item of text, files, or both. `slot` is `q` for queries and `p` for candidates, as in samples.
 
-    A file counts by its path under `root`, its page and its size. After replacing a file by another of the same size,
-    drop what was computed from it. Raises `UserError` for an item of nothing and a file that is not there.
+    A file counts by its path under `root`, its page, its size and the time of its last change. Raises `UserError` for
+    an item of nothing and a file that is not there.
     """
     if not text and not media:
         raise UserError(f"{root} {name}", "has neither text nor media", "repair the file")
@@ -126,22 +126,26 @@ def make_item(
     content: list[object] = [name, text, instruction]
     for number, (kind, ref) in enumerate(media):
         path = Path(ref.path)
-        size = _size(path, kind)
-        suffix = path.suffix.lower().removeprefix(".") if isinstance(size, int) else FRAMES
+        version = _version(path, kind)
+        suffix = path.suffix.lower().removeprefix(".") if isinstance(version, tuple) else FRAMES
         member = f"{slot}{number}.{suffix}"
         members.append(Media(kind, member))
         files[member] = ref
-        content += [kind, path.relative_to(root).as_posix(), ref.page, size]
+        content += [kind, path.relative_to(root).as_posix(), ref.page, version]
     return Item(content_id(content), name, Input(text, tuple(members)), instruction, files)
 
 
-def _size(path: Path, kind: MediaKind) -> int | list[tuple[str, int]]:
-    """Bytes of a file; of a video's folder the names and bytes of its frames."""
+def _version(path: Path, kind: MediaKind) -> tuple[int, int] | list[tuple[str, int, int]]:
+    """Bytes of a file and when it was changed, in ns; of a video's folder the names and versions of its frames.
+
+    To hash the pictures of a corpus would take longer than to list it by hours. Tags of shards on a disk are the same.
+    """
     try:
         info = path.stat()
         if not stat.S_ISDIR(info.st_mode):
-            return info.st_size
-        frames = sorted((entry.name, entry.stat().st_size) for entry in path.iterdir())
+            return info.st_size, info.st_mtime_ns
+        found = [(entry.name, entry.stat()) for entry in path.iterdir()]
+        frames = sorted((name, info.st_size, info.st_mtime_ns) for name, info in found)
     except OSError as error:
         raise UserError(str(path), error.strerror or "cannot be read", "fetch it, or repair the list") from error
     if kind != "video" or not frames:

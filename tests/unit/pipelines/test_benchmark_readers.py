@@ -5,6 +5,7 @@ read, and scores that were computed by hand. At least one dataset of each meta-t
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -568,6 +569,24 @@ def test_cut_offs_are_of_the_row(tmp_path: Path) -> None:
     put(root / "dataset.json", '{"metric": "recal@2"}')
     with pytest.raises(UserError, match=r"'recal@2': is not known; use one of hit@1, hit@2, hit@5"):
         scored(read_custom(root, "mine"), {"q1": [], "q2": []})
+
+
+def test_a_file_that_was_replaced_by_one_of_its_size_is_another_item(tmp_path: Path) -> None:
+    """Vectors are kept by the ids of items: those of the old picture are not taken for the new one."""
+
+    def ids() -> list[str]:
+        line = {"image": "cat.jpg"}, {"video": "clip"}
+        put_lines(tmp_path / "corpus.jsonl", [{"_id": f"d{number}", **one} for number, one in enumerate(line)])
+        return [item.id for item in read_custom(tmp_path).candidates]
+
+    put(tmp_path / "qrels/test.tsv", "q\td0\t1\n")
+    put_lines(tmp_path / "queries.jsonl", [{"_id": "q", "text": "x"}])
+    cat, frame = put(tmp_path / "cat.jpg", "cat"), put(tmp_path / "clip/0.jpg", "one")
+    before = ids()
+    assert ids() == before
+    for path in (cat, frame):
+        os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+    assert not set(before) & set(ids())
 
 
 def test_equal_names_with_different_content_do_not_collapse(tmp_path: Path) -> None:
