@@ -64,6 +64,8 @@ class Kind:
     """Why the job needs local files and so has no RayJob on Kubernetes. Such kinds have no `gpus`."""
     no_effect: tuple[NoEffect, ...] = ()
     """Settings that have no effect under a condition. `rzen validate` and `rzen run` warn of them."""
+    impossible: Callable[[Any], str | None] | None = None
+    """Function of a checked spec: what cannot work on the cluster that it asks for. An error when a file is checked."""
     not_science: frozenset[str] = frozenset({"submit"})
     """Settings, as dotted keys, that never change the result: they are not part of a run's identity."""
 

@@ -132,15 +132,19 @@ def check(document: Document) -> JobConfig:
     if not isinstance(kind, str) or kind not in known:
         problem = f"kind={kind!r} is not a kind of job" if "kind" in document.data else "has no `kind`"
         raise UserError(document.place(("kind",)), problem, did_you_mean(str(kind), known))
-    model = find_kind(kind).spec
+    declared = find_kind(kind)
+    model = declared.spec
     try:
-        return model.model_validate(document.data)
+        spec = model.model_validate(document.data)
     except ValidationError as error:
         distinct = _distinct(error, document.data)
         # Explaining takes milliseconds each, and a file may have thousands of problems.
         first, *rest = (_explain(document, model, key, problem) for key, problem in distinct[:_MAX_PROBLEMS])
         more = [f"... and {len(distinct) - _MAX_PROBLEMS} more"] if len(distinct) > _MAX_PROBLEMS else []
         raise UserError(first.place, first.problem, "\n".join([first.fix, *map(str, rest), *more])) from error
+    if declared.impossible and (unworkable := declared.impossible(spec)):
+        raise UserError(document.place(()), unworkable, "change one of them")
+    return spec
 
 
 def substitute(data: Any, values: Mapping[str, Any], place: str) -> Any:

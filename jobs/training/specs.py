@@ -64,11 +64,14 @@ class TrainSpec(JobConfig):
             raise ValueError(f"model.quantize={self.model.quantize} works with optim.zero_stage 1 and 2 only")
         if self.model.quantize and not self.cluster.gpus_per_worker:
             raise ValueError(f"model.quantize={self.model.quantize} needs a CUDA GPU; set cluster.gpus_per_worker")
-        # A source that is smaller than a batch gets a smaller one, which the plan checks.
-        if self.global_batch % self.cluster.workers and not self.data.mixture.merge_small:
-            problem = f"global_batch={self.global_batch} cannot be shared evenly by {self.cluster.workers} workers"
-            raise ValueError(f"{problem}; choose a multiple, or another cluster.workers")
         return self
+
+
+def _cannot_share(spec: TrainSpec) -> str | None:
+    # A source that is smaller than a batch gets a smaller one, which the plan checks.
+    if spec.global_batch % spec.cluster.workers == 0 or spec.data.mixture.merge_small:
+        return None
+    return f"global_batch={spec.global_batch} cannot be shared evenly by {spec.cluster.workers} workers"
 
 
 def _gpus(spec: TrainSpec, named: Sequence[JobConfig]) -> float:
@@ -83,6 +86,7 @@ TRAIN = Kind(
     makes={"run": "{root}/{name}/ with adapter or model, checkpoints, metrics"},
     gpus=_gpus,
     no_effect=NO_EFFECT,
+    impossible=_cannot_share,
     # Where and how fast a run goes. Datasets are identified by their fingerprints, wherever they are stored.
     not_science=frozenset(
         {"run", "feed", "checkpoint", "cluster", "submit", "data.root", "data.endpoint", "data.trusted"}

@@ -19,12 +19,20 @@ class InitAdapter:
 
     lora: LoraConfig
     """Its rank, alpha and dropout."""
-    num_modules: int
-    """Linear layers that it adapts."""
+    modules: tuple[str, ...]
+    """Linear layers that it adapts, sorted."""
 
     def __str__(self) -> str:
         lora = self.lora
-        return f"LoRA rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}, {self.num_modules} modules"
+        kinds = ", ".join(sorted({_kind(module) for module in self.modules}))
+        settings = f"rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}"
+        return f"LoRA {settings}, {len(self.modules)} modules ({kinds})"
+
+
+def _kind(module: str) -> str:
+    """Return the last part of a name, such as `q_proj`. A number is that of a part: `mlp.0`."""
+    around, _, last = module.rpartition(".")
+    return f"{around.rpartition('.')[2]}.{last}" if last.isdigit() else last
 
 
 def read_init_adapter(folder: Path, asked: LoraConfig) -> InitAdapter:
@@ -44,4 +52,4 @@ def read_init_adapter(folder: Path, asked: LoraConfig) -> InitAdapter:
         if said is not None and said != value:
             fix = f"leave model.lora out, because the adapter decides, or set {_SETTING}: null"
             raise UserError(f"model.lora.{name}={said}", f"{_SETTING} {folder} has {value}", fix)
-    return InitAdapter(LoraConfig.model_validate(found), len(modules_of(adapter)))
+    return InitAdapter(LoraConfig.model_validate(found), tuple(modules_of(adapter)))

@@ -7,6 +7,7 @@ import math
 import pickle
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from jobs.cli import main
 from jobs.spec.load import Document
 from jobs.spec.model import ModelRef
 from jobs.spec.run import RunConfig
-from jobs.training.fit import prepare
+from jobs.training.fit import Prepared, prepare
 from jobs.training.specs import TrainSpec
 from jobs.training.start import describe_start, with_init_adapter
 from jobs.workflows.retrain import _train_spec
@@ -95,7 +96,9 @@ def test_an_adapter_decides_its_rank_alpha_and_dropout(
     assert (spec.model.lora.rank, spec.model.lora.alpha, spec.model.lora.dropout) == (4, 8, 0.1)
     describe_start(spec, found)
     linear = [some for some in load_backbone(base, tiny_model(base)).modules() if isinstance(some, torch.nn.Linear)]
-    assert f"LoRA rank 4, alpha 8, dropout 0.1, {len(linear)} modules" in capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"LoRA rank 4, alpha 8, dropout 0.1, {len(linear)} modules (down_proj, fc1, fc2, gate_proj, " in printed
+    assert "mlp.0, mlp.2, o_proj" in printed
     for lora in (LoraConfig(), spec.model.lora, LoraConfig(rank=4), pickle.loads(pickle.dumps(LoraConfig()))):
         trained = lora_of(base, first, lora)
         assert (trained.r, trained.lora_alpha, trained.lora_dropout) == (4, 8, 0.1)
@@ -249,6 +252,12 @@ def test_a_soup_has_the_mean_of_the_logarithms_of_temperatures(tmp_path: Path, f
     assert torch.tensor([0.013, 0.052]).log().mean().exp() == pytest.approx(0.026)
 
 
+def prepared(spec: TrainSpec) -> Prepared | None:
+    """Start a run, and give it back."""
+    with ExitStack() as leases:
+        return prepare(spec, leases)
+
+
 def test_a_run_does_not_resume_on_other_weights(tmp_path: Path, base: str, first: Path) -> None:
     """The folders keep their names. Other notes of a writer are no other weights."""
     publish(open_store(str(tmp_path / "data")), {"red": ("text_image", 16)})
@@ -260,18 +269,18 @@ def test_a_run_does_not_resume_on_other_weights(tmp_path: Path, base: str, first
             "global_batch": 4,
         }
     )
-    assert prepare(spec) is not None
+    assert prepared(spec) is not None
     config = tmp_path / "own/config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"transformers_version": "9"}))
-    assert prepare(spec) is not None
+    assert prepared(spec) is not None
     tensors = load_file(first / "adapter_model.safetensors")
     save_file({name: value + 1 for name, value in tensors.items()}, first / "adapter_model.safetensors")
     with pytest.raises(UserError, match=r"holds a run with other settings: plan.weights.init_adapter '\w+' -> '\w+'"):
-        prepare(spec)
+        prepared(spec)
     save_file(tensors, first / "adapter_model.safetensors")
     config.write_text(json.dumps(json.loads(config.read_text()) | {"image_token_id": 7}))
     with pytest.raises(UserError, match="base_sha256: the adapter was trained with"):
-        prepare(spec)
+        prepared(spec)
 
 
 def test_a_frozen_set_of_three_queries_is_refused_before_training(

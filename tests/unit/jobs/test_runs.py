@@ -65,7 +65,7 @@ def publish(checkpoints: Checkpoints, scratch: Path, step: int, accuracy: float 
 def test_unfinished_run_of_equal_settings_is_continued(tmp_path: Path) -> None:
     assert make_run(tmp_path).begin(DATA)
     publish(checkpoints_of(make_run(tmp_path)), tmp_path, 3)
-    changed = {"cluster": {"workers": 6}, "checkpoint": {"keep": 1}, "optim": {"zero_stage": 3}}  # not the science
+    changed = {"cluster": {"workers": 7}, "checkpoint": {"keep": 1}, "optim": {"zero_stage": 3}}  # not the science
     assert make_run(tmp_path, **changed).begin(DATA)
     assert make_run(tmp_path).step() == 3
 
