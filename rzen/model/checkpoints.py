@@ -118,11 +118,12 @@ def checkpoint_sha256(folder: Path) -> str:
     patches. Names of the files, and notes of the program that wrote them, do not count. Prompt and readout do not
     either: `read_identity` returns them. Raises `UserError` for a folder without weights.
     """
+    is_adapter = (folder / ADAPTER_CONFIG).is_file()
+    name, notes = (ADAPTER_CONFIG, _ADAPTERS_NOTES) if is_adapter else (MODEL_CONFIG, WRITERS_NOTES)
     content: dict[str, Any] = {"weights": [file_sha256(path) for path in weight_files(folder)]}
-    for name, notes in ((MODEL_CONFIG, WRITERS_NOTES), (ADAPTER_CONFIG, _ADAPTERS_NOTES)):
-        if (folder / name).is_file():
-            content[name] = _without(notes, _read_object(folder / name))
-    for name in _PREPROCESSING:
+    if (folder / name).is_file():
+        content[name] = _without(notes, _read_object(folder / name))
+    for name in () if is_adapter else _PREPROCESSING:  # an adapter's tokenizer is that of its base
         if (folder / name).is_file():
             content[name] = file_sha256(folder / name)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

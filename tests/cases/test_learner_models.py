@@ -105,8 +105,9 @@ def test_a_model_in_several_files_needs_all_of_them(tmp_path: Path) -> None:
 def test_adapters_are_told_apart_by_weights_and_scale(tmp_path: Path) -> None:
     """The path of the base, the order of the modules and the mode are notes of the writer."""
     one = adapter(tmp_path / "one", 2, 4, seed=1)
-    for name in ("scaled", "elsewhere", "other", "bin", "other bin"):
+    for name in ("scaled", "elsewhere", "other", "bin", "other bin", "tokenizer"):
         shutil.copytree(one, tmp_path / name)
+    (tmp_path / "tokenizer/tokenizer.json").write_text("{}")  # as other trainers leave it there; nobody reads it
     config = "adapter_config.json"
     targets = json.loads((one / config).read_text())["target_modules"]
     edit(tmp_path / "scaled" / config, lora_alpha=8)
@@ -119,7 +120,7 @@ def test_adapters_are_told_apart_by_weights_and_scale(tmp_path: Path) -> None:
         torch.save(load_file(one / "adapter_model.safetensors"), tmp_path / name / "adapter_model.bin")
     nudge(tmp_path / "other bin/adapter_model.bin")
     found = {path.name: checkpoint_sha256(path) for path in tmp_path.iterdir()}
-    assert found["one"] == found["elsewhere"]
+    assert found["one"] == found["elsewhere"] == found["tokenizer"]
     assert len(set(found.values())) == 5
 
 
