@@ -84,6 +84,8 @@ def decode_image(data: bytes, config: MediaConfig, target_pixels: int | None = N
             check_size(image.width, image.height, config)
             if target_pixels is not None:
                 _draft(image, target_pixels)
+            if isinstance(image, TiffImagePlugin.TiffImageFile):
+                _read_planes_whole(image)
             image.load()  # PNG may have its Exif data after the pixels
             orientation = image.getexif().get(_ORIENTATION, 1)
             upright = _TURNS.get(orientation)
@@ -122,6 +124,16 @@ def _draft(image: Image.Image, target_pixels: int) -> None:
     scale = math.sqrt(target_pixels / (image.width * image.height))
     if image.format in ("JPEG", "MPO") and scale <= 0.5:
         image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
+
+
+def _read_planes_whole(image: TiffImagePlugin.TiffImageFile) -> None:
+    """Correct PIL, which reads uncompressed planes of 16-bit values as if they had 8 bits."""
+    if image.tag_v2.get(_BITS_PER_SAMPLE, (8,))[0] != 16:
+        return
+    order = "L" if image.tag_v2.prefix == b"II" else "B"
+    for number, tile in enumerate(image.tile):
+        if tile.codec_name == "raw" and isinstance(tile.args, tuple) and tile.args[0] in ("R", "G", "B", "A"):
+            image.tile[number] = tile._replace(args=(f"{tile.args[0]};16{order}", *tile.args[1:]))
 
 
 def _rgb(image: Image.Image, data: bytes) -> UInt8Array:

@@ -220,3 +220,30 @@ def test_a_cut_avif_is_corrupt(kept: float) -> None:
     data = encoded(noise, "AVIF")
     with pytest.raises(BadMedia, match="corrupt_image"):
         decode_image(data[: int(len(data) * kept)], CONFIG)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("channels", [3, 4])
+def test_a_tiff_of_one_plane_for_each_color(bits: int, order: str, channels: int) -> None:
+    values = samples(bits, channels)
+    planes = [values[..., i].astype(f"{order}u{bits // 8}").tobytes() for i in range(channels)]
+    starts = [8 + len(planes[0]) * i for i in range(channels)]
+    lists = {258: [bits] * channels, 273: starts, 279: [len(plane) for plane in planes]}
+    tags = {256: WIDTH, 257: HEIGHT, 259: 1, 262: 2, 277: channels, 278: HEIGHT, 284: 2} | (
+        {338: 2} if channels == 4 else {}
+    )
+    body = b"".join(planes)
+    for tag, numbers in lists.items():
+        tags[tag] = 8 + len(body)
+        body += struct.pack(f"{order}{channels}I", *numbers)
+    entries = [
+        struct.pack(f"{order}HHII", tag, 4, channels if tag in lists else 1, value)
+        for tag, value in sorted(tags.items())
+    ]
+    head = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}HI", 42, 8 + len(body))
+    data = head + body + struct.pack(f"{order}H", len(tags)) + b"".join(entries) + bytes(4)
+    scaled = values * 255 / ((1 << bits) - 1)
+    opacity = scaled[..., 3:] / 255 if channels == 4 else 1
+    expected = scaled[..., :3] * opacity + 255 * (1 - opacity)
+    assert np.abs(decode_image(data, CONFIG) - expected).max() <= 2
