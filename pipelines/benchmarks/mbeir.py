@@ -29,6 +29,7 @@ from pipelines.benchmarks.types import Dataset, Query, Row, file_in, make_item
 from pipelines.errors import UserError
 from pipelines.items.types import Item
 from pipelines.samples import FileRef
+from pipelines.texts import decode_text, lines_of
 
 _TASK = re.compile(r"_task(\d)$")
 # number of the task in a name -> modalities of queries and candidates, as files of M-BEIR write them
@@ -107,6 +108,6 @@ def _prompts(path: Path) -> dict[tuple[str, str, str], str]:
 
 def _rows(path: Path) -> list[str]:
     try:
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [line for line in lines_of(decode_text(path.read_bytes())) if line.strip()]
     except OSError as error:
         raise UserError(str(path), error.strerror or "cannot be read", "fetch it") from error

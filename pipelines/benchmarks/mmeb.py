@@ -26,6 +26,7 @@ from pipelines.benchmarks.types import Dataset, Query, Row, file_in, make_item
 from pipelines.errors import UserError
 from pipelines.items.types import Item
 from pipelines.samples import FileRef, MediaKind
+from pipelines.texts import decode_text, lines_of
 
 _IMAGE_MARK = "<|image_1|>"
 Visuals = list[tuple[MediaKind, FileRef]]
@@ -73,7 +74,7 @@ def read_video_class(row: Row, root: Path) -> Dataset:
     labels |= dict.fromkeys(label for line in lines for label in _listed(line.get("neg_text")))
     names = root / row.data / "labels.txt"
     if names.is_file():
-        given = dict.fromkeys(line for line in names.read_text(encoding="utf-8").splitlines() if line.strip())
+        given = dict.fromkeys(line for line in lines_of(decode_text(names.read_bytes())) if line.strip())
         if unknown := [label for label in labels if label not in given]:
             raise UserError(str(names), f"lacks {unknown[0]!r}, which the list names", "write it as the list does")
         labels = given

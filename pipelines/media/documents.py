@@ -24,7 +24,7 @@ from pipelines.errors import BadMedia
 from pipelines.media import sandbox
 from pipelines.media.images import check_aspect
 from pipelines.media.libraries import import_optional
-from pipelines.media.pdf_layers import settle_conditions
+from pipelines.media.pdf_layers import remove_hidden_text, settle_conditions
 from pipelines.samples import UInt8Array
 
 # Readers accept the marks of begin and end this far into the file (ISO 32000-1 Annex H of Adobe's edition, notes 13
@@ -37,6 +37,7 @@ _MAX_TEXT_CHARS = 50_000
 _UNSEEN = ("StructTreeRoot", "Outlines", "Names", "Dests", "PageLabels", "Threads", "Metadata", "OpenAction", "AA")
 # Latin and Armenian ligatures, then Hebrew and Arabic letters by their place in a word.
 _PRESENTATION_FORMS = re.compile("[\ufb00-\ufdff\ufe70-\ufefc]")
+_THUMBNAIL_POINTS = 800.0  # the longer edge of a page on which single characters are seen
 _NO_MEMORY = re.compile(r"\b(m|c|re)alloc\b.*failed")
 
 
@@ -228,12 +229,16 @@ class _Pdfium:
         bitmap = self._document[page].render(scale=scale, rev_byteorder=True)
         return np.array(bitmap.to_numpy()[:, :, :3])
 
+    def _thumbnail(self, page: Any) -> UInt8Array:
+        return np.array(page.render(scale=_THUMBNAIL_POINTS / max(1.0, *page.get_size())).to_numpy())
+
     def text(self, page: int) -> str:
         if self._has_form:
             # The values of fields become text of the page, as in the other library. The page has to be loaded again.
             with closing(self._document[page]) as form:
                 form.flatten()
-        text = str(self._document[page].get_textpage().get_text_range())
+        found = remove_hidden_text(self._pdfium, lambda: self._document[page], self._thumbnail)
+        text = str(found.get_textpage().get_text_range())
         # PDFium writes U+FFFE for a hyphen at the end of a line. The other library writes the hyphen and the line end.
         return text.replace("\ufffe", "-\n").replace("\r\n", "\n")
 

@@ -68,6 +68,23 @@ class TestPages:
             assert colors(render_page(data, page, config)) == expected
             assert colors(render_page(extract_page(data, page, config), 0, config)) == expected
 
+    def test_text_of_hidden_layers_is_no_text_of_the_page(self, config):
+        """pdftotext 22.12 gives the shown text only."""
+        with pymupdf.open() as document:
+            document.new_page(width=400, height=200)
+            hidden, shown = document.add_ocg("hidden", on=False), document.add_ocg("shown", on=True)
+            document[0].insert_text((20, 50), "a hidden layer", oc=hidden)
+            document[0].insert_text((20, 100), "a shown layer", oc=shown)
+            document[0].insert_text((20, 110), "behind", oc=shown)
+            document[0].draw_rect((10, 102, 390, 130), fill=(0, 0, 0))
+            document[0].insert_text((20, 120), "white", color=(1, 1, 1), oc=shown)
+            document[0].insert_text((20, 140), "ocr", render_mode=3, oc=shown)
+            document[0].insert_text((20, 150), "and no layer")
+            data = bytes(document.tobytes())
+        for source in (data, extract_page(data, 0, config)):
+            [text] = page_texts(source, config)
+            assert text.split() == ["a", "shown", "layer", "behind", "white", "ocr", "and", "no", "layer"]
+
     @pytest.mark.parametrize("states", [(False, False), (False, True), (True, True)])
     def test_conditions_of_layers_are_those_of_the_standard(self, config, states):
         """ISO 32000-1, table 99."""
