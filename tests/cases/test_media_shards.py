@@ -68,29 +68,31 @@ def numbered(text: str, numbers: range | list[int], key: str = "{:04}") -> dict[
     return {key.format(number): text.format(number) for number in numbers}
 
 
-@pytest.mark.parametrize(
-    ("name", "expected", "rejected", "findings"),
-    [
-        ("bom_json.tar", numbered("a red square {}", range(3)), {}, {}),
-        ("bom_txt.tar", numbered("a red square {}", range(3)), {}, {}),
-        ("mac_appledouble_in_folder.tar", numbered("picture {}", range(3), "data/{:04}"), {}, {"not_a_member": 6}),
-        ("mac_appledouble_flat.tar", numbered("picture {}", range(3)), {}, {"not_a_member": 6}),
-        ("hard_links.tar", {"a/0000": "first", "a/0001": "second"}, {}, {}),
-        ("data[1].tar", {"0000": "from data[1]"}, {}, {}),
-        ("dot_slash.tar", numbered("picture {}", range(3), "./{:04}"), {}, {}),
-        ("duplicate_keys.tar", numbered("picture {}", range(2)), {"duplicate_key": 1}, {}),
-        ("empty_then_json.tar", {}, {"empty_text": 2}, {}),
-        ("gnu_long_names.tar", numbered("picture {}", range(3), "d" * 150 + "/{:04}"), {}, {}),
-        ("gzip_named.tar", {}, {}, {"bad_header": 1}),
-        ("keys_with_dots.tar", {}, {"missing_member": 1}, {}),
-        ("latin1_text.tar", {"0000": "café 0"}, {"not_utf8": 1}, {}),
-        ("line_separator.tar", numbered("one\u2028two {}", range(2)), {}, {}),
-        ("pax_unicode.tar", numbered("picture {}", range(3), "日本/é{:04}"), {}, {}),
-        ("sorted_by_extension.tar", {}, {"missing_member": 3, "duplicate_key": 3}, {}),
-        ("two_part_extension.tar", numbered("picture {}", range(3)), {}, {}),
-        ("upper_case.tar", numbered("picture {}", range(3)), {}, {}),
-    ],
-)
+TARS = [
+    ("bom_json.tar", numbered("a red square {}", range(3)), {}, {}),
+    ("bom_txt.tar", numbered("a red square {}", range(3)), {}, {}),
+    ("mac_appledouble_in_folder.tar", numbered("picture {}", range(3), "data/{:04}"), {}, {"not_a_member": 6}),
+    ("mac_appledouble_flat.tar", numbered("picture {}", range(3)), {}, {"not_a_member": 6}),
+    ("hard_links.tar", {"a/0000": "first", "a/0001": "second"}, {}, {}),
+    ("data[1].tar", {"0000": "from data[1]"}, {}, {}),
+    ("data1.tar", {"0000": "from data1"}, {}, {}),
+    ("empty.tar", {}, {}, {}),
+    ("dot_slash.tar", numbered("picture {}", range(3), "./{:04}"), {}, {}),
+    ("duplicate_keys.tar", numbered("picture {}", range(2)), {"duplicate_key": 1}, {}),
+    ("empty_then_json.tar", {}, {"empty_text": 2}, {}),
+    ("gnu_long_names.tar", numbered("picture {}", range(3), "d" * 150 + "/{:04}"), {}, {}),
+    ("gzip_named.tar", {}, {}, {"bad_header": 1}),
+    ("keys_with_dots.tar", {}, {"missing_member": 1}, {}),
+    ("latin1_text.tar", {"0000": "café 0"}, {"not_utf8": 1}, {}),
+    ("line_separator.tar", numbered("one\u2028two {}", range(2)), {}, {}),
+    ("pax_unicode.tar", numbered("picture {}", range(3), "日本/é{:04}"), {}, {}),
+    ("sorted_by_extension.tar", {}, {"missing_member": 3, "duplicate_key": 3}, {}),
+    ("two_part_extension.tar", numbered("picture {}", range(3)), {}, {}),
+    ("upper_case.tar", numbered("picture {}", range(3)), {}, {}),
+]
+
+
+@pytest.mark.parametrize(("name", "expected", "rejected", "findings"), TARS)
 def test_every_tar_gives_the_samples_that_tar_extracts(name, expected, rejected, findings) -> None:
     found, counts = captions(name)
     assert found == expected
@@ -98,20 +100,25 @@ def test_every_tar_gives_the_samples_that_tar_extracts(name, expected, rejected,
     assert {reason: places for reason, (places, _) in counts.findings.items()} == findings
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("folder_line_separators", ["A cat\u2028on a mat", "Price: 5\x85euro", "one line\x0band a vertical tab"]),
-        ("folder_upper_case_txt", ["a red square", "a blue square"]),
-        ("folder_nfd_names", ["a café", "z"]),
-        ("folder_bom", ["b", "a red square"]),
-        ("folder_utf16", ["a red square", "z"]),
-    ],
-)
+FOLDERS = [
+    ("folder_line_separators", ["A cat\u2028on a mat", "Price: 5\x85euro", "one line\x0band a vertical tab"]),
+    ("folder_upper_case_txt", ["a red square", "a blue square"]),
+    ("folder_nfd_names", ["a café", "z"]),
+    ("folder_bom", ["b", "a red square"]),
+    ("folder_utf16", ["a red square", "z"]),
+]
+
+
+@pytest.mark.parametrize(("name", "expected"), FOLDERS)
 def test_every_folder_gives_its_captions(name: str, expected: list[str]) -> None:
     found = list(read_folder(str(FILES / name), MediaConfig()))
     assert [item.sample.query.text for item in found if isinstance(item, RawSample)] == expected
     assert not [item for item in found if isinstance(item, Rejected)]
+
+
+def test_the_zoo_has_every_tar_and_folder() -> None:
+    archives = {path.name for path in FILES.iterdir() if path.suffix == ".tar" or path.is_dir()}
+    assert archives == {name for name, *_ in TARS} | {name for name, _ in FOLDERS}
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
