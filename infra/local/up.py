@@ -26,6 +26,7 @@ from jobs.runtime.local_s3 import free_port
 MONITORING = Path(__file__).resolve().parents[1] / "monitoring"
 RAY_DASHBOARD = "session_latest/metrics/grafana/dashboards/default_grafana_dashboard.json"
 _DISCOVERY = "prom_metrics_service_discovery.json"
+_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 _POLL_S = 0.2
 _GRACE_S = 20
 
@@ -76,6 +77,8 @@ def _environment(options: argparse.Namespace) -> dict[str, str]:
     """Return what Ray reads from its environment. RAY_AUTH_MODE and RAY_AUTH_TOKEN of the user win."""
     chosen = {
         "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token"),
+        # All of its processes listen on 127.0.0.1 only, those of the metrics too. Whoever connects needs it as well.
+        _LOOPBACK: os.environ.get(_LOOPBACK, "0"),
         # By default every Ray of a machine uses these two ports, and it gives no error if they are taken.
         "AUTOSCALER_METRIC_PORT": os.environ.get("AUTOSCALER_METRIC_PORT", str(free_port())),
         "DASHBOARD_METRIC_PORT": os.environ.get("DASHBOARD_METRIC_PORT", str(free_port())),
@@ -142,7 +145,9 @@ def _prometheus_config(folder: Path, scrape_s: int) -> Path:
 def _say(options: argparse.Namespace, environment: dict[str, str], folder: Path, names: list[str]) -> None:
     dashboard = f"http://127.0.0.1:{options.dashboard_port}"
     exported = {"RAY_ADDRESS": f"127.0.0.1:{options.port}", "RAY_API_SERVER_ADDRESS": dashboard}
-    exported |= {name: environment[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN") if name in environment}
+    exported |= {
+        name: environment[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", _LOOPBACK) if name in environment
+    }
     lines = [f"export {name}={value}" for name, value in exported.items()]
     lines.append(f"# dashboard  {dashboard}    logs  {folder}")
     urls = {"prometheus": options.prometheus_port, "grafana": options.grafana_port}

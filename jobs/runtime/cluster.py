@@ -46,7 +46,9 @@ def set_environment() -> None:
         # of 400 MB. A local Ray has no dashboard.
         os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
         return
-    # A local Ray listens on all interfaces, so it needs a token. This one is not written to the user's home.
+    # Without this, its processes listen on all interfaces, those of the metrics too. Ray means it for desktops, and it
+    # does the same on Linux. Other users of the machine still reach it, so that it needs a token.
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     # Tasks of less than one CPU mean more processes than CPUs. Ray would warn about it every few seconds.
