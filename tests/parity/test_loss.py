@@ -393,6 +393,16 @@ def test_ids_without_equal_contents_change_no_bit(options: dict[str, Any]) -> No
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_a_batch_of_one_query_has_nothing_to_learn(options: dict[str, Any]) -> None:
+    """Nothing is a negative of anything, and no gradient becomes NaN by that."""
+    targets = list(range(ALL))
+    mined = targets[:MINED]
+    data = replace(batch(targets, OWNERS), query_ids=[50] * ALL, mined_ids=mined)
+    for part in evaluate(config(**options), data):
+        assert part.eq(0).all()
+
+
 @pytest.mark.parametrize("tile_rows", [1, 2, 3, 5, 9])
 @pytest.mark.parametrize("tau", [0.5, 0.005], ids=["loss of about 3", "tiny losses"])
 @pytest.mark.parametrize("options", [OPTIONS["recipe"], OPTIONS["everything"]], ids=["recipe", "everything"])
