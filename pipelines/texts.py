@@ -28,8 +28,14 @@ def encoding_of(data: bytes) -> str:
 
 
 def decode_text(data: bytes) -> str:
-    """Return the text of a file without its byte order mark. Raises `UnicodeDecodeError`."""
-    return bytes(data).decode(encoding_of(data))
+    """Return the text of a file without its byte order mark.
+
+    Raises `UnicodeDecodeError`, also for zero bytes in UTF-8: such a file is probably UTF-16 without a mark.
+    """
+    data, encoding = bytes(data), encoding_of(data)
+    if encoding.startswith("utf-8") and (position := data.find(b"\0")) >= 0:
+        raise UnicodeDecodeError(encoding, data, position, position + 1, "zero byte, as in UTF-16 without a mark")
+    return data.decode(encoding)
 
 
 def lines_of(text: str) -> list[str]:

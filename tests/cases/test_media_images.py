@@ -5,6 +5,7 @@ import struct
 import zlib
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
@@ -212,6 +213,16 @@ def test_avif_is_decoded_upright_on_white() -> None:
     assert pixels.shape == (40, 20, 3)
     assert np.abs(pixels[5, 10].astype(int) - (255, 0, 0)).max() <= 3
     assert np.abs(pixels[-5, 10].astype(int) - 255).max() <= 3
+
+
+@pytest.mark.parametrize(("subsampling", "difference"), [("4:2:0", 6), ("4:4:4", 2)])  # filters of colors differ
+def test_avif_looks_as_ffmpeg_shows_it(subsampling: str, difference: int) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8)
+    smooth = Image.fromarray(noise).resize((96, 64), Image.Resampling.BICUBIC)
+    data = encoded(smooth, "AVIF", quality=90, subsampling=subsampling)
+    with av.open(io.BytesIO(data)) as container:
+        frame = next(container.decode(video=0)).to_ndarray(format="rgb24")
+    assert np.abs(decode_image(data, CONFIG).astype(int) - frame).mean() < difference
 
 
 @pytest.mark.parametrize("kept", [0.1, 0.6, 0.95])

@@ -140,6 +140,17 @@ def test_texts_of_every_encoding_are_read_in_folders_and_tars(tmp_path: Path, en
     assert samples(tar)[0] == {"0": ("ein Ü", [b"a"]), "1": ("É", [b"b"])}
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf_16_without_a_mark_is_refused(tmp_path: Path, encoding: str) -> None:
+    """Its bytes are valid UTF-8, in which every second character is U+0000."""
+    (tmp_path / "a.jpg").write_bytes(b"picture")
+    (tmp_path / "a.txt").write_bytes("a caption".encode(encoding))
+    [item] = read_folder(str(tmp_path), MediaConfig())
+    assert isinstance(item, Rejected)
+    assert item.reason == "unreadable"
+    assert samples(archive(("0.jpg", b"a"), ("0.txt", "a caption".encode(encoding))))[1].rejected == {"not_utf8": 1}
+
+
 def test_what_ends_a_line() -> None:
     kept = "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
     assert lines_of(f"a{kept}b\nc\r\nd\re") == [f"a{kept}b", "c", "d", "e"]
