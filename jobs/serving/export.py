@@ -152,10 +152,11 @@ def _scores(spec: ExportSpec, base: Path, adapter: Path | None) -> dict[str, Any
         raise UserError(f"scores {path}", "does not exist", "evaluate the model first, or set scores: null")
     results = read_json(path, ResultsFile, "evaluate again, or set scores: null")
     scored = results["settings"].get("weights")
-    if not isinstance(scored, dict):
-        raise UserError(f"scores {path}", "has no settings.weights", "evaluate again, or set scores: null")
-    exported = [checkpoint_sha256(base), checkpoint_sha256(adapter) if adapter else None]
-    mine = {name for name, weights in scored.items() if weights == exported}
+    if isinstance(scored, dict):
+        exported = [checkpoint_sha256(base), checkpoint_sha256(adapter) if adapter else None]
+        mine = {name for name, weights in scored.items() if weights == exported}
+    else:  # of an evaluation that did not record them: by name
+        scored, mine = _named_alike(spec, results["settings"], path)
     rows = [asdict(row) for row in results["rows"] if row.model in mine]
     if not rows:
         problem = f"has no score of the weights of base {spec.model.base} with adapter {spec.model.adapter}"
@@ -163,3 +164,14 @@ def _scores(spec: ExportSpec, base: Path, adapter: Path | None) -> dict[str, Any
             f"scores {path}", problem, f"it has {', '.join(scored)}: evaluate this one, or set scores: null"
         )
     return {"rows": rows, "settings": results["settings"]}
+
+
+def _named_alike(spec: ExportSpec, settings: dict[str, Any], path: Path) -> tuple[dict[str, Any], set[str]]:
+    """Return the models of an evaluation, and the names of those that have base and adapter of the export."""
+    try:
+        models: dict[str, Any] = settings["spec"]["models"]
+        wanted = (spec.model.base, spec.model.adapter)
+        return models, {name for name, ref in models.items() if (ref["base"], ref["adapter"]) == wanted}
+    except (KeyError, TypeError, AttributeError) as error:
+        problem = "has neither settings.weights nor settings.spec.models"
+        raise UserError(f"scores {path}", problem, "evaluate again, or set scores: null") from error
