@@ -4,6 +4,9 @@ PYTHON ?= python3.11
 VENV ?= .venv
 # A machine without GPU saves 4 GB with PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 PIP_ARGS ?=
+# Not empty: install by the hashes of infra/image/requirements.hashes, on Linux on x86-64. torch and this package have none.
+HASHES ?=
+PIP_AUDIT := pip-audit==2.10.1
 STORE ?= local
 MEDIA ?=
 # Processes that run the tests: one with Ray's tests, the others with the rest. TEST_ARGS goes to pytest.
@@ -21,7 +24,7 @@ endif
 
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadscope --no-loadscope-reorder --durations=20
 
-.PHONY: help setup demo test test-long coverage check docs
+.PHONY: help setup demo test test-long coverage check audit docs
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
@@ -31,6 +34,7 @@ setup: $(READY) ## make the environment
 $(READY): pyproject.toml requirements.lock
 	@command -v $(PYTHON) > /dev/null || { echo "error: $(PYTHON) not found; install Python 3.11, or name it: make $(MAKECMDGOALS) PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
+	$(if $(HASHES),$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r infra/image/requirements.hashes)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c requirements.lock -e '.[dev]'
 	@touch $@
 
@@ -52,6 +56,11 @@ check: setup ## format, lint, types, import directions
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+audit: ## look up the packages of requirements.lock in PyPI's list of vulnerabilities; needs a network
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_AUDIT)
+	build/audit/bin/pip-audit --requirement requirements.lock --no-deps --disable-pip --strict
 
 docs: setup ## write API pages from the docstrings into build/docs
 	$(BIN)/python -W ignore -m pdoc --output-directory build/docs pipelines rzen jobs

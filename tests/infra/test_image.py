@@ -5,6 +5,7 @@ import tomllib
 
 import pytest
 
+from infra.image import hashes
 from tests.paths import ROOT
 
 FILE = ROOT / "infra" / "image" / "Dockerfile"
@@ -103,3 +104,25 @@ def test_the_build_gets_what_the_package_is_made_of_and_no_more() -> None:
     assert all((ROOT / name).exists() for name in sent)
     packages = re.findall(r'include = \["(\w+)\*", "(\w+)\*", "(\w+)\*"\]', (ROOT / "pyproject.toml").read_text())
     assert set(packages[0]) | {"pyproject.toml", "requirements.lock", "README.md", "LICENSE"} == sent
+
+
+def test_every_pinned_package_but_torch_has_a_hash() -> None:
+    lock = hashes.pinned((ROOT / "requirements.lock").read_text())
+    lines = [line for line in hashes.HASHES.read_text().splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"\S+==\S+ --hash=sha256:[0-9a-f]{64}", line) for line in lines)
+    assert [line.partition(" ")[0] for line in lines] == lock, "run python -m infra.image.hashes"
+
+
+def test_a_hash_is_that_of_the_file_that_pip_names() -> None:
+    def package(name: str, digest: str) -> dict[str, object]:
+        info = {"archive_info": {"hashes": {"sha256": digest}}}
+        return {"metadata": {"name": name, "version": "1.0"}, "download_info": info}
+
+    lock = hashes.pinned("# a comment\ntorch==2.0\nzope.interface==1.0\nmy-package==1.0\n")
+    found = hashes.hashed(lock, [package("My_Package", "a" * 64), package("zope.interface", "b" * 64)])
+    assert found.splitlines()[2:] == [
+        f"zope.interface==1.0 --hash=sha256:{'b' * 64}",
+        f"my-package==1.0 --hash=sha256:{'a' * 64}",
+    ]
+    with pytest.raises(KeyError):
+        hashes.hashed(["other==1.0"], [])
