@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,51 +14,24 @@ from urllib.parse import urlsplit
 
 import boto3
 from botocore.config import Config as ClientConfig
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    ConnectionClosedError,
-    FlexibleChecksumError,
-    IncompleteReadError,
-    NoCredentialsError,
-    PartialCredentialsError,
-    ReadTimeoutError,
-    ResponseStreamingError,
-)
-from botocore.exceptions import ConnectionError as UnreachableError
+from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
 from pyarrow import fs
 
 from pipelines.errors import UserError
+from pipelines.storage.faults import Attempts, BadAnswerError, has_answered, note_answer
 from pipelines.storage.store import Store, atomic_file, check_relative_path, disk_errors, ends_early, is_partial
 
 T = TypeVar("T")
 _CONNECT_TIMEOUT_S = 3
 _READ_TIMEOUT_S = 20
-_PAUSES_S = (0.1, 0.3, 1.0, 3.0, 6.0, 10.0, 10.0)  # at most, between attempts on a store that answers with errors
-_PATIENCE_S = 60  # no attempt begins later, because a single one may take long
-_UNREACHABLE_PATIENCE_S = 3  # if nothing answers, a wrong address is more likely than a store that is down
 _MIN_BYTES_PER_S = 16 << 10  # a slower answer is requested again
 _CHUNK_BYTES = 256 << 10  # the rate is checked after each
 _PART_BYTES = 8 << 20  # of a download
 _NUM_PARTS_AT_ONCE = 10
 
 
-class _BadAnswerError(Exception):
-    """An answer that cannot be used. The next one may be complete."""
-
-
-class _ShortError(_BadAnswerError):
+class _ShortError(BadAnswerError):
     """Fewer bytes than announced: a broken connection."""
-
-
-_TRANSIENT = (  # faults of the connection; some answers say themselves that they are transient
-    ConnectionClosedError,
-    FlexibleChecksumError,
-    IncompleteReadError,
-    ReadTimeoutError,
-    ResponseStreamingError,
-    _BadAnswerError,
-)
 
 
 def open_s3(url: str, endpoint: str | None) -> S3Store:
@@ -68,6 +40,13 @@ def open_s3(url: str, endpoint: str | None) -> S3Store:
     if not bucket:
         raise UserError(url, "names no bucket", "write s3://bucket/folder")
     return S3Store(bucket, prefix.strip("/"), endpoint)
+
+
+def _reopened(bucket: str, prefix: str, endpoint: str | None, answered: bool) -> S3Store:
+    """Return a store that was pickled by a process to which the endpoint may have answered."""
+    if answered:
+        note_answer(endpoint)
+    return S3Store(bucket, prefix, endpoint)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,15 +67,19 @@ class S3Store(Store):
 
     def _call(self, path: str, operation: Callable[[Any], T]) -> T:
         """Run an operation, again on transient faults. A lasting fault becomes `FileNotFoundError` or `UserError`."""
-        start_s = time.monotonic()
-        for pause_s in (*_PAUSES_S, None):
+        attempts = Attempts(self.endpoint)
+        while True:
             try:
-                return operation(_client(self.endpoint, os.getpid()))
-            except (ClientError, BotoCoreError, _BadAnswerError) as error:
-                if pause_s is None or time.monotonic() - start_s >= _patience_s(error):
+                result = operation(_client(self.endpoint, os.getpid()))
+            except (ClientError, BotoCoreError, BadAnswerError) as error:
+                if not attempts.wait(error):
                     raise _explained(f"{self.url}/{path}", self.endpoint, error) from error
-            time.sleep(pause_s * random.uniform(0.5, 1.0))
-        raise AssertionError("the last attempt returns or raises")
+            else:
+                attempts.succeed()
+                return result
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopened, (self.bucket, self.prefix, self.endpoint, has_answered(self.endpoint))
 
     def child(self, path: str) -> S3Store:
         return replace(self, prefix=self._key(path))
@@ -276,7 +259,7 @@ def _body(answer: dict[str, Any], length: int | None = None) -> bytes:
         chunks.append(chunk)
         if time.monotonic() > last_s:  # the client's own limit is for silence only
             answer["Body"].close()
-            raise _BadAnswerError(f"less than {_MIN_BYTES_PER_S} bytes per second")
+            raise BadAnswerError(f"less than {_MIN_BYTES_PER_S} bytes per second")
     data = b"".join(chunks)
     if len(data) != wanted:
         raise _ShortError(f"{len(data)} of {wanted} bytes")
@@ -292,7 +275,7 @@ def _list_page(client: Any, **request: str) -> dict[str, Any]:
 def _entries(page: dict[str, Any]) -> Sequence[dict[str, Any]]:
     """Return the entries of a listing. A listing that lost its content looks empty to the client."""
     if "IsTruncated" not in page:
-        raise _BadAnswerError("a listing without content")
+        raise BadAnswerError("a listing without content")
     entries: Sequence[dict[str, Any]] = page.get("Contents", ())
     return entries
 
@@ -311,19 +294,6 @@ def _client(endpoint: str | None, _process: int) -> Any:
         return boto3.session.Session().client("s3", endpoint_url=endpoint, config=config)
     except ValueError as error:
         raise UserError(endpoint or "AWS", str(error), "write the endpoint as http://host:port") from error
-
-
-def _patience_s(error: Exception) -> float:
-    """Return for how long another attempt may succeed, 0 if none can."""
-    if isinstance(error, ClientError):
-        status: int = error.response["ResponseMetadata"]["HTTPStatusCode"]
-        is_transient = (
-            status >= 500 or status == 429 or error.response["Error"]["Code"] in ("SlowDown", "RequestTimeout")
-        )
-        return _PATIENCE_S if is_transient else 0
-    if isinstance(error, UnreachableError):
-        return _UNREACHABLE_PATIENCE_S
-    return _PATIENCE_S if isinstance(error, _TRANSIENT) else 0
 
 
 def _explained(place: str, endpoint: str | None, error: Exception) -> Exception:

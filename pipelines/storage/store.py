@@ -21,16 +21,9 @@ from pathlib import Path, PurePath, PurePosixPath
 from pyarrow import fs
 
 from pipelines.errors import UserError
+from pipelines.storage.faults import OF_DISKS
 
 PARTIAL = ".rzen-partial-"
-_FIXES = {
-    errno.ENOSPC: "free some space, or choose another place",
-    errno.EDQUOT: "the quota is used up: free some space, or choose another place",
-    errno.EFBIG: "the file size limit is reached: raise `ulimit -f`, or write smaller shards",
-    errno.EACCES: "check the owner and the permissions",
-    errno.EPERM: "check the owner and the permissions",
-    errno.EROFS: "the file system is read-only: choose another place",
-}
 
 
 class Store(ABC):
@@ -156,7 +149,7 @@ def disk_errors(place: str | Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (None, errno.ENOENT):  # without a number it is an error of the network
             raise
-        raise UserError(str(place), error.strerror or str(error), _FIXES.get(error.errno, "")) from error
+        raise UserError(str(place), error.strerror or str(error), OF_DISKS.get(error.errno, "")) from error
 
 
 def check_relative_path(path: str) -> PurePosixPath:

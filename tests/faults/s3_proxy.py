@@ -23,10 +23,11 @@ import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import cycle
-from typing import Literal, get_args
+from typing import Literal, SupportsIndex, get_args
 from urllib.parse import urlsplit
 
 Fault = Literal["slow_down", "reset", "lost", "reset_body", "short", "truncate", "empty", "delay", "trickle"]
@@ -84,6 +85,17 @@ class StormyProxy:
         self._server.shutdown()
         self._server.server_close()
 
+    @contextmanager
+    def outage(self) -> Iterator[None]:
+        """Every request of every kind gets a reset while the block runs."""
+        commands, faults = self.commands, self.faults
+        self.commands = ("GET", "HEAD", "PUT", "POST", "DELETE")
+        self.faults = _Endless("reset")
+        try:
+            yield
+        finally:
+            self.commands, self.faults = commands, faults
+
     def deal(self, command: str) -> Fault | None:
         """The fault of the next request, counted."""
         if command not in self.commands:
@@ -110,6 +122,16 @@ class StormyProxy:
         if fault == "slow_down":
             self._left_of_burst = self.burst - 1
         return fault
+
+
+class _Endless(list[Fault | None]):
+    """The same fault for every request."""
+
+    def __init__(self, fault: Fault) -> None:
+        super().__init__([fault])
+
+    def pop(self, index: SupportsIndex = -1) -> Fault | None:
+        return self[index]
 
 
 class _Server(ThreadingHTTPServer):

@@ -91,8 +91,8 @@ FAULTS: dict[Callable[[Path], None], tuple[str, str]] = {
     flip_a_bit_of_moments: ("/moments.safetensors", f"is damaged: other bytes than were written; {FIX}"),
     remove_moments: ("/moments.safetensors", f"does not exist; {FIX}"),
     remove_state: ("/state.json", f"does not exist; {FIX}"),
-    cut_state: ("/state.json", "is no state of a checkpoint (Unterminated string"),
-    forget_step: ("/state.json", f"is no state of a checkpoint ('step'); {FIX}"),
+    cut_state: ("/state.json", "is not JSON"),
+    forget_step: ("/state.json", f"has no step; {FIX}"),
     change_plan: ("", f"belongs to plan plan-0, this run has plan plan-1; {NEW_NAME}"),
     drop_theta: (
         "/parameters.safetensors",

@@ -151,8 +151,9 @@ def test_a_feed_worker_killed_in_its_task_changes_no_batch(tmp_path: Path, ray_c
 @pytest.mark.long
 @pytest.mark.timeout(240)
 def test_a_store_that_breaks_for_good_ends_the_feed_with_one_error(
-    bucket_url: str, s3_endpoint: str, ray_cluster: None
+    bucket_url: str, s3_endpoint: str, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("pipelines.storage.faults._PATIENCE_S", 25.0)
     publish(open_store(bucket_url, s3_endpoint), {"cars": ("t2i", 61)})
     with StormyProxy(s3_endpoint, kinds=["slow_down"]) as proxy:
         reader = Reader(DataConfig(root=bucket_url, endpoint=proxy.url), ListEncoder())
@@ -170,7 +171,7 @@ def test_a_store_that_breaks_for_good_ends_the_feed_with_one_error(
 @pytest.fixture
 def stormy(bucket_url: str, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Store, StormyProxy]]:
     """A store that is reached through a proxy, without faults so far, and without patience between attempts."""
-    monkeypatch.setattr("pipelines.storage.s3._PAUSES_S", (0.01,) * 7)
+    monkeypatch.setattr("pipelines.storage.faults._PAUSES_S", (0.01,))
     with StormyProxy(s3_endpoint, delay_s=0.1) as proxy:
         yield open_store(bucket_url, proxy.url), proxy
 

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import resource
 import socket
 import subprocess
@@ -9,15 +10,27 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
+from botocore.exceptions import (
+    ClientError,
+    ConnectionClosedError,
+    ConnectTimeoutError,
+    EndpointConnectionError,
+    FlexibleChecksumError,
+    IncompleteReadError,
+    NoCredentialsError,
+    ReadTimeoutError,
+)
 
 from jobs.runtime.local_s3 import free_port
 from pipelines.errors import UserError
+from pipelines.storage.faults import PATIENCE, Attempts, note_answer, remedy_of
 from pipelines.storage.location import localize, open_store
 from pipelines.storage.store import LocalStore, Store
 from tests.faults.s3_proxy import Fault, StormyProxy
@@ -186,6 +199,13 @@ def test_the_endpoint_is_taken_from_the_environment(monkeypatch: pytest.MonkeyPa
     assert open_store("s3://b", "http://given").endpoint == "http://given"  # type: ignore[attr-defined]
 
 
+def short_of_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several attempts within a fraction of a second."""
+    monkeypatch.setattr("pipelines.storage.faults._PAUSES_S", (0.01,))
+    monkeypatch.setattr("pipelines.storage.faults._FIRST_PATIENCE_S", 0.3)
+    monkeypatch.setenv(PATIENCE, "0.3")
+
+
 @pytest.mark.parametrize("fault", ["slow_down", "reset_body", "short"])
 def test_passing_faults_are_survived(fault: Fault, bucket_url: str, proxy: StormyProxy) -> None:
     store = open_store(bucket_url, proxy.url)
@@ -199,13 +219,13 @@ def test_passing_faults_are_survived(fault: Fault, bucket_url: str, proxy: Storm
 def test_a_lasting_fault_ends_with_a_user_error(
     bucket_url: str, proxy: StormyProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipelines.storage.s3._PAUSES_S", (0.01, 0.01))
+    short_of_patience(monkeypatch)
     store = open_store(bucket_url, proxy.url)
     store.write("x", b"0123456789")
-    proxy.faults = ["short"] * 50
+    proxy.faults = ["short"] * 500
     with pytest.raises(UserError, match="ends early: 4 of 8 bytes"):
         store.read_range("x", 1, 8)
-    proxy.faults = ["slow_down"] * 50
+    proxy.faults = ["slow_down"] * 500
     with pytest.raises(UserError, match="SlowDown"):
         store.read("x")
 
@@ -231,7 +251,7 @@ def test_a_silent_answer_is_asked_for_again(
 
 
 def test_an_answer_that_drips_is_given_up(bucket_url: str, proxy: StormyProxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.storage.s3._PAUSES_S", (0.01,))
+    short_of_patience(monkeypatch)
     monkeypatch.setattr("pipelines.storage.s3._READ_TIMEOUT_S", 1.0)  # longer than the pauses between the drops
     monkeypatch.setattr("pipelines.storage.s3._MIN_BYTES_PER_S", 10_000_000)
     store = open_store(bucket_url, proxy.url)
@@ -249,12 +269,13 @@ def test_an_answer_that_drips_is_given_up(bucket_url: str, proxy: StormyProxy, m
 def test_a_listing_without_content_is_not_an_empty_folder(
     bucket_url: str, proxy: StormyProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipelines.storage.s3._PAUSES_S", (0.01, 0.01))
+    short_of_patience(monkeypatch)
     store = open_store(bucket_url, proxy.url)
-    proxy.faults = ["empty"] * 6
+    proxy.faults = ["empty"] * 500
     for look in (store.list, lambda: store.exists("x")):
         with pytest.raises(UserError, match="a listing without content"):
             look()
+    proxy.faults = []
     assert store.list() == []
 
 
@@ -290,6 +311,105 @@ def test_an_endpoint_that_is_away_for_a_moment_is_waited_for(bucket_url: str, s3
         assert open_store(bucket_url, f"http://127.0.0.1:{port}").read("x") == b"0123456789"
         assert time.monotonic() - start_s >= 1.4
         late.join()
+
+
+@pytest.fixture
+def outages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is reported of outages, a hundred times sooner than usual."""
+    told: list[str] = []
+    monkeypatch.setattr("pipelines.storage.faults._report", [told.append])
+    monkeypatch.setattr("pipelines.storage.faults._REPORT_AFTER_S", 0.2)
+    monkeypatch.setattr("pipelines.storage.faults._REPORT_EVERY_S", 1.0)
+    return told
+
+
+@pytest.mark.parametrize("command", ["read", "write", "list", "upload"])
+def test_an_outage_after_the_first_answer_is_waited_for_and_reported(
+    bucket_url: str, proxy: StormyProxy, tmp_path: Path, outages: list[str], command: str
+) -> None:
+    (tmp_path / "x").write_bytes(b"0123456789")
+    store = open_store(bucket_url, proxy.url)
+    store.write("x", b"0123456789")
+    verbs: dict[str, Callable[[], object]] = {
+        "read": lambda: store.read("x"),
+        "write": lambda: store.write("y", b"later"),
+        "list": store.list,
+        "upload": lambda: store.upload(tmp_path / "x", "y"),
+    }
+    with ThreadPoolExecutor(1) as pool:
+        with proxy.outage():
+            waiting = pool.submit(verbs[command])
+            time.sleep(4)  # longer than an endpoint that has never answered is waited for
+            assert not waiting.done()
+        waiting.result()
+    assert store.read("x") == b"0123456789"
+    assert 2 <= len(outages) <= 6
+    assert re.match(rf"no proper answer from {proxy.url} for \d s .*; trying again for up to (600|5\d\d) s", outages[0])
+    assert re.match(r".* answers again after \d+ s", outages[-1])
+
+
+def test_other_processes_know_that_an_endpoint_has_answered(bucket_url: str, s3_endpoint: str) -> None:
+    port = free_port()
+    store = open_store(bucket_url, f"http://127.0.0.1:{port}")
+    code = (
+        "import pickle, sys, time\n"
+        "store = pickle.load(sys.stdin.buffer); begun_s = time.monotonic()\n"
+        "try: store.read('x')\n"
+        "except Exception as error: print(time.monotonic() - begun_s)"
+    )
+
+    def waited_s() -> float:
+        environment = os.environ | {PATIENCE: "7"}
+        done = subprocess.run(
+            [sys.executable, "-c", code], input=pickle.dumps(store), capture_output=True, check=True, env=environment
+        )
+        return float(done.stdout)
+
+    assert waited_s() < 6
+    with StormyProxy(s3_endpoint, port=port):
+        store.write("x", b"0123456789")
+    assert waited_s() >= 6
+
+
+def client_error(code: str, status: int) -> ClientError:
+    answer: Any = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    return ClientError(answer, "PutObject")
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (client_error("SlowDown", 503), "wait"),
+        (client_error("InternalError", 500), "wait"),
+        (client_error("ServiceUnavailable", 503), "wait"),
+        (client_error("TooManyRequests", 429), "wait"),
+        (client_error("RequestTimeout", 400), "wait"),
+        (client_error("QuotaExceeded", 507), "mend"),
+        (client_error("NotImplemented", 501), "mend"),
+        (client_error("AccessDenied", 403), "mend"),
+        (client_error("ExpiredToken", 403), "mend"),
+        (client_error("NoSuchBucket", 404), "mend"),
+        (client_error("PreconditionFailed", 412), "mend"),
+        (EndpointConnectionError(endpoint_url="http://x"), "wait"),
+        (ConnectTimeoutError(endpoint_url="http://x"), "wait"),
+        (ReadTimeoutError(endpoint_url="http://x"), "wait"),
+        (ConnectionClosedError(endpoint_url="http://x"), "wait"),
+        (IncompleteReadError(actual_bytes=1, expected_bytes=2), "again"),
+        (FlexibleChecksumError(error_msg="x"), "again"),
+        (NoCredentialsError(), "mend"),
+    ],
+)
+def test_the_table_of_faults(error: Exception, remedy: str) -> None:
+    assert remedy_of(error) == remedy
+
+
+def test_what_only_the_user_can_mend_is_never_tried_again() -> None:
+    note_answer("http://there")
+    attempts = Attempts("http://there")
+    begun_s = time.monotonic()
+    assert not attempts.wait(client_error("AccessDenied", 403))
+    assert time.monotonic() - begun_s < 0.05
+    assert attempts.wait(client_error("SlowDown", 503))
 
 
 def test_an_unreachable_endpoint_is_reported_within_seconds() -> None:
