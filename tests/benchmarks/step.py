@@ -89,6 +89,9 @@ class NoCheckpoints:
     def publish(self, folder: Path, step: int) -> None:
         """Drops it."""
 
+    def report(self, event: str) -> None:
+        """Cannot be: nothing is written."""
+
 
 @dataclass
 class Clock:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipelines.errors import UserError
+from pipelines.errors import TakenError, UserError
 from rzen.config import LoraConfig, ObjectiveConfig, OptimConfig
 from rzen.inputs.processor import Processor
 from rzen.model.checkpoints import file_sha256
@@ -110,6 +112,27 @@ def stage_of(model_dir: str, **optim: Any) -> Stage:
     return Stage(model, ObjectiveConfig(), OptimConfig(**optim), 3, 0, 2, "plan-1")
 
 
+@dataclass
+class FullDisk(Folders):
+    """A store whose disk is full at some attempts, counted from 0."""
+
+    full_at: tuple[int, ...] = ()
+    taken_at: int | None = None
+    attempts: int = 0
+    reports: list[str] = field(default_factory=list)
+
+    def publish(self, folder: Path, step: int) -> None:
+        attempt, self.attempts = self.attempts, self.attempts + 1
+        if attempt == self.taken_at:
+            raise TakenError("runs/r", "holds another run by now")
+        if attempt in self.full_at:
+            raise UserError("runs/r", "No space left on device", "free some space")
+        super().publish(folder, step)
+
+    def report(self, event: str) -> None:
+        self.reports.append(event)
+
+
 def message(action: Callable[[], object]) -> str:
     try:
         action()
@@ -141,7 +164,26 @@ def worker(_rank: int, _world_size: int, root: Path, model_dir: str) -> dict[str
     def endless(start: int) -> Iterator[Batch]:
         return batches(processor, start)
 
+    def run_on(disk: FullDisk) -> FullDisk:
+        disk.root.mkdir()
+        train_stage(
+            replace(stage_of(model_dir), num_steps=7, checkpoint_every_steps=4),
+            backbone_dir=model_dir,
+            init_adapter=None,
+            tasks=["a", "b"],
+            batches=endless,
+            checkpoints=disk,
+            output=disk.root / "model",
+            on_metrics=lambda row: time.sleep(0.1),  # so that a failure is known within two steps
+        )
+        return disk
+
+    disks = {
+        "quiet": run_on(FullDisk(root / "quiet")),
+        "full": run_on(FullDisk(root / "full", full_at=(0, 2, 3))),
+    }
     messages = {
+        "taken": message(lambda: run_on(FullDisk(root / "taken", taken_at=0))),
         "diverging": message(
             lambda: run(stage_of(model_dir, lr=1e30, warmup_fraction=0.0, max_skipped_steps=1), "diverging", endless)
         ),
@@ -161,7 +203,8 @@ def worker(_rank: int, _world_size: int, root: Path, model_dir: str) -> dict[str
     after = checkpoint.full_parameters(engine)
     untouched = all(torch.equal(value, after[name]) for name, value in before.items())
     done = checkpoint.restore(engine, root / "good" / "step-000002", plan_fingerprint="plan-1")
-    return {"messages": messages, "untouched": untouched, "done": done}
+    reports = {name: disk.reports for name, disk in disks.items()}
+    return {"messages": messages, "untouched": untouched, "done": done, "reports": reports}
 
 
 def engine_of(stage: Stage, model_dir: str) -> Any:
@@ -210,3 +253,31 @@ def test_a_run_lost_after_its_last_checkpoint_only_writes_its_model(outcome: dic
     files = [root / name / "model" / "adapter_model.safetensors" for name in ("good", "finished")]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert not list((root / "finished").glob("step-*"))
+
+
+def test_a_checkpoint_that_cannot_be_written_is_tried_again_at_the_next_step_and_reported(
+    outcome: dict[str, Any], root: Path
+) -> None:
+    assert outcome["reports"]["quiet"] == []
+    found = {name: sorted(int(path.name[-6:]) for path in (root / name).glob("step-*")) for name in ("quiet", "full")}
+    assert found["quiet"] == [4, 7]
+    again, last = found["full"]
+    assert (again in (5, 6), last) == (True, 7)  # the failure of step 4 may be known when step 5 has begun
+    full = "runs/r: No space left on device; free some space"
+    assert outcome["reports"]["full"] == [
+        f"checkpoint of step 4 not written, trying again after the next step: {full}",
+        f"checkpoint of step {again} written",
+        f"checkpoint of step 7 not written, trying again after the next step: {full}",
+        "checkpoint of step 7 written",
+    ]
+
+
+def test_a_run_with_a_full_disk_ends_with_the_bytes_of_a_quiet_one(outcome: dict[str, Any], root: Path) -> None:
+    for name in (checkpoint.PARAMETERS, checkpoint.MOMENTS):
+        quiet, full = ((root / run / "step-000007" / name).read_bytes() for run in ("quiet", "full"))
+        assert quiet == full
+
+
+def test_a_run_whose_folder_is_anothers_ends_at_once(outcome: dict[str, Any], root: Path) -> None:
+    assert outcome["messages"]["taken"] == "runs/r: holds another run by now"
+    assert not [*(root / "taken").iterdir()]

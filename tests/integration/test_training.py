@@ -63,6 +63,9 @@ class Folders:
         assert dist.get_rank() == 0
         shutil.move(folder, self.root / f"step-{step:06d}")
 
+    def report(self, event: str) -> None:
+        raise AssertionError(event)
+
 
 def encode(processor: Processor, step: int, index: int) -> EncodedPairs:
     """Sample `index` of a step: the first half of a batch is text alone, the second has images on one side."""
