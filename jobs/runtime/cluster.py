@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
+from jobs.runtime.progress import say
 from jobs.spec.run import ClusterConfig
 from pipelines.config import FeedConfig
-from pipelines.errors import UserError
+from pipelines.errors import TakenError, UserError
 from rzen.packages import ROOT, are_hidden, import_own_packages
 
 LOCAL: dict[str, Any] = {"include_dashboard": False}
@@ -34,6 +35,7 @@ class Resources:
 POLL_S = 0.3
 MAX_LINKED = 16  # runs that a link can name
 _ROUNDING = 1e-9
+_START_ERRORS = (ConnectionError, TimeoutError, RuntimeError)
 
 
 def set_environment() -> None:
@@ -73,7 +75,10 @@ def metrics_link(runs: Sequence[str]) -> str | None:
 
 @contextmanager
 def ray_cluster() -> Iterator[None]:
-    """Connect to Ray, or start a local one that ends with the block. Do nothing if this process is connected."""
+    """Connect to Ray, or start a local one that ends with the block. Do nothing if this process is connected.
+
+    A local one that does not start, because the machine is busy, is tried once more.
+    """
     import ray
 
     if ray.is_initialized():
@@ -83,24 +88,40 @@ def ray_cluster() -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS")
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(
-            address=address or "local",
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            runtime_env=_runtime_env(),
-            **({} if address else LOCAL),
-        )
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, on_sigterm)  # Ray's handler leaves no time for a last checkpoint
-    except (ConnectionError, TimeoutError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        _start(address)
+    except _START_ERRORS as error:
         if address:
-            raise UserError(f"RAY_ADDRESS={address}", f"no Ray answers ({reason})", "start it, or unset it") from error
-        raise UserError("Ray", f"does not start on this machine: {reason}", "its logs are in /tmp/ray") from error
+            problem = f"no Ray answers ({_first_line(error)})"
+            raise UserError(f"RAY_ADDRESS={address}", problem, "start it, or unset it") from error
+        say(f"  Ray did not start ({_first_line(error)}); trying once more", "yellow")
+        ray.shutdown()
+        try:
+            _start(address)
+        except _START_ERRORS as again:
+            problem = f"does not start on this machine: {_first_line(again)}"
+            raise UserError("Ray", problem, "its logs are in /tmp/ray; on a busy machine, try again later") from again
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's handler leaves no time for a last checkpoint
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _start(address: str | None) -> None:
+    import ray
+
+    ray.init(
+        address=address or "local",
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        runtime_env=_runtime_env(),
+        **({} if address else LOCAL),
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _runtime_env() -> dict[str, Any] | None:
@@ -176,8 +197,8 @@ def has_room(running: Sequence[ClusterConfig], another: ClusterConfig, feed: Fee
 
 def user_error(error: BaseException) -> UserError | None:
     """Return the `UserError` inside an error of Ray. Task errors wrap causes, Ray Train lists failures by rank."""
-    if type(error) is UserError:  # Ray's subclass of it prints a traceback and has the original as `cause`
-        return error
+    if isinstance(error, UserError) and type(error) in (UserError, TakenError):
+        return error  # Ray's subclass prints a traceback and has the original as `cause`
     inside = [error.__cause__, getattr(error, "cause", None), getattr(error, "controller_failure", None)]
     inside += getattr(error, "worker_failures", {}).values()
     causes = [user_error(cause) for cause in inside if isinstance(cause, BaseException) and cause is not error]

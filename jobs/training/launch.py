@@ -117,7 +117,8 @@ def _run_queue(
         done, _ = wait(futures.values(), timeout=POLL_S, return_when=FIRST_COMPLETED)
         for name, text in ray.get(board.take_notes.remote()):
             if name in running:
-                report(running[name].run, text, "yellow")
+                # The log is in the store, which may be what does not answer.
+                _in_thread(report, running[name].run, text, "yellow")
         for name, news in ray.get(board.progress.remote()).items():
             if name in running:
                 table.update(name, news, running[name].run.spec.run.log_every_steps)

@@ -27,6 +27,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import threading
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -53,6 +54,7 @@ from rzen.training.checkpoint_state import FIX, STATE, parse_state
 SPEC, LATEST, DONE, METRICS, PHASES = "spec.json", "latest.json", "done.json", "metrics.jsonl", "phases.json"
 BEST, LOG = "best", "log.txt"
 KIND = "run"
+_LOGGING = threading.Lock()  # several threads of a driver add lines
 TENSORBOARD, UNTRACKED, FAILURE = "tensorboard", "tracking.txt", "failure.txt"
 RESULTS = ("adapter", "model", BEST)
 _FILES = (LATEST, DONE, METRICS, PHASES, LOG, UNTRACKED, FAILURE)
@@ -244,11 +246,11 @@ class Run:
         self.store.write(PHASES, as_json([asdict(some) for some in (*self.phases(), phase)]))
 
     def log(self, event: str) -> None:
-        """Add a line to `log.txt`. Only the driver calls it, in one thread for each run."""
-        before = self.store.read(LOG) if self.store.exists(LOG) else b""
-        self.store.write(
-            LOG, before + f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}  {redact_text(printable(event))}\n".encode()
-        )
+        """Add a line to `log.txt`. Only the driver calls it."""
+        line = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}  {redact_text(printable(event))}\n".encode()
+        with _LOGGING:
+            before = self.store.read(LOG) if self.store.exists(LOG) else b""
+            self.store.write(LOG, before + line)
 
     def finish(self, summary: dict[str, Any], metrics: list[dict[str, Any]]) -> None:
         """Record the end of the run, and delete its checkpoints. The result must be published before."""

@@ -18,6 +18,7 @@ from jobs.training.checkpoints import Checkpoints
 from jobs.training.encoder import backbone_url
 from jobs.training.runs import BEST, RESULTS, samples_seen
 from jobs.training.tracking import Tracker
+from pipelines.storage.faults import report_outages
 from pipelines.storage.publish import publish_folder
 
 if TYPE_CHECKING:
@@ -35,10 +36,13 @@ def train_worker(config: dict[str, Any]) -> None:
     run, plan, spec = prepared.run, prepared.plan, prepared.run.spec
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
-    # From the feed, which has read it once for this group of workers and starts there.
-    checkpoints = Checkpoints(
-        run, ray.train.get_dataset_shard(RESUME), lambda event: board.note.remote(spec.name, event)
-    )
+
+    def note(event: str) -> None:
+        board.note.remote(spec.name, event)
+
+    report_outages(note)
+    # The start is that of the feed, which has read it once for this group of workers.
+    checkpoints = Checkpoints(run, ray.train.get_dataset_shard(RESUME), note)
     trackers: list[Tracker] = []
     gauges = {
         name: Gauge(f"rzen_{name}", metric.description, ("run", "source", "task")) for name, metric in METRICS.items()

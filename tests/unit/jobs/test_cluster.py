@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from jobs.runtime.cluster import MAX_LINKED, metrics_link, set_environment, user_error
+from jobs.runtime.cluster import MAX_LINKED, metrics_link, ray_cluster, set_environment, user_error
 from pipelines.errors import UserError
 from tests.paths import ROOT
 
@@ -79,3 +79,33 @@ def test_link_to_the_numbers_is_that_of_our_dashboard_as_a_browser_knows_it(monk
     board = json.loads((ROOT / "infra/monitoring/grafana/rzen.json").read_text())
     assert board["uid"] == "rzen"
     assert "run" in [variable["name"] for variable in board["templating"]["list"]]
+
+
+def test_a_ray_that_starts_slowly_is_tried_once_more(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import ray
+
+    failures = [TimeoutError("the node did not register in 30 s")]
+    started: list[str] = []
+
+    def init(address: str, **_: object) -> None:
+        if failures:
+            raise failures.pop()
+        started.append(address)
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    with ray_cluster():
+        assert started == ["local"]
+    assert "Ray did not start (the node did not register in 30 s); trying once more" in capsys.readouterr().out
+    failures += [RuntimeError("no"), RuntimeError("no")]
+    with pytest.raises(UserError, match="Ray: does not start on this machine: no"), ray_cluster():
+        pass
+    assert failures == []
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    failures += [ConnectionError("refused")]
+    with pytest.raises(UserError, match=r"no Ray answers \(refused\)"), ray_cluster():
+        pass
