@@ -1,6 +1,6 @@
 """What becomes of a fault: the table of all faults of object stores and disks, and waiting for an outage to end.
 
-    mend     only the user can fix it: reported at once
+    fix      only the user can fix it: reported at once
     again    one answer was bad, and the next may be good: asked again for some seconds
     wait     the service is away or overloaded: waited for, with messages
 
@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Literal
 
-Remedy = Literal["mend", "again", "wait"]
+Remedy = Literal["fix", "again", "wait"]
 PATIENCE = "RZEN_STORE_PATIENCE_S"
 _PATIENCE_S = 600.0
 _FIRST_PATIENCE_S = 25.0  # with an endpoint that answers with errors from the start
@@ -41,10 +41,10 @@ _OF_CODES: dict[str, Remedy] = {
     "RequestTimeout": "wait",
     "ThrottlingException": "wait",
     "RequestLimitExceeded": "wait",
-    "NotImplemented": "mend",
-    "QuotaExceeded": "mend",
+    "NotImplemented": "fix",
+    "QuotaExceeded": "fix",
 }
-_OF_STATUSES: dict[int, Remedy] = {429: "wait", 501: "mend", 505: "mend", 507: "mend"}
+_OF_STATUSES: dict[int, Remedy] = {429: "wait", 501: "fix", 505: "fix", 507: "fix"}
 _OF_ERRORS: dict[str, Remedy] = {  # by name, so that a disk needs no client of object stores
     "BadAnswerError": "again",
     "FlexibleChecksumError": "again",
@@ -63,7 +63,7 @@ OF_DISKS = {
     errno.EPERM: "check the owner and the permissions",
     errno.EROFS: "the file system is read-only: choose another place",
 }
-"""Fix of each fault of a disk: the user has to mend all of them. Only checkpoints are tried again."""
+"""Fix of each fault of a disk: the user has to deal with all of them. Only checkpoints are tried again."""
 
 _answered: set[str | None] = set()
 _report: list[Callable[[str], None]] = []
@@ -73,8 +73,8 @@ def remedy_of(error: Exception) -> Remedy:
     """Return what to do about a fault of an object store."""
     if (answer := _answer_of(error)) is not None:
         status, code = int(answer["ResponseMetadata"]["HTTPStatusCode"]), str(answer["Error"]["Code"])
-        return _OF_CODES.get(code) or _OF_STATUSES.get(status) or ("wait" if status >= 500 else "mend")
-    return next((remedy for name in _names_of(error) if (remedy := _OF_ERRORS.get(name))), "mend")
+        return _OF_CODES.get(code) or _OF_STATUSES.get(status) or ("wait" if status >= 500 else "fix")
+    return next((remedy for name in _names_of(error) if (remedy := _OF_ERRORS.get(name))), "fix")
 
 
 def _answer_of(error: Exception) -> dict[str, Any] | None:
@@ -137,7 +137,7 @@ class Attempts:
             _say(f"{self._endpoint or 'AWS'} answers again after {time.monotonic() - self._began_s:.0f} s")
 
     def _patience_s(self, error: Exception, remedy: Remedy) -> float:
-        if remedy == "mend":
+        if remedy == "fix":
             return 0.0
         if remedy == "wait" and has_answered(self._endpoint):
             return float(os.environ.get(PATIENCE) or _PATIENCE_S)

@@ -384,26 +384,26 @@ def client_error(code: str, status: int) -> ClientError:
         (client_error("ServiceUnavailable", 503), "wait"),
         (client_error("TooManyRequests", 429), "wait"),
         (client_error("RequestTimeout", 400), "wait"),
-        (client_error("QuotaExceeded", 507), "mend"),
-        (client_error("NotImplemented", 501), "mend"),
-        (client_error("AccessDenied", 403), "mend"),
-        (client_error("ExpiredToken", 403), "mend"),
-        (client_error("NoSuchBucket", 404), "mend"),
-        (client_error("PreconditionFailed", 412), "mend"),
+        (client_error("QuotaExceeded", 507), "fix"),
+        (client_error("NotImplemented", 501), "fix"),
+        (client_error("AccessDenied", 403), "fix"),
+        (client_error("ExpiredToken", 403), "fix"),
+        (client_error("NoSuchBucket", 404), "fix"),
+        (client_error("PreconditionFailed", 412), "fix"),
         (EndpointConnectionError(endpoint_url="http://x"), "wait"),
         (ConnectTimeoutError(endpoint_url="http://x"), "wait"),
         (ReadTimeoutError(endpoint_url="http://x"), "wait"),
         (ConnectionClosedError(endpoint_url="http://x"), "wait"),
         (IncompleteReadError(actual_bytes=1, expected_bytes=2), "again"),
         (FlexibleChecksumError(error_msg="x"), "again"),
-        (NoCredentialsError(), "mend"),
+        (NoCredentialsError(), "fix"),
     ],
 )
 def test_the_table_of_faults(error: Exception, remedy: str) -> None:
     assert remedy_of(error) == remedy
 
 
-def test_what_only_the_user_can_mend_is_never_tried_again() -> None:
+def test_what_only_the_user_can_fix_is_never_tried_again() -> None:
     note_answer("http://there")
     attempts = Attempts("http://there")
     begun_s = time.monotonic()
