@@ -38,6 +38,9 @@ class Config(BaseModel):
     )
 
 
+_PIXELS = 1280 * 28 * 28
+
+
 class MediaConfig(Config):
     """How files become pixels, and the limits within which untrusted files are opened."""
 
@@ -52,12 +55,12 @@ class MediaConfig(Config):
     document_backend: DocumentBackend = Field(default_factory=_default_document_backend)
     """`pymupdf` (AGPL-3.0 or commercial) if it is installed, else `pypdfium2` (BSD/Apache). Both give the same page
     within anti-aliasing. Manifests and records of runs hold the library that was used."""
-    image_pixels: PositiveInt = 1_003_520
-    """A JPEG of more pixels is decoded at 1/2, 1/4 or 1/8 of its size, never below this. Left out, it follows the model
+    image_pixels: PositiveInt = _PIXELS
+    """A JPEG of more pixels is decoded at 1/2, 1/4 or 1/8 of its size, never below this. The default follows the model
     that reads the image: `prompt.max_visual_tokens` times the pixels of a token of its backbone."""
-    page_pixels: PositiveInt = 1_003_520
-    """Pixels of a rendered page. Left out, it follows the model, as `image_pixels`. Where no model reads the page: 1280
-    tokens of 28 x 28 pixels."""
+    page_pixels: PositiveInt = _PIXELS
+    """Pixels of a rendered page. The default follows the model, as that of `image_pixels`. Where no model reads the
+    page, it is 1280 tokens of 28 x 28 pixels."""
     max_pixels: PositiveInt = 64_000_000
     """Larger images and frames are rejected as `too_many_pixels` (decompression bombs)."""
     max_aspect_ratio: PositiveFloat = 200.0
@@ -76,9 +79,12 @@ class MediaConfig(Config):
     """Address space of the decoding child."""
 
     def for_model(self, visual_pixels: int) -> MediaConfig:
-        """Return the settings for a model that takes in images of `visual_pixels`. What was set stays as it is."""
-        left_out = {"image_pixels", "page_pixels"} - self.model_fields_set
-        return self.model_copy(update=dict.fromkeys(left_out, visual_pixels))
+        """Return the settings for a model that takes in images of `visual_pixels`. Other pixels than the default stay.
+
+        The default goes by its value, so that settings that were written out in full mean the same.
+        """
+        follows = [name for name in ("image_pixels", "page_pixels") if getattr(self, name) == _PIXELS]
+        return self.model_copy(update=dict.fromkeys(follows, visual_pixels))
 
 
 class ResampleConfig(Config):

@@ -61,6 +61,11 @@ def test_settings_of_the_user_stay(checkpoint: tuple[str, str]) -> None:
     given = MediaConfig(page_pixels=90_000)
     assert rzen.load(folder, device="cpu", media=given).media.page_pixels == 90_000
     assert given.for_model(7).image_pixels == 7
+    for same in (
+        MediaConfig(),
+        MediaConfig.model_validate(MediaConfig().model_dump()),
+    ):  # as a spec is sent to a cluster
+        assert same.for_model(7).page_pixels == 7
 
 
 def test_a_minimum_above_the_maximum_is_refused() -> None:
@@ -71,7 +76,7 @@ def test_a_minimum_above_the_maximum_is_refused() -> None:
         check(changed)
 
 
-@pytest.mark.parametrize(("media", "told"), [({}, []), ({"page_pixels": 1_003_520}, ["980 of 1280 tokens"])])
+@pytest.mark.parametrize(("media", "told"), [({}, []), ({"page_pixels": 500_000}, ["488 of 1280 tokens"])])
 def test_pixels_that_leave_tokens_unused_are_told(
     media: dict[str, Any], told: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
