@@ -1,8 +1,8 @@
-"""Writes the hashes of the pinned packages: `python -m infra.image.hashes`. Needs the package index.
+"""Writes the hashes of the pinned packages: `python -m infra.image.hashes`. It needs the package index.
 
-pip names the file that it would install for each line of requirements.lock, and its SHA-256. torch is left out, because
-machines without GPU install another build of it, with another hash. This package is left out as well, because it is
-built from the checkout. `make setup HASHES=1` installs what is here by its hashes, and the rest by requirements.lock.
+For each line of the lock, pip names the file that it would install, and its SHA-256. torch is left out. Machines
+without GPU install another build of it, with another hash. This package is left out as well. It is built from the
+checkout. `make setup HASHES=1` installs what is here by its hashes, and the rest by the lock.
 """
 
 from __future__ import annotations

@@ -203,3 +203,8 @@ def test_pipes_and_devices_are_never_opened(folder):
     thread.start()
     thread.join(20)
     assert found == [{"pipe.jpg": "unreadable", "fifo.jpg": "unreadable"}]
+
+
+def test_the_mark_of_a_folder_that_rzen_wrote_is_no_file_of_the_user(folder):
+    (folder / "rzen-output.json").write_text("{}")
+    assert read(folder) == ({"ok.jpg": "a caption"}, {})
