@@ -19,6 +19,7 @@ from pipelines.errors import UserError
 from rzen.config import FalseNegativeConfig, HardnessConfig, MinedConfig, ObjectiveConfig, TemperatureConfig
 from rzen.objective.batch import Batch, Mined
 from rzen.objective.graded import cosent
+from rzen.objective.identity import Identity
 from rzen.objective.loss import Objective
 
 RULE = FalseNegativeConfig(threshold=0.2, warmup_steps=10, max_dropped_fraction=0.3)
@@ -391,6 +392,21 @@ def test_ids_without_equal_contents_change_no_bit(options: dict[str, Any]) -> No
     )
     for one, other in zip(evaluate(made, data), evaluate(made, named), strict=True):
         assert torch.equal(one, other)
+
+
+def test_the_quick_way_for_distinct_queries_marks_the_same() -> None:
+    rows = torch.arange(OFFSET, OFFSET + OWN)
+    mined = torch.tensor([4, 9, 104, 5, 200, 7])  # targets, a query and others
+    made = (torch.tensor(IDS), torch.arange(100, 100 + ALL), None, mined, ALL, MINED, torch.device("cpu"))
+    quick = Identity.of(*made)
+    slow = replace(quick, is_plain=False)
+    assert quick.is_plain
+    for name in ("query_to_targets", "query_to_mined", "target_to_queries"):
+        marks = getattr(quick, name)(rows)
+        assert torch.equal(marks, getattr(slow, name)(rows)), name
+        assert marks.any()
+    for query_ids in (torch.tensor(QUERY_IDS), torch.arange(1, 1 + ALL), torch.tensor([100] * ALL)):
+        assert not Identity.of(made[0], query_ids, *made[2:]).is_plain
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
