@@ -14,7 +14,7 @@ from jobs.runtime.models import checkpoint_folder, local_folder
 from jobs.runtime.progress import say
 from jobs.runtime.revision import revision, versions
 from jobs.serving.specs import ExportSpec
-from jobs.training.runs import DONE, SPEC
+from jobs.training.runs import LATEST, SPEC
 from pipelines.errors import UserError
 from pipelines.storage.location import open_store
 from pipelines.storage.publish import publish_folder
@@ -124,7 +124,7 @@ def _recipes(spec: ExportSpec, parents: list[str]) -> dict[str, Any]:
     for url in (spec.model.base, *([spec.model.adapter] if spec.model.adapter else []), *parents):
         above, _, _ = url.rstrip("/").rpartition("/")
         store = open_store(above, spec.endpoint) if above else None
-        if store and store.exists(SPEC) and store.exists(DONE):  # else the result may be of a run before
+        if store and store.exists(SPEC) and not store.exists(LATEST):  # else it replaces the run of the result
             place = f"{store.url}/{SPEC}"
             recipes[_run_name(url)] = parse_json(store.read(SPEC), place, RecipeFile, "restore or move it")
     return recipes

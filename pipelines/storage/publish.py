@@ -124,6 +124,7 @@ def check_replaceable(store: Store, kind: str = MODEL) -> tuple[Mark | None, str
 
     Raises `UserError` for a folder that is an output of another kind, or that holds files of others.
     """
+    store.ensure_bucket()
     mark, tag = read_mark(store)
     _check_kind(store, mark, kind)
     _refuse(store, _others(store, mark.ours if mark else ()))
@@ -142,7 +143,6 @@ def publish_folder(local: Path, store: Store, kind: str = MODEL) -> None:
         except UserError as error:
             if not (isinstance(error.__cause__, OSError) and error.__cause__.errno in _NO_EXCHANGE):
                 raise
-    store.ensure_bucket()
     _replace(store, mark or Mark(kind), tag, files, lambda path: path not in files)
 
 

@@ -164,7 +164,7 @@ def test_folders_links_and_many_files_of_others_are_refused(tmp_path: Path) -> N
     with pytest.raises(UserError, match=r"\d.txt, \d.txt, \d.txt and more; name a new"):
         publish_folder(new, open_store(str(many)))
     (tmp_path / "file").write_bytes(b"mine")
-    with pytest.raises(UserError, match="Not a directory"):
+    with pytest.raises(UserError, match="File exists"):
         publish_folder(new, open_store(str(tmp_path / "file")))
     assert (tmp_path / "file").read_bytes() == b"mine"
 

@@ -274,11 +274,11 @@ def test_a_card_tells_recipe_data_scores_and_limits(base: str, tmp_path: Path) -
     (tmp_path / "results.json").write_text(json.dumps(results))
     spec = {"kind": "export", "model": ref, "out": str(tmp_path / "fine model"), "dtype": "float32"}
     spec |= {"scores": str(tmp_path / "results.json"), "license": "apache-2.0"}
-    (tmp_path / "fine model").mkdir()
-    (tmp_path / "fine model/old").write_text("replaced")
+    assert run_export(ExportSpec.model_validate(spec | {"format": "adapter"})) == {"outputs": [spec["out"]]}
+    assert (tmp_path / "fine model/adapter_config.json").is_file()
     assert run_export(ExportSpec.model_validate(spec)) == {"outputs": [spec["out"]]}
 
-    assert not (tmp_path / "fine model/old").exists()
+    assert not (tmp_path / "fine model/adapter_config.json").exists()
     assert (tmp_path / "fine model/1_Pooling/config.json").is_file()
     _, front, card = (tmp_path / "fine model/README.md").read_text().split("---\n", 2)
     assert yaml.safe_load(front) == {
@@ -302,7 +302,7 @@ def test_a_card_tells_recipe_data_scores_and_limits(base: str, tmp_path: Path) -
     ):
         assert told in card, told
     assert "12.5" not in card
-    with pytest.raises(UserError, match=r"results.json: has no score of base .*; it has soup, before"):
+    with pytest.raises(UserError, match=r"results.json: has no score of the weights of base .*; it has soup, before"):
         run_export(ExportSpec.model_validate(spec | {"model": {"base": base, "adapter": str(adapters[0])}}))
 
 
