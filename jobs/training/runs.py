@@ -57,7 +57,7 @@ KIND = "run"
 _LOGGING = threading.Lock()  # several threads of a driver add lines
 TENSORBOARD, UNTRACKED, FAILURE = "tensorboard", "tracking.txt", "failure.txt"
 RESULTS = ("adapter", "model", BEST)
-_FILES = (LATEST, DONE, METRICS, PHASES, LOG, UNTRACKED, FAILURE)
+_FILES = (DONE, LATEST, METRICS, PHASES, LOG, UNTRACKED, FAILURE)
 _FOLDERS = ("checkpoints", "backbone", TENSORBOARD, "scores", "ray")
 
 
@@ -168,11 +168,12 @@ class Run:
             "versions": versions(),
             "revision": revision(),
         }
-        self.store.write(SPEC, as_json(identity | facts))  # first: what is left of another run has another id
         for path in _FILES:
             self.store.delete(path)
         for folder in _FOLDERS:
             self.store.delete_tree(folder)
+        # Last, or a killed process would leave these settings with the end of the run before.
+        self.store.write(SPEC, as_json(identity | facts))
         return True
 
     def state(self, data: dict[str, Any]) -> bool | None:

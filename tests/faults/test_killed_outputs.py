@@ -32,7 +32,7 @@ from pipelines.shards.verify import verify
 from pipelines.sources.folder import read_folder
 from pipelines.storage.location import localize, open_store
 from pipelines.storage.publish import LEASE, MARK, publish_folder
-from pipelines.storage.store import LocalStore
+from pipelines.storage.store import LocalStore, is_partial
 from tests.adapters import adapter
 from tests.data import publish
 from tests.kills import is_killed
@@ -54,6 +54,7 @@ class Output:
 
 def files_of(folder: Path) -> dict[str, bytes]:
     paths = (path for path in folder.rglob("*") if path.is_file() and path.name not in (MARK, LEASE))
+    paths = (path for path in paths if not is_partial(path.relative_to(folder)))  # of a write that was killed
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
