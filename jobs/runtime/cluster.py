@@ -35,7 +35,8 @@ class Resources:
 POLL_S = 0.3
 MAX_LINKED = 16  # runs that a link can name
 _ROUNDING = 1e-9
-_START_ERRORS = (ConnectionError, TimeoutError, RuntimeError)
+_START_ERRORS = (OSError, RuntimeError)
+_LONG_PATH = "AF_UNIX path length"
 
 
 def set_environment() -> None:
@@ -93,6 +94,9 @@ def ray_cluster() -> Iterator[None]:
         if address:
             problem = f"no Ray answers ({_first_line(error)})"
             raise UserError(f"RAY_ADDRESS={address}", problem, "start it, or unset it") from error
+        if _LONG_PATH in str(error):
+            fix = "set RAY_TMPDIR to a folder with a short path, such as /tmp"
+            raise UserError("Ray", f"does not start: {_first_line(error)}", fix) from error
         say(f"  Ray did not start ({_first_line(error)}); trying once more", "yellow")
         ray.shutdown()
         try:

@@ -25,6 +25,7 @@ from typing_extensions import TypedDict
 from jobs.runtime.progress import say
 from jobs.runtime.records import as_json, signature
 from pipelines.errors import UserError
+from pipelines.storage.faults import brief_patience
 from pipelines.storage.publish import LEASE, check_replaceable, claim
 from pipelines.storage.store import Store
 from pipelines.stored_json import parse_json, stored_file
@@ -124,8 +125,13 @@ class Lease:
         """End the lease, if it is still held: as long as it is, no other process takes it."""
         self._released.set()
         self._keeper.join()
-        if time.monotonic() < self._until_s:
-            self._store.delete(LEASE)
+        if time.monotonic() > self._until_s:
+            return
+        try:
+            with brief_patience():
+                self._store.delete(LEASE)
+        except UserError as error:  # it ends by itself, and what was held may have ended with an error of its own
+            _log.warning("lease not given back: %s", error)
 
     def _read(self) -> tuple[LeaseFile | None, str | None]:
         try:

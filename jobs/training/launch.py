@@ -16,6 +16,7 @@ from jobs.training.fit import Prepared, fit, prepare, report
 from jobs.training.runs import DONE, Run
 from jobs.training.specs import TrainSpec
 from pipelines.errors import UserError
+from pipelines.storage.faults import brief_patience
 
 SAVE_S = 30  # at most, for a last checkpoint
 
@@ -72,7 +73,8 @@ def _launch(
             try:
                 return _run_queue(unfinished, max_parallel, may_fail, table, board, abandoned)
             except KeyboardInterrupt:
-                _save(unfinished, board)
+                with brief_patience():
+                    _save(unfinished, board)
                 raise
 
 
@@ -85,11 +87,14 @@ def _save(runs: Sequence[Prepared], board: Any) -> None:
     ray.get(board.stop.remote())
     say("  saving; the same command resumes from there", "yellow")
     deadline_s = time.monotonic() + SAVE_S
-    while any(not run.store.exists(DONE) and run.step() < step for run, step in done.items()):
-        if time.monotonic() > deadline_s:
-            say(f"  not saved within {SAVE_S} s", "yellow")
-            return
-        time.sleep(POLL_S)
+    try:
+        while any(not run.store.exists(DONE) and run.step() < step for run, step in done.items()):
+            if time.monotonic() > deadline_s:
+                say(f"  not saved within {SAVE_S} s", "yellow")
+                return
+            time.sleep(POLL_S)
+    except UserError as error:
+        say(f"  not saved: {error}", "yellow")
 
 
 def _is_known(run: Run, failed_before: Mapping[str, str]) -> bool:

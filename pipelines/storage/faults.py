@@ -17,7 +17,8 @@ import logging
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 Remedy = Literal["fix", "again", "wait"]
@@ -67,6 +68,7 @@ OF_DISKS = {
 
 _answered: set[str | None] = set()
 _report: list[Callable[[str], None]] = []
+_limits_s: list[float] = []
 
 
 def remedy_of(error: Exception) -> Remedy:
@@ -100,6 +102,16 @@ def has_answered(endpoint: str | None) -> bool:
 def report_outages(report: Callable[[str], None]) -> None:
     """Call `report` with messages on outages, instead of logging them."""
     _report[:] = [report]
+
+
+@contextmanager
+def brief_patience(seconds: float = 5.0) -> Iterator[None]:
+    """Wait for no outage longer than this while the block runs, in any thread: the user wants to stop."""
+    _limits_s.append(seconds)
+    try:
+        yield
+    finally:
+        _limits_s.remove(seconds)
 
 
 class Attempts:
@@ -140,7 +152,7 @@ class Attempts:
         if remedy == "fix":
             return 0.0
         if remedy == "wait" and has_answered(self._endpoint):
-            return float(os.environ.get(PATIENCE) or _PATIENCE_S)
+            return min([float(os.environ.get(PATIENCE) or _PATIENCE_S), *_limits_s])
         names = _names_of(error)
         nobody_there = _UNREACHABLE in names and "ConnectionClosedError" not in names
         return _UNREACHABLE_PATIENCE_S if nobody_there else _FIRST_PATIENCE_S

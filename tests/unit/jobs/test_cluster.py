@@ -105,6 +105,9 @@ def test_a_ray_that_starts_slowly_is_tried_once_more(
     with pytest.raises(UserError, match="Ray: does not start on this machine: no"), ray_cluster():
         pass
     assert failures == []
+    failures += [OSError("validate_socket_filename failed: AF_UNIX path length cannot exceed 107 bytes: /long")]
+    with pytest.raises(UserError, match="107 bytes: /long; set RAY_TMPDIR to a folder"), ray_cluster():
+        pass
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     failures += [ConnectionError("refused")]
     with pytest.raises(UserError, match=r"no Ray answers \(refused\)"), ray_cluster():

@@ -30,7 +30,7 @@ from botocore.exceptions import (
 
 from jobs.runtime.local_s3 import free_port
 from pipelines.errors import UserError
-from pipelines.storage.faults import PATIENCE, Attempts, note_answer, remedy_of
+from pipelines.storage.faults import PATIENCE, Attempts, brief_patience, note_answer, remedy_of
 from pipelines.storage.location import localize, open_store
 from pipelines.storage.store import LocalStore, Store
 from tests.faults.s3_proxy import Fault, StormyProxy
@@ -369,6 +369,15 @@ def test_other_processes_know_that_an_endpoint_has_answered(bucket_url: str, s3_
     with StormyProxy(s3_endpoint, port=port):
         store.write("x", b"0123456789")
     assert waited_s() >= 6
+
+
+def test_who_wants_to_stop_waits_for_no_outage(bucket_url: str, proxy: StormyProxy) -> None:
+    store = open_store(bucket_url, proxy.url)
+    store.write("x", b"0123456789")
+    begun_s = time.monotonic()
+    with proxy.outage(), brief_patience(0.5), pytest.raises(UserError, match="no proper answer"):
+        store.read("x")
+    assert time.monotonic() - begun_s < 10
 
 
 def client_error(code: str, status: int) -> ClientError:
