@@ -1,14 +1,17 @@
-"""Every kind of job, given a place that holds files of others: one error that names them, and they stay."""
+"""Every kind of job, given a place of others or of another process: one error that says so, and all stays."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from jobs.cli import main
+from jobs.runtime.lease import hold_output
 from jobs.spec.kinds import kind_names
 from pipelines.storage.location import open_store
+from pipelines.storage.publish import claim
 from tests.data import publish
 from tests.specs import evaluate, stage
 
@@ -36,6 +39,21 @@ SPECS = {
 }
 
 
+LEASED = {
+    "ingest": "dataset",
+    "index": "dataset",
+    "train": "run",
+    "finetunes": "soups",
+    "soup": "soups",
+    "ablation": "ablation",
+    "retrain": "registry",
+    "evaluate": "evaluation",
+    "export": "model",
+    "embed": "vectors",
+}
+"""Kinds that hold a lease -> what their output is marked as."""
+
+
 def content(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -44,21 +62,44 @@ def test_every_kind_is_tried() -> None:
     assert SPECS.keys() == kind_names().keys()
 
 
-@pytest.mark.parametrize("kind", SPECS)
-def test_files_of_others_are_refused_and_stay(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for path, data in OTHERS.items():
-        (tmp_path / PLACE / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / PLACE / path).write_bytes(data)
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """What the specs read."""
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/a.jpg").write_bytes(b"a")
     publish(open_store(str(tmp_path / "data")), {"red": ("text_image", 16)})
     (tmp_path / "stage.yaml").write_text(stage(str(tmp_path), steps=2))
     (tmp_path / "evaluate.yaml").write_text(evaluate(f"{tmp_path}/data"))
     (tmp_path / "corpus.yaml").write_text(f"kind: corpus\nout: {tmp_path}/corpus\n")
-    (tmp_path / "job.yaml").write_text(SPECS[kind].format(tmp_path))
+    for kind, spec in SPECS.items():
+        (tmp_path / f"job-{kind}.yaml").write_text(spec.format(tmp_path))
+    return tmp_path
 
-    assert main(["run", str(tmp_path / "job.yaml")]) == 1
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_files_of_others_are_refused_and_stay(kind: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path, data in OTHERS.items():
+        (folder / PLACE / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / PLACE / path).write_bytes(data)
+    assert main(["run", str(folder / f"job-{kind}.yaml")]) == 1
     told = capsys.readouterr().err
     assert "that rzen did not write" in told, told
     assert any(Path(path).name in told for path in OTHERS), told
-    assert content(tmp_path / PLACE) == OTHERS
+    assert content(folder / PLACE) == OTHERS
+
+
+@pytest.mark.parametrize("kind", LEASED)
+def test_a_second_process_on_an_output_is_refused(kind: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = open_store(str(folder / PLACE))
+    with hold_output(store, LEASED[kind], "works"):
+        before = content(folder / PLACE)
+        assert main(["run", str(folder / f"job-{kind}.yaml")]) == 1
+        assert f"(process {os.getpid()}) works here" in capsys.readouterr().err
+        assert content(folder / PLACE) == before
+
+
+def test_an_output_of_another_kind_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for kind, mark in LEASED.items():
+        claim(open_store(str(folder / PLACE)), "something else")
+        assert main(["run", str(folder / f"job-{kind}.yaml")]) == 1
+        assert f"holds a something else, not a {mark}; name another folder" in capsys.readouterr().err
