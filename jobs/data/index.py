@@ -22,7 +22,7 @@ def run(spec: IndexSpec) -> dict[str, Any]:
     """Index the shards and report what became of every sample."""
     store = open_store(spec.out, spec.endpoint)
     say(f"  {', '.join(url for source in spec.sources.values() for url in source.urls)} -> {store.url}/{spec.split}")
-    with hold_output(store, DATASET, "indexes"), ray_cluster(), Bars() as bars:
+    with hold_output(store, DATASET, "indexes") as lease, ray_cluster(), Bars() as bars:
         report = index(
             {name: (source, source.urls) for name, source in spec.sources.items()},
             store,
@@ -30,6 +30,7 @@ def run(spec: IndexSpec) -> dict[str, Any]:
             endpoint=spec.endpoint,
             media=spec.media if spec.decode else None,
             on_progress=lambda done, total: bars.update("index", done, total, unit="shards"),
+            before_publish=lease.check,
         )
     _print_report(report, report_path(spec.split))
     return {"outputs": [f"{store.url}/{spec.split}"], "samples": report.accepted, "rejected": report.rejected}

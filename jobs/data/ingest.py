@@ -24,7 +24,7 @@ def run(spec: IngestSpec) -> dict[str, Any]:
     raw = read_folder(spec.input, spec.media, follow_links=spec.follow_links)
     store = open_store(spec.out, spec.endpoint)
     say(f"  {spec.input} -> {store.url}, {spec.held_out_fraction:.0%} held out")
-    with hold_output(store, DATASET, "ingests"), ray_cluster(), Bars() as bars:
+    with hold_output(store, DATASET, "ingests") as lease, ray_cluster(), Bars() as bars:
         report = ingest(
             raw,
             store,
@@ -35,6 +35,7 @@ def run(spec: IngestSpec) -> dict[str, Any]:
             samples_per_shard=spec.samples_per_shard,
             materialized=spec.materialized,
             on_progress=lambda done, total: bars.update("ingest", done, total),
+            before_publish=lease.check,
         )
     _print_report(report)
     return {"outputs": [spec.out], "samples": report.accepted, "rejected": report.rejected}

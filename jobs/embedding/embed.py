@@ -35,7 +35,7 @@ from jobs.embedding.settings import embedder_settings
 from jobs.embedding.specs import EmbedSpec
 from jobs.embedding.vectors import Ids, VectorCache, VectorIndex, config_digest, ids_path
 from jobs.runtime.cluster import ray_cluster
-from jobs.runtime.lease import hold_output
+from jobs.runtime.lease import Lease, hold_output
 from jobs.runtime.progress import Bars, say
 from jobs.runtime.records import as_json
 from jobs.spec.model import ModelRef
@@ -91,11 +91,11 @@ class Part:
 def run(spec: EmbedSpec) -> dict[str, Any]:
     """Embed the target of every sample that has no vector yet, and publish the vectors of all."""
     store = open_store(spec.out, spec.endpoint)
-    with hold_output(store, KIND, "embeds"):
-        return _run(spec, store)
+    with hold_output(store, KIND, "embeds") as lease:
+        return _run(spec, store, lease)
 
 
-def _run(spec: EmbedSpec, store: Store) -> dict[str, Any]:
+def _run(spec: EmbedSpec, store: Store, lease: Lease) -> dict[str, Any]:
     listings = store.child(LISTINGS)
     settings = embedder_settings(
         "embed",
@@ -134,6 +134,7 @@ def _run(spec: EmbedSpec, store: Store) -> dict[str, Any]:
         "dtype": spec.dtype,
         "data": spec.data.model_dump(mode="json", exclude={"trusted"}) | {"root": _absolute(spec.data.root)},
     }
+    lease.check()
     store.write(MANIFEST, as_json(content))
     _delete_all_but(store, [*writer.paths, *(f"{LISTINGS}/{shard.path}" for shard in shards)])
     say(f"  {num_embedded:,} targets went through the model; the others had their vector")

@@ -74,12 +74,13 @@ def index(
     endpoint: str | None = None,
     media: MediaConfig | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    before_publish: Callable[[], None] = lambda: None,
 ) -> IndexReport:
     """Index the shards of each source (its mapping, its URLs) and publish them as a split of `out`.
 
-    With `media`, every file is decoded once. `on_progress` gets (done, all) shards. Shards that an earlier job has
-    indexed are not read again. Raises `UserError` for missing shards, for a source without a usable sample, and for a
-    split with a source that this job does not name.
+    With `media`, every file is decoded once. `on_progress` gets (done, all) shards. `before_publish` is called when all
+    are indexed, and may raise. Shards that an earlier job has indexed are not read again. Raises `UserError` for
+    missing shards, for a source without a usable sample, and for a split with a source that this job does not name.
     """
     started_s = time.monotonic()
     endpoint = resolve_endpoint(endpoint)
@@ -95,6 +96,7 @@ def index(
         outcomes[number] = outcome
         if on_progress:
             on_progress(done, len(jobs))
+    before_publish()
     return _publish(sources, jobs, [outcome for outcome in outcomes if outcome], out, split, started_s)
 
 

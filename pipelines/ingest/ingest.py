@@ -99,8 +99,10 @@ def ingest(
     samples_per_shard: int,
     materialized: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
+    before_publish: Callable[[], None] = lambda: None,
 ) -> IngestReport:
     """Write the splits `train` and `held_out` and `report.json` below `out`. `on_progress` gets (done, all) samples.
+    `before_publish` is called when all shards are stored, and may raise.
 
     Videos and pages are stored as they are, or with `materialized` as the frames and images that `media` decodes. An
     existing dataset stays as it is until the new one is whole. A block without a usable sample leaves a gap in the
@@ -127,6 +129,7 @@ def ingest(
         problem = f"none of {report.seen} samples can be used for training ({reasons or 'there are none'})"
         raise UserError(out.url, problem, f"see {REPORT_PATH} there, and check the paths of the raw data")
     manifests = [replace(with_duplicates(out, manifest), settings=settings) for manifest in manifests]
+    before_publish()
     publish_manifest(out, *manifests, reports={REPORT_PATH: report.to_json()})
     return report
 
