@@ -177,6 +177,22 @@ def _temporary_name(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder, for one process at a time."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError:  # network file systems lock files only
+            os.close(descriptor)
+            descriptor = os.open(folder / f"{PARTIAL}lock", os.O_RDWR | os.O_CREAT)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
     """Provide a temporary file that is moved to `target`, durably, when the block ends without an error."""
     with _temporary_name(target) as temporary:
@@ -253,8 +269,7 @@ class LocalStore(Store):
                 if tag is None:
                     os.link(temporary, target)  # fails if the target exists; a rename would not
                 else:
-                    with target.with_name(f"{PARTIAL}lock").open("w") as lock:
-                        fcntl.flock(lock, fcntl.LOCK_EX)
+                    with _locked(target.parent):
                         if self.read_tagged(path)[1] != tag:
                             return False
                         temporary.replace(target)

@@ -21,6 +21,7 @@ from pipelines.config import DataConfig
 from pipelines.feed.reader import Reader
 from pipelines.samples import DecodedSample
 from pipelines.storage.location import open_store
+from pipelines.storage.publish import MARK
 from rzen.config import ModelIdentity, PromptConfig
 from rzen.export.export import ExportOptions, export_model
 from tests.data import publish
@@ -119,7 +120,7 @@ def test_a_second_run_embeds_nothing_and_keeps_every_file(whole: Path, model: st
     after = files(whole)
     assert json.loads(after.pop(embed.MANIFEST)) == json.loads(before.pop(embed.MANIFEST)) | {"num_embedded": 0}
     assert after == before
-    assert {name.partition("/")[0] for name in after} == {"parts", "listings"}
+    assert {name.partition("/")[0] for name in after} == {"parts", "listings", MARK}
 
 
 def test_a_corpus_that_grew_by_a_tenth_embeds_a_tenth_and_what_has_gone_is_dropped(

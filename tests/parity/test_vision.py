@@ -59,7 +59,7 @@ def test_the_fast_tower_equals_the_slow_one(
     looped = vectors_and_gradients(AutoModel.from_pretrained(model_dir), processor, inputs)
     assert len(grouped) == len(looped) > 10
     for ours, theirs in zip(grouped, looped, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
     assert batches[-len(together) :] == together  # in the last block: whole images and frames
 
 

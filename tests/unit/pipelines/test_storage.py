@@ -1,10 +1,13 @@
 """The same promises for both stores, then the faults of each."""
 
+import errno
+import fcntl
 import os
 import pickle
 import re
 import resource
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -151,6 +154,21 @@ def test_none_of_many_writers_overwrites_another(store: Store) -> None:
     _, tag = store.read_tagged("sum")
     store.delete("sum")
     assert not store.write_if("sum", b"gone by now", tag)
+
+
+def test_folders_without_locks_of_their_own_have_a_file_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on NFS, where a lock needs a file that is open for writing."""
+    flock = fcntl.flock
+
+    def of_files_only(descriptor: int, operation: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", of_files_only)
+    test_none_of_many_writers_overwrites_another(open_store(str(tmp_path)))
 
 
 def test_trees_travel_whole(store: Store, tmp_path: Path) -> None:
