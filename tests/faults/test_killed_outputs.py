@@ -1,6 +1,6 @@
 """Jobs that replace an output and die at any of their calls to the disk: the old or the new result, whole.
 
-A few of the calls are tried. RZEN_TEST_KILLS=all tries every one and prints how many there were.
+A few of the calls are tried. RZEN_TEST_KILLED_CALLS=all tries every one and prints how many there were.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from tests.kills import is_killed
 from tests.tiny import tiny_checkpoint
 
 pytestmark = pytest.mark.slow
-EVERY = os.environ.get("RZEN_TEST_KILLS") == "all"
+EVERY = os.environ.get("RZEN_TEST_KILLED_CALLS") == "all"
 FEW = 6  # calls that are tried otherwise
 
 
