@@ -240,7 +240,8 @@ def _fields(model: type[BaseModel], loc: Sequence[Any]) -> list[str]:
     here: Any = schema
     for part in loc:
         here = _resolved(here, schema)
-        here = here.get("properties", {}).get(part) or here.get("additionalProperties") or here
+        entries = [here.get("additionalProperties"), *here.get("patternProperties", {}).values(), here.get("items")]
+        here = here.get("properties", {}).get(part) or next((entry for entry in entries if entry), here)
     return list(_resolved(here, schema).get("properties", {}))
 
 

@@ -191,3 +191,18 @@ def test_null_takes_an_entry_out_of_named_ones(tmp_path: Path) -> None:
     spec = check(read_document(written(tmp_path, "base: below.yaml\nruns: {a: null, c: {}}\n")))
     assert isinstance(spec, FinetunesSpec)
     assert spec.runs == {"b": {"seed": 2}, "c": {}}
+
+
+@pytest.mark.parametrize(
+    ("mapping", "message"),
+    [
+        ("positive: {image: jpg}", "sources.s.positive.image is not a setting; known here: text, media"),
+        ("negatives: [{texts: txt}]", "sources.s.negatives.0.texts is not a setting; did you mean 'text'?"),
+    ],
+)
+def test_settings_of_named_entries_and_lists_are_listed(tmp_path: Path, mapping: str, message: str) -> None:
+    spec = tmp_path / "index.yaml"
+    spec.write_text(f"kind: index\nsources: {{s: {{urls: [a.tar], {mapping}}}}}\nout: data\n")
+    with pytest.raises(UserError) as caught:
+        check(read_document(str(spec)))
+    assert message in str(caught.value)
