@@ -80,7 +80,7 @@ def claim(store: Store, kind: str) -> None:
     store.ensure_bucket()
     mark, _ = read_mark(store)
     if mark is None:
-        _refuse(store, _others(store, ()))
+        _refuse(store, _outside_outputs(store, _others(store, ())))
         if not _write_mark(store, Mark(kind), None):
             mark, _ = read_mark(store)  # another process was faster
     _check_kind(store, mark, kind)
@@ -204,8 +204,13 @@ def _write_mark(store: Store, mark: Mark, tag: str | None) -> bool:
 
 
 def _others(store: Store, ours: tuple[str, ...]) -> Iterator[str]:
-    """Yield the files that are neither ours nor in a folder below that is marked."""
+    """Yield the files that are not ours. Those of outputs in folders below are among them."""
     known = {MARK, LEASE, *ours}
+    return (path for path in store.walk() if path not in known and not is_partial(PurePosixPath(path)))
+
+
+def _outside_outputs(store: Store, paths: Iterator[str]) -> Iterator[str]:
+    """Yield the paths that are not in a folder that is marked: a job may write around other outputs."""
     marked: dict[str, bool] = {}
 
     def is_marked(folder: str) -> bool:
@@ -214,9 +219,9 @@ def _others(store: Store, ours: tuple[str, ...]) -> Iterator[str]:
             marked[folder] = (bool(above) and is_marked(above)) or store.exists(f"{folder}/{MARK}")
         return marked[folder]
 
-    for path in store.walk():
+    for path in paths:
         folder = path.rstrip("/").rpartition("/")[0]
-        if path not in known and not is_partial(PurePosixPath(path)) and not (folder and is_marked(folder)):
+        if not (folder and is_marked(folder)):
             yield path
 
 
@@ -231,8 +236,10 @@ def _refuse(store: Store, others: Iterator[str]) -> None:
 def _exchange_folder(files: Mapping[str, Path], target: Path, mark: Mark) -> None:
     """Build the new folder next to `target`, let the two change places, and remove the old one."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    for left in target.parent.glob(f"{STAGED}*-{target.name}"):
-        shutil.rmtree(left)
+    ours = re.compile(rf"{re.escape(STAGED)}[0-9a-f]{{32}}-{re.escape(target.name)}")
+    for left in target.parent.iterdir():
+        if ours.fullmatch(left.name):  # and not one of `my-model`, where this is `model`
+            shutil.rmtree(left)
     staged = target.with_name(f"{STAGED}{uuid.uuid4().hex}-{target.name}")
     try:
         staged.mkdir()

@@ -237,3 +237,23 @@ def test_of_two_writers_one_is_told(store: Store, tmp_path: Path, monkeypatch: p
     with pytest.raises(UserError, match="is being written by another process"):
         publish_files(store, {"a": b"mine"}, "dataset")
     assert at_rest(store) == {"a": b"theirs"}
+
+
+def test_outputs_in_folders_below_are_no_part_of_a_version(store: Store, tmp_path: Path) -> None:
+    """A model that is exported to the folder of all runs must not replace the runs."""
+    old, new = folder_of(OLD, tmp_path / "old"), folder_of(NEW, tmp_path / "new")
+    publish_folder(old, store.child("runs/one/adapter"))
+    runs = store.child("runs")
+    before = {path: runs.read(path) for path in runs.list()}
+    with pytest.raises(UserError, match=r"holds files that rzen did not write: one/adapter/"):
+        publish_folder(new, runs)
+    assert {path: runs.read(path) for path in runs.list()} == before
+
+
+@pytest.mark.parametrize("name", ["model", "data[1]", "*"])
+def test_only_what_a_killed_process_left_of_this_output_is_removed(tmp_path: Path, name: str) -> None:
+    unfinished = [tmp_path / f"{STAGED}{number:032x}-{of}" for number, of in enumerate((name, f"my-{name}", "data1"))]
+    for folder in unfinished:
+        folder.mkdir()
+    publish_folder(folder_of(NEW, tmp_path / "new"), open_store(str(tmp_path / name)))
+    assert [folder.exists() for folder in unfinished] == [False, True, True]
