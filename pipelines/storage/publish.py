@@ -37,7 +37,15 @@ MODEL = "model"
 STAGED = f"{PARTIAL}version-"
 _SHOWN = 3  # files of others, in an error
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-_NO_EXCHANGE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EXDEV)  # a mount point, or its parent
+_NO_EXCHANGE = (  # a mount point, its parent, or a disk that cannot
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EBUSY,
+    errno.EXDEV,
+    errno.EINVAL,
+    errno.ENOSYS,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,16 +267,11 @@ def _exchange_folder(files: Mapping[str, Path], target: Path, mark: Mark) -> Non
 
 
 def _exchange(one: Path, other: Path) -> None:
-    """Let two folders change places, atomically where the system can, else by two renames."""
+    """Let two folders change places, atomically. Raises `OSError` where the system or the disk cannot."""
     libc = ctypes.CDLL(None, use_errno=True)
-    if hasattr(libc, "renameat2"):
-        arguments = _AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE
-        if libc.renameat2(*arguments) == 0:
-            return
+    arguments = _AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE
+    if not hasattr(libc, "renameat2"):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), str(other))
+    if libc.renameat2(*arguments):
         number = ctypes.get_errno()
-        if number not in (errno.EINVAL, errno.ENOSYS):  # the file system cannot exchange
-            raise OSError(number, os.strerror(number), str(other))
-    old = one.with_name(f"{one.name}.old")
-    other.rename(old)
-    one.rename(other)
-    old.rename(one)
+        raise OSError(number, os.strerror(number), str(other))

@@ -119,7 +119,7 @@ def test_a_folder_that_cannot_be_exchanged_is_replaced_file_by_file(
     assert number > 10
 
 
-def test_an_exchange_that_the_disk_does_not_know_is_done_by_renames(
+def test_a_disk_that_knows_no_exchange_has_the_new_version_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(publish, "_RENAME_EXCHANGE", 1 << 20)  # EINVAL, as from an old file system
