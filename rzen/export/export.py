@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,7 +20,6 @@ import torch
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from pipelines.errors import UserError
-from pipelines.redaction import redacted
 from pipelines.stored_json import read_json
 from rzen.config import ModelConfig, ModelIdentity
 from rzen.export import release, sentence_transformers
@@ -38,6 +36,7 @@ from rzen.model.checkpoints import (
     read_identity,
     read_identity_file,
     read_temperatures,
+    write_json,
 )
 from rzen.model.embedder import load
 from rzen.model.embedding_model import EmbeddingModel
@@ -100,7 +99,7 @@ def export_model(
             assert adapter_dir is not None
             _copy_adapter(adapter_dir, folder, lineage)
             content = identity.model_dump() | {"base_sha256": base_sha256, "lineage": lineage}
-            _write_json(folder / IDENTITY, content | _with_temperatures(temperatures))
+            write_json(folder / IDENTITY, content | _with_temperatures(temperatures))
         else:
             _write_weights(model, base, folder, options.dtype)
             write_identity(folder, identity, options.dtype, lineage, temperatures)
@@ -142,14 +141,14 @@ def write_identity(
 ) -> None:
     """Write `rzen.json` into a checkpoint directory, for `load_encoder` to open it."""
     content = identity.model_dump() | {"normalize": True, "dtype": dtype, "lineage": lineage}
-    _write_json(folder / IDENTITY, content | _with_temperatures(temperatures or {}))
+    write_json(folder / IDENTITY, content | _with_temperatures(temperatures or {}))
 
 
 def _add_origin(path: Path, facts: ModelCardData) -> None:
     """Add license and training data, where they are known. Other programs read them there (`rzen.export.mteb`)."""
     sources = {source for recipe in facts.recipes.values() for source in recipe["data"].get("data", {})}
     known = {"license": facts.license, "training_data": sorted(sources)}
-    _write_json(path, read_json(path, dict[str, Any]) | {name: value for name, value in known.items() if value})
+    write_json(path, read_json(path, dict[str, Any]) | {name: value for name, value in known.items() if value})
 
 
 def _with_temperatures(temperatures: Mapping[str, float]) -> dict[str, Any]:
@@ -190,7 +189,7 @@ def _copy_adapter(adapter_dir: Path, folder: Path, lineage: dict[str, str]) -> N
     """Copy PEFT's files. They name the base as the export does, not by its path on a worker."""
     shutil.copyfile(adapter_dir / WEIGHTS, folder / WEIGHTS)
     config = read_json(adapter_dir / CONFIG, dict[str, Any], "copy the adapter again")
-    _write_json(folder / CONFIG, config | {"base_model_name_or_path": lineage["base"]})
+    write_json(folder / CONFIG, config | {"base_model_name_or_path": lineage["base"]})
     if (adapter_dir / LINEAGE).is_file():
         shutil.copyfile(adapter_dir / LINEAGE, folder / LINEAGE)
 
@@ -203,7 +202,3 @@ def _check_identity(adapter_dir: Path, identity: ModelIdentity) -> None:
             problem = f"the adapter was trained with {trained[key]}, not {value}"
             fix = "export it with the prompt and readout of its training"
             raise UserError(f"{adapter_dir / IDENTITY} {key}", problem, fix)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(redacted(content), indent=2, sort_keys=True) + "\n")

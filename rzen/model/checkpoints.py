@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NotRequired
@@ -20,6 +20,7 @@ from typing_extensions import TypedDict
 
 from pipelines.config import PositiveInt
 from pipelines.errors import UserError
+from pipelines.redaction import redacted
 from pipelines.stored_json import explain, read_json, stored_file
 from rzen.config import ModelIdentity
 from rzen.families import read_family
@@ -85,6 +86,11 @@ def read_identity_file(folder: Path) -> IdentityFile:
     """Return what the `rzen.json` of a model or adapter says; nothing if it has none. Raises `UserError`."""
     path = folder / IDENTITY
     return read_json(path, IdentityFile, "copy or export the model again") if path.is_file() else IdentityFile()
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file of a model or adapter, without secrets. Equal contents give equal bytes."""
+    path.write_text(json.dumps(redacted(content), indent=2, sort_keys=True) + "\n")
 
 
 def read_identity(folder: Path, default: ModelIdentity) -> ModelIdentity:

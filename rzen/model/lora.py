@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipelines.errors import UserError
-from pipelines.redaction import redacted
 from pipelines.stored_json import read_json
 from rzen.config import LoraConfig, ModelIdentity
-from rzen.model.checkpoints import ADAPTER_CONFIG, IDENTITY, TEMPERATURES
+from rzen.model.checkpoints import ADAPTER_CONFIG, IDENTITY, TEMPERATURES, write_json
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", ADAPTER_CONFIG
 
@@ -61,9 +59,9 @@ def save_adapter(
     model.peft_config["default"].save_pretrained(str(folder))
     config = read_json(folder / CONFIG, dict[str, Any])
     config["target_modules"] = sorted(config["target_modules"])  # PEFT writes a set, in any order
-    _write_json(folder / CONFIG, config | {"base_model_name_or_path": base, "inference_mode": True})
+    write_json(folder / CONFIG, config | {"base_model_name_or_path": base, "inference_mode": True})
     trained = {"base_sha256": base_sha256} | ({TEMPERATURES: dict(temperatures)} if temperatures else {})
-    _write_json(folder / IDENTITY, identity.model_dump() | trained)
+    write_json(folder / IDENTITY, identity.model_dump() | trained)
 
 
 def load_adapter(backbone: PreTrainedModel, folder: Path, *, trainable: bool = False) -> peft.PeftModel:
@@ -91,7 +89,3 @@ def _adapter_state(model: peft.PeftModel) -> dict[str, Tensor]:
     """Tensors by their names in a file. Left to itself, PEFT asks the hub whether the vocabulary has changed."""
     state: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
     return state
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(redacted(content), indent=2, sort_keys=True) + "\n")

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from rzen.config import DareSoup, SlerpSoup, SoupConfig, TiesSoup
+from rzen.model.checkpoints import write_json
 from rzen.model.lora import CONFIG, WEIGHTS
 from rzen.soup.factors import Factors, Truncated, concatenate, factorise, inner, truncate
 from rzen.soup.methods import merge, slerp_coefficients
-from rzen.soup.parents import FACTORS, Adapter, write_json
+from rzen.soup.parents import FACTORS, Adapter
 from rzen.soup.tensors import Layout, write_tensors
 
 Squares = dict[str, tuple[float, float]]  # module -> squared norms of what an SVD dropped, and of the delta

@@ -12,10 +12,10 @@ from typing_extensions import TypedDict
 from pipelines.errors import UserError
 from pipelines.stored_json import read_json, stored_file
 from rzen.config import GreedySoup, MeanSoup, SearchedSoup, SoupConfig
-from rzen.model.checkpoints import IDENTITY, TEMPERATURES, atomic_directory
+from rzen.model.checkpoints import IDENTITY, TEMPERATURES, atomic_directory, write_json
 from rzen.soup.adapters import write_adapter
 from rzen.soup.checkpoints import write_checkpoint
-from rzen.soup.parents import LINEAGE, Adapter, Checkpoint, Parent, open_parents, write_json
+from rzen.soup.parents import LINEAGE, Adapter, Checkpoint, Parent, open_parents
 from rzen.soup.select import Selection
 
 

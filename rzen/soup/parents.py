@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ from typing import Any
 import torch
 
 from pipelines.errors import UserError
-from pipelines.redaction import redacted
 from pipelines.stored_json import read_json
 from rzen.config import ReadoutConfig
 from rzen.model.checkpoints import (
@@ -114,11 +112,6 @@ def open_checkpoint(name: str, path: Path) -> Checkpoint:
     if files[0].suffix != ".safetensors":
         raise UserError(str(files[0]), "is not a safetensors file", "export the model, and soup the export")
     return Checkpoint(name, path, _read_json(path / MODEL_CONFIG), {**read_identity_file(path)}, Tensors(files))
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file, indented and with sorted keys, without secrets, as all small files of a model are."""
-    path.write_text(json.dumps(redacted(content), indent=2, sort_keys=True) + "\n")
 
 
 def _open_adapter(name: str, path: Path) -> Adapter:

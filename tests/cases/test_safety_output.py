@@ -19,7 +19,7 @@ from pipelines.redaction import code_span, escape_markdown, printable, redact_te
 from rzen.config import ModelIdentity
 from rzen.evaluation.results import Result, markdown_table, write_results
 from rzen.export.card import ModelCardData, model_card
-from rzen.soup.parents import write_json
+from rzen.model.checkpoints import write_json
 from tests.tiny import tiny_checkpoint
 
 SPECS = """
