@@ -6,17 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from jobs.data.specs import CorpusSpec
+from jobs.runtime.lease import hold_output
 from jobs.runtime.progress import Bars, say
 from pipelines.storage.location import open_store
-from pipelines.storage.publish import claim
 from pipelines.storage.store import disk_errors
 from pipelines.synthetic.corpus import make_corpus
 
 
 def run(spec: CorpusSpec) -> dict[str, Any]:
     """Draw the corpus. A finished one is left unchanged."""
-    claim(open_store(spec.out), "corpus")
-    with disk_errors(spec.out), Bars() as bars:
+    with hold_output(open_store(spec.out), "corpus", "draws a corpus"), disk_errors(spec.out), Bars() as bars:
         samples = make_corpus(
             Path(spec.out), spec.corpus, lambda done, total: bars.update("draw", done, total, unit="files")
         )

@@ -15,6 +15,7 @@ from typing_extensions import TypedDict
 
 from jobs.runtime.cluster import ray_cluster
 from jobs.runtime.dispatch import named_specs, raw_input, run_spec
+from jobs.runtime.lease import hold_output
 from jobs.runtime.progress import duration, say
 from jobs.runtime.records import as_json
 from jobs.spec.job import JobConfig
@@ -22,7 +23,7 @@ from jobs.spec.load import Document, check, read_document, substitute
 from jobs.workflows.specs import PipelineSpec
 from pipelines.errors import UserError
 from pipelines.storage.location import open_store
-from pipelines.storage.publish import claim
+from pipelines.storage.publish import LEASE, MARK
 from pipelines.storage.store import Store
 from pipelines.stored_json import parse_json, stored_file
 
@@ -32,6 +33,8 @@ def resolve_jobs(spec: PipelineSpec, document: Document) -> dict[str, tuple[JobC
     jobs: dict[str, tuple[JobConfig, Document]] = {}
     for name, job in spec.jobs.items():
         around = ("jobs", name)
+        if _record(name) in (MARK, LEASE):
+            raise UserError(document.place(around), f"{name} is the name of another file in `state`", "rename the job")
         changes = substitute(job.set, spec.vars, document.place((*around, "set")))
         changed = read_document(job.spec, document.folder).overlaid(changes, document.place_under(*around, "set"))
         resolved = check(changed)
@@ -52,11 +55,10 @@ def run(spec: PipelineSpec, document: Document) -> dict[str, Any]:
     """Run the jobs that are not done, all with one connection to Ray."""
     jobs = resolve_jobs(spec, document)
     state = open_store(str(substitute(spec.state, spec.vars, "state")), spec.endpoint)
-    claim(state, "pipeline")
     started_s = time.monotonic()
     key = ""
     outputs: list[str] = []
-    with ray_cluster():
+    with hold_output(state, "pipeline", "runs a pipeline") as lease, ray_cluster():
         for number, (name, (job, source)) in enumerate(jobs.items(), start=1):
             key = _key(job, source, key)
             title = f"[{number}/{len(jobs)}] {name} ({job.kind})"
@@ -70,6 +72,7 @@ def run(spec: PipelineSpec, document: Document) -> dict[str, Any]:
             outputs = result["outputs"]
             elapsed_s = round(time.monotonic() - begun_s, 1)
             record = {"key": key, "elapsed_s": elapsed_s, "result": result}
+            lease.check()
             state.write(_record(name), as_json(record))
             say(f"  done in {duration(elapsed_s)}", "dim")
     say(f"{spec.name} complete in {duration(time.monotonic() - started_s)}", "bold")

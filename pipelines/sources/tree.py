@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipelines.errors import BadMedia
-from pipelines.storage.publish import MARK
+from pipelines.storage.publish import LEASE, MARK
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class FolderTree:
 
 
 def list_folder(root: Path, *, follow_links: bool = False) -> FolderTree:
-    """List all files below a folder that are not hidden, without the mark of a folder that rzen wrote.
+    """List all files below a folder that are not hidden, without the mark and lease of a folder that rzen wrote.
 
     Links to files of the folder are followed, and links to others only with `follow_links`. Links to folders are not.
     """
@@ -60,7 +60,7 @@ def list_folder(root: Path, *, follow_links: bool = False) -> FolderTree:
         place = Path(folder)
         prefix = place.relative_to(root).as_posix()
         for name in names:
-            if not name.startswith(".") and name != MARK:
+            if not name.startswith(".") and name not in (MARK, LEASE):
                 raw = posixpath.normpath(f"{prefix}/{name}")
                 # A name that is not UTF-8 cannot be stored: it is rejected, with a readable form of the name.
                 shown = os.fsencode(raw).decode(errors="replace")

@@ -28,7 +28,7 @@ from random import Random
 from typing import TypeVar
 
 from pipelines.errors import UserError
-from pipelines.storage.publish import MARK
+from pipelines.storage.publish import LEASE, MARK
 from pipelines.synthetic.classes import QUESTIONS, Group, all_groups, draw_group
 from pipelines.synthetic.clips import Clip, all_clips, draw_clip, encode_clip
 from pipelines.synthetic.config import CorpusConfig
@@ -113,7 +113,7 @@ def _prepare(folder: Path, config: CorpusConfig) -> None:
     building, complete = folder / BUILDING, folder / COMPLETE
     if complete.exists():
         complete.replace(building)
-    if not building.exists() and any(path.name != MARK for path in folder.iterdir()):
+    if not building.exists() and any(path.name not in (MARK, LEASE) for path in folder.iterdir()):
         raise UserError(str(folder), "holds files that are not a synthetic corpus", "name an empty folder")
     if not building.exists() or building.read_text() != fingerprint(config):
         for name in _FOLDERS:

@@ -40,6 +40,7 @@ SPECS = {
 
 
 LEASED = {
+    "corpus": "corpus",
     "ingest": "dataset",
     "index": "dataset",
     "train": "run",
@@ -50,6 +51,7 @@ LEASED = {
     "evaluate": "evaluation",
     "export": "model",
     "embed": "vectors",
+    "pipeline": "pipeline",
 }
 """Kinds that hold a lease -> what their output is marked as."""
 
@@ -103,3 +105,12 @@ def test_an_output_of_another_kind_is_refused(folder: Path, capsys: pytest.Captu
         claim(open_store(str(folder / PLACE)), "something else")
         assert main(["run", str(folder / f"job-{kind}.yaml")]) == 1
         assert f"holds a something else, not a {mark}; name another folder" in capsys.readouterr().err
+
+
+def test_a_job_of_a_pipeline_cannot_take_the_name_of_the_lease(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = SPECS["pipeline"].replace("one:", "lease:").format(folder)
+    (folder / "named.yaml").write_text(spec)
+    assert main(["validate", str(folder / "named.yaml")]) == 1
+    assert "lease is the name of another file in `state`; rename the job" in capsys.readouterr().err
