@@ -19,7 +19,7 @@ from tests.paths import ROOT
 FOLDER = ROOT / "infra" / "cluster"
 REGION = "us-west-2"
 Config = dict[str, Any]
-PROFILES = {"rzen-head": ("launcher", "driver", "promoter"), "rzen-worker": ("worker",)}
+PROFILES = {"rzen-head": ("launcher", "driver", "promoter"), "rzen-worker": ("worker",), "rzen-reader": ("reader",)}
 
 
 def policy(name: str) -> str:
@@ -185,6 +185,11 @@ PLACES = {
     "rzen/registry/champion.json": (HEAD, ()),
     "rzen/registry/models/a/lineage.json": (HEAD, ()),
     "rzen/registry/work/a/adapter": (HEAD, HEAD),
+    "rzen/registry/lease.json": (HEAD, HEAD),
+    # Vectors of a model that is being scored, by the workers that make them.
+    "rzen/registry/scores/a/scores/unfinished/0.npy": (BOTH, BOTH),
+    "rzen/registry/scores/a/scores/b.json": (HEAD, ()),
+    "rzen/vector-cache/0.npy": (BOTH, BOTH),
     "other/secret": ((), ()),
 }
 """Key -> who may write it, and who may delete it."""
