@@ -51,11 +51,12 @@ coverage: setup ## run `make test` with line coverage
 	$(BIN)/python -m coverage run -m pytest -m "not long"
 	$(BIN)/python -m coverage report
 
-check: setup ## format, lint, types, import directions
+check: setup ## format, lint, types, import directions, Kubernetes manifests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m tests.infra.manifests
 
 audit: ## look up the packages of requirements.lock in PyPI's list of vulnerabilities; needs a network
 	$(PYTHON) -m venv build/audit

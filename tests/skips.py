@@ -16,6 +16,7 @@ COMMANDS = {
     "RZEN_KUBERAY_CRDS names no folder": "export RZEN_KUBERAY_CRDS=kuberay/helm-chart/kuberay-operator/crds, in a clone"
     " of github.com/ray-project/kuberay at v1.7",
     "may not mount a small tmpfs here": "run the tests as root",
+    "may not mount a read-only root here": "run the tests as root",
     "the attempts are system calls of x86-64": "run the tests on Linux on x86-64",
     "the sockets of processes are read from /proc": "run the tests on Linux",
     "this kernel lacks this lock": "run the tests on Linux 6.7 or later",

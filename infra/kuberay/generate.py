@@ -5,7 +5,15 @@
 
 Each RayJob has its own cluster: the head, and the groups of base/raycluster.yaml that its spec needs. They have as many
 nodes as it can use. Kinds that need local files have no RayJob. `local` in their declaration says why.
-`tests/infra/test_kuberay.py` runs the check, and passes each command through the shells that read it.
+`tests/infra/test_kuberay.py` runs the check, and passes each command through the shell that reads it.
+
+The operator itself submits the Ray job and asks for its status (HTTPMode), with the token of `authOptions`
+(kuberay#4210). In the other modes, a pod submits the job and follows its log. There the end of the log stream is the
+end of the job: 30 s later, the operator deletes the cluster of a job that still runs (kuberay#4921, #5099, #5100).
+
+When the head's pod is replaced, the operator submits the job to the new head (kuberay#4824). Later versions may fail
+the RayJob, and then `backoffLimit` starts it again (kuberay#4984). In both cases, the job waits for the lease that the
+lost driver held, and resumes.
 """
 
 from __future__ import annotations
@@ -13,7 +21,6 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +37,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CLUSTER = HERE / "base" / "raycluster.yaml"
 RULES = HERE.parent / "monitoring" / "rules.yaml"
+READER, WORKER = "rzen-reader", "rzen-worker"
 _GPU = "nvidia.com/gpu"
 
 _ADAPTER = "$RZEN_STORE/runs/{}/adapter"
@@ -47,11 +55,13 @@ class Job:
     account: str = "rzen-head"
     """Service account of the driver."""
     deadline_s: int = 7 * 86400
-    """After so long the job is ended."""
+    """After so long an attempt of the job is ended."""
+    tasks_write: bool = False
+    """Its tasks on nodes without GPU write to the store: indexes, or listings of what is embedded."""
 
 
 JOBS = {
-    "index": Job("index.yaml", ("out=$RZEN_STORE/data", "sources.pairs.urls=[$RZEN_STORE/shards]")),
+    "index": Job("index.yaml", ("out=$RZEN_STORE/data", "sources.pairs.urls=[$RZEN_STORE/shards]"), tasks_write=True),
     "stage1": Job(
         "stage1.yaml", ("data.root=$RZEN_STORE/data", "run.root=$RZEN_STORE/runs", "cluster.autoscaling=true")
     ),
@@ -94,8 +104,9 @@ JOBS = {
             "gpus_per_actor=1",
             "autoscaling=true",
             "cache=$RZEN_STORE/vector-cache",
-            "out=evaluation",  # on the head, and gone with it: the table is in the log
+            "out=/tmp/evaluation",  # on the head, and gone with it: the table is in the log
         ),
+        tasks_write=True,
     ),
     "export": Job("export.yaml", (f"model.adapter={_SOUP}", "out=$RZEN_STORE/model")),
     "embed": Job(
@@ -107,6 +118,7 @@ JOBS = {
             "actors=8",
             "autoscaling=true",
         ),
+        tasks_write=True,
     ),
 }
 """Name of a RayJob -> the job."""
@@ -124,6 +136,7 @@ RETRAIN = Job(
     ),
     account="rzen-promoter",
     deadline_s=3 * 86400,
+    tasks_write=True,
 )
 """The job of retrain/cronjob.yaml."""
 
@@ -157,6 +170,9 @@ def rayjob(name: str, job: Job) -> dict[str, Any]:
     cluster = copy.deepcopy(yaml.safe_load(CLUSTER.read_text())["spec"])
     cluster["headGroupSpec"]["template"]["spec"]["serviceAccountName"] = job.account
     cluster["workerGroupSpecs"] = list(filter(None, (_sized(group, gpus) for group in cluster["workerGroupSpecs"])))
+    if job.tasks_write:
+        for group in cluster["workerGroupSpecs"]:
+            _let_write(group["template"]["spec"])
     return {
         "apiVersion": "ray.io/v1",
         "kind": "RayJob",
@@ -164,7 +180,7 @@ def rayjob(name: str, job: Job) -> dict[str, Any]:
         "spec": {
             # Applied, it does nothing; started, it makes its cluster.
             "suspend": True,
-            "submissionMode": "K8sJobMode",
+            "submissionMode": "HTTPMode",
             "entrypoint": command(job),
             "rayClusterSpec": cluster,
             "shutdownAfterJobFinishes": True,
@@ -173,19 +189,17 @@ def rayjob(name: str, job: Job) -> dict[str, Any]:
             "activeDeadlineSeconds": job.deadline_s,
             # A head that does not come up within an hour is an error to be told.
             "preRunningDeadlineSeconds": 3600,
-            # Going on after a loss is the training run's own affair; a new cluster would only repeat mistakes.
-            "backoffLimit": 0,
+            # Two new clusters at most for a job that has failed. It resumes, so a lost head costs the steps since its
+            # last checkpoint. A mistake in a spec shows on the head, before any other node has started.
+            "backoffLimit": 2,
         },
     }
 
 
 def command(job: Job) -> str:
-    """The entrypoint. Two shells read it, that of the submitter and that of the head, and only the head knows
-    RZEN_STORE: `sh -c '...'` passes through the first one as it is.
-    """
+    """Return the entrypoint. The head's shell reads it, and fills in RZEN_STORE."""
     words = ["rzen", "run", f"jobs/{job.spec}"]
-    words += [word for setting in job.set for word in ("--set", f'"{setting}"')]
-    return f"sh -c {shlex.quote(' '.join(words))}"
+    return " ".join([*words, *(word for setting in job.set for word in ("--set", f'"{setting}"'))])
 
 
 def specs(job: Job) -> list[JobConfig]:
@@ -202,6 +216,15 @@ def _sized(group: dict[str, Any], gpus: float) -> dict[str, Any] | None:
     if not gpus_per_node:
         return group
     return group | {"maxReplicas": math.ceil(gpus / gpus_per_node)} if gpus else None
+
+
+def _let_write(pod: dict[str, Any]) -> None:
+    """Give a decoding pod the account of workers, and the Secret of that name instead of the one that only reads."""
+    if pod["serviceAccountName"] == READER:
+        pod["serviceAccountName"] = WORKER
+        (container,) = pod["containers"]
+        (secret,) = [entry["secretRef"] for entry in container["envFrom"] if "secretRef" in entry]
+        secret["name"] = WORKER
 
 
 class _Dumper(yaml.SafeDumper):

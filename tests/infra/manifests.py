@@ -1,12 +1,19 @@
 """Kubernetes manifests held against schemas and against what the operator checks beyond them.
 
+    python -m tests.infra.manifests     checks every file of infra/kuberay and both overlays; `make check` runs it
+
 The schemas of KubeRay are not part of this repository: RZEN_KUBERAY_CRDS names a folder with its custom resource
-definitions (rayclusters.yaml, rayjobs.yaml; helm-chart/kuberay-operator/crds of its repository), v1.7.
+definitions (rayclusters.yaml, rayjobs.yaml; helm-chart/kuberay-operator/crds of its repository), v1.7. Without it,
+build/kuberay-crds is looked for.
 """
 
 import copy
 import os
 import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,10 +21,38 @@ from typing import Any
 import jsonschema
 import yaml
 
+from infra.kuberay import generate
+from jobs.training.launch import SAVE_S
+from tests.paths import ROOT
+
 Manifest = dict[str, Any]
-CRDS = os.environ.get("RZEN_KUBERAY_CRDS")
+FOLDER = ROOT / "infra" / "kuberay"
+OVERLAYS = ("dev", "prod")
+RAY_KINDS = ("RayCluster", "RayJob")
+WITHOUT_CRDS = (
+    "KubeRay's schemas are not at hand, and the manifests are not checked against them: copy the folder"
+    " helm-chart/kuberay-operator/crds of github.com/ray-project/kuberay v1.7 to build/kuberay-crds"
+)
+_DEFAULT_CRDS = ROOT / "build" / "kuberay-crds"
+CRDS = os.environ.get("RZEN_KUBERAY_CRDS") or (str(_DEFAULT_CRDS) if _DEFAULT_CRDS.is_dir() else None)
 _FILES = {"RayCluster": "rayclusters.yaml", "RayJob": "rayjobs.yaml"}
 _START_RESOURCES = ("num-cpus", "num-gpus", "memory", "resources")
+_UNITS = {"Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+_OBJECT_STORE = 0.3  # of a node's memory; Ray's default
+_DRAIN_S = 30  # Ray's own, after SIGTERM
+_DIGEST = re.compile(r"@sha256:([0-9a-f]{64}|DIGEST_OF_[A-Z_]+)$")
+
+
+def plain_files() -> list[Path]:
+    """Return the files with manifests, those that kustomize reads left out."""
+    return [path for path in sorted(FOLDER.rglob("*.yaml")) if path.name != "kustomization.yaml"]
+
+
+def build_overlay(name: str) -> list[Manifest]:
+    """Return the documents of an overlay. Needs kubectl."""
+    command = ["kubectl", "kustomize", str(FOLDER / "overlays" / name)]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return list(yaml.safe_load_all(text))
 
 
 def read(path: Path) -> list[Manifest]:
@@ -140,7 +175,12 @@ def _cluster_problems(spec: Manifest) -> list[str]:
 def house_problems(manifest: Manifest) -> list[str]:
     """What nobody refuses and we do not want, in a RayCluster or RayJob."""
     spec = manifest["spec"].get("rayClusterSpec", manifest["spec"])
-    problems = []
+    problems = _stop_problems(spec["headGroupSpec"]["template"]["spec"])
+    if manifest["kind"] == "RayJob":
+        if manifest["spec"].get("submissionMode") != "HTTPMode":
+            problems.append("ends when the stream of a log ends, not when the job does")
+        if not manifest["spec"].get("backoffLimit"):
+            problems.append("a lost head is the end of the job")
     if spec.get("authOptions", {}).get("mode") != "token":
         problems.append("the job server asks for no token")
     if spec["headGroupSpec"]["rayStartParams"].get("num-cpus") != "0":
@@ -152,13 +192,99 @@ def house_problems(manifest: Manifest) -> list[str]:
             problems.append(f"{name}: may run as root")
         if container["securityContext"].get("allowPrivilegeEscalation", True):
             problems.append(f"{name}: may become root")
-        if {"name": "shm", "mountPath": "/dev/shm"} not in container["volumeMounts"]:
-            problems.append(f"{name}: 64 MiB of shared memory")
         uses_gpu = "nvidia.com/gpu" in container["resources"]["limits"]
-        if uses_gpu != container["image"].split(":")[0].endswith("rzen-gpu"):
+        if uses_gpu != container["image"].split("@")[0].split(":")[0].endswith("rzen-gpu"):
             problems.append(f"{name}: image and GPU do not go together")
+        problems += [f"{name}: {problem}" for problem in _disk_problems(pod, container)]
         if "groupName" in group:
             problems += _worker_problems(name, group, pod, container)
+    mounts = spec["headGroupSpec"]["template"]["spec"]["containers"][0]["volumeMounts"]
+    if spec.get("enableInTreeAutoscaling") and "/tmp/ray" not in {mount["mountPath"] for mount in mounts}:
+        problems.append("head: the operator mounts a volume without a limit on /tmp/ray")
+    scaler = spec.get("autoscalerOptions", {})
+    if not scaler.get("securityContext", {}).get("readOnlyRootFilesystem"):
+        problems.append("autoscaler: its root can be written")
+    return problems
+
+
+def _stop_problems(pod: Manifest) -> list[str]:
+    """What takes a job the time for its last checkpoint when the head goes, or when the job is stopped."""
+    (container,) = pod["containers"]
+    wait_s = int(_env(container).get("RAY_JOB_STOP_WAIT_TIME_S", "3"))
+    problems = []
+    if wait_s < SAVE_S + 15:
+        problems.append(f"head: a job that is stopped is killed after {wait_s} s, and saves for {SAVE_S} s")
+    command = container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", [])
+    if command[:3] != ["python", "-m", "jobs.runtime.stop_jobs"]:
+        problems.append("head: jobs are killed when their head goes")
+    elif int(command[3]) < wait_s + 10:
+        problems.append("head: does not wait until its jobs have stopped")
+    elif pod.get("terminationGracePeriodSeconds", 30) < int(command[3]) + _DRAIN_S:
+        problems.append("head: is killed before its jobs have stopped")
+    return problems
+
+
+def _disk_problems(pod: Manifest, container: Manifest) -> list[str]:
+    problems = []
+    volumes = {volume["name"]: volume.get("emptyDir", {}) for volume in pod["volumes"]}
+    mounts = {mount["mountPath"]: volumes[mount["name"]] for mount in container["volumeMounts"]}
+    limits, requests = container["resources"]["limits"], container["resources"]["requests"]
+    spilled = _OBJECT_STORE * quantity(limits["memory"])
+    if mounts.get("/dev/shm", {}).get("medium") != "Memory":
+        problems.append("64 MiB of shared memory")
+    elif quantity(mounts["/dev/shm"].get("sizeLimit", "0Gi")) < spilled:
+        problems.append("its object store does not fit into /dev/shm")
+    on_disk = [volume for volume in volumes.values() if volume.get("medium") != "Memory"]
+    if any("sizeLimit" not in volume for volume in on_disk):
+        problems.append("a volume without a limit fills the disk of its node")
+        return problems
+    stated = {quantity(some.get("ephemeral-storage", "0Gi")) for some in (limits, requests)}
+    if min(stated) < sum(quantity(volume["sizeLimit"]) for volume in on_disk) + 2**30 or len(stated) > 1:
+        problems.append("is not promised the disk that its volumes may take, and is evicted")
+    ray = mounts.get("/tmp/ray", mounts.get("/tmp", {}))
+    if quantity(ray.get("sizeLimit", "0Gi")) < 1.2 * spilled:
+        problems.append("is evicted when Ray spills its object store")
+    if not container["securityContext"].get("readOnlyRootFilesystem"):
+        problems.append("its root can be written")
+    environment = _env(container)
+    if environment.get("HOME") not in mounts:
+        problems.append("its home cannot be written")
+    if environment.get("RAY_DASHBOARD_ENABLE_K8S_DISK_USAGE") != "1":
+        problems.append("reports an empty disk")
+    return problems
+
+
+def _env(container: Manifest) -> dict[str, str]:
+    return {entry["name"]: entry.get("value", "") for entry in container.get("env", [])}
+
+
+def quantity(text: str) -> float:
+    """Return the bytes of a quantity such as 16Gi."""
+    return float(text[:-2]) * _UNITS[text[-2:]]
+
+
+def image_problems(manifest: Manifest) -> list[str]:
+    """Images that may be other ones tomorrow: all but those that a digest names."""
+    images = re.findall(r"^\s*(?:- )?image: (\S+)$", yaml.safe_dump(manifest), re.MULTILINE)
+    return [f"{image} has no digest" for image in images if not _DIGEST.search(image)]
+
+
+def pod_problems(pod: Manifest, config_maps: dict[str, Manifest]) -> list[str]:
+    """Files that a container's command names and no mount brings, and mounts that hide the token of the account."""
+    problems = []
+    sources = {
+        volume["name"]: config_maps.get(volume["configMap"]["name"], {}).get("data", {})
+        for volume in pod.get("volumes", [])
+        if "configMap" in volume
+    }
+    for container in pod["containers"]:
+        mounts = {mount["mountPath"]: mount["name"] for mount in container.get("volumeMounts", [])}
+        # In Debian's images /var/run is a link to /run.
+        hidden = [path for path in mounts if path in ("/var/run", "/run", "/var", "/var/run/secrets", "/run/secrets")]
+        problems += [f"{path}: hides the token of the service account" for path in hidden]
+        brought = {f"{path}/{file}" for path, name in mounts.items() for file in sources.get(name, {})}
+        named = [word for word in container.get("command", []) if re.fullmatch(r"/\S+\.(py|sh|yaml|json)", word)]
+        problems += [f"{word}: no mount brings it" for word in named if word not in brought]
     return problems
 
 
@@ -168,6 +294,12 @@ def _worker_problems(name: str, group: Manifest, pod: Manifest, container: Manif
         problems.append(f"{name}: does not scale from zero")
     if pod.get("automountServiceAccountToken", True):
         problems.append(f"{name}: workers hold a token of Kubernetes")
+    if "nvidia.com/gpu" not in container["resources"]["limits"]:
+        secrets = {entry["secretRef"]["name"] for entry in container["envFrom"] if "secretRef" in entry}
+        if secrets != {pod["serviceAccountName"]}:
+            problems.append(f"{name}: decoders of untrusted files hold secrets of others")
+        if pod["serviceAccountName"] not in (generate.READER, generate.WORKER):
+            problems.append(f"{name}: decoders of untrusted files may do more than workers")
     drain = container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", [""])[-1]
     pause = re.search(r"--deadline-remaining-seconds (\d+) && sleep (\d+)$", drain)
     if not drain.startswith("ray drain-node --reason DRAIN_NODE_REASON_PREEMPTION ") or not pause:
@@ -178,3 +310,49 @@ def _worker_problems(name: str, group: Manifest, pod: Manifest, container: Manif
     if on_spot != any(toleration["key"] == "rzen/spot" for toleration in pod.get("tolerations", [])):
         problems.append(f"{name}: tolerations and nodes do not go together")
     return problems
+
+
+def all_problems(manifest: Manifest) -> list[str]:
+    """Every rule for a manifest, and KubeRay's schema if it is at hand."""
+    if manifest["kind"] not in RAY_KINDS:
+        return []
+    found = operator_problems(manifest) + house_problems(manifest)
+    return found + (schema_problems(manifest) if CRDS else [])
+
+
+def check() -> Iterator[str]:
+    """Yield a line for each problem of the manifests in infra/kuberay, as they are and as the overlays change them."""
+    stale = [path for path, text in generate.files().items() if not path.is_file() or path.read_text() != text]
+    yield from (f"{path.relative_to(ROOT)}: run python -m infra.kuberay.generate" for path in stale)
+    built = [(f"infra/kuberay/{path.relative_to(FOLDER)}", read(path)) for path in plain_files()]
+    if shutil.which("kubectl"):
+        for name in OVERLAYS:
+            documents = build_overlay(name)
+            built.append((f"overlay {name}", documents))
+            maps = {document["metadata"]["name"]: document for document in documents if document["kind"] == "ConfigMap"}
+            for document in documents:
+                problems = image_problems(document)
+                if document["kind"] == "CronJob":
+                    problems += pod_problems(document["spec"]["jobTemplate"]["spec"]["template"]["spec"], maps)
+                yield from (_line(f"overlay {name}", document, problem) for problem in problems)
+    for place, documents in built:
+        for document in documents:
+            yield from (_line(place, document, problem) for problem in all_problems(document))
+
+
+def _line(place: str, document: Manifest, problem: str) -> str:
+    return f"{place}: {document['kind']} {document['metadata']['name']}: {problem}"
+
+
+def main() -> int:
+    """Check. Exit status 1 if there is a problem."""
+    problems = list(check())
+    notes = [] if CRDS else [WITHOUT_CRDS]
+    if not shutil.which("kubectl"):
+        notes.append("kubectl is not installed: the overlays of infra/kuberay are not checked")
+    sys.stderr.write("".join(f"{line}\n" for line in (*notes, *problems)))
+    return int(bool(problems))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

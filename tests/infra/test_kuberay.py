@@ -2,13 +2,11 @@
 
 import copy
 import re
-import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import yaml
@@ -16,17 +14,14 @@ import yaml
 from infra.kuberay import generate
 from jobs.spec.kinds import find_kind, kind_names
 from tests.infra import manifests
-from tests.infra.manifests import Manifest
+from tests.infra.manifests import RAY_KINDS, Manifest
 from tests.paths import ROOT
 
-FOLDER = ROOT / "infra" / "kuberay"
-PLAIN = [path for path in sorted(FOLDER.rglob("*.yaml")) if path.name != "kustomization.yaml"]
-RAY_KINDS = ("RayCluster", "RayJob")
 NEEDS_CRDS = pytest.mark.skipif(not manifests.CRDS, reason="RZEN_KUBERAY_CRDS names no folder with KubeRay's CRDs")
 
 
 def documents() -> list[Manifest]:
-    return [document for path in PLAIN for document in manifests.read(path)]
+    return [document for path in manifests.plain_files() for document in manifests.read(path)]
 
 
 def ray_documents() -> list[Manifest]:
@@ -37,12 +32,7 @@ def ray_documents() -> list[Manifest]:
 def overlays() -> dict[str, list[Manifest]]:
     if not shutil.which("kubectl"):
         pytest.skip("kubectl is not installed: overlays are not built")
-    built = {}
-    for name in ("dev", "prod"):
-        command = ["kubectl", "kustomize", str(FOLDER / "overlays" / name)]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        built[name] = list(yaml.safe_load_all(text))
-    return built
+    return {name: manifests.build_overlay(name) for name in manifests.OVERLAYS}
 
 
 def test_generated_files_are_those_of_the_generator() -> None:
@@ -70,16 +60,12 @@ def test_nodes_follow_from_the_spec() -> None:
 
 
 def heard(entrypoint: str, folder: Path) -> list[str]:
-    """The words with which `rzen` starts. The submitter pastes the entrypoint into a shell of its own, `ray job submit`
-    quotes its words, and the head's shell reads them: only there RZEN_STORE is known.
+    """The words with which `rzen` starts. The operator sends the entrypoint as it is, and a shell on the head reads it,
+    as Ray's job supervisor starts it.
     """
-    told = "import shlex, sys; print(shlex.join(sys.argv[1:]), end='')"
     _stand_in(folder / "rzen", 'printf "%s\\n" "$@"')
-    path = f"{folder}:/usr/bin:/bin"
-    submit = ["/bin/bash", "-ce", f"{shlex.quote(sys.executable)} -c {shlex.quote(told)} {entrypoint}"]
-    submitted = subprocess.run(submit, env={"PATH": path}, check=True, capture_output=True, text=True).stdout
-    environment = {"PATH": path, "RZEN_STORE": "s3://bucket/some where"}
-    done = subprocess.run(submitted, shell=True, env=environment, check=True, capture_output=True, text=True)
+    environment = {"PATH": f"{folder}:/usr/bin:/bin", "RZEN_STORE": "s3://bucket/some where"}
+    done = subprocess.run(entrypoint, shell=True, env=environment, check=True, capture_output=True, text=True)
     return done.stdout.splitlines()
 
 
@@ -89,14 +75,14 @@ def _stand_in(path: Path, script: str) -> None:
 
 
 @pytest.mark.parametrize("job", [*generate.JOBS.values(), generate.RETRAIN], ids=lambda job: job.spec)
-def test_commands_pass_both_shells(job: generate.Job, tmp_path: Path) -> None:
+def test_commands_pass_the_shell_of_the_head(job: generate.Job, tmp_path: Path) -> None:
     settings = [setting.replace("$RZEN_STORE", "s3://bucket/some where") for setting in job.set]
     expected = ["run", f"jobs/{job.spec}", *(word for setting in settings for word in ("--set", setting))]
     assert heard(generate.command(job), tmp_path) == expected
 
 
-def test_commands_without_a_shell_of_their_own_would_lose_the_store(tmp_path: Path) -> None:
-    assert heard('rzen run a.yaml --set "out=$RZEN_STORE/data"', tmp_path)[-1] == "out=/data"
+def test_commands_that_quote_the_store_would_lose_it(tmp_path: Path) -> None:
+    assert heard('rzen run a.yaml --set "out=$RZEN_STORE/data"', tmp_path)[-1] == "out=s3://bucket/some where/data"
     assert heard("rzen run a.yaml --set 'out=$RZEN_STORE/data'", tmp_path)[-1] == "out=$RZEN_STORE/data"
 
 
@@ -141,6 +127,28 @@ def _group(document: Manifest, index: int) -> Manifest:
 
 def _pod(document: Manifest, index: int) -> Manifest:
     return _group(document, index)["template"]["spec"]
+
+
+def _head(document: Manifest) -> Manifest:
+    pod: Manifest = document["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    return pod
+
+
+def _stop(document: Manifest) -> list[str]:
+    command: list[str] = _head(document)["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    return command
+
+
+def _resources(document: Manifest, index: int) -> Manifest:
+    resources: Manifest = _pod(document, index)["containers"][0]["resources"]
+    return resources
+
+
+def _secret(document: Manifest, index: int) -> Manifest:
+    (secret,) = [
+        entry["secretRef"] for entry in _pod(document, index)["containers"][0]["envFrom"] if "secretRef" in entry
+    ]
+    return cast(Manifest, secret)
 
 
 def _broken(change: Change) -> Manifest:
@@ -202,6 +210,30 @@ def test_rules_of_the_operator_find_planted_faults(change: Change, told: str) ->
         (lambda d: _pod(d, 1).update(tolerations=[]), "tolerations"),
         (lambda d: _pod(d, 0)["securityContext"].clear(), "run as root"),
         (lambda d: _pod(d, 0)["containers"][0]["volumeMounts"].pop(0), "shared memory"),
+        # kuberay#4921, #5099, #5100
+        (lambda d: d["spec"].update(submissionMode="K8sJobMode"), "ends when the stream of a log ends"),
+        (lambda d: d["spec"].update(backoffLimit=0), "a lost head is the end of the job"),
+        # ray#30803, kuberay#5004
+        (lambda d: _head(d)["containers"][0]["env"].pop(), "killed after 3 s, and saves for 30 s"),
+        (lambda d: _head(d)["containers"][0].pop("lifecycle"), "killed when their head goes"),
+        (lambda d: _head(d).pop("terminationGracePeriodSeconds"), "killed before its jobs have stopped"),
+        (lambda d: _stop(d).__setitem__(3, "30"), "does not wait until its jobs have stopped"),
+        # ray#24292, #14676
+        (lambda d: _pod(d, 1)["containers"][0]["env"].pop(), "train-spot: reports an empty disk"),
+        (lambda d: _pod(d, 1)["volumes"][1].update(emptyDir={}), "a volume without a limit"),
+        (lambda d: _head(d)["containers"][0]["volumeMounts"].pop(), "a volume without a limit on /tmp/ray"),
+        (lambda d: _resources(d, 1)["requests"].pop("ephemeral-storage"), "not promised the disk"),
+        (lambda d: _resources(d, 0)["limits"].update({"ephemeral-storage": "50Gi"}), "not promised the disk"),
+        (lambda d: _pod(d, 1)["volumes"][1]["emptyDir"].update(sizeLimit="160Gi"), "when Ray spills"),
+        (lambda d: _pod(d, 1)["volumes"][0]["emptyDir"].update(sizeLimit="64Gi"), "does not fit into /dev/shm"),
+        (lambda d: _pod(d, 1)["containers"][0]["securityContext"].pop("readOnlyRootFilesystem"), "can be written"),
+        (lambda d: _pod(d, 1)["containers"][0]["env"].pop(0), "its home cannot be written"),
+        (
+            lambda d: d["spec"]["rayClusterSpec"]["autoscalerOptions"]["securityContext"].pop("readOnlyRootFilesystem"),
+            "autoscaler: its root can be written",
+        ),
+        (lambda d: _secret(d, 0).update(name="rzen-credentials"), "decode: decoders of untrusted files hold secrets"),
+        (lambda d: _pod(d, 0).update(serviceAccountName="rzen-head"), "may do more than workers"),
     ],
 )
 def test_rules_of_the_house_find_planted_faults(change: Change, told: str) -> None:
@@ -254,7 +286,7 @@ def test_accounts_network_and_monitoring_name_what_there_is() -> None:
     retrain = next(document for document in ray_documents() if document["metadata"]["name"] == "retrain")
     groups = retrain["spec"]["rayClusterSpec"]
     assert groups["headGroupSpec"]["template"]["spec"]["serviceAccountName"] == "rzen-promoter"
-    for group in groups["workerGroupSpecs"]:  # what decodes strangers' files never promotes a model
+    for group in groups["workerGroupSpecs"]:  # what decodes untrusted files never promotes a model
         assert group["template"]["spec"]["serviceAccountName"] == "rzen-worker"
     ports = {port["name"]: port["containerPort"] for pod in pods for port in pod["containers"][0]["ports"]}
     (monitor,) = [document for document in documents() if document["kind"] == "PodMonitor"]
@@ -262,13 +294,29 @@ def test_accounts_network_and_monitoring_name_what_there_is() -> None:
     (policy,) = [document for document in documents() if document["metadata"]["name"] == "rzen-ray"]
     opened = {port["port"] for rule in policy["spec"]["ingress"] for port in rule.get("ports", [])}
     assert opened == scraped | {ports["dashboard"]}
+    (submits,) = [
+        rule["from"] for rule in policy["spec"]["ingress"] if {"protocol": "TCP", "port": 8265} in rule.get("ports", [])
+    ]
+    assert submits == [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kuberay-system"}}}]
+
+
+def test_only_jobs_whose_tasks_write_give_decoders_an_account_that_may() -> None:
+    accounts = {
+        document["metadata"]["name"]: group["template"]["spec"]["serviceAccountName"]
+        for document in ray_documents()
+        for group in document["spec"].get("rayClusterSpec", document["spec"])["workerGroupSpecs"]
+        if group["groupName"] == "decode"
+    }
+    writers = {name for name, account in accounts.items() if account == "rzen-worker"}
+    assert writers == {"index", "embed", "evaluate", "retrain"}
+    assert {account for name, account in accounts.items() if name not in writers} == {"rzen-reader"}
 
 
 def test_overlays_reach_every_image_and_name(overlays: dict[str, list[Manifest]]) -> None:
     for name, namespace in (("dev", "rzen-dev"), ("prod", "rzen")):
         text = yaml.safe_dump_all(overlays[name])
         images = set(re.findall(r"image: (\S+)", text))
-        assert images == {"REGISTRY/rzen-cpu:0.1.0", "REGISTRY/rzen-gpu:0.1.0"}
+        assert images == {f"REGISTRY/rzen-{kind}@sha256:DIGEST_OF_RZEN_{kind.upper()}" for kind in ("cpu", "gpu")}
         assert {document["metadata"]["namespace"] for document in overlays[name]} == {namespace}
         for document in overlays[name]:
             if document["kind"] in RAY_KINDS:
@@ -278,6 +326,78 @@ def test_overlays_reach_every_image_and_name(overlays: dict[str, list[Manifest]]
     assert "RayJob" not in [document["kind"] for document in overlays["dev"]]
     binding = next(document for document in overlays["prod"] if document["kind"] == "RoleBinding")
     assert binding["subjects"][0]["namespace"] == "rzen"
+
+
+def test_an_image_without_a_digest_is_found() -> None:
+    digest = "0123456789abcdef" * 4
+    for image, problems in {
+        "registry:5000/rzen-cpu:0.1.0": ["registry:5000/rzen-cpu:0.1.0 has no digest"],
+        "rzen-cpu": ["rzen-cpu has no digest"],
+        f"registry:5000/rzen-cpu@sha256:{digest}": [],
+    }.items():
+        assert manifests.image_problems({"containers": [{"image": image}]}) == problems
+
+
+def _cronjob_and_maps(overlays: dict[str, list[Manifest]]) -> tuple[Manifest, dict[str, Manifest]]:
+    maps = {some["metadata"]["name"]: some for some in overlays["prod"] if some["kind"] == "ConfigMap"}
+    cron = next(document for document in overlays["prod"] if document["kind"] == "CronJob")
+    return copy.deepcopy(cron["spec"]["jobTemplate"]["spec"]["template"]["spec"]), maps
+
+
+def test_a_command_names_files_that_its_mounts_bring(overlays: dict[str, list[Manifest]]) -> None:
+    pod, maps = _cronjob_and_maps(overlays)
+    assert manifests.pod_problems(pod, maps) == []
+    pod["containers"][0]["volumeMounts"][0]["mountPath"] = "/run"
+    assert manifests.pod_problems(pod, maps) == [
+        "/run: hides the token of the service account",
+        "/retrain-run/retrain_run.py: no mount brings it",
+    ]
+
+
+@pytest.fixture
+def changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of infra/ that the check reads."""
+    for name in ("kuberay", "monitoring"):
+        shutil.copytree(ROOT / "infra" / name, tmp_path / name)
+    monkeypatch.setattr(manifests, "FOLDER", tmp_path / "kuberay")
+    return tmp_path / "kuberay"
+
+
+def test_the_check_of_all_files_names_a_planted_fault(
+    changed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, right, wrong in (
+        ("jobs/stage1.yaml", "backoffLimit: 2", "backoffLimit: 0"),
+        ("base/raycluster.yaml", 'value: "60"', 'value: "3"'),
+    ):
+        text = (changed / name).read_text()
+        assert right in text
+        (changed / name).write_text(text.replace(right, wrong))
+    monkeypatch.setattr(manifests, "CRDS", None)
+    assert manifests.main() == 1
+    errors = capsys.readouterr().err
+    assert "infra/kuberay/jobs/stage1.yaml: RayJob stage1: a lost head is the end of the job\n" in errors
+    assert (
+        "infra/kuberay/base/raycluster.yaml: RayCluster rzen: head: a job that is stopped is killed after 3 s" in errors
+    )
+    assert errors.startswith(manifests.WITHOUT_CRDS)
+
+
+@NEEDS_CRDS
+def test_the_check_of_all_files_reads_the_schemas(changed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = changed / "jobs" / "export.yaml"
+    path.write_text(path.read_text().replace("activeDeadlineSeconds", "activeDeadline"))
+    assert manifests.main() == 1
+    assert "infra/kuberay/jobs/export.yaml: RayJob export: spec: Additional properties" in capsys.readouterr().err
+
+
+def test_the_check_of_all_files_builds_the_overlays(
+    changed: Path, overlays: dict[str, list[Manifest]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = changed / "overlays" / "prod" / "kustomization.yaml"
+    path.write_text(path.read_text().replace('digest: "sha256:DIGEST_OF_RZEN_GPU"', "newTag: 0.1.0"))
+    assert manifests.main() == 1
+    assert "overlay prod: RayJob stage1: REGISTRY/rzen-gpu:0.1.0 has no digest" in capsys.readouterr().err
 
 
 @NEEDS_CRDS

@@ -99,6 +99,9 @@ FAULTS = [
     ("RzenDemandUnmet", 'State="PENDING"', 'State="CREATED"'),
     ("RzenNodesPending", "> 0", ">= 0"),
     ("RzenDiskFull", "> 90", "> 0.9"),
+    ("RzenSpilling", "> 0.7", "> 0.5"),
+    ("RzenSpilling", '{Location="SPILLED"}', ""),
+    ("RzenSpilling", '{Name="object_store_memory"}', '{State="USED"}'),
     ("RzenMemoryFull", "> 0.92", "> 92"),
 ]
 
