@@ -228,7 +228,7 @@ def test_an_unreachable_store_is_reported_within_seconds(tmp_path: Path) -> None
     start_s = time.monotonic()
     with pytest.raises(UserError, match="no proper answer"):
         run(raws, open_store("s3://b/x", f"http://127.0.0.1:{free_port()}"))
-    assert time.monotonic() - start_s < 15
+    assert time.monotonic() - start_s < 60
 
 
 def test_a_full_disk_in_a_task_is_reported(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_a_killed_holder_on_this_machine_gives_way_at_once(store: Store) -> None
     begun_s = time.monotonic()
     with hold_lease(store, 60, "trains") as lease:
         lease.check()
-    assert time.monotonic() - begun_s < 5
+    assert time.monotonic() - begun_s < 30
 
 
 def test_a_number_that_another_process_has_by_now_is_no_holder(store: Store) -> None:

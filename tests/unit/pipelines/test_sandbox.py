@@ -71,7 +71,7 @@ def test_what_the_decoder_says_reaches_the_caller(shared):
 def test_endless_work_hits_the_cpu_limit_and_the_next_call_works(shared):
     start_s = time.monotonic()
     assert reason(shared, sum, range(10**15)) == "decoder_cpu_limit"
-    assert time.monotonic() - start_s < 15
+    assert time.monotonic() - start_s < 60
     assert shared.call(abs, -7) == 7
 
 
@@ -96,8 +96,8 @@ def test_a_crash_is_named(shared):
 def test_work_that_only_waits_hits_the_clock():
     with Sandbox(LIMITS, wall_s=0.5) as child:
         start_s = time.monotonic()
-        assert reason(child, time.sleep, 60) == "decoder_time_limit"
-        assert time.monotonic() - start_s < 15
+        assert reason(child, time.sleep, 600) == "decoder_time_limit"
+        assert time.monotonic() - start_s < 60
         assert child.call(abs, -7) == 7
 
 
