@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,6 @@ from jobs.runtime.revision import revision, versions
 from jobs.serving.specs import SearchSpec
 from jobs.spec.model import ModelRef
 from jobs.training.runs import METRICS, read_rows
-from pipelines.config import DataConfig
 from pipelines.errors import UserError
 from pipelines.feed.reader import Reader
 from pipelines.redaction import has_hidden
@@ -53,8 +54,13 @@ def run(spec: SearchSpec) -> dict[str, Any]:
     data = manifest["data"].model_copy(update={"trusted": False})
     if has_hidden(data.endpoint):  # the environment knows the one with the password
         data = data.model_copy(update={"endpoint": None})
+
+    @cache  # of many searches, because each reader starts a process for untrusted media
+    def reader_of(split: str) -> Reader:
+        return Reader(data_of(data, split))
+
     searches = [
-        Search(query, _hits(data, corpus.take(rows_K).to_pylist(), scores_K))
+        Search(query, _hits(reader_of, corpus.take(rows_K).to_pylist(), scores_K))
         for query, rows_K, scores_K in zip(queries, rows_QK, scores_QK, strict=True)
     ]
     for search in searches:
@@ -103,7 +109,7 @@ def _captions(corpus: pa.Table) -> list[str]:
     return list(dict.fromkeys(corpus["title"].take(spread).to_pylist()))
 
 
-def _hits(data: DataConfig, rows: list[dict[str, Any]], scores_K: Any) -> list[Hit]:
+def _hits(reader_of: Callable[[str], Reader], rows: list[dict[str, Any]], scores_K: Any) -> list[Hit]:
     return [
         Hit(
             rank=rank,
@@ -111,17 +117,17 @@ def _hits(data: DataConfig, rows: list[dict[str, Any]], scores_K: Any) -> list[H
             modality=row["modality"],
             title=row["title"],
             origin=row["origin"],
-            thumbnails=_thumbnails(data, row),
+            thumbnails=_thumbnails(reader_of, row),
         )
         for rank, (row, score) in enumerate(zip(rows, scores_K, strict=True), start=1)
     ]
 
 
-def _thumbnails(data: DataConfig, row: dict[str, Any]) -> list[Any]:
+def _thumbnails(reader_of: Callable[[str], Reader], row: dict[str, Any]) -> list[Any]:
     """The target's frames; none for a text, or where the file has become unreadable."""
     if row["modality"] == "text":
         return []
-    (target,) = Reader(data_of(data, row["split"])).inputs(row["source"], [(row["index"], "positive")])
+    (target,) = reader_of(row["split"]).inputs(row["source"], [(row["index"], "positive")])
     if isinstance(target, Rejected):
         return []
     return [frame for visual in target.visuals for frame in visual.frames]

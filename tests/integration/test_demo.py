@@ -11,6 +11,7 @@ from transformers import AutoModel
 
 from jobs.cli import main
 from jobs.runtime.models import local_folder
+from pipelines.media import sandbox
 from pipelines.storage.location import open_store
 from rzen.evaluation.results import Result, markdown_table
 from tests.paths import ROOT
@@ -30,6 +31,12 @@ SMALL = {
     "jobs.search.set.curves.documents": "null",
     "jobs.finetunes.set.set.global_batch": "8",
     "jobs.finetunes.set.set.steps": "4",
+    # Fewer processes, each of which imports its libraries: other tests have several workers, actors and tasks at once.
+    "jobs.stage1.set.cluster.workers": "1",
+    "jobs.evaluate.set.actors": "1",
+} | {
+    f"jobs.{job}.cpus_per_task": "2"
+    for job in ("stage1.set.feed", "finetunes.set.set.feed", "evaluate.set", "embed.set")
 }
 
 
@@ -102,13 +109,20 @@ def test_finished_stations_are_not_repeated_and_a_changed_one_is(road: Any, caps
     assert "[8/8] search (search): done before" not in again
 
 
-def test_search_from_the_command_line(road: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_search_from_the_command_line(
+    road: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    children = []
+    monkeypatch.setattr(
+        sandbox, "_start", lambda *args, start=sandbox._start: children.append(start(*args)) or children[-1]
+    )
     page = tmp_path / "hits.html"
-    arguments = ["search", "a green star", "--vectors", "s3://road/demo/vectors", "--top-k", "2", "--modality", "page"]
+    arguments = ["search", "a green star", "--vectors", "s3://road/demo/vectors", "--top-k", "6", "--modality", "page"]
     assert main([*arguments, "--html", str(page)]) == 0
     out = capsys.readouterr().out
-    assert out.count("documents/") == 2
+    assert out.count("documents/") == 6
     assert page.exists()
+    assert 1 <= len(children) <= 2, "one for each split, not one for each hit"
 
 
 def test_search_without_queries_takes_captions_of_the_corpus(road: Any, capsys: pytest.CaptureFixture[str]) -> None:
