@@ -17,7 +17,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from typing_extensions import TypedDict
@@ -100,6 +100,7 @@ class Lease:
         self._id = uuid.uuid4().hex
         self._tag: str | None = None
         self._until_s = 0.0
+        self._is_taken = False
         self._released = threading.Event()
         self._keeper = threading.Thread(target=self._keep, daemon=True)
 
@@ -116,8 +117,23 @@ class Lease:
             raise UserError(self._place, "another process started at the same moment", "wait until it has finished")
         self._keeper.start()
 
+    def check_not_taken(self) -> None:
+        """Raise `UserError` if another process has taken the lease.
+
+        A lease that could not be renewed while the store did not answer is still this process's, if nobody has taken
+        it until the store answers again.
+        """
+        if self._is_taken:
+            raise UserError(
+                self._place, "was taken by another process", "end one of the two, then give the command again"
+            )
+
     def check(self) -> None:
-        """Raise `UserError` if the lease was lost because the machine slept or the store did not answer."""
+        """Raise `UserError` if the lease was lost because the machine slept or the store did not answer.
+
+        Writers call it before they publish.
+        """
+        self.check_not_taken()
         if time.monotonic() > self._until_s:
             raise UserError(self._place, "was not renewed in time", "give the command again")
 
@@ -181,9 +197,27 @@ class Lease:
             try:
                 if not self._renew():
                     self._until_s = 0.0
+                    self._is_taken = True
                     return
             except UserError as error:  # the store did not answer; there are more attempts before the lease ends
                 _log.warning("lease not renewed, trying again: %s", error)
+
+
+class HeldLeases(ExitStack):
+    """Leases of several outputs, which are given back together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._held: list[Lease] = []
+
+    def hold_output(self, store: Store, kind: str, activity: str) -> None:
+        """Claim a folder and hold its lease. Raise `UserError` as `hold_output` does."""
+        self._held.append(self.enter_context(hold_output(store, kind, activity)))
+
+    def check_not_taken(self) -> None:
+        """Raise `UserError` if another process has taken one of them."""
+        for lease in self._held:
+            lease.check_not_taken()
 
 
 def _holder(content: LeaseFile) -> str:

@@ -9,7 +9,6 @@ import tempfile
 import traceback
 import uuid
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
@@ -19,7 +18,7 @@ from ray.exceptions import RayError
 from ray.train import TrainingFailedError
 
 from jobs.runtime.cluster import user_error
-from jobs.runtime.lease import hold_output
+from jobs.runtime.lease import HeldLeases
 from jobs.runtime.progress import say
 from jobs.spec.no_effect import unused_settings
 from jobs.training.encoder import BACKBONE, encoder_of
@@ -53,7 +52,7 @@ class Prepared:
     tasks: tuple[str, ...]
 
 
-def prepare(spec: TrainSpec, leases: ExitStack) -> Prepared | None:
+def prepare(spec: TrainSpec, leases: HeldLeases) -> Prepared | None:
     """Check everything that needs no workers, and print what is going to happen. Return None if the run is finished.
 
     An unfinished run is leased, and `leases` gives it back.
@@ -74,7 +73,7 @@ def prepare(spec: TrainSpec, leases: ExitStack) -> Prepared | None:
     run = Run(spec)
     data = {"data": reader.fingerprints(plan), "weights": weights_of(spec)} | plan.describe()
     if run.state(data) is not False:
-        leases.enter_context(hold_output(run.store, KIND, "trains"))
+        leases.hold_output(run.store, KIND, "trains")
     if not run.begin(data):
         say(f"  {run.store.url}: finished before")
         return None

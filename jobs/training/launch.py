@@ -11,6 +11,7 @@ from threading import Event, Thread
 from typing import Any
 
 from jobs.runtime.cluster import POLL_S, Resources, check_size, has_room, metrics_link, ray_cluster, user_error
+from jobs.runtime.lease import HeldLeases
 from jobs.runtime.progress import ProgressTracker, RunTable, say
 from jobs.training.fit import Prepared, fit, prepare, report
 from jobs.training.runs import DONE, Run
@@ -33,16 +34,18 @@ def launch(
     scratch. Returns what failed in this launch, and why.
 
     Raises `UserError` as soon as fewer than `min_survivors` runs can succeed (by default all of `specs` must). Runs
-    that are then under way are abandoned. They resume from their last checkpoints at the next launch.
+    that are then under way are abandoned. They resume from their last checkpoints at the next launch. The same happens
+    when another process has taken the lease of a run.
     """
-    with ExitStack() as leases:
+    with HeldLeases() as leases:
         unfinished = [prepared for spec in specs if (prepared := prepare(spec, leases))]
-        return _launch(specs, unfinished, max_parallel, min_survivors, failed_before or {})
+        return _launch(specs, unfinished, leases, max_parallel, min_survivors, failed_before or {})
 
 
 def _launch(
     specs: Sequence[TrainSpec],
     unfinished: list[Prepared],
+    leases: HeldLeases,
     max_parallel: int,
     min_survivors: int | None,
     failed_before: Mapping[str, str],
@@ -71,7 +74,7 @@ def _launch(
             stack.callback(abandoned.set)
             board = ray.remote(num_cpus=0)(ProgressTracker).remote()
             try:
-                return _run_queue(unfinished, max_parallel, may_fail, table, board, abandoned)
+                return _run_queue(unfinished, leases, max_parallel, may_fail, table, board, abandoned)
             except KeyboardInterrupt:
                 with brief_patience():
                     _save(unfinished, board)
@@ -102,7 +105,13 @@ def _is_known(run: Run, failed_before: Mapping[str, str]) -> bool:
 
 
 def _run_queue(
-    unfinished: Sequence[Prepared], max_parallel: int, may_fail: int, table: RunTable, board: Any, abandoned: Event
+    unfinished: Sequence[Prepared],
+    leases: HeldLeases,
+    max_parallel: int,
+    may_fail: int,
+    table: RunTable,
+    board: Any,
+    abandoned: Event,
 ) -> dict[str, UserError]:
     import ray
     from ray.util.metrics import Gauge
@@ -113,6 +122,7 @@ def _run_queue(
     futures: dict[str, Future[None]] = {}
     failures: dict[str, UserError] = {}
     while waiting or running:
+        leases.check_not_taken()
         while waiting and len(running) < max_parallel and _fits(running, waiting[0]):
             prepared = waiting.popleft()
             name = prepared.run.spec.name

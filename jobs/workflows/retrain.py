@@ -131,20 +131,25 @@ class _RetrainRun:
             check_base(champion, Path(backbone))
 
     def work(self, lease: Lease) -> str:
-        """Train, publish and decide. Return the outcome."""
+        """Train, publish and decide. Return the outcome.
+
+        Raise `UserError` as soon as the lease was lost: nothing is written from then on.
+        """
+        lease.check()
         self._registry.record(self.id, {"outcome": "training", "data": self._data})
         if not self._registry.has(self.id):
-            self._publish()
+            self._publish(lease)
         verdict = self._registry.lineage(self.id)["verdict"]
         lease.check()
         reason = "; ".join(verdict["reasons"])
         if verdict["promote"]:
             self._registry.promote(self.id, reason=reason, instead_of=self._champion, report=verdict)
+        lease.check()
         outcome = f"{'promoted' if verdict['promote'] else 'refused'} {self.id}: {reason}"
         self._registry.record(self.id, {"outcome": outcome, "data": self._data})
         return outcome
 
-    def _publish(self) -> None:
+    def _publish(self, lease: Lease) -> None:
         from jobs.training.launch import launch
 
         train = _train_spec(self._spec, self._document, self._run_name, self._parent)
@@ -156,9 +161,11 @@ class _RetrainRun:
             folder, soup = trained, None
             if self._parent and self._spec.soup:
                 folder, soup = self._soup_with_champion(trained, run.result_url, Path(scratch, "soup"))
+            lease.check()
             work = self._registry.store.child(WORK).child(self.id)
             publish_folder(folder, work)
             scores = self._scores(_ref({"base": base, "tune": train.model.tune} | _facts(train), work.url))
+            lease.check()
             self._registry.publish(self.id, folder, self._lineage(run, base, soup) | scores)
             work.delete_tree("")
 

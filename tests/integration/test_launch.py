@@ -1,5 +1,6 @@
 """Runs side by side: the queue, and what becomes of the others when one fails. Training itself is left out."""
 
+import json
 import threading
 import time
 from pathlib import Path
@@ -7,7 +8,9 @@ from typing import Any
 
 import pytest
 
+import jobs.runtime.lease
 import jobs.training.launch
+from jobs.runtime.lease import LEASE
 from jobs.training.fit import Prepared
 from jobs.training.launch import launch
 from jobs.training.runs import DONE, Run
@@ -129,3 +132,26 @@ def test_an_error_that_is_nobodys_mistake_is_not_taken_for_a_lost_run(
     monkeypatch.setattr(jobs.training.launch, "fit", broken)
     with pytest.raises(ZeroDivisionError):
         launch(specs(tmp_path, "r1 r2"), max_parallel=2, min_survivors=1)
+
+
+def test_a_run_whose_lease_another_process_has_taken_is_abandoned(
+    tmp_path: Path, fits: Fits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two RayJobs that train one run, one goes on (ray#35006, kuberay#5211)."""
+    monkeypatch.setattr(jobs.runtime.lease, "LEASE_S", 3.0)
+    ended: list[bool] = []
+
+    def robbed(prepared: Prepared, board: Any, tell: Any, abandoned: threading.Event) -> None:
+        store = prepared.run.store
+        content = json.loads(store.read(LEASE)) | {"holder": "another", "machine": "another"}
+        store.write(LEASE, json.dumps(content).encode())
+        ended.append(abandoned.wait(30))
+
+    monkeypatch.setattr(jobs.training.launch, "fit", robbed)
+    with pytest.raises(UserError, match=r"runs/r1/lease\.json: was taken by another process"):
+        launch(specs(tmp_path, "r1"), max_parallel=1)
+    deadline_s = time.monotonic() + 30
+    while not ended:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+    assert ended == [True]

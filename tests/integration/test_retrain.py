@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from jobs.cli import main
+from jobs.evaluation.scores import Model, Scorer
+from jobs.runtime.lease import LEASE
 from jobs.workflows.registry import Registry
 from pipelines.storage.location import open_store
 from pipelines.storage.store import Store
@@ -40,12 +45,32 @@ def bucket(tmp_path: Path, s3_endpoint: str, ray_cluster: None, monkeypatch: pyt
     return bucket
 
 
+def _losing_the_lease(store: Store) -> Callable[..., Any]:
+    by_query = Scorer.by_query
+
+    def robbed(scorer: Scorer, models: Mapping[str, Model]) -> Any:
+        scores = by_query(scorer, models)
+        content = json.loads(store.read(LEASE)) | {"holder": "another", "machine": "another"}
+        store.write(LEASE, json.dumps(content).encode())
+        time.sleep(3.5)  # longer than the lease
+        return scores
+
+    return robbed
+
+
 @pytest.mark.timeout(600)
 def test_retraining_promotes_refuses_and_does_nothing(
     tmp_path: Path, bucket: Store, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry = Registry(bucket.child("registry"))
     run = ["run", str(tmp_path / "retrain.yaml")]
+
+    # Another process takes the lease while this one scores: it publishes nothing (kuberay#5211).
+    with monkeypatch.context() as robbed:
+        robbed.setattr(Scorer, "by_query", _losing_the_lease(registry.store))
+        assert main([*run, "--set", "lease_s=3"]) == 1
+    assert "lease.json: was taken by another process" in capsys.readouterr().err
+    assert (registry.models(), registry.promotions()) == ([], [])
 
     assert main(run) == 0
     assert "promoted after-0-" in capsys.readouterr().out

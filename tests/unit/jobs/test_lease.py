@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +96,49 @@ def test_an_output_is_claimed_before_its_lease(store: Store) -> None:
     run = store.child("run")
     with hold_output(run, "run", "trains"), pytest.raises(UserError, match="s here"), hold_output(run, "run", "trains"):
         pass
+
+
+def take(store: Store) -> None:
+    """What another process does that has waited for a silent holder."""
+    content = json.loads(store.read(LEASE))
+    store.write(LEASE, json.dumps(content | {"holder": "another", "nonce": "another"}).encode())
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+
+
+def test_a_holder_learns_that_another_has_taken_its_lease(store: Store) -> None:
+    with hold_lease(store, 3.0, "trains") as lease:
+        take(store)
+        wait_until(lambda: raises(lease.check_not_taken))
+        with pytest.raises(UserError, match=r"lease\.json: was taken by another process"):
+            lease.check()
+        taken = store.read(LEASE)
+    assert store.read(LEASE) == taken  # the lease of the other is not given back
+
+
+def raises(check: Callable[[], None]) -> bool:
+    try:
+        check()
+    except UserError:
+        return True
+    return False
+
+
+def test_a_lease_that_nobody_took_outlives_an_outage(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lease that has run out is no lease to publish with, but none that another has either."""
+    write_if = type(store).write_if
+
+    def away(*_: object) -> bool:
+        raise UserError("store", "does not answer", "wait")
+
+    with hold_lease(store, 0.6, "trains") as lease:
+        monkeypatch.setattr(type(store), "write_if", away)
+        wait_until(lambda: raises(lease.check))
+        lease.check_not_taken()
+        monkeypatch.setattr(type(store), "write_if", write_if)
+        wait_until(lambda: not raises(lease.check))
