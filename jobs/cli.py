@@ -41,7 +41,7 @@ To resume an interrupted job, give the same command again.
 
 \b
 Exit status: 0 success, 1 an error that the message explains, 2 a wrong command line, 130 interrupted.
-`rzen submit` exits with the status of the job.
+`rzen submit` and `rzen attach` exit with the status of the job, or with 75 if the cluster stops answering.
 """
 
 
@@ -53,6 +53,7 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
         except UserError as error:
             print_error(f"error: {error}")
+            raise typer.Exit(error.status) from None
         except KeyboardInterrupt:
             print_error("\ninterrupted: the same command resumes from the last finished job or checkpoint")
             raise typer.Exit(130) from None
@@ -121,7 +122,7 @@ def _add(group: typer.Typer, commands: Sequence[Callable[..., None]]) -> None:
         group.command(name, epilog=epilog)(command)
 
 
-_add(app, [spec.validate, spec.run, spec.submit, data.ingest, data.index, data.verify])
+_add(app, [spec.validate, spec.run, spec.submit, spec.attach, data.ingest, data.index, data.verify])
 _add(app, [models.embed, models.evaluate, models.search, models.export])
 _registry = typer.Typer(rich_markup_mode=None, no_args_is_help=True)
 _registry.callback()(registry.choose)

@@ -9,6 +9,9 @@ class UserError(Exception):
     All parts are in `args`, so that the error survives pickling across Ray.
     """
 
+    status = 1
+    """Exit status of a command that ends with it."""
+
     def __init__(self, place: str, problem: str, fix: str = "") -> None:
         super().__init__(place, problem, fix)
         self.place = place

@@ -1,4 +1,4 @@
-"""Commands for specs of any kind: validate, run, submit, kinds, schema."""
+"""Commands for specs of any kind: validate, run, submit, attach, kinds, schema."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import typer
 from jobs.commands.options import AsJson, Changes, SpecPath, print_json, print_warnings, read_spec, run_file
 from jobs.commands.output import print_error, print_text
 from jobs.spec.kinds import Kind, find_kind, kind_names
+from jobs.spec.load import recorded_files
 from pipelines.errors import UserError
 from pipelines.redaction import redacted
 
@@ -48,25 +49,55 @@ def run(spec: SpecPath, changes: Changes = None) -> None:
     run_file(spec, changes)
 
 
+Address = Annotated[
+    str | None,
+    typer.Option(
+        help="address of the cluster's dashboard (default: RAY_API_SERVER_ADDRESS, then RAY_ADDRESS, then "
+        "http://127.0.0.1:8265)",
+        show_default=False,
+    ),
+]
+
+
 def submit(
     spec: Annotated[str, typer.Argument(metavar="SPEC", help="YAML file inside the working directory")],
-    address: Annotated[
-        str | None,
-        typer.Option(
-            help="address of the cluster's dashboard (default: RAY_API_SERVER_ADDRESS or http://127.0.0.1:8265)"
-        ),
-    ] = None,
+    address: Address = None,
     working_dir: Annotated[str, typer.Option(help="folder that is sent to the cluster and that the job runs in")] = ".",
+    submission_id: Annotated[
+        str | None,
+        typer.Option(help="name of the job; if the cluster has it already, follow it", show_default=False),
+    ] = None,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="print the submission id and return")] = False,
     changes: Changes = None,
+    ray_options: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Run a job on a Ray cluster and follow its log. The exit status is that of the job."""
+    """Run a job on a Ray cluster and follow its log to the end. The exit status is that of the job.
+
+    Given again with the same --submission-id, the command follows the job that it started before.
+    """
     from jobs.runtime.dispatch import named_specs
+    from jobs.runtime.job_server import Access, JobServer
+    from jobs.runtime.submit import RayOptions, Submission
     from jobs.runtime.submit import submit as submit_job
 
-    checked, document = read_spec(spec, changes)  # reports a mistake here, not in the log of the job
-    print_warnings(checked, named_specs(checked, document), document)
-    raise typer.Exit(submit_job(spec, changes or (), address, working_dir, checked.submit, wait=not no_wait))
+    with recorded_files() as files:
+        checked, document = read_spec(spec, changes)  # reports a mistake here, not in the log of the job
+        named = named_specs(checked, document)
+    print_warnings(checked, named, document)
+    options = RayOptions.model_validate_json(ray_options or "{}")
+    server = JobServer(Access(address, options.headers, options.verify))
+    submission = Submission(spec, changes or (), checked, named, files, working_dir, submission_id, options)
+    raise typer.Exit(submit_job(server, submission, wait=not no_wait))
+
+
+def attach(
+    job: Annotated[str, typer.Argument(metavar="ID", help="submission id of the job")], address: Address = None
+) -> None:
+    """Follow a job that was submitted before, from the start of its log. The exit status is that of the job."""
+    from jobs.runtime.follow import attach as attach_to_job
+    from jobs.runtime.job_server import Access, JobServer
+
+    raise typer.Exit(attach_to_job(JobServer(Access(address)), job))
 
 
 def kinds(as_json: AsJson = False) -> None:

@@ -39,9 +39,12 @@ class SubmitConfig(Config):
     """Memory in bytes that the job's own process reserves."""
     env: dict[str, str] = Field(default_factory=dict)
     """Environment variables of the job and its workers. The dashboard shows them: put no secrets here."""
+    excludes: list[str] = Field(default_factory=list)
+    """What is not sent to the cluster, as patterns of .gitignore: `data/`, `*.bin`. They are added to those of
+    .gitignore and .rayignore files. Files of the spec are always sent."""
     retries: NonNegativeInt = 0
-    """How often `rzen submit` repeats a job whose process was lost with its node. A job that ended by itself is not
-    repeated, because it would end the same way again."""
+    """How often `rzen submit` repeats a job whose process was lost with its node. A job that ended by itself, or that
+    could not be placed, is not repeated. It would end the same way again."""
 
 
 class JobConfig(Config):

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +25,7 @@ _MAX_PROBLEMS = 8
 _MAX_BASES = 16  # a file on a file on a file ...
 _MAX_SHOWN = 200  # letters of a value in an error
 _BUILTIN = Path(__file__).resolve().parents[1]
+_files: ContextVar[list[Path] | None] = ContextVar("files", default=None)
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ def read_document(path: str | Path, folder: Path | None = None, above: tuple[Pat
     if not file.is_file() and (_BUILTIN / file.name).is_file() and file.parent.name in ("jobs", ""):
         file = _BUILTIN / file.name
     data, places = parse_yaml(_read_text(file, str(path)), str(path))
+    if (files := _files.get()) is not None:
+        files.append(file)
     if not isinstance(data, dict):
         raise UserError(str(path), "is not a mapping of settings", "start with `kind: ...`")
     document = Document(data, str(path), file.resolve().parent, places)
@@ -82,6 +87,22 @@ def read_document(path: str | Path, folder: Path | None = None, above: tuple[Pat
         raise UserError(document.place(("base",)), f"is the base of {_MAX_BASES} others", "use fewer files")
     below = read_document(base, document.folder, (*above, file.resolve()))
     return replace(below.overlaid(document.data, document.place), name=document.name, folder=document.folder)
+
+
+@contextmanager
+def recorded_files() -> Iterator[list[Path]]:
+    """Yield a list that gets each file that is read as a spec, or as its base, while the block runs."""
+    files: list[Path] = []
+    token = _files.set(files)
+    try:
+        yield files
+    finally:
+        _files.reset(token)
+
+
+def is_shipped(file: Path) -> bool:
+    """Return whether a file is one of the specs of the installed package."""
+    return file.resolve().parent == _BUILTIN
 
 
 def override(document: Document, overrides: Sequence[str]) -> Document:

@@ -1,19 +1,25 @@
-"""Jobs on a cluster that was started for them: Ray's own command, with and without the hook, tokens, stop and go on."""
+"""Jobs on a cluster that was started for them: Ray's own command, with and without the hook, tokens, stop and go on.
+
+Some tests follow what users of Ray reported: numbers such as ray#41590 are those of public reports."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
+from ray.dashboard.modules.job.pydantic_models import JobDetails
 
 from jobs.runtime.local_s3 import free_port
 from pipelines.storage.location import open_store
@@ -21,6 +27,8 @@ from tests.data import publish
 from tests.paths import ROOT
 from tests.plug_in import write_plug_in
 from tests.specs import stage
+from tests.tcp_proxy import TcpProxy
+from tests.ticking import write_ticking
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 BIN = Path(sys.executable).parent
@@ -42,6 +50,36 @@ class Cluster:
     """A head with its dashboard, on which every request needs a token."""
 
     environment: dict[str, str]
+    url: str
+    head: int
+    """Its process."""
+
+    def details(self, job: str) -> JobDetails:
+        """The state of a job."""
+        request = urllib.request.Request(f"{self.url}/api/jobs/{job}", headers=self._token())
+        with urllib.request.urlopen(request) as answer:
+            return JobDetails(**json.load(answer))
+
+    def ids(self) -> list[str]:
+        """All jobs that were submitted."""
+        with urllib.request.urlopen(urllib.request.Request(f"{self.url}/api/jobs/", headers=self._token())) as answer:
+            return [job["submission_id"] for job in json.load(answer) if job["submission_id"]]
+
+    def _token(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"}
+
+    def process(self, name: str) -> psutil.Process:
+        """The process of this cluster whose command has `name` in it."""
+        found = [
+            some for some in psutil.Process(self.head).children(recursive=True) if name in " ".join(some.cmdline())
+        ]
+        assert len(found) == 1, found
+        return found[0]
+
+    def start(self, *command: str, cwd: Path, log: Path, **variables: str) -> subprocess.Popen[bytes]:
+        """Start a command that goes on, and that appends to `log`."""
+        with log.open("ab") as out:
+            return subprocess.Popen(command, cwd=cwd, env=self.environment | variables, stdout=out, stderr=out)
 
     def run(self, *command: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -68,7 +106,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
                 told += line
             exports = dict(re.findall(r"(RAY_\w+)=(\S+)", told))
             exports.pop("RAY_ADDRESS")  # a laptop knows the dashboard alone
-            cluster = Cluster(kept | exports)
+            cluster = Cluster(kept | exports, exports["RAY_API_SERVER_ADDRESS"], process.pid)
             deadline = time.monotonic() + 90
             while cluster.run("ray", "job", "list", cwd=ROOT).returncode != 0:
                 assert time.monotonic() < deadline
@@ -134,6 +172,144 @@ def test_without_the_token_nobody_submits(cluster: Cluster, tmp_path: Path) -> N
         assert "asks for a token" in done.stderr
         assert "Traceback" not in done.stderr
     assert not (tmp_path / "corpus").exists()
+
+
+def lines_of(log: Path) -> list[int]:
+    """The numbered lines in what a submitter printed."""
+    return [int(number) for number in re.findall(r"^line (\d+)$", log.read_text(), re.MULTILINE)]
+
+
+def wait_for_lines(log: Path, more: int = 3) -> None:
+    """Wait until a submitter has printed some more lines."""
+    before, deadline = len(lines_of(log)), time.monotonic() + 120
+    while len(lines_of(log)) < before + more:
+        assert time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def ticking(tmp_path: Path) -> Path:
+    """A folder with a package of kind `ticks`, and its spec among the results, which git ignores."""
+    folder = tmp_path / "laptop"
+    write_ticking(folder)
+    (folder / "runs").mkdir()
+    (folder / ".gitignore").write_text("/runs/\n")
+    (folder / "runs/ticks.yaml").write_text(f"kind: ticks\nuntil: {tmp_path}/end\nstatus: 7\n")
+    return folder
+
+
+def test_a_job_is_followed_whatever_happens_to_connections_server_and_submitter(
+    cluster: Cluster, ticking: Path, tmp_path: Path
+) -> None:
+    """The log is cut five times (ray#57002, ray#51601), the job server restarts (ray#60665), the submitter is killed.
+
+    Another address in the environment is not that of the job (ray#41590, ray#36064). Its spec is under `runs/`, which
+    git ignores (ray#50167).
+    """
+    first, second = tmp_path / "first.log", tmp_path / "second.log"
+    path = os.pathsep.join([str(ticking), cluster.environment["PYTHONPATH"]])
+    elsewhere = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9", "RAY_ADDRESS": "127.0.0.1:9", "PYTHONPATH": path}
+    before = cluster.ids()
+    with TcpProxy(int(cluster.url.rpartition(":")[2])) as proxy:
+        command = ["rzen", "submit", "runs/ticks.yaml", "--submission-id", "kept", "--address", proxy.url]
+        submitter = cluster.start(*command, cwd=ticking, log=first, **elsewhere)
+        try:
+            wait_for_lines(first)
+            for _ in range(5):
+                proxy.cut()
+                wait_for_lines(first)
+            assert proxy.num_streams >= 6
+            server = cluster.process("JobHead")
+            server.kill()
+            proxy.refuse(True)
+            time.sleep(1)
+            proxy.refuse(False)
+            wait_for_lines(first)
+            assert cluster.process("JobHead").pid != server.pid
+        finally:
+            submitter.send_signal(signal.SIGKILL)
+            submitter.wait()
+        again = cluster.start(*command, cwd=ticking, log=second, **elsewhere)
+        wait_for_lines(second)
+        (tmp_path / "end").touch()
+        assert again.wait(120) == 7, second.read_text()
+    seen = lines_of(first)
+    assert seen == list(range(len(seen)))
+    (number,) = re.findall(r"ends after (\d+) lines", second.read_text())
+    assert lines_of(second) == list(range(int(number)))
+    assert f"submitted kept to {proxy.url}" in first.read_text()
+    assert first.read_text().count("does not answer") <= 2  # one message for each outage
+    assert f"kept is on {proxy.url} already: running" in second.read_text()
+    assert set(cluster.ids()) - set(before) == {"kept"}
+
+    other = [*command[:-1], cluster.url, "--set", "status=8"]
+    refused = cluster.run(*other, cwd=ticking, PYTHONPATH=path)
+    assert refused.returncode == 1
+    assert "error: kept: was submitted with other settings of status; choose another --submission-id" in refused.stderr
+
+
+def test_the_hook_passes_on_what_ray_was_given(cluster: Cluster, tmp_path: Path) -> None:
+    """Also kuberay#2154: ids, metadata and environments of jobs."""
+    (tmp_path / "laptop").mkdir()
+    spec = CORPUS.format(tmp_path) + "submit: {env: {A: spec, B: spec}, cpus: 2}\n"
+    (tmp_path / "laptop/corpus.yaml").write_text(spec)
+    options = ["--address", cluster.url, "--submission-id", "hooked", "--metadata-json", '{"team": "search"}']
+    options += ["--runtime-env-json", '{"env_vars": {"B": "mine"}}', "--entrypoint-num-cpus", "0.5"]
+    wrong = HOOK | {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9"}
+    command = ["ray", "job", "submit", *options, "--no-wait", "--", "corpus.yaml"]
+    done = cluster.run(*command, cwd=tmp_path / "laptop", **wrong)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"submitted hooked to {cluster.url}" in done.stdout
+    job = cluster.details("hooked")
+    assert job.metadata is not None
+    assert job.metadata["team"] == "search"
+    assert job.runtime_env is not None
+    assert job.runtime_env["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "60", "A": "spec", "B": "mine"}
+    followed = cluster.run("rzen", "attach", "hooked", cwd=tmp_path)
+    assert followed.returncode == 0, followed.stdout + followed.stderr
+    assert "4 samples in" in followed.stdout
+    unknown = cluster.run("rzen", "attach", "nobody", cwd=tmp_path)
+    assert unknown.returncode == 1
+    assert f"error: nobody: is not a job on {cluster.url}; name one of hooked" in unknown.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "reason"),
+    [
+        ("entrypoint-label-selector", {"ray.io/node-id": "0f" * 28}, r"it could not be placed \(.*not schedulable"),
+        ("runtime-env-json", {"py_modules": ["gcs://_ray_pkg_0.zip"]}, r"could not be set up \(.*Failed to download"),
+    ],
+)
+def test_a_job_that_never_started_says_why(
+    option: str, value: dict[str, object], reason: str, cluster: Cluster, tmp_path: Path
+) -> None:
+    """It is not a job whose process was lost (ray#41437), and another attempt would not help."""
+    (tmp_path / "corpus.yaml").write_text(CORPUS.format(tmp_path) + "submit: {retries: 1}\n")
+    command = ["ray", "job", "submit", f"--{option}", json.dumps(value), "--", "corpus.yaml"]
+    done = cluster.run(*command, cwd=tmp_path, **HOOK)
+    assert done.returncode == 1
+    assert re.search(f"failed, exit status 1: .*{reason}", done.stdout), done.stdout
+    assert "lost" not in done.stdout
+    assert "attempt" not in done.stdout
+
+
+@pytest.mark.long
+def test_a_job_whose_process_is_lost_runs_again(cluster: Cluster, ticking: Path, tmp_path: Path) -> None:
+    path = os.pathsep.join([str(ticking), cluster.environment["PYTHONPATH"]])
+    command = ["rzen", "submit", "runs/ticks.yaml", "--submission-id", "lost", "--set", "submit.retries=1"]
+    log = tmp_path / "log"
+    submitter = cluster.start(*command, cwd=ticking, log=log, PYTHONPATH=path)
+    for attempt in (1, 2):
+        while f"attempt {attempt} of 2" not in log.read_text() and attempt > 1:
+            assert submitter.poll() is None, log.read_text()
+            time.sleep(0.2)
+        wait_for_lines(log)
+        cluster.process("ray::JobSupervisor").kill()
+    assert submitter.wait(120) == 1
+    assert len(re.findall(r"lost(?:-2)? failed, exit status 1: its process was lost \(.*died", log.read_text())) == 2
+    again = cluster.run(*command, cwd=ticking, PYTHONPATH=path)
+    assert again.returncode == 1
+    assert "lost-2 is on" in again.stdout
 
 
 @pytest.mark.long

@@ -1,0 +1,238 @@
+"""Submitting and following a job against a stand-in of Ray's job server. integration/test_submit.py has a real one."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.dashboard.modules.job.pydantic_models import JobDetails
+
+from jobs import hook
+from jobs.cli import main
+from jobs.runtime.follow import exit_status, follow, outcome, was_lost
+from jobs.runtime.job_server import Access, JobServer, ServerLost
+from tests.job_server import StandIn, stand_in
+
+SPEC = "kind: corpus\nout: here\nsubmit: {retries: 1}\n"
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[StandIn]:
+    """A job server, and a spec in the present folder."""
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_JOB_HEADERS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("jobs.runtime.follow._PAUSES_S", (0.05,))
+    (tmp_path / "a.yaml").write_text(SPEC)
+    monkeypatch.chdir(tmp_path)
+    with stand_in() as server:
+        yield server
+
+
+def ended(**changes: Any) -> JobDetails:
+    known = {"type": "SUBMISSION", "entrypoint": "x", "status": "FAILED", "driver_node_id": "n"}
+    return JobDetails(**known | changes)
+
+
+def test_a_log_without_streams_is_printed_once(server: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    server.add("j", ["", "one\n", "one\ntwo\nth", "one\ntwo\nthree"])
+    assert main(["attach", "j", "--address", server.url]) == 0
+    out = capsys.readouterr().out
+    assert "one\ntwo\nthree\nj succeeded\n" in out
+    assert out.count("one") == 1
+
+
+@pytest.mark.parametrize(
+    ("details", "status", "text", "lost"),
+    [
+        ({"status": "SUCCEEDED", "driver_exit_code": 0}, 0, "succeeded", False),
+        ({"status": "STOPPED"}, 1, "stopped, exit status 1", False),
+        ({"driver_exit_code": 3, "message": "of the log"}, 3, "failed, exit status 3", False),
+        ({"driver_exit_code": -9}, 137, "failed, exit status 137", False),
+        ({"message": "node\n died"}, 1, "failed, exit status 1: its process was lost (node died)", True),
+        (
+            {"driver_node_id": None, "error_type": "JOB_SUPERVISOR_ACTOR_START_TIMEOUT", "message": "no CPUs"},
+            1,
+            "failed, exit status 1: it could not be placed in time (no CPUs)",
+            False,
+        ),
+        (
+            {
+                "driver_node_id": None,
+                "error_type": "RUNTIME_ENV_SETUP_FAILURE",
+                "message": "Traceback (most recent call last):\n  File\nOSError: no pip",
+            },
+            1,
+            "failed, exit status 1: its environment could not be set up (OSError: no pip)",
+            False,
+        ),
+        ({"driver_node_id": None}, 1, "failed, exit status 1: it did not start (Ray gives no reason)", False),
+    ],
+)
+def test_the_end_of_a_job_has_its_status_and_its_reason(
+    details: dict[str, Any], status: int, text: str, lost: bool
+) -> None:
+    """ray#41437: a job without room is not one that was lost."""
+    job = ended(**details)
+    assert (exit_status(job), outcome(job), was_lost(job)) == (status, text, lost)
+
+
+def test_an_outage_is_waited_for_with_one_message(server: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    server.add("j", ["one\n"])
+    server.faults = [503, 0, 502]
+    assert follow(JobServer(Access(server.url)), "j").status == "SUCCEEDED"
+    assert capsys.readouterr().out.count(f"{server.url} does not answer (status 503") == 1
+
+
+def test_an_outage_without_end_says_how_to_follow_later(server: StandIn) -> None:
+    server.add("j", ["one\n"])
+    connected = JobServer(Access(server.url))
+    server.faults = [503] * 100
+    with pytest.raises(
+        ServerLost, match=rf"j may still run there; follow it with: rzen attach j --address {server.url}"
+    ):
+        follow(connected, "j", patience_s=1.0)
+    assert ServerLost("a", "b").status == 75
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_says_how_to_go_on(
+    number: signal.Signals, server: StandIn, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.add("j", ["one\n"] * 1000)
+
+    def interrupt() -> None:
+        server.is_followed.wait()
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert main(["attach", "j", "--address", server.url]) == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    option = f"--address {server.url}"
+    stop = f"RAY_API_SERVER_ADDRESS={server.url} ray job stop j"
+    assert f"j continues; follow it with: rzen attach j {option}; stop it with: {stop}\n" in capsys.readouterr().out
+
+
+def test_the_address_that_is_given_wins(
+    server: StandIn, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """ray#41590, ray#36064: Ray prefers its variables, and prints the other address."""
+    with stand_in() as other, stand_in() as third:
+        monkeypatch.setenv("RAY_ADDRESS", third.url)
+        assert main(["submit", "a.yaml"]) == 0
+        monkeypatch.setenv("RAY_API_SERVER_ADDRESS", other.url)
+        assert main(["submit", "a.yaml"]) == 0
+        assert main(["submit", "a.yaml", "--address", server.url]) == 0
+        host = server.url.removeprefix("http://")
+        assert main(["submit", "a.yaml", "--address", host]) == 0
+        assert (third.num_submitted, other.num_submitted, server.num_submitted) == (1, 1, 2)
+        used = re.findall(r"submitted \S+ to (\S+)", capsys.readouterr().out)
+        assert used == [third.url, other.url, server.url, server.url]
+    assert os.environ["RAY_API_SERVER_ADDRESS"] == other.url
+
+
+def test_a_submission_whose_answer_is_lost_is_not_repeated(server: StandIn) -> None:
+    server.lost_answers = 1
+    assert main(["submit", "a.yaml", "--address", server.url]) == 0
+    assert server.num_submitted == 1
+
+
+def test_the_same_id_follows_the_job_that_is_there(server: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["submit", "a.yaml", "--address", server.url, "--submission-id", "j"]
+    assert main([*command, "--no-wait"]) == 0
+    server.jobs["j"] |= {"status": "FAILED", "driver_exit_code": 7}
+    assert main(command) == 7
+    assert server.num_submitted == 1
+    (Path.cwd() / "b.yaml").write_text(SPEC)
+    capsys.readouterr()
+    assert main(["submit", "b.yaml", *command[2:]]) == 1
+    assert f"j: is another job on {server.url}: python -m rzen run a.yaml; choose another" in capsys.readouterr().err
+    assert main([*command, "--set", "corpus.num_images=3", "--set", "submit.cpus=1"]) == 1
+    assert "j: was submitted with other settings of corpus; choose another" in capsys.readouterr().err
+    assert main([*command[:-1], "../j"]) == 1
+    assert "--submission-id ../j: must be letters" in capsys.readouterr().err
+
+
+def test_a_base_outside_of_the_folder_is_named(
+    server: StandIn, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (Path.cwd() / "here").mkdir()
+    (Path.cwd() / "here/b.yaml").write_text("base: ../a.yaml\n")
+    monkeypatch.chdir("here")
+    assert main(["submit", "b.yaml", "--address", server.url]) == 1
+    assert f"a.yaml: is not inside {Path.cwd()}, the folder that is sent" in capsys.readouterr().err
+
+
+def test_the_last_attempt_says_why_it_failed(server: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    """Given again, the command goes on with the attempt that is there."""
+    server.ends_with = {"status": "FAILED", "message": "the node died"}
+    command = ["submit", "a.yaml", "--address", server.url, "--submission-id", "j"]
+    assert main(command) == 1
+    out = capsys.readouterr().out
+    for job in ("j", "j-2"):
+        assert f"{job} failed, exit status 1: its process was lost (the node died)" in out
+    assert out.count("attempt 2 of 2") == 1
+    assert main(command) == 1
+    assert "j-2 is on" in capsys.readouterr().out
+    assert server.num_submitted == 2
+
+
+def test_a_head_that_forgot_the_job_counts_as_a_lost_process(
+    server: StandIn, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add = server.add
+
+    def forget(job: str, *args: Any, **details: Any) -> None:
+        if job != "j":
+            add(job, *args, **details)
+
+    server.add = forget  # type: ignore[method-assign]
+    assert main(["submit", "a.yaml", "--address", server.url, "--submission-id", "j"]) == 0
+    out = capsys.readouterr().out
+    assert "j is no longer known: the head of the cluster was replaced" in out
+    assert "j-2 succeeded" in out
+
+
+def test_an_unknown_job_is_one_error_that_names_others(server: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["attach", "j", "--address", server.url]) == 1
+    assert f"j: is not a job on {server.url}; no job was submitted there" in capsys.readouterr().err
+    for number in range(7):
+        server.add(f"job{number}", [""], start_time=number)
+    assert main(["attach", "j", "--address", server.url]) == 1
+    assert "name one of job6, job5, job4, job3, job2 ... (7 in all; ray job list)" in capsys.readouterr().err
+
+
+def test_headers_of_the_environment_are_sent(server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.add("j", ["one\n"])
+    monkeypatch.setenv("RAY_JOB_HEADERS", '{"X-Team": "search"}')
+    assert main(["attach", "j", "--address", server.url]) == 0
+    assert all(headers.get("X-Team") == "search" for headers in server.headers_seen)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"runtime_env_json": "{bad"}, "--runtime-env-json: cannot be read"),
+        ({"runtime_env": "nowhere.yaml"}, "--runtime-env nowhere.yaml: cannot be read"),
+        ({"metadata_json": {"team": 3}}, "--metadata-json team: Input should be a valid string"),
+        ({"metadata_json": {"rzen": "x"}}, "--metadata-json rzen: is set by `rzen submit`"),
+        ({"working_dir": "s3://bucket/a.zip"}, "--working-dir s3://bucket/a.zip: cannot be passed on to `rzen submit`"),
+        ({"of_a_later_ray": 1}, "--of-a-later-ray: cannot be passed on to `rzen submit`"),
+    ],
+)
+def test_the_hook_refuses_by_name_what_has_no_place_in_a_job(
+    given: dict[str, Any], message: str, server: StandIn, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        hook.submit(entrypoint=["a.yaml"], address=server.url, **given)
+    assert stop.value.code == 1
+    assert f"error: {message}" in capsys.readouterr().err
+    assert server.num_submitted == 0
