@@ -28,6 +28,7 @@ from typing import Any
 
 import yaml
 
+from jobs.runtime import lease
 from jobs.runtime.dispatch import named_specs
 from jobs.spec.job import JobConfig
 from jobs.spec.kinds import gpus_of
@@ -168,7 +169,11 @@ def rayjob(name: str, job: Job) -> dict[str, Any]:
     spec, *named = specs(job)
     gpus = gpus_of(spec, named)
     cluster = copy.deepcopy(yaml.safe_load(CLUSTER.read_text())["spec"])
-    cluster["headGroupSpec"]["template"]["spec"]["serviceAccountName"] = job.account
+    head = cluster["headGroupSpec"]["template"]["spec"]
+    head["serviceAccountName"] = job.account
+    # Pods of an attempt may outlive it by their grace, and its driver holds its leases for as long (kuberay#5211).
+    patience_s = head["terminationGracePeriodSeconds"] + 50
+    head["containers"][0]["env"].append({"name": lease.PATIENCE, "value": str(patience_s)})
     cluster["workerGroupSpecs"] = list(filter(None, (_sized(group, gpus) for group in cluster["workerGroupSpecs"])))
     if job.tasks_write:
         for group in cluster["workerGroupSpecs"]:

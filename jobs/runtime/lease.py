@@ -3,9 +3,12 @@
 The holder is named in a JSON file of the folder. It renews the lease while it works. Two processes that try at the same
 time cannot both succeed, because the file is only replaced if it is still the version that was read.
 
-The file is deleted when its holder ends. If the holder is killed, the next process takes the lease. On the same machine
-it sees at once that the holder is gone. On another machine it watches the file for the seconds that the lease was taken
-for. Clocks of two machines are never compared.
+The file is deleted when its holder ends. A process that finds a holder at work is refused, or waits for its end for
+`RZEN_LEASE_PATIENCE_S` seconds. RayJobs wait, because pods of two attempts may overlap.
+
+If the holder is killed, the next process takes the lease. On the same machine it sees at once that the holder is gone.
+On another machine it watches the file for the seconds that the lease was taken for. Clocks of two machines are never
+compared.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from pipelines.storage.store import Store
 from pipelines.stored_json import parse_json, stored_file
 
 LEASE_S = 60.0
+PATIENCE = "RZEN_LEASE_PATIENCE_S"
 _log = logging.getLogger(__name__)
 _FIX = "delete the file if no other process works here"
 _RENEWALS = 3  # within the time of a lease, so that two may fail
@@ -89,6 +93,10 @@ class LeaseFile(TypedDict):
     at: str
 
 
+class _HeldError(UserError):
+    """Another process holds the lease."""
+
+
 class Lease:
     """The lease of one holder. A thread renews it until it is released."""
 
@@ -101,11 +109,32 @@ class Lease:
         self._tag: str | None = None
         self._until_s = 0.0
         self._is_taken = False
+        self._told: set[str] = set()
         self._released = threading.Event()
         self._keeper = threading.Thread(target=self._keep, daemon=True)
 
     def take(self) -> None:
-        """Take the lease. Raise `UserError` if another process holds it."""
+        """Take the lease. Raise `UserError` if another process holds it, after `RZEN_LEASE_PATIENCE_S` seconds (0)."""
+        patience_s = float(os.environ.get(PATIENCE) or 0)
+        deadline_s = time.monotonic() + patience_s
+        while True:
+            try:
+                self._take()
+                break
+            except _HeldError as error:
+                if time.monotonic() >= deadline_s:
+                    raise
+                self._say("end", f"{error.problem}; waiting for its end, up to {patience_s:.0f} s")
+                time.sleep(_POLL_S)
+        self._keeper.start()
+
+    def _say(self, awaited: str, text: str) -> None:
+        """Print why nothing happens, once for each thing that is awaited."""
+        if awaited not in self._told:
+            self._told.add(awaited)
+            say(f"  {self._place}: {text}", "yellow")
+
+    def _take(self) -> None:
         other, self._tag = self._read()
         if other is not None:
             alive = _is_alive(other)
@@ -114,8 +143,7 @@ class Lease:
             elif alive:
                 raise self._taken(other)
         if not self._renew():
-            raise UserError(self._place, "another process started at the same moment", "wait until it has finished")
-        self._keeper.start()
+            raise _HeldError(self._place, "another process started at the same moment", "wait until it has finished")
 
     def check_not_taken(self) -> None:
         """Raise `UserError` if another process has taken the lease.
@@ -159,7 +187,7 @@ class Lease:
     def _wait_for_silence(self, other: LeaseFile) -> None:
         """Wait until a holder on another machine has let its time pass. Raise `UserError` if it renews the lease."""
         seconds = other["seconds"]
-        say(f"  {self._place}: {_holder(other)}; if it was killed, this goes on in {seconds:.0f} s", "yellow")
+        self._say("silence", f"{_holder(other)}; if it was killed, this goes on in {seconds:.0f} s")
         deadline_s = time.monotonic() + seconds
         while (left_s := deadline_s - time.monotonic()) > 0:
             time.sleep(min(_POLL_S, left_s))
@@ -171,7 +199,7 @@ class Lease:
                 raise self._taken(now)
 
     def _taken(self, other: LeaseFile) -> UserError:
-        return UserError(self._place, _holder(other), "wait until it has finished, or end it")
+        return _HeldError(self._place, _holder(other), "wait until it has finished, or end it")
 
     def _renew(self) -> bool:
         until_s = time.monotonic() + self._seconds

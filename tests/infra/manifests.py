@@ -22,6 +22,7 @@ import jsonschema
 import yaml
 
 from infra.kuberay import generate
+from jobs.runtime.lease import PATIENCE
 from jobs.training.launch import SAVE_S
 from tests.paths import ROOT
 
@@ -181,6 +182,9 @@ def house_problems(manifest: Manifest) -> list[str]:
             problems.append("ends when the stream of a log ends, not when the job does")
         if not manifest["spec"].get("backoffLimit"):
             problems.append("a lost head is the end of the job")
+        head = spec["headGroupSpec"]["template"]["spec"]
+        if float(_env(head["containers"][0]).get(PATIENCE, "0")) <= head.get("terminationGracePeriodSeconds", 30):
+            problems.append("fails while a pod of its last attempt still holds a lease")
     if spec.get("authOptions", {}).get("mode") != "token":
         problems.append("the job server asks for no token")
     if spec["headGroupSpec"]["rayStartParams"].get("num-cpus") != "0":

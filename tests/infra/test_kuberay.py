@@ -214,10 +214,12 @@ def test_rules_of_the_operator_find_planted_faults(change: Change, told: str) ->
         (lambda d: d["spec"].update(submissionMode="K8sJobMode"), "ends when the stream of a log ends"),
         (lambda d: d["spec"].update(backoffLimit=0), "a lost head is the end of the job"),
         # ray#30803, kuberay#5004
-        (lambda d: _head(d)["containers"][0]["env"].pop(), "killed after 3 s, and saves for 30 s"),
+        (lambda d: _head(d)["containers"][0]["env"].pop(2), "killed after 3 s, and saves for 30 s"),
         (lambda d: _head(d)["containers"][0].pop("lifecycle"), "killed when their head goes"),
         (lambda d: _head(d).pop("terminationGracePeriodSeconds"), "killed before its jobs have stopped"),
         (lambda d: _stop(d).__setitem__(3, "30"), "does not wait until its jobs have stopped"),
+        # kuberay#5211
+        (lambda d: _head(d)["containers"][0]["env"].pop(), "while a pod of its last attempt still holds a lease"),
         # ray#24292, #14676
         (lambda d: _pod(d, 1)["containers"][0]["env"].pop(), "train-spot: reports an empty disk"),
         (lambda d: _pod(d, 1)["volumes"][1].update(emptyDir={}), "a volume without a limit"),

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from jobs.runtime.lease import LEASE, hold_lease, hold_output
+from jobs.runtime.lease import LEASE, PATIENCE, hold_lease, hold_output
 from pipelines.errors import UserError
 from pipelines.storage.location import open_store
 from pipelines.storage.store import Store
@@ -142,3 +143,28 @@ def test_a_lease_that_nobody_took_outlives_an_outage(store: Store, monkeypatch: 
         lease.check_not_taken()
         monkeypatch.setattr(type(store), "write_if", write_if)
         wait_until(lambda: not raises(lease.check))
+
+
+@pytest.mark.parametrize("machine", ["this one", "another"])
+def test_a_process_may_wait_for_the_end_of_a_holder(
+    store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], machine: str
+) -> None:
+    """Pods of two attempts of a RayJob may overlap (kuberay#5211): the new one waits, and does not fail."""
+    monkeypatch.setenv(PATIENCE, "30")
+    with hold_lease(store, 3.0, "trains") as first:
+        if machine == "another":
+            monkeypatch.setattr("jobs.runtime.lease._machine", lambda: machine)
+        threading.Timer(2.0, first.release).start()
+        with hold_lease(store, 60, "trains") as second:
+            second.check()
+    assert capsys.readouterr().out.count("waiting for its end, up to 30 s") == 1
+
+
+def test_patience_with_a_holder_ends(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PATIENCE, "1")
+    with (
+        hold_lease(store, 60, "trains"),
+        pytest.raises(UserError, match=r"trains here.*; wait until"),
+        hold_lease(store, 60, "trains"),
+    ):
+        pass
