@@ -1,7 +1,8 @@
 """Runs a Ray cluster with monitoring on this machine until Ctrl-C: `python -m infra.local.up`.
 
 It starts Ray's head with its dashboard. If they are installed, it also starts Prometheus with our alerts and Grafana
-with our dashboard. At the end it stops only what it started: `ray stop` would end every Ray of the machine.
+with our dashboard. Once the dashboard answers, it prints the variables to paste into other shells. At the end it stops
+only what it started: `ray stop` would end every Ray of the machine.
 
 tests/infra/test_local.py runs it with stand-ins for the programs. tests/infra/test_prometheus.py uses a real Ray
 and Prometheus.
@@ -10,10 +11,12 @@ and Prometheus.
 from __future__ import annotations
 
 import argparse
+import http.client
 import os
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -29,15 +32,19 @@ _DISCOVERY = "prom_metrics_service_discovery.json"
 _LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 _POLL_S = 0.2
 _GRACE_S = 20
+_START_S = 180
 
 
 def main() -> int:
-    """Start the programs, print their addresses, and wait. Return 1 if one of them ended by itself."""
+    """Start the programs, print their addresses, and wait. Return 1 if one cannot start or ended by itself."""
     options = _options()
     folder = Path(options.temp_dir)
     folder.mkdir(parents=True, exist_ok=True)
     environment = os.environ | _environment(options)
     commands = _commands(options, folder)
+    if problems := _taken_ports(options, list(commands)):
+        sys.stderr.write("\n".join([*problems, ""]))
+        return 1
     for number in (signal.SIGINT, signal.SIGTERM):  # a shell that starts it in the background has SIGINT ignored
         signal.signal(number, signal.default_int_handler)
     started: dict[str, subprocess.Popen[bytes]] = {}
@@ -48,11 +55,17 @@ def main() -> int:
                 started[name] = subprocess.Popen(
                     command, env=environment, stdout=log, stderr=log, start_new_session=True
                 )
-        _say(options, environment, folder, list(commands))
-        while all(process.poll() is None for process in started.values()):
+        deadline_s = time.monotonic() + _START_S
+        while not _answers(options.dashboard_port):
+            if not _all_run(started, folder):
+                return 1
+            if time.monotonic() > deadline_s:
+                sys.stderr.write(f"ray: its dashboard does not answer after {_START_S} s: {folder / 'ray.log'}\n")
+                return 1
             time.sleep(_POLL_S)
-        ended = next(name for name, process in started.items() if process.poll() is not None)
-        sys.stderr.write(f"{ended} has ended: {folder / ended}.log\n")
+        _say(options, environment, folder, list(commands))
+        while _all_run(started, folder):
+            time.sleep(_POLL_S)
         return 1
     except KeyboardInterrupt:
         return 0
@@ -128,6 +141,54 @@ def _commands(options: argparse.Namespace, folder: Path) -> dict[str, list[str]]
             shutil.copy(MONITORING / "grafana" / name, folder / "provisioning" / kind)
         commands["grafana"] = ["grafana", "server", "--homepath", os.environ.get("GRAFANA_HOME", "/usr/share/grafana")]
     return commands
+
+
+def _taken_ports(options: argparse.Namespace, names: list[str]) -> list[str]:
+    """Return a line for each port that another program, or another option, has."""
+    chosen = {"port": options.port, "dashboard-port": options.dashboard_port, "client-port": options.client_port}
+    chosen |= {f"{name}-port": getattr(options, f"{name}_port") for name in names if name != "ray"}
+    problems, seen = [], dict[int, str]()
+    for option, port in chosen.items():
+        if port in seen:
+            problems.append(f"port {port} is that of --{seen[port]}: choose another with --{option}")
+        elif _is_taken(port):
+            problems.append(f"port {port} is taken by another program: choose another with --{option}")
+        seen.setdefault(port, option)
+    return problems
+
+
+def _is_taken(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # or one that ended a moment ago would count
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return True
+    return False
+
+
+def _answers(dashboard_port: int) -> bool:
+    """Return whether Ray's job server answers. It may ask for the token."""
+    connection = http.client.HTTPConnection("127.0.0.1", dashboard_port, timeout=10)
+    try:
+        connection.request("GET", "/api/version")
+        return connection.getresponse().status < 500
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def _all_run(started: dict[str, subprocess.Popen[bytes]], folder: Path) -> bool:
+    """Return whether all programs run. Print which one does not, and the last line of its log."""
+    for name, process in started.items():
+        if process.poll() is not None:
+            log = folder / f"{name}.log"
+            lines = log.read_text(errors="replace").split("\n")
+            last = next((line.strip() for line in reversed(lines) if line.strip()), "it is empty")
+            sys.stderr.write(f"{name} has ended: {log}: {last}\n")
+            return False
+    return True
 
 
 def _prometheus_config(folder: Path, scrape_s: int) -> Path:

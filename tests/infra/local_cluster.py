@@ -22,7 +22,7 @@ _PATIENCE_S = 60
 
 @dataclass(frozen=True)
 class LocalCluster:
-    """A cluster that has been told to start. It may take a while to answer."""
+    """A cluster whose dashboard answers."""
 
     folder: Path
     """Of its logs."""

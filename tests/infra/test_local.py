@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,10 +13,11 @@ import pytest
 import yaml
 
 from infra.local.up import RAY_DASHBOARD
+from jobs.runtime.local_s3 import free_port
 from tests.paths import ROOT
 
 STAND_IN = f"""#!{sys.executable}
-import os, pathlib, signal, sys, time
+import http.server, os, pathlib, signal, sys, time
 me = pathlib.Path(__file__)
 def end(*_):
     with (me.parent / "ended").open("a") as ended:
@@ -24,8 +26,13 @@ def end(*_):
 signal.signal(signal.SIGTERM, end)
 me.with_suffix(".environment").write_text("\\n".join(f"{{name}}={{value}}" for name, value in os.environ.items()))
 me.with_suffix(".arguments").write_text(" ".join(sys.argv[1:]))
+for port in (word.partition("=")[2] for word in sys.argv if word.startswith("--dashboard-port=")):
+    time.sleep(float(os.environ.get("STARTS_AFTER_S", 0)))
+    answers = type("Answers", (http.server.BaseHTTPRequestHandler,), {{"do_GET": lambda self: self.send_error(401)}})
+    http.server.ThreadingHTTPServer(("127.0.0.1", int(port)), answers).serve_forever()
 time.sleep(60)
 """
+PORTS = ("port", "dashboard-port", "client-port", "prometheus-port", "grafana-port")
 
 
 @pytest.fixture
@@ -42,10 +49,11 @@ def install(programs: Path, *names: str) -> None:
         (programs / name).chmod(0o755)
 
 
-def start(programs: Path, folder: Path, **variables: str) -> subprocess.Popen[str]:
+def start(programs: Path, folder: Path, *options: str, **variables: str) -> subprocess.Popen[str]:
+    ports = [f"--{name}={free_port()}" for name in PORTS]
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
     return subprocess.Popen(
-        [sys.executable, "-m", "infra.local.up", "--temp-dir", str(folder), "--num-cpus", "2"],
+        [sys.executable, "-m", "infra.local.up", "--temp-dir", str(folder), "--num-cpus", "2", *ports, *options],
         cwd=ROOT,
         env=kept | {"PATH": str(programs)} | variables,
         stdout=subprocess.PIPE,
@@ -110,8 +118,8 @@ def test_ray_gets_a_token_and_monitoring_finds_it(programs: Path, tmp_path: Path
     assert len(token.partition("=")[2]) == 64
     assert "RAY_AUTH_MODE=token" in environment
     assert f"export {token}" in lines
-    assert "RAY_PROMETHEUS_HOST=http://127.0.0.1:9090" in environment
-    assert "RAY_GRAFANA_HOST=http://127.0.0.1:3000" in environment
+    assert re.search(r"^RAY_PROMETHEUS_HOST=http://127.0.0.1:\d+$", "\n".join(environment), re.MULTILINE)
+    assert re.search(r"^RAY_GRAFANA_HOST=http://127.0.0.1:\d+$", "\n".join(environment), re.MULTILINE)
     assert "RAY_GRAFANA_DATA_DASHBOARD_UID=rzen" in environment  # Ray's dashboard shows ours
     assert "--dashboard-host=127.0.0.1" in arguments
     assert "--num-cpus=2" in arguments
@@ -145,9 +153,39 @@ def test_without_monitoring_and_without_token_if_the_user_says_so(programs: Path
 
 
 def test_a_ray_that_does_not_start_is_told(programs: Path, tmp_path: Path) -> None:
-    (programs / "ray").write_text("#!/bin/sh\nexit 1\n")
+    """There is nothing to paste yet."""
+    (programs / "ray").write_text("#!/bin/sh\necho 'ValueError: no'\necho\nexit 1\n")
     (programs / "ray").chmod(0o755)
-    process = start(programs, tmp_path / "t")
-    assert process.wait(20) == 1
-    assert process.stderr is not None
-    assert f"ray has ended: {tmp_path / 't' / 'ray.log'}" in process.stderr.read()
+    out, err = start(programs, tmp_path / "t").communicate(timeout=60)
+    assert err == f"ray has ended: {tmp_path / 't' / 'ray.log'}: ValueError: no\n"
+    assert out == ""
+
+
+def test_nothing_is_printed_to_paste_before_the_dashboard_answers(programs: Path, tmp_path: Path) -> None:
+    install(programs, "ray")
+    process = start(programs, tmp_path / "t", STARTS_AFTER_S="1000")
+    try:
+        wait_for(programs / "ray.arguments")
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (out, err, process.returncode) == ("", "", 0)
+
+
+def test_taken_ports_are_named_with_their_options(programs: Path, tmp_path: Path) -> None:
+    install(programs, "ray", "grafana")
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("", 0)) as two:
+        numbers = [some.getsockname()[1] for some in (one, two)]
+        same = free_port()
+        options = [f"--dashboard-port={numbers[0]}", f"--grafana-port={numbers[1]}", f"--prometheus-port={numbers[0]}"]
+        process = start(programs, tmp_path / "t", *options, f"--port={same}", f"--client-port={same}")
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert err.splitlines() == [
+        f"port {numbers[0]} is taken by another program: choose another with --dashboard-port",
+        f"port {same} is that of --port: choose another with --client-port",
+        f"port {numbers[1]} is taken by another program: choose another with --grafana-port",
+    ]  # Prometheus is not installed
+    assert out == ""
+    assert not (programs / "ray.arguments").exists()

@@ -1,5 +1,7 @@
 """The timer of retraining, by systemd's own checks where these are installed."""
 
+import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -29,7 +31,7 @@ def test_units_are_what_systemd_reads(tmp_path: Path) -> None:
     shutil.copytree(FOLDER, tmp_path / "units")
     for name, right, wrong in (
         ("rzen-retrain.timer", "OnCalendar=Mon", "OnCalendar=Someday"),
-        ("rzen-retrain.service", "ExecStart=/usr/bin/flock", "ExecStarts=/usr/bin/flock"),
+        ("rzen-retrain.service", "ExecStart=/bin/sh", "ExecStarts=/bin/sh"),
     ):
         text = (FOLDER / name).read_text()
         assert right in text
@@ -45,3 +47,36 @@ def test_both_schedules_say_the_same() -> None:
     timer = (FOLDER / "rzen-retrain.timer").read_text()
     assert f"OnCalendar={day} *-*-* {int(hour):02}:{int(minute):02}:00 UTC\n" in timer
     assert cron["spec"]["timeZone"] == "Etc/UTC"
+
+
+def command_of(key: str) -> list[str]:
+    """A command of the service as systemd gives it to the shell."""
+    (line,) = re.findall(rf"^{key}=/bin/sh -c '(.*)'$", (FOLDER / "rzen-retrain.service").read_text(), re.MULTILINE)
+    script = line.replace("$$", "$").replace("%%", "%")
+    return ["/bin/sh", "-c", script.replace("/opt/rzen/.venv/bin/rzen", "echo submits")]
+
+
+def test_a_unit_that_is_started_again_follows_its_job_until_the_end_was_seen(tmp_path: Path) -> None:
+    job = tmp_path / "job"
+
+    def start() -> str:
+        environment = os.environ | {"STATE_DIRECTORY": str(tmp_path)}
+        subprocess.run(command_of("ExecStartPre"), env=environment, check=True)
+        done = subprocess.run(command_of("ExecStart"), env=environment, check=True, capture_output=True, text=True)
+        words = done.stdout.split()
+        assert words[:-1] == ["submits", "submit", "jobs/retrain.yaml", "--submission-id"]
+        return words[-1]
+
+    def end(code: str, status: str) -> None:
+        variables = {"STATE_DIRECTORY": str(tmp_path), "EXIT_CODE": code, "EXIT_STATUS": status}
+        subprocess.run(command_of("ExecStopPost"), env=os.environ | variables, check=True)
+
+    first = start()
+    assert re.fullmatch(r"retrain-\d{8}T\d{6}", first)
+    for code, status in (("killed", "KILL"), ("dumped", "SEGV"), ("exited", "75"), ("exited", "130")):
+        end(code, status)
+        assert start() == first
+    for status in ("0", "1"):
+        end("exited", status)
+        assert not job.exists()
+        start()
