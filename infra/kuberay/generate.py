@@ -105,7 +105,7 @@ JOBS = {
             "gpus_per_actor=1",
             "autoscaling=true",
             "cache=$RZEN_STORE/vector-cache",
-            "out=/tmp/evaluation",  # on the head, and gone with it: the table is in the log
+            "out=/tmp/evaluation",  # on the head, and gone with it 12 hours later; the table is in the log
         ),
         tasks_write=True,
     ),
@@ -189,8 +189,9 @@ def rayjob(name: str, job: Job) -> dict[str, Any]:
             "entrypoint": command(job),
             "rayClusterSpec": cluster,
             "shutdownAfterJobFinishes": True,
-            # Time to look at the dashboard. GPU nodes have gone by then, idle.
-            "ttlSecondsAfterFinished": 600,
+            # Time to read the log, which is gone with the head, and results that are only there. The other nodes have
+            # gone by then, idle.
+            "ttlSecondsAfterFinished": 12 * 3600,
             "activeDeadlineSeconds": job.deadline_s,
             # A head that does not come up within an hour is an error to be told.
             "preRunningDeadlineSeconds": 3600,

@@ -27,7 +27,7 @@ def problems(text: str) -> list[str]:
             image, _, stage = rest.partition(" AS ")
             stages[stage] = image
             users[stage] = users.get(image, "root")
-            if image not in stages and not re.fullmatch(r"[\w/.-]+:\d[\w.-]*", image):
+            if image not in stages and not re.fullmatch(r"[\w/.-]+:\d[\w.-]*(@sha256:[0-9a-f]{64})?", image):
                 found.append(f"{image} is not pinned")
         elif word == "USER":
             users[stage] = rest
@@ -50,6 +50,14 @@ def problems(text: str) -> list[str]:
 
 def test_images_are_locked_and_not_root() -> None:
     assert problems(FILE.read_text()) == []
+
+
+def test_a_base_image_may_have_the_digest_of_the_day() -> None:
+    image = "python:3.11-slim-bookworm"
+    text = FILE.read_text()
+    assert image in text
+    assert problems(text.replace(image, f"{image}@sha256:{'0' * 64}")) == []
+    assert problems(text.replace(image, f"{image}@sha256:0")) == [f"{image}@sha256:0 is not pinned"]
 
 
 @pytest.mark.parametrize(
