@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,7 +14,7 @@ from typing import Any
 
 
 class StandIn(ThreadingHTTPServer):
-    """Answers as Ray's job server does. It has no streams of logs, as behind a proxy without WebSockets."""
+    """Answers as Ray's job server does. Without `streams`, it is as if behind a proxy without WebSockets."""
 
     daemon_threads = True
 
@@ -23,6 +26,9 @@ class StandIn(ThreadingHTTPServer):
         """What the log of a job is at each request. The last one stays."""
         self.ends_with: dict[str, Any] = {"status": "SUCCEEDED", "driver_exit_code": 0}
         """State of a job once its log is complete."""
+        self.streams: list[list[str | None]] = []
+        """Texts of the next streams of logs. After a last None, the connection is dead without an end. After `pong`, it
+        is alive."""
         self.faults: list[int] = []
         """Status of the next answers, before they are right again. 0: no answer."""
         self.lost_answers = 0
@@ -57,7 +63,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(f"Job {job} does not exist", 404)
         if path[-1] == "tail":
             self.server.is_followed.set()
-            return self._fail(500)
+            return self._stream(self.server.streams.pop(0)) if self.server.streams else self._fail(500)
         log = self.server.logs[job]
         if path[-1] != "logs":
             return self._answer(self.server.jobs[job])
@@ -76,6 +82,26 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.lost_answers -= 1
             return self._fail(0)
         return self._answer({"job_id": job, "submission_id": job})
+
+    def _stream(self, texts: list[str | None]) -> None:
+        """Serve a WebSocket (RFC 6455): texts of at most 125 bytes, and answers to pings."""
+        key = self.headers["Sec-WebSocket-Key"] + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+        accept = base64.b64encode(hashlib.sha1(key.encode()).digest()).decode()
+        self.send_response(101)
+        for name, value in (("Upgrade", "websocket"), ("Connection", "Upgrade"), ("Sec-WebSocket-Accept", accept)):
+            self.send_header(name, value)
+        self.end_headers()
+        for text in texts:
+            if text and text != "pong":
+                self._frame(0x1, text.encode())
+        self.close_connection = True
+        if texts[-1] is None:
+            time.sleep(10)
+        while (frame := self.connection.recv(125)) and frame[0] & 0xF == 0x9:
+            self._frame(0xA, b"")
+
+    def _frame(self, kind: int, data: bytes) -> None:
+        self.wfile.write(bytes([0x80 | kind, len(data)]) + data)
 
     def _answer(self, content: Any, status: int = 200) -> None:
         data = (content if isinstance(content, str) else json.dumps(content)).encode()

@@ -160,8 +160,10 @@ def attach(server: JobServer, job: str) -> int:
     """Follow a job that was submitted before, from the start of its log. Return its exit status."""
     try:
         details = server.details(job)
+        if not details.submission_id:
+            raise UserError(job, "was not submitted, so that Ray has no log of it", _known(server))
         say(f"{job} is on {server.address}: {details.status.value.lower()}")
-        details = follow(server, str(details.submission_id or job))
+        details = follow(server, details.submission_id)
     except KeyboardInterrupt:
         report_detached(server, job)
         return 130

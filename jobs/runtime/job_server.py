@@ -105,11 +105,10 @@ class _Client(JobSubmissionClient):  # type: ignore[misc]
 
     def _raise_error(self, response: Any) -> None:
         text = str(response.text).strip()
-        if response.status_code >= 500:
-            raise Unreachable(f"status {response.status_code}: {_last_line(text)}")
         if response.status_code == 404 and "does not exist" in text:
             raise UnknownJob(text)
-        raise Refused(_last_line(text))
+        reason = f"status {response.status_code}: {_last_line(text)}"
+        raise Unreachable(reason) if response.status_code >= 500 else Refused(reason)
 
 
 class JobServer:
@@ -185,7 +184,11 @@ class Connection:
         """
         try:
             async with self._session.ws_connect(
-                f"{self._url}/{job}/logs/tail", ssl=self._ssl, heartbeat=_HEARTBEAT_S, max_msg_size=0
+                f"{self._url}/{job}/logs/tail",
+                ssl=self._ssl,
+                heartbeat=_HEARTBEAT_S,
+                timeout=aiohttp.ClientWSTimeout(ws_close=1.0),  # Ray's server may not answer
+                max_msg_size=0,
             ) as stream:
                 while True:
                     try:

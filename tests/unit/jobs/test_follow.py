@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,65 @@ def test_an_unknown_job_is_one_error_that_names_others(server: StandIn, capsys: 
         server.add(f"job{number}", [""], start_time=number)
     assert main(["attach", "j", "--address", server.url]) == 1
     assert "name one of job6, job5, job4, job3, job2 ... (7 in all; ray job list)" in capsys.readouterr().err
+
+
+def test_a_program_that_was_not_submitted_is_named(server: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    server.add("01000000", [""], type="DRIVER", submission_id=None)
+    assert main(["attach", "01000000", "--address", server.url]) == 1
+    assert "01000000: was not submitted, so that Ray has no log of it" in capsys.readouterr().err
+
+
+def test_a_connection_that_dies_silently_is_replaced(server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other end neither sends nor closes, as after a NAT has forgotten a connection (ray#51601)."""
+    monkeypatch.setattr("jobs.runtime.job_server._HEARTBEAT_S", 0.5)
+    monkeypatch.setattr("jobs.runtime.job_server._SILENCE_S", 60.0)
+    server.add("j", ["one\ntwo\n"])
+    server.streams = [["one\n", None], ["one\n", "two\n", None]]
+    printed: list[str] = []
+    details = follow(JobServer(Access(server.url)), "j", write=printed.append)
+    assert details.status == "SUCCEEDED"
+    assert printed == ["one\n", "two\n"]
+    assert server.streams == []
+
+
+def test_the_end_of_a_job_is_seen_although_its_stream_goes_on(server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The node of the job is gone, and the head does not notice (ray#60665)."""
+    monkeypatch.setattr("jobs.runtime.job_server._SILENCE_S", 0.2)
+    server.add("j", ["one\ntwo\n"])
+    server.streams = [["one\n", "pong"]]
+    printed: list[str] = []
+
+    def write(text: str) -> None:
+        printed.append(text)
+        server.jobs["j"] |= {"status": "FAILED", "message": "the node died"}
+
+    assert was_lost(follow(JobServer(Access(server.url)), "j", write=write))
+    assert printed == ["one\n", "two\n"]
+
+
+@pytest.mark.parametrize("mistake", ["large", "loop"])
+def test_a_folder_that_cannot_be_sent_is_one_line_at_once(
+    mistake: str, server: StandIn, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """ray#45602, ray#38566. Ray walks such a link for more than a minute."""
+    deep = Path.cwd()
+    for name in "abcdefgh":
+        deep = deep / name
+        deep.mkdir()
+        if mistake == "loop":
+            (deep / "up").symlink_to("..")
+    with (Path.cwd() / "weights.bin").open("wb") as file:
+        file.truncate(120_000_000 if mistake == "large" else 1)
+    began_s = time.monotonic()
+    assert main(["submit", "a.yaml", "--address", server.url]) == 1
+    assert time.monotonic() - began_s < 20  # 0.1 s, when nothing else runs
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    expected = (
+        "the largest files are weights.bin (120.0 MB)" if mistake == "large" else "h/up: is a link to .., a folder"
+    )
+    assert expected in lines[0]
+    assert server.num_submitted == 0
 
 
 def test_headers_of_the_environment_are_sent(server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
