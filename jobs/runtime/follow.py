@@ -62,9 +62,8 @@ def outcome(details: JobDetails) -> str:
     ended = f"{details.status.value.lower()}{f', exit status {status}' if status else ''}"
     if details.status != JobStatus.FAILED or details.driver_exit_code is not None:
         return ended
-    what = (
-        "its process was lost" if was_lost(details) else _NOT_STARTED.get(str(details.error_type), "it did not start")
-    )
+    not_started = _NOT_STARTED.get(str(details.error_type), "it did not start")
+    what = "its process was lost" if was_lost(details) else not_started
     return f"{ended}: {what} ({_reason(details.message or 'Ray gives no reason')})"
 
 

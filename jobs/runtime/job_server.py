@@ -7,8 +7,8 @@ import logging
 import os
 import ssl
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -28,6 +28,7 @@ PATIENCE_S = 600.0
 """How long a job server that has answered may be away."""
 _FIRST_DELAY_S, _LAST_DELAY_S = 0.5, 20.0
 _CONNECT_S, _ANSWER_S, _UPLOAD_S = 10.0, 60.0, 600.0
+_LATER = (408, 425, 429)  # timed out, too early, too many requests
 _HEARTBEAT_S = 20.0  # finds a connection that is gone although nobody closed it
 _SILENCE_S = 5.0
 _TOKEN_FIX = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the token of the cluster"
@@ -52,8 +53,8 @@ class UnknownJob(Exception):
     """The job server answers, and knows no such job."""
 
 
-class Refused(Exception):
-    """The job server refuses a request."""
+class Refused(UserError):
+    """The job server refuses a request, and would do so again."""
 
 
 class ServerLost(UserError):
@@ -82,9 +83,8 @@ class Patience:
             waits = f"waiting for it, {self._seconds / 60:g} minutes at most"
             say(f"  {self._server.address} does not answer ({error}); {waits}", "yellow")
         if now_s - self._since_s > self._seconds:
-            problem = (
-                f"has not answered for {duration(now_s - self._since_s)} ({error}); {self._job} may still run there"
-            )
+            away = duration(now_s - self._since_s)
+            problem = f"has not answered for {away} ({error}); {self._job} may still run there"
             fix = f"follow it with: rzen attach {self._job}{self._server.option}"
             raise ServerLost(self._server.address, problem, fix)
         delay_s, self._delay_s = self._delay_s, min(2 * self._delay_s, _LAST_DELAY_S)
@@ -108,7 +108,9 @@ class _Client(JobSubmissionClient):  # type: ignore[misc]
         if response.status_code == 404 and "does not exist" in text:
             raise UnknownJob(text)
         reason = f"status {response.status_code}: {_last_line(text)}"
-        raise Unreachable(reason) if response.status_code >= 500 else Refused(reason)
+        if response.status_code >= 500 or response.status_code in _LATER:
+            raise Unreachable(reason)
+        raise Refused(redact_text(self._address), f"refuses the request: {reason}")
 
 
 class JobServer:
@@ -123,7 +125,7 @@ class JobServer:
             # Ray would prefer these variables to the address that it is given.
             with _without(*ADDRESS_VARIABLES):
                 self.client = _Client(address, headers=_headers(access.headers), verify=access.verify)
-        except (Unreachable, Refused, UnknownJob, RayError, OSError, RuntimeError, ValueError) as error:
+        except (Unreachable, UnknownJob, RayError, OSError, RuntimeError, ValueError) as error:
             problem = f"no Ray cluster answers ({_first_line(error)})"
             raise UserError(place, problem, "start one, or name its --address") from error
         self.address = redact_text(self.client.get_address())
@@ -132,23 +134,29 @@ class JobServer:
         """What to add to commands of rzen that should reach the same server."""
 
     def details(self, job: str) -> JobDetails:
-        """Return the state of a job. Raise `UnknownJob` or `Unreachable`."""
-        return self.client.get_job_info(job)
+        """Return the state of a job, once the server answers. Raise `UnknownJob` or `ServerLost`."""
+        patience = Patience(self, job, PATIENCE_S)
+        while True:
+            try:
+                return self.client.get_job_info(job)
+            except Unreachable as error:
+                time.sleep(patience.next_delay_s(error))
 
     def job_ids(self) -> list[str]:
-        """Return the ids of the jobs that were submitted, the newest first."""
-        jobs = [job for job in self.client.list_jobs() if job.submission_id]
+        """Return the ids of the jobs that were submitted, the newest first. Empty if the server does not answer."""
+        try:
+            jobs = [job for job in self.client.list_jobs() if job.submission_id]
+        except Unreachable:
+            return []
         return [str(job.submission_id) for job in sorted(jobs, key=lambda job: -(job.start_time or 0))]
 
     def stop(self, job: str) -> str:
         """Return the command that stops a job here. Ray's own `--address` loses against its variables."""
         return f"{f'RAY_API_SERVER_ADDRESS={self.address} ' if self.option else ''}ray job stop {job}"
 
-    @asynccontextmanager
-    async def connection(self) -> AsyncIterator[Connection]:
-        """Open a connection for following a job."""
-        async with Connection(self.client) as connection:
-            yield connection
+    def connection(self) -> Connection:
+        """Return a connection for following a job, to be used in `async with`."""
+        return Connection(self.client)
 
 
 class Connection:

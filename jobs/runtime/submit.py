@@ -180,8 +180,8 @@ class _Submitter:
                 except Unreachable as error:
                     time.sleep(patience.next_delay_s(error))
                 except Refused as error:
-                    if is_repeated or "already exists" not in str(error):
-                        raise UserError(job, f"is refused by {self._server.address}: {error}") from error
+                    if is_repeated or "already exists" not in error.problem:
+                        raise
                 except (TypeError, ValueError) as error:
                     raise UserError("runtime_env", str(error).splitlines()[0], "change --runtime-env") from error
                 is_repeated = True

@@ -90,6 +90,15 @@ def test_an_outage_is_waited_for_with_one_message(server: StandIn, capsys: pytes
     assert capsys.readouterr().out.count(f"{server.url} does not answer (status 503") == 1
 
 
+def test_an_outage_at_the_start_is_waited_for(server: StandIn) -> None:
+    server.add("j", ["one\n"])
+    for command in (["attach", "j"], ["submit", "a.yaml", "--submission-id", "k"]):
+        server.faults = [503]
+        assert main([*command, "--address", server.url]) == 0
+    server.faults = [418]
+    assert main(["attach", "j", "--address", server.url]) == 1
+
+
 def test_an_outage_without_end_says_how_to_follow_later(server: StandIn) -> None:
     server.add("j", ["one\n"])
     connected = JobServer(Access(server.url))
