@@ -214,7 +214,13 @@ class Lease:
             "nonce": uuid.uuid4().hex,
             **signature(),
         }
-        if not self._store.write_if(LEASE, as_json(content), self._tag):
+        written = self._store.write_if(LEASE, as_json(content), self._tag)
+        if not written:
+            now, tag = self._read()
+            if now is not None and now["holder"] == self._id:  # an earlier renewal, whose answer never came
+                self._tag = tag
+                written = self._store.write_if(LEASE, as_json(content), self._tag)
+        if not written:
             return False
         now, self._tag = self._read()
         self._until_s = until_s if now is not None and now["holder"] == self._id else 0.0

@@ -168,3 +168,23 @@ def test_patience_with_a_holder_ends(store: Store, monkeypatch: pytest.MonkeyPat
         hold_lease(store, 60, "trains"),
     ):
         pass
+
+
+def test_a_renewal_whose_answer_never_came_is_not_taken_for_one_of_another(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_if, lost = type(store).write_if, threading.Event()
+
+    def losing(store: Store, path: str, data: bytes, tag: str | None) -> bool:
+        written = write_if(store, path, data, tag)
+        if not lost.is_set():
+            lost.set()
+            raise UserError("store", "did not answer in time", "wait")
+        return written
+
+    with hold_lease(store, 3.0, "trains") as lease:
+        monkeypatch.setattr(type(store), "write_if", losing)
+        assert lost.wait(30)
+        renewed = store.read(LEASE)
+        wait_until(lambda: store.read(LEASE) != renewed or raises(lease.check_not_taken))
+        lease.check_not_taken()
