@@ -31,6 +31,8 @@ class StandIn(ThreadingHTTPServer):
         is alive."""
         self.faults: list[int] = []
         """Status of the next answers, before they are right again. 0: no answer."""
+        self.hidden = 0
+        """How many of the next questions for a job are answered as if it were not there."""
         self.lost_answers = 0
         """How many of the next submissions arrive without an answer."""
         self.num_submitted = 0
@@ -59,7 +61,8 @@ class _Handler(BaseHTTPRequestHandler):
         if path[:2] == ["api", "packages"]:
             return self._answer({})
         job = path[2]
-        if job not in self.server.jobs:
+        if job not in self.server.jobs or self.server.hidden:
+            self.server.hidden = max(0, self.server.hidden - 1)
             return self._answer(f"Job {job} does not exist", 404)
         if path[-1] == "tail":
             self.server.is_followed.set()

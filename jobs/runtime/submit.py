@@ -122,7 +122,10 @@ class _Submitter:
                 return 130
             except UnknownJob:  # a new head, without the memory of the old one
                 ended = None
-                say(f"{job} is no longer known: the head of the cluster was replaced", "yellow")
+                say(
+                    f"{job} is no longer known: the head of the cluster was replaced; submit it again to resume",
+                    "yellow",
+                )
             else:
                 say(f"{job} {outcome(ended)}")
             is_lost = ended is None or was_lost(ended)
@@ -213,7 +216,8 @@ class _Submitter:
             say(f"{job} is on {server.address} already: {details.status.value.lower()}")
         say(f"  dashboard  {server.address}/#/jobs/{job}", "dim")
         say(f"  follow     rzen attach {job}{server.option}", "dim")
-        say(f"  stop       {server.stop(job)}       the same command then resumes from the last checkpoint", "dim")
+        again = "the same command" if self._submission.id is None else "another --submission-id"
+        say(f"  stop       {server.stop(job)}       {again} then resumes from the last checkpoint", "dim")
 
 
 def _needed(files: Sequence[Path], folder: Path) -> list[Path]:

@@ -26,10 +26,9 @@ from jobs.runtime.local_s3 import free_port
 from pipelines.storage.location import open_store
 from tests.data import publish
 from tests.paths import ROOT
-from tests.plug_in import write_plug_in
+from tests.plug_in import TICKS, write_plug_in
 from tests.specs import stage
 from tests.tcp_proxy import TcpProxy
-from tests.ticking import write_ticking
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 BIN = Path(sys.executable).parent
@@ -188,7 +187,7 @@ def wait_for_lines(log: Path, more: int = 3) -> None:
 def ticking(tmp_path: Path) -> Iterator[Path]:
     """A folder with a package of kind `ticks`, and its spec among the results, which git ignores."""
     folder = tmp_path / "laptop"
-    write_ticking(folder)
+    write_plug_in(folder, TICKS, "ticking", "ticks")
     (folder / "runs").mkdir()
     (folder / ".gitignore").write_text("/runs/\n")
     (folder / "runs/ticks.yaml").write_text(f"kind: ticks\nuntil: {tmp_path}/end\nstatus: 7\n")

@@ -155,6 +155,17 @@ def test_a_submission_whose_answer_is_lost_is_not_repeated(server: StandIn) -> N
     assert server.num_submitted == 1
 
 
+def test_of_two_submitters_at_the_same_moment_one_starts_the_job(
+    server: StandIn, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["submit", "a.yaml", "--address", server.url, "--submission-id", "j", "--no-wait"]
+    assert main(command) == 0
+    server.hidden = 1  # the other one has not sent it yet
+    assert main(command) == 0
+    assert f"j is on {server.url} already: running" in capsys.readouterr().out
+    assert server.num_submitted == 1
+
+
 def test_the_same_id_follows_the_job_that_is_there(server: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["submit", "a.yaml", "--address", server.url, "--submission-id", "j"]
     assert main([*command, "--no-wait"]) == 0
