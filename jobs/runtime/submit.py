@@ -116,21 +116,19 @@ class _Submitter:
             if not wait:
                 return 0
             try:
-                ended: JobDetails | None = follow(self._server, job)
+                ended = follow(self._server, job)
             except KeyboardInterrupt:
                 report_detached(self._server, job)
                 return 130
-            except UnknownJob:  # a new head, without the memory of the old one
-                ended = None
-                say(
-                    f"{job} is no longer known: the head of the cluster was replaced; submit it again to resume",
-                    "yellow",
-                )
+            except UnknownJob as error:  # a new head, without the memory of the old one
+                problem = "is no longer known: the head of the cluster was replaced"
+                if attempt == retries:
+                    raise UserError(job, problem, "submit it again: it resumes from its last checkpoint") from error
+                say(f"{job} {problem}", "yellow")
             else:
                 say(f"{job} {outcome(ended)}")
-            is_lost = ended is None or was_lost(ended)
-            if not is_lost or attempt == retries:
-                return exit_status(ended) if ended else 1
+                if attempt == retries or not was_lost(ended):
+                    return exit_status(ended)
             attempt, details = attempt + 1, None
             say(f"  attempt {attempt + 1} of {retries + 1}", "yellow")
 

@@ -220,6 +220,9 @@ def test_a_head_that_forgot_the_job_counts_as_a_lost_process(
     out = capsys.readouterr().out
     assert "j is no longer known: the head of the cluster was replaced" in out
     assert "j-2 succeeded" in out
+    command = ["submit", "a.yaml", "--address", server.url, "--submission-id", "j", "--set", "submit.retries=0"]
+    assert main(command) == 1
+    assert "head of the cluster was replaced; submit it again" in capsys.readouterr().err
 
 
 def test_an_unknown_job_is_one_error_that_names_others(server: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
