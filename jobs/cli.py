@@ -14,9 +14,9 @@ from types import FrameType
 from typing import Annotated, Any, Literal
 
 import typer
-from typer.core import TyperGroup
 
 from jobs.commands import data, models, registry, spec
+from jobs.commands.group import CommandGroup
 from jobs.commands.output import SafeFormatter, print_error, print_text
 from pipelines.errors import UserError
 
@@ -45,7 +45,7 @@ Exit status: 0 success, 1 an error that the message explains, 2 a wrong command 
 """
 
 
-class _Commands(TyperGroup):
+class _Commands(CommandGroup):
     """Turns the errors of a command into one message and an exit status."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -71,7 +71,6 @@ app = typer.Typer(
     name="rzen",
     cls=_Commands,
     rich_markup_mode=None,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     epilog=EXAMPLES,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
@@ -89,9 +88,14 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     log: Annotated[
-        LogLevel, typer.Option(envvar="RZEN_LOG", help="level of the log messages of rzen's own code")
-    ] = "warning",
+        LogLevel | None,
+        typer.Option(envvar="RZEN_LOG", help="level of the log messages of rzen's own code (default: warning)"),
+    ] = None,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="print errors and results only; a job's results are its outputs")
+    ] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and exit")
     ] = False,
@@ -106,9 +110,13 @@ def _root(
     handler.setFormatter(SafeFormatter("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(handlers=[handler])
     for package in ("jobs", "rzen", "pipelines"):
-        logging.getLogger(package).setLevel(log.upper())
+        logging.getLogger(package).setLevel((log or ("error" if quiet else "warning")).upper())
     warnings.simplefilter("ignore", FutureWarning)  # libraries announce theirs between our lines
     signal.signal(signal.SIGTERM, _interrupt)
+    if quiet:
+        from jobs.runtime.progress import quiet as quiet_output
+
+        context.with_resource(quiet_output())
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
@@ -124,7 +132,7 @@ def _add(group: typer.Typer, commands: Sequence[Callable[..., None]]) -> None:
 
 _add(app, [spec.validate, spec.run, spec.submit, spec.attach, data.ingest, data.index, data.verify])
 _add(app, [models.embed, models.evaluate, models.search, models.export])
-_registry = typer.Typer(rich_markup_mode=None, no_args_is_help=True)
+_registry = typer.Typer(cls=CommandGroup, rich_markup_mode=None)
 _registry.callback()(registry.choose)
 _add(_registry, [registry.list_models, registry.show, registry.diff, registry.promote, registry.rollback])
 app.add_typer(_registry, name="registry")

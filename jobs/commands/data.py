@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs.commands.options import AsJson, Changes, print_json, run_file
+from jobs.commands.options import AsJson, Changes, ResultAsJson, print_json, run_file
 from jobs.commands.output import print_text
 from jobs.spec.load import read_document
 
@@ -44,9 +44,10 @@ def ingest(
     ],
     out: Annotated[str, typer.Argument(metavar="OUT", help="directory or s3:// URL of the dataset")],
     changes: Changes = None,
+    as_json: ResultAsJson = False,
 ) -> None:
     """Turn a folder of images, videos and PDFs into shards."""
-    run_file(INGEST_SPEC, changes, {"input": folder, "out": out})
+    run_file(INGEST_SPEC, changes, {"input": folder, "out": out}, as_json=as_json)
 
 
 def index(
@@ -81,6 +82,7 @@ def index(
     ] = None,
     split: Annotated[Split | None, typer.Option(help="split that the shards become (default: train)")] = None,
     changes: Changes = None,
+    as_json: ResultAsJson = False,
 ) -> None:
     """Make a dataset from external shards, without copying them.
 
@@ -108,7 +110,7 @@ def index(
     if source != DEFAULT_SOURCE:
         settings[f"sources.{DEFAULT_SOURCE}"] = None
     settings |= {f"sources.{source}.{key}": value for key, value in mapping.items()}
-    run_file(INDEX_SPEC, changes, settings)
+    run_file(INDEX_SPEC, changes, settings, as_json=as_json)
 
 
 def verify(

@@ -8,9 +8,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from jobs.commands.options import AsJson, Changes, SpecPath, print_json, read_spec, run_file
+from jobs.commands.options import Changes, ResultAsJson, SpecPath, print_json, read_spec, run_file
 from jobs.commands.output import print_text
-from pipelines.errors import UserError
 
 BENCHMARK_SPEC, EMBED_SPEC = "jobs/benchmark.yaml", "jobs/embed.yaml"
 EXPORT_SPEC, SEARCH_SPEC = "jobs/export.yaml", "jobs/search.yaml"
@@ -28,7 +27,7 @@ class Modality(StrEnum):
 def evaluate(
     spec: SpecPath = BENCHMARK_SPEC,
     list_: Annotated[bool, typer.Option("--list", help="list the datasets, and what is missing of each")] = False,
-    as_json: AsJson = False,
+    as_json: ResultAsJson = False,
     changes: Changes = None,
 ) -> None:
     """Score models. With --list, print which benchmark datasets are there and what to fetch.
@@ -38,16 +37,15 @@ def evaluate(
     if list_:
         _list_datasets(spec, changes, as_json)
     else:
-        run_file(spec, changes, kind="evaluate")
+        run_file(spec, changes, kind="evaluate", as_json=as_json)
 
 
 def _list_datasets(path: str, changes: list[str] | None, as_json: bool) -> None:
     from jobs.evaluation.specs import EvaluateSpec
     from pipelines.benchmarks.catalog import check_datasets, format_status
 
-    spec, _ = read_spec(path, changes)
-    if not isinstance(spec, EvaluateSpec):
-        raise UserError(path, f"kind={spec.kind!r} scores no models", "name a spec of kind: evaluate")
+    spec, _ = read_spec(path, changes, "evaluate")
+    assert isinstance(spec, EvaluateSpec)
     found = check_datasets({suite: Path(root) for suite, root in spec.suites.items()})
     if as_json:
         rows = [{"suite": one.row.suite, "dataset": one.row.name, "missing": one.missing} for one in found]
@@ -75,16 +73,17 @@ def export(
     ] = None,
     scores: Annotated[str | None, typer.Option(help="results.json of an evaluation, for the model card")] = None,
     changes: Changes = None,
+    as_json: ResultAsJson = False,
 ) -> None:
     """Make a directory that other libraries load, with a model card."""
     given = {"format": format, "scores": scores}
     settings: dict[str, Any] = {"model": {"base": base, "adapter": adapter}, "out": out}
-    run_file(EXPORT_SPEC, changes, settings | {key: value for key, value in given.items() if value})
+    run_file(EXPORT_SPEC, changes, settings | {key: value for key, value in given.items() if value}, as_json=as_json)
 
 
-def embed(spec: SpecPath = EMBED_SPEC, changes: Changes = None) -> None:
+def embed(spec: SpecPath = EMBED_SPEC, changes: Changes = None, as_json: ResultAsJson = False) -> None:
     """Embed the targets of a dataset, for `rzen search`."""
-    run_file(spec, changes, kind="embed")
+    run_file(spec, changes, kind="embed", as_json=as_json)
 
 
 def search(

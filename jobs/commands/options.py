@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, redirect_stdout
 from typing import Annotated, Any
 
 import typer
@@ -25,33 +27,57 @@ Changes = Annotated[
         show_default=False,
     ),
 ]
+ResultAsJson = Annotated[
+    bool, typer.Option("--json", help="print the result as JSON, and progress to the standard error")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON, for scripts")]
 
 
-def read_spec(path: str, changes: Sequence[str] | None) -> tuple[JobConfig, Document]:
-    """Return the checked spec of a file with each `a.b=c` of `changes` on top, and the document it was read from."""
+def read_spec(path: str, changes: Sequence[str] | None, kind: str | None = None) -> tuple[JobConfig, Document]:
+    """Return the checked spec of a file with each `a.b=c` of `changes` on top, and the document it was read from.
+
+    Raise `UserError` if the spec is not of the `kind` that the command takes.
+    """
     document = override(read_document(path), changes or ())
-    return check(document), document
+    spec = check(document)
+    if kind and spec.kind != kind:
+        raise UserError(path, f"kind={spec.kind!r} is not a spec of kind {kind}", f"use `rzen run {path}`")
+    return spec, document
 
 
 def run_file(
-    path: str, changes: Sequence[str] | None, settings: Mapping[str, Any] | None = None, kind: str | None = None
+    path: str,
+    changes: Sequence[str] | None,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    kind: str | None = None,
+    as_json: bool = False,
 ) -> None:
     """Run the spec of a file with `settings` (dotted key -> value) and then `changes` on top.
 
-    Raise `UserError` if the spec is not of the `kind` that the command runs.
+    Print its result as JSON if asked for, else only the outputs if the command is quiet. Raise `UserError` if the spec
+    is not of the `kind` that the command runs.
     """
     from jobs.runtime.dispatch import named_specs, run_spec
+    from jobs.runtime.progress import is_quiet
 
-    spec, document = read_spec(path, [*as_changes(settings or {}), *(changes or ())])
-    if kind and spec.kind != kind:
-        raise UserError(path, f"kind={spec.kind!r} is not a spec of kind {kind}", f"use `rzen run {path}`")
+    spec, document = read_spec(path, [*as_changes(settings or {}), *(changes or ())], kind)
     print_warnings(spec, named_specs(spec, document), document)
-    run_spec(spec, document)
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        result = run_spec(spec, document)
+    if as_json:
+        print_json(result)
+    elif is_quiet():
+        for place in result["outputs"]:
+            print_text(place)
 
 
 def print_warnings(spec: JobConfig, named: Sequence[JobConfig], document: Document) -> None:
     """Print the settings without effect of a spec, and of those that it names, to the standard error."""
+    from jobs.runtime.progress import is_quiet
+
+    if is_quiet():
+        return
     for text in warnings(spec, named, document):
         print_error(f"warning: {text}")
 
@@ -59,6 +85,13 @@ def print_warnings(spec: JobConfig, named: Sequence[JobConfig], document: Docume
 def as_changes(settings: Mapping[str, Any]) -> list[str]:
     """Return dotted key -> value as `key=value` texts. JSON is YAML, so that every value is read as it was given."""
     return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+
+
+def print_yaml(content: Any) -> None:
+    """Print the same as YAML, for people."""
+    import yaml
+
+    print_text(yaml.safe_dump(json.loads(json.dumps(redacted(content))), sort_keys=False, allow_unicode=True), end="")
 
 
 def print_json(content: Any) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobs.commands.options import AsJson, print_json
+from jobs.commands.options import AsJson, print_json, print_yaml
 from jobs.commands.output import print_text
 from jobs.spec.load import read_document
 from pipelines.errors import UserError
@@ -68,13 +68,14 @@ def list_models(context: typer.Context, as_json: AsJson = False) -> None:
         print_text(f"{registry.store.url}: no champion yet")
 
 
-def show(context: typer.Context, model: ModelOrChampion = None) -> None:
-    """Print the lineage of a model as JSON.
-
-    It holds data, settings, parents, scores and verdict.
-    """
+def show(context: typer.Context, model: ModelOrChampion = None, as_json: AsJson = False) -> None:
+    """Print the lineage of a model: data, settings, parents, scores and verdict. As YAML, or as JSON for scripts."""
     registry = _open(context)
-    print_json(registry.lineage(model or _champion(registry).model))
+    lineage = registry.lineage(model or _champion(registry).model)
+    if as_json:
+        print_json(lineage)
+    else:
+        print_yaml(lineage)
 
 
 def diff(context: typer.Context, model: Model, other: ModelOrChampion = None, as_json: AsJson = False) -> None:
@@ -90,17 +91,23 @@ def diff(context: typer.Context, model: Model, other: ModelOrChampion = None, as
         print_text(change)
 
 
-def promote(context: typer.Context, model: Model, reason: Reason) -> None:
+def promote(context: typer.Context, model: Model, reason: Reason, as_json: AsJson = False) -> None:
     """Make a model the champion, whatever the gate decided."""
     registry = _open(context)
     promoted = registry.promote(model, reason=reason, instead_of=registry.champion())
-    print_text(f"promotion {promoted.generation}: {promoted.model}")
+    _print_promoted(promoted, as_json)
 
 
-def rollback(context: typer.Context, reason: Reason) -> None:
+def rollback(context: typer.Context, reason: Reason, as_json: AsJson = False) -> None:
     """Promote the champion before the present one again."""
-    promoted = _open(context).rollback(reason)
-    print_text(f"promotion {promoted.generation}: {promoted.model}")
+    _print_promoted(_open(context).rollback(reason), as_json)
+
+
+def _print_promoted(promoted: Champion, as_json: bool) -> None:
+    if as_json:
+        print_json({"generation": promoted.generation, "model": promoted.model})
+    else:
+        print_text(f"promotion {promoted.generation}: {promoted.model}")
 
 
 def _champion(registry: Registry) -> Champion:

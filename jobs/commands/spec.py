@@ -4,21 +4,35 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from jobs.commands.options import AsJson, Changes, SpecPath, print_json, print_warnings, read_spec, run_file
+from jobs.commands.options import (
+    AsJson,
+    Changes,
+    ResultAsJson,
+    SpecPath,
+    print_json,
+    print_warnings,
+    read_spec,
+    run_file,
+)
 from jobs.commands.output import print_error, print_text
 from jobs.spec.kinds import Kind, find_kind, kind_names
 from jobs.spec.load import recorded_files
+from jobs.spec.no_effect import warnings
 from pipelines.errors import UserError
-from pipelines.redaction import redacted
 
 
 def validate(
     specs: Annotated[list[str], typer.Argument(metavar="SPEC", help="YAML files")],
-    show: Annotated[bool, typer.Option("--show", help="print the resolved spec as JSON")] = False,
+    show: Annotated[
+        bool, typer.Option("--show", help="print each resolved spec as JSON, and messages to the standard error")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="print a JSON list of the specs, with kind, error and warnings of each")
+    ] = False,
     changes: Changes = None,
 ) -> None:
     """Check specs without running anything, and warn of settings without effect.
@@ -26,27 +40,37 @@ def validate(
     Takes about a second, without torch or Ray.
     """
     from jobs.runtime.dispatch import named_specs
+    from jobs.runtime.progress import is_quiet
 
-    failed = False
+    found: list[dict[str, Any]] = []
     for path in specs:
         try:
             spec, document = read_spec(path, changes)
             named = named_specs(spec, document)
         except UserError as error:
-            print_error(f"error: {error}")
-            failed = True
+            found.append({"spec": path, "error": str(error)})
+            if not as_json:
+                print_error(f"error: {error}")
+            continue
+        entry = {"spec": path, "kind": spec.kind, "error": None, "warnings": [*warnings(spec, named, document)]}
+        settings = spec.model_dump(mode="json")
+        found.append(entry | {"settings": settings} if show else entry)
+        if as_json:
             continue
         print_warnings(spec, named, document)
-        print_text(f"{path}: valid {spec.kind} job")
+        if not is_quiet():
+            (print_error if show else print_text)(f"{path}: valid {spec.kind} job")
         if show:
-            print_text(json.dumps(redacted(spec.model_dump(mode="json")), indent=1))
-    if failed:
+            print_json(settings)
+    if as_json:
+        print_json(found)
+    if any(entry["error"] for entry in found):
         raise typer.Exit(1)
 
 
-def run(spec: SpecPath, changes: Changes = None) -> None:
+def run(spec: SpecPath, changes: Changes = None, as_json: ResultAsJson = False) -> None:
     """Run a job here, or on the Ray cluster that RAY_ADDRESS names."""
-    run_file(spec, changes)
+    run_file(spec, changes, as_json=as_json)
 
 
 Address = Annotated[

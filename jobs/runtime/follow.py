@@ -67,6 +67,11 @@ def outcome(details: JobDetails) -> str:
     return f"{ended}: {what} ({_reason(details.message or 'Ray gives no reason')})"
 
 
+def say_outcome(job: str, details: JobDetails) -> None:
+    """Print how a job ended."""
+    say(f"{job} {outcome(details)}", "red" if exit_status(details) else "")
+
+
 def _reason(message: str) -> str:
     """Return a message of Ray in one line. A traceback is represented by its last line, the error."""
     if "Traceback (most recent call last)" in message:
@@ -168,7 +173,7 @@ def attach(server: JobServer, job: str) -> int:
         return 130
     except UnknownJob as error:
         raise UserError(job, f"is not a job on {server.address}", _known(server)) from error
-    say(f"{job} {outcome(details)}")
+    say_outcome(job, details)
     return exit_status(details)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Lock
 from types import TracebackType
@@ -37,9 +38,33 @@ _LINES = 5  # of a piece of work in a log, unless another interval is given
 _STATES = {"queued": "dim", "starting": "", "running": "", "restart": "yellow", "finished": "green", "failed": "red"}
 
 
+_ERROR = "red"
+_is_quiet = False
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Print errors and results only while the block runs: no progress and no lines of `say` that are not red.
+
+    What a job prints with `console` itself, such as a table of scores, is a result.
+    """
+    global _is_quiet
+    before, _is_quiet = _is_quiet, True
+    try:
+        yield
+    finally:
+        _is_quiet = before
+
+
+def is_quiet() -> bool:
+    """Return whether only errors and results are printed."""
+    return _is_quiet
+
+
 def say(text: str, style: str = "") -> None:
-    """Print one line, without markup."""
-    console.print(text, style=style, markup=False)
+    """Print one line about the progress of a job, without markup. Red ones are errors."""
+    if not _is_quiet or style == _ERROR:
+        console.print(text, style=style, markup=False)
 
 
 class _Throughput:
@@ -86,7 +111,7 @@ class Bars:
             TimeRemainingColumn(compact=True),
             TextColumn("{task.fields[note]}", style="dim", markup=False),
             console=console,
-            disable=not console.is_terminal,
+            disable=not console.is_terminal or _is_quiet,
         )
         self._bars: dict[str, Any] = {}
         self._paces: dict[str, _Throughput] = {}
@@ -122,7 +147,7 @@ class RunTable:
         self._live = Live(get_renderable=self._table, console=console, refresh_per_second=4)
 
     def __enter__(self) -> Self:
-        if console.is_terminal:
+        if console.is_terminal and not _is_quiet:
             self._live.start()
         return self
 
@@ -135,7 +160,7 @@ class RunTable:
             self._states[name] = state
             self._paces.pop(name, None)  # the start, which takes up to a minute, is not part of the rate
         if len(self._states) > 1 and (reason or not console.is_terminal):
-            say(f"  {name}: {state}{f': {reason}' if reason else ''}", "red" if state == "failed" else "dim")
+            say(f"  {name}: {state}{f': {reason}' if reason else ''}", _ERROR if state == "failed" else "dim")
 
     def update(self, name: str, news: Progress, every: int) -> None:
         """Show the progress of a run. Without a terminal, print a line every `every` steps."""

@@ -17,10 +17,10 @@ from typing import Any
 from pydantic import Field
 from ray.dashboard.modules.job.pydantic_models import JobDetails
 
-from jobs.runtime.follow import exit_status, follow, outcome, report_detached, was_lost
+from jobs.runtime.follow import exit_status, follow, report_detached, say_outcome, was_lost
 from jobs.runtime.job_server import PATIENCE_S, JobServer, Patience, Refused, UnknownJob, Unreachable
 from jobs.runtime.package import Package, pack
-from jobs.runtime.progress import say
+from jobs.runtime.progress import console, is_quiet, say
 from jobs.spec.job import JobConfig
 from jobs.spec.load import is_shipped
 from pipelines.config import Config
@@ -114,6 +114,8 @@ class _Submitter:
                 details = self._send(job)
             self._report(job, details)
             if not wait:
+                if is_quiet():
+                    console.print(job)
                 return 0
             try:
                 ended = follow(self._server, job)
@@ -126,7 +128,7 @@ class _Submitter:
                     raise UserError(job, problem, "submit it again: it resumes from its last checkpoint") from error
                 say(f"{job} {problem}", "yellow")
             else:
-                say(f"{job} {outcome(ended)}")
+                say_outcome(job, ended)
                 if attempt == retries or not was_lost(ended):
                     return exit_status(ended)
             attempt, details = attempt + 1, None

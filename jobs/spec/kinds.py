@@ -8,15 +8,15 @@ checking a spec loads neither torch nor Ray.
 
 from __future__ import annotations
 
-import difflib
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
 
 from jobs.spec.job import JobConfig
+from jobs.spec.nearest import did_you_mean
 from jobs.spec.no_effect import NoEffect
 from pipelines.errors import UserError
 
@@ -121,13 +121,6 @@ def gpus_of(spec: JobConfig, named: Sequence[JobConfig] = ()) -> float:
     """Return how many GPUs a job can use at once. `named` are the specs that it names."""
     gpus = find_kind(spec.kind).gpus
     return gpus(spec, named) if gpus else 0.0
-
-
-def did_you_mean(word: str, known: Iterable[str], otherwise: str = "use one of") -> str:
-    """Return the fix for a word that is not among the `known` ones: the nearest of them, or all."""
-    known = list(known)
-    near = difflib.get_close_matches(word, known, 1)
-    return f"did you mean {near[0]!r}?" if near else f"{otherwise} {', '.join(known)}"
 
 
 def no_gpus(spec: JobConfig, named: Sequence[JobConfig]) -> float:

@@ -17,7 +17,8 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from jobs.spec.job import JobConfig
-from jobs.spec.kinds import did_you_mean, find_kind, kind_names
+from jobs.spec.kinds import find_kind, kind_names
+from jobs.spec.nearest import did_you_mean
 from jobs.spec.yaml_text import MAX_BYTES, MAX_DEPTH, Key, parse_yaml
 from pipelines.errors import UserError
 
@@ -100,6 +101,11 @@ def recorded_files() -> Iterator[list[Path]]:
         _files.reset(token)
 
 
+def shipped_specs() -> list[str]:
+    """Return the specs of the installed package, by the names that commands take: `jobs/stage1.yaml`."""
+    return sorted(f"jobs/{spec.name}" for spec in _BUILTIN.glob("*.yaml"))
+
+
 def is_shipped(file: Path) -> bool:
     """Return whether a file is one of the specs of the installed package."""
     return file.resolve().parent == _BUILTIN
@@ -135,8 +141,9 @@ def _shortened(text: str) -> str:
 def _read_text(file: Path, name: str) -> str:
     """Return the text of a YAML file. Raises `UserError` for other files, such as devices and very large ones."""
     if not file.exists():
-        shipped = ", ".join(sorted(f"jobs/{spec.name}" for spec in _BUILTIN.glob("*.yaml")))
-        raise UserError(name, "no such file", f"name a spec of your own, or one of {shipped}")
+        own = [str(Path(name).with_name(spec.name)) for spec in file.parent.glob("*.y*ml")]
+        fix = did_you_mean(name, [*own, *shipped_specs()], "name a spec of your own, or one of")
+        raise UserError(name, "no such file", fix)
     try:
         if not file.is_file():  # reading a device or a pipe may never end
             raise UserError(name, "is not a file", "name a YAML file")

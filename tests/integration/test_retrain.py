@@ -134,7 +134,7 @@ def test_retraining_promotes_refuses_and_does_nothing(
     out = capsys.readouterr().out
     assert f"* {first.model}" in out
     assert "complaints" in out
-    assert main(["registry", "--registry", "s3://retrain/registry", "show"]) == 0
+    assert main(["registry", "--registry", "s3://retrain/registry", "show", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["id"] == first.model
     assert main(["registry", "--registry", "s3://retrain/registry", "diff", second.model]) == 0
     assert "data.samples.red 16 -> 24" in capsys.readouterr().out

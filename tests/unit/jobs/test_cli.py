@@ -17,6 +17,7 @@ from jobs.data.specs import IndexSpec
 from jobs.runtime import progress
 from jobs.runtime.progress import Bars, Progress, RunTable, duration
 from jobs.spec.kinds import kind_names
+from jobs.workflows.registry import Registry
 from pipelines.errors import UserError
 from pipelines.storage.location import open_store
 from tests.data import publish
@@ -40,15 +41,48 @@ def test_help_teaches_the_road(capsys: pytest.CaptureFixture[str]) -> None:
         assert word in out
 
 
-@pytest.mark.parametrize("arguments", [[], ["fly"], ["run"], ["search"]])
+@pytest.mark.parametrize(("arguments", "listed"), [([], "validate"), (["registry"], "rollback")])
+def test_a_group_without_a_command_prints_its_help(
+    arguments: list[str], listed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("Usage: rzen")
+    assert f"\n  {listed} " in out
+    assert err == ""
+
+
+@pytest.mark.parametrize("arguments", [["fly"], ["run"], ["search"]])
 def test_wrong_command_line_exits_with_two(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
     assert "usage: rzen" in capsys.readouterr().err.lower()
 
 
-def test_a_mistyped_command_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["vaildate", "x.yaml"]) == 2
-    assert "Did you mean 'validate'" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        (["vaildate", "x.yaml"], "no such command 'vaildate'; did you mean 'validate'?"),
+        (["registry", "shwo"], "no such command 'shwo'; did you mean 'show'?"),
+        (["jobs/stage2.yaml"], "no such command 'jobs/stage2.yaml'; did you mean `rzen run jobs/stage2.yaml`?"),
+        (["fly"], "no such command 'fly'; use one of validate, run, submit, "),
+    ],
+)
+def test_a_mistyped_command_is_answered_with_the_nearest(
+    arguments: list[str], answer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    assert answer in capsys.readouterr().err
+
+
+def test_a_mistyped_spec_is_answered_with_the_nearest_file(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pictures.yaml").write_text("base: jobs/ingest.yaml\n")
+    monkeypatch.chdir(tmp_path)
+    names = {"jobs/stage3.yaml": "jobs/stage2.yaml", "stage2.yml": "jobs/stage2.yaml", "picture.yml": "pictures.yaml"}
+    for wrong, right in names.items():
+        assert main(["run", wrong]) == 1
+        assert capsys.readouterr().err == f"error: {wrong}: no such file; did you mean {right!r}?\n"
 
 
 @pytest.mark.parametrize(("words", "expected"), [("rzen val", "validate"), ("rzen registry ro", "rollback")])
@@ -70,7 +104,7 @@ def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> N
 def test_exit_status_follows_from_the_error(
     error: BaseException, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise error
 
     monkeypatch.setattr("jobs.commands.spec.run_file", fail)
@@ -79,7 +113,7 @@ def test_exit_status_follows_from_the_error(
 
 
 def test_an_error_that_nobody_expects_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobs.commands.spec.run_file", lambda *_: 1 / 0)
+    monkeypatch.setattr("jobs.commands.spec.run_file", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["run", "x.yaml"])
 
@@ -104,9 +138,79 @@ def test_verify_prints_json_for_scripts(tmp_path: Path, capsys: pytest.CaptureFi
     assert json.loads(capsys.readouterr().out)["train"]["problems"] == ["train/extra: not in the manifest"]
 
 
-def test_embed_runs_specs_of_its_kind_only(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["embed", str(ROOT / "jobs/ingest.yaml")]) == 1
-    assert "kind='ingest' is not a spec of kind embed; use `rzen run" in capsys.readouterr().err
+def test_registry_prints_for_people_and_scripts(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "rzen.json").write_text("{}")
+    registry = Registry(open_store(str(tmp_path / "registry")))
+    registry.publish("m1", tmp_path / "model", {"parents": ["base"]})
+    command = ["registry", "--registry", str(tmp_path / "registry")]
+    assert main([*command, "promote", "m1", "--reason", "the first", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"generation": 1, "model": "m1"}
+    assert main([*command, "show", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["parents"] == ["base"]
+    assert main([*command, "show", "m1"]) == 0
+    assert "parents:\n- base\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["embed"], ["evaluate"], ["evaluate", "--list"]])
+def test_commands_of_one_kind_refuse_specs_of_others(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    path = ROOT / "jobs/ingest.yaml"
+    assert main([*arguments, str(path)]) == 1
+    message = f"error: {path}: kind='ingest' is not a spec of kind {arguments[0]}; use `rzen run {path}`\n"
+    assert capsys.readouterr().err == message
+
+
+def test_validate_prints_settings_alone_on_its_output(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate", "jobs/ingest.yaml", "--show"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["kind"] == "ingest"
+    assert err == "jobs/ingest.yaml: valid ingest job\n"
+
+
+def test_validate_lists_specs_for_scripts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate", "jobs/ingest.yaml", "jobs/none.yaml", "--json", "--set", "materialized=true"]) == 1
+    out, err = capsys.readouterr()
+    good, bad = json.loads(out)
+    assert good == {"spec": "jobs/ingest.yaml", "kind": "ingest", "error": None, "warnings": []}
+    assert bad["error"].startswith("jobs/none.yaml: no such file; ")
+    assert err == ""
+    assert main(["validate", "jobs/ingest.yaml", "--json", "--show", "--set", "materialized=true"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["settings"]["materialized"] is True
+
+
+def write_corpus_spec(folder: Path) -> str:
+    kinds = ("num_composed", "num_documents", "num_clips", "num_texts")
+    spec = {"kind": "corpus", "out": str(folder / "corpus"), "corpus": dict.fromkeys(kinds, 0) | {"num_images": 2}}
+    (folder / "corpus.yaml").write_text(json.dumps(spec))
+    return str(folder / "corpus.yaml")
+
+
+def test_a_quiet_job_prints_its_outputs_only(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["--quiet", "run", write_corpus_spec(tmp_path)]) == 0
+    assert capsys.readouterr() == (f"{tmp_path}/corpus\n", "")
+    assert main(["--quiet", "validate", write_corpus_spec(tmp_path)]) == 0
+    assert capsys.readouterr() == ("", "")
+    assert main(["run", write_corpus_spec(tmp_path)]) == 0  # the next command is not quiet
+    assert "2 samples in" in capsys.readouterr().out
+
+
+def test_a_quiet_job_still_prints_its_errors(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sink = to_log(monkeypatch)
+    with progress.quiet(), RunTable(["a", "b"]) as table:
+        progress.say("starts")
+        table.update("b", Progress(1, 1), every=1)
+        table.set_state("b", "finished")
+        table.set_state("a", "failed", "lost")
+    assert sink.getvalue() == "  a: failed: lost\n"
+
+
+def test_a_job_prints_its_result_as_json_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["run", write_corpus_spec(tmp_path), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["outputs"] == [f"{tmp_path}/corpus"]
+    assert "2 samples in" in err
 
 
 def test_log_level_is_set_for_the_code_of_rzen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +265,7 @@ def test_help_of_index_teaches_selectors(capsys: pytest.CaptureFixture[str]) -> 
 def test_index_fills_in_the_shipped_spec(monkeypatch: pytest.MonkeyPatch) -> None:
     specs: list[IndexSpec] = []
 
-    def keep(path: str, changes: list[str] | None, settings: dict[str, Any]) -> None:
+    def keep(path: str, changes: list[str] | None, settings: dict[str, Any], **_: Any) -> None:
         spec, _ = read_spec(path, [*as_changes(settings), *(changes or ())])
         assert isinstance(spec, IndexSpec)
         specs.append(spec)
