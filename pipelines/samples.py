@@ -21,6 +21,9 @@ MediaKind = Literal["image", "video", "document"]
 SOURCE_PATTERN = r"^[^./\\\s\x00-\x1f\x7f-\x9f][^/\\\x00-\x1f\x7f-\x9f]{0,199}$"
 """Names of sources, which become folders of the dataset."""
 MEDIA_KINDS: tuple[MediaKind, ...] = ("image", "video", "document")
+Modality = Literal["image", "page", "video", "text"]
+"""What a target is for those who search."""
+MODALITIES: tuple[Modality, ...] = ("image", "page", "video", "text")
 Split = Literal["train", "held_out"]
 UInt8Array = npt.NDArray[np.uint8]
 Members = dict[str, bytes]

@@ -2,25 +2,38 @@
 
     import rzen
 
-    embedder = rzen.load("runs/model")                   # a checkpoint, an export, or a hub name
-    vectors = embedder.embed(["a red circle", image])    # float32 [2, D], of length 1
+    model = rzen.load("runs/model")                                   # a folder, an s3:// URL, or a hub name
+    vectors = model.encode(["a red circle", "photo.jpg", image])      # float32 [3, D], of length 1
+    hits = model.search("runs/vectors", "a red circle")               # what `rzen embed` wrote
 
-`load` and `Embedder` are imported on first use, so that `import rzen` loads no torch.
+All names are imported on first use, so that `import rzen` loads no torch.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rzen.model.embedder import Embedder, load
+    from pipelines.errors import BadMedia, UserError
+    from rzen.embedding.embedder import Embedder, load
 
-__all__ = ["Embedder", "load"]
+    __version__: str
+
+__all__ = ["BadMedia", "Embedder", "UserError", "__version__", "load"]
+_MODULES = {
+    "BadMedia": "pipelines.errors",
+    "UserError": "pipelines.errors",
+    "Embedder": "rzen.embedding.embedder",
+    "load": "rzen.embedding.embedder",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module 'rzen' has no attribute {name!r}")
-    from rzen.model import embedder
+    if name == "__version__":
+        from importlib.metadata import version
 
-    return getattr(embedder, name)
+        return version("rzen")
+    if name not in _MODULES:
+        raise AttributeError(f"module 'rzen' has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)

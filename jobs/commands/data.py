@@ -92,7 +92,7 @@ def index(
     the tars where they are. It skips unusable samples, counts them by reason, and lists them in
     OUT/{split}/report.json. Run again, it reads only tars that are new or have changed.
     """
-    from pipelines.sources.folder import INSTRUCTIONS
+    from pipelines.instructions import INSTRUCTIONS
 
     mapping: dict[str, Any] = read_document(INDEX_SPEC).data["sources"][DEFAULT_SOURCE]
     mapping["urls"] = urls

@@ -16,7 +16,7 @@ EXPORT_SPEC, SEARCH_SPEC = "jobs/export.yaml", "jobs/search.yaml"
 
 
 class Modality(StrEnum):
-    """What a search may find. Typer takes no list of `rzen.report.hits.Modality`."""
+    """What a search may find. Typer takes no list of `pipelines.samples.Modality`."""
 
     image = "image"
     page = "page"
@@ -87,7 +87,12 @@ def embed(spec: SpecPath = EMBED_SPEC, changes: Changes = None, as_json: ResultA
 
 
 def search(
-    queries: Annotated[list[str], typer.Argument(metavar="QUERY", help="one or several texts, each in quotes")],
+    queries: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="QUERY", help="text in quotes, or file or URL of an image, PDF page (a.pdf#page=2) or video"
+        ),
+    ],
     vectors: Annotated[str | None, typer.Option(help="output of `rzen embed` (default: that of the demo)")] = None,
     top_k: Annotated[int | None, typer.Option(help="hits per query")] = None,
     modalities: Annotated[
@@ -97,7 +102,7 @@ def search(
     html: Annotated[str | None, typer.Option(help="HTML file to write")] = None,
     changes: Changes = None,
 ) -> None:
-    """Search an embedded corpus with text queries."""
+    """Search an embedded corpus with texts, pictures, PDF pages or videos."""
     given = {"vectors": vectors, "top_k": top_k, "modalities": modalities or None, "html": html}
     settings: dict[str, Any] = {"queries": queries}
     run_file(SEARCH_SPEC, changes, settings | {key: value for key, value in given.items() if value is not None})

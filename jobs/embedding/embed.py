@@ -22,12 +22,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from typing_extensions import TypedDict
 
 from jobs.embedding.engine import BadItems, check_workers, embed_items
 from jobs.embedding.listings import list_shards, samples_of
@@ -39,19 +38,17 @@ from jobs.runtime.lease import Lease, hold_output
 from jobs.runtime.progress import Bars, say
 from jobs.runtime.records import as_json
 from jobs.spec.model import ModelRef
-from pipelines.config import DataConfig, NonNegativeInt
 from pipelines.items.listing import ListedShard, row_item
 from pipelines.items.types import Item, as_ids
-from pipelines.samples import MediaKind, Rejected
+from pipelines.samples import MediaKind, Modality, Rejected
 from pipelines.storage.location import open_store
 from pipelines.storage.store import Store
-from pipelines.stored_json import parse_json, stored_file
 from rzen.config import ModelIdentity
+from rzen.embedding.corpus import MANIFEST, read_vectors_file
 from rzen.evaluation.vectors import FloatArray
-from rzen.report.hits import Modality
 
 KIND = "vectors"
-MANIFEST, PARTS, LISTINGS, UNFINISHED = "vectors.json", "parts", "listings", "unfinished"
+PARTS, LISTINGS, UNFINISHED = "parts", "listings", "unfinished"
 _OURS = re.compile(rf"{PARTS}/.+-\d{{9}}-[0-9a-f]{{16}}\.(parquet|ids)|{LISTINGS}/[0-9a-f]{{32}}\.parquet")
 _ROWS_AT_ONCE = 500_000  # of new parts: their vectors lie in a temporary file, the rest in memory
 _MODALITIES: dict[MediaKind, Modality] = {"image": "image", "document": "page", "video": "video"}
@@ -131,8 +128,10 @@ def _run(spec: EmbedSpec, store: Store, lease: Lease) -> dict[str, Any]:
         "skipped": dict(writer.skipped),
         "model": _absolute(spec.model),
         "config": config,
+        "made_by": {name: settings.config[name] for name in ("base", "adapter", "identity")},
         "dtype": spec.dtype,
         "data": spec.data.model_dump(mode="json", exclude={"trusted"}) | {"root": _absolute(spec.data.root)},
+        "fingerprints": settings.fingerprints,
     }
     lease.check()
     store.write(MANIFEST, as_json(content))
@@ -146,28 +145,6 @@ def _run(spec: EmbedSpec, store: Store, lease: Lease) -> dict[str, Any]:
         "embedded": num_embedded,
         "skipped": dict(writer.skipped),
     }
-
-
-@stored_file
-class VectorsFile(TypedDict):
-    """`vectors.json`: the parts of a dataset's vectors, and what they were made of."""
-
-    parts: list[str]
-    num_vectors: NonNegativeInt
-    model: str
-    config: str
-    dtype: Literal["float32", "bfloat16"] | None
-    data: DataConfig
-
-
-def read_vectors_file(store: Store) -> VectorsFile:
-    """Return `vectors.json`. Raises `FileNotFoundError`, and `UserError` for a damaged one."""
-    return parse_json(store.read(MANIFEST), f"{store.url}/{MANIFEST}", VectorsFile, "run the job embed again")
-
-
-def data_of(data: DataConfig, split: str) -> DataConfig:
-    """Return the same data, another split."""
-    return data.model_copy(update={"split": split})
 
 
 def _absolute(url: str) -> str:

@@ -21,7 +21,6 @@ from jobs.embedding.settings import EmbedderSettings
 from jobs.embedding.specs import Workers
 from jobs.embedding.vectors import VectorCache, write_part
 from jobs.runtime.cluster import Resources, check_size, ray_data
-from jobs.runtime.models import checkpoint_folder, load_embedder
 from pipelines.config import FeedConfig
 from pipelines.errors import BadMedia
 from pipelines.items.decode import ItemDecoder
@@ -30,9 +29,10 @@ from pipelines.items.units import windows
 from pipelines.samples import Rejected
 from rzen.config import PromptConfig
 from rzen.inputs.processor import EncodedBatch, Processor
+from rzen.model.locate import checkpoint_folder
 
 if TYPE_CHECKING:
-    from rzen.model.embedder import Embedder
+    from rzen.embedding.embedder import Embedder
 
 Models = Sequence[tuple[EmbedderSettings, VectorCache]]
 _APART = 0.999
@@ -132,6 +132,20 @@ def _processor(base: str, prompt: PromptConfig, endpoint: str | None) -> Process
     return Processor(checkpoint_folder(base, endpoint), prompt)
 
 
+def _load(some: EmbedderSettings) -> Embedder:
+    from rzen.embedding.embedder import load  # torch is for the actors, not for the tasks that decode
+
+    model = some.model
+    return load(
+        model.base,
+        model.adapter,
+        dtype=some.dtype,
+        identity=some.identity,
+        chunk_tokens=some.chunk_tokens,
+        endpoint=some.endpoint,
+    )
+
+
 _decoders: dict[str, ItemDecoder] = {}
 
 
@@ -166,6 +180,5 @@ class EmbedItems:
             self._loaded = None
             gc.collect()  # the weights of the model before, which may fill the GPU
             some = self._settings[number]
-            embedder = load_embedder(some.model, some.endpoint, some.identity, some.dtype, some.chunk_tokens)
-            self._loaded = number, embedder
+            self._loaded = number, _load(some)
         return self._loaded[1]

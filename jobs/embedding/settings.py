@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs.runtime.models import Dtype, checkpoint_folder, local_folder
 from jobs.runtime.revision import versions
 from jobs.spec.model import ModelRef
 from pipelines.config import DataConfig, MediaConfig
 from pipelines.feed.reader import Reader
 from pipelines.storage.location import resolve_endpoint
-from rzen.config import ModelIdentity
+from rzen.config import Dtype, ModelIdentity
 from rzen.inputs.processor import Processor
-from rzen.model.checkpoints import checkpoint_sha256, read_identity, stored_dtype
+from rzen.model.checkpoints import made_by, read_identity, stored_dtype
+from rzen.model.locate import checkpoint_folder, local_folder
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,8 @@ def embedder_settings(
     adapter = Path(local_folder(model.adapter, resolved)) if model.adapter else None
     identity = read_identity(adapter or base, default)
     media = media.for_model(Processor(str(base), identity.prompt).visual_pixels)
-    config = {
-        "base": checkpoint_sha256(base),
-        "adapter": adapter and checkpoint_sha256(adapter),
+    config: dict[str, Any] = {
+        **made_by(base, adapter, identity),
         "identity": identity.model_dump(mode="json"),
         "instructions": model.instructions,
         "media": media.model_dump(mode="json"),

@@ -8,10 +8,10 @@ from PIL import Image
 from pipelines.errors import BadMedia
 from pipelines.items.decode import ItemDecoder
 from pipelines.items.types import Item
-from pipelines.samples import UInt8Array
+from pipelines.samples import Modality, UInt8Array
 from rzen.evaluation.dataset_scores import DatasetScores
 from rzen.evaluation.vectors import NONE
-from rzen.report.hits import Hit, Modality, Search
+from rzen.report.hits import Hit, Search
 from rzen.report.thumbnails import MAX_HEIGHT_PX, MAX_WIDTH_PX
 
 _TOP = 5

@@ -10,7 +10,6 @@ from typing import Any, NotRequired
 from typing_extensions import TypedDict
 
 from jobs.runtime.lease import Lease, hold_version
-from jobs.runtime.models import checkpoint_folder, local_folder
 from jobs.runtime.progress import say
 from jobs.runtime.revision import revision, versions
 from jobs.serving.specs import ExportSpec
@@ -20,6 +19,7 @@ from pipelines.storage.location import open_store
 from pipelines.storage.publish import publish_folder
 from pipelines.storage.store import Store, disk_errors
 from pipelines.stored_json import parse_json, read_json, stored_file
+from rzen.model.locate import checkpoint_folder, local_folder
 
 
 @stored_file

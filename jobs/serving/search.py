@@ -1,37 +1,30 @@
-"""Job of kind `search`: words in, ranked hits on the terminal and on one HTML page out."""
+"""Job of kind `search`: words, pictures, pages and clips in, ranked hits on the terminal and on one HTML page out."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from jobs.embedding.embed import MANIFEST, VectorsFile, data_of, read_vectors_file
-from jobs.runtime.models import load_embedder
 from jobs.runtime.progress import console, say
 from jobs.runtime.revision import revision, versions
 from jobs.serving.specs import SearchSpec
-from jobs.spec.model import ModelRef
 from jobs.training.runs import METRICS, read_rows
-from pipelines.errors import UserError
+from pipelines.config import DataConfig
+from pipelines.errors import BadMedia, UserError
 from pipelines.feed.reader import Reader
 from pipelines.redaction import has_hidden
-from pipelines.samples import DecodedInput, Rejected
+from pipelines.samples import DecodedInput, Rejected, UInt8Array
 from pipelines.storage.location import open_store
-from pipelines.storage.store import Store
 from pipelines.stored_json import read_json
-from rzen.config import ModelIdentity
-from rzen.evaluation.ranking import top_k
+from rzen.embedding.corpus import Corpus, CorpusHit, VectorsFile, read_corpus
+from rzen.embedding.embedder import Embedder, load
+from rzen.embedding.inputs import Embeddable, is_file, shown_as
 from rzen.evaluation.results import ResultsFile, plot_losses, plot_scores
-from rzen.evaluation.vectors import as_stored, check_width
-from rzen.report.hits import MODALITIES, Hit, Search, terminal_hits
+from rzen.report.hits import Hit, Search, terminal_hits
 from rzen.report.render import check_replaceable
 from rzen.report.write import write_page
 
@@ -42,95 +35,99 @@ def run(spec: SearchSpec) -> dict[str, Any]:
     """Prints the hits of every query; writes the page where one is asked for."""
     if spec.html is not None:
         check_replaceable(Path(spec.html))
-    store = open_store(spec.vectors, spec.endpoint)
-    manifest = _read_manifest(store)
-    corpus, vectors_ND = _read_vectors(store, manifest, spec)
-    embedder = load_embedder(ModelRef(base=manifest["model"]), spec.endpoint, ModelIdentity(), manifest["dtype"])
-    queries = spec.queries or _captions(corpus)
-    queries_QD = embedder.embed([DecodedInput(text=query, instruction=spec.instruction) for query in queries])
-    check_width(vectors_ND, queries_QD.shape[1], store.url)
-    rows_QK, scores_QK = top_k(queries_QD, vectors_ND, spec.top_k)
-    # Vectors may come from others, and trust is the user's to give: `embed` does not record it.
-    data = manifest["data"].model_copy(update={"trusted": False})
-    if has_hidden(data.endpoint):  # the environment knows the one with the password
-        data = data.model_copy(update={"endpoint": None})
-
-    @cache  # of many searches, because each reader starts a process for untrusted media
-    def reader_of(split: str) -> Reader:
-        return Reader(data_of(data, split))
-
+    corpus = read_corpus(spec.vectors, spec.modalities, spec.endpoint)
+    # Before the model is loaded, because that takes long.
+    queries = _captions(corpus) if spec.queries is None else _checked(spec.queries)
+    embedder = load(corpus.manifest["model"], dtype=corpus.manifest["dtype"], endpoint=spec.endpoint)
+    corpus.check_made_by(embedder.made_by, f"what is there now ({embedder.base})")
+    asked = _decoded(corpus, queries, spec, embedder)
+    found = corpus.nearest(embedder.encode(asked), spec.top_k)
+    pictures = _Pictures(corpus.manifest) if spec.html is not None else None
     searches = [
-        Search(query, _hits(reader_of, corpus.take(rows_K).to_pylist(), scores_K))
-        for query, rows_K, scores_K in zip(queries, rows_QK, scores_QK, strict=True)
+        Search(shown_as(query), _hits(hits, pictures), _frames(shown))
+        for query, hits, shown in zip(queries, found, asked, strict=True)
     ]
     for search in searches:
         console.print(terminal_hits(search))
     if spec.html is None:
         return {"outputs": []}
-    _write_page(spec, manifest, searches)
+    _write_page(spec, corpus.manifest, searches)
     say(f"  {spec.html}")
     return {"outputs": [spec.html]}
 
 
-def _read_manifest(store: Store) -> VectorsFile:
+def _captions(corpus: Corpus) -> list[Embeddable]:
+    """Titles of a few targets, spread over the corpus. None is taken for a path."""
+    spread = np.linspace(0, len(corpus.rows) - 1, min(_NUM_CAPTIONS, len(corpus.rows)), dtype=int)
+    titles = list(dict.fromkeys(corpus.rows["title"].take(spread).to_pylist()))
+    return [{"text": title} for title in titles]
+
+
+def _checked(queries: Sequence[str]) -> list[Embeddable]:
+    """Return the queries. Raises `UserError` for one that looks like a file and does not exist."""
+    for query in queries:
+        is_file(query)
+    return [*queries]
+
+
+def _decoded(corpus: Corpus, queries: Sequence[Embeddable], spec: SearchSpec, embedder: Embedder) -> list[DecodedInput]:
+    pixels = embedder.processor.visual_pixels
     try:
-        return read_vectors_file(store)
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{store.url}/{MANIFEST}", "does not exist", "run a job of kind embed that writes here"
-        ) from error
+        return corpus.read_queries(queries, spec.instruction, pixels, spec.endpoint)
+    except BadMedia as error:
+        raise UserError("search", str(error), "name a file that can be decoded") from error
 
 
-def _read_vectors(store: Store, manifest: VectorsFile, spec: SearchSpec) -> tuple[pa.Table, Any]:
-    """Rows that may be found and their vectors `[N, D]`; of equal targets the first one."""
-    tables = [_read_part(store, part) for part in manifest["parts"]]
-    if not tables:
-        raise UserError(store.url, "holds no vectors", "embed a dataset with targets that can be decoded")
-    table = pa.concat_tables(tables)
-    _, first = np.unique(table["target_sha256"].to_numpy(zero_copy_only=False), return_index=True)
-    wanted = np.isin(table["modality"].to_numpy(zero_copy_only=False), spec.modalities or MODALITIES)
-    kept = np.intersect1d(first, np.flatnonzero(wanted))
-    if not len(kept):
-        raise UserError("modalities", f"{store.url} holds none of {', '.join(spec.modalities or [])}", "ask for others")
-    table = table.take(kept)
-    return table.drop_columns(["vector"]), as_stored(np.stack(table["vector"].to_numpy(zero_copy_only=False)))
+class _Pictures:
+    """Pictures of targets. There are none of a split whose data changed after they were embedded, or cannot be read.
+
+    The hits still hold then: vector, title and origin were stored together.
+    """
+
+    def __init__(self, manifest: VectorsFile) -> None:
+        # Vectors may come from others, and trust is the user's to give: `embed` does not record it.
+        self._data = manifest["data"].model_copy(update={"trusted": False})
+        if has_hidden(self._data.endpoint):  # the environment knows the one with the password
+            self._data = self._data.model_copy(update={"endpoint": None})
+        self._fingerprints = manifest.get("fingerprints", {})
+        # One reader for each split, because each reader starts a process for untrusted media.
+        self._readers: dict[str, Reader | None] = {}
+
+    def of(self, hit: CorpusHit) -> list[UInt8Array]:
+        """Return the target's frames; none for a text, or where the file has become unreadable."""
+        if hit.modality == "text":
+            return []
+        try:
+            if hit.split not in self._readers:
+                self._readers[hit.split] = self._checked(self._data.model_copy(update={"split": hit.split}))
+            reader = self._readers[hit.split]
+            if reader is None:
+                return []
+            (target,) = reader.inputs(hit.source, [(hit.index, "positive")])
+        except UserError as error:
+            say(f"  hits of {hit.split} have no pictures: {error}", "yellow")
+            self._readers[hit.split] = None
+            return []
+        return [] if isinstance(target, Rejected) else _frames(target)
+
+    def _checked(self, data: DataConfig) -> Reader:
+        """Return a reader of the data that was embedded. Raises `UserError` for other data."""
+        reader = Reader(data)
+        if reader.fingerprint != self._fingerprints.get(data.split):
+            fix = "run `rzen embed` again"
+            raise UserError(f"{data.root} {data.split}", "changed after it was embedded", fix)
+        return reader
 
 
-def _read_part(store: Store, path: str) -> pa.Table:
-    try:
-        return pq.read_table(io.BytesIO(store.read(path)))
-    except (FileNotFoundError, pa.ArrowException, OSError) as error:
-        raise UserError(f"{store.url}/{path}", f"cannot be read: {error}", "run the job embed again") from error
-
-
-def _captions(corpus: pa.Table) -> list[str]:
-    """Titles of a few targets, spread over the corpus."""
-    spread = np.linspace(0, len(corpus) - 1, min(_NUM_CAPTIONS, len(corpus)), dtype=int)
-    return list(dict.fromkeys(corpus["title"].take(spread).to_pylist()))
-
-
-def _hits(reader_of: Callable[[str], Reader], rows: list[dict[str, Any]], scores_K: Any) -> list[Hit]:
+def _hits(found: Iterable[CorpusHit], pictures: _Pictures | None) -> list[Hit]:
     return [
-        Hit(
-            rank=rank,
-            score=float(score),
-            modality=row["modality"],
-            title=row["title"],
-            origin=row["origin"],
-            thumbnails=_thumbnails(reader_of, row),
-        )
-        for rank, (row, score) in enumerate(zip(rows, scores_K, strict=True), start=1)
+        Hit(hit.rank, hit.score, hit.modality, hit.title, hit.origin, pictures.of(hit) if pictures else [])
+        for hit in found
     ]
 
 
-def _thumbnails(reader_of: Callable[[str], Reader], row: dict[str, Any]) -> list[Any]:
-    """The target's frames; none for a text, or where the file has become unreadable."""
-    if row["modality"] == "text":
-        return []
-    (target,) = reader_of(row["split"]).inputs(row["source"], [(row["index"], "positive")])
-    if isinstance(target, Rejected):
-        return []
-    return [frame for visual in target.visuals for frame in visual.frames]
+def _frames(shown: DecodedInput) -> list[UInt8Array]:
+    return [frame for visual in shown.visuals for frame in visual.frames]
 
 
 def _write_page(spec: SearchSpec, manifest: VectorsFile, searches: list[Search]) -> None:

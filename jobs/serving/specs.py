@@ -11,8 +11,8 @@ from jobs.spec.kinds import Kind, no_gpus
 from jobs.spec.model import ModelRef
 from jobs.spec.no_effect import NoEffect
 from pipelines.config import PositiveInt
+from pipelines.samples import Modality
 from rzen.config import ModelIdentity, PromptConfig, ReadoutConfig
-from rzen.report.hits import Modality
 
 
 class ExportSpec(ModelIdentity, JobConfig):
@@ -48,18 +48,20 @@ class ExportSpec(ModelIdentity, JobConfig):
 
 
 class SearchSpec(JobConfig):
-    """Search an embedded corpus with text queries, and write an HTML report."""
+    """Search an embedded corpus with texts, pictures, PDF pages or clips, and write an HTML report."""
 
     kind: Literal["search"]
     """Must be `search`."""
     queries: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None
-    """Texts to search for. `null` takes a few captions of the corpus."""
+    """Texts, and files or URLs of images, videos and pages of PDFs (`report.pdf#page=2`, from zero). A text with the
+    name of such a file is the file. `null` takes a few captions of the corpus."""
     vectors: str
     """Directory or s3:// URL written by a job of kind `embed`."""
     endpoint: str | None = None
     """S3 endpoint of the vectors and the model. `null` uses AWS_ENDPOINT_URL from the environment."""
-    instruction: str = "Find an image that matches the given caption:"
-    """Instruction put before every query."""
+    instruction: str | None = None
+    """Instruction put before every query. `null`: that of a task which fits the query, such as `Find an image that
+    matches the given caption:` for a text. There is none if the targets were embedded without instructions."""
     modalities: Annotated[list[Modality], Field(min_length=1)] | None = None
     """Modalities that may be found. `null`: all."""
     top_k: PositiveInt = 12

@@ -17,7 +17,6 @@ from typing_extensions import TypedDict
 from jobs.evaluation.scores import Model, Scorer, evaluation, mean_score
 from jobs.runtime.cluster import ray_cluster
 from jobs.runtime.lease import Lease, hold_output
-from jobs.runtime.models import checkpoint_folder, local_folder
 from jobs.runtime.progress import console, say
 from jobs.runtime.revision import revision, versions
 from jobs.spec.job import JobConfig
@@ -30,6 +29,7 @@ from pipelines.storage.publish import is_published, publish_folder
 from pipelines.storage.store import Store, disk_errors
 from pipelines.stored_json import parse_json, stored_file
 from rzen.config import GreedySoup, MeanSoup, SearchedSoup, SoupConfig
+from rzen.model.locate import checkpoint_folder, local_folder
 
 if TYPE_CHECKING:
     from rzen.evaluation.results import Result

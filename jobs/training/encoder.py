@@ -5,12 +5,12 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
-from jobs.runtime.models import checkpoint_folder
 from jobs.training.runs import Run
 from pipelines.samples import DecodedSample
 from rzen.config import PromptConfig, TinyBackbone
 from rzen.inputs.pairs import EncodedPairs, PairEncoder
 from rzen.inputs.processor import Processor
+from rzen.model.locate import checkpoint_folder
 
 BACKBONE = "backbone"
 

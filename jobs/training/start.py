@@ -7,7 +7,6 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.runtime.models import local_folder
 from jobs.runtime.progress import say
 from jobs.runtime.records import differences
 from jobs.training.specs import TrainSpec
@@ -17,6 +16,7 @@ from rzen.config import TinyBackbone
 from rzen.families import FAMILIES, read_family
 from rzen.inputs.processor import VisionLayout
 from rzen.model.checkpoints import HUB_NAME, check_base, checkpoint_dir, checkpoint_sha256, read_identity
+from rzen.model.locate import local_folder
 
 if TYPE_CHECKING:
     from rzen.training.init_adapter import InitAdapter

@@ -12,7 +12,6 @@ import ray
 import ray.train
 from ray.util.metrics import Counter, Gauge
 
-from jobs.runtime.models import checkpoint_folder, local_folder
 from jobs.runtime.progress import Progress
 from jobs.training.checkpoints import Checkpoints
 from jobs.training.encoder import backbone_url
@@ -20,6 +19,7 @@ from jobs.training.runs import BEST, RESULTS, samples_seen
 from jobs.training.tracking import Tracker
 from pipelines.storage.faults import report_outages
 from pipelines.storage.publish import publish_folder
+from rzen.model.locate import checkpoint_folder, local_folder
 
 if TYPE_CHECKING:
     from pipelines.feed.batch import FeedBatch

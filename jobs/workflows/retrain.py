@@ -16,7 +16,6 @@ from typing import Any
 
 from jobs.evaluation.scores import Model, Scorer, evaluation
 from jobs.runtime.lease import Lease
-from jobs.runtime.models import local_folder
 from jobs.runtime.progress import say
 from jobs.runtime.records import differences
 from jobs.runtime.revision import revision, versions
@@ -33,6 +32,7 @@ from pipelines.errors import UserError
 from pipelines.feed.reader import Reader
 from pipelines.storage.location import open_store, resolve_endpoint
 from pipelines.storage.publish import is_published, publish_folder
+from rzen.model.locate import local_folder
 
 WORK, SCORES = "work", "scores"
 

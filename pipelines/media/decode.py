@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from pipelines.config import MediaConfig
 from pipelines.errors import BadMedia
-from pipelines.media.documents import extract_page, render_page
+from pipelines.media.documents import extract_page, num_pages, render_page
 from pipelines.media.images import decode_image
 from pipelines.media.materialized import is_page_image
 from pipelines.media.sandbox import Sandbox
@@ -75,6 +75,13 @@ class Decoder:
         decode = self._sandbox.call if self._in_sandbox(kind, data) else _call
         frames, times_s = decode(decode_page, kind, data, page, self._config)
         return Visual(kind, frames, tuple(times_s))
+
+    def num_pages(self, data: bytes) -> int:
+        """Return the number of pages of a document, and 1 for the stored image of a page. Raises `BadMedia`."""
+        _check_bytes(data, self._config)
+        if is_page_image(data):
+            return 1
+        return num_pages(data, self._config) if self._trusted else self._sandbox.call(num_pages, data, self._config)
 
     def _in_sandbox(self, kind: MediaKind, data: bytes) -> bool:
         if self._isolated or (kind == "video" and self._config.video_backend == "decord"):

@@ -71,6 +71,12 @@ def extract_page(data: bytes, page: int, config: MediaConfig) -> bytes:
         raise BadMedia("inseparable_page", f"page {page} looks different without the other pages")
 
 
+def num_pages(data: bytes, config: MediaConfig) -> int:
+    """Return the number of pages of a document."""
+    with _opened(data, config) as pdf:
+        return pdf.count
+
+
 def page_texts(data: bytes, config: MediaConfig) -> list[str]:
     """Return the text layer of each page, up to 50,000 characters. The document is opened once.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from pipelines.config import MediaConfig
@@ -19,12 +20,28 @@ _EXTENSIONS: dict[MediaKind, tuple[str, ...]] = {
 KINDS: dict[str, MediaKind] = {extension: kind for kind, group in _EXTENSIONS.items() for extension in group}
 
 
+_CONTENT_TYPES: dict[str, MediaKind] = {"image": "image", "video": "video", "application/pdf": "document"}
+_PAGE = re.compile(r"(?P<name>.+)#page=(?P<page>\d{1,9})", re.DOTALL)
+
+
 def kind_of(path: Path) -> MediaKind:
     """Return the kind of a media file by its extension. Raises `UserError` for another extension."""
     kind = KINDS.get(path.suffix.lower())
     if kind is None:
         raise UserError(str(path), f"has the extension {path.suffix!r}", f"use one of {' '.join(KINDS)}")
     return kind
+
+
+def kind_of_content(content_type: str) -> MediaKind | None:
+    """Return the kind of a medium by the content type that a server sends, such as `image/png`."""
+    whole = content_type.partition(";")[0].strip().lower()
+    return _CONTENT_TYPES.get(whole) or _CONTENT_TYPES.get(whole.partition("/")[0])
+
+
+def split_page(name: str) -> tuple[str, int | None]:
+    """Return `a.pdf` and 2 for `a.pdf#page=2`, and None for a name without a page. Pages count from zero."""
+    found = _PAGE.fullmatch(name)
+    return (found["name"], int(found["page"])) if found else (name, None)
 
 
 def read_file(path: str, config: MediaConfig) -> bytes:

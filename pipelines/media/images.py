@@ -86,11 +86,7 @@ def decode_image(data: bytes, config: MediaConfig, target_pixels: int | None = N
                 _draft(image, target_pixels)
             if isinstance(image, TiffImagePlugin.TiffImageFile):
                 _read_planes_whole(image)
-            image.load()  # PNG may have its Exif data after the pixels
-            orientation = image.getexif().get(_ORIENTATION, 1)
-            upright = _TURNS.get(orientation)
-            shown = _rgb(image, data)
-            return np.asarray(Image.fromarray(shown).transpose(upright)) if upright is not None else shown
+            return _upright(image, data)
     except Image.DecompressionBombError as error:
         raise BadMedia("too_many_pixels", str(error)) from error
     except UnidentifiedImageError as error:
@@ -99,6 +95,21 @@ def decode_image(data: bytes, config: MediaConfig, target_pixels: int | None = N
         raise BadMedia("corrupt_image" if known else "unsupported_format", f"begins with {data[:8]!r}") from error
     except _DAMAGE as error:
         raise BadMedia("corrupt_image", str(error)) from error
+
+
+def opened_pixels(image: Image.Image, config: MediaConfig) -> UInt8Array:
+    """Return the pixels of an image that is open already, as `decode_image` does. The image stays as it is.
+
+    Raises `BadMedia`: corrupt_image, too_many_pixels, extreme_aspect_ratio.
+    """
+    info = dict(image.info)
+    try:
+        check_size(image.width, image.height, config)
+        return _upright(image, b"")
+    except _DAMAGE as error:
+        raise BadMedia("corrupt_image", str(error)) from error
+    finally:
+        image.info = info
 
 
 def check_size(width: float, height: float, config: MediaConfig) -> None:
@@ -118,6 +129,14 @@ def on_white(pixels: UInt8Array) -> UInt8Array:
     """Return RGB pixels `[H, W, 3]` of RGBA pixels `[H, W, 4]` on white."""
     image = Image.fromarray(pixels)
     return np.asarray(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB"))
+
+
+def _upright(image: Image.Image, data: bytes) -> UInt8Array:
+    """Return RGB pixels of an image. `data` are the bytes of its file, empty if they are not known."""
+    image.load()  # PNG may have its Exif data after the pixels
+    upright = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    shown = _rgb(image, data)
+    return np.asarray(Image.fromarray(shown).transpose(upright)) if upright is not None else shown
 
 
 def _draft(image: Image.Image, target_pixels: int) -> None:
@@ -174,7 +193,7 @@ def _grey(image: Image.Image) -> Image.Image:
 
 def _transparent_color(image: Image.Image, data: bytes) -> UInt8Array | None:
     """Return alpha `[H, W]` of a PNG in which one color is transparent, or None. PIL compares it with scaled values."""
-    if image.format != "PNG" or (color := image.info.get("transparency")) is None:
+    if not data or image.format != "PNG" or (color := image.info.get("transparency")) is None:
         return None
     bit_depth, color_type = data[_PNG_BIT_DEPTH], data[_PNG_BIT_DEPTH + 1]
     most = (1 << bit_depth) - 1

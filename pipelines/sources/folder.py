@@ -29,6 +29,7 @@ from pydantic import Field, FiniteFloat, ValidationError
 
 from pipelines.config import Config, MediaConfig, NonNegativeInt
 from pipelines.errors import BadMedia, UserError
+from pipelines.instructions import INSTRUCTIONS
 from pipelines.media.documents import page_texts
 from pipelines.media.files import KINDS
 from pipelines.media.sandbox import Sandbox
@@ -40,24 +41,6 @@ from pipelines.texts import MAX_TEXT_BYTES, bounded_lines, decode_text, encoding
 LIST_NAME = "captions.jsonl"
 _MAX_LIST_BYTES = 256 << 20
 
-# source and task -> instruction of the query, instruction of the targets, worded like those of MMEB-V2
-INSTRUCTIONS: dict[str, tuple[str, str]] = {
-    "text_image": ("Find an image that matches the given caption:", "Understand the content of the provided image."),
-    "text_page": (
-        "Find a document image that matches the given query:",
-        "Understand the content of the provided document image.",
-    ),
-    "text_video": (
-        "Find the clip that corresponds to the given text:",
-        "Understand the content of the provided video clip.",
-    ),
-    "image_text_image": (
-        "Given an image, find a similar image with the described changes:",
-        "Understand the content of the provided image.",
-    ),
-    "text_text": ("Find a text that matches the given query:", ""),
-    "image_class": ("Represent the given image for classification.", ""),
-}
 _TEXT_TO: dict[MediaKind, str] = {"image": "text_image", "document": "text_page", "video": "text_video"}
 
 

@@ -17,11 +17,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
-
-from pyarrow import fs
+from typing import TYPE_CHECKING
 
 from pipelines.errors import UserError
 from pipelines.storage.faults import OF_DISKS
+
+if TYPE_CHECKING:  # models are loaded without pyarrow
+    from pyarrow import fs
 
 PARTIAL = ".rzen-partial-"
 
@@ -333,6 +335,8 @@ class LocalStore(Store):
             self.root.mkdir(parents=True, exist_ok=True)
 
     def arrow_filesystem(self) -> tuple[fs.FileSystem, str]:
+        from pyarrow import fs
+
         return fs.LocalFileSystem(), str(self.root)
 
 

@@ -6,6 +6,7 @@ Defaults are the recipe of RzenEmbed (arXiv 2510.27350v1), "the paper", where it
 from rzen.config.card import ModelCard
 from rzen.config.model import (
     BackboneFamily,
+    Dtype,
     LoraConfig,
     ModelConfig,
     ModelIdentity,
@@ -37,6 +38,7 @@ from rzen.config.soup import (
 __all__ = [
     "BackboneFamily",
     "DareSoup",
+    "Dtype",
     "FalseNegativeConfig",
     "GreedySoup",
     "HardnessConfig",

@@ -11,6 +11,7 @@ from pipelines.config import Config, Fraction, NonNegativeInt, PositiveFloat, Po
 PromptName = Literal["rzen_paper", "rzen_release", "plain"]
 BackboneFamily = Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"]
 Packing = Literal["auto", "packed", "padded"]
+Dtype = Literal["float32", "bfloat16"]
 
 
 class TinyBackbone(Config):
@@ -108,7 +109,7 @@ class ModelConfig(ModelIdentity):
     quantize: Literal["nf4"] | None = None
     """`nf4` holds the frozen weights in 4 bits (QLoRA, arXiv 2305.14314): less memory, slower. Needs bitsandbytes, a
     CUDA GPU and `tune: lora`. Export merges into the weights as they were before."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Dtype = "bfloat16"
     """Compute type (paper: bf16). CPUs need float32."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention implementation of transformers."""

@@ -117,8 +117,8 @@ def _loading(folder: Path, identity: ModelIdentity, format: str, unsupported_rea
         _code(
             "import rzen",
             "",
-            'embedder = rzen.load("PATH")',
-            'vectors = embedder.embed(["a red circle"])',
+            'model = rzen.load("PATH")',
+            'vectors = model.encode(["a red circle"])',
         ),
     ]
     if format == "rzen_release":

@@ -21,7 +21,8 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from pipelines.errors import UserError
 from pipelines.stored_json import read_json
-from rzen.config import ModelConfig, ModelIdentity
+from rzen.config import Dtype, ModelConfig, ModelIdentity
+from rzen.embedding.embedder import load
 from rzen.export import release, sentence_transformers
 from rzen.export.card import CARD, ModelCardData, model_card
 from rzen.inputs.processor import Processor
@@ -38,12 +39,10 @@ from rzen.model.checkpoints import (
     read_temperatures,
     write_json,
 )
-from rzen.model.embedder import load
 from rzen.model.embedding_model import EmbeddingModel
 from rzen.model.lora import CONFIG, WEIGHTS, load_adapter
 from rzen.soup.parents import LINEAGE
 
-Dtype = Literal["float32", "bfloat16"]
 Format = Literal["model", "adapter", "rzen_release"]
 COMPANIONS = ("*.txt", "*.jinja", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
 

@@ -25,9 +25,9 @@ from pipelines.config import MediaConfig
 from pipelines.errors import UserError
 from pipelines.samples import DecodedInput, MediaKind, Visual
 from rzen.config import ModelIdentity
-from rzen.model import embedder
+from rzen.embedding import embedder
+from rzen.embedding.embedder import Embedder
 from rzen.model.checkpoints import HUB_NAME, checkpoint_dir, checkpoint_sha256, read_identity, read_identity_file
-from rzen.model.embedder import Embedder
 
 FRAMES = 8
 """Frames of a video by default, as MMEB-V2."""
@@ -65,7 +65,7 @@ class MtebEncoder:
         instruction = instruction_of(task_metadata, kind, self._instructions, _prompt_of_kind)
         vectors = []
         for batch in with_video_files(inputs):
-            vectors.append(self._embedder.embed(inputs_of(batch, instruction, self._frames, self._embedder.decode)))
+            vectors.append(self._embedder.encode(inputs_of(batch, instruction, self._frames, self._embedder.decode)))
         return np.concatenate(vectors)
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:

@@ -117,6 +117,21 @@ def stored_dtype(folder: Path) -> str | None:
     return read_identity_file(folder).get("dtype")
 
 
+@stored_file
+class MadeBy(TypedDict):
+    """What identifies the vectors of a model: hashes of its weights, its prompt and its readout."""
+
+    base: str
+    adapter: str | None
+    identity: ModelIdentity
+
+
+def made_by(base: Path, adapter: Path | None, identity: ModelIdentity) -> MadeBy:
+    """Return what identifies the vectors of a model in these folders. Reads all weights."""
+    tuned = None if adapter is None else checkpoint_sha256(adapter)
+    return MadeBy(base=checkpoint_sha256(base), adapter=tuned, identity=identity)
+
+
 def checkpoint_sha256(folder: Path) -> str:
     """Return the identity of a checkpoint or adapter: the hash of what is read from its folder. Reads all of it.
 

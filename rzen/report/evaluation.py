@@ -9,8 +9,8 @@ from typing import Any
 
 from rzen.evaluation.comparison import Difference
 from rzen.evaluation.leaderboard import DatasetScore, Mean, means, plot_means
-from rzen.report.hits import Hit, Search
-from rzen.report.render import Card, make_card, write_html
+from rzen.report.hits import Search
+from rzen.report.render import Card, make_card, make_query_card, write_html
 from rzen.report.thumbnails import ThumbnailPool
 
 
@@ -88,8 +88,4 @@ def _problems(leaderboards: Mapping[str, Sequence[DatasetScore]]) -> dict[str, s
 
 
 def _example(search: Search, pool: ThumbnailPool) -> _Example:
-    shown = None
-    if search.thumbnails:
-        modality = "image" if len(search.thumbnails) == 1 else "video"
-        shown = make_card(Hit(0, None, modality, search.query, "", search.thumbnails), pool)  # type: ignore[arg-type]
-    return _Example(search.query, shown, [make_card(hit, pool) for hit in search.hits])
+    return _Example(search.query, make_query_card(search, pool), [make_card(hit, pool) for hit in search.hits])

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from rich.table import Table
 from rich.text import Text
 
-from pipelines.samples import UInt8Array
-
-Modality = Literal["image", "page", "video", "text"]
-MODALITIES: tuple[Modality, ...] = ("image", "page", "video", "text")
+from pipelines.samples import Modality, UInt8Array
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,8 @@ from typing import Any
 import jinja2
 
 from pipelines.errors import UserError
-from rzen.report.hits import Hit
+from pipelines.samples import Modality
+from rzen.report.hits import Hit, Search
 from rzen.report.plots import inline_svg
 from rzen.report.thumbnails import Thumbnail, ThumbnailPool
 
@@ -63,6 +64,14 @@ def make_card(hit: Hit, pool: ThumbnailPool) -> Card:
     columns = num_frames if num_frames <= 6 else min(8, (num_frames + 1) // 2)
     rows = -(-num_frames // max(columns, 1))
     return Card(hit, [pool.add(pixels) for pixels in hit.thumbnails], columns, rows)
+
+
+def make_query_card(search: Search, pool: ThumbnailPool) -> Card | None:
+    """What the query of a search shows, with its pictures in the pool; None for words alone."""
+    if not search.thumbnails:
+        return None
+    modality: Modality = "image" if len(search.thumbnails) == 1 else "video"
+    return make_card(Hit(0, None, modality, search.query, "", search.thumbnails), pool)
 
 
 def _environment() -> jinja2.Environment:

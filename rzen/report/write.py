@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rzen.report.hits import MODALITIES, Search
-from rzen.report.render import make_card, write_html
+from pipelines.samples import MODALITIES
+from rzen.report.hits import Search
+from rzen.report.render import make_card, make_query_card, write_html
 from rzen.report.scores import score_tables
 from rzen.report.thumbnails import ThumbnailPool
 
@@ -28,7 +29,10 @@ def write_page(
     not SVG and `ValueError` for results that JSON cannot hold (NaN).
     """
     pool = ThumbnailPool()
-    sheets = [(search.query, [make_card(hit, pool) for hit in search.hits]) for search in searches]
+    sheets = [
+        (search.query, make_query_card(search, pool), [make_card(hit, pool) for hit in search.hits])
+        for search in searches
+    ]
     found = {hit.modality for search in searches for hit in search.hits}
     tables = score_tables(results.get("rows", []))
     write_html(

@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 from typing_extensions import TypedDict
 
-from jobs.embedding.embed import MANIFEST as VECTORS
-from jobs.embedding.embed import read_vectors_file
 from jobs.evaluation.scores import ScoresFile
 from jobs.runtime.lease import LEASE, hold_lease
 from jobs.runtime.records import as_json
@@ -31,6 +29,8 @@ from pipelines.shards.write import write_shard
 from pipelines.storage.location import open_store
 from pipelines.stored_json import parse_json, read_json, stored_file
 from rzen.config import ModelIdentity
+from rzen.embedding.corpus import MANIFEST as VECTORS
+from rzen.embedding.corpus import read_vectors_file
 from rzen.evaluation.results import ResultsFile
 from rzen.families import read_family
 from rzen.inputs.processor import VisionLayout
@@ -145,7 +145,9 @@ IDENTITY = {**ModelIdentity().model_dump(), "dtype": "float32", "lineage": {"bas
 VISION = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2, "image_mean": [0.5], "image_std": [0.5]}
 VECTORS_FILE = {
     **{"parts": ["a.parquet"], "num_vectors": 1, "model": "m", "config": "c", "dtype": None, "skipped": {}},
+    "made_by": {"base": "b", "adapter": None, "identity": ModelIdentity().model_dump(mode="json")},
     "data": DataConfig(root="r").model_dump(mode="json", exclude={"trusted"}),
+    "fingerprints": {"train": "f"},
 }
 
 

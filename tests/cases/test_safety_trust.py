@@ -2,6 +2,7 @@
 
 import io
 import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from pipelines.samples import DecodedSample, FileRef, Input, Media, Rejected, Sa
 from pipelines.shards.manifest import Manifest, SourceInfo, publish_manifest
 from pipelines.shards.write import write_shard
 from pipelines.storage.location import open_store
-from rzen.model.embedder import as_input
+from rzen.embedding.inputs import InputReader
 
 MEDIA = MediaConfig(max_cpu_s=1, frames=2, page_pixels=20_000)
 HANGS = "decoder_cpu_limit"
@@ -112,8 +113,9 @@ def test_files_of_benchmarks_are_not_trusted(tmp_path, page):
 
 def test_files_that_a_user_embeds_are_not_trusted(tmp_path):
     (tmp_path / "a.pdf").write_bytes(endless_pdf())
-    with pytest.raises(BadMedia, match=HANGS), Decoder(MEDIA) as decoder:
-        as_input(tmp_path / "a.pdf", "", MEDIA, decoder)
+    for given in (tmp_path / "a.pdf", f"{tmp_path}/a.pdf#page=0", (tmp_path / "a.pdf").as_uri()):
+        with pytest.raises(BadMedia, match=HANGS), closing(InputReader(MEDIA)) as reader:
+            reader.read(given)
 
 
 def test_where_each_kind_is_decoded_and_that_the_pixels_are_equal(monkeypatch):

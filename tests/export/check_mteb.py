@@ -134,7 +134,7 @@ def main(out: Path) -> None:
 
     queries = [DecodedInput(text=text, instruction=INSTRUCTION) for text in TEXTS]
     targets = [DecodedInput(visuals=(DecodedVisual("image", pixels),)) for pixels in IMAGES]
-    vectors = [encoder._embedder.embed(inputs) for inputs in (queries, targets)]
+    vectors = [encoder._embedder.encode(inputs) for inputs in (queries, targets)]
     ranks = rank_of_gold(*vectors, np.arange(NUM))
     found = metrics_by_query(relevant_of(np.arange(NUM)[:, None]), ranks)
     theirs = {"ndcg_at_10": "ndcg_linear@10", "hit_rate_at_1": "hit@1", "hit_rate_at_5": "hit@5"}

@@ -13,7 +13,6 @@ import pytest
 
 import jobs.training.launch
 from jobs.cli import main
-from jobs.runtime.models import local_folder
 from jobs.training.encoder import BACKBONE
 from jobs.training.fit import prepare
 from jobs.training.specs import TrainSpec
@@ -24,6 +23,7 @@ from pipelines.storage.location import open_store
 from pipelines.storage.publish import publish_folder
 from pipelines.synthetic.config import CorpusConfig
 from pipelines.synthetic.corpus import make_corpus
+from rzen.model.locate import local_folder
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 CORPUS = CorpusConfig(

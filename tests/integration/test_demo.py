@@ -10,10 +10,10 @@ import pytest
 from transformers import AutoModel
 
 from jobs.cli import main
-from jobs.runtime.models import local_folder
 from pipelines.media import sandbox
 from pipelines.storage.location import open_store
 from rzen.evaluation.results import Result, markdown_table
+from rzen.model.locate import local_folder
 from tests.paths import ROOT
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]

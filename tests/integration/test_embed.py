@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from collections.abc import Collection
 from pathlib import Path
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import rzen
+from jobs.cli import main
 from jobs.embedding import embed
 from jobs.embedding.engine import embed_items
 from jobs.embedding.specs import EmbedSpec
@@ -101,7 +103,7 @@ def test_every_target_has_the_vector_of_itself_alone(whole: Path, model: str) ->
     for source, size in reader.sizes().items():
         for index, sample in enumerate(reader.samples(source, range(size))):
             if isinstance(sample, DecodedSample):
-                alone[source, index] = sample.sample, embedder.embed([sample.positive])[0]
+                alone[source, index] = sample.sample, embedder.encode([sample.positive])[0]
     found = rows(whole)
     assert {(row["source"], row["index"]) for row in found} == set(alone)
     assert len(found) == manifest(whole)["num_vectors"] == 158
@@ -110,6 +112,23 @@ def test_every_target_has_the_vector_of_itself_alone(whole: Path, model: str) ->
         assert np.abs(np.array(row["vector"]) - vector).max() < 1e-5
         told = (sample.query.text, sample.origin, sample.target_sha256, "image", "train")
         assert (row["title"], row["origin"], row["target_sha256"], row["modality"], row["split"]) == told
+
+
+def test_python_and_the_command_find_the_same_in_what_was_written(
+    whole: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    embedder = rzen.load(model)
+    vectors = str(whole / "vectors")
+    hits = embedder.search(vectors, "red 3", top_k=3)
+    capsys.readouterr()
+    assert main(["search", "red 3", "--vectors", vectors, "--top-k", "3", "--set", "html=null"]) == 0
+    printed = re.findall(r"^ *(\d) +(\S+) +image +.* (\S+) *$", capsys.readouterr().out, re.MULTILINE)
+    assert printed == [(str(hit.rank), f"{hit.score:.3f}", hit.origin) for hit in hits]
+    assert len(printed) == 3
+    target = Reader(DataConfig(root=str(whole / "data"))).inputs("red", [(30, "positive")])
+    (found,) = embedder.search(vectors, target, top_k=1)
+    assert [(hit.source, hit.index) for hit in found] == [("red", 30)]
+    assert found[0].score == pytest.approx(1, abs=1e-5)
 
 
 def test_a_second_run_embeds_nothing_and_keeps_every_file(whole: Path, model: str) -> None:

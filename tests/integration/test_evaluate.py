@@ -165,7 +165,7 @@ def test_vectors_are_those_of_each_item_alone_and_scores_follow(whole: Path, bac
     embedder = rzen.load(backbone, identity=spec.identity)
     decoder = ItemDecoder(spec.media)
     items = [*(query.item for query in dataset.queries), *dataset.candidates]
-    alone = np.concatenate([embedder.embed([decoder.input(item)]) for item in items])
+    alone = np.concatenate([embedder.encode([decoder.input(item)]) for item in items])
     got = cache.load(as_ids(item.id for item in items), whole / "loaded.npy")
     assert np.abs(got.rows - alone).max() < 1e-5
     queries, candidates = np.split(alone.astype(np.float64), [len(dataset.queries)])
@@ -263,7 +263,7 @@ def test_a_split_is_scored_as_each_sample_embedded_alone_says(tmp_path: Path, ba
         hits = []
         asked = [s.query if has_instruction else replace(s.query, instruction="") for s in samples]
         targets = {s.sample.target_sha256: s.positive for s in samples}
-        cosines = embedder.embed(asked).astype(np.float64) @ embedder.embed(list(targets.values())).T
+        cosines = embedder.encode(asked).astype(np.float64) @ embedder.encode(list(targets.values())).T
         for sample, row in zip(samples, cosines, strict=True):
             right = list(targets).index(sample.sample.target_sha256)
             hits.append((np.delete(row, right) >= row[right] - 1e-6).sum() < 5)

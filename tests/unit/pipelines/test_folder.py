@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from pipelines.config import MediaConfig
 from pipelines.errors import UserError
+from pipelines.instructions import INSTRUCTIONS
 from pipelines.samples import FileRef, Input, Media, RawSample, Rejected
-from pipelines.sources.folder import INSTRUCTIONS, KINDS, read_folder
+from pipelines.sources.folder import KINDS, read_folder
 from pipelines.sources.passages import choose_passages
 
 CONFIG = MediaConfig()

@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-from jobs.runtime.models import local_folder
 from jobs.serving.export import run as run_export
 from jobs.serving.specs import ExportSpec
 from pipelines.errors import UserError
@@ -30,6 +29,7 @@ from rzen.inputs.processor import Processor
 from rzen.model.backbone import build_tiny, load_backbone
 from rzen.model.checkpoints import checkpoint_dir, checkpoint_sha256
 from rzen.model.embedding_model import EmbeddingModel
+from rzen.model.locate import local_folder
 from rzen.model.lora import add_lora, load_adapter, save_adapter
 from rzen.model.vision import use_fast_vision
 from rzen.soup.make import make_soup

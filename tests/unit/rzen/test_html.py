@@ -13,7 +13,8 @@ from PIL import Image
 from rich.console import Console
 
 from pipelines.errors import UserError
-from rzen.report.hits import MODALITIES, Hit, Search, terminal_hits
+from pipelines.samples import MODALITIES
+from rzen.report.hits import Hit, Search, terminal_hits
 from rzen.report.plots import inline_svg
 from rzen.report.scores import score_tables, task_label
 from rzen.report.thumbnails import ThumbnailPool
