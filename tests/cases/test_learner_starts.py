@@ -7,7 +7,6 @@ import math
 import pickle
 import shutil
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import rzen
 from jobs.cli import main
+from jobs.runtime.lease import HeldLeases
 from jobs.spec.load import Document
 from jobs.spec.model import ModelRef
 from jobs.spec.run import RunConfig
@@ -254,7 +254,7 @@ def test_a_soup_has_the_mean_of_the_logarithms_of_temperatures(tmp_path: Path, f
 
 def prepared(spec: TrainSpec) -> Prepared | None:
     """Start a run, and give it back."""
-    with ExitStack() as leases:
+    with HeldLeases() as leases:
         return prepare(spec, leases)
 
 

@@ -6,13 +6,13 @@ import random
 import signal
 import threading
 import time
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from jobs.runtime.lease import HeldLeases
 from jobs.runtime.progress import Progress, RunTable
 from jobs.training import train
 from jobs.training.fit import FAILURE, prepare
@@ -137,4 +137,4 @@ def test_cluster_without_cpus_for_the_feed_is_refused_at_once(tmp_path: Path, ra
 def test_batch_that_workers_cannot_share_is_refused(tmp_path: Path) -> None:
     publish(open_store(str(tmp_path / "data")), {"red": ("a", 24)})
     with pytest.raises(UserError, match="batches of source 'red' have 4 samples, which 3 workers cannot share evenly"):
-        prepare(make_spec(tmp_path, "odd", cluster={"workers": 3}), ExitStack())
+        prepare(make_spec(tmp_path, "odd", cluster={"workers": 3}), HeldLeases())

@@ -5,7 +5,6 @@ Ray evaluates; training is left out, which four times would take minutes: every 
 
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 
 import jobs.training.launch
 from jobs.cli import main
+from jobs.runtime.lease import HeldLeases
 from jobs.training.encoder import BACKBONE
 from jobs.training.fit import prepare
 from jobs.training.specs import TrainSpec
@@ -73,7 +73,7 @@ out: "{0}/out"
 def end_at_the_start(specs: list[TrainSpec], max_parallel: int) -> None:
     """In place of `launch`: everything but the steps."""
     for spec in specs:
-        if prepared := prepare(spec, ExitStack()):
+        if prepared := prepare(spec, HeldLeases()):
             run = prepared.run
             publish_folder(Path(local_folder(run.store.child(BACKBONE).url, None)), run.store.child(run.result))
             numbers = {
