@@ -30,6 +30,7 @@ Examples, from files to search:
   rzen verify s3://bucket/photos                          check that nothing is damaged or missing
   rzen run jobs/stage1.yaml --set data.root=s3://bucket/photos
   rzen run jobs/stage2.yaml --set data.root=s3://bucket/photos --set optim.lr=1e-4
+  rzen explain optim.lr                                   show what a setting does, its default and its limits
   rzen submit jobs/finetunes.yaml --address http://head:8265
   rzen run jobs/retrain.yaml                              on a schedule: train on new data, promote what is better
   rzen registry list                                      show the models and promotions
@@ -103,8 +104,8 @@ def _root(
     """Train universal multimodal embeddings: one vector space for text, images, videos and documents.
 
     Everything is a job: a YAML file (jobs/*.yaml) that says what to read, what to train and where results go. Change
-    settings in the file, or for one run with --set. `rzen kinds` lists the kinds of job, `rzen schema KIND` their
-    settings.
+    settings in the file, or for one run with --set. `rzen kinds` lists the kinds of job, `rzen explain --kind KIND`
+    their settings.
     """
     handler = logging.StreamHandler()
     handler.setFormatter(SafeFormatter("%(levelname)s %(name)s: %(message)s"))
@@ -136,7 +137,7 @@ _registry = typer.Typer(cls=CommandGroup, rich_markup_mode=None)
 _registry.callback()(registry.choose)
 _add(_registry, [registry.list_models, registry.show, registry.diff, registry.promote, registry.rollback])
 app.add_typer(_registry, name="registry")
-_add(app, [spec.kinds, spec.schema])
+_add(app, [spec.kinds, spec.explain, spec.schema])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

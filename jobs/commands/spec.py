@@ -1,10 +1,12 @@
-"""Commands for specs of any kind: validate, run, submit, attach, kinds, schema."""
+"""Commands for specs of any kind: validate, run, submit, attach, kinds, explain, schema."""
 
 from __future__ import annotations
 
 import json
 import sys
-from typing import Annotated, Any
+import textwrap
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,6 +25,11 @@ from jobs.spec.kinds import Kind, find_kind, kind_names
 from jobs.spec.load import recorded_files
 from jobs.spec.no_effect import warnings
 from pipelines.errors import UserError
+
+if TYPE_CHECKING:
+    from jobs.spec.explain import Explanation
+
+_WIDTH = 100  # letters of a line
 
 
 def validate(
@@ -147,6 +154,48 @@ def _described(kind: Kind) -> dict[str, object]:
         "runs_on_kubernetes": not kind.local,
         "declared_in": kind.spec.__module__,
     }
+
+
+def explain(
+    setting: Annotated[
+        str, typer.Argument(metavar="[SETTING]", help="dotted key, such as optim.lr (default: all settings)")
+    ] = "",
+    kind: Annotated[str | None, typer.Option(help="kind of job (default: all kinds that have the setting)")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Explain a setting: type and limits, default, documentation, and where the shipped specs set it.
+
+    Lists the settings inside of a group of settings.
+    """
+    from jobs.spec.explain import explain as explain_setting
+
+    found = explain_setting(setting, kind)
+    if as_json:
+        print_json(
+            [{"key": setting, "kinds": one.kinds, **asdict(one.setting), "shipped": one.shipped} for one in found]
+        )
+        return
+    for position, one in enumerate(found):
+        if position:
+            print_text()
+        _print_explanation(setting, one)
+
+
+def _print_explanation(key: str, found: Explanation) -> None:
+    setting = found.setting
+    print_text(f"{key}{' of ' if key else ''}{', '.join(found.kinds)}")
+    for line in textwrap.wrap(setting.text, _WIDTH):
+        print_text(f"  {line}")
+    if setting.type != "mapping":
+        print_text(f"  type       {setting.type}")
+        print_text(f"  default    {'none, it must be set' if setting.required else json.dumps(setting.default)}")
+    for reason in setting.no_effect:
+        print_text(f"  no effect  {reason}")
+    for place, value in found.shipped.items():
+        print_text(f"  set in     {place}: {json.dumps(value)}")
+    width = max(map(len, setting.settings), default=0)
+    for name, text in setting.settings.items():
+        print_text(f"  {name:<{width}}  {textwrap.shorten(text, _WIDTH - width, placeholder=' ...')}")
 
 
 def schema(

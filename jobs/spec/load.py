@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from jobs.spec.fields import Node, inner, properties
 from jobs.spec.job import JobConfig
 from jobs.spec.kinds import find_kind, kind_names
 from jobs.spec.nearest import did_you_mean
@@ -104,6 +105,17 @@ def recorded_files() -> Iterator[list[Path]]:
 def shipped_specs() -> list[str]:
     """Return the specs of the installed package, by the names that commands take: `jobs/stage1.yaml`."""
     return sorted(f"jobs/{spec.name}" for spec in _BUILTIN.glob("*.yaml"))
+
+
+def shipped_values(key: Key, kinds: Sequence[str]) -> dict[str, Any]:
+    """Return `jobs/stage1.yaml:31` -> value for each shipped spec of these kinds that sets a key itself."""
+    found: dict[str, Any] = {}
+    for name in shipped_specs():
+        file = _BUILTIN / Path(name).name
+        data, places = parse_yaml(_read_text(file, name), name)
+        if key in places and read_document(file).data.get("kind") in kinds:
+            found[places[key]] = _at(data, key)
+    return found
 
 
 def is_shipped(file: Path) -> bool:
@@ -263,18 +275,10 @@ def _explain(document: Document, model: type[BaseModel], key: Key, problem: Any)
 
 
 def _fields(model: type[BaseModel], loc: Sequence[Any]) -> list[str]:
-    """Return the settings of the model at `loc`."""
-    schema = model.model_json_schema()
-    here: Any = schema
+    """Return the settings of the model at `loc`, which may hold names of union members."""
+    schema: Node = model.model_json_schema()
+    here = schema
     for part in loc:
-        here = _resolved(here, schema)
-        entries = [here.get("additionalProperties"), *here.get("patternProperties", {}).values(), here.get("items")]
-        here = here.get("properties", {}).get(part) or next((entry for entry in entries if entry), here)
-    return list(_resolved(here, schema).get("properties", {}))
-
-
-def _resolved(node: Any, schema: Any) -> Any:
-    for option in [node, *node.get("anyOf", []), *node.get("allOf", [])]:
-        if "$ref" in option:
-            return schema["$defs"][option["$ref"].rpartition("/")[2]]
-    return node
+        entry = inner(here, part, schema)
+        here = here if entry is None else entry
+    return list(properties(here, schema))

@@ -1,0 +1,71 @@
+"""Finds settings in the JSON Schema of a spec, through references, alternatives, named entries and lists."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+Node = Mapping[str, Any]
+"""A part of a JSON Schema."""
+_LIMITS = {
+    "minimum": ">= {}",
+    "exclusiveMinimum": "> {}",
+    "maximum": "<= {}",
+    "exclusiveMaximum": "< {}",
+    "minLength": "of at least {} letters",
+    "maxLength": "of at most {} letters",
+    "minItems": "with at least {} entries",
+    "pattern": "that matches {}",
+}
+
+
+def properties(node: Node, schema: Node) -> dict[str, Node]:
+    """Return the settings inside of a node by their names. Empty for one that is a value."""
+    return {name: child for option in _options(node, schema) for name, child in option.get("properties", {}).items()}
+
+
+def inner(node: Node, part: str | int, schema: Node) -> Node | None:
+    """Return the node of a setting, named entry or position inside of a node. None if it can have none of this name."""
+    if part in (named := properties(node, schema)):
+        return named[str(part)]
+    for option in _options(node, schema):
+        entries = [*option.get("patternProperties", {}).values(), option.get("additionalProperties", False)]
+        if str(part).isdigit():
+            entries.append(option.get("items", False))
+        for entry in entries:
+            if entry is not False:
+                return {} if entry is True else entry
+    return None
+
+
+def type_text(node: Node, schema: Node) -> str:
+    """Return the type of a value and its limits, such as `integer >= 1 or null`."""
+    return " or ".join(dict.fromkeys(_type_of(option, schema) for option in _options(node, schema)))
+
+
+def _options(node: Node, schema: Node) -> Iterator[Node]:
+    """Yield the alternatives of a node, with references resolved."""
+    if "$ref" in node:
+        yield from _options(schema["$defs"][str(node["$ref"]).rpartition("/")[2]], schema)
+        return
+    alternatives = [*node.get("anyOf", []), *node.get("oneOf", []), *node.get("allOf", [])]
+    for alternative in alternatives:
+        yield from _options(alternative, schema)
+    if not alternatives:
+        yield node
+
+
+def _type_of(option: Node, schema: Node) -> str:
+    if "enum" in option or "const" in option:
+        return " or ".join(json.dumps(value) for value in option.get("enum", [option.get("const")]))
+    kind = str(option.get("type", "any value"))
+    if kind == "object" and "properties" not in option:
+        entry = inner(option, "name", schema)
+        kind = f"mapping of names to {type_text(entry, schema)}" if entry else "mapping"
+    elif kind == "object":
+        kind = "mapping"
+    elif kind == "array" and isinstance(option.get("items"), dict):
+        kind = f"list of {type_text(option['items'], schema)}"
+    limits = [form.format(option[limit]) for limit, form in _LIMITS.items() if limit in option]
+    return " ".join([kind, " and ".join(limits)]).strip()
