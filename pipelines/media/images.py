@@ -102,14 +102,11 @@ def opened_pixels(image: Image.Image, config: MediaConfig) -> UInt8Array:
 
     Raises `BadMedia`: corrupt_image, too_many_pixels, extreme_aspect_ratio.
     """
-    info = dict(image.info)
     try:
         check_size(image.width, image.height, config)
         return _upright(image, b"")
     except _DAMAGE as error:
         raise BadMedia("corrupt_image", str(error)) from error
-    finally:
-        image.info = info
 
 
 def check_size(width: float, height: float, config: MediaConfig) -> None:
