@@ -94,7 +94,7 @@ def test_a_shard_of_our_own_format_is_not_trusted_whatever_its_manifest_says(tmp
     assert isinstance(bad, Rejected)
     assert bad.reason == HANGS
     assert isinstance(good, DecodedSample)
-    assert time.monotonic() - start_s < 20
+    assert time.monotonic() - start_s < 60
 
 
 @pytest.mark.parametrize("page", [None, 0])

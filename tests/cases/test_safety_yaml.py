@@ -21,13 +21,13 @@ LIMIT_S = 2.0
 
 def outcome(path: Path, *sets: str) -> str:
     """The error of a spec, or `valid`. Fails if it takes too long or is another exception."""
-    start_s = time.monotonic()
+    start_s = time.process_time()  # by the clock, other processes would count
     try:
         check(override(read_document(path), sets))
     except UserError as error:
         return str(error)
     finally:
-        assert time.monotonic() - start_s < LIMIT_S
+        assert time.process_time() - start_s < LIMIT_S
     return "valid"
 
 
