@@ -24,6 +24,11 @@ os.environ |= {
     "OMP_NUM_THREADS": "1",
     "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     "RAY_AUTH_MODE": "disabled",
+    # Ray ends workers that have been idle for a second, and a new one imports its libraries again.
+    "RAY_idle_worker_killing_time_threshold_ms": "600000",
+    "RAY_num_workers_soft_limit": "8",
+    # Ray gives way to every other process by default, and its tests end last.
+    "RAY_worker_niceness": "0",
 }
 for name, value in CREDENTIALS.items():
     os.environ.setdefault(name, value)
