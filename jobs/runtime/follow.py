@@ -101,6 +101,7 @@ class _Follower:
                         return details
                     with suppress(Unreachable):  # the next request shows whether the server is away
                         await self._print_stream(connection)
+                    _stop_if_interrupted()
                     fruitless = 0 if self._printed > before else fruitless + 1
                     if fruitless > 2:  # no stream comes through, as with proxies that know no WebSockets
                         self._print((await connection.log(self._job))[self._printed :])
@@ -153,6 +154,13 @@ class _Follower:
         if not self._is_pending_reported:
             self._is_pending_reported = True
             say(f"  {self._job} waits: {details.message}", "yellow")
+
+
+def _stop_if_interrupted() -> None:
+    """Raise `CancelledError` again if the connection broke while it was interrupted, and its error took the place."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 def _write(text: str) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ray.dashboard.modules.job.pydantic_models import JobDetails
 from jobs import hook
 from jobs.cli import main
 from jobs.runtime.follow import exit_status, follow, outcome, was_lost
-from jobs.runtime.job_server import Access, JobServer, ServerLost
+from jobs.runtime.job_server import Access, Connection, JobServer, ServerLost, Unreachable
 from tests.job_server import StandIn, stand_in
 
 SPEC = "kind: corpus\nout: here\nsubmit: {retries: 1}\n"
@@ -129,6 +130,26 @@ def test_an_interruption_says_how_to_go_on(
     option = f"--address {server.url}"
     stop = f"RAY_API_SERVER_ADDRESS={server.url} ray job stop j"
     assert f"j continues; follow it with: rzen attach j {option}; stop it with: {stop}\n" in capsys.readouterr().out
+
+
+def test_an_interruption_counts_where_the_connection_breaks_by_it(
+    server: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signals = [signal.SIGINT]
+
+    async def stream(connection: Connection, job: str) -> AsyncGenerator[str, None]:
+        if not signals:
+            return
+        try:
+            os.kill(os.getpid(), signals.pop())
+            await asyncio.sleep(60)
+            yield ""
+        except asyncio.CancelledError as error:
+            raise Unreachable("connection reset by peer") from error
+
+    server.add("j", ["one\n"] * 5)
+    monkeypatch.setattr(Connection, "stream", stream)
+    assert main(["attach", "j", "--address", server.url]) == 130
 
 
 def test_the_address_that_is_given_wins(
