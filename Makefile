@@ -22,7 +22,7 @@ ifneq ($(STORE),local)
 SET += --set vars.store=$(if $(filter s3,$(STORE)),s3://rzen-demo,$(STORE))
 endif
 
-PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadscope --no-loadscope-reorder --durations=20
+PYTEST = pytest -n $(WORKERS) --maxprocesses 8 --dist loadscope --no-loadscope-reorder --durations=20
 
 .PHONY: help setup demo test test-long coverage check audit docs
 
@@ -42,13 +42,15 @@ demo: setup ## run the whole pipeline on a synthetic corpus; STORE=s3 or s3://bu
 	$(if $(filter s3,$(STORE)),$(BIN)/python -m jobs.runtime.local_s3) $(BIN)/rzen run $(SPEC) $(SET)
 
 test: setup ## run the tests, except those that take minutes each
-	$(PYTEST) -m "not long" $(TEST_ARGS)
+	$(BIN)/python -m $(PYTEST) -m "not long" $(TEST_ARGS)
 
 test-long: setup ## run the tests that take minutes each: whole jobs that are killed, preempted, scaled
-	$(PYTEST) -m long $(TEST_ARGS)
+	$(BIN)/python -m $(PYTEST) -m long $(TEST_ARGS)
 
 coverage: setup ## run `make test` with line coverage
-	$(BIN)/python -m coverage run -m pytest -m "not long"
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m coverage run -m $(PYTEST) -m "not long" $(TEST_ARGS)
+	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report
 
 check: setup ## format, lint, types, import directions, Kubernetes manifests
