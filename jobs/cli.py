@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from jobs.commands import data, models, registry, spec
+from jobs.commands import data, models, registry, runs, spec
 from jobs.commands.group import CommandGroup
 from jobs.commands.output import SafeFormatter, print_error, print_text
 from pipelines.errors import UserError
@@ -32,6 +32,9 @@ Examples, from files to search:
   rzen run jobs/stage2.yaml --set data.root=s3://bucket/photos --set optim.lr=1e-4
   rzen explain optim.lr                                   show what a setting does, its default and its limits
   rzen submit jobs/finetunes.yaml --address http://head:8265
+  rzen runs s3://bucket/runs                              list training runs: state, step, loss
+  rzen logs runs/stage2 -f                                follow the log of a run, or of a submitted job by its id
+  rzen stop raysubmit_a1b2c3                              stop a submitted job; it saves a checkpoint
   rzen run jobs/retrain.yaml                              on a schedule: train on new data, promote what is better
   rzen registry list                                      show the models and promotions
   rzen evaluate --list                                    show which benchmarks are there, and what to fetch
@@ -42,7 +45,7 @@ To resume an interrupted job, give the same command again.
 
 \b
 Exit status: 0 success, 1 an error that the message explains, 2 a wrong command line, 130 interrupted.
-`rzen submit` and `rzen attach` exit with the status of the job, or with 75 if the cluster stops answering.
+`rzen submit`, `attach` and `logs -f` exit with the status of the job, or with 75 if the cluster stops answering.
 """
 
 
@@ -132,6 +135,7 @@ def _add(group: typer.Typer, commands: Sequence[Callable[..., None]]) -> None:
 
 
 _add(app, [spec.validate, spec.run, spec.submit, spec.attach, data.ingest, data.index, data.verify])
+_add(app, [runs.runs, runs.logs, runs.stop])
 _add(app, [models.embed, models.evaluate, models.search, models.export])
 _registry = typer.Typer(cls=CommandGroup, rich_markup_mode=None)
 _registry.callback()(registry.choose)

@@ -75,6 +75,10 @@ class _Handler(BaseHTTPRequestHandler):
         return self._answer({"logs": log.pop(0) if len(log) > 1 else log[0]})
 
     def do_POST(self) -> None:
+        if self.path.endswith("/stop"):
+            job = self.path.strip("/").split("/")[2]
+            self.server.jobs[job] |= {"status": "STOPPED"}
+            return self._answer({"stopped": True})
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         job = request["submission_id"]
         if job in self.server.jobs:

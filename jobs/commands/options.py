@@ -33,6 +33,16 @@ ResultAsJson = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON, for scripts")]
 
 
+Address = Annotated[
+    str | None,
+    typer.Option(
+        help="address of the cluster's dashboard (default: RAY_API_SERVER_ADDRESS, then RAY_ADDRESS, then "
+        "http://127.0.0.1:8265)",
+        show_default=False,
+    ),
+]
+
+
 def read_spec(path: str, changes: Sequence[str] | None, kind: str | None = None) -> tuple[JobConfig, Document]:
     """Return the checked spec of a file with each `a.b=c` of `changes` on top, and the document it was read from.
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jobs.commands.options import (
+    Address,
     AsJson,
     Changes,
     ResultAsJson,
@@ -78,16 +79,6 @@ def validate(
 def run(spec: SpecPath, changes: Changes = None, as_json: ResultAsJson = False) -> None:
     """Run a job here, or on the Ray cluster that RAY_ADDRESS names."""
     run_file(spec, changes, as_json=as_json)
-
-
-Address = Annotated[
-    str | None,
-    typer.Option(
-        help="address of the cluster's dashboard (default: RAY_API_SERVER_ADDRESS, then RAY_ADDRESS, then "
-        "http://127.0.0.1:8265)",
-        show_default=False,
-    ),
-]
 
 
 def submit(

@@ -1,10 +1,11 @@
-"""Follows a submitted job to its end and prints its log once, whatever happens to the connection."""
+"""Follows a submitted job to its end and prints its log once, whatever happens to the connection. Stops jobs."""
 
 from __future__ import annotations
 
 import asyncio
 import sys
 import textwrap
+import time
 from collections.abc import Callable
 from contextlib import aclosing, suppress
 
@@ -16,6 +17,7 @@ from jobs.runtime.progress import say
 from pipelines.errors import UserError
 
 _PENDING_S = 10.0
+_STOP_POLL_S = 0.5
 _REATTACH_S = 300.0  # without a line: Ray's own part of the stream may have died
 _LAST_ATTEMPTS = 4
 _PAUSES_S = (0.5, 1.0, 2.0, 5.0)  # after a stream without a new line, after a second one, ...
@@ -180,17 +182,53 @@ def attach(server: JobServer, job: str) -> int:
         report_detached(server, job)
         return 130
     except UnknownJob as error:
-        raise UserError(job, f"is not a job on {server.address}", _known(server)) from error
+        raise _unknown(server, job) from error
     say_outcome(job, details)
     return exit_status(details)
 
 
+def print_log(server: JobServer, job: str) -> None:
+    """Print the log of a submitted job as it is now."""
+
+    async def read() -> str:
+        async with server.connection() as connection:
+            return await connection.log(job)
+
+    try:
+        _write(asyncio.run(read()))
+    except UnknownJob as error:
+        raise _unknown(server, job) from error
+    except Unreachable as error:
+        raise UserError(server.address, f"does not answer ({error})", "give the command again") from error
+
+
+def stop(server: JobServer, job: str, *, wait: bool) -> None:
+    """Stop a submitted job, and wait for its end. Raise `UserError` if the cluster does not know it.
+
+    Ray kills a job that has not ended by itself after `RAY_JOB_STOP_WAIT_TIME_S`, so that each job ends.
+    """
+    try:
+        details = server.details(job)
+        if details.status.is_terminal():
+            say(f"{job} has ended before: {outcome(details)}")
+            return
+        server.stop(job)
+        while wait and not details.status.is_terminal():
+            time.sleep(_STOP_POLL_S)
+            details = server.details(job)
+    except UnknownJob as error:
+        raise _unknown(server, job) from error
+    say(f"{job} {details.status.value.lower()}" if wait else f"{job} is asked to stop")
+
+
 def report_detached(server: JobServer, job: str) -> None:
     """Print that a job goes on although nobody follows it, and how to follow and to stop it."""
-    say(
-        f"\n{job} continues; follow it with: rzen attach {job}{server.option}; stop it with: {server.stop(job)}",
-        "yellow",
-    )
+    named = f"{job}{server.option}"
+    say(f"\n{job} continues; follow it with: rzen attach {named}; stop it with: rzen stop {named}", "yellow")
+
+
+def _unknown(server: JobServer, job: str) -> UserError:
+    return UserError(job, f"is not a job on {server.address}", _known(server))
 
 
 def _known(server: JobServer) -> str:

@@ -7,7 +7,7 @@ import logging
 import os
 import ssl
 import time
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
@@ -135,10 +135,14 @@ class JobServer:
 
     def details(self, job: str) -> JobDetails:
         """Return the state of a job, once the server answers. Raise `UnknownJob` or `ServerLost`."""
+        details: JobDetails = self._patiently(job, self.client.get_job_info)
+        return details
+
+    def _patiently(self, job: str, request: Callable[[str], Any]) -> Any:
         patience = Patience(self, job, PATIENCE_S)
         while True:
             try:
-                return self.client.get_job_info(job)
+                return request(job)
             except Unreachable as error:
                 time.sleep(patience.next_delay_s(error))
 
@@ -150,9 +154,9 @@ class JobServer:
             return []
         return [str(job.submission_id) for job in sorted(jobs, key=lambda job: -(job.start_time or 0))]
 
-    def stop(self, job: str) -> str:
-        """Return the command that stops a job here. Ray's own `--address` loses against its variables."""
-        return f"{f'RAY_API_SERVER_ADDRESS={self.address} ' if self.option else ''}ray job stop {job}"
+    def stop(self, job: str) -> None:
+        """Ask a job to stop, once the server answers. Raise `UnknownJob` or `ServerLost`."""
+        self._patiently(job, self.client.stop_job)
 
     def connection(self) -> Connection:
         """Return a connection for following a job, to be used in `async with`."""

@@ -254,6 +254,21 @@ class HeldLeases(ExitStack):
             lease.check_not_taken()
 
 
+def active_holder(store: Store) -> LeaseFile | None:
+    """Return who works in a folder at present. None if nobody does.
+
+    A holder on another machine counts as long as its time has not passed by the clock of this one.
+    """
+    try:
+        content = parse_json(store.read(LEASE), f"{store.url}/{LEASE}", LeaseFile, _FIX)
+    except FileNotFoundError:
+        return None
+    alive = _is_alive(content)
+    if alive is None:
+        alive = time.time() < content["until"]
+    return content if alive else None
+
+
 def _holder(content: LeaseFile) -> str:
     return f"{content['by']} (process {content['process']}) {content['activity']} here, seen at {content['at']}"
 

@@ -217,7 +217,7 @@ class _Submitter:
         say(f"  dashboard  {server.address}/#/jobs/{job}", "dim")
         say(f"  follow     rzen attach {job}{server.option}", "dim")
         again = "the same command" if self._submission.id is None else "another --submission-id"
-        say(f"  stop       {server.stop(job)}       {again} then resumes from the last checkpoint", "dim")
+        say(f"  stop       rzen stop {job}{server.option}       {again} then resumes from the last checkpoint", "dim")
 
 
 def _needed(files: Sequence[Path], folder: Path) -> list[Path]:

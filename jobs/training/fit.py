@@ -22,7 +22,7 @@ from jobs.runtime.lease import HeldLeases
 from jobs.runtime.progress import say
 from jobs.spec.no_effect import unused_settings
 from jobs.training.encoder import BACKBONE, encoder_of
-from jobs.training.runs import FAILURE, KIND, UNTRACKED, DoneFile, Run, read_done
+from jobs.training.runs import FAILED, FAILURE, KIND, STARTS, UNTRACKED, DoneFile, Run, read_done
 from jobs.training.specs import TrainSpec
 from jobs.training.start import check_backbone, describe_start, weights_of, with_init_adapter
 from jobs.training.tracking import check_tracking
@@ -128,11 +128,11 @@ def fit(prepared: Prepared, board: Any, set_state: Callable[[str, str], None], a
     Workers post their progress to the actor `board`. `set_state(name, state)` is called when they restart.
     """
     run = prepared.run
-    run.log(f"starts at step {run.step()} of {prepared.plan.num_steps}, {run.spec.cluster.workers} workers")
+    run.log(f"{STARTS} {run.step()} of {prepared.plan.num_steps}, {run.spec.cluster.workers} workers")
     try:
         _fit(prepared, board, set_state, abandoned)
     except UserError as error:
-        run.log(f"failed permanently: {error}")
+        run.log(f"{FAILED}: {error}")
         raise
     run.log("finished")
 

@@ -54,6 +54,8 @@ from rzen.training.checkpoint_state import FIX, STATE, parse_state
 SPEC, LATEST, DONE, METRICS, PHASES = "spec.json", "latest.json", "done.json", "metrics.jsonl", "phases.json"
 BEST, LOG = "best", "log.txt"
 KIND = "run"
+STARTS, FAILED = "starts at step", "failed permanently"
+"""Words in `log.txt` that `rzen runs` goes by."""
 _LOGGING = threading.Lock()  # several threads of a driver add lines
 TENSORBOARD, UNTRACKED, FAILURE = "tensorboard", "tracking.txt", "failure.txt"
 RESULTS = ("adapter", "model", BEST)

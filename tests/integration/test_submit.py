@@ -131,7 +131,7 @@ def test_with_the_hook_the_folder_travels_along(cluster: Cluster, tmp_path: Path
         "ray", "job", "submit", "--", "corpus.yaml", "--set", "corpus.num_images=5", cwd=tmp_path / "laptop", **HOOK
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    for told in ("5 samples in", "dashboard  http://", "ray job stop raysubmit_", "succeeded"):
+    for told in ("5 samples in", "dashboard  http://", "rzen stop raysubmit_", "succeeded"):
         assert told in done.stdout
 
 

@@ -128,7 +128,7 @@ def test_an_interruption_says_how_to_go_on(
     finally:
         signal.signal(signal.SIGTERM, before)
     option = f"--address {server.url}"
-    stop = f"RAY_API_SERVER_ADDRESS={server.url} ray job stop j"
+    stop = f"rzen stop j {option}"
     assert f"j continues; follow it with: rzen attach j {option}; stop it with: {stop}\n" in capsys.readouterr().out
 
 
