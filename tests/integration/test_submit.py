@@ -321,10 +321,14 @@ def test_a_stopped_job_leaves_a_checkpoint_and_goes_on(cluster: Cluster, tmp_pat
     while not (run / "metrics.jsonl").exists():
         assert time.monotonic() < deadline, cluster.run("ray", "job", "logs", job, cwd=tmp_path).stdout
         time.sleep(0.2)
-    stopped = cluster.run("ray", "job", "stop", job, cwd=tmp_path)
-    assert stopped.returncode == 0, stopped.stdout + stopped.stderr
-    log = cluster.run("ray", "job", "logs", job, cwd=tmp_path).stdout
+    (listed,) = json.loads(cluster.run("rzen", "runs", "--json", cwd=tmp_path).stdout)
+    assert (listed["state"], listed["steps"]) == ("running", 600)
+    stopped = cluster.run("rzen", "stop", job, cwd=tmp_path)
+    assert (stopped.returncode, stopped.stdout) == (0, f"{job} stopped\n"), stopped.stderr
+    log = cluster.run("rzen", "logs", job, cwd=tmp_path).stdout
     assert "saving; the same command resumes from there" in log
+    (listed,) = json.loads(cluster.run("rzen", "runs", "--json", cwd=tmp_path).stdout)
+    assert listed["state"] == "interrupted"
     checkpoint = json.loads((run / "latest.json").read_text())["path"]  # the spec asks for none
     step = json.loads((run / checkpoint / "state.json").read_text())["step"]
     assert 0 < step < 600
