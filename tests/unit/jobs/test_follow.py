@@ -111,6 +111,17 @@ def test_an_outage_without_end_says_how_to_follow_later(server: StandIn) -> None
     assert ServerLost("a", "b").status == 75
 
 
+@pytest.fixture
+def signals() -> Iterator[None]:
+    """Python's own handlers: a shell that starts the tests in the background has SIGINT ignored."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_says_how_to_go_on(
     number: signal.Signals, server: StandIn, capsys: pytest.CaptureFixture[str]
@@ -122,26 +133,23 @@ def test_an_interruption_says_how_to_go_on(
         os.kill(os.getpid(), number)
 
     threading.Thread(target=interrupt, daemon=True).start()
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        assert main(["attach", "j", "--address", server.url]) == 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    assert main(["attach", "j", "--address", server.url]) == 130
     option = f"--address {server.url}"
     stop = f"rzen stop j {option}"
     assert f"j continues; follow it with: rzen attach j {option}; stop it with: {stop}\n" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("signals")
 def test_an_interruption_counts_where_the_connection_breaks_by_it(
     server: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    signals = [signal.SIGINT]
+    to_send = [signal.SIGINT]
 
     async def stream(connection: Connection, job: str) -> AsyncGenerator[str, None]:
-        if not signals:
+        if not to_send:
             return
         try:
-            os.kill(os.getpid(), signals.pop())
+            os.kill(os.getpid(), to_send.pop())
             await asyncio.sleep(60)
             yield ""
         except asyncio.CancelledError as error:
