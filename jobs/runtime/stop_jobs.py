@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import time
 
 from pipelines.errors import UserError
@@ -22,15 +21,13 @@ def stop_jobs(address: str, patience_s: float) -> list[str]:
 
     Raise `UserError` if no job server answers.
     """
-    from ray.job_submission import JobSubmissionClient
+    from jobs.runtime.job_server import Access, JobServer, Unreachable
 
-    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):  # they win over an explicit address (ray#41590)
-        os.environ.pop(name, None)
     deadline_s = time.monotonic() + patience_s
+    client = JobServer(Access(address)).client
     try:
-        client = JobSubmissionClient(address)
         jobs = client.list_jobs()
-    except (ConnectionError, RuntimeError) as error:
+    except Unreachable as error:
         raise UserError(address, f"no job server answers ({error})", "check the dashboard of the head") from error
     left = [job.submission_id for job in jobs if job.submission_id and not job.status.is_terminal()]
     for job in left:
