@@ -9,6 +9,7 @@ HASHES ?=
 PIP_AUDIT := pip-audit==2.10.1
 STORE ?= local
 MEDIA ?=
+MODEL ?=
 # Processes that run the tests: one with Ray's tests, the others with the rest. TEST_ARGS goes to pytest.
 WORKERS ?= logical
 TEST_ARGS ?=
@@ -16,10 +17,16 @@ TEST_ARGS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-SPEC := $(if $(MEDIA),jobs/folder.yaml,jobs/demo.yaml)
-SET := $(if $(MEDIA),--set 'vars.media=$(abspath $(MEDIA))')
+# What `make demo` runs. Each spec has an output folder of its own below runs/.
+DEMO := $(if $(MEDIA),$(if $(MODEL),photos,folder),demo)
+# A name as a YAML text in quotes of the shell, whatever characters it has.
+quoted = $(subst ','\'',"$(subst ",\",$(subst \,\\,$(1)))")
+SET := $(if $(MEDIA),--set 'vars.media=$(call quoted,$(MEDIA))') $(if $(MODEL),--set 'vars.model=$(call quoted,$(MODEL))')
+ifneq ($(MODEL),)
+$(if $(MEDIA),,$(error MODEL searches a folder: name it with MEDIA))
+endif
 ifneq ($(STORE),local)
-SET += --set vars.store=$(if $(filter s3,$(STORE)),s3://rzen-demo,$(STORE))
+SET += --set vars.store=$(if $(filter s3,$(STORE)),s3://rzen-$(DEMO),$(STORE))
 endif
 
 PYTEST = pytest -n $(WORKERS) --maxprocesses 8 --dist loadscope --no-loadscope-reorder --durations=20
@@ -38,8 +45,8 @@ $(READY): pyproject.toml requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c requirements.lock -e '.[dev]'
 	@touch $@
 
-demo: setup ## run the whole pipeline on a synthetic corpus; STORE=s3 or s3://bucket/folder, MEDIA=folder
-	$(if $(filter s3,$(STORE)),$(BIN)/python -m jobs.runtime.local_s3) $(BIN)/rzen run $(SPEC) $(SET)
+demo: setup ## run the whole pipeline on a synthetic corpus; MEDIA=folder [MODEL=model], STORE=s3 or s3://bucket/folder
+	$(if $(filter s3,$(STORE)),$(BIN)/python -m jobs.runtime.local_s3) $(BIN)/rzen run jobs/$(DEMO).yaml $(SET)
 
 test: setup ## run the tests, except those that take minutes each
 	$(BIN)/python -m $(PYTEST) -m "not long" $(TEST_ARGS)

@@ -25,6 +25,8 @@ Modality = Literal["image", "page", "video", "text"]
 """What a target is for those who search."""
 MODALITIES: tuple[Modality, ...] = ("image", "page", "video", "text")
 Split = Literal["train", "held_out"]
+StoredSplit = Literal["train", "held_out", "uncaptioned"]
+"""Splits that ingest writes. Media in `uncaptioned` are embedded and searched. Nothing is trained on them."""
 UInt8Array = npt.NDArray[np.uint8]
 Members = dict[str, bytes]
 """Member of a sample -> bytes of the file."""
@@ -45,7 +47,7 @@ class Media:
 @_STORED
 @dataclass(frozen=True, slots=True)
 class Input:
-    """A query or target before decoding: text, media, or both. At least one of them is present."""
+    """A query or target before decoding: text, media, or both. Only the query of an uncaptioned medium has neither."""
 
     text: str = ""
     media: tuple[Media, ...] = ()
@@ -122,12 +124,12 @@ class FileRef:
 class RawSample:
     """What a source yields: a sample whose hashes are still empty, and a file for every member it names.
 
-    `split` is set if the data define their own split.
+    `split` is set if the data define their own split, and for uncaptioned media.
     """
 
     sample: Sample
     files: dict[str, FileRef] = field(default_factory=dict)
-    split: Split | None = None
+    split: StoredSplit | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,7 +93,9 @@ def search(
             metavar="QUERY", help="text in quotes, or file or URL of an image, PDF page (a.pdf#page=2) or video"
         ),
     ],
-    vectors: Annotated[str | None, typer.Option(help="output of `rzen embed` (default: that of the demo)")] = None,
+    vectors: Annotated[
+        str | None, typer.Option(help="output of `rzen embed` (default: the newest below runs/)")
+    ] = None,
     top_k: Annotated[int | None, typer.Option(help="hits per query")] = None,
     modalities: Annotated[
         list[Modality] | None,

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from jobs.data.specs import IngestSpec
 from jobs.runtime.cluster import ray_cluster
 from jobs.runtime.lease import hold_output
 from jobs.runtime.progress import Bars, duration, say
+from pipelines.ingest.blocks import UNCAPTIONED
 from pipelines.ingest.ingest import REPORT_PATH, IngestReport, ingest
+from pipelines.samples import RawSample, Rejected
 from pipelines.shards.manifest import DATASET
-from pipelines.sources.folder import read_folder
+from pipelines.sources.folder import LIST_NAME, caption_line, read_folder
 from pipelines.storage.location import open_store
 from rzen.config import PromptConfig
 from rzen.families import FAMILIES
@@ -21,12 +25,13 @@ LARGEST_PIXELS = PromptConfig().max_visual_tokens * max(family.token_px for fami
 
 def run(spec: IngestSpec) -> dict[str, Any]:
     """Write the dataset and report what became of every sample."""
-    raw = read_folder(spec.input, spec.media, follow_links=spec.follow_links)
+    raw = read_folder(spec.input, spec.media, follow_links=spec.follow_links, keep_uncaptioned=spec.keep_uncaptioned)
+    uncaptioned: list[str] = []
     store = open_store(spec.out, spec.endpoint)
     say(f"  {spec.input} -> {store.url}, {spec.held_out_fraction:.0%} held out")
     with hold_output(store, DATASET, "ingests") as lease, ray_cluster(), Bars() as bars:
         report = ingest(
-            raw,
+            _noting(raw, uncaptioned),
             store,
             # Stored pages must be large enough for every model that may read them.
             media=spec.media.for_model(LARGEST_PIXELS) if spec.materialized else spec.media,
@@ -34,11 +39,25 @@ def run(spec: IngestSpec) -> dict[str, Any]:
             seed=spec.seed,
             samples_per_shard=spec.samples_per_shard,
             materialized=spec.materialized,
+            keep_uncaptioned=spec.keep_uncaptioned,
             on_progress=lambda done, total: bars.update("ingest", done, total),
             before_publish=lease.check,
         )
     _print_report(report)
+    if kept := sum(report.accepted.get(UNCAPTIONED, {}).values()):
+        say(
+            f"  {kept:,} media and pages without a caption can be searched, but not trained on. To train on"
+            f" them, write {Path(spec.input).absolute() / LIST_NAME} with lines such as {caption_line(uncaptioned[0])}"
+        )
     return {"outputs": [spec.out], "samples": report.accepted, "rejected": report.rejected}
+
+
+def _noting(raw: Iterable[RawSample | Rejected], uncaptioned: list[str]) -> Iterator[RawSample | Rejected]:
+    """Yield the samples, and add the origin of each uncaptioned one to a list."""
+    for item in raw:
+        if isinstance(item, RawSample) and item.split == UNCAPTIONED:
+            uncaptioned.append(item.sample.origin)
+        yield item
 
 
 def fingerprint(spec: IngestSpec) -> dict[str, str]:

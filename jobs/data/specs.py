@@ -36,6 +36,9 @@ class IngestSpec(JobConfig):
     follow_links: bool = False
     """Whether to read links to files outside of `input`, as download caches have. `false` counts them as
     `outside_folder`."""
+    keep_uncaptioned: bool = False
+    """Whether to store media without a caption, and pages without text, in the split `uncaptioned`. They are embedded
+    and searched, and never trained on. `false` counts them as `no_caption` and `no_text_layer`."""
     out: str
     """Directory or s3:// URL of the dataset."""
     endpoint: str | None = None

@@ -11,7 +11,7 @@ from jobs.spec.job import JobConfig
 from jobs.spec.kinds import Kind
 from jobs.spec.no_effect import NoEffect
 from pipelines.config import Config, DataConfig, PositiveFloat, PositiveInt
-from pipelines.samples import Split
+from pipelines.samples import StoredSplit
 
 
 class Workers(Config):
@@ -40,8 +40,8 @@ class EmbedSpec(Workers, JobConfig):
     """Exported model: a directory or an s3:// URL. A checkpoint or a hub name works, too."""
     data: DataConfig
     """`data.split` is ignored: see `splits`."""
-    splits: Annotated[list[Split], Field(min_length=1)] = Field(default=["train", "held_out"])
-    """Splits to embed."""
+    splits: Annotated[list[StoredSplit], Field(min_length=1)] = Field(default=["train", "held_out"])
+    """Splits to embed. `uncaptioned` exists in datasets that were ingested with `keep_uncaptioned`."""
     out: str
     """Directory or s3:// URL of the vectors (Parquet) and `vectors.json`. A second run embeds only what is new."""
     endpoint: str | None = None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 
 from jobs.runtime.progress import console, say
 from jobs.runtime.revision import revision, versions
@@ -20,7 +21,7 @@ from pipelines.redaction import has_hidden
 from pipelines.samples import DecodedInput, Rejected, UInt8Array
 from pipelines.storage.location import open_store
 from pipelines.stored_json import read_json
-from rzen.embedding.corpus import Corpus, CorpusHit, VectorsFile, read_corpus
+from rzen.embedding.corpus import MANIFEST, Corpus, CorpusHit, VectorsFile, read_corpus
 from rzen.embedding.embedder import Embedder, load
 from rzen.embedding.inputs import Embeddable, is_file, shown_as
 from rzen.evaluation.results import ResultsFile, plot_losses, plot_scores
@@ -28,24 +29,28 @@ from rzen.report.hits import Hit, Search, terminal_hits
 from rzen.report.render import check_replaceable
 from rzen.report.write import write_page
 
-_NUM_CAPTIONS = 4
+_NUM_QUERIES = 4
+_RUNS = Path("runs")
+Query = tuple[str, Embeddable]
+"""A query with its name for people."""
 
 
 def run(spec: SearchSpec) -> dict[str, Any]:
     """Prints the hits of every query; writes the page where one is asked for."""
     if spec.html is not None:
         check_replaceable(Path(spec.html))
-    corpus = read_corpus(spec.vectors, spec.modalities, spec.endpoint)
+    corpus = read_corpus(spec.vectors or _last_vectors(), spec.modalities, spec.endpoint)
+    targets = _Targets(corpus.manifest)
     # Before the model is loaded, because that takes long.
-    queries = _captions(corpus) if spec.queries is None else _checked(spec.queries)
+    queries = _chosen(corpus, targets) if spec.queries is None else _checked(spec.queries)
     embedder = load(corpus.manifest["model"], dtype=corpus.manifest["dtype"], endpoint=spec.endpoint)
     corpus.check_made_by(embedder.made_by, f"what is there now ({embedder.base})")
-    asked = _decoded(corpus, queries, spec, embedder)
+    asked = _decoded(corpus, [query for _, query in queries], spec, embedder)
     found = corpus.nearest(embedder.encode(asked), spec.top_k)
-    pictures = _Pictures(corpus.manifest) if spec.html is not None else None
+    pictures = targets if spec.html is not None else None
     searches = [
-        Search(shown_as(query), _hits(hits, pictures), _frames(shown))
-        for query, hits, shown in zip(queries, found, asked, strict=True)
+        Search(name, _hits(hits, pictures), _frames(shown))
+        for (name, _), hits, shown in zip(queries, found, asked, strict=True)
     ]
     for search in searches:
         console.print(terminal_hits(search))
@@ -56,21 +61,43 @@ def run(spec: SearchSpec) -> dict[str, Any]:
     return {"outputs": [spec.html]}
 
 
-def _captions(corpus: Corpus) -> list[Embeddable]:
-    """Titles of a few targets, spread over the corpus. None is taken for a path."""
-    spread = np.linspace(0, len(corpus.rows) - 1, min(_NUM_CAPTIONS, len(corpus.rows)), dtype=int)
-    titles = list(dict.fromkeys(corpus.rows["title"].take(spread).to_pylist()))
-    return [{"text": title} for title in titles]
+def _last_vectors() -> str:
+    """Return the folder of the vectors below `runs` that were written last. Raises `UserError` if there are none."""
+    found = sorted(_RUNS.rglob(MANIFEST), key=lambda file: file.stat().st_mtime_ns)
+    if not found:
+        fix = "run `make demo`, or name the output of `rzen embed` with --vectors"
+        raise UserError(str(_RUNS), "holds no vectors", fix)
+    others = f"; --vectors takes the other {len(found) - 1}" if len(found) > 1 else ""
+    say(f"  searches {found[-1].parent}, which was embedded last{others}")
+    return str(found[-1].parent)
 
 
-def _checked(queries: Sequence[str]) -> list[Embeddable]:
-    """Return the queries. Raises `UserError` for one that looks like a file and does not exist."""
+def _chosen(corpus: Corpus, targets: _Targets) -> list[Query]:
+    """Return captions of a few targets, spread over the corpus, or without captions the targets themselves.
+
+    No caption is taken for a path.
+    """
+    rows = corpus.rows.filter(pc.not_equal(corpus.rows["title"], "")) or corpus.rows
+    spread = np.linspace(0, len(rows) - 1, min(_NUM_QUERIES, len(rows)), dtype=int)
+    chosen: list[Query] = []
+    for row in rows.take(spread).to_pylist():
+        if row["title"]:
+            chosen.append((row["title"], {"text": row["title"]}))
+        elif target := targets.read(row["split"], row["source"], row["index"]):
+            chosen.append((row["origin"], target))
+    if not chosen:
+        raise UserError(corpus.url, "has no captions, and its media cannot be read", "name queries")
+    return list(dict(chosen).items())
+
+
+def _checked(queries: Sequence[str]) -> list[Query]:
+    """Return the queries with their names. Raises `UserError` for one that looks like a file and does not exist."""
     for query in queries:
         is_file(query)
-    return [*queries]
+    return [(shown_as(query), query) for query in queries]
 
 
-def _decoded(corpus: Corpus, queries: Sequence[Embeddable], spec: SearchSpec, embedder: Embedder) -> list[DecodedInput]:
+def _decoded(corpus: Corpus, queries: Iterable[Embeddable], spec: SearchSpec, embedder: Embedder) -> list[DecodedInput]:
     pixels = embedder.processor.visual_pixels
     try:
         return corpus.read_queries(queries, spec.instruction, pixels, spec.endpoint)
@@ -78,8 +105,8 @@ def _decoded(corpus: Corpus, queries: Sequence[Embeddable], spec: SearchSpec, em
         raise UserError("search", str(error), "name a file that can be decoded") from error
 
 
-class _Pictures:
-    """Pictures of targets. There are none of a split whose data changed after they were embedded, or cannot be read.
+class _Targets:
+    """Decoded targets. There are none of a split whose data changed after they were embedded, or cannot be read.
 
     The hits still hold then: vector, title and origin were stored together.
     """
@@ -93,22 +120,25 @@ class _Pictures:
         # One reader for each split, because each reader starts a process for untrusted media.
         self._readers: dict[str, Reader | None] = {}
 
-    def of(self, hit: CorpusHit) -> list[UInt8Array]:
+    def pictures(self, hit: CorpusHit) -> list[UInt8Array]:
         """Return the target's frames; none for a text, or where the file has become unreadable."""
-        if hit.modality == "text":
-            return []
+        target = None if hit.modality == "text" else self.read(hit.split, hit.source, hit.index)
+        return _frames(target) if target else []
+
+    def read(self, split: str, source: str, index: int) -> DecodedInput | None:
+        """Return a target, None where its file has become unreadable."""
         try:
-            if hit.split not in self._readers:
-                self._readers[hit.split] = self._checked(self._data.model_copy(update={"split": hit.split}))
-            reader = self._readers[hit.split]
+            if split not in self._readers:
+                self._readers[split] = self._checked(self._data.model_copy(update={"split": split}))
+            reader = self._readers[split]
             if reader is None:
-                return []
-            (target,) = reader.inputs(hit.source, [(hit.index, "positive")])
+                return None
+            (target,) = reader.inputs(source, [(index, "positive")])
         except UserError as error:
-            say(f"  hits of {hit.split} have no pictures: {error}", "yellow")
-            self._readers[hit.split] = None
-            return []
-        return [] if isinstance(target, Rejected) else _frames(target)
+            say(f"  hits of {split} have no pictures: {error}", "yellow")
+            self._readers[split] = None
+            return None
+        return None if isinstance(target, Rejected) else target
 
     def _checked(self, data: DataConfig) -> Reader:
         """Return a reader of the data that was embedded. Raises `UserError` for other data."""
@@ -119,9 +149,9 @@ class _Pictures:
         return reader
 
 
-def _hits(found: Iterable[CorpusHit], pictures: _Pictures | None) -> list[Hit]:
+def _hits(found: Iterable[CorpusHit], targets: _Targets | None) -> list[Hit]:
     return [
-        Hit(hit.rank, hit.score, hit.modality, hit.title, hit.origin, pictures.of(hit) if pictures else [])
+        Hit(hit.rank, hit.score, hit.modality, hit.title, hit.origin, targets.pictures(hit) if targets else [])
         for hit in found
     ]
 

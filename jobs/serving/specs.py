@@ -54,9 +54,11 @@ class SearchSpec(JobConfig):
     """Must be `search`."""
     queries: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None
     """Texts, and files or URLs of images, videos and pages of PDFs (`report.pdf#page=2`, from zero). A text with the
-    name of such a file is the file. `null` takes a few captions of the corpus."""
-    vectors: str
-    """Directory or s3:// URL written by a job of kind `embed`."""
+    name of such a file is the file. `null` takes a few captions of the corpus, or a few of its media where it has no
+    captions."""
+    vectors: str | None
+    """Directory or s3:// URL written by a job of kind `embed`. `null` takes those below `runs` that were written last,
+    and prints which."""
     endpoint: str | None = None
     """S3 endpoint of the vectors and the model. `null` uses AWS_ENDPOINT_URL from the environment."""
     instruction: str | None = None

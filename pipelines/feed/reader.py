@@ -64,7 +64,11 @@ class Reader:
         return {name: source.num_samples for name, source in self._manifest.sources.items()}
 
     def tables(self) -> dict[str, SourceTable]:
-        """Return each source of the split as `build_plan` takes it."""
+        """Return each source of the split as `build_plan` takes it. Raises `UserError` for a split without a sample."""
+        if not self._manifest.sources:
+            problem = "has no pair to train on"
+            fix = 'caption the raw files with lines such as {"file": "a.jpg", "caption": "a dog"} in captions.jsonl'
+            raise UserError(f"{self._store.url}/{self.data.split}", problem, f"{fix}, or only embed and search them")
         mixture = self.data.mixture
         grouped = {member for members in mixture.groups.values() for member in members}
         wanted = set(mixture.weights or self._manifest.sources)

@@ -12,10 +12,11 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
+from typing import get_args
 
-from pipelines.samples import FileRef, Input, RawSample
+from pipelines.samples import FileRef, Input, RawSample, StoredSplit
 
-TRAIN, HELD_OUT = "train", "held_out"
+TRAIN, HELD_OUT, UNCAPTIONED = get_args(StoredSplit)
 _MIN_TRAIN_SAMPLES = 2  # one sample has nothing to be contrasted with
 
 
@@ -73,7 +74,7 @@ def _split(samples: list[RawSample], fraction: float, seed: int, root: str) -> d
     Of the n samples that name no split, round(fraction * n) are held out, or fewer: samples with the same target stay
     together, and train keeps at least two.
     """
-    splits: dict[str, list[RawSample]] = {TRAIN: [], HELD_OUT: []}
+    splits: dict[str, list[RawSample]] = {TRAIN: [], HELD_OUT: [], UNCAPTIONED: []}
     by_target: dict[str, list[RawSample]] = defaultdict(list)
     free = [raw for raw in samples if raw.split is None]
     for raw in samples:

@@ -14,7 +14,7 @@ import pickle
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import ray.data
 
 from pipelines.config import MediaConfig
 from pipelines.errors import BadMedia, UserError
-from pipelines.ingest.blocks import HELD_OUT, TRAIN, Block, pair_identity, plan_blocks
+from pipelines.ingest.blocks import HELD_OUT, TRAIN, UNCAPTIONED, Block, pair_identity, plan_blocks
 from pipelines.ingest.members import load_sample
 from pipelines.media.libraries import library_versions
 from pipelines.samples import MediaKind, Members, RawSample, Rejected, Sample
@@ -35,9 +35,11 @@ from pipelines.shards.manifest import (
     ShardInfo,
     SourceInfo,
     index_path,
+    is_stored,
     publish_manifest,
 )
 from pipelines.shards.write import write_shard
+from pipelines.sources.folder import LIST_NAME, caption_line
 from pipelines.storage.publish import claim
 from pipelines.storage.store import Store, disk_errors
 
@@ -98,11 +100,15 @@ def ingest(
     seed: int,
     samples_per_shard: int,
     materialized: bool = False,
+    keep_uncaptioned: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
     before_publish: Callable[[], None] = lambda: None,
 ) -> IngestReport:
     """Write the splits `train` and `held_out` and `report.json` below `out`. `on_progress` gets (done, all) samples.
     `before_publish` is called when all shards are stored, and may raise.
+
+    With `keep_uncaptioned`, there is the split `uncaptioned`, too, and `train` may be empty. Otherwise an earlier
+    split of that name becomes empty.
 
     Videos and pages are stored as they are, or with `materialized` as the frames and images that `media` decodes. An
     existing dataset stays as it is until the new one is whole. A block without a usable sample leaves a gap in the
@@ -120,18 +126,29 @@ def ingest(
         "samples_per_shard": samples_per_shard,
     }
     settings |= {"materialized": materialized, "media": media.model_dump()}
-    manifests = _manifests(blocks, _run(blocks, out, media, materialized, on_progress), report)
+    splits = [TRAIN, HELD_OUT]
+    if keep_uncaptioned or is_stored(out, UNCAPTIONED):
+        splits.append(UNCAPTIONED)
+    manifests = _manifests(splits, blocks, _run(blocks, out, media, materialized, on_progress), report)
     assert report.num_accepted + report.num_rejected == report.seen
     report.elapsed_s = round(time.monotonic() - started_s, 3)
-    if not report.accepted[TRAIN]:
+    if not report.accepted[TRAIN] and not report.accepted.get(UNCAPTIONED):
         out.write(REPORT_PATH, report.to_json())
         reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(report.rejected.items()))
         problem = f"none of {report.seen} samples can be used for training ({reasons or 'there are none'})"
-        raise UserError(out.url, problem, f"see {REPORT_PATH} there, and check the paths of the raw data")
+        raise UserError(out.url, problem, _fix(report))
     manifests = [replace(with_duplicates(out, manifest), settings=settings) for manifest in manifests]
     before_publish()
     publish_manifest(out, *manifests, reports={REPORT_PATH: report.to_json()})
     return report
+
+
+def _fix(report: IngestReport) -> str:
+    """Return what to do when no sample can be used for training."""
+    if uncaptioned := report.examples.get("no_caption"):
+        line = caption_line(uncaptioned[0])
+        return f"write {LIST_NAME} into the raw folder with lines such as {line}, or set keep_uncaptioned to search it"
+    return f"see {REPORT_PATH} there, and check the paths of the raw data"
 
 
 def _collect(raw: Iterable[RawSample | Rejected], report: IngestReport) -> list[RawSample]:
@@ -220,9 +237,11 @@ def make_shard(
     return WrittenShard(block_index, replace(shard, path=path), tuple(rejected))
 
 
-def _manifests(blocks: list[Block], outcomes: list[WrittenShard], report: IngestReport) -> list[Manifest]:
-    """Return the manifests of both splits, without settings, and count the results in the report."""
-    shards: dict[str, dict[str, list[ShardInfo]]] = {TRAIN: {}, HELD_OUT: {}}
+def _manifests(
+    splits: Sequence[str], blocks: list[Block], outcomes: list[WrittenShard], report: IngestReport
+) -> list[Manifest]:
+    """Return the manifests of the splits, without settings, and count the results in the report."""
+    shards: dict[str, dict[str, list[ShardInfo]]] = {split: {} for split in splits}
     tasks = {block.source: block.samples[0].sample.task for block in blocks}
     for outcome in outcomes:
         block = blocks[outcome.block_index]

@@ -205,6 +205,15 @@ def read_manifest(store: Store, split: str) -> Manifest:
         raise UserError(place, f"cannot be read: {error}", "run the job again that wrote it") from error
 
 
+def is_stored(store: Store, split: str) -> bool:
+    """Return whether a split has a manifest."""
+    try:
+        read_published(store, manifest_path(split))
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def source_info(store: Store, manifest: Manifest, source: str) -> SourceInfo:
     """Return a source of a manifest. Raises `UserError` if there is no such source."""
     if source not in manifest.sources:

@@ -17,6 +17,7 @@ mark.
 from __future__ import annotations
 
 import codecs
+import json
 import os
 import posixpath
 import unicodedata
@@ -31,7 +32,7 @@ from pipelines.config import Config, MediaConfig, NonNegativeInt
 from pipelines.errors import BadMedia, UserError
 from pipelines.instructions import INSTRUCTIONS
 from pipelines.media.documents import page_texts
-from pipelines.media.files import KINDS
+from pipelines.media.files import KINDS, split_page
 from pipelines.media.sandbox import Sandbox
 from pipelines.samples import SOURCE_PATTERN, FileRef, Input, Media, MediaKind, RawSample, Rejected, Sample, Split
 from pipelines.sources.passages import choose_passages
@@ -60,6 +61,7 @@ class _Line(Config):
     split: Split | None = None
 
 
+_UNCAPTIONED = ("no_caption", "empty_caption", "no_text_layer")
 _OPTIONS = {"source", "task", "instruction", "relevance"}  # fields of the sample; `split` is the raw sample's
 _FORMS = (
     {"file", "caption"},
@@ -70,13 +72,24 @@ _FORMS = (
 )
 
 
-def read_folder(path: str, config: MediaConfig, *, follow_links: bool = False) -> Iterator[RawSample | Rejected]:
+def caption_line(origin: str) -> str:
+    """Return the line of `captions.jsonl` that captions a medium or page, for messages."""
+    name, page = split_page(origin)
+    fields = {"file": name} | ({} if page is None else {"page": page}) | {"caption": "what it shows"}
+    return json.dumps(fields, ensure_ascii=False)
+
+
+def read_folder(
+    path: str, config: MediaConfig, *, follow_links: bool = False, keep_uncaptioned: bool = False
+) -> Iterator[RawSample | Rejected]:
     """Yield all samples of a folder and everything that is rejected, in an order that depends on names only.
 
     First come the lines of every `captions.jsonl`, then every other file. Media are named and not read, except the text
     layers of PDFs without captions, which a sandbox reads. Links to files of the folder are followed. Links to other
     files are rejected, unless `follow_links` asks for them, as download caches need. Links to folders are not followed.
-    Keys are empty. `origin` is the path in the folder, with `#page=` from zero for PDFs, or `captions.jsonl:line`.
+    With `keep_uncaptioned`, media and pages without a caption are samples of the split `uncaptioned`, with an empty
+    query. Keys are empty. `origin` is the path in the folder, with `#page=` from zero for PDFs, or
+    `captions.jsonl:line`.
 
     Raises `UserError` at once for a missing path, a file, and a folder without a usable file. Reasons of `Rejected`:
     no_caption, empty_caption, too_long_text, unsupported_format, unreadable, bad_json, missing_file, outside_folder,
@@ -90,10 +103,10 @@ def read_folder(path: str, config: MediaConfig, *, follow_links: bool = False) -
     if not any(_kind(name) or _is_list(name) for name in tree.sizes):
         known = " ".join(KINDS)
         raise UserError(str(path), "holds no usable file", f"put files with {known} or a {LIST_NAME} into it")
-    return _read(tree, config)
+    return _read(tree, config, keep_uncaptioned)
 
 
-def _read(tree: FolderTree, config: MediaConfig) -> Iterator[RawSample | Rejected]:
+def _read(tree: FolderTree, config: MediaConfig, keep_uncaptioned: bool) -> Iterator[RawSample | Rejected]:
     captioned: set[str] = set()
     for name in filter(_is_list, tree.sizes):
         yield from _read_list(tree, name, captioned)
@@ -106,11 +119,22 @@ def _read(tree: FolderTree, config: MediaConfig) -> Iterator[RawSample | Rejecte
             if _is_list(name):
                 continue
             if _kind(name):
-                yield from _read_medium(tree, name, captions.get(_stem(name), []), name in captioned, config, sandbox)
+                found = _read_medium(tree, name, captions.get(_stem(name), []), name in captioned, config, sandbox)
+                yield from _with_uncaptioned(found, tree) if keep_uncaptioned else found
             elif not _is_caption(name):
                 yield _unused(tree, name)
             elif _stem(name) not in stems:
                 yield Rejected(name, "missing_file", "a caption without a medium of the same name")
+
+
+def _with_uncaptioned(found: Iterator[RawSample | Rejected], tree: FolderTree) -> Iterator[RawSample | Rejected]:
+    """Replace what is rejected only because it has no caption by a sample with an empty query."""
+    for item in found:
+        if isinstance(item, Rejected) and item.reason in _UNCAPTIONED:
+            name, page = split_page(item.origin)
+            yield replace(_captioned(tree, name, page, ""), split="uncaptioned")
+        else:
+            yield item
 
 
 def _unused(tree: FolderTree, name: str) -> Rejected:

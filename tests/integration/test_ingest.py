@@ -73,7 +73,8 @@ def run(raw: list[RawSample | Rejected], out: Store, **changes: object) -> Inges
 
 
 def stored(out: Store, split: str) -> list[tuple[Sample, Members]]:
-    reader = Reader(DataConfig(root=out.url, endpoint=getattr(out, "endpoint", None), split=split))
+    data = DataConfig(root=out.url, endpoint=getattr(out, "endpoint", None))
+    reader = Reader(data.model_copy(update={"split": split}))  # no setting names the split `uncaptioned`
     return [item for source, size in reader.sizes().items() for item in reader.raw(source, range(size))]
 
 
@@ -212,6 +213,31 @@ def test_nothing_usable_is_reported(tmp_path: Path) -> None:
     assert json.loads(out.read("report.json"))["seen"] == 2
     with pytest.raises(UserError, match="there is no such manifest"):
         read_manifest(out, "train")
+
+
+def test_uncaptioned_media_are_a_split_that_nothing_is_trained_on(tmp_path: Path) -> None:
+    raws = write_images(tmp_path / "raw", 3)
+    alone = [replace(raw, sample=replace(raw.sample, query=Input()), split="uncaptioned") for raw in raws]
+    out = open_store(str(tmp_path / "out"))
+    assert run(alone, out, keep_uncaptioned=True).accepted == {"train": {}, "held_out": {}, "uncaptioned": {"cars": 3}}
+    assert {sample.origin for sample, _ in stored(out, "uncaptioned")} == {"0000.jpg", "0001.jpg", "0002.jpg"}
+    assert verify(out, "uncaptioned") == []
+    with pytest.raises(
+        UserError, match=r"out/train: has no pair to train on; caption the raw files with .*captions\.js"
+    ):
+        Reader(DataConfig(root=out.url)).tables()
+    assert run(raws, out).accepted == {"train": {"cars": 2}, "held_out": {"cars": 1}, "uncaptioned": {}}
+    assert stored(out, "uncaptioned") == []
+    assert not any(path.startswith("uncaptioned/cars") for path in out.list())
+
+
+def test_a_folder_without_captions_says_which_line_to_write_where(tmp_path: Path) -> None:
+    rejected = [Rejected("a/1.jpg", "no_caption"), Rejected("b.jpg", "no_caption")]
+    line = (
+        r'write captions\.jsonl into the raw folder with lines such as {"file": "a/1\.jpg", "caption": "what it shows"}'
+    )
+    with pytest.raises(UserError, match=line):
+        run([*rejected], open_store(str(tmp_path / "out")))
 
 
 def test_a_run_without_raw_data_leaves_what_is_there(tmp_path: Path) -> None:

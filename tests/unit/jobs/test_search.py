@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -185,9 +187,41 @@ def test_captions_of_the_corpus_are_words_even_if_they_name_files(
 ) -> None:
     corpus = read_corpus("vectors")
     rows = corpus.rows.set_column(corpus.rows.column_names.index("title"), "title", [["gone.png"] * len(corpus.rows)])
-    assert search._captions(replace(corpus, rows=rows)) == [{"text": "gone.png"}]
+    named = search._chosen(replace(corpus, rows=rows), search._Targets(corpus.manifest))
+    assert named == [("gone.png", {"text": "gone.png"})]
     search.run(spec(None))
     assert capsys.readouterr().out.count("rank  score") == 4
+
+
+def test_a_corpus_without_captions_is_searched_by_its_own_media(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    part = folder / "vectors/parts/a.parquet"
+    rows = pq.read_table(part)
+    pq.write_table(rows.set_column(rows.column_names.index("title"), "title", [[""] * len(rows)]), part)
+    search.run(spec(None, modalities=["image", "video"], html="hits.html"))
+    first, *_ = hits = shown_hits(capsys.readouterr().out)
+    assert first == (1, 1.0, "0.png")
+    assert len(hits) == 4 * 4
+    html = (folder / "hits.html").read_text()
+    assert "<h3><bdi>0.png</bdi></h3>" in html
+    assert 'aria-label="image: 0.png"' in html
+    assert 'class="title"' not in html
+
+
+def test_the_vectors_below_runs_that_were_written_last_are_searched(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError, match="runs: holds no vectors; run `make demo`, or name"):
+        search.run(spec([WORDS], vectors=None))
+    for age_s, name in enumerate(["runs/photos/store/vectors", "runs/demo/store/vectors"]):
+        shutil.copytree("vectors", name)
+        os.utime(Path(name, "vectors.json"), (1e9 - age_s, 1e9 - age_s))
+    assert main(["search", WORDS, "--set", "html=null"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "searches runs/photos/store/vectors, which was embedded last; --vectors takes the other 1" in shown
+    assert main(["search", WORDS, "--vectors", "vectors", "--set", "html=null"]) == 0
+    assert "which was embedded last" not in capsys.readouterr().out
 
 
 def test_vectors_of_another_model_are_refused_by_name(folder: Path, model: rzen.Embedder, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pipelines.config import MediaConfig
 from pipelines.errors import UserError
 from pipelines.instructions import INSTRUCTIONS
 from pipelines.samples import FileRef, Input, Media, RawSample, Rejected
-from pipelines.sources.folder import KINDS, read_folder
+from pipelines.sources.folder import KINDS, caption_line, read_folder
 from pipelines.sources.passages import choose_passages
 
 CONFIG = MediaConfig()
@@ -190,6 +190,33 @@ PLANTED = {
     ".cache/a.jpg": b"x",
     "more/captions.jsonl": b"",
 }
+
+
+def test_media_without_a_caption_are_kept_if_asked_for(tmp_path):
+    names = {"a/1 [x].jpg": b"x", "b.mp4": b"x", "c.jpg": b"x", "c.txt": " \n", "d.jpg": b"x", "d.txt": "a dog"}
+    root = write(tmp_path, names | {"e.pdf": pdf("", "a page with words"), "empty.png": b"", "x.heic": b"x"})
+    kept = list(read_folder(root, CONFIG, keep_uncaptioned=True))
+    found = {row.sample.origin: (row.split, row.sample.query) for row in kept if isinstance(row, RawSample)}
+    assert found == {
+        "d.jpg": (None, Input("a dog")),
+        "e.pdf#page=1": (None, Input("a page with words")),
+        **{name: ("uncaptioned", Input()) for name in ("a/1 [x].jpg", "b.mp4", "c.jpg", "e.pdf#page=0")},
+    }
+    assert [(row.origin, row.reason) for row in kept if isinstance(row, Rejected)] == [
+        ("empty.png", "empty_file"),
+        ("x.heic", "unsupported_format"),
+    ]
+    reasons = {row.origin: row.reason for row in read_folder(root, CONFIG) if isinstance(row, Rejected)}
+    assert (reasons["a/1 [x].jpg"], reasons["c.jpg"]) == ("no_caption", "empty_caption")
+    assert reasons["e.pdf#page=0"] == "no_text_layer"
+
+
+@pytest.mark.parametrize("origin", ["a/1 [x].jpg", 'it\'s a "rose".png', "report.pdf#page=2"])
+def test_the_line_that_captions_a_medium_does_so(tmp_path, origin):
+    name = origin.partition("#")[0]
+    samples, refused = read(tmp_path, {name: b"x", "captions.jsonl": caption_line(origin)})
+    assert refused == []
+    assert [(raw.sample.origin, raw.sample.query.text) for raw in samples] == [(origin, "what it shows")]
 
 
 def test_every_planted_fault_is_named_once(tmp_path):

@@ -1,0 +1,53 @@
+"""What `make demo` runs for a folder of media, whatever its name."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+
+import pytest
+
+from jobs.spec.load import check, override, read_document
+from jobs.workflows.pipeline import resolve_jobs
+from jobs.workflows.specs import PipelineSpec
+from tests.paths import ROOT
+
+ODD = "my 'odd' \"photos\": #1 \\ é"
+
+
+def demo(*variables: str) -> subprocess.CompletedProcess[str]:
+    command = ["make", "-n", "demo", "VENV=venv", *variables]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("variables", "spec", "stores"),
+    [
+        ([], "demo", "runs/demo/store"),
+        (["STORE=s3"], "demo", "s3://rzen-demo"),
+        ([f"MEDIA={ODD}"], "folder", "runs/folder/store"),
+        ([f"MEDIA={ODD}", "STORE=s3"], "folder", "s3://rzen-folder"),
+        ([f"MEDIA={ODD}", "MODEL=a model"], "photos", "runs/photos/store"),
+        ([f"MEDIA={ODD}", "MODEL=a model", "STORE=s3://bucket/x"], "photos", "s3://bucket/x"),
+    ],
+)
+def test_each_kind_of_demo_has_its_own_output(variables: list[str], spec: str, stores: str) -> None:
+    *_, last = demo(*variables).stdout.splitlines()
+    words = shlex.split(last)
+    start = words.index("venv/bin/rzen")
+    assert words[start + 1 : start + 3] == ["run", f"jobs/{spec}.yaml"]
+    document = override(read_document(str(ROOT / f"jobs/{spec}.yaml")), words[start + 4 :: 2])
+    pipeline = check(document)
+    assert isinstance(pipeline, PipelineSpec)
+    assert pipeline.vars["store"] == stores
+    assert pipeline.vars.get("media") == (ODD if spec != "demo" else None)
+    if spec == "photos":
+        assert pipeline.vars["model"] == "a model"
+    ingest, _ = resolve_jobs(pipeline, document)["ingest"]
+    assert ingest.model_dump()["out"] == f"{stores}/data"
+
+
+def test_a_model_without_a_folder_is_an_error() -> None:
+    done = demo("MODEL=a")
+    assert done.returncode != 0
+    assert "MODEL searches a folder: name it with MEDIA" in done.stderr
