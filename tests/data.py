@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from pipelines.errors import BadMedia
-from pipelines.samples import DecodedSample, Input, Media, Members, Sample
+from pipelines.samples import DecodedSample, Input, Media, Members, Sample, Split
 from pipelines.shards.duplicates import with_duplicates
 from pipelines.shards.index import with_hashes
 from pipelines.shards.manifest import Manifest, ShardInfo, SourceInfo, index_path, publish_manifest
@@ -50,8 +50,9 @@ def publish(
     bad: Mapping[str, Collection[int]] | None = None,
     duplicates: Mapping[str, Collection[int]] | None = None,
     equal_queries: Mapping[str, Collection[int]] | None = None,
+    split: Split = "train",
 ) -> Manifest:
-    """Writes the split `train`: source -> (task, number of samples). Those in `bad` cannot be decoded, those in
+    """Writes a split: source -> (task, number of samples). Those in `bad` cannot be decoded, those in
     `duplicates` show what sample 0 shows, those in `equal_queries` ask what sample 1 asks. Shards hold 8.
     """
     store.ensure_bucket()
@@ -63,15 +64,17 @@ def publish(
             for n in range(count)
         ]
         parts = [samples[start : start + SAMPLES_PER_SHARD] for start in range(0, count, SAMPLES_PER_SHARD)]
-        shards = tuple(_store_shard(store, source, ordinal, part) for ordinal, part in enumerate(parts))
+        shards = tuple(_store_shard(store, split, source, ordinal, part) for ordinal, part in enumerate(parts))
         infos[source] = SourceInfo(task, count, shards)
-    manifest = with_duplicates(store, Manifest("train", infos))
+    manifest = with_duplicates(store, Manifest(split, infos))
     publish_manifest(store, manifest)
     return manifest
 
 
-def _store_shard(store: Store, source: str, ordinal: int, samples: list[tuple[Sample, Members]]) -> ShardInfo:
-    path = f"train/{source}/{source}-{ordinal:06d}.tar"
+def _store_shard(
+    store: Store, split: Split, source: str, ordinal: int, samples: list[tuple[Sample, Members]]
+) -> ShardInfo:
+    path = f"{split}/{source}/{source}-{ordinal:06d}.tar"
     with tempfile.TemporaryDirectory() as folder:
         local = Path(folder, "shard.tar")
         info = write_shard(local, samples)

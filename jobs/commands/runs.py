@@ -26,7 +26,7 @@ def runs(
     folder: Annotated[str, typer.Argument(metavar="FOLDER", help="directory or s3:// URL")] = _DEFAULT,
     as_json: AsJson = False,
 ) -> None:
-    """List the training runs below a folder: state, step, loss, best accuracy in training, start."""
+    """List the training runs below a folder: state, step, loss, held-out scores, start."""
     from jobs.training.listing import runs_below
     from pipelines.storage.location import open_store
 
@@ -37,16 +37,16 @@ def runs(
     if not found:
         print_text(f"{folder}: no runs")
         return
-    rows = [("run", "state", "step", "loss", "best", "started (UTC)", "folder")]
+    rows = [("run", "state", "step", "loss", "held-out", "best", "started (UTC)", "folder")]
     for run in found:
-        loss, best = run["loss"], run["best_accuracy"]
+        loss = run["loss"]
         rows.append(
             (
                 run["name"],
                 run["state"],
                 f"{run['step']:,}/{run['steps']:,}" if run["steps"] else "",
                 "" if loss is None else f"{loss:.4f}",
-                "" if best is None else f"{best:.1%}",
+                *("" if score is None else f"{score:.1%}" for score in (run["held_out"], run["best_held_out"])),
                 run["started"] or "",
                 run["folder"],
             )

@@ -40,7 +40,24 @@ class CheckpointConfig(Config):
     """How many checkpoints to keep. Older ones are deleted."""
     keep_best: bool = True
     """Whether to keep the best checkpoint, too, and publish its model as `best/` unless it is the last. The best has
-    the highest mean accuracy in the batches since the checkpoint before it. That is training accuracy."""
+    the highest held-out score (`eval`). Without one, it has the highest mean accuracy in the training batches since
+    the checkpoint before it."""
+
+
+class EvalConfig(Config):
+    """Scores on held-out samples while a run trains. They change no weights.
+
+    The score is hit@1: queries of a source are searched among the targets of its samples. It is small and quick. A job
+    of kind `evaluate` searches whole datasets.
+    """
+
+    every_steps: PositiveInt | None = None
+    """Steps between two scores. One more is taken before the first step, and one after the last. `null` takes
+    `checkpoint.every_steps`, so that each checkpoint has its score."""
+    samples: PositiveInt = 100
+    """Samples of each source, evenly spread over its held-out split. Those that cannot be decoded are left out, and so
+    are graded ones. Each worker keeps its share encoded in memory. One score costs about as much as a third of a
+    training step with as many samples."""
 
 
 class TrackingConfig(Config):

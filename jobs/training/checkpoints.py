@@ -12,11 +12,13 @@ from typing import Any
 
 from jobs.runtime.records import as_json
 from jobs.training.runs import (
+    HELD_OUT,
     LATEST,
     METRICS,
     BestCheckpoint,
     LatestFile,
     Run,
+    parse_held_out,
     parse_latest,
     parse_rows,
     read_latest,
@@ -26,16 +28,18 @@ from jobs.training.runs import (
 from pipelines.errors import TakenError
 from pipelines.feed.batch import ResumePoint
 from rzen.training.checkpoint_state import STATE, parse_state
+from rzen.training.held_out_scores import HeldOutRow
 
 
 class Checkpoints:
     """Checkpoints of a run, as the trainer asks for them: complete ones only, the last few and the best.
 
     `point` is where this start resumes. Only that checkpoint is loaded, even if a newer one appears. The best one has
-    the highest mean accuracy in the batches since the one before it. `report` is called with what the user should know.
+    the highest held-out score. Where no checkpoint has one, it has the highest mean accuracy in the batches since the
+    one before it. `report` is called with what the user should know.
 
-    `metrics` are the rows of all steps before `point`, then of the steps since. `published_s` is the time of the newest
-    checkpoint that was published here. At first it is the time of the start.
+    `metrics` are the rows of all steps before `point`, then of the steps since, and `held_out` the scores.
+    `published_s` is the time of the newest checkpoint that was published here. At first it is the time of the start.
     """
 
     def __init__(self, run: Run, point: ResumePoint, report: Callable[[str], None] = print) -> None:
@@ -46,6 +50,7 @@ class Checkpoints:
         self._config = run.spec.checkpoint
         self.report = report
         self.metrics: list[dict[str, Any]] = []
+        self.held_out: list[HeldOutRow] = []
         self.published_s = time.time()
 
     def latest(self) -> Path | None:
@@ -56,6 +61,9 @@ class Checkpoints:
         self.metrics = parse_rows(
             (folder / METRICS).read_bytes(), f"{self._store.url}/{self._point.checkpoint}/{METRICS}"
         )
+        if (folder / HELD_OUT).exists():
+            place = f"{self._store.url}/{self._point.checkpoint}/{HELD_OUT}"
+            self.held_out = parse_held_out((folder / HELD_OUT).read_bytes(), place)
         return folder
 
     def best(self) -> Path | None:
@@ -73,8 +81,13 @@ class Checkpoints:
         path = f"checkpoints/{step:06d}-{uuid.uuid4().hex[:8]}"  # no other process writes there
         rows = [row for row in list(self.metrics) if row["step"] < step]  # training may have gone on
         (folder / METRICS).write_bytes(to_lines(rows))
+        scores = [row for row in list(self.held_out) if row["step"] <= step]
+        (folder / HELD_OUT).write_bytes(to_lines(scores))
         self._store.upload_tree(folder, path)
-        kept = self._name_latest(path, step, rows)
+        this: BestCheckpoint = {"path": path, "accuracy": _accuracy(rows, self._published_step)}
+        if scores and scores[-1]["step"] == step:
+            this["held_out"] = scores[-1]["hit"]
+        kept = self._name_latest(this, step)
         self._published_step = step
         self.published_s = time.time()
         shutil.rmtree(folder, ignore_errors=True)
@@ -83,9 +96,8 @@ class Checkpoints:
             if name not in kept:
                 self._store.delete_tree(name)
 
-    def _name_latest(self, path: str, step: int, rows: list[dict[str, Any]]) -> set[str]:
+    def _name_latest(self, this: BestCheckpoint, step: int) -> set[str]:
         """Make a checkpoint the latest, if it is. Return the paths that must be kept."""
-        accuracy = _accuracy(rows, self._published_step)
         while True:
             before, tag = self._latest()
             self._check_owner()
@@ -93,12 +105,11 @@ class Checkpoints:
                 before = None  # of a run that this one replaced
             if before is not None and self._step(before["path"]) >= step:
                 return {before["path"], *([before["best"]["path"]] if "best" in before else [])}
-            latest: LatestFile = {"run": self._id, "path": path}
-            kept = {path}
+            latest: LatestFile = {"run": self._id, "path": this["path"]}
+            kept = {this["path"]}
             if self._config.keep_best:
-                this: BestCheckpoint = {"path": path, "accuracy": accuracy}
                 best_before = before.get("best", this) if before is not None else this
-                latest["best"] = max(this, best_before, key=lambda some: some["accuracy"])
+                latest["best"] = max(this, best_before, key=_quality)
                 kept.add(latest["best"]["path"])
             if self._store.write_if(LATEST, as_json(latest), tag):
                 return kept
@@ -125,6 +136,11 @@ class Checkpoints:
         folder = Path(tempfile.mkdtemp(prefix="rzen-checkpoint-"))
         self._store.download_tree(path, folder)
         return folder
+
+
+def _quality(checkpoint: BestCheckpoint) -> tuple[float, float]:
+    """Return what the best checkpoint has most of. One without a held-out score is behind all that have one."""
+    return checkpoint.get("held_out", -1.0), checkpoint["accuracy"]
 
 
 def _accuracy(rows: list[dict[str, Any]], start: int) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 import traceback
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
@@ -19,10 +19,11 @@ from ray.train import TrainingFailedError
 
 from jobs.runtime.cluster import user_error
 from jobs.runtime.lease import HeldLeases
-from jobs.runtime.progress import say
+from jobs.runtime.progress import duration, say
 from jobs.spec.no_effect import unused_settings
 from jobs.training.encoder import BACKBONE, encoder_of
-from jobs.training.runs import FAILED, FAILURE, KIND, STARTS, UNTRACKED, DoneFile, Run, read_done
+from jobs.training.held_out import HeldOutSamples, choose_samples
+from jobs.training.runs import FAILED, FAILURE, KIND, STARTS, UNTRACKED, DoneFile, HeldOutSummary, Run, read_done
 from jobs.training.specs import TrainSpec
 from jobs.training.start import check_backbone, describe_start, weights_of, with_init_adapter
 from jobs.training.tracking import check_tracking
@@ -50,6 +51,8 @@ class Prepared:
     run: Run
     plan: Plan
     tasks: tuple[str, ...]
+    held_out: HeldOutSamples | None
+    """What the run is scored on while it trains."""
 
 
 def prepare(spec: TrainSpec, leases: HeldLeases) -> Prepared | None:
@@ -79,10 +82,11 @@ def prepare(spec: TrainSpec, leases: HeldLeases) -> Prepared | None:
         return None
     if isinstance(spec.model.backbone, TinyBackbone) and not is_published(run.store.child(BACKBONE)):
         _build_backbone(run, spec.model.backbone, reader)
-    _summarize(run, plan, adapter)
+    held_out = choose_samples(spec, plan)
+    _summarize(run, plan, adapter, held_out)
     for text in reader.warnings(plan):
         say(f"    {text}", "yellow")
-    return Prepared(run, plan, reader.tasks(plan))
+    return Prepared(run, plan, reader.tasks(plan), held_out)
 
 
 def _build_backbone(run: Run, config: TinyBackbone, reader: Reader) -> None:
@@ -100,7 +104,7 @@ def _build_backbone(run: Run, config: TinyBackbone, reader: Reader) -> None:
         publish_folder(Path(scratch), run.store.child(BACKBONE))
 
 
-def _summarize(run: Run, plan: Plan, adapter: InitAdapter | None) -> None:
+def _summarize(run: Run, plan: Plan, adapter: InitAdapter | None, held_out: HeldOutSamples | None) -> None:
     spec = run.spec
     per_worker = spec.global_batch // spec.cluster.workers
     shares = f"{spec.cluster.workers} x {per_worker}" if spec.cluster.workers > 1 else "1 worker"
@@ -110,6 +114,10 @@ def _summarize(run: Run, plan: Plan, adapter: InitAdapter | None) -> None:
     describe_start(spec, adapter)
     for text in _unused_by_length(spec, plan.num_steps):
         say(f"    {text}", "yellow")
+    if held_out is not None:
+        say(f"    scored on {held_out}", "dim")
+    elif spec.eval is not None:
+        say(f"    not scored while it trains: {spec.data.root} holds out no samples of these sources", "dim")
     say(f"    {run.store.url}, checkpoint every {spec.checkpoint.every_steps} steps", "dim")
     if step := run.step():
         say(f"    resumes from step {step}")
@@ -149,7 +157,10 @@ def _fit(prepared: Prepared, board: Any, set_state: Callable[[str, str], None], 
             if stop == prepared.plan.num_steps:
                 if run.store.exists(UNTRACKED):
                     report(run, run.store.read(UNTRACKED).decode().strip(), "yellow")
-                report(run, _seen(read_done(run.store)))
+                done = read_done(run.store)
+                report(run, _seen(done))
+                if done.get("held_out"):
+                    report(run, _scores(done["held_out"]))
                 return
             continue
         except (TrainingFailedError, RayError) as error:
@@ -183,6 +194,15 @@ def _seen(done: DoneFile) -> str:
     ]
     replaced = f"; {done['replaced']:,} bad samples were replaced by others" if done["replaced"] else ""
     return f"trained on {', '.join(parts)}{replaced}"
+
+
+def _scores(rows: Sequence[HeldOutSummary]) -> str:
+    """Return how the held-out scores went, and what they took."""
+    first, last = rows[0], rows[-1]
+    sources = ", ".join(f"{name} {hit:.1%}" for name, hit in last["sources"].items())
+    took = duration(sum(row["seconds"] for row in rows))
+    change = f"{last['hit']:.1%} ({sources}), {first['hit']:.1%} after {first['step']} steps"
+    return f"held-out hit@1 {change}; {len(rows)} scores took {took}"
 
 
 def _with_phases(prepared: Prepared, point: ResumePoint) -> Prepared:

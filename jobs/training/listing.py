@@ -14,13 +14,12 @@ from jobs.training.runs import (
     DONE,
     FAILED,
     KIND,
-    LATEST,
     LOG,
     METRICS,
     SPEC,
     STARTS,
     parse_rows,
-    read_latest,
+    read_held_out,
     read_spec,
 )
 from pipelines.storage.publish import read_mark
@@ -43,8 +42,10 @@ class RunSummary:
     """Steps of the whole run. None before its first start."""
     loss: float | None
     """Loss of the last step."""
-    best_accuracy: float | None
-    """Mean accuracy inside the training batches before the best checkpoint. Finished runs do not keep it."""
+    held_out: float | None
+    """Newest held-out score: hit@1, mean over the sources."""
+    best_held_out: float | None
+    """Best held-out score."""
     started: str | None
     """Time of the first start, in UTC."""
     folder: str
@@ -68,13 +69,15 @@ def summarize(store: Store) -> RunSummary:
     row = _last_row(store)
     starts = [found[1] for line in log if (found := _START.search(line))]
     loss = row.get("loss")
+    scores = [score["hit"] for score in read_held_out(store)]
     return RunSummary(
         name=str(spec["name"]),
         state=_state(store, log),
         step=int(row["step"]) + 1 if row else 0,
         steps=int(starts[-1]) if starts else None,
         loss=loss if loss is not None and math.isfinite(loss) else None,
-        best_accuracy=_best_accuracy(store),
+        held_out=scores[-1] if scores else None,
+        best_held_out=max(scores, default=None),
         started=log[0].partition("  ")[0] if log else None,
         folder=store.url,
     )
@@ -99,11 +102,3 @@ def _last_row(store: Store) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     return parse_rows(lines[-1], f"{store.url}/{METRICS}")[0] if lines else {}
-
-
-def _best_accuracy(store: Store) -> float | None:
-    try:
-        best = read_latest(store).get("best") if store.exists(LATEST) else None
-    except FileNotFoundError:  # the run has finished in the meantime
-        return None
-    return best["accuracy"] if best else None

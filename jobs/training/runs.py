@@ -11,6 +11,7 @@
         model/ or adapter/   the result
         best/                the result of the best checkpoint, where it is not the last
         metrics.jsonl        one row a step, some seconds after it
+        held_out.jsonl       scores on held-out samples, where the spec asks for them
         log.txt              starts, lost workers, changes of the mixture and the end, with their times
         tensorboard/         the metrics as event files
         tracking.txt         what MLflow or W&B did not take
@@ -29,7 +30,7 @@ import json
 import math
 import threading
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Annotated, Any, NotRequired
@@ -50,16 +51,17 @@ from pipelines.storage.publish import claim
 from pipelines.storage.store import Store
 from pipelines.stored_json import parse_json, stored_file
 from rzen.training.checkpoint_state import FIX, STATE, parse_state
+from rzen.training.held_out_scores import HeldOutRow
 
 SPEC, LATEST, DONE, METRICS, PHASES = "spec.json", "latest.json", "done.json", "metrics.jsonl", "phases.json"
-BEST, LOG = "best", "log.txt"
+BEST, LOG, HELD_OUT = "best", "log.txt", "held_out.jsonl"
 KIND = "run"
 STARTS, FAILED = "starts at step", "failed permanently"
 """Words in `log.txt` that `rzen runs` goes by."""
 _LOGGING = threading.Lock()  # several threads of a driver add lines
 TENSORBOARD, UNTRACKED, FAILURE = "tensorboard", "tracking.txt", "failure.txt"
 RESULTS = ("adapter", "model", BEST)
-_FILES = (DONE, LATEST, METRICS, PHASES, LOG, UNTRACKED, FAILURE)
+_FILES = (DONE, LATEST, METRICS, HELD_OUT, PHASES, LOG, UNTRACKED, FAILURE)
 _FOLDERS = ("checkpoints", "backbone", TENSORBOARD, "scores", "ray")
 
 
@@ -84,6 +86,7 @@ class BestCheckpoint(TypedDict):
 
     path: CheckpointPath
     accuracy: float
+    held_out: NotRequired[float]
 
 
 @stored_file
@@ -105,11 +108,22 @@ class SamplesSeen(TypedDict):
 
 
 @stored_file
+class HeldOutSummary(TypedDict):
+    """A held-out score without its queries: means by source, after `step` steps."""
+
+    step: int
+    hit: float
+    seconds: float
+    sources: dict[str, float]
+
+
+@stored_file
 class DoneFile(TypedDict):
     """`done.json`: what a finished run was trained on, by source."""
 
     sources: dict[str, SamplesSeen]
     replaced: int
+    held_out: NotRequired[list[HeldOutSummary]]
 
 
 @stored_file
@@ -255,9 +269,14 @@ class Run:
             before = self.store.read(LOG) if self.store.exists(LOG) else b""
             self.store.write(LOG, before + line)
 
-    def finish(self, summary: dict[str, Any], metrics: list[dict[str, Any]]) -> None:
+    def finish(
+        self, summary: dict[str, Any], metrics: list[dict[str, Any]], held_out: Sequence[HeldOutRow] = ()
+    ) -> None:
         """Record the end of the run, and delete its checkpoints. The result must be published before."""
         self.store.write(METRICS, to_lines(metrics))
+        if held_out:
+            self.store.write(HELD_OUT, to_lines(held_out))
+            summary = summary | {"held_out": [summarize_scores(row) for row in held_out]}
         self.store.write(DONE, as_json(summary))
         self.store.delete_tree("checkpoints")
         self.store.delete(LATEST)
@@ -321,10 +340,32 @@ def parse_rows(lines: bytes, place: str) -> list[dict[str, Any]]:
     return [{name: math.nan if value is None else value for name, value in row.items()} for row in rows]
 
 
+def read_held_out(store: Store) -> list[HeldOutRow]:
+    """Return the held-out scores of a run, none where it has no such file. Raises `UserError` for a damaged one."""
+    try:
+        return parse_held_out(store.read(HELD_OUT), f"{store.url}/{HELD_OUT}")
+    except FileNotFoundError:
+        return []
+
+
+def parse_held_out(lines: bytes, place: str) -> list[HeldOutRow]:
+    """Parse the rows of a `held_out.jsonl`."""
+    return [
+        parse_json(line, f"{place}:{number}", HeldOutRow, FIX)
+        for number, line in enumerate(lines.splitlines(), start=1)
+    ]
+
+
+def summarize_scores(row: HeldOutRow) -> HeldOutSummary:
+    """Return a row of `held_out.jsonl` without its queries."""
+    hits = {name: some["hit"] for name, some in row["sources"].items()}
+    return {"step": row["step"], "hit": row["hit"], "seconds": row["seconds"], "sources": hits}
+
+
 def to_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
-    """Return the content of `metrics.jsonl` for these rows."""
+    """Return the content of `metrics.jsonl` or `held_out.jsonl` for these rows."""
     finite = (
-        {name: value if isinstance(value, str) or math.isfinite(value) else None for name, value in row.items()}
+        {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
         for row in rows
     )
     return "".join(json.dumps(row, sort_keys=True) + "\n" for row in finite).encode()

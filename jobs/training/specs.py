@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from jobs.spec.job import JobConfig, Name
 from jobs.spec.kinds import Kind
-from jobs.spec.run import CheckpointConfig, ClusterConfig, RunConfig
+from jobs.spec.run import CheckpointConfig, ClusterConfig, EvalConfig, RunConfig
 from jobs.training.no_effect import NO_EFFECT
 from pipelines.config import DataConfig, FeedConfig, NonNegativeInt, PositiveFloat, PositiveInt
 from rzen.config import ModelConfig, ObjectiveConfig, OptimConfig
@@ -49,6 +49,9 @@ class TrainSpec(JobConfig):
     """Seed of batches, new weights and dropout."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """When checkpoints are written and which are kept."""
+    eval: EvalConfig | None = EvalConfig()
+    """Scores on the `held_out` split of `data.root` while the run trains, for the sources that it trains on. `null`, or
+    a dataset without this split: no scores."""
     cluster: ClusterConfig = ClusterConfig()
     """Workers and what they reserve."""
 
@@ -89,7 +92,7 @@ TRAIN = Kind(
     impossible=_cannot_share,
     # Where and how fast a run goes. Datasets are identified by their fingerprints, wherever they are stored.
     not_science=frozenset(
-        {"run", "feed", "checkpoint", "cluster", "submit", "data.root", "data.endpoint", "data.trusted"}
+        {"run", "feed", "checkpoint", "eval", "cluster", "submit", "data.root", "data.endpoint", "data.trusted"}
         | {"optim.zero_stage"}
     ),
 )

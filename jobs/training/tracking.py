@@ -1,4 +1,4 @@
-"""Track the metrics of a run: `metrics.jsonl` and TensorBoard in its folder, MLflow and W&B if the spec asks for them.
+"""Track metrics and held-out scores of a run: files and TensorBoard in its folder, MLflow and W&B if the spec asks.
 
 A thread hands rows over every few seconds, so that no server holds up a step or ends a run. `tracking.txt` lists what a
 server did not take until the end.
@@ -16,7 +16,7 @@ from threading import Event, Thread
 from typing import Any, Protocol
 
 from jobs.spec.run import TrackingConfig
-from jobs.training.runs import METRICS, TENSORBOARD, UNTRACKED, Run, to_lines
+from jobs.training.runs import HELD_OUT, METRICS, TENSORBOARD, UNTRACKED, Run, to_lines
 from pipelines.errors import UserError
 
 EVERY_S = 15.0
@@ -42,14 +42,19 @@ def check_tracking(config: TrackingConfig) -> None:
 
 
 class Tracker:
-    """Hands rows to all sinks in a thread. `before` are the rows of earlier starts. Sinks that keep rows have them."""
+    """Hands rows to all sinks in a thread: metrics of steps, and held-out scores.
 
-    def __init__(self, run: Run, before: Rows) -> None:
+    `before` are the metrics of earlier starts, `scores` theirs. Sinks that keep rows have them.
+    """
+
+    def __init__(self, run: Run, before: Rows, scores: Rows = ()) -> None:
         self._run = run
-        self._rows = list(before)
-        start = len(self._rows)
+        start = len(before)
+        # TensorBoard purges what the earlier start wrote for step `start`, such as its held-out score.
+        earlier = [*before, *(row for row in scores if row["step"] < start)]
+        self._rows = [*earlier, *(row for row in scores if row["step"] >= start)]
         config = run.spec.run.tracking
-        makers: dict[str, Callable[[], _Sink]] = {METRICS: lambda: _Lines(run, before)}
+        makers: dict[str, Callable[[], _Sink]] = {METRICS: lambda: _Lines(run, earlier)}
         if config.tensorboard:
             makers["TensorBoard"] = lambda: _TensorBoard(run, start)
         if config.mlflow:
@@ -58,7 +63,7 @@ class Tracker:
             makers["W&B"] = lambda: _Wandb(run, config)
         self._makers = makers
         self._sinks: dict[str, _Sink] = {}
-        self._given = dict.fromkeys(makers, start)
+        self._given = dict.fromkeys(makers, len(earlier))
         self._problems: dict[str, str] = {}
         self._ended = Event()
         self._thread = Thread(target=self._work, daemon=True)
@@ -107,16 +112,18 @@ class Tracker:
 
 
 class _Lines:
-    """Writes the whole `metrics.jsonl` each time."""
+    """Writes the whole `metrics.jsonl` or `held_out.jsonl` each time."""
 
     def __init__(self, run: Run, before: Rows) -> None:
         self._run = run
-        self._lines = to_lines(before)
+        self._lines = {path: to_lines(rows) for path, rows in _by_file(before).items()}
 
     def add(self, rows: Rows) -> None:
-        lines = self._lines + to_lines(rows)
-        self._run.store.write(METRICS, lines)
-        self._lines = lines
+        for path, added in _by_file(rows).items():
+            if added:
+                lines = self._lines[path] + to_lines(added)
+                self._run.store.write(path, lines)
+                self._lines[path] = lines
 
     def close(self) -> None:
         pass
@@ -204,8 +211,23 @@ class _Wandb:
         self._run.finish()
 
 
+def _is_score(row: Mapping[str, Any]) -> bool:
+    return "sources" in row
+
+
+def _by_file(rows: Rows) -> dict[str, list[Mapping[str, Any]]]:
+    return {
+        METRICS: [row for row in rows if not _is_score(row)],
+        HELD_OUT: [row for row in rows if _is_score(row)],
+    }
+
+
 def scalars(row: Mapping[str, Any]) -> dict[str, float]:
     """Return `loss/_all`, `loss/SOURCE` and so on for every metric of a row: one chart each in TensorBoard and W&B."""
+    if _is_score(row):
+        return {"held_out/_all": row["hit"]} | {
+            f"held_out/{name}": some["hit"] for name, some in row["sources"].items()
+        }
     numbers = {name: float(value) for name, value in row.items() if name not in _LABELS}
     return {f"{name}/{of}": value for name, value in numbers.items() for of in ("_all", row["source"])}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from ray.util.metrics import Counter, Gauge
 
 from jobs.runtime.progress import Progress
 from jobs.training.checkpoints import Checkpoints
-from jobs.training.encoder import backbone_url
+from jobs.training.encoder import backbone_url, encoder_of
 from jobs.training.runs import BEST, RESULTS, samples_seen
 from jobs.training.tracking import Tracker
 from pipelines.storage.faults import report_outages
@@ -23,13 +23,15 @@ from rzen.model.locate import checkpoint_folder, local_folder
 
 if TYPE_CHECKING:
     from pipelines.feed.batch import FeedBatch
+    from rzen.training.held_out_scores import HeldOutRow
     from rzen.training.telemetry import Row
 
 
 def train_worker(config: dict[str, Any]) -> None:
     """Train on one worker of Ray Train. `config` holds the prepared run, its stop and the progress actor `board`."""
     from pipelines.feed.feed import RESUME, SHARD, batches
-    from rzen.training.telemetry import METRICS, REJECTED, RUN_METRICS
+    from rzen.training.held_out import HeldOut
+    from rzen.training.telemetry import HELD_OUT, HELD_OUT_METRIC, METRICS, REJECTED, RUN_METRICS
     from rzen.training.worker import Stage, train_stage
 
     prepared, stop, board = config["prepared"], config["stop"], config["board"]
@@ -48,6 +50,7 @@ def train_worker(config: dict[str, Any]) -> None:
         name: Gauge(f"rzen_{name}", metric.description, ("run", "source", "task")) for name, metric in METRICS.items()
     }
     run_gauges = {name: Gauge(f"rzen_{name}", metric.description, ("run",)) for name, metric in RUN_METRICS.items()}
+    held_out_gauge = Gauge(f"rzen_{HELD_OUT}", HELD_OUT_METRIC.description, ("run", "source"))
     rejected = Counter(f"rzen_{REJECTED}", "samples that were replaced", ("run", "source", "reason"))
 
     def counted(feds: Iterator[FeedBatch]) -> Iterator[FeedBatch]:
@@ -56,18 +59,34 @@ def train_worker(config: dict[str, Any]) -> None:
                 rejected.inc(1, {"run": spec.name, "source": fed.source, "reason": item.reason})
             yield fed
 
-    def on_metrics(row: Row) -> None:
+    def tracker() -> Tracker:
         if not trackers:  # by now the rows before are known
-            trackers.append(tracking.enter_context(closing(Tracker(run, checkpoints.metrics))))
-        trackers[0].log(row)
+            trackers.append(
+                tracking.enter_context(closing(Tracker(run, checkpoints.metrics, list(checkpoints.held_out))))
+            )
+        return trackers[0]
+
+    def on_metrics(row: Row) -> None:
+        tracker().log(row)
         checkpoints.metrics.append(row)
         run_gauges["progress"].set((int(row["step"]) + 1) / plan.num_steps, {"run": spec.name})
         run_gauges["checkpoint_time_s"].set(checkpoints.published_s, {"run": spec.name})
         labels = {"run": spec.name, "source": str(row["source"]), "task": str(row["task"])}
         for name, gauge in gauges.items():
             gauge.set(float(row[name]), labels)
-        board.post.remote(spec.name, Progress(int(row["step"]) + 1, plan.num_steps, figures=_figures(row)))
+        board.post.remote(
+            spec.name, Progress(int(row["step"]) + 1, plan.num_steps, figures=_figures(row, checkpoints.held_out))
+        )
 
+    def on_scores(row: HeldOutRow) -> None:
+        tracker().log(row)
+        checkpoints.held_out.append(row)
+        for source, some in row["sources"].items():
+            held_out_gauge.set(some["hit"], {"run": spec.name, "source": source})
+
+    held_out = prepared.held_out and HeldOut(
+        prepared.held_out.every_steps, lambda: prepared.held_out.read(encoder_of(run), rank, world_size)
+    )
     with tempfile.TemporaryDirectory(prefix="rzen-result-") as scratch:
         output = Path(scratch, "result")
         with ExitStack() as tracking:
@@ -102,6 +121,8 @@ def train_worker(config: dict[str, Any]) -> None:
                 checkpoints=checkpoints,
                 output=output,
                 on_metrics=on_metrics,
+                held_out=held_out,
+                on_scores=on_scores,
                 preempted=lambda: ray.train.get_preemption_info() is not None or ray.get(board.is_stopping.remote()),
                 num_threads=spec.cluster.threads_per_worker,
             )
@@ -115,14 +136,15 @@ def train_worker(config: dict[str, Any]) -> None:
             rows = checkpoints.metrics
             replaced = sum(int(row["bad_samples"]) for row in rows)
             seen = {"sources": samples_seen(rows, plan.sources), "replaced": replaced}
-            run.finish({"steps": plan.num_steps, "last": rows[-1]} | seen, rows)
+            run.finish({"steps": plan.num_steps, "last": rows[-1]} | seen, rows, checkpoints.held_out)
 
 
-def _figures(row: Row) -> dict[str, str]:
-    """Return the metrics of a row that the progress table shows."""
+def _figures(row: Row, scores: Sequence[HeldOutRow]) -> dict[str, str]:
+    """Return the metrics of a row and the newest held-out score, as the progress table shows them."""
     watched = {
         "loss": f"{row['loss']:.3f}",
-        "accuracy": f"{row['accuracy']:.0%}",
+        **({"held-out": f"{scores[-1]['hit']:.0%}"} if scores else {}),
+        "in batch": f"{row['accuracy']:.0%}",
         "tau": f"{row['temperature']:.3f}",
         "samples/s": f"{row['samples_per_s']:.0f}",
         "waiting": f"{row['feed_wait_fraction']:.0%}",

@@ -27,7 +27,7 @@ from pipelines.plan.types import Row, SourceTable
 from pipelines.samples import DecodedInput, DecodedSample, Input, Members, Rejected, Sample
 from pipelines.shards.duplicates import source_table
 from pipelines.shards.index import content_sha256
-from pipelines.shards.manifest import FORMAT_VERSION, Manifest, SourceInfo, read_manifest, source_info
+from pipelines.shards.manifest import FORMAT_VERSION, Manifest, SourceInfo, is_stored, read_manifest, source_info
 from pipelines.shards.shuffle_check import SETTING, NeighborSimilarity, warning
 from pipelines.storage.location import open_store, resolve_endpoint
 
@@ -53,6 +53,10 @@ class Reader:
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: self.__dict__[name] for name in ("data", "encoder", "_endpoint", "_store")}
+
+    def exists(self) -> bool:
+        """Return whether the split was published."""
+        return is_stored(self._store, self.data.split)
 
     @property
     def fingerprint(self) -> str:

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from rzen.inputs.pairs import EncodedPairs
-from rzen.model.chunks import chunks_of, embed, padding_fraction
+from rzen.inputs.processor import EncodedBatch
+from rzen.model.chunks import Indices, chunks_of, embed, padding_fraction
 from rzen.model.embedding_model import EmbeddingModel
 from rzen.objective.loss import Objective
 from rzen.training.contrasted import OwnVectors, contrasted_batches
 from rzen.training.lockstep import align_chunk_counts, dummy_input
 from rzen.training.zero_grads import with_zero_grads_for_unused
+from rzen.vectors import Vectors
 
 
 class Learner(nn.Module):
@@ -56,6 +58,15 @@ class Learner(nn.Module):
         means = {name: _mean([some[name] for some in stats], shares) for name in stats[0]}
         return self._with_zero_grads(_mean(losses, shares)), means | counts
 
+    def embed(self, inputs: Sequence[EncodedBatch], chunks: Sequence[Indices]) -> Vectors:
+        """Return the vectors of `inputs`, which are batches of one input each, in their order.
+
+        A collective where there are `blanks`: all ranks then embed equally many chunks.
+        """
+        called = align_chunk_counts(chunks, len(inputs), self.embedder.image_mean.device) if self.blanks else chunks
+        twice = self.chunk_tokens is not None and len(called) > 1
+        return embed(self.embedder, [*inputs, *self.blanks], called, twice=twice)[: len(inputs)]
+
     def _with_zero_grads(self, loss: Tensor) -> Tensor:
         # With `blanks` every parameter is used; and parameters in pieces have other shapes than their gradients.
         return with_zero_grads_for_unused(
@@ -75,10 +86,7 @@ class Learner(nn.Module):
             chunks = np.split(np.arange(len(lengths)), np.cumsum(sizes)[:-1])
         else:
             chunks = chunks_of(lengths, self.chunk_tokens, packed=self.embedder.packs)
-        inputs = [single for role in roles for single in role.split()]
-        called = align_chunk_counts(chunks, len(inputs), self.embedder.image_mean.device) if self.blanks else chunks
-        twice = self.chunk_tokens is not None and len(called) > 1
-        vectors = embed(self.embedder, [*inputs, *self.blanks], called, twice=twice)[: len(inputs)]
+        vectors = self.embed([single for role in roles for single in role.split()], chunks)
         padding = padding_fraction(lengths, chunks, packed=self.embedder.packs)
         counts = {"tokens": torch.tensor(lengths.sum()), "padding_fraction": torch.tensor(padding)}
         queries, targets, *mined = torch.split(vectors, sizes)

@@ -50,6 +50,10 @@ RUN_METRICS = {
 }
 """Metrics of a run that are not those of a step, for monitoring only."""
 
+HELD_OUT = "held_out"
+HELD_OUT_METRIC = Metric("hit@1 of a search among held-out samples of one source", "fraction")
+"""The score of `rzen.training.held_out`, by source."""
+
 REJECTED = "rejected"
 """Name of the counter of samples that could not be decoded and were replaced, by source and reason."""
 

@@ -1,6 +1,7 @@
 """One rank of a training run: build the learner, resume, run the steps, write the model. Knows DeepSpeed, not Ray.
 
-resume -> for each step:  batch -> seed -> lr -> forward -> backward -> update or skip -> row -> checkpoint  -> model
+resume -> for each step:  batch -> seed -> lr -> forward -> backward -> update or skip -> row -> score -> checkpoint
+       -> model
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from rzen.training.batch import FeedBatchProtocol
 from rzen.training.checkpoint_manager import ASK_S, CheckpointManager, CheckpointStore
 from rzen.training.checkpoint_state import Origin
 from rzen.training.divergence import divergence_error
+from rzen.training.held_out import HeldOut, HeldOutScorer
+from rzen.training.held_out_scores import HeldOutRow
 from rzen.training.init_adapter import read_init_adapter
 from rzen.training.optim import build_optimizer, lr_at, set_lr
 from rzen.training.step import Learner
@@ -79,6 +82,8 @@ def train_stage(
     checkpoints: CheckpointStore,
     output: Path,
     on_metrics: Callable[[Row], None],
+    held_out: HeldOut | None = None,
+    on_scores: Callable[[HeldOutRow], None] = lambda row: None,
     preempted: Callable[[], bool] = lambda: False,
     num_threads: int | None = None,
 ) -> None:
@@ -88,9 +93,9 @@ def train_stage(
     rank 0's machine: an adapter directory, or a full one for `load_encoder`. If the best checkpoint is not the last,
     its model appears in `best` next to it.
 
-    `on_metrics` is called on rank 0 after each step. All ranks ask `preempted` every few seconds. If it returns True, a
-    node or the run is about to stop, and a checkpoint is taken at once. The process group that exists is used, else one
-    of one process is made. `num_threads` is that of torch on the CPU.
+    `on_metrics` is called on rank 0 after each step, `on_scores` when `held_out` was scored. All ranks ask `preempted`
+    every few seconds. If it returns True, a node or the run is about to stop, and a checkpoint is taken at once. The
+    process group that exists is used, else one of one process is made. `num_threads` is that of torch on the CPU.
 
     Raises `UserError` where too many steps in a row have no finite loss or gradient, or where a checkpoint does not
     fit. Raises `RuntimeError` where the batches end early or come out of order.
@@ -117,11 +122,16 @@ def train_stage(
             origin=Origin(stage.plan_fingerprint, stage.run, stage.settings_sha256),
             preempted=preempted,
         )
+        scorer = HeldOutScorer(engine, held_out, num_steps=stage.num_steps, on_scores=on_scores)
+        if start == 0:
+            scorer.after(0)
         feed = ThreadPoolExecutor(max_workers=1)
         try:
             with checkpoint_manager:
                 arrivals = _arrivals(feed, batches(start), checkpoint_manager, start)
-                _run_steps(stage, engine, optimizer, range(start, stop), arrivals, checkpoint_manager, on_metrics)
+                _run_steps(
+                    stage, engine, optimizer, range(start, stop), arrivals, scorer, checkpoint_manager, on_metrics
+                )
         finally:
             feed.shutdown(wait=False)  # after an error it may wait for a batch that never comes
     if stop == stage.num_steps:
@@ -153,6 +163,7 @@ def _run_steps(
     optimizer: torch.optim.Optimizer,
     steps: range,
     arrivals: Iterator[FeedBatchProtocol | None],
+    scorer: HeldOutScorer,
     checkpoint_manager: CheckpointManager,
     on_metrics: Callable[[Row], None],
 ) -> None:
@@ -185,6 +196,7 @@ def _run_steps(
         skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
         if skipped_in_a_row > stage.optim.max_skipped_steps:
             raise divergence_error(engine.module, fed, row, skipped_in_a_row)
+        scorer.after(step + 1)  # before the checkpoint, which keeps the score
         checkpoint_manager.after(row, is_last=step + 1 == steps.stop)
 
 

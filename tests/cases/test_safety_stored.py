@@ -14,7 +14,20 @@ from jobs.evaluation.scores import ScoresFile
 from jobs.runtime.lease import LEASE, hold_lease
 from jobs.runtime.records import as_json
 from jobs.sweeps.soup import _stored as read_summary
-from jobs.training.runs import LATEST, METRICS, PHASES, SPEC, Run, read_done, read_latest, read_rows, read_spec
+from jobs.training.runs import (
+    HELD_OUT,
+    LATEST,
+    METRICS,
+    PHASES,
+    SPEC,
+    Run,
+    read_done,
+    read_held_out,
+    read_latest,
+    read_rows,
+    read_spec,
+    to_lines,
+)
 from jobs.workflows.pipeline import RecordFile
 from jobs.workflows.registry import Registry
 from pipelines.benchmarks.custom import read_custom
@@ -131,6 +144,12 @@ RUN = {
 }
 STATE = CheckpointState(3, 3, "p", {PARAMETERS: "0", MOMENTS: "1"})
 ROWS = b"".join(json.dumps({"step": k, "loss": 0.5, "skipped": 0}).encode() + b"\n" for k in range(3))
+SCORES = {
+    "step": 2,
+    "hit": 0.5,
+    "seconds": 1.0,
+    "sources": {"a": {"hit": 0.5, "candidates": 2, "queries": [0, 1], "ranks": [1, 2], "found": [0, 0]}},
+}
 PROMOTION = {"generation": 1, "model": "m", "previous": None, "reason": "r", "report": None, "at": "2", "by": "b"}
 RESULT = {
     "model": "m",
@@ -165,6 +184,7 @@ KINDS: dict[str, tuple[str, bytes, Callable[[Path], object]]] = {
     "done.json": ("done.json", as_json({"replaced": 0, "sources": {"a": {"samples": 8.0, "epochs": 1, "skipped": 0}}}),
                   lambda path: read_done(store_of(path))),
     "metrics.jsonl": (METRICS, ROWS, lambda path: read_rows(store_of(path), path.name)),
+    "held_out.jsonl": (HELD_OUT, to_lines([SCORES] * 3), lambda path: read_held_out(store_of(path))),
     "state.json": ("state.json", STATE.to_json().encode(), read_state),
     "lease.json": (LEASE, as_json({"holder": "h", "until": 1.0, "by": "b", "at": "a", "nonce": "n"}), take_lease),
     "champion.json": ("champion.json", as_json({"generation": 1, "model": "m", "url": "u", "at": "a"}), registry_files),

@@ -15,7 +15,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util.metrics import Counter, Gauge
 from ray.util.placement_group import placement_group
 
-from rzen.training.telemetry import METRICS, REJECTED, RUN_METRICS
+from rzen.training.telemetry import HELD_OUT, HELD_OUT_METRIC, METRICS, REJECTED, RUN_METRICS
 
 
 def worker() -> None:
@@ -24,11 +24,13 @@ def worker() -> None:
         name: Gauge(f"rzen_{name}", metric.description, ("run", "source", "task")) for name, metric in METRICS.items()
     }
     run_gauges = {name: Gauge(f"rzen_{name}", metric.description, ("run",)) for name, metric in RUN_METRICS.items()}
+    held_out = Gauge(f"rzen_{HELD_OUT}", HELD_OUT_METRIC.description, ("run", "source"))
     rejected = Counter(f"rzen_{REJECTED}", "samples that were replaced", ("run", "source", "reason"))
     for step, _ in enumerate(ray.train.get_dataset_shard("train").iter_batches(batch_size=1)):
         labels = {"run": "live", "source": "images", "task": "text_image"}
         for name, gauge in gauges.items():
             gauge.set(1.5 if name == "loss" else step / 7, labels)
+        held_out.set(0.25, {"run": "live", "source": "images"})
         run_gauges["progress"].set(step / 100_000, {"run": "live"})
         run_gauges["checkpoint_time_s"].set(time.time(), {"run": "live"})
         rejected.inc(1, {"run": "live", "source": "images", "reason": "corrupt_image"})

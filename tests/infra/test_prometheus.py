@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import yaml
 
-from rzen.training.telemetry import METRICS, REJECTED, RUN_METRICS
+from rzen.training.telemetry import HELD_OUT, METRICS, REJECTED, RUN_METRICS
 from tests.infra.local_cluster import end, local_cluster
 from tests.paths import ROOT
 
@@ -134,7 +134,7 @@ def test_every_query_of_the_dashboard_is_a_query(tmp_path: Path) -> None:
 def test_dashboard_shows_every_number_of_ours_and_no_other() -> None:
     literal = re.compile(r"""\b(?:Gauge|Counter|Histogram)\("rzen_(\w+)\"""")
     by_name = {name for path in (ROOT / "jobs").rglob("*.py") for name in literal.findall(path.read_text())}
-    exported = {f"ray_rzen_{name}" for name in (*METRICS, *RUN_METRICS, f"{REJECTED}_total", *by_name)}
+    exported = {f"ray_rzen_{name}" for name in (*METRICS, *RUN_METRICS, HELD_OUT, f"{REJECTED}_total", *by_name)}
     shown = {name for query in dashboard_queries().values() for name in series_of(query)}
     assert {name for name in shown if name.startswith("ray_rzen_")} == exported
     asked = {name for rule in rules() for name in series_of(rule["expr"])}

@@ -24,6 +24,7 @@ from rzen.config import LoraConfig, ModelConfig, ObjectiveConfig, OptimConfig, T
 from rzen.export.export import load_encoder
 from rzen.inputs.pairs import EncodedPairs, PairEncoder
 from rzen.inputs.processor import Processor
+from rzen.training.held_out import HeldOut, HeldOutShare
 from rzen.training.telemetry import METRICS
 from rzen.training.worker import Stage, build_learner, train_stage
 from tests.gloo import run_processes, run_workers
@@ -115,9 +116,24 @@ def stages(model_dir: str) -> dict[str, Stage]:
     }
 
 
-def train(stage: Stage, folder: Path, checkpoints: Folders | None = None) -> list[dict[str, Any]]:
-    """Train into `folder`; the rows of rank 0."""
+def held_out(processor: Processor) -> HeldOut:
+    """Five samples of one source and one of another: a rank of two has none of the second."""
+
+    def share(source: str, size: int) -> HeldOutShare:
+        mine = range(size)[dist.get_rank() :: dist.get_world_size()]
+        encoder = PairEncoder(processor)
+        pairs = encoder.collate([encode(processor, 99, index) for index in mine]) if mine else None
+        return HeldOutShare(tuple(mine), pairs)
+
+    return HeldOut(2, lambda: {"scenes": share("scenes", 5), "pages": share("pages", 1)})
+
+
+def train(
+    stage: Stage, folder: Path, checkpoints: Folders | None = None, *, scored: bool = False
+) -> list[dict[str, Any]]:
+    """Train into `folder`; the rows of rank 0. Held-out scores go to `folder/held_out.json`."""
     rows: list[dict[str, Any]] = []
+    scores: list[Any] = []
     small_pieces()
     backbone_dir = str(stage.model.backbone)
     processor = Processor(backbone_dir, PROMPT)
@@ -131,15 +147,20 @@ def train(stage: Stage, folder: Path, checkpoints: Folders | None = None) -> lis
         checkpoints=checkpoints or Folders(folder),
         output=folder / "model" / os.environ.get("LOCAL_RANK", "0"),
         on_metrics=rows.append,
+        held_out=held_out(processor) if scored else None,
+        on_scores=scores.append,
         num_threads=1,
     )
+    if scores:
+        (folder / "held_out.json").write_text(json.dumps(scores))
     return rows
 
 
 def straight(_rank: int, _world_size: int, root: Path, model_dir: str) -> dict[str, Any]:
     """Every stage from start to end, and one in which the temperatures race for their upper bound."""
     rows = {
-        name: train(stage, root / name, Folders(root / name, best_step=2)) for name, stage in stages(model_dir).items()
+        name: train(stage, root / name, Folders(root / name, best_step=2), scored=True)
+        for name, stage in stages(model_dir).items()
     }
     temperature = TemperatureConfig(initial=0.1, minimum=LOW, maximum=HIGH, lr_scale=1e5)
     racing = replace(stages(model_dir)["full"], objective=ObjectiveConfig(temperature=temperature), num_steps=3)
@@ -148,19 +169,22 @@ def straight(_rank: int, _world_size: int, root: Path, model_dir: str) -> dict[s
 
 
 def resumed(_rank: int, _world_size: int, root: Path, model_dir: str) -> dict[str, Any]:
-    """Every stage from its checkpoint after two steps, and one with another seed."""
+    """Every stage from its checkpoint after two steps, most without held-out scores, and one with another seed."""
     chosen = stages(model_dir)
     chosen["lora-reseeded"] = replace(chosen["lora"], seed=12)
     resume(chosen["full"], root, "full-alone", "full-one-to-two")
     resume(chosen["sharded"], root, "full-alone", "sharded-one-to-two")
     resume(chosen["sharded"], root, "full", "full-to-sharded")
-    return {name: resume(stage, root, name, f"{name}-resumed") for name, stage in chosen.items()}
+    return {
+        name: resume(stage, root, name, f"{name}-resumed", scored=name in ("full", "sharded-bf16"))
+        for name, stage in chosen.items()
+    }
 
 
 def alone(_rank: int, root: Path, model_dir: str) -> None:
     """Without a process group: the whole model from start to end."""
     torch.set_num_threads(1)
-    train(stages(model_dir)["full"], root / "full-alone")
+    train(stages(model_dir)["full"], root / "full-alone", scored=True)
 
 
 def alone_resumed(_rank: int, root: Path, model_dir: str) -> None:
@@ -172,10 +196,9 @@ def alone_resumed(_rank: int, root: Path, model_dir: str) -> None:
     resume(chosen["full"], root, "sharded", "sharded-to-full")
 
 
-def resume(stage: Stage, root: Path, name: str, out: str) -> list[dict[str, Any]]:
-    return train(
-        stage, root / out, Folders(root / out, start_from=root / name.removesuffix("-reseeded") / "step-000002")
-    )
+def resume(stage: Stage, root: Path, name: str, out: str, *, scored: bool = False) -> list[dict[str, Any]]:
+    start_from = root / name.removesuffix("-reseeded") / "step-000002"
+    return train(stage, root / out, Folders(root / out, start_from=start_from), scored=scored)
 
 
 @dataclass(frozen=True)
@@ -187,6 +210,11 @@ class Runs:
 
     def tensors(self, run: str, file: str) -> dict[str, Tensor]:
         return load_file(self.root / run / file)
+
+    def scores(self, run: str) -> list[dict[str, Any]]:
+        """Its held-out scores, but for the time that they took."""
+        rows: list[dict[str, Any]] = json.loads((self.root / run / "held_out.json").read_text())
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +248,37 @@ def test_a_resumed_run_ends_with_the_same_bits(runs: Runs, name: str) -> None:
     assert losses[0][2:] == losses[1]
     early, late = (runs.tensors(name, f"step-{step:06d}/parameters.safetensors") for step in (2, 4))
     assert all(not torch.equal(early[parameter], late[parameter]) for parameter in early)
+
+
+def test_held_out_scores_change_no_weights(runs: Runs) -> None:
+    """All straight runs are scored. Most resumed ones are not, and the test above shows that they end the same."""
+    assert {name for name in WEIGHTS if (runs.root / f"{name}-resumed" / "held_out.json").exists()} == {
+        "full",
+        "sharded-bf16",
+    }
+    for name in WEIGHTS:
+        assert [row["step"] for row in runs.scores(name)] == [0, 2, 4]
+    for name in ("full", "sharded-bf16"):
+        assert runs.scores(f"{name}-resumed") == runs.scores(name)[2:]
+
+
+def test_held_out_scores_are_those_of_a_search(runs: Runs) -> None:
+    """The model of the last step, searched again without the code of training; one rank finds the same as two."""
+    _, embedder = load_encoder(str(runs.root / "full" / "model" / "0"))
+    processor = Processor(runs.model_dir, PROMPT)
+    pairs = PairEncoder(processor).collate([encode(processor, 99, index) for index in range(5)])
+    with torch.no_grad():
+        similarity = embedder(pairs.queries) @ embedder(pairs.targets).T
+    order = similarity.argsort(dim=1, descending=True)
+    ranks = [int((order[row] == row).nonzero()) + 1 for row in range(5)]
+    last = runs.scores("full")[-1]
+    scenes = last["sources"]["scenes"]
+    assert dict(zip(scenes["queries"], scenes["ranks"], strict=True)) == dict(enumerate(ranks))
+    assert dict(zip(scenes["queries"], scenes["found"], strict=True)) == dict(enumerate(order[:, 0].tolist()))
+    assert scenes["hit"] == pytest.approx(ranks.count(1) / 5)
+    assert last["sources"]["pages"] == {"hit": 1.0, "candidates": 1, "queries": [0], "ranks": [1], "found": [0]}
+    assert last["hit"] == pytest.approx((scenes["hit"] + 1) / 2)
+    assert runs.scores("full-alone")[-1] == last
 
 
 def test_another_seed_draws_other_dropout(runs: Runs) -> None:

@@ -47,7 +47,9 @@ def steps_kept(run: Run) -> list[int]:
     return sorted({int(name.split("/")[1].split("-")[0]) for name in run.store.list("checkpoints")})
 
 
-def publish(checkpoints: Checkpoints, scratch: Path, step: int, accuracy: float = 0.5) -> None:
+def publish(
+    checkpoints: Checkpoints, scratch: Path, step: int, accuracy: float = 0.5, held_out: float | None = None
+) -> None:
     """A checkpoint after `step` steps; those since the one before had this accuracy, and one more has been done."""
     folder = scratch / f"s{step}"
     folder.mkdir()
@@ -59,6 +61,8 @@ def publish(checkpoints: Checkpoints, scratch: Path, step: int, accuracy: float 
     checkpoints.metrics = done + [
         {"step": number, "loss": 1.0, "accuracy": accuracy, "skipped": 0} for number in range(len(done), step + 1)
     ]
+    if held_out is not None:
+        checkpoints.held_out.append({"step": step, "hit": held_out, "seconds": 0.0, "sources": {}})
     checkpoints.publish(folder, step)
 
 
@@ -151,6 +155,20 @@ def test_the_best_checkpoint_stays(tmp_path: Path) -> None:
     publish(writer, tmp_path, 25, 0.9)
     assert checkpoints_of(run).best() is None
     assert steps_kept(run) == [25]
+
+
+def test_the_best_checkpoint_has_the_highest_held_out_score(tmp_path: Path) -> None:
+    """Accuracy in the batches says the opposite. A checkpoint between two scores is not the best."""
+    run = make_run(tmp_path, checkpoint={"keep": 1})
+    run.begin(DATA)
+    for step, accuracy, held_out in ((5, 0.5, None), (10, 0.6, 0.3), (15, 0.7, 0.2), (18, 0.99, None), (20, 0.9, 0.1)):
+        writer = checkpoints_of(run)
+        writer.latest()
+        publish(writer, tmp_path, step, accuracy, held_out)
+    assert steps_kept(run) == [10, 20]
+    reader = checkpoints_of(run)
+    reader.latest()
+    assert [(row["step"], row["hit"]) for row in reader.held_out] == [(10, 0.3), (15, 0.2), (20, 0.1)]
 
 
 def test_half_written_checkpoint_is_never_the_latest(tmp_path: Path) -> None:

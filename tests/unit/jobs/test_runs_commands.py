@@ -56,7 +56,8 @@ def test_runs_are_listed_with_their_states(
         root = "s3://runs-commands/deep"
     make_run(root, "a-new", ())
     finished = make_run(root, "finished", (START, "finished"), (3.0, 2.0))
-    finished.finish({"sources": {}, "replaced": 0}, [{"step": 0, "loss": 3.0}, {"step": 1, "loss": 2.0}])
+    scores: list[Any] = [{"step": 2 * n, "hit": hit, "seconds": 1.0, "sources": {}} for n, hit in enumerate((0.5, 0.4))]
+    finished.finish({"sources": {}, "replaced": 0}, [{"step": 0, "loss": 3.0}, {"step": 1, "loss": 2.0}], scores)
     make_run(root, "broken", (START, f"{FAILED}: data: is gone"), (3.0,))
     make_run(f"{root}/sweep", "interrupted", (START,), (3.0, float("nan")))
     with hold_lease(make_run(root, "running", (START,), (3.0,) * 5000 + (1.25,)).store, 60, "trains"):
@@ -74,7 +75,9 @@ def test_runs_are_listed_with_their_states(
     assert [run["folder"] for run in listed if run["name"] == "interrupted"] == [f"{root}/sweep/interrupted"]
     assert len(table) == 6
     (line,) = [line for line in table if line.startswith("finished")]
-    assert line.split()[:4] == ["finished", "finished", "2/20", "2.0000"]
+    assert line.split()[:6] == ["finished", "finished", "2/20", "2.0000", "40.0%", "50.0%"]
+    (unscored,) = [run for run in listed if run["name"] == "broken"]
+    assert (unscored["held_out"], unscored["best_held_out"]) == (None, None)
 
 
 def test_a_folder_without_runs_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

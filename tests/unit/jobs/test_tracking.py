@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from jobs.training import tracking
-from jobs.training.runs import METRICS, Run, read_rows
+from jobs.training.runs import METRICS, Run, read_held_out, read_rows
 from jobs.training.tracking import TENSORBOARD, UNTRACKED, Tracker, check_tracking, scalars
 from pipelines.errors import UserError
 from tests.unit.jobs.test_runs import DATA, make_run
@@ -20,6 +20,11 @@ ROWS: list[dict[str, Any]] = [
     {"step": step, "source": ("pages", "photos")[step % 2], "task": "a", "loss": 2.0 - step, "skipped": 0}
     for step in range(5)
 ]
+
+
+def score(step: int) -> dict[str, Any]:
+    found = {"hit": step / 10, "candidates": 9, "queries": [], "ranks": [], "found": []}
+    return {"step": step, "hit": step / 5, "seconds": 0.1, "sources": {"photos": found}}
 
 
 @pytest.fixture(autouse=True)
@@ -62,12 +67,32 @@ def test_rows_are_there_while_the_run_goes_on_and_once_after_a_restart(tmp_path:
     assert events["loss/photos"] == {1: 1.0, 3: -1.0}
 
 
-def tensorboard_events(folder: Path) -> dict[str, dict[int, float]]:
+def test_held_out_scores_are_kept_with_the_step_that_they_were_taken_after(tmp_path: Path) -> None:
+    run = begun(tmp_path)
+    tracker = Tracker(run, [])
+    for row in (score(0), *ROWS[:2], score(2), *ROWS[2:4], score(4)):
+        tracker.log(row)
+    tracker.close()
+    again = Tracker(run, ROWS[:2], [score(0), score(2)])  # resumes after two steps
+    for row in (*ROWS[2:4], score(4)):
+        again.log(row)
+    again.close()
+    assert read_held_out(run.store) == [score(0), score(2), score(4)]
+    assert read_rows(run.store, METRICS) == ROWS[:4]
+    events = tensorboard_events(tmp_path / "runs" / "r" / TENSORBOARD)
+    assert events["held_out/_all"] == pytest.approx({0: 0.0, 2: 0.4, 4: 0.8})
+    assert events["held_out/photos"] == pytest.approx({0: 0.0, 2: 0.2, 4: 0.4})
+    # TensorBoard drops what it has from step 2 on when the run resumes: the score is there once more.
+    (_, second) = sorted((tmp_path / "runs" / "r" / TENSORBOARD).glob("events*"))
+    assert set(tensorboard_events(second.parent, second.name)["held_out/_all"]) == {2, 4}
+
+
+def tensorboard_events(folder: Path, names: str = "events*") -> dict[str, dict[int, float]]:
     """Tag -> step -> value, in the order of the files. A record: length, checksum, event, checksum."""
     from tensorboardX.proto.event_pb2 import Event
 
     found: dict[str, dict[int, float]] = {}
-    for path in sorted(folder.glob("events*")):
+    for path in sorted(folder.glob(names)):
         content = path.read_bytes()
         at = 0
         while at < len(content):

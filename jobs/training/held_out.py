@@ -1,0 +1,80 @@
+"""Which held-out samples a run is scored on while it trains, and reading a worker's share of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from jobs.training.specs import TrainSpec
+from pipelines.config import DataConfig
+from pipelines.errors import BadMedia
+from pipelines.feed.batch import Encoder
+from pipelines.feed.reader import Reader
+from pipelines.plan.plan import Plan
+from pipelines.samples import Rejected
+
+if TYPE_CHECKING:
+    from rzen.training.held_out import HeldOutShare
+
+
+@dataclass(frozen=True)
+class HeldOutSamples:
+    """The samples of a run: their split, and their rows in each source. `every_steps` they are scored. Picklable."""
+
+    data: DataConfig
+    rows: dict[str, tuple[int, ...]]
+    every_steps: int
+
+    def __str__(self) -> str:
+        count = sum(map(len, self.rows.values()))
+        return f"{count:,} held-out samples of {len(self.rows)} sources, every {self.every_steps} steps"
+
+    def read(self, encoder: Encoder, rank: int, world_size: int) -> dict[str, HeldOutShare]:
+        """Return the share of a worker, encoded. Samples that cannot be used are left out."""
+        from rzen.training.held_out import HeldOutShare
+
+        reader = Reader(self.data, encoder)
+        shares = {}
+        for source, rows in self.rows.items():
+            found = _encoded(reader, encoder, source, rows[rank::world_size])
+            pairs = encoder.collate(list(found.values())) if found else None
+            shares[source] = HeldOutShare(tuple(found), pairs)
+        return shares
+
+
+def choose_samples(spec: TrainSpec, plan: Plan) -> HeldOutSamples | None:
+    """Return what the run is scored on, the same for any number of workers. None if there is nothing.
+
+    Raises `UserError` for a held-out split that is damaged.
+    """
+    data = spec.data.model_copy(update={"split": "held_out", "negatives_per_sample": 0})
+    reader = Reader(data)
+    if spec.eval is None or spec.data.split == data.split or not reader.exists():
+        return None
+    trained = {member for source in plan.sources for member in source.members}
+    rows = {
+        source: _spread(size, spec.eval.samples)
+        for source, size in reader.sizes().items()
+        if source in trained and size
+    }
+    return HeldOutSamples(data, rows, spec.eval.every_steps or spec.checkpoint.every_steps) if rows else None
+
+
+def _spread(size: int, count: int) -> tuple[int, ...]:
+    """Return up to `count` of `size` rows, evenly spread: external shards may be sorted."""
+    count = min(size, count)
+    return tuple(number * size // count for number in range(count))
+
+
+def _encoded(reader: Reader, encoder: Encoder, source: str, rows: Sequence[int]) -> dict[int, Any]:
+    """Return the encoded samples by their rows, without bad ones and graded ones."""
+    found = {}
+    for row, sample in zip(rows, reader.samples(source, rows), strict=True):
+        if isinstance(sample, Rejected) or sample.sample.relevance is not None:
+            continue
+        try:
+            found[row] = encoder.sample(sample)
+        except BadMedia:
+            continue
+    return found
