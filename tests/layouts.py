@@ -19,6 +19,8 @@ from pipelines.benchmarks.types import Dataset
 from rzen.evaluation.vectors import Vectors
 
 Lines = Sequence[Mapping[str, Any]]
+WIDTH = 1024
+"""Of planted vectors: more than any dataset has names of candidates."""
 
 
 def put(path: Path, content: str | bytes = "") -> Path:
@@ -167,16 +169,17 @@ def put_mmeb(root: Path) -> dict[str, tuple[dict[str, list[str]], float]]:
 def planted(dataset: Dataset, found: Mapping[str, Sequence[str]]) -> tuple[Vectors, Vectors]:
     """Vectors with which each query, by name, finds these candidates first, by name, in this order.
 
-    Every candidate has an axis of its own, or shares that of the others of its name.
+    Every candidate has an axis of its own, or shares that of the others of its name. All datasets have one width.
     """
     candidates = list(dataset.candidates)
     axes = {name: axis for axis, name in enumerate(dict.fromkeys(item.name for item in candidates))}
-    queries = np.full((len(dataset.queries), len(axes)), 0.01, np.float32)
+    queries = np.zeros((len(dataset.queries), WIDTH), np.float32)
+    queries[:, : len(axes)] = 0.01
     for row, query in enumerate(dataset.queries):
         for place, name in enumerate(found[query.item.name]):
             queries[row, axes[name]] = 1 - 0.1 * place
     queries /= np.linalg.norm(queries, axis=1, keepdims=True)
-    rows = np.eye(len(axes), dtype=np.float32)[[axes[item.name] for item in candidates]]
+    rows = np.eye(WIDTH, dtype=np.float32)[[axes[item.name] for item in candidates]]
     return (
         Vectors.of((query.item.id for query in dataset.queries), queries),
         Vectors.of((item.id for item in candidates), rows),

@@ -60,8 +60,13 @@ def split_bundle(spec: EvaluateSpec, reader: Reader, listings: Store) -> Bundle:
             metric=DATASET_METRICS.get(metric, metric),
             modality=TASKS[task].modality,
         )
+        if not dataset.queries and not spec.tasks:
+            say(f"  {task} is not scored: {', '.join(dataset.notes)}")
+            continue
         bundle.rows.setdefault(dataset.row.suite, []).append(dataset.row)
         bundle.entries.append((dataset.row, partial(_same, dataset)))
+    if not bundle.entries:
+        raise UserError(f"{data.root} {data.split}", "has graded pairs only", "hold out pairs without a relevance")
     return bundle
 
 

@@ -15,14 +15,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from jobs.embedding.engine import Models, check_workers
 from jobs.evaluation.datasets import Bundle, files_bundle, split_bundle
 from jobs.evaluation.report import SuiteResults, Suites, write_report, write_suite
-from jobs.evaluation.score import Problem, Scored, endpoint_of, models_of, score_models
+from jobs.evaluation.score import Problem, Scored, endpoint_of, models_of, score_mixed_pools, score_models
 from jobs.evaluation.specs import EvaluateSpec
 from jobs.runtime.cluster import ray_cluster
 from jobs.runtime.lease import hold_output
@@ -32,7 +32,6 @@ from pipelines.config import DataConfig
 from pipelines.feed.reader import Reader
 from pipelines.storage.location import open_store
 from pipelines.storage.store import Store
-from rzen.evaluation.dataset_scores import DatasetScores
 from rzen.evaluation.results import Result, markdown_table, terminal_table, write_results
 from rzen.evaluation.tasks import TASKS, chance, score_queries
 
@@ -50,10 +49,14 @@ class ModelScores:
 
 
 def run(spec: EvaluateSpec) -> dict[str, Any]:
-    """Score all models, print the tables, and write files, tables and the report."""
+    """Score all models, print the tables, and write files, tables and the report.
+
+    Return the places of the outputs, and the `rows` of the split.
+    """
     cache = open_store(spec.cache, endpoint_of(spec))
     cache.ensure_bucket()
     suites: Suites = {}
+    rows: list[Result] = []
     with hold_output(open_store(spec.out), "evaluation", "evaluates"), ray_cluster():
         check_workers(spec)
         for bundle in _bundles(spec, cache):
@@ -65,9 +68,9 @@ def run(spec: EvaluateSpec) -> dict[str, Any]:
             if bundle.data is not None:
                 (results,) = found.values()
                 weights = {name: [config["base"], config["adapter"]] for name, config in configs.items()}
-                _write_split(spec, bundle.data, results, weights)
+                rows = _write_split(spec, bundle.data, results, weights)
     say(f"  {write_report(spec, suites)}")
-    return {"outputs": [spec.out]}
+    return {"outputs": [spec.out], "rows": [asdict(row) for row in rows]}
 
 
 def score(spec: EvaluateSpec, reader: Reader, stores: Mapping[str, Store]) -> dict[str, ModelScores]:
@@ -80,15 +83,11 @@ def score(spec: EvaluateSpec, reader: Reader, stores: Mapping[str, Store]) -> di
     with ray_cluster():
         check_workers(spec)
         bundle = split_bundle(spec, reader, listings)
-        found = _scored(spec, bundle, models_of(spec, bundle, stores))
-        results: dict[str, dict[str, DatasetScores]] = {name: {} for name in spec.models}
-        for some in found:
-            assert isinstance(some, Scored), "a problem of a split is raised"
-            results[some.model][some.scores.dataset.row.name] = some.scores
+        (results,) = _score_suites(spec, bundle, models_of(spec, bundle, stores)).values()
     for store in (listings, *stores.values()):
         store.delete_tree("")
     assert bundle.data is not None
-    return {name: _split_scores(spec, bundle.data, name, by_task) for name, by_task in results.items()}
+    return {name: _split_scores(spec, bundle.data, name, some) for name, some in results.items()}
 
 
 def _bundles(spec: EvaluateSpec, cache: Store) -> Iterator[Bundle]:
@@ -106,6 +105,10 @@ def _score_suites(spec: EvaluateSpec, bundle: Bundle, models: Models) -> dict[st
             suites[found.row.suite][found.model].problems[found.row.name] = found.text
         else:
             suites[found.scores.dataset.row.suite][found.model].add(found)
+    for results in suites.values():
+        datasets = {name: [scored.dataset for scored in some.scored.values()] for name, some in results.items()}
+        for name, mixed in score_mixed_pools(spec, models, datasets).items():
+            results[name].mixed = mixed
     return suites
 
 
@@ -127,12 +130,12 @@ def _scored(spec: EvaluateSpec, bundle: Bundle, models: Models) -> Iterator[Scor
 
 def _write_split(
     spec: EvaluateSpec, data: DataConfig, results: Mapping[str, SuiteResults], weights: Mapping[str, list[str | None]]
-) -> None:
-    """Write the rows of all models as JSON and Markdown, and print them.
+) -> list[Result]:
+    """Write the rows of all models as JSON and Markdown, print and return them.
 
     `weights` are the hashes of base and adapter of each model, by which an export finds its scores.
     """
-    rows = [row for name, some in results.items() for row in _split_scores(spec, data, name, some.scored).rows]
+    rows = [row for name, some in results.items() for row in _split_scores(spec, data, name, some).rows]
     settings = {
         "data": Reader(data).fingerprint,
         "spec": spec.model_dump(mode="json"),
@@ -145,14 +148,13 @@ def _write_split(
     path.with_suffix(".md").write_text(markdown_table(rows), encoding="utf-8")
     console.print(terminal_table(rows))
     say(f"  {path}, {path.with_suffix('.md').name}")
+    return rows
 
 
-def _split_scores(
-    spec: EvaluateSpec, data: DataConfig, model: str, by_task: Mapping[str, DatasetScores]
-) -> ModelScores:
-    """The rows of one model, in the order of the tasks."""
+def _split_scores(spec: EvaluateSpec, data: DataConfig, model: str, results: SuiteResults) -> ModelScores:
+    """The rows of one model in the order of the tasks: those of their own pools, then those of the mixed pool."""
     scores = ModelScores([], {})
-    for task, scored in by_task.items():
+    for task, scored in results.scored.items():
         queries = scored.dataset.queries
         sizes = Counter((scored.dataset.pool_size(query), len(query.relevance)) for query in queries)
         metrics = spec.metrics or TASKS[task].metrics
@@ -171,4 +173,12 @@ def _split_scores(
             scores.rows.append(row)
             if metric == metrics[0]:
                 scores.by_query[task] = values.tolist()
+    for task, mixed in results.mixed.items():
+        num_queries = len(results.scored[task].dataset.queries)
+        scores.rows.extend(
+            Result(
+                model, task, metric, value, num_queries, mixed.num_candidates, mixed.chance[metric], data.split, "mixed"
+            )
+            for metric, value in mixed.means.items()
+        )
     return scores

@@ -18,13 +18,14 @@ from pipelines.items.decode import ItemDecoder
 from rzen.evaluation.comparison import (
     compare,
     comparison_table,
+    finds_target_modality,
     instruction_sensitivity,
     modality_gap,
-    target_modality_accuracy,
 )
 from rzen.evaluation.dataset_scores import DatasetScores
 from rzen.evaluation.files import score_of, write_files
 from rzen.evaluation.leaderboard import DatasetScore, build_leaderboard, side_by_side, terminal, write_leaderboard
+from rzen.evaluation.mixed_pool import MixedScores, compare_mixed, describe_mixed, mixed_means, mixed_table
 from rzen.evaluation.results import write_json
 from rzen.evaluation.submission import make_submission, write_submission
 from rzen.report.evaluation import SuiteReport, write_evaluation_report
@@ -41,13 +42,14 @@ class SuiteResults:
     problems: dict[str, str] = field(default_factory=dict)
     diagnostics: dict[str, dict[str, Any]] = field(default_factory=dict)
     examples: dict[str, list[Search]] = field(default_factory=dict)
+    mixed: dict[str, MixedScores] = field(default_factory=dict)
 
     def add(self, found: Scored) -> None:
         """Keep the scores of a dataset and the diagnostics that need its vectors."""
         scores = found.scores
         facts: dict[str, Any] = {
             "modality_gap": modality_gap(found.queries.rows, found.candidates.rows),
-            "target_modality_accuracy": target_modality_accuracy(scores),
+            "target_modality_accuracy": float(finds_target_modality(scores).mean()),
             "remarks": scores.remarks,
         }
         if found.plain is not None:
@@ -86,17 +88,28 @@ def write_suite(
         for other in others
         if results[first].scored.keys() & results[other].scored
     }
+    mixed = {model: some.mixed for model, some in results.items() if some.mixed}
+    mixed_differences = {
+        other: compare_mixed(mixed[first], mixed[other]) for other in mixed if other != first and first in mixed
+    }
     tables = [
         side_by_side(leaderboards),
         *(comparison_table(some, first, other) for other, some in differences.items()),
+        *([mixed_table(mixed)] if mixed else []),
+        *(comparison_table(some, first, other) for other, some in mixed_differences.items()),
     ]
     (_folder(spec, suite) / "models.md").write_text("\n".join(tables), encoding="utf-8")
+    if bundle.data is None:
+        for model, scores in mixed.items():
+            say(f"  {model}, {suite}, one pool of all: {describe_mixed(scores)}")
     return SuiteReport(
         suite,
         leaderboards,
         differences,
         {model: some.diagnostics for model, some in results.items()},
         {model: some.examples for model, some in results.items()},
+        {model: mixed_means(some) for model, some in mixed.items()},
+        mixed_differences,
     )
 
 
@@ -122,6 +135,8 @@ def _write_model(
     lines = build_leaderboard(rows, scores, {**missing, **results.problems})
     folder = _folder(spec, suite, model)
     write_leaderboard(folder / "leaderboard.json", lines, settings)
+    for name, mixed in results.mixed.items():
+        results.diagnostics[name]["mixed_pool"] = {**mixed.means, "num_candidates": mixed.num_candidates}
     write_json(folder / "diagnostics.json", results.diagnostics)
     if suite == "MMEB-V2" and model in spec.submission:
         whole = {line.row.name: scores[line.row.name] for line in lines if not line.problem}

@@ -16,12 +16,14 @@ from jobs.embedding.vectors import VectorCache
 from jobs.evaluation.datasets import DAMAGED, Bundle, Entry
 from jobs.evaluation.specs import EvaluateSpec
 from jobs.runtime.progress import Bars
+from pipelines.benchmarks.join import JoinedDatasets, join_datasets
 from pipelines.benchmarks.types import Dataset, Pool, Row, read_pool, without_instructions
 from pipelines.errors import UserError
 from pipelines.items.types import Item, as_ids
 from pipelines.items.units import WINDOW_ITEMS
 from pipelines.storage.store import Store
 from rzen.evaluation.dataset_scores import DatasetScores, score_dataset
+from rzen.evaluation.mixed_pool import MixedScores, score_mixed_pool
 from rzen.evaluation.vectors import Vectors
 
 
@@ -101,6 +103,29 @@ def score_models(spec: EvaluateSpec, bundle: Bundle, models: Models) -> Iterator
                     bars.update("score", done, total, unit="datasets", note=f"{some.name} {dataset.row.name}")
 
 
+def score_mixed_pools(
+    spec: EvaluateSpec, models: Models, datasets: Mapping[str, Sequence[Dataset]]
+) -> dict[str, dict[str, MixedScores]]:
+    """Return model -> dataset -> its scores among the candidates of all `datasets` of the model, scored before.
+
+    A model with fewer than two datasets has none: their own pool is the mixed one.
+    """
+    found: dict[str, dict[str, MixedScores]] = {some.name: {} for some, _ in models}
+    joined: dict[tuple[str, ...], JoinedDatasets] = {}
+    with tempfile.TemporaryDirectory(prefix="rzen-vectors-", dir=spec.scratch) as scratch:
+        for some, vectors in models:
+            mine = datasets[some.name]
+            if len(mine) < 2:
+                continue
+            names = tuple(dataset.row.name for dataset in mine)
+            if names not in joined:
+                joined[names] = join_datasets(mine)
+            whole, corpora = joined[names], _Corpora(vectors, Path(scratch))
+            _, candidates = corpora.candidates(whole.dataset, whole.pool)
+            found[some.name] = score_mixed_pool(whole, corpora.queries(whole.dataset), candidates)
+    return found
+
+
 def _groups(entries: Sequence[Entry]) -> Iterator[tuple[list[Dataset], list[tuple[Row, str]]]]:
     """Datasets that are embedded in one job, opened when their turn comes, and those that cannot be opened.
 
@@ -154,11 +179,11 @@ class _Corpora:
         self._vectors, self._scratch = vectors, scratch
         self._name: str | None = None
 
-    def candidates(self, dataset: Dataset) -> tuple[Pool, Vectors]:
-        """Return the pool and the vectors in its order, those that there are."""
+    def candidates(self, dataset: Dataset, pool: Pool | None = None) -> tuple[Pool, Vectors]:
+        """Return the pool, read unless it is given, and the vectors in its order, those that there are."""
         if self._name != dataset.corpus:
             self._name = None
-            self._pool = read_pool(dataset)
+            self._pool = pool or read_pool(dataset)
             self._loaded = self._vectors.load(self._pool.ids, self._scratch / "candidates.npy")
             self._name = dataset.corpus
         return self._pool, self._loaded

@@ -2,7 +2,8 @@
 
 Targets of equal content (`target_sha256`) are one. Where samples of a pool have equal targets, the first one is the
 candidate of all, with its instruction. Queries of equal content and instruction are one, with the targets of all its
-samples as relevant candidates. A candidate that shows what the query shows is excluded, unless it is relevant.
+samples as relevant candidates. A candidate that shows what the query shows is excluded, unless it is relevant. Graded
+pairs are left out: a grade says how similar two inputs are, not which target answers a query.
 """
 
 from __future__ import annotations
@@ -32,7 +33,11 @@ def split_dataset(
     pools: dict[str, dict[str, str]] = {}  # pool -> target_sha256 -> id of the candidate
     candidates: dict[str, Item] = {}
     asked: dict[tuple[str, str], _Asked] = {}  # pool, id of the query
+    num_graded = 0
     for shard, index, sample in samples:
+        if sample.relevance is not None:
+            num_graded += 1
+            continue
         name = shard.source if pool_is_source else task
         pool = pools.setdefault(name, {})
         if sample.target_sha256 not in pool:
@@ -60,7 +65,8 @@ def split_dataset(
         itself = pools[one.pool].get(one.sha256)
         excluded = () if itself is None or itself in one.relevance else (itself,)
         queries.append(Query(one.item, one.relevance, ids_of.get(one.pool), excluded))
-    return Dataset(row, queries, list(candidates.values()), f"{split} {task}")
+    notes = (f"{num_graded} graded pairs are left out",) if num_graded else ()
+    return Dataset(row, queries, list(candidates.values()), f"{split} {task}", notes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -123,7 +123,7 @@ def make_item(
         raise UserError(f"{root} {name}", "has neither text nor media", "repair the file")
     members: list[Media] = []
     files: dict[str, FileRef] = {}
-    content: list[object] = [name, text, instruction]
+    shown: list[object] = []
     for number, (kind, ref) in enumerate(media):
         path = Path(ref.path)
         version = _version(path, kind)
@@ -131,8 +131,9 @@ def make_item(
         member = f"{slot}{number}.{suffix}"
         members.append(Media(kind, member))
         files[member] = ref
-        content += [kind, path.relative_to(root).as_posix(), ref.page, version]
-    return Item(content_id(content), name, Input(text, tuple(members)), instruction, files)
+        shown += [kind, path.relative_to(root).as_posix(), ref.page, version]
+    id, content = content_id([name, text, instruction, *shown]), content_id([text, *shown])
+    return Item(id, name, Input(text, tuple(members)), content, instruction, files)
 
 
 def _version(path: Path, kind: MediaKind) -> tuple[int, int] | list[tuple[str, int, int]]:

@@ -23,6 +23,7 @@ from pipelines.samples import Rejected, Sample
 from pipelines.storage.store import Store
 
 _VERSION = 2  # of what a listing holds
+_CONTENT_DIGITS = 32  # of `Item.content`
 _SCHEMA = pa.schema(
     [("sample", pa.string()), ("origin", pa.string()), ("reason", pa.string()), ("detail", pa.string())]
 )
@@ -98,7 +99,8 @@ def row_item(shard: ListedShard, index: int, sample: Sample, role: Role) -> Item
     if role == "query":
         kinds = [media.kind for media in sample.query.media]
         id = content_id(["query", sample.query_sha256, kinds, sample.instruction])
-        return Item(id, name, sample.query, sample.instruction, row=row)
+        return Item(id, name, sample.query, sample.query_sha256[:_CONTENT_DIGITS], sample.instruction, row=row)
     kinds = [media.kind for media in sample.positive.media]
     id = content_id(["target", sample.target_sha256, kinds, sample.target_instruction])
-    return Item(id, name, sample.positive, sample.target_instruction, row=row)
+    content = sample.target_sha256[:_CONTENT_DIGITS]
+    return Item(id, name, sample.positive, content, sample.target_instruction, row=row)

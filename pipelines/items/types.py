@@ -35,12 +35,14 @@ class Item:
     """One input to embed. `id` is 32 hex digits, a digest of all content that decides the vector.
 
     The media of `input` are in `files` (by member; a folder for a video of frames) or, where `row` is given, in a
-    shard. `name` is what people and result files call it.
+    shard. `name` is what people and result files call it. `content` are 32 hex digits of text and media only: equal for
+    a query and a candidate that show the same, whatever their instructions.
     """
 
     id: str
     name: str
     input: Input
+    content: str
     instruction: str = ""
     files: dict[str, FileRef] = field(default_factory=dict)
     row: ShardRow | None = None

@@ -73,8 +73,8 @@ def modality_gap(queries_QD: FloatArray, candidates_ND: FloatArray) -> float:
     return float(np.linalg.norm(means[0] - means[1]))
 
 
-def target_modality_accuracy(scored: DatasetScores) -> float:
-    """Return the share of queries whose first candidate has the modality of a relevant one.
+def finds_target_modality(scored: DatasetScores) -> FloatArray:
+    """Return for each query, `[Q]`, 1 where its first candidate has the modality of a relevant one, else 0.
 
     In mixed pools, a model may find the wrong kind of thing.
     """
@@ -83,7 +83,7 @@ def target_modality_accuracy(scored: DatasetScores) -> float:
         wanted[query].add(scored.modalities[int(row)])
     first = scored.ranked.rows[:, 0]
     right = [row != NONE and scored.modalities[int(row)] in kinds for row, kinds in zip(first, wanted, strict=True)]
-    return float(np.mean(right))
+    return np.array(right, dtype=np.float64)
 
 
 def comparison_table(differences: Mapping[str, Difference], first: str, second: str) -> str:

@@ -8,11 +8,12 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 from typing_extensions import TypedDict
@@ -39,6 +40,8 @@ class Result:
     chance: float
     split: str = "held_out"
     """`train` marks a number measured on training data, which says little about new data."""
+    pool: Literal["task", "mixed"] = "task"
+    """Candidates of a query: the targets of its task (or source), or those of all tasks of the evaluation."""
 
 
 @stored_file
@@ -49,8 +52,9 @@ class ResultsFile(TypedDict):
     rows: list[Result]
 
 
-Column = tuple[str, str]
-"""Task and metric."""
+MIXED_POOL = "mixed pool"
+Column = tuple[str, str, str]
+"""Pool, task and metric."""
 
 
 def write_results(path: Path, rows: Sequence[Result], settings: Mapping[str, Any]) -> None:
@@ -68,15 +72,32 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def markdown_table(rows: Sequence[Result]) -> str:
-    """Models down, tasks across, in percent; the best of a column is bold, the last line is chance."""
+    """Models down, tasks across, in percent; the best of a column is bold, the last line is chance.
+
+    A second table has the scores of the mixed pool, if there are any.
+    """
+    return "\n".join(map(_markdown, _by_pool(rows)))
+
+
+def _markdown(rows: Sequence[Result]) -> str:
     head, body = _table(rows)
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
     lines += [[name, *(f"**{text}**" if best else text for text, best in cells)] for name, cells in body]
     return "\n".join(f"| {' | '.join(map(escape_markdown, line))} |" for line in lines) + "\n"
 
 
-def terminal_table(rows: Sequence[Result]) -> Table:
-    """The same table for `rich.console.Console.print`."""
+def terminal_table(rows: Sequence[Result]) -> Group:
+    """The same tables for `rich.console.Console.print`."""
+    return Group(*map(_terminal, _by_pool(rows)))
+
+
+def _by_pool(rows: Sequence[Result]) -> list[list[Result]]:
+    """Rows of the own pools, then those of the mixed pool."""
+    pools = [[row for row in rows if row.pool == pool] for pool in ("task", "mixed")]
+    return [some for some in pools if some]
+
+
+def _terminal(rows: Sequence[Result]) -> Table:
     head, body = _table(rows)
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column(head[0], no_wrap=True)
@@ -89,8 +110,11 @@ def terminal_table(rows: Sequence[Result]) -> Table:
 
 
 def plot_scores(rows: Sequence[Result]) -> str:
-    """One panel per task and metric, one thin bar per model, a dotted line at chance. SVG text, the same every time."""
-    models, columns, found = _index(rows)
+    """One panel per task and metric, one thin bar per model, a dotted line at chance. SVG text, the same every time.
+
+    The mixed pool has its panels after those of the own pools.
+    """
+    models, columns, found = _index([row for some in _by_pool(rows) for row in some])
     return plot_panels(
         columns,
         models,
@@ -123,7 +147,7 @@ def _index(rows: Sequence[Result]) -> tuple[list[str], list[Column], dict[tuple[
     """Models and columns in order of first appearance, and the result of each pair. Two for one pair is an error."""
     found: dict[tuple[str, Column], Result] = {}
     for row in rows:
-        key = (row.model, (row.task, row.metric))
+        key = (row.model, (row.pool, row.task, row.metric))
         if key in found:
             raise ValueError(f"two results of {row.model} on {row.task} {row.metric}")
         found[key] = row
@@ -143,15 +167,17 @@ def _table(rows: Sequence[Result]) -> tuple[list[str], list[tuple[str, list[tupl
             cells.append((_percent(row.value) if row else "–", is_best))
         body.append((model, cells))
     body.append(("chance", [(_percent(_chance(column, found)), False) for column in columns]))
-    return ["model", *(f"{task_title(task)}, {_metric(metric)}" for task, metric in columns)], body
+    first = f"model ({MIXED_POOL})" if columns[0][0] == "mixed" else "model"
+    return [first, *(f"{task_title(task)}, {_metric(metric)}" for _, task, metric in columns)], body
 
 
 def _draw_scores(axes: Axes, models: list[str], column: Column, found: Mapping[tuple[str, Column], Result]) -> None:
-    task, metric = column
+    pool, task, metric = column
     chance = _chance(column, found)
     axes.axvline(100 * chance, color=INK, linewidth=0.8, linestyle=":")
     rows = [found.get((model, column)) for model in models]
-    title = f"{task_title(task)}\n{_metric(metric)}, %  ⋮ chance {_percent(chance)}"
+    where = f"{MIXED_POOL}: " if pool == "mixed" else ""
+    title = f"{task_title(task)}\n{where}{_metric(metric)}, %  ⋮ chance {_percent(chance)}"
     draw_bars(axes, [row.value if row else None for row in rows], _percent, title)
 
 
@@ -190,7 +216,7 @@ def task_title(task: str) -> str:
 
 
 def _metric(metric: str) -> str:
-    return metric.replace("ndcg", "nDCG").replace("mrr", "MRR")
+    return metric.replace("ndcg", "nDCG").replace("mrr", "MRR").replace("_", " ")
 
 
 def _percent(value: float) -> str:

@@ -54,6 +54,7 @@ TASKS: dict[str, Task] = {
         Task("text_page", "Text → page", "text", "page", ("ndcg@5", "hit@1")),
         Task("text_video", "Text → video", "text", "video", ("hit@1", "ndcg@5")),
         Task("image_text_image", "Image + text → image", "image+text", "image", ("hit@1", "ndcg@5")),
+        Task("text_text", "Text → text", "text", "text", ("hit@1", "ndcg@5")),
         Task("image_class", "Image → class", "image", "class", ("hit@1",), pool="source"),
     )
 }

@@ -220,11 +220,12 @@ def _making(folder: Path, facts: ModelCardData) -> list[str]:
 def _scores(scores: Mapping[str, Any]) -> str:
     if not scores:
         return "None were given."
+    of_all = {"task": "", "mixed": " of all tasks"}
     head = "| task | metric | % | chance % | queries | candidates | split |\n|---|---|---:|---:|---:|---:|---|"
     rows = [
         f"| {escape_markdown(row['task'])} | {escape_markdown(row['metric'])} |"
         f" {100 * row['value']:.1f} | {100 * row['chance']:.1f} |"
-        f" {row['num_queries']} | {row['num_candidates']} | {row['split']} |"
+        f" {row['num_queries']} | {row['num_candidates']}{of_all[row['pool']]} | {row['split']} |"
         for row in scores["rows"]
     ]
     data = scores["settings"].get("data", "unknown")

@@ -19,7 +19,8 @@ class SuiteReport:
     """One suite. `leaderboards`: model -> a line for each dataset, the same for all models. `comparisons`: model ->
     dataset -> its difference to the first model. `diagnostics`: model -> dataset -> `modality_gap`,
     `target_modality_accuracy`, `remarks`, optional `changed_by_instruction`. `examples`: model -> dataset -> what it
-    answered wrongly.
+    answered wrongly. `mixed`: model -> dataset or `mean` -> metric -> its score among the candidates of all datasets.
+    `mixed_comparisons`: as `comparisons`, of the hit@1 there.
     """
 
     suite: str
@@ -27,6 +28,8 @@ class SuiteReport:
     comparisons: Mapping[str, Mapping[str, Difference]]
     diagnostics: Mapping[str, Mapping[str, Mapping[str, Any]]]
     examples: Mapping[str, Mapping[str, Sequence[Search]]]
+    mixed: Mapping[str, Mapping[str, Mapping[str, float]]]
+    mixed_comparisons: Mapping[str, Mapping[str, Difference]]
 
 
 @dataclass(frozen=True, slots=True)

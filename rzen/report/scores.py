@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 Row = Mapping[str, Any]
@@ -33,10 +34,12 @@ class Task:
 class ScoreTable:
     """The rows of one split. `models` maps a model to one cell (or None) a column, `chance` has one a column.
 
-    `interval` is half the width of the widest 95% interval that a hit rate of this table can have.
+    `interval` is half the width of the widest 95% interval that a hit rate of this table can have. In a `mixed` table,
+    the targets of all tasks are the candidates.
     """
 
     in_sample: bool
+    mixed: bool
     tasks: list[Task]
     models: dict[str, list[Cell | None]]
     chance: list[float | None]
@@ -44,10 +47,12 @@ class ScoreTable:
 
 
 def score_tables(rows: Sequence[Row]) -> list[ScoreTable]:
-    """At most two tables: what was held out, then what was trained on (`split` is `train`)."""
-    held_out = [row for row in rows if row.get("split") != "train"]
-    in_sample = [row for row in rows if row.get("split") == "train"]
-    return [_table(part, is_train) for part, is_train in ((held_out, False), (in_sample, True)) if part]
+    """Tables of what was held out, then of what was trained on (`split` is `train`): own pools, then the mixed one."""
+    tables = []
+    for in_sample, mixed in product((False, True), repeat=2):
+        part = [row for row in rows if (row.get("split") == "train", row.get("pool") == "mixed") == (in_sample, mixed)]
+        tables += [_table(part, in_sample, mixed)] if part else []
+    return tables
 
 
 def task_label(task: str) -> str:
@@ -56,7 +61,7 @@ def task_label(task: str) -> str:
     return f"{' + '.join(query)} → {target}" if query else target
 
 
-def _table(rows: Sequence[Row], in_sample: bool) -> ScoreTable:
+def _table(rows: Sequence[Row], in_sample: bool, mixed: bool) -> ScoreTable:
     metrics = {
         task: tuple(_distinct(row["metric"] for row in rows if row["task"] == task))
         for task in _distinct(row["task"] for row in rows)
@@ -68,6 +73,7 @@ def _table(rows: Sequence[Row], in_sample: bool) -> ScoreTable:
     ]
     return ScoreTable(
         in_sample=in_sample,
+        mixed=mixed,
         tasks=[_task(task, names, rows) for task, names in metrics.items()],
         models={
             model: [_cell(column, model) for column in columns] for model in _distinct(row["model"] for row in rows)

@@ -104,6 +104,7 @@ def test_files_of_benchmarks_are_not_trusted(tmp_path, page):
         "0" * 32,
         "a",
         Input(media=(Media("document", "p0.pdf"),)),
+        "0" * 32,
         files={"p0.pdf": FileRef(str(tmp_path / "a.pdf"), page)},
     )
     (found,) = ItemDecoder(MEDIA).inputs([item])

@@ -18,7 +18,7 @@ from tests.paths import ROOT
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 MODELS = ["stage1", "balanced", "images", "soup"]
-TASKS = ["text_image", "text_page", "text_video", "image_text_image"]
+TASKS = ["text_image", "text_page", "text_video", "image_text_image", "text_text"]
 SMALL = {
     "vars.store": "s3://road/demo",
     "jobs.corpus.set.corpus": "{num_images: 40, num_composed: 40, num_documents: 5, num_clips: 40, num_texts: 40}",
@@ -57,10 +57,15 @@ def road(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None, s3_endpoin
 def test_every_model_is_scored_on_every_task(road: Any) -> None:
     out, _ = road
     rows = json.loads((out / "evaluation/results.json").read_text())["rows"]
-    assert {(row["model"], row["task"], row["metric"]) for row in rows} == {
-        (model, task, metric) for model in MODELS for task in TASKS for metric in ("hit@1", "ndcg@5")
+    assert {(row["model"], row["task"], row["pool"], row["metric"]) for row in rows} == {
+        (model, task, pool, metric)
+        for model in MODELS
+        for task in TASKS
+        for pool, metrics in (("task", ("hit@1", "ndcg@5")), ("mixed", ("hit@1", "asked_modality@1")))
+        for metric in metrics
     }
-    assert all(0 <= row["value"] <= 1 and row["num_queries"] == row["num_candidates"] == 8 for row in rows)
+    assert all(0 <= row["value"] <= 1 and row["num_queries"] == 8 for row in rows)
+    assert {(row["pool"], row["num_candidates"]) for row in rows} == {("task", 8), ("mixed", 8 * len(TASKS))}
     assert list(dict.fromkeys(row["model"] for row in rows)) == MODELS
     assert (out / "evaluation/results.md").read_text() == markdown_table([Result(**row) for row in rows])
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 import rzen
 from jobs.cli import main
@@ -247,33 +248,60 @@ def test_a_picture_that_cannot_be_read_stops_its_dataset_alone(
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_split_is_scored_as_each_sample_embedded_alone_says(tmp_path: Path, backbone: str, ray_cluster: None) -> None:
-    """Two models in one job, one of them without instructions; some samples have one target."""
-    sizes = {"red": ("text_image", 40), "blue": ("text_image", 12), "name": ("image_class", 9)}
+    """Two models in one job, one of them without instructions; some samples have one target, also of two tasks."""
+    sizes = {
+        "red": ("text_image", 40),
+        "blue": ("text_image", 12),
+        "name": ("image_class", 9),
+        "page": ("text_page", 7),
+    }
     publish(open_store(str(tmp_path / "data")), sizes, duplicates={"blue": [3, 5]})
     models = {"tiny": {"base": backbone}, "bare": {"base": backbone, "instructions": False}}
     data = {"root": str(tmp_path / "data")}
-    spec = spec_of(tmp_path, backbone, models=models, data=data, tasks=["text_image"], metrics=["hit@5", "ndcg@5"])
-    run(spec)
+    tasks = ["text_image", "text_page"]
+    spec = spec_of(tmp_path, backbone, models=models, data=data, tasks=tasks, metrics=["hit@5", "ndcg@5"])
+    scored = {(row["model"], row["task"], row["pool"], row["metric"]): row for row in run(spec)["rows"]}
     reader = Reader(DataConfig(root=str(tmp_path / "data")))
     samples = [sample for source in ("red", "blue") for sample in reader.samples(source, range(sizes[source][1]))]
+    pages = list(reader.samples("page", range(7)))
     embedder = rzen.load(backbone, identity=spec.identity)
     rows = json.loads((tmp_path / "out/results.json").read_text())["rows"]
-    assert [(row["model"], row["metric"]) for row in rows] == [(m, k) for m in models for k in ("hit@5", "ndcg@5")]
+    assert rows == [*scored.values()]
+    assert [*scored] == [
+        (model, task, pool, metric)
+        for model in models
+        for pool, metrics in (("task", ("hit@5", "ndcg@5")), ("mixed", ("hit@1", "asked_modality@1")))
+        for task in tasks
+        for metric in metrics
+    ]
+    targets = {s.sample.target_sha256: s.positive for s in samples}
+    assert {s.sample.target_sha256 for s in pages} < targets.keys()
+    vectors = embedder.encode(list(targets.values()))
     for model, has_instruction in (("tiny", True), ("bare", False)):
-        hits = []
-        asked = [s.query if has_instruction else replace(s.query, instruction="") for s in samples]
-        targets = {s.sample.target_sha256: s.positive for s in samples}
-        cosines = embedder.encode(asked).astype(np.float64) @ embedder.encode(list(targets.values())).T
-        for sample, row in zip(samples, cosines, strict=True):
-            right = list(targets).index(sample.sample.target_sha256)
-            hits.append((np.delete(row, right) >= row[right] - 1e-6).sum() < 5)
-        (hit,) = (row for row in rows if (row["model"], row["metric"]) == (model, "hit@5"))
-        assert hit["value"] == pytest.approx(np.mean(hits))
+
+        def ranks(some: list[Any], has_instruction: bool = has_instruction) -> NDArray[np.int64]:
+            asked = [s.query if has_instruction else replace(s.query, instruction="") for s in some]
+            right = [list(targets).index(s.sample.target_sha256) for s in some]
+            cosines = embedder.encode(asked).astype(np.float64) @ vectors.T
+            others = [np.delete(row, own) >= row[own] - 1e-6 for row, own in zip(cosines, right, strict=True)]
+            return np.sum(others, axis=1)
+
+        hit = scored[model, "text_image", "task", "hit@5"]
+        assert hit["value"] == pytest.approx(np.mean(ranks(samples) < 5))
         assert (hit["num_queries"], hit["num_candidates"], hit["split"]) == (52, 40, "train")
         assert hit["chance"] == pytest.approx(5 / 40)
-    assert (tmp_path / "out/train/models.md").read_text().count("text_image") == 2  # means, and the difference
+        for task, some in zip(tasks, (samples, pages), strict=True):
+            mixed = scored[model, task, "mixed", "hit@1"]
+            assert mixed["value"] == pytest.approx(np.mean(ranks(some) < 1))
+            assert (mixed["num_candidates"], mixed["chance"]) == (40, pytest.approx(1 / 40))
+            assert scored[model, task, "mixed", "asked_modality@1"]["value"] == 1.0
+    markdown = (tmp_path / "out/train/models.md").read_text()
+    assert markdown.count("| one pool of 40 |") == 1
+    assert markdown.count("text_image") == 4  # means, and the difference, in both pools
     assert (tmp_path / "out/train/bare/text_image_pred.jsonl").read_text().count("\n") == 52
-    assert 'class="hit relevant"' in (tmp_path / "out/index.html").read_text()
+    html = (tmp_path / "out/index.html").read_text()
+    assert 'class="hit relevant"' in html
+    assert 'aria-label="One pool of train"' in html
 
 
 @pytest.mark.ray

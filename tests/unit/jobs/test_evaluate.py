@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jobs.evaluation.evaluate import _split_scores
+from jobs.evaluation.report import SuiteResults
 from jobs.evaluation.specs import EvaluateSpec
 from jobs.spec.model import ModelRef
 from pipelines.benchmarks.split import split_dataset
@@ -56,7 +57,7 @@ def score(
         collapse_is_error=False,
     )
     assert SPEC.data is not None
-    found = _split_scores(SPEC, SPEC.data, "m", {task: scores})
+    found = _split_scores(SPEC, SPEC.data, "m", SuiteResults({task: scores}))
     return found.rows, found.by_query[task]
 
 

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from pipelines.benchmarks.types import Dataset, Query, Row
 from pipelines.errors import UserError
-from pipelines.items.types import Item
+from pipelines.items.types import Item, content_id
 from pipelines.samples import Input
 from rzen.evaluation.dataset_scores import DatasetScores, score_dataset
 from rzen.evaluation.files import write_files
@@ -46,7 +46,7 @@ def pairs(relevant: Sequence[dict[int, float]]) -> Relevant:
 
 
 def item(name: str) -> Item:
-    return Item(f"{name:0>32}", name, Input(name))
+    return Item(f"{name:0>32}", name, Input(name), content_id(name))
 
 
 def toy(

@@ -14,9 +14,9 @@ from pipelines.samples import Input, Media
 from rzen.evaluation.comparison import (
     compare,
     comparison_table,
+    finds_target_modality,
     instruction_sensitivity,
     modality_gap,
-    target_modality_accuracy,
 )
 from rzen.evaluation.dataset_scores import DatasetScores, score_dataset
 from rzen.evaluation.vectors import Vectors
@@ -27,11 +27,11 @@ ROW = Row("toy", "custom", "mixed", "toy", "global", "hit@1", None, "custom")
 def dataset(num_queries: int, name: str = "toy") -> Dataset:
     """Candidates: a text, which is relevant to all, and an image."""
     text, image = (
-        Item(f"{1:032}", "text", Input("a")),
-        Item(f"{2:032}", "image", Input("", (Media("image", "p0.jpg"),))),
+        Item(f"{1:032}", "text", Input("a"), "a"),
+        Item(f"{2:032}", "image", Input("", (Media("image", "p0.jpg"),)), "p"),
     )
     queries = [
-        Query(Item(f"q{number:031}", str(number), Input("?"), "Find it:"), {text.id: 1.0})
+        Query(Item(f"q{number:031}", str(number), Input("?"), "q", "Find it:"), {text.id: 1.0})
         for number in range(num_queries)
     ]
     return Dataset(replace(ROW, name=name), queries, [text, image], name)
@@ -109,7 +109,7 @@ def test_modality_gap_is_the_distance_of_the_means() -> None:
 
 def test_target_modality() -> None:
     """Three of four queries find a text, as they should, and one an image."""
-    assert target_modality_accuracy(scored([1, 1, 0, 1])) == 3 / 4
+    assert finds_target_modality(scored([1, 1, 0, 1])).tolist() == [1, 1, 0, 1]
 
 
 def test_sensitivity_to_instructions() -> None:

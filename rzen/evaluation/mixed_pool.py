@@ -1,0 +1,109 @@
+"""Datasets scored in one pool: the candidates of all of them are those of every query, as people search an index.
+
+    joined = join_datasets(datasets)                        pipelines.benchmarks
+    scores = score_mixed_pool(joined, queries, candidates)  vectors of the joined ids
+
+An own pool holds only what a query asks for. In the mixed one, a model may find the wrong kind of thing first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from pipelines.benchmarks.join import JoinedDatasets
+from pipelines.redaction import escape_markdown
+from rzen.evaluation.comparison import MEAN, Difference, finds_target_modality, paired_intervals
+from rzen.evaluation.dataset_scores import DatasetScores, score_dataset
+from rzen.evaluation.metrics import Relevant
+from rzen.evaluation.vectors import FloatArray, IntArray, Vectors
+
+HIT, ASKED_MODALITY = "hit@1", "asked_modality@1"
+METRICS = (HIT, ASKED_MODALITY)
+
+
+@dataclass(frozen=True, slots=True)
+class MixedScores:
+    """The queries of one dataset in the mixed pool.
+
+    `by_query` and `chance` are metric -> score of each query, `[Q]`, and what a random first candidate expects. The
+    metrics are `HIT`, 1 where the first candidate is relevant, and `ASKED_MODALITY`, 1 where it has the modality of a
+    relevant one.
+    """
+
+    by_query: dict[str, FloatArray]
+    chance: dict[str, float]
+    num_candidates: int
+
+    @property
+    def means(self) -> dict[str, float]:
+        """Return metric -> mean over the queries."""
+        return {metric: float(values.mean()) for metric, values in self.by_query.items()}
+
+
+def score_mixed_pool(
+    joined: JoinedDatasets, queries: Vectors, candidates: Vectors, device: str = ""
+) -> dict[str, MixedScores]:
+    """Return the scores of each dataset by name. Memory, ties and errors are those of `score_dataset`."""
+    scored = score_dataset(
+        joined.dataset, queries, candidates, pool=joined.pool, num_top=1, device=device, collapse_is_error=False
+    )
+    by_query = {HIT: scored.by_query["hit@1"], ASKED_MODALITY: finds_target_modality(scored)}
+    chance = _chance(scored, joined)
+    return {
+        name: MixedScores(
+            {metric: values[places] for metric, values in by_query.items()},
+            {metric: float(values[places].mean()) for metric, values in chance.items()},
+            scored.num_candidates,
+        )
+        for name, places in joined.places.items()
+    }
+
+
+def mixed_means(scores: Mapping[str, MixedScores]) -> dict[str, dict[str, float]]:
+    """Return dataset -> metric -> its mean over the queries; last, under `mean`, the plain means over the datasets."""
+    means = {name: one.means for name, one in scores.items()}
+    return means | {MEAN: {metric: float(np.mean([one[metric] for one in means.values()])) for metric in METRICS}}
+
+
+def describe_mixed(scores: Mapping[str, MixedScores]) -> str:
+    """Return one line: both means over the datasets, and the size of the pool."""
+    mean = mixed_means(scores)[MEAN]
+    size = next(iter(scores.values())).num_candidates
+    return f"hit@1 {100 * mean[HIT]:.1f}, asked modality@1 {100 * mean[ASKED_MODALITY]:.1f} ({size:,} candidates)"
+
+
+def compare_mixed(first: Mapping[str, MixedScores], second: Mapping[str, MixedScores]) -> dict[str, Difference]:
+    """Return the difference of hit@1 on each dataset that both have, and of the mean, as `comparison.compare` does."""
+    return paired_intervals(
+        {name: second[name].by_query[HIT] - first[name].by_query[HIT] for name in first if name in second}
+    )
+
+
+def mixed_table(scores: Mapping[str, Mapping[str, MixedScores]]) -> str:
+    """Return Markdown in percent: datasets down, models across, with the hit@1 and the asked modality@1 of each."""
+    means = {model: mixed_means(some) for model, some in scores.items()}
+    first = next(iter(scores.values()))
+    size = next(iter(first.values())).num_candidates
+    head = [f"one pool of {size:,}", *(f"{escape_markdown(model)}, {metric}" for model in means for metric in METRICS)]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    for name in dict.fromkeys(name for some in means.values() for name in some):
+        cells = [means[model].get(name, {}).get(metric) for model in means for metric in METRICS]
+        lines.append([escape_markdown(name), *("–" if value is None else f"{100 * value:.1f}" for value in cells)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _chance(scored: DatasetScores, joined: JoinedDatasets) -> dict[str, FloatArray]:
+    """Return what each query, `[Q]`, expects of a random candidate that it does not exclude."""
+    left = np.array([len(joined.pool.ids) - len(query.excluded) for query in joined.dataset.queries])
+    kinds = [{scored.modalities[row] for row in mine} for mine in _rows_by_query(scored.relevant)]
+    modality = np.array([sum(joined.modalities[kind] for kind in some) for some in kinds])
+    return {HIT: scored.relevant.count() / left, ASKED_MODALITY: modality / len(joined.pool.ids)}
+
+
+def _rows_by_query(relevant: Relevant) -> list[list[int]]:
+    bounds: IntArray = np.searchsorted(relevant.query, np.arange(relevant.num_queries + 1))
+    return [relevant.row[first:last].tolist() for first, last in pairwise(bounds.tolist())]
