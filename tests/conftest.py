@@ -1,5 +1,6 @@
 """Fixtures and hooks of all tests: one S3 server and one local Ray cluster in each test process."""
 
+import gc
 import logging
 import os
 import shutil
@@ -15,8 +16,12 @@ sys.path.insert(0, str(ROOT))
 import pytest  # noqa: E402
 
 from jobs.runtime.local_s3 import CREDENTIALS, free_port, s3_server  # noqa: E402
+from pipelines.imports import without_garbage_collection, without_modules  # noqa: E402
 from tests import groups, skips  # noqa: E402
 
+# Every process that a test starts would compile the whole project again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # Before anything imports Ray or a maths library; Ray's workers inherit them.
 os.environ |= {
     "AUTOSCALER_METRIC_PORT": str(free_port()),  # the defaults are fixed and taken by any other Ray on the host
@@ -36,6 +41,14 @@ for name, value in CREDENTIALS.items():
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> groups.GroupScheduling:
     return groups.GroupScheduling(config, log)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Import all tests, and with them all libraries, without what makes imports slow."""
+    with without_garbage_collection(), without_modules("pymupdf.layout", "pymupdf4llm"):
+        yield
+    gc.freeze()  # the collector need not look at modules and tests again
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

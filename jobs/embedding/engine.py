@@ -23,6 +23,7 @@ from jobs.embedding.vectors import VectorCache, write_part
 from jobs.runtime.cluster import Resources, check_size, ray_data
 from pipelines.config import FeedConfig
 from pipelines.errors import BadMedia
+from pipelines.imports import without_garbage_collection
 from pipelines.items.decode import ItemDecoder
 from pipelines.items.types import Item, as_ids
 from pipelines.items.units import windows
@@ -133,7 +134,8 @@ def _processor(base: str, prompt: PromptConfig, endpoint: str | None) -> Process
 
 
 def _load(some: EmbedderSettings) -> Embedder:
-    from rzen.embedding.embedder import load  # torch is for the actors, not for the tasks that decode
+    with without_garbage_collection():
+        from rzen.embedding.embedder import load  # torch is for the actors, not for the tasks that decode
 
     model = some.model
     return load(

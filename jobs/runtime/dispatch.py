@@ -10,6 +10,7 @@ from jobs.runtime.cluster import set_environment
 from jobs.spec.job import JobConfig
 from jobs.spec.kinds import find_kind
 from jobs.spec.load import Document
+from pipelines.imports import without_garbage_collection
 
 _log = logging.getLogger(__name__)
 
@@ -31,7 +32,8 @@ def run_spec(spec: JobConfig, document: Document) -> dict[str, Any]:
     set_environment()
     kind = find_kind(spec.kind)
     _log.info("kind %s: %s", kind.name, kind.run)
-    handler = pkgutil.resolve_name(kind.run)
+    with without_garbage_collection():
+        handler = pkgutil.resolve_name(kind.run)
     result: dict[str, Any] = handler(spec, document) if kind.named else handler(spec)
     return result
 

@@ -17,6 +17,7 @@ from jobs.training.checkpoints import Checkpoints
 from jobs.training.encoder import backbone_url, encoder_of
 from jobs.training.runs import BEST, RESULTS, samples_seen
 from jobs.training.tracking import Tracker
+from pipelines.imports import without_garbage_collection
 from pipelines.storage.faults import report_outages
 from pipelines.storage.publish import publish_folder
 from rzen.model.locate import checkpoint_folder, local_folder
@@ -29,10 +30,11 @@ if TYPE_CHECKING:
 
 def train_worker(config: dict[str, Any]) -> None:
     """Train on one worker of Ray Train. `config` holds the prepared run, its stop and the progress actor `board`."""
-    from pipelines.feed.feed import RESUME, SHARD, batches
-    from rzen.training.held_out import HeldOut
-    from rzen.training.telemetry import HELD_OUT, HELD_OUT_METRIC, METRICS, REJECTED, RUN_METRICS
-    from rzen.training.worker import Stage, train_stage
+    with without_garbage_collection():
+        from pipelines.feed.feed import RESUME, SHARD, batches
+        from rzen.training.held_out import HeldOut
+        from rzen.training.telemetry import HELD_OUT, HELD_OUT_METRIC, METRICS, REJECTED, RUN_METRICS
+        from rzen.training.worker import Stage, train_stage
 
     prepared, stop, board = config["prepared"], config["stop"], config["board"]
     run, plan, spec = prepared.run, prepared.plan, prepared.run.spec

@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
+from pipelines.media.libraries import import_optional
+
 Ink = tuple[float, float, float]
 """Red, green and blue in [0, 1]."""
 Position = tuple[float, float]
@@ -53,8 +55,7 @@ def open_canvas(library: PdfLibrary, title: str) -> Canvas:
 
 class _MupdfCanvas:
     def __init__(self, title: str) -> None:
-        import pymupdf
-
+        pymupdf = import_optional("pymupdf", "corpus.pdf_library", "reportlab")
         self._document: Any = pymupdf.open()
         self._document.set_metadata({"title": title})
         self._rect: Any = pymupdf.Rect

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipelines.errors import UserError
+from pipelines.imports import without_garbage_collection, without_modules
 from rzen.config import ModelConfig, ObjectiveConfig, OptimConfig
 from rzen.export.export import write_model
 from rzen.inputs.processor import VisionLayout
@@ -240,8 +241,10 @@ def build_engine(learner: Learner, stage: Stage) -> tuple[Any, torch.optim.Optim
     if not on_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ.setdefault("LOCAL_RANK", str(dist.get_rank()))  # set by launchers; without one, all ranks are here
-    import deepspeed  # here, because it reads the variables above
-    import deepspeed.ops
+    # Its autotuner imports MLflow if it is installed, which takes half a second.
+    with without_garbage_collection(), without_modules("mlflow"):
+        import deepspeed  # here, because it reads the variables above
+        import deepspeed.ops
 
     if not on_gpu:
         # Otherwise it compiles an extension for shared memory. A build that is killed leaves a lock, on which every
