@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from jobs.commands import data, models, registry, runs, spec
+from jobs.commands import data, models, plan, registry, runs, spec
 from jobs.commands.group import CommandGroup
 from jobs.commands.output import SafeFormatter, print_error, print_text
 from pipelines.errors import UserError
@@ -30,6 +30,7 @@ Examples, from files to search:
   rzen verify s3://bucket/photos                          check that nothing is damaged or missing
   rzen run jobs/stage1.yaml --set data.root=s3://bucket/photos
   rzen run jobs/stage2.yaml --set data.root=s3://bucket/photos --set optim.lr=1e-4
+  rzen plan jobs/stage2.yaml --samples-per-s 8            show steps, memory of a worker, hours, and what is missing
   rzen explain optim.lr                                   show what a setting does, its default and its limits
   rzen submit jobs/finetunes.yaml --address http://head:8265
   rzen runs s3://bucket/runs                              list training runs: state, step, loss
@@ -134,7 +135,7 @@ def _add(group: typer.Typer, commands: Sequence[Callable[..., None]]) -> None:
         group.command(name, epilog=epilog)(command)
 
 
-_add(app, [spec.validate, spec.run, spec.submit, spec.attach, data.ingest, data.index, data.verify])
+_add(app, [spec.validate, plan.plan, spec.run, spec.submit, spec.attach, data.ingest, data.index, data.verify])
 _add(app, [runs.runs, runs.logs, runs.stop])
 _add(app, [models.embed, models.evaluate, models.search, models.export])
 _registry = typer.Typer(cls=CommandGroup, rich_markup_mode=None)

@@ -25,13 +25,12 @@ from jobs.training.encoder import BACKBONE, encoder_of
 from jobs.training.held_out import HeldOutSamples, choose_samples
 from jobs.training.runs import FAILED, FAILURE, KIND, STARTS, UNTRACKED, DoneFile, HeldOutSummary, Run, read_done
 from jobs.training.specs import TrainSpec
-from jobs.training.start import check_backbone, describe_start, weights_of, with_init_adapter
+from jobs.training.start import check_backbone, data_of, describe_start, plan_of, with_init_adapter
 from jobs.training.tracking import check_tracking
 from jobs.training.worker import train_worker
 from pipelines.errors import UserError
 from pipelines.feed.batch import ResumePoint
 from pipelines.feed.reader import Reader
-from pipelines.plan.build import build_plan
 from pipelines.plan.plan import Plan
 from pipelines.plan.resample import next_mixture_change
 from pipelines.redaction import redact_text
@@ -61,20 +60,13 @@ def prepare(spec: TrainSpec, leases: HeldLeases) -> Prepared | None:
     An unfinished run is leased, and `leases` gives it back.
     """
     reader = Reader(spec.data)
-    plan = build_plan(
-        reader.tables(),
-        spec.data.mixture,
-        global_batch=spec.global_batch,
-        steps=spec.steps,
-        epochs=spec.epochs,
-        seed=spec.seed,
-    )
+    plan = plan_of(spec, reader)
     plan.check_world_size(spec.cluster.workers)
     check_backbone(spec)
     spec, adapter = with_init_adapter(spec)
     check_tracking(spec.run.tracking)
     run = Run(spec)
-    data = {"data": reader.fingerprints(plan), "weights": weights_of(spec)} | plan.describe()
+    data = data_of(spec, reader, plan)
     if run.state(data) is not False:
         leases.hold_output(run.store, KIND, "trains")
     if not run.begin(data):

@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jobs.runtime.progress import say
 from jobs.runtime.records import differences
 from jobs.training.specs import TrainSpec
 from pipelines.errors import UserError
+from pipelines.feed.reader import Reader
+from pipelines.plan.build import build_plan
+from pipelines.plan.plan import Plan
 from pipelines.storage.location import open_store, resolve_endpoint
 from rzen.config import TinyBackbone
 from rzen.families import FAMILIES, read_family
@@ -20,6 +23,23 @@ from rzen.model.locate import local_folder
 
 if TYPE_CHECKING:
     from rzen.training.init_adapter import InitAdapter
+
+
+def plan_of(spec: TrainSpec, reader: Reader) -> Plan:
+    """Return the batches of a run. Raises `UserError` for data that are missing, and for a mixture that they lack."""
+    return build_plan(
+        reader.tables(),
+        spec.data.mixture,
+        global_batch=spec.global_batch,
+        steps=spec.steps,
+        epochs=spec.epochs,
+        seed=spec.seed,
+    )
+
+
+def data_of(spec: TrainSpec, reader: Reader, plan: Plan) -> dict[str, Any]:
+    """Return what makes two runs the same, next to their settings: data, batches and first weights. Plain JSON."""
+    return {"data": reader.fingerprints(plan), "weights": weights_of(spec)} | plan.describe()
 
 
 def check_backbone(spec: TrainSpec) -> None:

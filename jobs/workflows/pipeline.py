@@ -22,7 +22,7 @@ from jobs.spec.job import JobConfig
 from jobs.spec.load import Document, check, read_document, substitute
 from jobs.workflows.specs import PipelineSpec
 from pipelines.errors import UserError
-from pipelines.storage.location import open_store
+from pipelines.storage.location import exists, open_store
 from pipelines.storage.publish import LEASE, MARK
 from pipelines.storage.store import Store
 from pipelines.stored_json import parse_json, stored_file
@@ -111,9 +111,4 @@ def _is_done(state: Store, name: str, key: str, endpoint: str | None) -> bool:
         return False
     place = f"{state.url}/{_record(name)}"
     record = parse_json(state.read(_record(name)), place, RecordFile, "delete the file to run the job again")
-    return record["key"] == key and all(_exists(url, endpoint) for url in record["result"]["outputs"])
-
-
-def _exists(url: str, endpoint: str | None) -> bool:
-    parent, _, name = url.rpartition("/")
-    return bool(open_store(url, endpoint).list()) or open_store(parent or ".", endpoint).exists(name)
+    return record["key"] == key and all(exists(url, endpoint) for url in record["result"]["outputs"])

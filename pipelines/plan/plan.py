@@ -167,14 +167,19 @@ class Plan:
         """Return a hash of `describe`, which is saved with checkpoints and compared on resume."""
         return hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode()).hexdigest()[:16]
 
+    def steps_of_sources(self) -> list[float]:
+        """Return the steps of each source, in their order. A block of a global batch is a part of a step."""
+        counts = zip(self.sources, self._schedule.counts, strict=True)
+        return [count / source.blocks for source, count in counts]
+
     def summary(self) -> list[str]:
         """Return one line for each source, and one for each thing that could not be met in full."""
         lines = []
-        for source, count in zip(self.sources, self._schedule.counts, strict=True):
+        for source, steps in zip(self.sources, self.steps_of_sources(), strict=True):
             what = f"{'blocks' if source.blocks > 1 else 'batches'} of {source.batch}"
             lines.append(
-                f"{source.name}: {source.num_samples} samples, {what}, {count / source.blocks:g} of {self.num_steps}"
-                f" steps ({count * source.batch / source.num_samples:.2f} epochs)"
+                f"{source.name}: {source.num_samples} samples, {what}, {steps:g} of {self.num_steps}"
+                f" steps ({steps * source.step_samples / source.num_samples:.2f} epochs)"
             )
             lines += [f"{source.name}: {note}" for note in source.notes()]
         return lines

@@ -46,6 +46,11 @@ class PlanSource:
         """Whole batches of one epoch. Left-over samples are dropped, different ones in each epoch."""
         return self.num_samples // self.batch
 
+    @property
+    def step_samples(self) -> int:
+        """Samples of a global batch of this source only."""
+        return self.batch * self.blocks
+
     def draw_epoch(self, seed: int, epoch: int) -> Epoch:
         """Return the order of one epoch."""
         return Epoch.draw(self._constrained, self.num_samples, self.batch, self.run_length, seed, self.name, epoch)

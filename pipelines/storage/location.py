@@ -43,6 +43,12 @@ def open_object(url: str, endpoint: str | None = None) -> tuple[Store, str]:
     return open_store(folder or "/", endpoint), name
 
 
+def exists(url: str, endpoint: str | None = None) -> bool:
+    """Return whether a file, or a folder with files, is at a path or URL."""
+    parent, _, name = url.rpartition("/")
+    return bool(open_store(url, endpoint).list()) or open_store(parent or ".", endpoint).exists(name)
+
+
 def resolve_endpoint(endpoint: str | None) -> str | None:
     """Return the argument, or AWS_ENDPOINT_URL_S3, or AWS_ENDPOINT_URL.
 

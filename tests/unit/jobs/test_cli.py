@@ -64,7 +64,7 @@ def test_wrong_command_line_exits_with_two(arguments: list[str], capsys: pytest.
         (["vaildate", "x.yaml"], "no such command 'vaildate'; did you mean 'validate'?"),
         (["registry", "shwo"], "no such command 'shwo'; did you mean 'show'?"),
         (["jobs/stage2.yaml"], "no such command 'jobs/stage2.yaml'; did you mean `rzen run jobs/stage2.yaml`?"),
-        (["fly"], "no such command 'fly'; use one of validate, run, submit, "),
+        (["fly"], "no such command 'fly'; use one of validate, plan, run, submit, "),
     ],
 )
 def test_a_mistyped_command_is_answered_with_the_nearest(

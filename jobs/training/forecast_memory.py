@@ -1,0 +1,146 @@
+"""Memory of a worker of a run, from its spec, a few samples of its data and the `config.json` of its backbone."""
+
+from __future__ import annotations
+
+import tempfile
+from math import ceil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.utils import logging
+
+from jobs.training.specs import TrainSpec
+from pipelines.errors import BadMedia, UserError
+from pipelines.feed.reader import Reader
+from pipelines.plan.plan import Plan
+from pipelines.plan.sources import PlanSource
+from pipelines.samples import Input
+from pipelines.storage.location import open_store, resolve_endpoint
+from pipelines.storage.publish import read_published
+from rzen.config import PromptConfig, TinyBackbone
+from rzen.inputs.prompts import TEMPLATES
+from rzen.model.checkpoints import HUB_NAME, MODEL_CONFIG, checkpoint_dir, weight_files
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from rzen.model.activations import ChunkInputs
+    from rzen.training.memory import WorkerMemory
+
+_PEEKED = 32  # samples of a source that stand for all of it
+_PROMPT_TOKENS = 64  # of the longest template, with the marks around a visual
+_BYTES_PER_TOKEN = 3  # of a text; Qwen's tokenizer has about 4 in English
+_ROUND_TOKENS = 64  # so that sources of about the same length are counted once
+_UNKNOWN_TEXT_BYTES = 512  # where there are no data to look at
+
+
+def read_backbone_config(spec: TrainSpec) -> PreTrainedConfig:
+    """Return the configuration of a run's backbone. Of a URL or a hub name, only `config.json` is read.
+
+    Raises `UserError` for a backbone that is missing, cannot be reached or is of another family.
+    """
+    from rzen.model.activations import read_config
+
+    backbone = spec.model.backbone
+    if isinstance(backbone, TinyBackbone):
+        return read_config(backbone)
+    with tempfile.TemporaryDirectory(prefix="rzen-config-") as scratch:
+        if "://" in backbone:
+            store = open_store(backbone, resolve_endpoint(spec.run.endpoint))
+            try:
+                Path(scratch, MODEL_CONFIG).write_bytes(read_published(store, MODEL_CONFIG))
+            except FileNotFoundError as error:
+                fix = "check the URL, or run the job that writes it first"
+                raise UserError(f"model.backbone={backbone}", f"has no {MODEL_CONFIG}", fix) from error
+        elif HUB_NAME.fullmatch(backbone) and not Path(backbone).is_dir():
+            _download_config(backbone, scratch)
+        else:
+            weight_files(checkpoint_dir(backbone))  # refuses a folder without
+            return read_config(backbone)
+        return read_config(str(checkpoint_dir(scratch)))
+
+
+def _download_config(name: str, folder: str) -> None:
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # it warns of every attempt
+    try:
+        hf_hub_download(name, MODEL_CONFIG, local_dir=folder)
+    except (OSError, ValueError) as error:
+        fix = "check the name and the connection, or name a directory"
+        raise UserError(f"model.backbone={name}", "is no directory, and the hub does not give it", fix) from error
+
+
+def largest_memory(
+    spec: TrainSpec, config: PreTrainedConfig, reader: Reader, plan: Plan | None
+) -> tuple[WorkerMemory, int]:
+    """Return the memory of a worker in a step of the source that needs most, and the tokens of its largest input.
+
+    Every image, page and video counts with `max_visual_tokens`, and texts with the longest of a few samples. Without a
+    plan, short texts are contrasted with such images.
+    """
+    from rzen.training.memory import MemoryModel, WorkerShare
+
+    model = MemoryModel(config, spec.model)
+    pairs = spec.global_batch // spec.cluster.workers
+    num_tasks = len(reader.tasks(plan)) if plan else 1
+    shapes = (
+        {_inputs_of(spec, reader, source) for source in plan.sources} if plan else {_unknown_inputs(spec.model.prompt)}
+    )
+    found = []
+    for query, target in sorted(shapes):
+        count = spec.data.negatives_per_sample
+        inputs = [_chunk(pairs, *query), _chunk(pairs, *target), *([_chunk(pairs * count, *target)] if count else [])]
+        share = WorkerShare(spec.cluster.workers, pairs, inputs, count, num_tasks)
+        memory = model.worker(share, spec.objective, spec.optim, spec.cluster.chunk_tokens)
+        found.append((memory, max(some.tokens for some in inputs)))
+    return max(found, key=lambda one: one[0].total)
+
+
+_Shape = tuple[int, int]
+"""Tokens of an input, and visual tokens among them."""
+
+
+def _chunk(count: int, tokens: int, visual_tokens: int) -> ChunkInputs:
+    from rzen.model.activations import ChunkInputs
+
+    return ChunkInputs(count, tokens, visual_tokens)
+
+
+def _unknown_inputs(prompt: PromptConfig) -> tuple[_Shape, _Shape]:
+    return _shape(prompt, _UNKNOWN_TEXT_BYTES, 0), _shape(prompt, 0, prompt.max_visual_tokens)
+
+
+def _inputs_of(spec: TrainSpec, reader: Reader, source: PlanSource) -> tuple[_Shape, _Shape]:
+    """Return the largest query and the largest target of a source."""
+    shapes: list[tuple[_Shape, _Shape]] = []
+    for member, size in zip(source.members, source.sizes, strict=True):
+        try:
+            for sample, _ in reader.raw(member, range(min(size, _PEEKED))):
+                instructions = (sample.instruction, sample.target_instruction) if spec.data.instructions else ("", "")
+                query, target = (
+                    _shape_of(spec, given, instruction)
+                    for given, instruction in zip((sample.query, sample.positive), instructions, strict=True)
+                )
+                shapes.append((query, target))
+        except BadMedia as error:
+            raise UserError(f"source {member}", str(error), "`rzen verify` finds what is damaged") from error
+    queries, targets = zip(*shapes, strict=True)
+    return max(queries), max(targets)
+
+
+def _shape_of(spec: TrainSpec, given: Input, instruction: str) -> _Shape:
+    prompt = spec.model.prompt
+    frame_tokens = TEMPLATES[prompt.template].frame_tokens
+    visual_tokens = 0
+    for media in given.media:
+        is_frames = media.kind == "video" and frame_tokens is not None
+        visual_tokens += (
+            spec.data.media.frames * frame_tokens[1] if is_frames and frame_tokens else prompt.max_visual_tokens
+        )
+    return _shape(prompt, len(given.text.encode()) + len(instruction.encode()), visual_tokens)
+
+
+def _shape(prompt: PromptConfig, text_bytes: int, visual_tokens: int) -> _Shape:
+    text_tokens = min(prompt.max_text_tokens, ceil(text_bytes / _BYTES_PER_TOKEN))
+    tokens = _PROMPT_TOKENS + ceil(text_tokens / _ROUND_TOKENS) * _ROUND_TOKENS + visual_tokens
+    return tokens, visual_tokens
