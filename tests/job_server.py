@@ -84,7 +84,8 @@ class _Handler(BaseHTTPRequestHandler):
         if job in self.server.jobs:
             return self._answer(f"ValueError: Job with submission_id {job} already exists.", 400)
         self.server.num_submitted += 1
-        self.server.add(job, ["one\n"], entrypoint=request["entrypoint"], metadata=request["metadata"])
+        sent = {name: request[name] for name in ("entrypoint", "metadata", "runtime_env")}
+        self.server.add(job, ["one\n"], **sent)
         if self.server.lost_answers:
             self.server.lost_answers -= 1
             return self._fail(0)

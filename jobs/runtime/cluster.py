@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
+from jobs.runtime.noise import hide_known_noise
 from jobs.runtime.progress import say
 from jobs.spec.run import ClusterConfig
 from pipelines.config import FeedConfig
@@ -35,12 +36,16 @@ class Resources:
 POLL_S = 0.3
 MAX_LINKED = 16  # runs that a link can name
 _ROUNDING = 1e-9
-_START_ERRORS = (OSError, RuntimeError)
+_START_ERRORS = (Exception,)  # Ray raises it itself where a node does not answer in time
 _LONG_PATH = "AF_UNIX path length"
 
 
 def set_environment() -> None:
-    """Set what Ray and the math libraries read from the environment. Call this before they are imported."""
+    """Set what Ray and the math libraries read from the environment, and hide their known noise.
+
+    Call this before they are imported.
+    """
+    hide_known_noise()
     os.environ |= {"RAY_TQDM": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}  # they would mix with our output
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # workers resolve relative paths in the job's folder
@@ -157,8 +162,6 @@ def _quiet() -> None:
     import ray.data  # sets its own level when it is imported
 
     logging.getLogger(ray.data.__name__).setLevel(logging.ERROR)
-    # DeepSpeed warns that there is no GPU, and sets its own level when it is imported.
-    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno > logging.WARNING)
 
 
 def check_size(what: str, count: int, each: Resources, feed: FeedConfig | None = None) -> None:

@@ -21,16 +21,19 @@ from jobs.runtime.follow import exit_status, follow, report_detached, say_outcom
 from jobs.runtime.job_server import PATIENCE_S, JobServer, Patience, Refused, UnknownJob, Unreachable
 from jobs.runtime.package import Package, pack
 from jobs.runtime.progress import console, is_quiet, say
+from jobs.runtime.revision import REVISION, revision
 from jobs.spec.job import JobConfig
 from jobs.spec.load import is_shipped
 from pipelines.config import Config
 from pipelines.errors import UserError
 from pipelines.redaction import redacted
+from rzen.packages import ROOT
 
 # By default Ray kills a job three seconds after it was stopped. That is too soon for a last checkpoint.
 ENVIRONMENT = {"RAY_JOB_STOP_WAIT_TIME_S": "60"}
 SPEC, SETTINGS = "rzen", "rzen_settings"
 """Metadata of a job: the path of its spec, and a digest of each of its settings."""
+_NAME = "job_name"  # what Ray's dashboard shows
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _NAMED = "the specs that it names"
 
@@ -192,18 +195,27 @@ class _Submitter:
     def _request(self, job: str, package: Path) -> dict[str, Any]:
         config, options = self._config, self._submission.options
         theirs = {key: value for key, value in options.runtime_env.items() if key not in ("excludes", "working_dir")}
-        variables = ENVIRONMENT | config.env | (theirs.get("env_vars") or {})
+        variables = ENVIRONMENT | self._revision() | config.env | (theirs.get("env_vars") or {})
         return {
             "entrypoint": shlex.join(self._entrypoint),
             "submission_id": job,
             "runtime_env": theirs | {"working_dir": str(package), "env_vars": variables},
-            "metadata": options.metadata | self._metadata,
+            "metadata": {_NAME: self._title()} | options.metadata | self._metadata,
             "entrypoint_num_cpus": _first(options.entrypoint_num_cpus, config.cpus or None),
             "entrypoint_num_gpus": options.entrypoint_num_gpus,
             "entrypoint_memory": _first(options.entrypoint_memory, config.memory_bytes or None),
             "entrypoint_resources": options.entrypoint_resources,
             "entrypoint_label_selector": options.entrypoint_label_selector,
         }
+
+    def _revision(self) -> dict[str, str]:
+        """Return the revision of the code as a variable, if the code is sent: the package has no git history."""
+        return {REVISION: revision()} if Path(ROOT).resolve() == self._folder else {}
+
+    def _title(self) -> str:
+        """Return kind and name of the job for people."""
+        spec = self._submission.spec
+        return f"{spec.kind} {getattr(spec, 'name', self._spec.stem)}"
 
     def _excludes(self) -> list[str]:
         return [*self._config.excludes, *(self._submission.options.runtime_env.get("excludes") or [])]

@@ -19,6 +19,7 @@ from jobs import hook
 from jobs.cli import main
 from jobs.runtime.follow import exit_status, follow, outcome, was_lost
 from jobs.runtime.job_server import Access, Connection, JobServer, ServerLost, Unreachable
+from jobs.runtime.revision import revision
 from tests.job_server import StandIn, stand_in
 
 SPEC = "kind: corpus\nout: here\nsubmit: {retries: 1}\n"
@@ -320,6 +321,21 @@ def test_a_folder_that_cannot_be_sent_is_one_line_at_once(
     )
     assert expected in lines[0]
     assert server.num_submitted == 0
+
+
+@pytest.mark.parametrize("sends_the_code", [True, False])
+def test_a_job_knows_its_name_and_the_revision_of_the_code_that_is_sent(
+    sends_the_code: bool, server: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A package has no git history, and without a name Ray's dashboard shows ids."""
+    if sends_the_code:
+        monkeypatch.setattr("jobs.runtime.submit.ROOT", str(Path.cwd()))
+    submit = ["submit", "a.yaml", "--address", server.url, "--no-wait", "--submission-id"]
+    assert main([*submit, "k"]) == 0
+    job = server.jobs["k"]
+    assert job["metadata"]["job_name"] == "corpus a"
+    variables = job["runtime_env"]["env_vars"]
+    assert variables.get("RZEN_REVISION") == (revision() if sends_the_code else None)
 
 
 def test_headers_of_the_environment_are_sent(server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
