@@ -15,10 +15,13 @@ from pipelines.synthetic.corpus import make_corpus
 
 def run(spec: CorpusSpec) -> dict[str, Any]:
     """Draw the corpus. A finished one is left unchanged."""
-    with hold_output(open_store(spec.out), "corpus", "draws a corpus"), disk_errors(spec.out), Bars() as bars:
-        samples = make_corpus(
-            Path(spec.out), spec.corpus, lambda done, total: bars.update("draw", done, total, unit="files")
-        )
+    with hold_output(open_store(spec.out), "corpus", "draws a corpus") as lease, disk_errors(spec.out), Bars() as bars:
+
+        def on_progress(done: int, total: int) -> None:
+            lease.check()  # after the last file, too: before the captions, which name all of them
+            bars.update("draw", done, total, unit="files")
+
+        samples = make_corpus(Path(spec.out), spec.corpus, on_progress)
     say(f"  {sum(samples.values()):,} samples in {spec.out}: {_listed(samples)}")
     return {"outputs": [spec.out], "samples": samples}
 

@@ -57,11 +57,12 @@ def run(spec: EvaluateSpec) -> dict[str, Any]:
     cache.ensure_bucket()
     suites: Suites = {}
     rows: list[Result] = []
-    with hold_output(open_store(spec.out), "evaluation", "evaluates"), ray_cluster():
+    with hold_output(open_store(spec.out), "evaluation", "evaluates") as lease, ray_cluster():
         check_workers(spec)
         for bundle in _bundles(spec, cache):
             models = models_of(spec, bundle, dict.fromkeys(spec.models, cache))
             found = _score_suites(spec, bundle, models)
+            lease.check()
             configs = {some.name: some.config for some, _ in models}
             for suite, results in found.items():
                 suites[suite] = write_suite(spec, suite, results, bundle, configs)
@@ -69,7 +70,9 @@ def run(spec: EvaluateSpec) -> dict[str, Any]:
                 (results,) = found.values()
                 weights = {name: [config["base"], config["adapter"]] for name, config in configs.items()}
                 rows = _write_split(spec, bundle.data, results, weights)
-    say(f"  {write_report(spec, suites)}")
+        lease.check()
+        report = write_report(spec, suites)
+    say(f"  {report}")
     return {"outputs": [spec.out], "rows": [asdict(row) for row in rows]}
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from jobs.cli import main
-from jobs.runtime.lease import hold_output
+from jobs.runtime.lease import Lease, hold_output
 from jobs.spec.kinds import kind_names
+from pipelines.errors import UserError
 from pipelines.storage.location import open_store
 from pipelines.storage.publish import claim
 from tests.data import publish
@@ -114,3 +116,27 @@ def test_a_job_of_a_pipeline_cannot_take_the_name_of_the_lease(
     (folder / "named.yaml").write_text(spec)
     assert main(["validate", str(folder / "named.yaml")]) == 1
     assert "lease is the name of another file in `state`; rename the job" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["corpus", "evaluate", "ablation"])
+def test_a_job_that_has_lost_its_lease_writes_no_result(
+    kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another process may write there by now. What a job computes is left out here."""
+    for module in ("jobs.evaluation.evaluate", "jobs.sweeps.ablation"):
+        monkeypatch.setattr(f"{module}.ray_cluster", nullcontext)
+    monkeypatch.setattr("jobs.evaluation.evaluate.check_workers", lambda spec: None)
+    monkeypatch.setattr("jobs.evaluation.evaluate._bundles", lambda spec, cache: [])
+    monkeypatch.setattr("jobs.training.launch.launch", lambda specs, max_parallel: {})
+    monkeypatch.setattr("jobs.sweeps.ablation._scored", lambda group, evaluate: dict.fromkeys(group))
+    monkeypatch.setattr("jobs.sweeps.ablation.facts", lambda evaluate, elapsed_s: {})
+
+    def lost(lease: Lease) -> None:
+        raise UserError("lease.json", "was not renewed in time", "give the command again")
+
+    monkeypatch.setattr(Lease, "check", lost)
+    assert main(["run", str(folder / f"job-{kind}.yaml")]) == 1
+    assert "lease.json: was not renewed in time" in capsys.readouterr().err
+    assert not {path for path in content(folder / PLACE) if path.endswith((".html", ".json", ".jsonl", ".md"))} - {
+        "rzen-output.json"
+    }
