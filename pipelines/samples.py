@@ -27,6 +27,7 @@ MODALITIES: tuple[Modality, ...] = ("image", "page", "video", "text")
 Split = Literal["train", "held_out"]
 StoredSplit = Literal["train", "held_out", "uncaptioned"]
 """Splits that ingest writes. Media in `uncaptioned` are embedded and searched. Nothing is trained on them."""
+_MODALITY_OF: dict[MediaKind, Modality] = {"image": "image", "document": "page", "video": "video"}
 UInt8Array = npt.NDArray[np.uint8]
 Members = dict[str, bytes]
 """Member of a sample -> bytes of the file."""
@@ -51,6 +52,11 @@ class Input:
 
     text: str = ""
     media: tuple[Media, ...] = ()
+
+    @property
+    def modality(self) -> Modality:
+        """Return what the input is for those who search, by its first medium."""
+        return _MODALITY_OF[self.media[0].kind] if self.media else "text"
 
 
 @_STORED

@@ -40,7 +40,7 @@ from jobs.runtime.records import as_json
 from jobs.spec.model import ModelRef
 from pipelines.items.listing import ListedShard, row_item
 from pipelines.items.types import Item, as_ids
-from pipelines.samples import MediaKind, Modality, Rejected
+from pipelines.samples import Modality, Rejected
 from pipelines.storage.location import open_store
 from pipelines.storage.store import Store
 from rzen.config import ModelIdentity
@@ -51,7 +51,6 @@ KIND = "vectors"
 PARTS, LISTINGS, UNFINISHED = "parts", "listings", "unfinished"
 _OURS = re.compile(rf"{PARTS}/.+-\d{{9}}-[0-9a-f]{{16}}\.(parquet|ids)|{LISTINGS}/[0-9a-f]{{32}}\.parquet")
 _ROWS_AT_ONCE = 500_000  # of new parts: their vectors lie in a temporary file, the rest in memory
-_MODALITIES: dict[MediaKind, Modality] = {"image": "image", "document": "page", "video": "video"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,14 +181,13 @@ def _parts(shards: Sequence[ListedShard], listings: Store, bad: BadItems, sample
         if item.id in bad:
             part.skipped[bad[item.id].reason] += 1
             continue
-        media = sample.positive.media
         target = Target(
             id=item.id,
             split=shard.split,
             source=shard.source,
             index=index,
-            modality=_MODALITIES[media[0].kind] if media else "text",
-            title=sample.query.text if media else sample.positive.text,
+            modality=sample.positive.modality,
+            title=sample.query.text if sample.positive.media else sample.positive.text,
             origin=sample.origin,
             target_sha256=sample.target_sha256,
         )

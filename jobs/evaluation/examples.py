@@ -8,14 +8,13 @@ from PIL import Image
 from pipelines.errors import BadMedia
 from pipelines.items.decode import ItemDecoder
 from pipelines.items.types import Item
-from pipelines.samples import Modality, UInt8Array
+from pipelines.samples import UInt8Array
 from rzen.evaluation.dataset_scores import DatasetScores
 from rzen.evaluation.vectors import NONE
 from rzen.report.hits import Hit, Search
 from rzen.report.thumbnails import MAX_HEIGHT_PX, MAX_WIDTH_PX
 
 _TOP = 5
-_KINDS: dict[str, Modality] = {"image": "image", "document": "page", "video": "video"}
 
 
 def wrong_answers(scored: DatasetScores, decoder: ItemDecoder, count: int) -> list[Search]:
@@ -54,9 +53,7 @@ def _answers(scored: DatasetScores, number: int) -> list[tuple[int, int, float |
 
 
 def _hit(item: Item, rank: int, score: float | None, relevant: bool, decoder: ItemDecoder) -> Hit:
-    kinds = [_KINDS[media.kind] for media in item.input.media]
-    modality: Modality = kinds[0] if kinds else "text"
-    return Hit(rank, score, modality, _text(item), item.name, _thumbnails(item, decoder), relevant)
+    return Hit(rank, score, item.input.modality, _text(item), item.name, _thumbnails(item, decoder), relevant)
 
 
 def _text(item: Item) -> str:

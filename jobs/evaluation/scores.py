@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from typing_extensions import TypedDict
 
 from jobs.evaluation.specs import EVALUATE, EvaluateSpec
+from jobs.runtime.records import as_json
 from jobs.spec.job import FileChanges
 from jobs.spec.load import Document, check, read_document
 from jobs.spec.model import ModelRef
@@ -21,7 +22,6 @@ from jobs.training.encoder import backbone_url
 from jobs.training.runs import Run
 from pipelines.errors import UserError
 from pipelines.feed.reader import Reader
-from pipelines.redaction import redacted
 from pipelines.storage.store import Store
 from pipelines.stored_json import parse_json, stored_file
 
@@ -117,7 +117,7 @@ class Scorer:
             evaluate = self._evaluate.model_copy(update={"models": missing})
             for name, scores in score(evaluate, self._reader, stores).items():
                 content = {"scoring_config": self.scoring_config, **asdict(scores)}
-                models[name].store.write(self._path, json.dumps(redacted(content), indent=1).encode())
+                models[name].store.write(self._path, as_json(content))
         return {
             name: {**parse_json(model.store.read(self._path), f"{model.store.url}/{self._path}", ScoresFile, _FIX)}
             for name, model in models.items()

@@ -5,20 +5,37 @@ from __future__ import annotations
 import getpass
 import json
 import platform
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
 from pipelines.redaction import redacted
 
 
+def changes(before: Any, after: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield `optim.lr`, 0.0002, 0.0001 for every leaf that differs."""
+    if not (isinstance(before, dict) and isinstance(after, dict)):
+        if before != after:
+            yield key, before, after
+        return
+    for name in [*before, *(name for name in after if name not in before)]:
+        yield from changes(before.get(name), after.get(name), f"{key}.{name}".lstrip("."))
+
+
 def differences(before: Any, after: Any, key: str = "") -> list[str]:
     """Return `optim.lr 0.0002 -> 0.0001` for every leaf that differs."""
-    if not (isinstance(before, dict) and isinstance(after, dict)):
-        return [] if before == after else [f"{key} {before!r} -> {after!r}"]
-    changes: list[str] = []
-    for name in [*before, *(name for name in after if name not in before)]:
-        changes += differences(before.get(name), after.get(name), f"{key}.{name}".lstrip("."))
-    return changes
+    return [f"{name} {old!r} -> {new!r}" for name, old, new in changes(before, after, key)]
+
+
+def leaves(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return `optim.lr` -> 0.0002 for every leaf."""
+    found: dict[str, Any] = {}
+    for name, value in fields.items():
+        if isinstance(value, dict) and value:
+            found |= leaves(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value
+    return found
 
 
 def as_json(content: Any) -> bytes:

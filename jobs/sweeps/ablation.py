@@ -7,8 +7,6 @@ always there.
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
 import time
 from collections import defaultdict
@@ -23,12 +21,13 @@ from jobs.evaluation.specs import EvaluateSpec
 from jobs.runtime.cluster import ray_cluster
 from jobs.runtime.lease import hold_output
 from jobs.runtime.progress import duration, say
-from jobs.runtime.revision import revision, versions
+from jobs.runtime.revision import hardware, revision, versions
 from jobs.spec.job import JobConfig
 from jobs.spec.load import Document
 from jobs.sweeps.finetunes import check_train, stage_document
+from jobs.sweeps.page import sweep_page
 from jobs.sweeps.specs import AblationSpec
-from jobs.training.runs import METRICS, Run, read_rows
+from jobs.training.runs import METRICS, PAGE, Run, read_rows
 from jobs.training.specs import TrainSpec
 from pipelines.errors import UserError
 from pipelines.feed.reader import Reader
@@ -92,16 +91,18 @@ def run(spec: AblationSpec, document: Document) -> dict[str, Any]:
     seeds_at_once = max(1, spec.max_parallel // len(spec.variants))  # so that `max_parallel` runs can start
     finished: dict[VariantAndSeed, Finished] = {}
     started_s = time.monotonic()
-    with hold_output(open_store(spec.out), "ablation", "compares variants"), ray_cluster():
+    with hold_output(open_store(spec.out), "ablation", "compares variants") as lease, ray_cluster():
         for begin in range(0, len(spec.seed_list), seeds_at_once):
             seeds = spec.seed_list[begin : begin + seeds_at_once]
             group = {key: train for key, train in runs.items() if key[1] in seeds}
             launch(list(group.values()), spec.max_parallel)
             finished |= _scored(group, evaluate)
+            lease.check()
             if len(finished) >= 2 * len(spec.variants):
                 write_report(spec, finished, facts(evaluate, time.monotonic() - started_s))
+                _write_page(spec, {key: runs[key] for key in finished}, evaluate)
             say(f"  {begin + len(seeds)} of {len(spec.seed_list)} seeds, {duration(time.monotonic() - started_s)}")
-    say(f"  {spec.out}: ablation.json, ablation.md, ablation.svg")
+    say(f"  {spec.out}: ablation.json, ablation.md, ablation.svg, {PAGE}")
     return {"outputs": [f"{spec.out}/ablation.json"]}
 
 
@@ -118,26 +119,15 @@ def _scored(group: Mapping[VariantAndSeed, TrainSpec], evaluate: EvaluateSpec) -
 
 def facts(evaluate: EvaluateSpec, elapsed_s: float) -> dict[str, Any]:
     """Return date, code, hardware and time of the results. Needs a connected Ray."""
-    import ray
-
     assert evaluate.data is not None
-    present = ray.cluster_resources()
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "revision": revision(),
         "versions": versions(),
-        "hardware": f"nodes {len([node for node in ray.nodes() if node['Alive']])}, CPUs {present.get('CPU', 0):g},"
-        f" GPUs {present.get('GPU', 0):g}, {_processor()}",
+        "hardware": hardware(),
         "data": Reader(evaluate.data).fingerprint,
         "elapsed_s": round(elapsed_s, 1),
     }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()} x {os.cpu_count()}"
 
 
 def write_report(spec: AblationSpec, finished: Mapping[VariantAndSeed, Finished], where: dict[str, Any]) -> None:
@@ -165,6 +155,22 @@ def write_report(spec: AblationSpec, finished: Mapping[VariantAndSeed, Finished]
     write_json(out / "ablation.json", {"settings": settings, "effects": [asdict(some) for some in found], "runs": runs})
     (out / "ablation.svg").write_text(plot_effects(found, spec.baseline), encoding="utf-8")
     (out / "ablation.md").write_text(_markdown(spec, found, runs, settings), encoding="utf-8")
+
+
+def _write_page(spec: AblationSpec, trained: Mapping[VariantAndSeed, TrainSpec], evaluate: EvaluateSpec) -> None:
+    """Write the page of all runs that are finished. Their scores are kept with them."""
+    runs = {train.name: Run(train) for train in trained.values()}
+    models, scorer = {name: model_of(run) for name, run in runs.items()}, Scorer(evaluate)
+    out = open_store(spec.out)
+    page = sweep_page(
+        title=f"Ablation of {len(spec.variants)} variants",
+        runs=runs,
+        rows=[row for rows in scorer.scores(models).values() for row in rows],
+        by_query=scorer.by_query(models),
+        facts={"code": revision(), **versions()},
+        plots={f"Differences to {spec.baseline}": out.read("ablation.svg").decode()},
+    )
+    out.write(PAGE, page)
 
 
 def _training_means(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -88,7 +88,7 @@ def _run(spec: FinetunesSpec, document: Document) -> dict[str, Any]:
     failures = launch([*specs.values()], spec.max_parallel, spec.min_survivors, retried)
     states = {name: _state(some, failures.get(name), before.get(name, {})) for name, some in runs.items()}
     survivors = {name: model_of(some) for name, some in runs.items() if states[name]["state"] == "finished"}
-    builder = soup.SoupBuilder(spec, document, survivors)
+    builder = soup.SoupBuilder(spec, document, survivors, runs)
     builder.report(builder.summary({"runs": states}))
     for name in states.keys() - survivors.keys():
         say(f"  {name} failed permanently and is not in the soups: {states[name]['reason']}", "red")

@@ -18,12 +18,14 @@ from jobs.evaluation.scores import Model, Scorer, evaluation, mean_score
 from jobs.runtime.cluster import ray_cluster
 from jobs.runtime.lease import Lease, hold_output
 from jobs.runtime.progress import console, say
+from jobs.runtime.records import as_json
 from jobs.runtime.revision import revision, versions
 from jobs.spec.job import JobConfig
 from jobs.spec.load import Document
 from jobs.spec.model import ModelRef
+from jobs.sweeps.page import ByQuery, sweep_page
 from jobs.sweeps.specs import SoupsConfig, SoupSpec
-from pipelines.redaction import redacted
+from jobs.training.runs import PAGE, Run
 from pipelines.storage.location import open_store, resolve_endpoint
 from pipelines.storage.publish import is_published, publish_folder
 from pipelines.storage.store import Store, disk_errors
@@ -106,11 +108,15 @@ class SoupBuilder:
               models/{hash}/scores/       scores of the models of a job of kind `soup`
               candidates/{hash}/scores/   scores of the candidates of greedy and searched soups
               summary.json, .md, .svg     all scores and weights
+              index.html                  the same for people, with the runs that made the models
     """
 
-    def __init__(self, spec: SoupsConfig, document: Document, models: Mapping[str, Model]) -> None:
+    def __init__(
+        self, spec: SoupsConfig, document: Document, models: Mapping[str, Model], runs: Mapping[str, Run] | None = None
+    ) -> None:
         self._spec = spec
         self._models = models
+        self._runs = runs or {}
         self._endpoint = resolve_endpoint(spec.endpoint)
         self._out = open_store(spec.out, spec.endpoint)
         first = next(iter(models.values())).ref
@@ -131,7 +137,8 @@ class SoupBuilder:
             return before
         with ray_cluster() if self._probe else nullcontext():
             soups = {name: self._make(name, soup) for name, soup in self._spec.soups.items()}
-            rows = self._scores({**self._models} | {name: self._model(self._out.child(name)) for name in soups})
+            scored = {**self._models} | {name: self._model(self._out.child(name)) for name in soups}
+            rows = self._scores(scored)
         found = {
             "key": key,
             **facts,
@@ -140,8 +147,9 @@ class SoupBuilder:
             "versions": versions(),
             "revision": revision(),
         }
-        self._out.write(f"{SUMMARY}.json", (json.dumps(redacted(found), indent=1) + "\n").encode())
+        self._out.write(f"{SUMMARY}.json", as_json(found))
         self._write_report(found, rows)
+        self._write_page(found, rows, self._scorer.by_query(scored) if self._scorer else {})
         self._out.delete_tree(CANDIDATES)
         return found
 
@@ -149,11 +157,12 @@ class SoupBuilder:
         """Print the scores and the places of the results."""
         from rzen.evaluation.results import Result, terminal_table
 
-        for name, lineage in summary["soups"].items():
+        for name in self._spec.soups:
+            lineage = summary["soups"][name]
             say(f"  {self._out.child(name).child(self._folder).url}: {_line(lineage)}")
         if rows := [Result(**row) for row in summary["rows"]]:
             console.print(terminal_table(rows))
-        say(f"  {self._out.url}: {SUMMARY}.json, {SUMMARY}.md{f', {SUMMARY}.svg' if rows else ''}")
+        say(f"  {self._out.url}: {SUMMARY}.json, {SUMMARY}.md, {PAGE}{f', {SUMMARY}.svg' if rows else ''}")
 
     def _key(self, facts: Mapping[str, Any]) -> str:
         content = {
@@ -264,12 +273,32 @@ class SoupBuilder:
         lines += [f"* {name}: {_line(lineage)}" for name, lineage in found["soups"].items()]
         if rows:
             lines += ["", markdown_table(rows)]
-            chosen = any(isinstance(some, GreedySoup | SearchedSoup) for some in self._spec.soups.values())
-            if chosen and self._probe is self._scorer:
+            if self._chose_by_these_scores:
                 lines += [SELECTION_BIAS_NOTE, ""]
             lines.append(f"![scores]({SUMMARY}.svg)")
             self._out.write(f"{SUMMARY}.svg", plot_scores(rows).encode())
         self._out.write(f"{SUMMARY}.md", ("\n".join(lines) + "\n").encode())
+
+    @property
+    def _chose_by_these_scores(self) -> bool:
+        chosen = any(isinstance(some, GreedySoup | SearchedSoup) for some in self._spec.soups.values())
+        return chosen and self._scorer is not None and self._probe is self._scorer
+
+    def _write_page(self, found: Mapping[str, Any], rows: Sequence[Result], by_query: Mapping[str, ByQuery]) -> None:
+        lines = {name: _line(lineage) for name, lineage in found["soups"].items()}
+        others = {name: "" for name in self._models if name not in self._runs}
+        parents = {name: [parent["name"] for parent in lineage["parents"]] for name, lineage in found["soups"].items()}
+        page = sweep_page(
+            title=f"Soups of {len(self._models)} models",
+            runs=self._runs,
+            others=others | lines,
+            parents=parents,
+            rows=rows,
+            by_query=by_query,
+            notes=[SELECTION_BIAS_NOTE.replace("`", "")] if self._chose_by_these_scores else [],
+            facts={"code": found["revision"], **found["versions"]},
+        )
+        self._out.write(PAGE, page)
 
 
 def _line(lineage: Mapping[str, Any]) -> str:

@@ -32,7 +32,8 @@ class SoupsConfig(JobConfig):
     """Checkpoint that full models were trained from (directory, s3:// URL or hub name). The methods `ties` and `dare`
     need it to merge what training changed. Adapters hold only that, so they need no base."""
     out: str
-    """Directory or s3:// URL of the results: `{soup}/adapter` or `{soup}/model`, and summary.json, .md and .svg."""
+    """Directory or s3:// URL of the results: `{soup}/adapter` or `{soup}/model`, summary.json, .md and .svg, and
+    index.html."""
     endpoint: str | None = None
     """S3 endpoint of `out` and the models. `null` uses AWS_ENDPOINT_URL from the environment."""
 
@@ -153,7 +154,7 @@ class AblationSpec(JobConfig):
     notes: list[str] = Field(default=[])
     """Remarks on the setup, printed in the report."""
     out: str
-    """Local folder of ablation.json, ablation.md and ablation.svg."""
+    """Local folder of ablation.json, ablation.md, ablation.svg and index.html."""
 
     @model_validator(mode="after")
     def _comparable(self) -> AblationSpec:

@@ -20,6 +20,7 @@ from ray.train import TrainingFailedError
 from jobs.runtime.cluster import user_error
 from jobs.runtime.lease import HeldLeases
 from jobs.runtime.progress import duration, say
+from jobs.runtime.revision import hardware
 from jobs.spec.no_effect import unused_settings
 from jobs.training.encoder import BACKBONE, encoder_of
 from jobs.training.held_out import HeldOutSamples, choose_samples
@@ -128,7 +129,8 @@ def fit(prepared: Prepared, board: Any, set_state: Callable[[str, str], None], a
     Workers post their progress to the actor `board`. `set_state(name, state)` is called when they restart.
     """
     run = prepared.run
-    run.log(f"{STARTS} {run.step()} of {prepared.plan.num_steps}, {run.spec.cluster.workers} workers")
+    workers = run.spec.cluster.workers
+    run.log(f"{STARTS} {run.step()} of {prepared.plan.num_steps}, {workers} workers; {hardware()}")
     try:
         _fit(prepared, board, set_state, abandoned)
     except UserError as error:
@@ -145,6 +147,7 @@ def _fit(prepared: Prepared, board: Any, set_state: Callable[[str, str], None], 
         prepared = _with_phases(prepared, point)
         stop = _stop(prepared, point)
         try:
+            say(f"  {spec.name}: starting {spec.cluster.workers} workers, which takes about half a minute", "dim")
             _trainer(prepared, stop, board).fit()
             if stop == prepared.plan.num_steps:
                 if run.store.exists(UNTRACKED):

@@ -14,7 +14,8 @@ from jobs.runtime.cluster import POLL_S, Resources, check_size, has_room, metric
 from jobs.runtime.lease import HeldLeases
 from jobs.runtime.progress import ProgressTracker, RunTable, say
 from jobs.training.fit import Prepared, fit, prepare, report
-from jobs.training.runs import DONE, Run
+from jobs.training.page import RunPage, RunPages
+from jobs.training.runs import DONE, PAGE, Run
 from jobs.training.specs import TrainSpec
 from pipelines.errors import UserError
 from pipelines.storage.faults import brief_patience
@@ -70,15 +71,28 @@ def _launch(
             say(f"  metrics  {link}", "dim")
         with ExitStack() as stack:
             table = stack.enter_context(RunTable([prepared.run.spec.name for prepared in unfinished]))
+            pages = stack.enter_context(RunPages({prepared.run.spec.name: _page(prepared) for prepared in unfinished}))
             abandoned = Event()
             stack.callback(abandoned.set)
             board = ray.remote(num_cpus=0)(ProgressTracker).remote()
             try:
-                return _run_queue(unfinished, leases, max_parallel, may_fail, table, board, abandoned)
+                failures = _run_queue(unfinished, leases, max_parallel, may_fail, table, pages, board, abandoned)
             except KeyboardInterrupt:
                 with brief_patience():
                     _save(unfinished, board)
                 raise
+    _say_places([prepared.run for prepared in unfinished])
+    return failures
+
+
+def _say_places(runs: Sequence[Run]) -> None:
+    """Print where the pages of the runs are, and the command that shows their metrics."""
+    for run in runs:
+        say(f"  page         {run.store.url}/{PAGE}", "dim")
+    folders = {run.store.url for run in runs} if len(runs) == 1 else {run.spec.run.root for run in runs}
+    if any(run.spec.run.tracking.tensorboard for run in runs):
+        for folder in sorted(folders):
+            say(f"  tensorboard  tensorboard --logdir {folder}    (pip install 'rzen[tensorboard]')", "dim")
 
 
 def _save(runs: Sequence[Prepared], board: Any) -> None:
@@ -110,6 +124,7 @@ def _run_queue(
     max_parallel: int,
     may_fail: int,
     table: RunTable,
+    pages: RunPages,
     board: Any,
     abandoned: Event,
 ) -> dict[str, UserError]:
@@ -137,21 +152,29 @@ def _run_queue(
         for name, news in ray.get(board.progress.remote()).items():
             if name in running:
                 table.update(name, news, running[name].run.spec.run.log_every_steps)
+        pages.refresh(running)
         for name in [name for name, future in futures.items() if future in done]:
             del running[name]
             if (error := futures.pop(name).exception()) is None:
                 table.set_state(name, "finished")
+                pages.finish(name, "finished")
                 continue
             cause = user_error(error)
             if cause is None:
                 raise error
             failures[name] = cause
             table.set_state(name, "failed", cause.problem)
+            pages.finish(name, "failed")
             if len(failures) > may_fail:
                 raise _too_few(failures, len(unfinished))
         for state, count in table.states().items():
             gauge.set(count, {"state": state})
     return failures
+
+
+def _page(prepared: Prepared) -> RunPage:
+    members = [member for source in prepared.plan.sources for member in source.members]
+    return RunPage(prepared.run, members, prepared.held_out)
 
 
 def _fits(running: Mapping[str, Prepared], another: Prepared) -> bool:

@@ -12,6 +12,7 @@
         best/                the result of the best checkpoint, where it is not the last
         metrics.jsonl        one row a step, some seconds after it
         held_out.jsonl       scores on held-out samples, where the spec asks for them
+        index.html           curves, held-out scores, samples, answers, settings; refreshed while the run trains
         log.txt              starts, lost workers, changes of the mixture and the end, with their times
         tensorboard/         the metrics as event files
         tracking.txt         what MLflow or W&B did not take
@@ -54,14 +55,14 @@ from rzen.training.checkpoint_state import FIX, STATE, parse_state
 from rzen.training.held_out_scores import HeldOutRow
 
 SPEC, LATEST, DONE, METRICS, PHASES = "spec.json", "latest.json", "done.json", "metrics.jsonl", "phases.json"
-BEST, LOG, HELD_OUT = "best", "log.txt", "held_out.jsonl"
+BEST, LOG, HELD_OUT, PAGE = "best", "log.txt", "held_out.jsonl", "index.html"
 KIND = "run"
 STARTS, FAILED = "starts at step", "failed permanently"
 """Words in `log.txt` that `rzen runs` goes by."""
 _LOGGING = threading.Lock()  # several threads of a driver add lines
 TENSORBOARD, UNTRACKED, FAILURE = "tensorboard", "tracking.txt", "failure.txt"
 RESULTS = ("adapter", "model", BEST)
-_FILES = (DONE, LATEST, METRICS, HELD_OUT, PHASES, LOG, UNTRACKED, FAILURE)
+_FILES = (DONE, LATEST, METRICS, HELD_OUT, PAGE, PHASES, LOG, UNTRACKED, FAILURE)
 _FOLDERS = ("checkpoints", "backbone", TENSORBOARD, "scores", "ray")
 
 

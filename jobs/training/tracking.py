@@ -15,6 +15,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any, Protocol
 
+from jobs.runtime.records import leaves
 from jobs.spec.run import TrackingConfig
 from jobs.training.runs import HELD_OUT, METRICS, TENSORBOARD, UNTRACKED, Run, to_lines
 from pipelines.errors import UserError
@@ -22,6 +23,7 @@ from pipelines.errors import UserError
 EVERY_S = 15.0
 _LABELS = ("step", "source", "task")
 _MLFLOW_PARAMS = 100  # of one request
+_MLFLOW_LENGTH = 500  # letters of a value
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -171,7 +173,8 @@ class _Mlflow:
         self._id = self._client.create_run(experiment_id, run_name=run.spec.name, tags={"rzen": run.id}).info.run_id
         from mlflow.entities import Param
 
-        params = [Param(name, value) for name, value in _flat(run.spec.model_dump(mode="json")).items()]
+        settings = leaves(run.spec.model_dump(mode="json"))
+        params = [Param(name, str(value)[:_MLFLOW_LENGTH]) for name, value in settings.items()]
         for start in range(0, len(params), _MLFLOW_PARAMS):
             self._client.log_batch(self._id, params=params[start : start + _MLFLOW_PARAMS])
 
@@ -230,17 +233,6 @@ def scalars(row: Mapping[str, Any]) -> dict[str, float]:
         }
     numbers = {name: float(value) for name, value in row.items() if name not in _LABELS}
     return {f"{name}/{of}": value for name, value in numbers.items() for of in ("_all", row["source"])}
-
-
-def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return `optim.lr` -> `0.0002` for every leaf, cut to the length that MLflow takes."""
-    flat: dict[str, str] = {}
-    for name, value in fields.items():
-        if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = str(value)[:500]
-    return flat
 
 
 def _mlflow_name(name: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -55,6 +56,7 @@ class ResultsFile(TypedDict):
 MIXED_POOL = "mixed pool"
 Column = tuple[str, str, str]
 """Pool, task and metric."""
+_MARKED = 30  # points of a curve, below which each of them is marked
 
 
 def write_results(path: Path, rows: Sequence[Result], settings: Mapping[str, Any]) -> None:
@@ -124,23 +126,32 @@ def plot_scores(rows: Sequence[Result]) -> str:
 
 
 def plot_losses(curves: Mapping[str, Sequence[tuple[int, float]]]) -> str:
-    """Loss over steps, one thin line per run, its name at its end. SVG text, the same every time.
+    """Loss over steps, as `plot_curves`."""
+    return plot_curves(curves, "loss", "Training loss by step")
 
-    `curves` maps a run to its (step, loss) pairs in order of steps; at least one run, none of them empty.
+
+def plot_curves(curves: Mapping[str, Sequence[tuple[int, float]]], label: str, title: str) -> str:
+    """A value over steps, one thin line per curve, its name at its end if there are several. SVG text, the same every
+    time. Values start at 0, and so does the axis.
+
+    `curves` maps a name to its (step, value) pairs in order of steps; at least one curve, none of them empty. `title`
+    is for readers who cannot see the plot.
     """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 3.2), layout="constrained")
         axes = figure.subplots()
-        for (steps, losses), color in zip(_columns(curves), colors(len(curves)), strict=True):
-            axes.plot(steps, losses, color=color)
+        for (steps, values), color in zip(_columns(curves), colors(len(curves)), strict=True):
+            axes.plot(steps, values, color=color, marker="." if len(steps) < _MARKED else "")
         axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("step")
-        axes.set_title("loss", loc="left", fontsize=9, color=QUIET)
+        axes.set_title(label, loc="left", fontsize=9, color=QUIET)
         axes.grid(axis="y", color=FAINT, linewidth=0.5)
         axes.tick_params(length=0, labelcolor=QUIET)
         axes.margins(x=0)
-        _label_ends(axes, curves)
-        return svg_text(figure, "Training loss by step")
+        if len(curves) > 1:
+            _label_ends(axes, curves)
+        return svg_text(figure, title)
 
 
 def _index(rows: Sequence[Result]) -> tuple[list[str], list[Column], dict[tuple[str, Column], Result]]:

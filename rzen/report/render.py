@@ -38,6 +38,16 @@ def write_html(
     pool: ThumbnailPool,
     **content: Any,
 ) -> None:
+    """Write what `render_html` returns to a file. Raises `UserError` for a file that is there and is no report."""
+    html = render_html(template, plots=plots, facts=facts, pool=pool, **content)
+    check_replaceable(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(html)
+
+
+def render_html(
+    template: str, *, plots: Mapping[str, str], facts: Mapping[str, str], pool: ThumbnailPool, **content: Any
+) -> bytes:
     """One HTML file that needs no network, no script and no other file. Equal input gives equal bytes.
 
     `plots` maps a caption to SVG text, `facts` a setting to its value, `pool` holds all pictures of the page. Raises
@@ -46,10 +56,8 @@ def write_html(
     svgs = {name: inline_svg(svg, name, f"plot-{i}-") for i, (name, svg) in enumerate(plots.items())}
     rendered = _environment().get_template(template)
     html = rendered.render(plots=svgs, facts=facts, thumbnails=pool.all(), **content)
-    check_replaceable(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     # File names that are not UTF-8 reach us as lone surrogates, which no encoding holds.
-    path.write_text(html, encoding="utf-8", errors="replace", newline="\n")
+    return html.encode("utf-8", errors="replace")
 
 
 def check_replaceable(path: Path) -> None:

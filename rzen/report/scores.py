@@ -55,6 +55,14 @@ def score_tables(rows: Sequence[Row]) -> list[ScoreTable]:
     return tables
 
 
+def hit_interval(share: float, count: int) -> tuple[float, float]:
+    """Return the 95% interval of a share of `count` queries (Wilson's)."""
+    z_2 = 1.96**2
+    center = (share + z_2 / (2 * count)) / (1 + z_2 / count)
+    half = 1.96 * math.sqrt(share * (1 - share) / count + z_2 / (4 * count**2)) / (1 + z_2 / count)
+    return max(0.0, center - half), min(1.0, center + half)
+
+
 def task_label(task: str) -> str:
     """`image_text_image` becomes `image + text → image`; the last word is what is searched."""
     *query, target = task.split("_")

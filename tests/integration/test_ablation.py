@@ -4,6 +4,7 @@ Ray evaluates; training is left out, which four times would take minutes: every 
 """
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,8 @@ def end_at_the_start(specs: list[TrainSpec], max_parallel: int) -> None:
                 "temperature": 0.02,
                 "step_s": 0.75,
                 "feed_wait_s": 0.25,
+                "samples_per_s": 5.0,
+                "loss": 1.5,
             }
             run.finish({"steps": 1}, [{"step": 0, "skipped": 0, **numbers}])
 
@@ -131,6 +134,9 @@ def test_every_variant_is_scored_with_every_seed(job: Path) -> None:
     page = (job / "out/ablation.md").read_text()
     assert "* 2 variants x 2 seeds (of 2 requested)" in page
     assert "workers computed 2 s in training steps only" in page
+    html = (job / "out/index.html").read_text()
+    assert all(f'<th scope="row">{name}</th>' in html for name in orders)
+    assert {"model.backbone.seed", "objective.hardness"} <= set(re.findall(r"<code>([\w.]+)</code>", html))
 
 
 def test_both_seeds_of_an_untrained_variant_are_one_model_and_the_variants_are_two(job: Path) -> None:
