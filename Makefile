@@ -10,6 +10,7 @@ PIP_AUDIT := pip-audit==2.10.1
 STORE ?= local
 MEDIA ?=
 MODEL ?=
+CORPUS ?= demo
 # Processes that run the tests: one with Ray's tests, the others with the rest. TEST_ARGS goes to pytest.
 WORKERS ?= logical
 TEST_ARGS ?=
@@ -18,7 +19,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 # What `make demo` runs. Each spec has an output folder of its own below runs/.
-DEMO := $(if $(MEDIA),$(if $(MODEL),photos,folder),demo)
+DEMO := $(if $(MEDIA),$(if $(MODEL),photos,folder),$(CORPUS))
 # A name as a YAML text in quotes of the shell, whatever characters it has.
 quoted = $(subst ','\'',"$(subst ",\",$(subst \,\\,$(1)))")
 SET := $(if $(MEDIA),--set 'vars.media=$(call quoted,$(MEDIA))') $(if $(MODEL),--set 'vars.model=$(call quoted,$(MODEL))')
@@ -45,7 +46,7 @@ $(READY): pyproject.toml requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c requirements.lock -e '.[dev]'
 	@touch $@
 
-demo: setup ## run the whole pipeline on a synthetic corpus; MEDIA=folder [MODEL=model], STORE=s3 or s3://bucket/folder
+demo: setup ## run the whole pipeline on a synthetic corpus; CORPUS=emoji, MEDIA=folder [MODEL=model], STORE=s3 or s3://bucket/folder
 	$(if $(filter s3,$(STORE)),$(BIN)/python -m jobs.runtime.local_s3) $(BIN)/rzen run jobs/$(DEMO).yaml $(SET)
 
 test: setup ## run the tests, except those that take minutes each

@@ -1,4 +1,4 @@
-"""Kinds `corpus`, `ingest` and `index`: jobs that make datasets."""
+"""Kinds `corpus`, `emoji`, `ingest` and `index`: jobs that make datasets."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from jobs.spec.no_effect import NoEffect
 from pipelines.config import MediaConfig, NonNegativeInt, PositiveInt
 from pipelines.samples import Split
 from pipelines.shards.mapping import SourceMapping
+from pipelines.sources.emoji import EmojiConfig
 from pipelines.synthetic.config import CorpusConfig
 
 
@@ -24,6 +25,17 @@ class CorpusSpec(JobConfig):
     """Local folder of the corpus. It must be new, empty or hold an earlier corpus."""
     corpus: CorpusConfig = CorpusConfig()
     """How many files of each type to draw."""
+
+
+class EmojiSpec(JobConfig):
+    """Fetch Fluent emoji and their names in many languages from npm's registry."""
+
+    kind: Literal["emoji"]
+    """Must be `emoji`."""
+    out: str
+    """Local folder of the corpus. It must be new, empty or hold an earlier corpus."""
+    emoji: EmojiConfig = EmojiConfig()
+    """Which names, keywords and pictures are trained on, and which are tested."""
 
 
 class IngestSpec(JobConfig):
@@ -97,6 +109,14 @@ CORPUS = Kind(
         NoEffect("corpus.clip_frames", lambda spec: not spec.corpus.num_clips, "corpus.num_clips is 0"),
         NoEffect("corpus.hard_fraction", lambda spec: not spec.corpus.num_images, "corpus.num_images is 0"),
     ),
+)
+EMOJI = Kind(
+    name="emoji",
+    spec=EmojiSpec,
+    run="jobs.data.emoji:run",
+    reads={},
+    makes={"out": "folder of pictures with names, and retrieval datasets"},
+    local="writes files into a local folder",
 )
 INGEST = Kind(
     name="ingest",

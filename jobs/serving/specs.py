@@ -1,4 +1,4 @@
-"""Kinds `export` and `search`: jobs that hand models and vectors to users."""
+"""Kinds `export`, `check` and `search`: jobs that hand models and vectors to users."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jobs.spec.job import JobConfig, Named
 from jobs.spec.kinds import Kind, no_gpus
 from jobs.spec.model import ModelRef
 from jobs.spec.no_effect import NoEffect
-from pipelines.config import PositiveInt
+from pipelines.config import DataConfig, PositiveFloat, PositiveInt
 from pipelines.samples import Modality
 from rzen.config import ModelIdentity, PromptConfig, ReadoutConfig
 
@@ -43,6 +43,25 @@ class ExportSpec(ModelIdentity, JobConfig):
     """License identifier for the model card, such as apache-2.0."""
     out: str
     """Directory or s3:// URL of the export. An earlier export there is replaced."""
+    endpoint: str | None = None
+    """S3 endpoint of the model and `out`. `null` uses AWS_ENDPOINT_URL from the environment."""
+
+
+class CheckSpec(JobConfig):
+    """Open an export in sentence-transformers, and compare its vectors with rzen's."""
+
+    kind: Literal["check"]
+    """Must be `check`."""
+    model: str
+    """Directory or s3:// URL written by a job of kind `export`, with format `model`."""
+    data: DataConfig
+    """Dataset whose queries and targets are compared."""
+    num_samples: PositiveInt = 8
+    """Samples of each source, the first ones."""
+    tolerance: PositiveFloat = 1e-4
+    """Largest difference of a number in a vector of length 1. Both compute in float32 on the CPU."""
+    out: str
+    """Directory or s3:// URL of `comparison.json`: the largest difference for each kind of input."""
     endpoint: str | None = None
     """S3 endpoint of the model and `out`. `null` uses AWS_ENDPOINT_URL from the environment."""
 
@@ -87,6 +106,19 @@ EXPORT = Kind(
         NoEffect("frames", lambda spec: spec.format != "model", "only format: model has files for other libraries"),
         NoEffect("instructions", lambda spec: spec.format != "model", "only format: model has files for them"),
         NoEffect("dtype", lambda spec: spec.format == "adapter", "an adapter keeps its type"),
+    ),
+)
+CHECK = Kind(
+    name="check",
+    spec=CheckSpec,
+    run="jobs.serving.check:run",
+    reads={"model": "exported model", "data": "dataset"},
+    makes={"out": "differences of the vectors"},
+    local="needs sentence-transformers, which images do not have",
+    no_effect=(
+        NoEffect("data.mixture", lambda spec: True, "the first samples of each source are compared"),
+        NoEffect("data.negatives_per_sample", lambda spec: True, "queries and targets only are compared"),
+        NoEffect("data.max_bad_fraction", lambda spec: True, "bad samples are left out"),
     ),
 )
 SEARCH = Kind(

@@ -24,6 +24,7 @@ GROUP = "rzen.kinds"
 """Entry point group in which an installed package registers kinds of its own: `name = "module:KIND"`."""
 _BUILT_IN = {
     "corpus": "jobs.data.specs:CORPUS",
+    "emoji": "jobs.data.specs:EMOJI",
     "ingest": "jobs.data.specs:INGEST",
     "index": "jobs.data.specs:INDEX",
     "train": "jobs.training.specs:TRAIN",
@@ -34,6 +35,7 @@ _BUILT_IN = {
     "evaluate": "jobs.evaluation.specs:EVALUATE",
     "export": "jobs.serving.specs:EXPORT",
     "embed": "jobs.embedding.specs:EMBED",
+    "check": "jobs.serving.specs:CHECK",
     "search": "jobs.serving.specs:SEARCH",
     "pipeline": "jobs.workflows.specs:PIPELINE",
 }

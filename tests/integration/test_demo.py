@@ -106,12 +106,12 @@ def test_page_is_one_file_with_pictures_scores_and_curves(road: Any) -> None:
 def test_finished_stations_are_not_repeated_and_a_changed_one_is(road: Any, capsys: pytest.CaptureFixture[str]) -> None:
     _, command = road
     assert main(command) == 0
-    assert capsys.readouterr().out.count("done before") == 8
+    assert capsys.readouterr().out.count("done before") == 9
     assert main([*command, "--set", "jobs.search.set.top_k=3"]) == 0
     again = capsys.readouterr().out
     assert again.count("done before") == 7
-    assert "[8/8] search (search)" in again
-    assert "[8/8] search (search): done before" not in again
+    assert "[8/9] search (search)" in again
+    assert "[8/9] search (search): done before" not in again
 
 
 def test_search_from_the_command_line(

@@ -17,8 +17,6 @@ import pytest
 import torch
 from PIL import Image
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Normalize, Transformer
-from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
@@ -26,6 +24,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 from pipelines.samples import DecodedInput
 from rzen.config import BackboneFamily, ModelIdentity, PromptConfig, ReadoutConfig, TinyBackbone
 from rzen.export.export import ExportOptions, Format, export_model, load_encoder
+from rzen.export.opening import encode_decoded, has_torchvision, open_in_sentence_transformers
 from rzen.families import FAMILIES
 from rzen.inputs.processor import Processor
 from rzen.inputs.prompts import IMAGE_PAD, TEMPLATES, render
@@ -81,27 +80,8 @@ def messages(input: DecodedInput) -> list[dict[str, Any]]:
     return [*system, {"role": "user", "content": content}]
 
 
-def sentence_transformer(out: Path, scratch: Path) -> SentenceTransformer:
-    """The modules of an export for texts: with an image processor, its Transformer needs torchvision."""
-    scratch.mkdir(exist_ok=True)
-    for path in (*out.glob("tokenizer*.json"), out / "chat_template.jinja"):
-        shutil.copy(path, scratch)
-    settings = json.loads((out / "sentence_bert_config.json").read_text())
-    del settings["processor_kwargs"]
-    modules: list[Any] = []
-    for module in json.loads((out / "modules.json").read_text()):
-        name, path = module["type"].rpartition(".")[2], module["path"]
-        if name == "Transformer":
-            modules.append(Transformer(str(out), tokenizer_name_or_path=str(scratch), **settings))
-        else:
-            modules.append({"Pooling": Pooling, "Normalize": Normalize}[name].load(str(out), subfolder=path))
-    return SentenceTransformer(modules=modules, device="cpu")
-
-
 def encode(model: SentenceTransformer, inputs: list[DecodedInput], **settings: Any) -> Tensor:
-    """One at a time, as each has a prompt of its own."""
-    vectors = [model.encode(input.text, prompt=input.instruction or None, **settings) for input in inputs]
-    return torch.tensor(np.stack(vectors))
+    return torch.tensor(encode_decoded(model, inputs, **settings))
 
 
 def auto_vectors(out: Path, inputs: list[DecodedInput]) -> Tensor:
@@ -156,11 +136,20 @@ def test_what_is_no_input_is_refused_by_the_chat_template(qwen2: Path) -> None:
             tokenizer.apply_chat_template([message], tokenize=False)
 
 
-def test_sentence_transformers_equals_on_texts(made: Made, tmp_path: Path) -> None:
-    model = sentence_transformer(made[2], tmp_path / "tokenizer")
+def test_sentence_transformers_equals_on_texts(made: Made) -> None:
+    model = open_in_sentence_transformers(made[2], "cpu")
     torch.testing.assert_close(encode(model, TEXT_SIDES), rzen_vectors(made[2], TEXT_SIDES), atol=1e-5, rtol=0)
     padded = torch.tensor(model.encode(list(TEXTS), batch_size=len(TEXTS)))
     torch.testing.assert_close(padded, rzen_vectors(made[2], TEXT_SIDES[: len(TEXTS)]), atol=1e-5, rtol=0)
+
+
+def test_sentence_transformers_equals_on_images_pages_and_mixed_inputs(made: Made) -> None:
+    model = open_in_sentence_transformers(made[2], "cpu")
+    torch.testing.assert_close(encode(model, IMAGE_SIDES), rzen_vectors(made[2], IMAGE_SIDES), atol=1e-5, rtol=0)
+    if not has_torchvision():
+        video = {"video": np.zeros((8, 3, 56, 56), np.uint8)}
+        with pytest.raises(ImportError, match="videos need torchvision"):
+            model.encode([video])
 
 
 def test_sentence_transformers_cuts_texts_as_rzen_where_it_is_told_to(tmp_path: Path) -> None:
@@ -168,7 +157,7 @@ def test_sentence_transformers_cuts_texts_as_rzen_where_it_is_told_to(tmp_path: 
     _, _, out = export(tmp_path, ModelIdentity(prompt=prompt))
     told = re.search(r"'max_length': (\d+)", (out / "README.md").read_text())
     assert told is not None
-    model, expected = sentence_transformer(out, tmp_path / "tokenizer"), rzen_vectors(out, TEXT_SIDES)
+    model, expected = open_in_sentence_transformers(out, "cpu"), rzen_vectors(out, TEXT_SIDES)
     cut = {"text": {"truncation": True, "max_length": int(told[1])}}
     torch.testing.assert_close(encode(model, TEXT_SIDES, processing_kwargs=cut), expected, atol=1e-5, rtol=0)
     assert (encode(model, TEXT_SIDES) - expected).abs().max() > 1e-2  # uncut by itself
@@ -176,7 +165,7 @@ def test_sentence_transformers_cuts_texts_as_rzen_where_it_is_told_to(tmp_path: 
 
 def test_sentence_transformers_means_all_tokens_and_refuses_instructions(tmp_path: Path) -> None:
     _, _, out = export(tmp_path, ModelIdentity(prompt=PROMPT, readout=ReadoutConfig(pooling="mean")))
-    model, inputs = sentence_transformer(out, tmp_path / "tokenizer"), TEXT_SIDES[: len(TEXTS)]
+    model, inputs = open_in_sentence_transformers(out, "cpu"), TEXT_SIDES[: len(TEXTS)]
     torch.testing.assert_close(encode(model, inputs), rzen_vectors(out, inputs), atol=1e-5, rtol=0)
     with pytest.raises(Exception, match="only rzen can take one"):
         model.encode(TEXTS[0], prompt=INSTRUCTION)
@@ -238,17 +227,17 @@ def test_planted_faults_of_exports_show(qwen2: Path, tmp_path: Path) -> None:
 
     expected = rzen_vectors(qwen2, TEXT_SIDES)
     unended = copy("unended", "chat_template.jinja", "<|endoftext|>", "")
-    assert (encode(sentence_transformer(unended, tmp_path / "a"), TEXT_SIDES) - expected).abs().max() > 1e-2
+    assert (encode(open_in_sentence_transformers(unended, "cpu"), TEXT_SIDES) - expected).abs().max() > 1e-2
 
     unpooled = copy(
         "first", "1_Pooling/config.json", '"pooling_mode_lasttoken": true', '"pooling_mode_lasttoken": false'
     )
-    assert (encode(sentence_transformer(unpooled, tmp_path / "b"), TEXT_SIDES) - expected).abs().max() > 1e-2
+    assert (encode(open_in_sentence_transformers(unpooled, "cpu"), TEXT_SIDES) - expected).abs().max() > 1e-2
 
     modules = json.loads((qwen2 / "modules.json").read_text())
     normalizing = json.dumps(modules[-1], indent=2).replace("\n", "\n  ")
     unnormalized = copy("long", "modules.json", f",\n  {normalizing}", "")
-    assert (encode(sentence_transformer(unnormalized, tmp_path / "c"), TEXT_SIDES) - expected).abs().max() > 1e-2
+    assert (encode(open_in_sentence_transformers(unnormalized, "cpu"), TEXT_SIDES) - expected).abs().max() > 1e-2
 
     larger = copy(
         "larger", "preprocessor_config.json", f'"longest_edge": {24 * 28**2}', f'"longest_edge": {48 * 28**2}'
@@ -264,7 +253,7 @@ def test_planted_faults_of_exports_show(qwen2: Path, tmp_path: Path) -> None:
 
 
 def test_pooling_at_the_last_padded_place_shows(qwen2: Path, tmp_path: Path) -> None:
-    model = sentence_transformer(qwen2, tmp_path / "tokenizer")
+    model = open_in_sentence_transformers(qwen2, "cpu")
     features = model.preprocess(list(TEXTS))
     assert not features["attention_mask"].all()
     with torch.no_grad():

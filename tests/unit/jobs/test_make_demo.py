@@ -25,6 +25,7 @@ def demo(*variables: str) -> subprocess.CompletedProcess[str]:
     [
         ([], "demo", "runs/demo/store"),
         (["STORE=s3"], "demo", "s3://rzen-demo"),
+        (["CORPUS=emoji"], "emoji", "runs/emoji/store"),
         ([f"MEDIA={ODD}"], "folder", "runs/folder/store"),
         ([f"MEDIA={ODD}", "STORE=s3"], "folder", "s3://rzen-folder"),
         ([f"MEDIA={ODD}", "MODEL=a model"], "photos", "runs/photos/store"),
@@ -40,7 +41,7 @@ def test_each_kind_of_demo_has_its_own_output(variables: list[str], spec: str, s
     pipeline = check(document)
     assert isinstance(pipeline, PipelineSpec)
     assert pipeline.vars["store"] == stores
-    assert pipeline.vars.get("media") == (ODD if spec != "demo" else None)
+    assert pipeline.vars.get("media") == (ODD if spec in ("folder", "photos") else None)
     if spec == "photos":
         assert pipeline.vars["model"] == "a model"
     ingest, _ = resolve_jobs(pipeline, document)["ingest"]

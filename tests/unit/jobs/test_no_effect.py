@@ -42,6 +42,7 @@ BASES: dict[str, dict[str, Any]] = {
     "evaluate": {"kind": "evaluate", "models": {"a": {"base": "a"}}, "data": {"root": "d"}, "out": "o"},
     "embed": {"kind": "embed", "model": "m", "data": {"root": "d"}, "out": "o"},
     "export": {"kind": "export", "model": {"base": "b"}, "out": "o"},
+    "check": {"kind": "check", "model": "m", "data": {"root": "d"}, "out": "o"},
     "search": {"kind": "search", "queries": ["q"], "vectors": "v", "html": "h.html"},
     "corpus": {"kind": "corpus", "out": "o"},
     "ingest": {"kind": "ingest", "input": "i", "out": "o"},
@@ -294,6 +295,9 @@ OTHERS = [
     Case("export", "frames", "format: model", "frames=4", ("format=rzen_release",)),
     Case("export", "instructions", "format: model", "instructions={a: b}", ("format=adapter",)),
     Case("export", "dtype", "keeps its type", "dtype=float32", ("format=adapter",)),
+    Case("check", "data.mixture", "first samples", "data.mixture.merge_small=true", (), None),
+    Case("check", "data.negatives_per_sample", "queries and targets only", "data.negatives_per_sample=2", (), None),
+    Case("check", "data.max_bad_fraction", "left out", "data.max_bad_fraction=0.5", (), None),
     Case("search", "results", "html", "results=r.json", ("html=null",)),
     Case("search", "curves", "html", "curves={a: b}", ("html=null",)),
     Case(

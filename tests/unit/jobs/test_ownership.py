@@ -35,6 +35,8 @@ SPECS = {
     "evaluate": "kind: evaluate\nmodels: {{m: {{base: {0}/b}}}}\ndata: {{root: {0}/data}}\ncache: {0}/cache\n"
     "out: {0}/place\n",
     "export": "kind: export\nmodel: {{base: {0}/b}}\nout: {0}/place\n",
+    "emoji": "kind: emoji\nout: {0}/place\n",
+    "check": "kind: check\nmodel: {0}/b\ndata: {{root: {0}/data}}\nout: {0}/place\n",
     "embed": "kind: embed\nmodel: {0}/b\ndata: {{root: {0}/data}}\nout: {0}/place\n",
     "search": "kind: search\nvectors: {0}/vectors\nqueries: [red]\nhtml: {0}/place/thesis.docx\n",
     "pipeline": "kind: pipeline\nname: p\nstate: {0}/place\njobs: {{one: {{spec: corpus.yaml}}}}\n",
@@ -52,6 +54,8 @@ LEASED = {
     "retrain": "registry",
     "evaluate": "evaluation",
     "export": "model",
+    "emoji": "corpus",
+    "check": "check",
     "embed": "vectors",
     "pipeline": "pipeline",
 }
