@@ -85,6 +85,8 @@ def _export(spec: ExportSpec, out: Store, lease: Lease) -> None:
         method=soup["settings"]["method"] if soup else None,
         scores=scores,
         license=spec.license,
+        languages=spec.languages,
+        datasets=spec.datasets,
         versions=versions() | {"revision": revision()},
     )
     options = ExportOptions(spec.format, spec.dtype, spec.frames or _frames(recipes), dict(spec.instructions), facts)

@@ -41,6 +41,10 @@ class ExportSpec(ModelIdentity, JobConfig):
     """Local results.json of an evaluation of these weights, for the model card."""
     license: str | None = None
     """License identifier for the model card, such as apache-2.0."""
+    languages: list[str] = Field(default_factory=list)
+    """Codes of languages for the model card, such as en."""
+    datasets: list[str] = Field(default_factory=list)
+    """Names of training datasets on the hub, for the model card."""
     out: str
     """Directory or s3:// URL of the export. An earlier export there is replaced."""
     endpoint: str | None = None

@@ -6,20 +6,19 @@ It repeats what the directory and the files that it was made from say, and adds 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from pipelines.redaction import code_span, escape_markdown, redact_text, redacted
 from pipelines.stored_json import read_json
 from rzen.config import ModelIdentity
 from rzen.export import sentence_transformers
-from rzen.families import BackboneFile, read_family
+from rzen.export.card_metadata import front_matter
+from rzen.families import read_family
 from rzen.inputs.prompts import TEMPLATES
-from rzen.model.checkpoints import HUB_NAME, AdapterFile, read_identity_file
+from rzen.model.checkpoints import AdapterFile, read_identity_file
 
 CARD = "README.md"
 
@@ -42,6 +41,10 @@ class ModelCardData:
     scores: Mapping[str, Any] = field(default_factory=dict)
     """Scores of this model: `rows` of an evaluation's results.json, and its `settings`."""
     license: str | None = None
+    languages: Sequence[str] = ()
+    """Codes of the languages, such as en."""
+    datasets: Sequence[str] = ()
+    """Names of training datasets on the hub."""
     versions: Mapping[str, str] = field(default_factory=dict)
     """Versions of the libraries that exported it, and `revision` of the code."""
 
@@ -59,44 +62,22 @@ def model_card(
     `unsupported_reason` says why other libraries cannot read it.
     """
     parts = [
-        _front_matter(folder, format, unsupported_reason, facts),
+        front_matter(folder, format, unsupported_reason, facts),
         f"# {escape_markdown(facts.title)}",
         "Text, images, document pages, videos and any mix of them become vectors of length 1 in one space; the inner"
         " product of two is their similarity.",
+        "## Scores",
+        _scores(facts.scores),
         "## How to load it",
         *_loading(folder, identity, format, unsupported_reason),
         "## How it reads an input",
         _reading(identity),
         "## How it was made",
         *_making(folder, facts),
-        "## Scores",
-        _scores(facts.scores),
         "## Limits",
         _bullets(_limits(folder, identity, format, unsupported_reason, frames)),
-        "## Versions",
-        _bullets(
-            [f"{escape_markdown(name)} {escape_markdown(version)}" for name, version in sorted(facts.versions.items())]
-            or ["Not recorded."]
-        ),
     ]
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
-
-
-def _front_matter(folder: Path, format: str, unsupported_reason: str | None, facts: ModelCardData) -> str:
-    library = "peft" if format == "adapter" else "transformers"
-    if format == "model" and unsupported_reason is None:
-        library = "sentence-transformers"
-    config = folder / "config.json"
-    tags = ["feature-extraction", "multimodal-embeddings", "rzen"]
-    if config.is_file():
-        tags.append(read_json(config, BackboneFile)["model_type"])
-    fields: dict[str, Any] = {"library_name": library, "pipeline_tag": "feature-extraction", "tags": tags}
-    if facts.base and HUB_NAME.fullmatch(facts.base) and not Path(facts.base).exists():
-        relation = "adapter" if format == "adapter" else "finetune"
-        fields |= {"base_model": facts.base, "base_model_relation": relation}
-    if facts.license:
-        fields["license"] = facts.license
-    return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---"
 
 
 def _loading(folder: Path, identity: ModelIdentity, format: str, unsupported_reason: str | None) -> list[str]:
@@ -142,21 +123,19 @@ def _loading(folder: Path, identity: ModelIdentity, format: str, unsupported_rea
         ]
     return [
         *blocks,
-        "sentence-transformers 6 (with `torchvision`; videos given as files also need a decoder), the instruction as"
-        " `prompt`:",
+        "sentence-transformers 6, the instruction as `prompt`. It needs `torchvision`, or for texts and images"
+        " `rzen.export.opening`. Videos given as files also need a decoder.",
         _code(
+            "from PIL import Image",
             "from sentence_transformers import SentenceTransformer",
             "",
+            'image = Image.new("RGB", (320, 240), "red")',
             'model = SentenceTransformer("PATH")',
-            'model.encode("a red circle", prompt="Find an image that matches the given caption.")',
+            'model.encode("a red circle", prompt="Find an image that matches the given caption:")',
             'model.encode([image, {"text": "the same at night", "image": image}])',
         ),
-        "vLLM, with the files of sentence-transformers; inputs as messages, the instruction as system message:",
-        _code(
-            "from vllm import LLM",
-            "",
-            'llm = LLM("PATH", runner="pooling")  # or: vllm serve PATH --runner pooling',
-        ),
+        'vLLM reads the same files: `LLM("PATH", runner="pooling")`, inputs as messages, the instruction as system'
+        " message.",
         "transformers 5, where the last state of the last token, divided by its length, is the vector:",
         _code(
             "from transformers import AutoModel, AutoProcessor",
@@ -196,25 +175,33 @@ def _making(folder: Path, facts: ModelCardData) -> list[str]:
             ]
         )
     ]
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(facts.versions.items()))
+    parts[0] += f"\n* versions: {escape_markdown(versions) or 'not recorded'}"
     if facts.weights:
         shares = [f"{weight:.3f} x {escape_markdown(name)}" for name, weight in facts.weights.items()]
         parts.append(f"A soup ({code_span(str(facts.method))}) of {', '.join(shares)}.")
-    for name, recipe in facts.recipes.items():
-        data, spec = recipe["data"].get("data", {}), recipe["spec"]
-        parts += [
-            f"### Run {escape_markdown(name)}",
-            f"{recipe['data'].get('steps', '?')} steps of {spec['global_batch']} pairs, code revision"
-            f" {code_span(str(recipe.get('revision', 'unknown')))}. Data, by the fingerprints of their manifest:",
-            _bullets(
-                [f"{escape_markdown(source)}: {code_span(str(fingerprint))}" for source, fingerprint in data.items()]
-                or ["Not recorded."]
-            ),
-            "The settings:",
-            f"```json\n{json.dumps(redacted(spec), indent=1, sort_keys=True)}\n```",
-        ]
     if not facts.recipes:
-        parts.append("No settings of a training run were found beside the weights.")
-    return parts
+        return [*parts, "No settings of a training run were found beside the weights."]
+    settings = {name: redacted(recipe["spec"]) for name, recipe in facts.recipes.items()}
+    lines = [f"{json.dumps(name)}: {json.dumps(spec, sort_keys=True)}" for name, spec in settings.items()]
+    return [
+        *parts,
+        _bullets([_run(name, recipe) for name, recipe in facts.recipes.items()]),
+        "<details><summary>Settings of the runs</summary>",
+        "```json\n{" + ",\n".join(lines) + "}\n```",
+        "</details>",
+    ]
+
+
+def _run(name: str, recipe: Mapping[str, Any]) -> str:
+    """Return a line about a training run: length, code, and data by the fingerprints of their manifest."""
+    data = [
+        f"{escape_markdown(source)} {code_span(str(fingerprint)[:12])}"
+        for source, fingerprint in recipe["data"].get("data", {}).items()
+    ]
+    steps, revision = recipe["data"].get("steps", "?"), code_span(str(recipe.get("revision", "unknown")))
+    length = f"{steps} steps of {recipe['spec']['global_batch']} pairs"
+    return f"run {escape_markdown(name)}: {length}, code revision {revision}, data {', '.join(data) or 'not recorded'}"
 
 
 def _scores(scores: Mapping[str, Any]) -> str:
@@ -273,7 +260,4 @@ def _code(*lines: str) -> str:
     return "\n".join(["```python", *lines, "```"])
 
 
-_MTEB = (
-    "mteb, through rzen (`pip install rzen[mteb]`):",
-    _code("import mteb", "from rzen.export.mteb import load", "", 'mteb.evaluate(load("PATH"), tasks)'),
-)
+_MTEB = ('mteb, through rzen (`pip install rzen[mteb]`): `mteb.evaluate(rzen.export.mteb.load("PATH"), tasks)`.',)

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,20 +12,23 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
+import rzen
 from jobs.serving.export import run as run_export
 from jobs.serving.specs import ExportSpec
 from pipelines.errors import UserError
 from pipelines.samples import DecodedInput, MediaKind, Visual
 from rzen.config import LoraConfig, MeanSoup, ModelIdentity, PromptConfig, ReadoutConfig, TinyBackbone
 from rzen.export.card import ModelCardData
-from rzen.export.export import ExportOptions, export_model, load_encoder, write_identity
+from rzen.export.export import ExportOptions, Format, export_model, load_encoder, write_identity
 from rzen.export.mteb import experiment, inputs_of, instruction_of, model_revision, with_video_files
+from rzen.export.opening import has_torchvision, register_processors
 from rzen.inputs.processor import Processor
 from rzen.model.backbone import build_tiny, load_backbone
 from rzen.model.checkpoints import checkpoint_dir, checkpoint_sha256
@@ -273,7 +277,12 @@ def test_a_card_tells_recipe_data_scores_and_limits(base: str, tmp_path: Path) -
     }
     (tmp_path / "results.json").write_text(json.dumps(results))
     spec = {"kind": "export", "model": ref, "out": str(tmp_path / "fine model"), "dtype": "float32"}
-    spec |= {"scores": str(tmp_path / "results.json"), "license": "apache-2.0"}
+    spec |= {
+        "scores": str(tmp_path / "results.json"),
+        "license": "apache-2.0",
+        "languages": ["en", "de"],
+        "datasets": ["me/photos"],
+    }
     assert run_export(ExportSpec.model_validate(spec | {"format": "adapter"})) == {"outputs": [spec["out"]]}
     assert (tmp_path / "fine model/adapter_config.json").is_file()
     assert run_export(ExportSpec.model_validate(spec)) == {"outputs": [spec["out"]]}
@@ -286,24 +295,75 @@ def test_a_card_tells_recipe_data_scores_and_limits(base: str, tmp_path: Path) -
         "pipeline_tag": "feature-extraction",
         "tags": ["feature-extraction", "multimodal-embeddings", "rzen", "qwen2_vl"],
         "license": "apache-2.0",
+        "language": ["en", "de"],
+        "datasets": ["me/photos"],
+        "model-index": [
+            {
+                "name": "fine model",
+                "results": [
+                    {
+                        "task": {"type": "feature-extraction", "name": "text_image"},
+                        "dataset": {
+                            "type": "rzen",
+                            "name": "text_image (held_out)",
+                            "split": "held_out",
+                            "revision": "beef",
+                        },
+                        "metrics": [{"type": "hit@1", "value": 25.0}],
+                    }
+                ],
+            }
+        ],
     }
+    on_hub = ModelCard.load(tmp_path / "fine model/README.md")
+    on_hub.data.to_dict()
+    assert [(one.metric_type, one.metric_value, one.dataset_split) for one in on_hub.data.eval_results] == [
+        ("hit@1", 25.0, "held_out")
+    ]
+    assert (on_hub.data.license, on_hub.data.language, on_hub.data.model_name) == (
+        "apache-2.0",
+        ["en", "de"],
+        "fine model",
+    )
+    assert len(on_hub.content.splitlines()) < 120
+    assert card.index("## Scores") < card.index("## How to load it")
     for told in (
         "# fine model",
         "A soup (`mean`) of 0.250 x first, 0.750 x second",
-        "70 steps of 48 pairs, code revision `abc123`",
-        "* photos: `f00d`",
+        "* run first: 70 steps of 48 pairs, code revision `abc123`, data photos `f00d`",
+        "<details><summary>Settings of the runs</summary>",
         '"lr": 0.0002',
         "| text_image | hit@1 | 25.0 | 1.0 | 400 | 100 | held_out |",
         "fingerprint `beef`",
         "give 6 frames to a video",
         f"* base: `{base}`",
         "vLLM has not been run",
-        "* revision ",
+        "* versions: deepspeed ",
+        ", revision ",
     ):
         assert told in card, told
     assert "12.5" not in card
     with pytest.raises(UserError, match=r"results.json: has no score of the weights of base .*; it has soup, before"):
         run_export(ExportSpec.model_validate(spec | {"model": {"base": base, "adapter": str(adapters[0])}}))
+
+
+@pytest.mark.parametrize("format", ["model", "adapter"])
+def test_the_code_of_a_card_runs(base: str, format: Format, tmp_path: Path) -> None:
+    """All blocks, one after the other. Without torchvision, rzen's processors stand in."""
+    adapter = trained_adapter(base, tmp_path / "adapter", 0)
+    export_model(base, adapter, tmp_path / "out", IDENTITY, replace(FP32, format=format))
+    blocks = re.findall(r"```python\n(.*?)```", (tmp_path / "out/README.md").read_text(), re.DOTALL)
+    assert len(blocks) == {"model": 3, "adapter": 1}[format]
+    if not has_torchvision():
+        register_processors()
+    found: dict[str, Any] = {}
+    for block in blocks:
+        exec(block.replace("PATH", str(tmp_path / "out")), found)
+    if format == "model":
+        own = rzen.load(str(tmp_path / "out"))
+        assert np.allclose(found["vectors"], own.encode(["a red circle"]), atol=1e-6)
+        last = torch.nn.functional.normalize(found["vector"], dim=-1).detach().numpy()
+        assert np.allclose(last, found["vectors"], atol=1e-5)
 
 
 def test_an_export_in_object_storage_is_whole(

@@ -1,0 +1,64 @@
+"""The front matter of a model card, as the hub reads it: library, base, license, data, languages, scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from pipelines.stored_json import read_json
+from rzen.families import BackboneFile
+from rzen.model.checkpoints import HUB_NAME
+
+if TYPE_CHECKING:
+    from rzen.export.card import ModelCardData
+
+_TASK = "feature-extraction"
+
+
+def front_matter(folder: Path, format: str, unsupported_reason: str | None, facts: ModelCardData) -> str:
+    """Return the YAML block between lines of `---`. What is not known is left out."""
+    library = "peft" if format == "adapter" else "transformers"
+    if format == "model" and unsupported_reason is None:
+        library = "sentence-transformers"
+    config = folder / "config.json"
+    tags = [_TASK, "multimodal-embeddings", "rzen"]
+    if config.is_file():
+        tags.append(read_json(config, BackboneFile)["model_type"])
+    fields: dict[str, Any] = {"library_name": library, "pipeline_tag": _TASK, "tags": tags}
+    if facts.base and HUB_NAME.fullmatch(facts.base) and not Path(facts.base).exists():
+        relation = "adapter" if format == "adapter" else "finetune"
+        fields |= {"base_model": facts.base, "base_model_relation": relation}
+    known = {"license": facts.license, "language": facts.languages, "datasets": facts.datasets}
+    fields |= {name: value for name, value in known.items() if value}
+    if facts.scores:
+        fields["model-index"] = [{"name": facts.title, "results": _results(facts.scores)}]
+    text = yaml.dump(fields, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=1000)
+    return f"---\n{text}---"
+
+
+class _OneLine(list[Any]):
+    """A list that stands on one line."""
+
+
+class _Dumper(yaml.SafeDumper):
+    pass
+
+
+_Dumper.add_representer(_OneLine, lambda dumper, rows: dumper.represent_sequence("tag:yaml.org,2002:seq", rows, True))
+
+
+def _results(scores: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return an entry of the model index for each task. Values are in percent, as in the table of the card."""
+    fingerprint = str(scores["settings"].get("data", "unknown"))
+    return [
+        {
+            "task": {"type": _TASK, "name": task},
+            "dataset": {"type": "rzen", "name": f"{task} ({split})", "split": split, "revision": fingerprint},
+            "metrics": _OneLine({"type": row["metric"], "value": round(100 * row["value"], 1)} for row in rows),
+        }
+        for (task, split), rows in groupby(scores["rows"], key=lambda row: (row["task"], row["split"]))
+    ]
