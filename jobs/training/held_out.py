@@ -13,6 +13,7 @@ from pipelines.feed.batch import Encoder
 from pipelines.feed.reader import Reader
 from pipelines.plan.plan import Plan
 from pipelines.samples import Rejected
+from pipelines.storage.location import resolve_endpoint
 
 if TYPE_CHECKING:
     from rzen.training.held_out import HeldOutShare
@@ -48,7 +49,9 @@ def choose_samples(spec: TrainSpec, plan: Plan) -> HeldOutSamples | None:
 
     Raises `UserError` for a held-out split that is damaged.
     """
-    data = spec.data.model_copy(update={"split": "held_out", "negatives_per_sample": 0})
+    # Workers may lack the variable that names the endpoint.
+    endpoint = resolve_endpoint(spec.data.endpoint)
+    data = spec.data.model_copy(update={"split": "held_out", "negatives_per_sample": 0, "endpoint": endpoint})
     reader = Reader(data)
     if spec.eval is None or spec.data.split == data.split or not reader.exists():
         return None
