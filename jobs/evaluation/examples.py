@@ -29,7 +29,7 @@ def wrong_answers(scored: DatasetScores, decoder: ItemDecoder, count: int) -> li
     items = scored.dataset.pick({row for rows in answers.values() for row, _, _, _ in rows})
     return [
         Search(
-            _text(scored.dataset.queries[number].item),
+            scored.dataset.queries[number].item.input.text or scored.dataset.queries[number].item.name,
             [_hit(items[row], rank, score, right, decoder) for row, rank, score, right in rows],
             _thumbnails(scored.dataset.queries[number].item, decoder),
         )
@@ -53,11 +53,7 @@ def _answers(scored: DatasetScores, number: int) -> list[tuple[int, int, float |
 
 
 def _hit(item: Item, rank: int, score: float | None, relevant: bool, decoder: ItemDecoder) -> Hit:
-    return Hit(rank, score, item.input.modality, _text(item), item.name, _thumbnails(item, decoder), relevant)
-
-
-def _text(item: Item) -> str:
-    return " ".join(filter(None, [item.instruction, item.input.text])) or item.name
+    return Hit(rank, score, item.input.modality, item.input.text, item.name, _thumbnails(item, decoder), relevant)
 
 
 def _thumbnails(item: Item, decoder: ItemDecoder) -> list[UInt8Array]:

@@ -116,7 +116,7 @@ def write_suite(
 def write_report(spec: EvaluateSpec, suites: Suites) -> Path:
     """Write the HTML report and return its place."""
     page = Path(spec.out) / "index.html"
-    title = f"{', '.join(spec.models)} on {', '.join(suites)}"
+    title = f"Evaluation: {', '.join(suites)}"
     write_evaluation_report(page, title=title, reports=list(suites.values()), facts=_facts(spec))
     return page
 

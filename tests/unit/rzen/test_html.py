@@ -196,6 +196,15 @@ def test_equal_input_gives_equal_bytes(tmp_path):
     assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
 
 
+def test_a_hit_whose_picture_is_gone_says_so(tmp_path):
+    hits = [Hit(1, 0.5, "image", "a red ball", "a.png"), Hit(2, 0.4, "page", "", "scan.pdf#page=0")]
+    html = write(tmp_path / "page.html", searches=[Search("q", hits)])
+    assert html.count('<p class="media missing">no picture</p>') == 2
+    assert '<p class="title" dir="auto" title="a red ball">a red ball</p>' in html
+    assert html.count('class="title"') == 1
+    assert "<blockquote" not in html
+
+
 def test_names_that_are_not_utf8_are_written_with_a_replacement(tmp_path):
     origin = b"caf\xe9.png".decode("utf-8", "surrogateescape")
     html = write(tmp_path / "page.html", searches=[Search("q", [Hit(1, 0.5, "text", "a", origin)])])
