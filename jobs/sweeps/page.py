@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 ByQuery = Mapping[str, NDArray[np.float64]]
 """Task -> the score of each query, `[Q]`."""
-FIGURES = ("state", "last loss", "samples/s", "time in steps")
+FIGURES = ("state", "last loss", "hit@1 in training", "samples/s", "time in steps")
+"""Figures of a run. The third is the newest held-out score, which is taken while it trains."""
 
 
 def sweep_page(
@@ -108,7 +109,8 @@ def _figures(run: Run) -> list[str]:
     summary = summarize(run.store)
     rows = read_rows(run.store, METRICS) if run.store.exists(METRICS) else []
     if not rows:
-        return [summary.state, "", "", ""]
+        return [summary.state, *[""] * (len(FIGURES) - 1)]
     throughput = sum(row["samples_per_s"] for row in rows) / len(rows)
     took = duration(sum(row["step_s"] for row in rows))
-    return [summary.state, f"{rows[-1]['loss']:.4f}", f"{throughput:.1f}", took]
+    held_out = "" if summary.held_out is None else f"{summary.held_out:.1%}"
+    return [summary.state, f"{rows[-1]['loss']:.4f}", held_out, f"{throughput:.1f}", took]

@@ -6,10 +6,10 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -20,23 +20,18 @@ from jobs.spec.load import check, read_document
 from jobs.training.encoder import backbone_url
 from jobs.training.held_out import HeldOutSamples
 from jobs.training.listing import RunSummary, summarize
+from jobs.training.page_samples import answers, training_samples
 from jobs.training.runs import LOG, METRICS, PAGE, TENSORBOARD, Run, read_held_out, read_rows, read_spec
 from jobs.training.specs import TRAIN
-from pipelines.config import DataConfig
-from pipelines.feed.reader import Reader
 from pipelines.redaction import redacted
-from pipelines.samples import DecodedSample, Rejected, UInt8Array
 from pipelines.storage.faults import brief_patience
 
 if TYPE_CHECKING:
-    from rzen.report.hits import Hit, Search
+    from rzen.report.hits import Search
     from rzen.report.run import Answer, HeldOutLine, RunReport
-    from rzen.training.held_out_scores import HeldOutRow, SourceScore
+    from rzen.training.held_out_scores import HeldOutRow
 
 REFRESH_S = 30.0
-_PIXELS = 480 * 160  # of a picture on the page
-_SAMPLES = 2  # of each source
-_SOURCES = 6  # with samples and answers
 _LINES = 40  # of the log
 _POINTS = 300  # of a curve
 _RECENT = 50  # steps that the time left is derived from
@@ -129,13 +124,13 @@ class RunPage:
     def _read_samples(self) -> list[Search]:
         """Return samples of the data, which are read once."""
         if self._samples is None:
-            self._samples = list(_training_samples(self._run.spec.data, self._sources))
+            self._samples = list(training_samples(self._run.spec.data, self._sources))
         return self._samples
 
     def _find_answers(self, scores: Sequence[HeldOutRow]) -> list[Answer]:
         """Return answers of the newest score, which are read once for each score."""
         if self._held_out is not None and scores and self._answers[0] != scores[-1]["step"]:
-            self._answers = scores[-1]["step"], list(_answers(self._held_out.data, scores))
+            self._answers = scores[-1]["step"], list(answers(self._held_out.data, scores))
         return self._answers[1]
 
 
@@ -256,83 +251,3 @@ def _commands(run: Run, summary: RunSummary) -> dict[str, str]:
         commands["Make one model of it"] = f"rzen export {base} {folder}-model{adapter}"
     commands["List all runs"] = f"rzen runs {run.spec.run.root}"
     return commands
-
-
-def _training_samples(data: DataConfig, sources: Sequence[str]) -> Iterator[Search]:
-    """Yield the first samples of each source: the query, and its target as the only hit."""
-    from rzen.report.hits import Search
-
-    reader = _reader(data)
-    for source in sources[:_SOURCES]:
-        for row in range(min(_SAMPLES, reader.sizes()[source])):
-            if sample := _Shown.read(reader, source, row):
-                yield Search(sample.text, [sample.hit(1, "", is_relevant=True)], sample.frames)
-
-
-def _answers(data: DataConfig, scores: Sequence[HeldOutRow]) -> Iterator[Answer]:
-    """Yield, of each source, a query that is found now and was not, and one that is not found."""
-    from rzen.report.hits import Search
-    from rzen.report.run import Answer
-
-    reader = _reader(data)
-    first, last = scores[0], scores[-1]
-    for source, now in list(last["sources"].items())[:_SOURCES]:
-        before = first["sources"].get(source, now)
-        for place, verdict in _chosen(before, now):
-            if asked := _Shown.read(reader, source, now["queries"][place]):
-                hits = [
-                    found.hit(1, f"first after {step:,} steps", is_relevant=score["ranks"][place] == 1)
-                    for step, score in ((first["step"], before), (last["step"], now))
-                    if (found := _Shown.read(reader, source, score["found"][place]))
-                ]
-                if now["ranks"][place] > 1:
-                    hits.append(asked.hit(now["ranks"][place], "what is wanted", is_relevant=True))
-                yield Answer(f"{source}: {verdict}", Search(asked.text, hits, asked.frames))
-
-
-def _chosen(before: SourceScore, now: SourceScore) -> Iterator[tuple[int, str]]:
-    """Yield places of queries, and what became of them."""
-    ranks = list(enumerate(zip(before["ranks"], now["ranks"], strict=True)))
-    learned = [place for place, (old, new) in ranks if old > 1 and new == 1]
-    missed = [place for place, (_, new) in ranks if new > 1]
-    if learned:
-        yield learned[0], f"found now, rank {before['ranks'][learned[0]]} before"
-    if missed:
-        yield missed[0], f"not found: rank {now['ranks'][missed[0]]} now, {before['ranks'][missed[0]]} before"
-
-
-def _reader(data: DataConfig) -> Reader:
-    media = data.media.model_copy(update={"image_pixels": _PIXELS, "page_pixels": _PIXELS})
-    return Reader(data.model_copy(update={"media": media, "negatives_per_sample": 0}))
-
-
-@dataclass(frozen=True)
-class _Shown:
-    """A sample as the page shows it."""
-
-    decoded: DecodedSample
-
-    @classmethod
-    def read(cls, reader: Reader, source: str, row: int) -> _Shown | None:
-        """Return a sample of the dataset. None if it cannot be decoded."""
-        (found,) = reader.samples(source, [row])
-        return None if isinstance(found, Rejected) else cls(found)
-
-    @property
-    def text(self) -> str:
-        """What the query says, or where it comes from if it says nothing."""
-        return self.decoded.query.text or self.decoded.sample.origin
-
-    @property
-    def frames(self) -> list[UInt8Array]:
-        """Pictures of the query."""
-        return [frame for visual in self.decoded.query.visuals for frame in visual.frames]
-
-    def hit(self, rank: int, origin: str, *, is_relevant: bool) -> Hit:
-        """The target, with a note of where it comes from: by default what the data say."""
-        from rzen.report.hits import Hit
-
-        sample, target = self.decoded.sample, self.decoded.positive
-        frames = [frame for visual in target.visuals for frame in visual.frames]
-        title = target.text if not frames else sample.query.text
-        return Hit(rank, None, sample.positive.modality, title, origin or sample.origin, frames, is_relevant)

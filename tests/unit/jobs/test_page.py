@@ -202,6 +202,7 @@ def sweep(run: Run, tmp_path: Path) -> bytes:
         runs[name] = Run(spec)
         assert runs[name].begin({"data": "d"})
         runs[name].store.write(METRICS, to_lines(ROWS))
+    runs["fast"].store.write(HELD_OUT, to_lines(SCORES))
     by_query = {
         "slow": {"text_image": np.array([0.0, 0.0, 1.0, 0.0])},
         "fast": {"text_image": np.array([0.0, 1.0, 1.0, 0.0])},
@@ -226,9 +227,9 @@ def test_every_number_on_the_page_of_a_sweep_is_in_its_records(run: Run, tmp_pat
     html = sweep(run, tmp_path)
     text = Text(html).sections
     header, slow, fast, soup = re.split(r" (?=slow 25|fast 50|soup mean)", text["runs"])
-    assert header.endswith("name text → image hit@1 state last loss samples/s time in steps optim.lr")
+    assert header.endswith("name text → image hit@1 state last loss hit@1 in training samples/s time in steps optim.lr")
     assert slow == "slow 25.0 [0.0, 75.0] new 2.1000 104.5 20 s 0.0001"
-    assert fast == "fast 50.0 [0.0, 100.0] new 2.1000 104.5 20 s 0.001"
+    assert fast == "fast 50.0 [0.0, 100.0] new 2.1000 50.0% 104.5 20 s 0.001"
     assert soup == "soup mean of 0.5 slow, 0.5 fast 75.0 (best) [25.0, 100.0]"
     assert html.decode().count('class="best"') == 1  # four queries show no difference
     assert text["parents"].endswith("soup slow +50.0 [+0.0, +100.0] soup fast +25.0 [+0.0, +75.0]")
