@@ -188,6 +188,18 @@ def test_a_page_that_cannot_be_written_ends_nothing(run: Run, caplog: pytest.Log
     assert "was not written" in caplog.text
 
 
+def test_a_page_is_written_to_object_storage(run: Run, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
+    there = make_run(Path("unused"), data=run.spec.data.model_dump(), run={"root": "s3://pages/runs"})
+    there.store.ensure_bucket()
+    assert there.begin({"data": "d"})
+    there.store.write(METRICS, to_lines(ROWS))
+    page_of(there).write("finished")
+    html = there.store.read(PAGE)
+    assert b"A training run that is finished." in html
+    assert b"--adapter s3://pages/runs/r/adapter" in html
+
+
 def sweep(run: Run, tmp_path: Path) -> bytes:
     runs = {}
     for name, lr in (("slow", 1e-4), ("fast", 1e-3)):
