@@ -33,7 +33,7 @@ _NAMES = re.compile(r"package/(?P<language>[a-z-]+)/data\.json")
 class EmojiConfig(Config):
     """What a model is trained on, and what it is tested on."""
 
-    languages: Annotated[list[str], Field(min_length=1)] = Field(default=["en", "de", "es", "fr", "it", "da", "sv"])
+    languages: Annotated[list[str], Field(min_length=1)] = Field(default=["en", "es", "da"])
     """Languages whose names are trained on. The first one gives the keywords and the names of new pictures."""
     new_languages: list[str] = Field(default=["pt", "nb"])
     """Languages that are only tested, by the names of pictures of training."""
