@@ -16,7 +16,7 @@ from jobs.runtime.lease import HeldLeases
 from jobs.runtime.progress import Progress, RunTable
 from jobs.training import train
 from jobs.training.fit import FAILURE, prepare
-from jobs.training.runs import Run
+from jobs.training.runs import PAGE, Run, read_held_out
 from jobs.training.specs import TrainSpec
 from pipelines.errors import UserError
 from pipelines.storage.location import open_store
@@ -55,6 +55,14 @@ def outcome(spec: TrainSpec) -> tuple[list[float], bytes]:
     rows = [json.loads(line) for line in store.read("metrics.jsonl").splitlines()]
     assert [row["step"] for row in rows] == list(range(40))
     return [row["loss"] for row in rows], store.read("adapter/adapter_model.safetensors")
+
+
+def held_out_scores(spec: TrainSpec) -> dict[int, Any]:
+    """Step -> scores of all sources. Each step is there once."""
+    rows = read_held_out(Run(spec).store)
+    found = {row["step"]: row["sources"] for row in rows}
+    assert len(found) == len(rows)
+    return found
 
 
 def steps_done(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -96,7 +104,8 @@ def test_run_that_loses_workers_ends_with_the_same_bytes(
     tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(open_store(str(tmp_path / "data")), {"red": ("a", 24), "blue": ("b", 30)})
-    quiet, stormy = make_spec(tmp_path, "quiet"), make_spec(tmp_path, "stormy")
+    publish(open_store(str(tmp_path / "data")), {"red": ("a", 7), "blue": ("b", 5)}, split="held_out")
+    quiet, stormy = make_spec(tmp_path, "quiet", eval={"every_steps": 10}), make_spec(tmp_path, "stormy")
     train.run(quiet)
 
     steps = sorted(random.Random(4).sample(range(1, 36), KILLS))
@@ -110,6 +119,10 @@ def test_run_that_loses_workers_ends_with_the_same_bytes(
     assert len(killed) == 2 * KILLS  # each time before the end
     assert Run(stormy).store.exists(FAILURE)
     assert outcome(quiet) == outcome(stormy)
+    seldom, often = held_out_scores(quiet), held_out_scores(stormy)  # how often changes nothing
+    assert (list(seldom), list(often)) == (list(range(0, 41, 10)), list(range(0, 41, 4)))
+    assert all(often[step] == seldom[step] for step in (0, 20, 40))
+    assert b"that is finished" in Run(stormy).store.read(PAGE)
     phases = Run(quiet).phases()
     assert [phase.first_step for phase in phases] == [20]
     assert phases[0].weights["red"] != phases[0].weights["blue"]
