@@ -1,8 +1,11 @@
 """Encode decoded inputs as token ids and uint8 patches, equal to transformers' processor, without importing it.
 
 Workers that decode media import this module, so that it must be quick to import: no torch, no transformers. Pixels stay
-uint8; the model normalizes them on its device. Shapes: N tokens, B inputs, P patches, V visuals, D = C * tp * p * p
-values of a patch.
+uint8; the model normalizes them on its device. Shapes: N tokens, B inputs, V visuals, F frames of patches, C channels,
+p edge of a patch in pixels.
+
+A patch of the library has two frames. Those of a still picture are equal, so that only one travels to the model, which
+repeats it.
 """
 
 from __future__ import annotations
@@ -50,7 +53,10 @@ class EncodedBatch:
     visual_counts: Int32Array
     """[B], visuals of each input."""
     patches: UInt8Array
-    """[P, D], patches of all visuals in the library's order (t, h/m, w/m, m, m)."""
+    """[F, C * p * p], the frames of each patch one after the other. Patches of a visual are in the library's order
+    (t, h/m, w/m, m, m)."""
+    patch_frames: UInt8Array
+    """[V], frames of each patch of a visual: 1 for a single frame, else those of the checkpoint."""
     grids: Int32Array
     """[V, 3], patches of each visual along time, height and width."""
     grid_kinds: UInt8Array
@@ -73,13 +79,14 @@ class EncodedBatch:
         inputs = slice(*slice(start, stop).indices(len(self)))
         tokens = _span(self.lengths, inputs)
         visuals = _span(self.visual_counts, inputs)
-        patches = _span(self.grids.prod(axis=1), visuals)
+        patches = _span(self.grids.prod(axis=1) * self.patch_frames, visuals)
         return EncodedBatch(
             self.input_ids[tokens],
             self.instruction[tokens],
             self.lengths[inputs],
             self.visual_counts[inputs],
             self.patches[patches],
+            self.patch_frames[visuals],
             self.grids[visuals],
             self.grid_kinds[visuals],
             self.grid_seconds[visuals],
@@ -164,16 +171,20 @@ def resize(frames: UInt8Array, height_px: int, width_px: int) -> UInt8Array:
 
 
 def patchify(frames: UInt8Array, layout: VisionLayout) -> tuple[UInt8Array, tuple[int, int, int]]:
-    """Return patches [t * h * w, D] of [T, H, W, C] frames, and the grid (t, h, w).
+    """Return patches [t * h * w * tp, C * p * p] of [T, H, W, C] frames, and the grid (t, h, w).
 
-    The last frame is repeated to fill up the last group.
+    The last frame is repeated to fill up the last group of `tp` frames. A single frame is not, and has tp = 1.
     """
-    p, m, tp = layout.patch_px, layout.merge_patches, layout.temporal_patch_frames
+    p, m, tp = layout.patch_px, layout.merge_patches, _frames_of_patch(len(frames), layout)
     missing = -len(frames) % tp
     frames = np.concatenate([frames, np.repeat(frames[-1:], missing, axis=0)]) if missing else frames
     t, h, w, channels = len(frames) // tp, frames.shape[1] // p, frames.shape[2] // p, frames.shape[3]
-    blocks = frames.reshape(t, tp, h // m, m, p, w // m, m, p, channels).transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
-    return blocks.reshape(t * h * w, channels * tp * p * p), (t, h, w)
+    blocks = frames.reshape(t, tp, h // m, m, p, w // m, m, p, channels).transpose(0, 2, 5, 3, 6, 1, 8, 4, 7)
+    return blocks.reshape(t * h * w * tp, channels * p * p), (t, h, w)
+
+
+def _frames_of_patch(num_frames: int, layout: VisionLayout) -> int:
+    return 1 if num_frames == 1 else layout.temporal_patch_frames
 
 
 def patch_times_s(times_s: Sequence[float], num_frames: int, frames_per_patch: int) -> list[float]:
@@ -238,13 +249,14 @@ class Processor:
         tp = self.layout.temporal_patch_frames
         visuals = self._vision_inputs(given.visuals)
         ids, instruction = self._ids(self._pieces(given, visuals))
-        patch_values = 3 * tp * self.layout.patch_px**2
+        patch_values = 3 * self.layout.patch_px**2
         return EncodedBatch(
             input_ids=np.array(ids, np.int32),
             instruction=np.array(instruction, np.bool_),
             lengths=np.array([len(ids)], np.int32),
             visual_counts=np.array([len(visuals)], np.int32),
             patches=np.concatenate([np.empty((0, patch_values), np.uint8), *(visual.patches for visual in visuals)]),
+            patch_frames=np.array([_frames_of_patch(visual.num_frames, self.layout) for visual in visuals], np.uint8),
             grids=np.array([visual.grid for visual in visuals], np.int32).reshape(-1, 3),
             grid_kinds=np.array([GRID_KINDS[visual.kind] for visual in visuals], np.uint8),
             grid_seconds=np.array([visual.seconds(tp) for visual in visuals], np.float32),

@@ -1,7 +1,7 @@
 """The model: encoded inputs become vectors of length 1. Backbone, pooling after the final norm, L2 normalization.
 
 The default is RzenEmbed (arXiv 2510.27350v1, section 3); settings give U-MARVEL (arXiv 2507.14902). Shapes: B inputs,
-N tokens of all inputs, P patches, D width of a hidden state.
+N tokens of all inputs, P patches of T frames, F frames that were sent, C channels, D width of a hidden state.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -42,6 +43,7 @@ class EmbeddingModel(nn.Module):
         self.backbone = backbone
         self.readout = readout or ReadoutConfig()
         self.packing = packing
+        self._frames_of_patch = layout.temporal_patch_frames
         self._family = family_of(backbone)
         self._family.check(self.readout, packing)
         _set_direction(backbone, self.readout)
@@ -80,6 +82,8 @@ class EmbeddingModel(nn.Module):
     def _visuals(self, batch: EncodedBatch, device: torch.device) -> dict[str, Tensor]:
         """Return pixels and grids of the images and of the videos, each in the order of their tokens."""
         patch_kinds_P = np.repeat(batch.grid_kinds, batch.grids.prod(axis=1))
+        frames = torch.tensor(batch.patches, device=device)
+        frames_PT = frames_of_patches(batch, self._frames_of_patch)
         visuals = {}
         for kind, pixels, grids in (
             (GRID_KINDS["image"], "pixel_values", "image_grid_thw"),
@@ -87,21 +91,30 @@ class EmbeddingModel(nn.Module):
         ):
             chosen_V = np.equal(batch.grid_kinds, kind)
             if chosen_V.any():
-                patches = batch.patches if chosen_V.all() else batch.patches[patch_kinds_P == kind]
-                visuals[pixels] = normalized_patches(
-                    torch.tensor(patches, device=device), self.image_mean, self.image_std
-                )
+                chosen_PT = torch.tensor(frames_PT[patch_kinds_P == kind], device=device)
+                visuals[pixels] = normalized_patches(frames, chosen_PT, self.image_mean, self.image_std)
                 visuals[grids] = torch.tensor(batch.grids[chosen_V], dtype=torch.int64, device=device)
         return visuals
 
 
-def normalized_patches(patches: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Return fp32 pixels of uint8 patches [P, C * rest], bit for bit what the library's image processor gives.
+def frames_of_patches(batch: EncodedBatch, num_frames: int) -> npt.NDArray[np.int64]:
+    """Return [P, T]: which of the frames in `batch.patches` are the `num_frames` frames of each patch.
 
-    `mean` and `std` are `[1, C, 1]`.
+    The only frame of a still picture is repeated.
     """
-    values = patches.view(len(patches), mean.numel(), -1).float()
-    return values.div_(255).sub_(mean).div_(std).flatten(1)
+    sent_P = np.repeat(batch.patch_frames, batch.grids.prod(axis=1)).astype(np.int64)
+    starts_P = np.cumsum(sent_P) - sent_P
+    return starts_P[:, None] + np.minimum(np.arange(num_frames), sent_P[:, None] - 1)
+
+
+def normalized_patches(frames: Tensor, frames_PT: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Return fp32 pixels [P, C * T * rest], bit for bit what the library's image processor gives.
+
+    `frames` are uint8 [F, C * rest], `frames_PT` those of each patch, `mean` and `std` `[1, C, 1]`.
+    """
+    channels = mean.numel()
+    patches = frames.view(len(frames), channels, -1)[frames_PT].transpose(1, 2).flatten(2)
+    return patches.float().div_(255).sub_(mean).div_(std).flatten(1)
 
 
 def _pool(hidden: Tensor, rows_N: Tensor, batch: EncodedBatch, readout: ReadoutConfig) -> Tensor:

@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy, normalize
 from torch.nn.utils.rnn import pad_sequence
 
 from rzen.inputs.processor import EncodedBatch
+from rzen.model.embedding_model import frames_of_patches
 from tests.benchmarks.synthetic import LAYOUT
 
 TAU = 0.02
@@ -32,7 +33,8 @@ def library_inputs(inputs: EncodedBatch, config: Any) -> dict[str, Tensor]:
         "mm_token_type_ids": sum(kind * (padded_BL == pad) for kind, pad in kinds.items()),
     }
     mean, std = (torch.tensor(values)[:, None] for values in (LAYOUT.image_mean, LAYOUT.image_std))
-    pixels = torch.tensor(inputs.patches).unflatten(1, (3, -1))
+    frames = torch.tensor(inputs.patches).unflatten(1, (3, -1))
+    pixels = frames[torch.tensor(frames_of_patches(inputs, LAYOUT.temporal_patch_frames))].transpose(1, 2).flatten(2)
     pixels = pixels.float().div_(255).sub_(mean).div_(std).flatten(1)
     grids, visual_kinds = torch.tensor(inputs.grids, dtype=torch.int64), torch.tensor(inputs.grid_kinds)
     patch_kinds = visual_kinds.repeat_interleave(grids.prod(1))

@@ -160,16 +160,16 @@ def _encode(content: Content, config: Any, rng: np.random.Generator) -> EncodedB
         ids += [config.vision_start_token_id, *[pad] * (t * h * w), config.vision_end_token_id]
         grids.append((t, LAYOUT.merge_patches * h, LAYOUT.merge_patches * w))
     ids += text(content.words + TAIL_TOKENS)
-    num_patches = sum(t * h * w for t, h, w in grids)
+    num_frames = [LAYOUT.temporal_patch_frames if kind == "video" else 1 for kind, *_ in content.visuals]
+    num_rows = sum(t * h * w * frames for (t, h, w), frames in zip(grids, num_frames, strict=True))
     kinds = [GRID_KINDS[kind] for kind, *_ in content.visuals]
     return EncodedBatch(
         input_ids=np.array(ids, np.int32),
         instruction=np.zeros(len(ids), np.bool_),
         lengths=np.array([len(ids)], np.int32),
         visual_counts=np.array([len(grids)], np.int32),
-        patches=rng.integers(
-            256, size=(num_patches, 3 * LAYOUT.temporal_patch_frames * LAYOUT.patch_px**2), dtype=np.uint8
-        ),
+        patches=rng.integers(256, size=(num_rows, 3 * LAYOUT.patch_px**2), dtype=np.uint8),
+        patch_frames=np.array(num_frames, np.uint8),
         grids=np.array(grids, np.int32).reshape(-1, 3),
         grid_kinds=np.array(kinds, np.uint8),
         grid_seconds=np.ones(len(grids), np.float32),

@@ -26,7 +26,7 @@ from rzen.config import PromptConfig
 from rzen.families import FAMILIES
 from rzen.inputs.processor import EncodedBatch, Processor, smart_resize
 from rzen.inputs.prompts import TEMPLATES, render
-from rzen.model.embedding_model import normalized_patches
+from rzen.model.embedding_model import frames_of_patches, normalized_patches
 from tests.paths import ROOT
 from tests.tiny import PROMPT, TEXTS, TINY, mixed_inputs, noise, tiny_checkpoint
 
@@ -64,11 +64,13 @@ def library_pixels(
     return output["pixel_values"], output["image_grid_thw"]
 
 
-def normalized(processor: Processor, patches: np.ndarray) -> np.ndarray:
+def pixels_of(processor: Processor, batch: EncodedBatch) -> np.ndarray:
+    """What the model makes of the patches, [P, C * T * p * p]."""
     mean, std = (
         torch.tensor(values).view(1, -1, 1) for values in (processor.layout.image_mean, processor.layout.image_std)
     )
-    return normalized_patches(torch.tensor(patches), mean, std).numpy()
+    frames_PT = torch.tensor(frames_of_patches(batch, processor.layout.temporal_patch_frames))
+    return normalized_patches(torch.tensor(batch.patches), frames_PT, mean, std).numpy()
 
 
 @pytest.mark.parametrize(
@@ -82,7 +84,8 @@ def test_patches_equal_the_librarys_bit_for_bit(
     pixels, grid = library_pixels(visual.frames[0], PROMPT.min_visual_tokens, PROMPT.max_visual_tokens, model_dir)
     assert batch.patches.dtype == np.uint8
     assert batch.grids.tolist() == grid.tolist()
-    assert normalized(processor, batch.patches).tobytes() == pixels.astype(np.float32).tobytes()
+    assert pixels_of(processor, batch).tobytes() == pixels.astype(np.float32).tobytes()
+    assert batch.patches.nbytes * processor.layout.temporal_patch_frames == pixels.size, "a still is sent once"
 
 
 @given(height_px=st.integers(1, 3000), width_px=st.integers(1, 3000), low=st.integers(1, 9), high=st.integers(10, 1280))
@@ -102,12 +105,26 @@ def test_video_patches_hold_two_frames_each_and_the_last_frame_twice(processor: 
     batch = processor.encode([DecodedInput(visuals=(video,))])
     assert batch.grids.tolist() == [[3, 4, 6]]
     assert batch.grid_kinds.tolist() == [2]
-    patches = batch.patches.reshape(3, 24, 3, 2, p, p)
+    pixels = pixels_of(processor, batch).reshape(3, 24, 3, 2, p, p)
     for group, (first, second) in enumerate([(0, 1), (2, 3), (4, 4)]):
         for position, frame in enumerate((first, second)):
             alone = processor.encode([DecodedInput(visuals=(Visual("image", video.frames[frame : frame + 1]),))])
             assert alone.grids.tolist() == [[1, 4, 6]]
-            assert np.array_equal(patches[group, :, :, position], alone.patches.reshape(24, 3, 2, p, p)[:, :, 0])
+            expected = pixels_of(processor, alone).reshape(24, 3, 2, p, p)
+            assert np.array_equal(pixels[group, :, :, position], expected[:, :, 0])
+            assert np.array_equal(expected[:, :, 0], expected[:, :, 1])
+
+
+def test_a_video_of_one_frame_is_a_still_that_its_neighbors_do_not_shift(processor: Processor) -> None:
+    p = processor.layout.patch_px
+    visuals = (noise("video", 1, 4 * p, 4 * p), noise("video", 2, 4 * p, 4 * p), noise("image", 1, 4 * p, 4 * p))
+    batch = processor.encode([DecodedInput(visuals=visuals)])
+    assert batch.patch_frames.tolist() == [1, 2, 1]
+    alone = [pixels_of(processor, processor.encode([DecodedInput(visuals=(visual,))])) for visual in visuals]
+    assert np.array_equal(pixels_of(processor, batch), np.concatenate(alone))
+    expected = np.repeat(visuals[0].frames, 2, axis=0)
+    twice = processor.encode([DecodedInput(visuals=(Visual("video", expected),))])
+    assert np.array_equal(alone[0], pixels_of(processor, twice))
 
 
 def test_frames_of_a_video_share_the_token_budget(model_dir: str) -> None:
