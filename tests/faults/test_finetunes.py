@@ -92,6 +92,10 @@ def test_survivors_are_souped_and_the_lost_run_is_named(
     page = (tmp_path / "soups/summary.md").read_text()
     assert "| doomed-seed-1 | failed |" in page
     assert "biased upwards" in page
+    html = (tmp_path / "soups/index.html").read_text()
+    assert all(f'<th scope="row">{name}' in html for name in (*states, "uniform", "greedy", "searched"))
+    assert "Soups against their parents" in html
+    assert "that is failed" in (tmp_path / "runs/doomed-seed-1/index.html").read_text()
 
     log = (tmp_path / "runs/unlucky-seed-1/log.txt").read_text()
     for event in ("starts at step 0 of 30, 1 workers", "lost a worker", "restart 1 of 1 from step", "finished"):

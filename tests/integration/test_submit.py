@@ -260,6 +260,7 @@ def test_the_hook_passes_on_what_ray_was_given(cluster: Cluster, tmp_path: Path)
     job = cluster.details("hooked")
     assert job.metadata is not None
     assert job.metadata["team"] == "search"
+    assert job.metadata["job_name"] == "corpus corpus"  # what the dashboard shows
     assert job.runtime_env is not None
     assert job.runtime_env["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "60", "A": "spec", "B": "mine"}
     followed = cluster.run("rzen", "attach", "hooked", cwd=tmp_path)
