@@ -37,7 +37,10 @@ def plan(
         str | None, typer.Option(metavar="RUN", help="folder of a run whose measured rate gives the hours")
     ] = None,
     memory_gib: Annotated[
-        float | None, typer.Option(help="memory of a GPU in GiB; more than that is a mistake", show_default=False)
+        float | None,
+        typer.Option(
+            help="memory of a GPU in GiB (default: cluster.memory_gib); more than that is a mistake", show_default=False
+        ),
     ] = None,
     changes: Changes = None,
     as_json: AsJson = False,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -20,10 +20,14 @@ class ClusterConfig(Config):
     """GPUs that each worker reserves. With 0, workers train on the CPU with gloo."""
     threads_per_worker: PositiveInt = 1
     """CPU threads that torch uses within a worker."""
-    chunk_tokens: PositiveInt | None = None
+    chunk_tokens: PositiveInt | Literal["auto"] | None = None
     """Gradient caching: the number of tokens that a worker embeds at once, visual tokens and padding included. A worker
     embeds every chunk twice unless there is only one. Memory is then that of a chunk for any batch size, and results do
-    not change. `null` embeds all inputs at once."""
+    not change. `null` embeds all inputs at once. `auto` finds the largest chunk that fits before the first step. It is
+    kept in `chunk.json` of the run, so that a resumed run has the same."""
+    memory_gib: PositiveFloat | None = None
+    """Memory of a worker in GiB, for `chunk_tokens: auto` and `rzen plan`. `null` is all of a worker's GPU, or its
+    share of the free memory of its machine."""
     autoscaling: bool = False
     """Whether the cluster can grow. `true` skips the check that it is large enough when the job starts. Without that
     check, a job on a cluster that is too small would wait indefinitely."""

@@ -9,9 +9,10 @@ import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Literal
 
 from jobs.spec.job import JobConfig
-from jobs.training.forecast_memory import largest_memory, read_backbone_config
+from jobs.training.memory import GIB, forecast_memory, memory_limit, read_backbone_config
 from jobs.training.runs import METRICS, SPEC, Run, read_rows, read_spec
 from jobs.training.specs import TrainSpec
 from jobs.training.start import check_backbone, data_of, plan_of, with_init_adapter
@@ -22,7 +23,6 @@ from pipelines.plan.plan import Plan
 from pipelines.storage.location import exists, open_store
 
 _NOT_COUNTED = 3  # first steps of a run, which are slower
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class RunForecast:
     name: str
     workers: int
     global_batch: int
-    chunk_tokens: int | None
+    chunk_tokens: int | Literal["auto"] | None
+    """With `auto` and a limit of memory, what fits is put here."""
     steps: int | None = None
     samples: int | None = None
     """Pairs that the whole run trains on."""
@@ -188,9 +189,11 @@ class Forecaster:
         check_backbone(spec)
         config = read_backbone_config(spec)
         Objective(spec.objective, ["any"]).widths(config.get_text_config().hidden_size)
-        memory, found.largest_input_tokens = largest_memory(spec, config, self._reader, plan)
-        found.memory_bytes = memory.as_json()
-        if limit_bytes is not None and memory.total > limit_bytes:
-            problem = f"a worker needs {memory.total / GIB:.1f} GiB, more than {limit_bytes / GIB:.1f} GiB"
+        limit_bytes = limit_bytes or memory_limit(spec)
+        memory = forecast_memory(spec, config, self._reader, plan, limit_bytes)
+        found.memory_bytes, found.largest_input_tokens = memory.worker.as_json(), memory.largest_input_tokens
+        found.chunk_tokens = memory.chunk_tokens
+        if limit_bytes is not None and memory.worker.total > limit_bytes:
+            problem = f"a worker needs {memory.worker.total / GIB:.1f} GiB, more than {limit_bytes / GIB:.1f} GiB"
             fix = "lower cluster.chunk_tokens or model.prompt.max_visual_tokens, or set model.gradient_checkpointing"
             raise UserError(spec.name, problem, fix)

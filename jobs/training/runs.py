@@ -13,6 +13,7 @@
         metrics.jsonl        one row a step, some seconds after it
         held_out.jsonl       scores on held-out samples, where the spec asks for them
         index.html           curves, held-out scores, samples, answers, settings; refreshed while the run trains
+        chunk.json           tokens of a chunk, where `cluster.chunk_tokens: auto` has found them
         log.txt              starts, lost workers, changes of the mixture and the end, with their times
         tensorboard/         the metrics as event files
         tracking.txt         what MLflow or W&B did not take
@@ -42,6 +43,7 @@ from typing_extensions import TypedDict
 from jobs.runtime.records import as_json, differences
 from jobs.runtime.revision import revision, versions
 from jobs.training.specs import TRAIN, TrainSpec
+from pipelines.config import PositiveInt
 from pipelines.errors import UserError
 from pipelines.feed.batch import ResumePoint
 from pipelines.plan.sources import PlanSource
@@ -55,14 +57,14 @@ from rzen.training.checkpoint_state import FIX, STATE, parse_state
 from rzen.training.held_out_scores import HeldOutRow
 
 SPEC, LATEST, DONE, METRICS, PHASES = "spec.json", "latest.json", "done.json", "metrics.jsonl", "phases.json"
-BEST, LOG, HELD_OUT, PAGE = "best", "log.txt", "held_out.jsonl", "index.html"
+BEST, LOG, HELD_OUT, PAGE, CHUNK = "best", "log.txt", "held_out.jsonl", "index.html", "chunk.json"
 KIND = "run"
 STARTS, FAILED = "starts at step", "failed permanently"
 """Words in `log.txt` that `rzen runs` goes by."""
 _LOGGING = threading.Lock()  # several threads of a driver add lines
 TENSORBOARD, UNTRACKED, FAILURE = "tensorboard", "tracking.txt", "failure.txt"
 RESULTS = ("adapter", "model", BEST)
-_FILES = (DONE, LATEST, METRICS, HELD_OUT, PAGE, PHASES, LOG, UNTRACKED, FAILURE)
+_FILES = (DONE, LATEST, METRICS, HELD_OUT, PAGE, PHASES, CHUNK, LOG, UNTRACKED, FAILURE)
 _FOLDERS = ("checkpoints", "backbone", TENSORBOARD, "scores", "ray")
 
 
@@ -125,6 +127,13 @@ class DoneFile(TypedDict):
     sources: dict[str, SamplesSeen]
     replaced: int
     held_out: NotRequired[list[HeldOutSummary]]
+
+
+@stored_file
+class ChunkFile(TypedDict):
+    """`chunk.json`: what `cluster.chunk_tokens: auto` has found."""
+
+    chunk_tokens: PositiveInt
 
 
 @stored_file
@@ -262,6 +271,16 @@ class Run:
     def record(self, phase: MixturePhase) -> None:
         """Add a change of the mixture."""
         self.store.write(PHASES, as_json([asdict(some) for some in (*self.phases(), phase)]))
+
+    def chunk_tokens(self) -> int | None:
+        """Return the tokens of a chunk that an earlier start has found. None if there is none."""
+        if not self.store.exists(CHUNK):
+            return None
+        return parse_json(self.store.read(CHUNK), f"{self.store.url}/{CHUNK}", ChunkFile, FIX)["chunk_tokens"]
+
+    def record_chunk(self, chunk_tokens: int) -> None:
+        """Keep the tokens of a chunk for later starts."""
+        self.store.write(CHUNK, as_json({"chunk_tokens": chunk_tokens}))
 
     def log(self, event: str) -> None:
         """Add a line to `log.txt`. Only the driver calls it."""

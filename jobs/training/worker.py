@@ -15,6 +15,7 @@ from ray.util.metrics import Counter, Gauge
 from jobs.runtime.progress import Progress
 from jobs.training.checkpoints import Checkpoints
 from jobs.training.encoder import backbone_url, encoder_of
+from jobs.training.memory import chunk_of
 from jobs.training.runs import BEST, RESULTS, samples_seen
 from jobs.training.tracking import Tracker
 from pipelines.imports import without_garbage_collection
@@ -86,6 +87,10 @@ def train_worker(config: dict[str, Any]) -> None:
         for source, some in row["sources"].items():
             held_out_gauge.set(some["hit"], {"run": spec.name, "source": source})
 
+    def on_chunk(tokens: int) -> None:
+        run.record_chunk(tokens)
+        note(f"embeds chunks of {tokens:,} tokens")
+
     held_out = prepared.held_out and HeldOut(
         prepared.held_out.every_steps, lambda: prepared.held_out.read(encoder_of(run), rank, world_size)
     )
@@ -101,7 +106,7 @@ def train_worker(config: dict[str, Any]) -> None:
                     seed=spec.seed,
                     checkpoint_every_steps=spec.checkpoint.every_steps,
                     plan_fingerprint=plan.fingerprint(),
-                    chunk_tokens=spec.cluster.chunk_tokens,
+                    chunk_tokens=chunk_of(run, plan),
                     stop=stop,
                     run=run.id,
                     settings_sha256=run.settings_sha256,
@@ -125,6 +130,7 @@ def train_worker(config: dict[str, Any]) -> None:
                 on_metrics=on_metrics,
                 held_out=held_out,
                 on_scores=on_scores,
+                on_chunk=on_chunk,
                 preempted=lambda: ray.train.get_preemption_info() is not None or ray.get(board.is_stopping.remote()),
                 num_threads=spec.cluster.threads_per_worker,
             )

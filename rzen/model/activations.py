@@ -42,8 +42,8 @@ class ChunkInputs:
         return self.count * self.tokens
 
     def within(self, num_tokens: int) -> ChunkInputs:
-        """Return as many of these inputs as a chunk of `num_tokens` tokens holds, at least one."""
-        return replace(self, count=max(1, min(self.count, num_tokens // self.tokens)))
+        """Return a chunk of `num_tokens` tokens that is full of such inputs, one at least."""
+        return replace(self, count=max(1, num_tokens // self.tokens))
 
 
 @dataclass(frozen=True)

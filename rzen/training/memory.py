@@ -16,8 +16,12 @@ from transformers import PreTrainedConfig
 
 from rzen.config import ModelConfig, ObjectiveConfig, OptimConfig
 from rzen.model.activations import ChunkInputs, PassBytes, count_pass, meta_backbone
-from rzen.training.worker import BUCKET_ELEMENTS, WHOLE_ELEMENTS
 
+# Gradients sent at once: DeepSpeed's 500 million would be buffers larger than an adapter. In ZeRO stage 3 also weights
+# gathered ahead. Our choice.
+BUCKET_ELEMENTS = 50_000_000
+# Parameters that ZeRO stage 3 leaves whole on all ranks, being smaller: DeepSpeed's number.
+WHOLE_ELEMENTS = 100_000
 _FP32 = 4
 _ALIGNED_PER_RANK = 2
 """DeepSpeed fills up each group of parameters to a multiple of this number times the workers (ZeRO stages 1 and 2)."""
@@ -63,7 +67,7 @@ class WorkerShare:
 
     workers: int
     pairs: int
-    inputs: Sequence[ChunkInputs]
+    inputs: tuple[ChunkInputs, ...]
     """All queries, all targets, and all mined negatives, at their largest."""
     negatives_per_pair: int
     num_tasks: int

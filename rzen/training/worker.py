@@ -34,20 +34,16 @@ from rzen.training import checkpoint
 from rzen.training.batch import FeedBatchProtocol
 from rzen.training.checkpoint_manager import ASK_S, CheckpointManager, CheckpointStore
 from rzen.training.checkpoint_state import Origin
+from rzen.training.chunk_size import AutoChunk, settle_chunk
 from rzen.training.divergence import divergence_error
 from rzen.training.held_out import HeldOut, HeldOutScorer
 from rzen.training.held_out_scores import HeldOutRow
 from rzen.training.init_adapter import read_init_adapter
+from rzen.training.memory import BUCKET_ELEMENTS, WHOLE_ELEMENTS
 from rzen.training.optim import build_optimizer, lr_at, set_lr
 from rzen.training.step import Learner
 from rzen.training.telemetry import Row, step_row
 from rzen.training.temperatures import carried_temperatures, use_fp32_temperatures
-
-# Gradients sent at once: DeepSpeed's 500 million would be buffers larger than an adapter. In ZeRO stage 3 also weights
-# gathered ahead. Our choice.
-BUCKET_ELEMENTS = 50_000_000
-# Parameters that ZeRO stage 3 leaves whole on all ranks, being smaller: DeepSpeed's number.
-WHOLE_ELEMENTS = 100_000
 
 
 @dataclass(frozen=True)
@@ -63,8 +59,9 @@ class Stage:
     checkpoint_every_steps: int
     plan_fingerprint: str
     """Fingerprint of the batches. A checkpoint of another plan is refused."""
-    chunk_tokens: int | None = None
-    """Tokens of a chunk for gradient caching (`rzen.model.chunks`). Decides memory and time, not the weights."""
+    chunk_tokens: int | AutoChunk | None = None
+    """Tokens of a chunk for gradient caching (`rzen.model.chunks`). Decides memory and time, not the weights. Found
+    before the first step where it is an `AutoChunk`."""
     stop: int | None = None
     """Pause with a checkpoint after this many steps. A model is written only after the last step. None: no pause."""
     run: str = ""
@@ -85,6 +82,7 @@ def train_stage(
     on_metrics: Callable[[Row], None],
     held_out: HeldOut | None = None,
     on_scores: Callable[[HeldOutRow], None] = lambda row: None,
+    on_chunk: Callable[[int], None] = lambda tokens: None,
     preempted: Callable[[], bool] = lambda: False,
     num_threads: int | None = None,
 ) -> None:
@@ -94,9 +92,10 @@ def train_stage(
     rank 0's machine: an adapter directory, or a full one for `load_encoder`. If the best checkpoint is not the last,
     its model appears in `best` next to it.
 
-    `on_metrics` is called on rank 0 after each step, `on_scores` when `held_out` was scored. All ranks ask `preempted`
-    every few seconds. If it returns True, a node or the run is about to stop, and a checkpoint is taken at once. The
-    process group that exists is used, else one of one process is made. `num_threads` is that of torch on the CPU.
+    `on_metrics` is called on rank 0 after each step, `on_scores` when `held_out` was scored, and `on_chunk` when the
+    tokens of a chunk have been found. All ranks ask `preempted` every few seconds. If it returns True, a node or the
+    run is about to stop, and a checkpoint is taken at once. The process group that exists is used, else one of one
+    process is made. `num_threads` is that of torch on the CPU.
 
     Raises `UserError` where too many steps in a row have no finite loss or gradient, or where a checkpoint does not
     fit. Raises `RuntimeError` where the batches end early or come out of order.
@@ -106,6 +105,13 @@ def train_stage(
     ensure_process_group()
     learner = build_learner(stage, backbone_dir, init_adapter, tasks)
     engine, optimizer = build_engine(learner, stage)
+    engine.train()
+    if isinstance(stage.chunk_tokens, AutoChunk):
+        learner.chunk_tokens = settle_chunk(
+            stage.chunk_tokens, learner.embedder, backbone_dir, stage.model, stage.objective, stage.optim
+        )
+        if dist.get_rank() == 0:
+            on_chunk(learner.chunk_tokens)
     newest = checkpoints.latest()
     start = 0
     if newest is not None:
@@ -113,7 +119,6 @@ def train_stage(
         use_fp32_temperatures(engine)
 
     stop = stage.num_steps if stage.stop is None else stage.stop
-    engine.train()
     if start < stop:
         checkpoint_manager = CheckpointManager(
             engine,
@@ -229,7 +234,8 @@ def build_learner(stage: Stage, backbone_dir: str, init_adapter: Path | None, ta
     embedder = EmbeddingModel(backbone, layout, model.readout, model.packing)
     first = carried_temperatures(stage.objective.temperature, init_adapter or base)
     lockstep = stage.optim.zero_stage == 3
-    return Learner(embedder, Objective(stage.objective, tasks, first=first), stage.chunk_tokens, lockstep=lockstep)
+    chunk_tokens = None if isinstance(stage.chunk_tokens, AutoChunk) else stage.chunk_tokens
+    return Learner(embedder, Objective(stage.objective, tasks, first=first), chunk_tokens, lockstep=lockstep)
 
 
 def build_engine(learner: Learner, stage: Stage) -> tuple[Any, torch.optim.Optimizer]:

@@ -16,7 +16,7 @@ from jobs.runtime.lease import HeldLeases
 from jobs.runtime.progress import Progress, RunTable
 from jobs.training import train
 from jobs.training.fit import FAILURE, prepare
-from jobs.training.runs import PAGE, Run, read_held_out
+from jobs.training.runs import LOG, PAGE, Run, read_held_out
 from jobs.training.specs import TrainSpec
 from pipelines.errors import UserError
 from pipelines.storage.location import open_store
@@ -131,6 +131,16 @@ def test_run_that_loses_workers_ends_with_the_same_bytes(
     tags = Run(stormy).store.tags()
     train.run(stormy)  # finished: nothing happens
     assert Run(stormy).store.tags() == tags
+
+
+@pytest.mark.long
+def test_the_largest_chunk_that_fits_is_found_once_and_kept(tmp_path: Path, ray_cluster: None) -> None:
+    publish(open_store(str(tmp_path / "data")), {"red": ("a", 24)})
+    limited = {"workers": 2, "cpus_per_worker": 0.5, "chunk_tokens": "auto", "memory_gib": 0.007}
+    spec = make_spec(tmp_path, "auto", data={"root": str(tmp_path / "data")}, steps=2, cluster=limited)
+    train.run(spec)
+    assert Run(spec).chunk_tokens() == 256  # two of a worker's four inputs
+    assert Run(spec).store.read(LOG).count(b"embeds chunks of 256 tokens") == 1
 
 
 @pytest.mark.long

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,16 @@ import pytest
 import yaml
 
 from jobs.cli import main
-from jobs.spec.load import check, read_document
+from jobs.spec.load import check, override, read_document
+from jobs.training.memory import chunk_of
 from jobs.training.runs import METRICS, Run, to_lines
 from jobs.training.specs import TrainSpec
+from jobs.training.start import plan_of
+from pipelines.feed.reader import Reader
 from pipelines.shards.manifest import Manifest, publish_manifest
 from pipelines.storage.location import open_store
+from rzen.training.chunk_size import AutoChunk
+from tests.benchmarks import synthetic
 from tests.data import publish
 from tests.paths import ROOT
 from tests.specs import evaluate, stage
@@ -162,6 +168,65 @@ def test_jobs_of_a_pipeline_read_what_earlier_ones_make(root: Path, capsys: pyte
     pipeline["jobs"] = {"second": pipeline["jobs"]["second"]}  # type: ignore[index]
     Path("pipeline.yaml").write_text(yaml.safe_dump(pipeline))
     assert len(planned(capsys, "pipeline.yaml", status=1)["runs"][0]["mistakes"]) == 2
+
+
+def test_the_largest_chunk_that_fits_is_planned(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    auto = ("stage.yaml", "--set", "cluster.chunk_tokens=auto")
+    (one,) = planned(capsys, *auto)["runs"]
+    assert one["chunk_tokens"] == 128  # no limit is known: one input at a time, the least
+    limit = one["memory_bytes"]["total"] * 2.5 / 0.9 / 2**30
+    (fitted,) = planned(capsys, *auto, "--set", f"cluster.memory_gib={limit}")["runs"]
+    assert fitted["chunk_tokens"] % 128 == 0 < 128 < fitted["chunk_tokens"]
+    assert one["memory_bytes"]["total"] < fitted["memory_bytes"]["total"] <= 0.9 * limit * 2**30
+
+
+def test_a_chunk_that_was_found_is_taken_again(root: Path) -> None:
+    auto = override(read_document("stage.yaml"), ["cluster.chunk_tokens=auto", "cluster.memory_gib=2"])
+    spec = check(auto)
+    assert isinstance(spec, TrainSpec)
+    run, plan = Run(spec), plan_of(spec, Reader(spec.data))
+    run.begin({})
+    first = chunk_of(run, plan)
+    assert isinstance(first, AutoChunk)
+    assert (first.memory_bytes, first.longest) == (2 << 30, 128)
+    assert [share.pairs for share in first.shares] == [4]
+    run.record_chunk(256)
+    assert chunk_of(run, plan) == 256
+    other = check(override(auto, ["cluster.chunk_tokens=512"]))
+    assert isinstance(other, TrainSpec)
+    assert chunk_of(Run(other), plan) == 512  # who names a size gets it
+    anew = check(override(auto, ["run.overwrite=true", "seed=5"]))
+    assert isinstance(anew, TrainSpec)
+    Run(anew).begin({})
+    assert isinstance(chunk_of(Run(anew), plan), AutoChunk)
+
+
+@pytest.mark.parametrize(("name", "rate"), [("stage2_1gpu", 7), ("stage2_8gpu", 56)])
+def test_comments_of_shipped_specs_say_what_the_planner_says(
+    name: str, rate: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    publish(open_store("runs/data"), {"images": ("text_image", 768)})
+    backbone = Path("Qwen/Qwen2-VL-2B-Instruct")
+    backbone.mkdir(parents=True)
+    synthetic.SHAPES["2b"].config.save_pretrained(backbone)
+    (backbone / "model.safetensors").touch()
+    spec = ROOT / "jobs" / f"{name}.yaml"
+    (run,) = planned(capsys, str(spec), "--set", "init_adapter=null", "--samples-per-s", str(rate))["runs"]
+    text = spec.read_text()
+    said = re.findall(r"^#  +(?:memory of a )?(\w+) +([0-9.]+) GiB", text, re.MULTILINE)
+    found = {
+        ("worker" if part == "total" else part): f"{size / 2**30:.2f}" for part, size in run["memory_bytes"].items()
+    }
+    assert dict(said) == {part: found[part] for part, _ in said}
+    assert len(said) == 7
+    whole = run["chunk_tokens"] // run["largest_input_tokens"]
+    assert f"of a chunk: {whole} images of 1,280 tokens" in text
+    assert f"{run['global_batch'] // run['workers']} pairs each" in text
+    steps = 100_000 // 768
+    hours = run["hours"] * steps / run["steps"]
+    length = f"100,000 samples are {steps} steps of 768. At {rate} samples/s, which is our estimate"
+    assert f"{length}, they take {hours:.1f} hours" in text
 
 
 def test_planning_imports_no_ray(root: Path) -> None:

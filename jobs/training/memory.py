@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 from huggingface_hub import hf_hub_download
 from huggingface_hub.utils import logging
 
+from jobs.training.runs import Run
 from jobs.training.specs import TrainSpec
 from pipelines.errors import BadMedia, UserError
 from pipelines.feed.reader import Reader
@@ -25,9 +27,10 @@ from rzen.model.checkpoints import HUB_NAME, MODEL_CONFIG, checkpoint_dir, weigh
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from rzen.model.activations import ChunkInputs
-    from rzen.training.memory import WorkerMemory
+    from rzen.training.chunk_size import AutoChunk
+    from rzen.training.memory import WorkerMemory, WorkerShare
 
+GIB = 2**30
 _PEEKED = 32  # samples of a source that stand for all of it
 _PROMPT_TOKENS = 64  # of the longest template, with the marks around a visual
 _BYTES_PER_TOKEN = 3  # of a text; Qwen's tokenizer has about 4 in English
@@ -70,40 +73,75 @@ def _download_config(name: str, folder: str) -> None:
         raise UserError(f"model.backbone={name}", "is no directory, and the hub does not give it", fix) from error
 
 
-def largest_memory(
-    spec: TrainSpec, config: PreTrainedConfig, reader: Reader, plan: Plan | None
-) -> tuple[WorkerMemory, int]:
-    """Return the memory of a worker in a step of the source that needs most, and the tokens of its largest input.
+@dataclass(frozen=True)
+class MemoryForecast:
+    """The memory of a worker in a step of the source that needs most."""
+
+    worker: WorkerMemory
+    largest_input_tokens: int
+    chunk_tokens: int | None
+
+
+def forecast_memory(
+    spec: TrainSpec, config: PreTrainedConfig, reader: Reader, plan: Plan | None, limit_bytes: int | None
+) -> MemoryForecast:
+    """Return the memory of a worker. `chunk_tokens: auto` is fitted to the limit; without one, a chunk is one input."""
+    from rzen.training.chunk_size import AutoChunk, fits_by_estimate, largest_count
+    from rzen.training.memory import MemoryModel
+
+    model, shares = MemoryModel(config, spec.model), shares_of(spec, reader, plan)
+    chunk_tokens = spec.cluster.chunk_tokens
+    auto = AutoChunk(shares, limit_bytes)
+    if chunk_tokens == "auto":
+        count = 1
+        if limit_bytes is not None:
+            count = max(1, largest_count(fits_by_estimate(auto, model, spec.objective, spec.optim), auto.most))
+        chunk_tokens = count * auto.longest
+    workers = [model.worker(share, spec.objective, spec.optim, chunk_tokens) for share in shares]
+    return MemoryForecast(max(workers, key=lambda one: one.total), auto.longest, chunk_tokens)
+
+
+def chunk_of(run: Run, plan: Plan) -> int | AutoChunk | None:
+    """Return `cluster.chunk_tokens` as the trainer takes it. What `auto` has found before is taken again."""
+    from rzen.training.chunk_size import AutoChunk
+
+    spec = run.spec
+    if spec.cluster.chunk_tokens != "auto":
+        return spec.cluster.chunk_tokens
+    return run.chunk_tokens() or AutoChunk(shares_of(spec, Reader(spec.data), plan), memory_limit(spec))
+
+
+def memory_limit(spec: TrainSpec) -> int | None:
+    """Return the bytes of `cluster.memory_gib`."""
+    return None if spec.cluster.memory_gib is None else round(spec.cluster.memory_gib * GIB)
+
+
+def shares_of(spec: TrainSpec, reader: Reader, plan: Plan | None) -> list[WorkerShare]:
+    """Return what a worker has in a step at most, for each kind of source.
 
     Every image, page and video counts with `max_visual_tokens`, and texts with the longest of a few samples. Without a
     plan, short texts are contrasted with such images.
     """
-    from rzen.training.memory import MemoryModel, WorkerShare
+    from rzen.model.activations import ChunkInputs
+    from rzen.training.memory import WorkerShare
 
-    model = MemoryModel(config, spec.model)
-    pairs = spec.global_batch // spec.cluster.workers
+    pairs, negatives = spec.global_batch // spec.cluster.workers, spec.data.negatives_per_sample
     num_tasks = len(reader.tasks(plan)) if plan else 1
-    shapes = (
-        {_inputs_of(spec, reader, source) for source in plan.sources} if plan else {_unknown_inputs(spec.model.prompt)}
-    )
-    found = []
+    if plan is None:
+        shapes = {_unknown_inputs(spec.model.prompt)}
+    else:
+        shapes = {_inputs_of(spec, reader, source) for source in plan.sources}
+    shares = []
     for query, target in sorted(shapes):
-        count = spec.data.negatives_per_sample
-        inputs = [_chunk(pairs, *query), _chunk(pairs, *target), *([_chunk(pairs * count, *target)] if count else [])]
-        share = WorkerShare(spec.cluster.workers, pairs, inputs, count, num_tasks)
-        memory = model.worker(share, spec.objective, spec.optim, spec.cluster.chunk_tokens)
-        found.append((memory, max(some.tokens for some in inputs)))
-    return max(found, key=lambda one: one[0].total)
+        inputs = [ChunkInputs(pairs, *query), ChunkInputs(pairs, *target)]
+        if negatives:
+            inputs.append(ChunkInputs(pairs * negatives, *target))
+        shares.append(WorkerShare(spec.cluster.workers, pairs, tuple(inputs), negatives, num_tasks))
+    return shares
 
 
 _Shape = tuple[int, int]
 """Tokens of an input, and visual tokens among them."""
-
-
-def _chunk(count: int, tokens: int, visual_tokens: int) -> ChunkInputs:
-    from rzen.model.activations import ChunkInputs
-
-    return ChunkInputs(count, tokens, visual_tokens)
 
 
 def _unknown_inputs(prompt: PromptConfig) -> tuple[_Shape, _Shape]:
