@@ -103,8 +103,10 @@ def search(
     ] = None,
     html: Annotated[str | None, typer.Option(help="HTML file to write")] = None,
     changes: Changes = None,
+    as_json: ResultAsJson = False,
 ) -> None:
     """Search an embedded corpus with texts, pictures, PDF pages or videos."""
     given = {"vectors": vectors, "top_k": top_k, "modalities": modalities or None, "html": html}
     settings: dict[str, Any] = {"queries": queries}
-    run_file(SEARCH_SPEC, changes, settings | {key: value for key, value in given.items() if value is not None})
+    settings |= {key: value for key, value in given.items() if value is not None}
+    run_file(SEARCH_SPEC, changes, settings, as_json=as_json)

@@ -28,9 +28,11 @@ def runs(
 ) -> None:
     """List the training runs below a folder: state, step, loss, held-out scores, start."""
     from jobs.training.listing import runs_below
-    from pipelines.storage.location import open_store
+    from pipelines.storage.location import exists, open_store
 
     found = [asdict(run) for run in runs_below(open_store(folder))]
+    if not found and not exists(folder):
+        raise UserError(folder, "does not exist", "name the folder of `run.root`")
     if as_json:
         print_json(found)
         return

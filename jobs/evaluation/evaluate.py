@@ -53,6 +53,8 @@ def run(spec: EvaluateSpec) -> dict[str, Any]:
 
     Return the places of the outputs, and the `rows` of the split.
     """
+    if spec.data is not None:
+        Reader(spec.data).sizes()  # refuses a missing dataset before anything is made
     cache = open_store(spec.cache, endpoint_of(spec))
     cache.ensure_bucket()
     suites: Suites = {}

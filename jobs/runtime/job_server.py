@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 import aiohttp
 import requests
@@ -120,6 +121,7 @@ class JobServer:
         """Connect. Raise `UserError` if no job server answers, or if it asks for a token."""
         logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.WARNING)
         place, address = _resolve(access.address)
+        _check_port(place, address)
         address = address if "://" in address or not _answers(address) else f"http://{address}"
         try:
             # Ray would prefer these variables to the address that it is given.
@@ -241,6 +243,14 @@ def _resolve(address: str | None) -> tuple[str, str]:
         if value := os.environ.get(name):
             return f"{name}={value}", value
     return DEFAULT_ADDRESS, DEFAULT_ADDRESS
+
+
+def _check_port(place: str, address: str) -> None:
+    """Raise `UserError` for a port that cannot exist. Ray would look for it in vain, for most of a minute."""
+    try:
+        urlsplit(address if "://" in address else f"//{address}").port  # noqa: B018  raises
+    except ValueError as error:
+        raise UserError(place, f"has no port of 0 to 65535 ({error})", "write it like http://head:8265") from error
 
 
 def _answers(address: str) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 import time
 
 from pipelines.errors import UserError
@@ -46,7 +47,11 @@ def main() -> None:
     parser.add_argument("--address", default="http://127.0.0.1:8265", help="job server (%(default)s)")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    if left := stop_jobs(options.address, options.seconds):
+    try:
+        left = stop_jobs(options.address, options.seconds)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    if left:
         _log.warning("not at their ends after %.0f s: %s", options.seconds, ", ".join(left))
 
 

@@ -59,21 +59,21 @@ SOUP = "soup.json"
 
 def run(spec: ExportSpec) -> dict[str, Any]:
     """Write the model. What was there before stays until the new one is whole."""
+    base = Path(checkpoint_folder(spec.model.base, spec.endpoint))  # before anything is made
+    adapter = Path(local_folder(spec.model.adapter, spec.endpoint)) if spec.model.adapter else None
     out = open_store(spec.out, spec.endpoint)
     with hold_version(out, "exports") as lease:
-        _export(spec, out, lease)
+        _export(spec, base, adapter, out, lease)
     return {"outputs": [spec.out]}
 
 
-def _export(spec: ExportSpec, out: Store, lease: Lease) -> None:
+def _export(spec: ExportSpec, base: Path, adapter: Path | None, out: Store, lease: Lease) -> None:
     from rzen.export.card import ModelCardData
     from rzen.export.export import ExportOptions, export_model
     from rzen.model.checkpoints import read_identity
 
-    base = checkpoint_folder(spec.model.base, spec.endpoint)
-    adapter = Path(local_folder(spec.model.adapter, spec.endpoint)) if spec.model.adapter else None
-    scores = _scores(spec, Path(base), adapter)
-    soup = _soup(adapter or Path(base))
+    scores = _scores(spec, base, adapter)
+    soup = _soup(adapter or base)
     weights = {parent["place"]: parent["coefficient"] for parent in soup.get("parents", [])}
     recipes = _recipes(spec, list(weights))
     facts = ModelCardData(
@@ -90,10 +90,10 @@ def _export(spec: ExportSpec, out: Store, lease: Lease) -> None:
         versions=versions() | {"revision": revision()},
     )
     options = ExportOptions(spec.format, spec.dtype, spec.frames or _frames(recipes), dict(spec.instructions), facts)
-    identity = read_identity(adapter or Path(base), spec.identity)
+    identity = read_identity(adapter or base, spec.identity)
     with disk_errors(tempfile.gettempdir()), tempfile.TemporaryDirectory(prefix="rzen-export-") as folder:
         local = Path(folder, "model")
-        unsupported_reason = export_model(base, adapter, local, identity, options)
+        unsupported_reason = export_model(str(base), adapter, local, identity, options)
         lease.check()
         publish_folder(local, out)
     say(f"  {spec.out}: {_TARGETS[spec.format]} ({spec.dtype}), prompt {identity.prompt.template}")

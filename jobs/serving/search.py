@@ -36,7 +36,7 @@ Query = tuple[str, Embeddable]
 
 
 def run(spec: SearchSpec) -> dict[str, Any]:
-    """Prints the hits of every query; writes the page where one is asked for."""
+    """Print the hits of every query, and write the page where one is asked for. Return the hits as `searches`."""
     if spec.html is not None:
         check_replaceable(Path(spec.html))
     corpus = read_corpus(spec.vectors or _last_vectors(), spec.modalities, spec.endpoint)
@@ -54,11 +54,14 @@ def run(spec: SearchSpec) -> dict[str, Any]:
     ]
     for search in searches:
         console.print(terminal_hits(search))
+    listed = [
+        {"query": name, "hits": [asdict(hit) for hit in hits]} for (name, _), hits in zip(queries, found, strict=True)
+    ]
     if spec.html is None:
-        return {"outputs": []}
+        return {"outputs": [], "searches": listed}
     _write_page(spec, corpus.manifest, searches)
     say(f"  {spec.html}")
-    return {"outputs": [spec.html]}
+    return {"outputs": [spec.html], "searches": listed}
 
 
 def _last_vectors() -> str:

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 from jobs.spec.fields import Node, inner, properties
 from jobs.spec.job import JobConfig
 from jobs.spec.kinds import find_kind, kind_names
-from jobs.spec.nearest import did_you_mean
+from jobs.spec.nearest import did_you_mean, nearest
 from jobs.spec.yaml_text import MAX_BYTES, MAX_DEPTH, Key, parse_yaml
 from pipelines.errors import UserError
 
@@ -154,7 +154,10 @@ def _read_text(file: Path, name: str) -> str:
     """Return the text of a YAML file. Raises `UserError` for other files, such as devices and very large ones."""
     if not file.exists():
         own = [str(Path(name).with_name(spec.name)) for spec in file.parent.glob("*.y*ml")]
-        fix = did_you_mean(name, [*own, *shipped_specs()], "name a spec of your own, or one of")
+        known = {Path(spec).stem: spec for spec in (*shipped_specs(), *own)}  # the ending makes all files similar
+        near = nearest(Path(name).stem, known)
+        listed = f"name a spec of your own, or one of {', '.join([*own, *shipped_specs()])}"
+        fix = f"did you mean {known[near]!r}?" if near else listed
         raise UserError(name, "no such file", fix)
     try:
         if not file.is_file():  # reading a device or a pipe may never end

@@ -35,7 +35,7 @@ from pipelines.config import Config, NonNegativeInt
 from pipelines.errors import UserError
 from pipelines.items.types import Item
 from pipelines.samples import FileRef, MediaKind
-from pipelines.stored_json import explain
+from pipelines.stored_json import explain, read_json
 
 Exclude = Literal["same_input", "same_id", "nothing"]
 Own = dict[str, Item]
@@ -104,11 +104,7 @@ def _cutoffs(config: CustomConfig) -> tuple[int, ...]:
 
 
 def _config(path: Path) -> CustomConfig:
-    try:
-        return CustomConfig.model_validate_json(path.read_bytes()) if path.is_file() else CustomConfig()
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise UserError(str(path), ": ".join([*map(str, first["loc"]), first["msg"]]), "correct it") from error
+    return read_json(path, CustomConfig, "correct it") if path.is_file() else CustomConfig()
 
 
 def _folder(row: Row, root: Path) -> tuple[Dataset, Own]:

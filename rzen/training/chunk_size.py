@@ -90,7 +90,7 @@ def largest_count(fits: Callable[[int], bool], most: int) -> int:
 def fits_by_estimate(
     auto: AutoChunk, memory: MemoryModel, objective: ObjectiveConfig, optim: OptimConfig
 ) -> Callable[[int], bool]:
-    """Return whether chunks of so many of the longest inputs fit, by what their memory is counted to be."""
+    """Return whether chunks of a number of the longest inputs fit, by what their memory is counted to be."""
     limit = _USED * (auto.memory_bytes or _free_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
     def fits(count: int) -> bool:
@@ -103,7 +103,7 @@ def fits_by_estimate(
 def fits_by_trial(
     auto: AutoChunk, objective: ObjectiveConfig, width: int, peak_bytes: Callable[[ChunkInputs], int], memory_bytes: int
 ) -> Callable[[int], bool]:
-    """Return whether chunks of so many of the longest inputs fit, by embedding them.
+    """Return whether chunks of a number of the longest inputs fit, by embedding them.
 
     `peak_bytes(inputs)` embeds some, with a backward pass, and returns the most memory that was used, or raises
     `torch.OutOfMemoryError`.

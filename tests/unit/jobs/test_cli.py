@@ -14,7 +14,8 @@ from rich.console import Console
 from jobs.cli import main
 from jobs.commands.options import as_changes, read_spec
 from jobs.data.specs import IndexSpec
-from jobs.runtime import progress
+from jobs.runtime import progress, stop_jobs
+from jobs.runtime.local_s3 import free_port
 from jobs.runtime.progress import Bars, Progress, RunTable, duration
 from jobs.spec.kinds import kind_names
 from jobs.workflows.registry import Registry
@@ -22,6 +23,7 @@ from pipelines.errors import UserError
 from pipelines.storage.location import open_store
 from tests.data import publish
 from tests.paths import ROOT
+from tests.specs import evaluate
 
 
 def test_help_teaches_the_road(capsys: pytest.CaptureFixture[str]) -> None:
@@ -83,6 +85,39 @@ def test_a_mistyped_spec_is_answered_with_the_nearest_file(
     for wrong, right in names.items():
         assert main(["run", wrong]) == 1
         assert capsys.readouterr().err == f"error: {wrong}: no such file; did you mean {right!r}?\n"
+
+
+def test_a_file_that_is_like_no_other_gets_no_guess(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "nothing.yaml"]) == 1
+    assert "nothing.yaml: no such file; name a spec of your own, or one of " in capsys.readouterr().err
+
+
+def test_nothing_is_made_where_an_input_is_missing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "evaluate.yaml").write_text(evaluate("nowhere"))
+    assert main(["evaluate", "evaluate.yaml", "--set", "cache=cache", "--set", "out=out"]) == 1
+    assert "there is no such manifest" in capsys.readouterr().err
+    assert main(["export", "nowhere", "out"]) == 1
+    assert "nowhere: is neither a directory nor a hub name" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["evaluate.yaml"]
+
+
+@pytest.mark.parametrize("address", ["head:99999", "http://head:99999", "head:port"])
+def test_a_port_that_cannot_exist_is_refused_at_once(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["attach", "job", "--address", address]) == 1
+    out, err = capsys.readouterr()
+    assert err.startswith(f"error: --address {address}: has no port of 0 to 65535")
+    assert err.count("\n") == 1
+    assert out == ""
+
+
+def test_stopping_jobs_without_a_head_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    address = f"http://127.0.0.1:{free_port()}"
+    monkeypatch.setattr(sys, "argv", ["stop_jobs", "1", "--address", address])
+    with pytest.raises(SystemExit, match=f"error: --address {address}: no Ray cluster answers"):
+        stop_jobs.main()
 
 
 @pytest.mark.parametrize(("words", "expected"), [("rzen val", "validate"), ("rzen registry ro", "rollback")])

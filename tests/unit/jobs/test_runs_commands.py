@@ -87,6 +87,8 @@ def test_a_folder_without_runs_says_so(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["runs", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == []
     assert list(runs_below(open_store(str(tmp_path / "absent")))) == []
+    assert main(["runs", str(tmp_path / "absent")]) == 1
+    assert "absent: does not exist; name the folder of `run.root`" in capsys.readouterr().err
 
 
 def test_the_log_of_a_run_is_printed_by_folder_and_by_name(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,11 @@ def test_the_job_and_the_model_find_the_same(
     folder: Path, model: rzen.Embedder, modalities: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     queries = [WORDS, "3.png", "0.pdf#page=0", "some text, number 2"]
-    assert search.run(spec(queries, modalities=modalities)) == {"outputs": []}
+    result = search.run(spec(queries, modalities=modalities))
     found = model.search("vectors", queries, top_k=4, modalities=modalities)
+    hits_of = [[asdict(hit) for hit in hits] for hits in found]
+    listed = [{"query": query, "hits": hits} for query, hits in zip(queries, hits_of, strict=True)]
+    assert json.loads(json.dumps(result)) == {"outputs": [], "searches": listed}
     expected = [(hit.rank, round(hit.score, 3), hit.origin) for hits in found for hit in hits]
     assert shown_hits(capsys.readouterr().out) == expected
     assert len(expected) == 4 * 4
