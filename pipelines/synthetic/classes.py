@@ -9,8 +9,7 @@ from random import Random
 
 from PIL import Image
 
-from pipelines.synthetic.scenes import paper
-from pipelines.synthetic.shapes import COLOURS, SHAPES, Thing, paint
+from pipelines.synthetic.shapes import COLOURS, RGB, SHAPES, Thing, paint
 
 NUMBERS = ("one object", "two objects", "three objects", "four objects")
 # Fractions of the image's width: centers of the four cells, how far a thing may be from its center, and its size.
@@ -56,3 +55,9 @@ def draw_group(group: Group, image_px: int, rng: Random) -> Image.Image:
         centre = (x + rng.uniform(-_STRAY, _STRAY), y + rng.uniform(-_STRAY, _STRAY))
         paint(image, group.thing, centre, rng.uniform(*_SIZES))
     return image
+
+
+def paper(rng: Random) -> RGB:
+    """Return a light background: gray with a faint tint."""
+    lightness = rng.randint(226, 250)
+    return (lightness - rng.randint(0, 8), lightness - rng.randint(0, 8), lightness - rng.randint(0, 8))

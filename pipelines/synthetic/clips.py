@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from random import Random
@@ -12,8 +11,8 @@ import av
 from av.container import Flags
 from PIL import Image
 
-from pipelines.synthetic.scenes import FAR, MIDDLE, NEAR, SIZES, Relation, paper, stray
-from pipelines.synthetic.shapes import Point, Thing, all_pairs, paint
+from pipelines.synthetic.scenes import FAR, MIDDLE, NEAR, SIZES, Relation, on, shade, stray
+from pipelines.synthetic.shapes import NUM_GROUNDS, Combinations, Point, Thing, all_pairs, grounds, paint
 
 FRAMES_PER_S = 8
 
@@ -65,11 +64,12 @@ class Clip:
     still: Thing
     motion: str
     place: Place
+    ground: str
 
     def wordings(self) -> list[str]:
         """Return all captions of the clip. Each describes it completely."""
         return [
-            wording
+            f"{wording} {on(self.ground)}"
             for does in MOTIONS[self.motion].wordings
             for wording in (
                 f"{self.mover} {does} {self.place} {self.still}",
@@ -79,19 +79,21 @@ class Clip:
         ]
 
 
-def all_clips() -> Iterator[Clip]:
-    """Yield every clip once: 8 * 7 * 8 * 7 pairs in 16 combinations of motion and place."""
-    for mover, still in all_pairs():
-        for motion, places in _PLACES.items():
-            for place in places:
-                yield Clip(mover, still, motion, place)
+def all_clips() -> Combinations[Clip]:
+    """Return every clip once: 8 * 7 * 8 * 7 pairs in 16 combinations of motion and place on 6 grounds."""
+    motions = [(motion, place) for motion, places in _PLACES.items() for place in places]
+    return Combinations(_clip, all_pairs(), motions, range(NUM_GROUNDS))
+
+
+def _clip(pair: tuple[Thing, Thing], motion: tuple[str, Place], ground: int) -> Clip:
+    return Clip(*pair, *motion, grounds(*pair)[ground])
 
 
 def draw_clip(clip: Clip, image_px: int, num_frames: int, rng: Random) -> list[Image.Image]:
     """Draw RGB frames, `image_px` squared. Background, places and sizes vary a little."""
     relation: Relation = "above" if clip.place in _ROWS else "left of"
     mover_at, still_at = (NEAR, FAR) if clip.place in ("above", "to the left of") else (FAR, NEAR)
-    background = Image.new("RGB", (image_px, image_px), paper(rng))
+    background = Image.new("RGB", (image_px, image_px), shade(clip.ground, rng))
     paint(background, clip.still, stray(relation, still_at, rng), rng.uniform(*SIZES))
     size, motion = rng.uniform(*SIZES), MOTIONS[clip.motion]
     frames = []

@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, cycle, islice
@@ -39,7 +39,7 @@ COMPLETE, BUILDING, CAPTIONS = ".complete", ".building", "captions.jsonl"
 
 _FOLDERS = ("images", "documents", "clips")
 # Part of the fingerprint. Raise it whenever equal settings give different files.
-_GENERATION = 1
+_GENERATION = 2
 _HELD_OUT_GROUPS = 0.2
 _QUALITIES = (75, 95)  # of JPEGs of scenes that are drawn again
 
@@ -151,11 +151,10 @@ def _items(config: CorpusConfig) -> Iterator[_Item]:
     )
 
 
-def _distinct(space: Iterable[_T], count: int, config: CorpusConfig, setting: str) -> list[_T]:
-    everything = list(space)
-    if count > len(everything):
-        raise UserError(setting, f"{count} different ones are asked for, {len(everything)} exist", "ask for fewer")
-    return _rng(config, setting).sample(everything, count)
+def _distinct(space: Sequence[_T], count: int, config: CorpusConfig, setting: str) -> list[_T]:
+    if count > len(space):
+        raise UserError(setting, f"{count} different ones are asked for, {len(space)} exist", "ask for fewer")
+    return _rng(config, setting).sample(space, count)
 
 
 def _with_hard_negatives(config: CorpusConfig, scenes: list[Scene], others: set[Scene]) -> list[Scene]:

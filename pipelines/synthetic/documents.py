@@ -1,15 +1,15 @@
-"""Visual documents: PDF reports whose pages have a heading, a paragraph, a chart and a table, with a text layer."""
+"""Visual documents: PDF reports with a text layer. A page has a banner with heading and text, a chart and a table."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import permutations, product
+from itertools import permutations
 from random import Random
 
 from pipelines.synthetic.canvas import WHITE, Canvas, Ink, PdfLibrary, Position, open_canvas
-from pipelines.synthetic.shapes import COLOURS, RGB, a
+from pipelines.synthetic.shapes import COLOURS, RGB, Combinations, a
 
 # What each report counts.
 TOPICS: dict[str, str] = {
@@ -34,6 +34,7 @@ PAGE_WIDTH, PAGE_HEIGHT = 420, 595
 _LEFT, _RIGHT = 24, 396
 _HEADING_BASELINE, _PARAGRAPH_BASELINE, _FOOTER_BASELINE = 58, 84, 582
 _UPPER, _LOWER = 122, 350
+_BANNER_HEIGHT = 112
 _BLOCK_HEIGHT = 212
 _INK, _GREY = (0.13, 0.14, 0.18), (0.5, 0.5, 0.54)
 
@@ -44,6 +45,7 @@ class Page:
 
     topic: str
     chart: str
+    banner: str
     chart_colour: str
     table_colour: str
     chart_first: bool
@@ -56,18 +58,22 @@ class Page:
     def wordings(self) -> list[str]:
         """Return all captions of the page. Each describes it completely."""
         chart, table = a(f"{self.chart_colour} {self.chart} chart"), a(f"{self.table_colour} table")
+        banner = a(f"{self.banner} banner")
         upper, lower = (chart, table) if self.chart_first else (table, chart)
         return [
-            f"report on {self.topic} with {upper} above {lower}",
-            f"page about {self.topic}: {lower} below {upper}",
-            f"{upper} above {lower} in a report on {self.topic}",
+            f"report on {self.topic} with {upper} above {lower} and {banner}",
+            f"page about {self.topic} with {banner}: {lower} below {upper}",
+            f"{banner}, {upper} above {lower} in a report on {self.topic}",
         ]
 
 
-def all_pages() -> Iterator[Page]:
-    """Yield every page once: 12 topics, 3 charts, 8 * 7 pairs of colors, 2 orders."""
-    for topic, chart, colours, chart_first in product(TOPICS, CHARTS, permutations(COLOURS, 2), (True, False)):
-        yield Page(topic, chart, *colours, chart_first)
+def all_pages() -> Combinations[Page]:
+    """Return every page once: 12 topics, 3 charts, 8 * 7 * 6 colors of banner, chart and table, 2 orders."""
+    return Combinations(_page, [*TOPICS], CHARTS, [*permutations(COLOURS, 3)], (True, False))
+
+
+def _page(topic: str, chart: str, colours: tuple[str, str, str], chart_first: bool) -> Page:
+    return Page(topic, chart, *colours, chart_first)
 
 
 def draw_document(pages: Sequence[Page], title: str, rng: Random, library: PdfLibrary) -> bytes:
@@ -81,8 +87,10 @@ def draw_document(pages: Sequence[Page], title: str, rng: Random, library: PdfLi
 
 def _draw_page(canvas: Canvas, page: Page, footer: str, rng: Random) -> None:
     counts = [rng.randint(40, 99) for _ in QUARTERS]
-    _text(canvas, _LEFT, _HEADING_BASELINE, page.heading, size=42, bold=True)
-    _text(canvas, _LEFT, _PARAGRAPH_BASELINE, *_paragraph(page.topic, counts), size=12)
+    canvas.rectangle(0, 0, PAGE_WIDTH, _BANNER_HEIGHT, _tint(COLOURS[page.banner]))
+    ink = _readable_on(COLOURS[page.banner])
+    _text(canvas, _LEFT, _HEADING_BASELINE, page.heading, size=42, bold=True, ink=ink)
+    _text(canvas, _LEFT, _PARAGRAPH_BASELINE, *_paragraph(page.topic, counts), size=12, ink=ink)
     chart_top, table_top = (_UPPER, _LOWER) if page.chart_first else (_LOWER, _UPPER)
     _CHART_PAINTERS[page.chart](canvas, chart_top, counts, COLOURS[page.chart_colour])
     _draw_table(canvas, table_top, TOPICS[page.topic], counts, COLOURS[page.table_colour])

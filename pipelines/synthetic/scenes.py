@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from io import BytesIO
 from random import Random
@@ -10,7 +9,19 @@ from typing import Literal
 
 from PIL import Image
 
-from pipelines.synthetic.shapes import COLOURS, RGB, SHAPES, Point, Thing, a, all_pairs, paint
+from pipelines.synthetic.shapes import (
+    COLOURS,
+    NUM_GROUNDS,
+    RGB,
+    SHAPES,
+    Combinations,
+    Point,
+    Thing,
+    a,
+    all_pairs,
+    grounds,
+    paint,
+)
 
 Relation = Literal["above", "left of"]
 RELATIONS: tuple[Relation, ...] = ("above", "left of")
@@ -38,34 +49,42 @@ _WORDINGS: dict[Relation, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """Two things that differ in shape and in color. "Below" and "right of" describe the same scenes in reverse."""
+    """Two things that differ in shape and in color, on a ground of a third color.
+
+    "Below" and "right of" describe the same scenes in reverse.
+    """
 
     first: Thing
     second: Thing
     relation: Relation
+    ground: str
 
     def wordings(self) -> list[str]:
         """Return all captions of the scene. Each describes it completely."""
-        return [wording.format(first=self.first, second=self.second) for wording in _WORDINGS[self.relation]]
+        things = [wording.format(first=self.first, second=self.second) for wording in _WORDINGS[self.relation]]
+        return [f"{wording} {on(self.ground)}" for wording in things]
 
 
-def all_scenes() -> Iterator[Scene]:
-    """Yield every scene once: 8 * 7 * 8 * 7 pairs in 2 relations."""
-    for first, second in all_pairs():
-        for relation in RELATIONS:
-            yield Scene(first, second, relation)
+def all_scenes() -> Combinations[Scene]:
+    """Return every scene once: 8 * 7 * 8 * 7 pairs in 2 relations on 6 grounds."""
+    return Combinations(_scene, all_pairs(), RELATIONS, range(NUM_GROUNDS))
+
+
+def _scene(pair: tuple[Thing, Thing], relation: Relation, ground: int) -> Scene:
+    return Scene(*pair, relation, grounds(*pair)[ground])
 
 
 def neighbors(scene: Scene) -> list[Scene]:
-    """Return every scene that differs in exactly one attribute: 6 + 6 colors, 6 + 6 shapes, and the other relation."""
+    """Return every scene that differs in exactly one attribute: 5 + 5 + 5 colors, 6 + 6 shapes, the other relation."""
     found = [replace(scene, relation=relation) for relation in RELATIONS if relation != scene.relation]
-    found += [replace(scene, first=other) for other in _others(scene.first, scene.second)]
-    return found + [replace(scene, second=other) for other in _others(scene.second, scene.first)]
+    found += [replace(scene, ground=name) for name in grounds(scene.first, scene.second) if name != scene.ground]
+    found += [replace(scene, first=other) for other in _others(scene.first, scene.second, scene.ground)]
+    return found + [replace(scene, second=other) for other in _others(scene.second, scene.first, scene.ground)]
 
 
-def _others(thing: Thing, kept: Thing) -> list[Thing]:
+def _others(thing: Thing, kept: Thing, ground: str) -> list[Thing]:
     """Return what can replace `thing` next to `kept`: the same with another color, or with another shape."""
-    colours = [replace(thing, colour=name) for name in COLOURS if name not in (thing.colour, kept.colour)]
+    colours = [replace(thing, colour=name) for name in COLOURS if name not in (thing.colour, kept.colour, ground)]
     return colours + [replace(thing, shape=name) for name in SHAPES if name not in (thing.shape, kept.shape)]
 
 
@@ -73,9 +92,10 @@ def edit_into(target: Scene, rng: Random) -> tuple[Scene, str]:
     """Return a scene and the instruction that turns it into `target` by one change: color, shape, or places."""
     if rng.randrange(3) == 0:
         wording = rng.choice(("swap the positions", "let the two objects trade places"))
-        return Scene(target.second, target.first, target.relation), wording
+        return replace(target, first=target.second, second=target.first), f"{wording}, {on(target.ground)}"
     changed, kept = rng.choice(((target.first, target.second), (target.second, target.first)))
-    old, instruction = rng.choice((_recolour, _replace))(changed, kept, rng)
+    old, wording = rng.choice((_recolour, _replace))(changed, kept, rng)
+    instruction = f"{wording}, {on(target.ground)}"
     if changed is target.first:
         return replace(target, first=old), instruction
     return replace(target, second=old), instruction
@@ -95,16 +115,21 @@ def _replace(new: Thing, kept: Thing, rng: Random) -> tuple[Thing, str]:
 
 def draw_scene(scene: Scene, image_px: int, rng: Random, *, at_night: bool = False) -> Image.Image:
     """Draw an RGB image, `image_px` squared. Background, places and sizes vary a little. `at_night` it is dark."""
-    image = Image.new("RGB", (image_px, image_px), night(rng) if at_night else paper(rng))
+    image = Image.new("RGB", (image_px, image_px), night(rng) if at_night else shade(scene.ground, rng))
     paint(image, scene.first, stray(scene.relation, NEAR, rng), rng.uniform(*SIZES))
     paint(image, scene.second, stray(scene.relation, FAR, rng), rng.uniform(*SIZES))
     return image
 
 
-def paper(rng: Random) -> RGB:
-    """Return a light background: gray with a faint tint."""
-    lightness = rng.randint(226, 250)
-    return (lightness - rng.randint(0, 8), lightness - rng.randint(0, 8), lightness - rng.randint(0, 8))
+def on(ground: str) -> str:
+    """Return how captions name the ground."""
+    return f"on {a(ground)} background"
+
+
+def shade(ground: str, rng: Random) -> RGB:
+    """Return a shade of the ground's color."""
+    red, green, blue = (min(255, max(0, channel + rng.randint(-12, 12))) for channel in COLOURS[ground])
+    return (red, green, blue)
 
 
 def night(rng: Random) -> RGB:

@@ -1,12 +1,13 @@
-"""Eight shapes in eight colors: the things in scenes and clips."""
+"""Eight shapes in eight colors: the things in scenes and clips, and all combinations of what is drawn."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import permutations
+from typing import TypeVar, overload
 
 from PIL import Image, ImageDraw
 
@@ -25,7 +26,10 @@ COLOURS: dict[str, RGB] = {
     "pink": (245, 135, 190),
 }
 
+NUM_GROUNDS = len(COLOURS) - 2
+
 _SUPERSAMPLING = 4
+_T = TypeVar("_T")
 
 
 def _regular(radii: tuple[float, ...], points: int, centre: Point = (0.0, 0.0)) -> Polygon:
@@ -75,11 +79,43 @@ def a(noun: str) -> str:
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
-def all_pairs() -> Iterator[tuple[Thing, Thing]]:
-    """Yield every ordered pair of things that differ in shape and in color: 8 * 7 * 8 * 7."""
-    for shapes in permutations(SHAPES, 2):
-        for colours in permutations(COLOURS, 2):
-            yield Thing(shapes[0], colours[0]), Thing(shapes[1], colours[1])
+class Combinations(Sequence[_T]):
+    """Every combination of one value of each axis, made by `make(*values)` when it is asked for."""
+
+    def __init__(self, make: Callable[..., _T], *axes: Sequence[object]) -> None:
+        self._make = make
+        self._axes = axes
+
+    def __len__(self) -> int:
+        return math.prod(map(len, self._axes))
+
+    @overload
+    def __getitem__(self, index: int) -> _T: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[_T]: ...
+    def __getitem__(self, index: int | slice) -> _T | list[_T]:
+        numbers = range(len(self))[index]
+        if isinstance(numbers, range):
+            return [self[number] for number in numbers]
+        values = []
+        for axis in reversed(self._axes):
+            numbers, place = divmod(numbers, len(axis))
+            values.append(axis[place])
+        return self._make(*reversed(values))
+
+
+def all_pairs() -> Combinations[tuple[Thing, Thing]]:
+    """Return every ordered pair of things that differ in shape and in color: 8 * 7 * 8 * 7."""
+    return Combinations(_pair, [*permutations(SHAPES, 2)], [*permutations(COLOURS, 2)])
+
+
+def _pair(shapes: tuple[str, str], colours: tuple[str, str]) -> tuple[Thing, Thing]:
+    return Thing(shapes[0], colours[0]), Thing(shapes[1], colours[1])
+
+
+def grounds(first: Thing, second: Thing) -> list[str]:
+    """Return the six colors of neither thing."""
+    return [colour for colour in COLOURS if colour not in (first.colour, second.colour)]
 
 
 def paint(image: Image.Image, thing: Thing, centre: Point, size: float) -> None:
