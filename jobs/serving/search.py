@@ -46,11 +46,13 @@ def run(spec: SearchSpec) -> dict[str, Any]:
     embedder = load(corpus.manifest["model"], dtype=corpus.manifest["dtype"], endpoint=spec.endpoint)
     corpus.check_made_by(embedder.made_by, f"what is there now ({embedder.base})")
     asked = _decoded(corpus, [query for _, query in queries], spec, embedder)
-    found = corpus.nearest(embedder.encode(asked), spec.top_k)
+    vectors = embedder.encode(asked)
+    found = corpus.nearest(vectors, spec.top_k)
+    answers = [corpus.titled(name, vector) for (name, _), vector in zip(queries, vectors, strict=True)]
     pictures = targets if spec.html is not None else None
     searches = [
-        Search(name, _hits(hits, pictures), _frames(shown))
-        for (name, _), hits, shown in zip(queries, found, asked, strict=True)
+        Search(name, _hits(hits, answer, pictures), _frames(shown))
+        for (name, _), hits, answer, shown in zip(queries, found, answers, asked, strict=True)
     ]
     for search in searches:
         console.print(terminal_hits(search))
@@ -152,10 +154,22 @@ class _Targets:
         return reader
 
 
-def _hits(found: Iterable[CorpusHit], targets: _Targets | None) -> list[Hit]:
+def _hits(found: Sequence[CorpusHit], answer: CorpusHit | None, targets: _Targets | None) -> list[Hit]:
+    """Return the hits, and last the `answer`, the target of the query's own caption, where it is not among them."""
+    places = [(hit.split, hit.source, hit.index) for hit in found]
+    right = answer and (answer.split, answer.source, answer.index)
+    shown = [*found, answer] if answer and right not in places else found
     return [
-        Hit(hit.rank, hit.score, hit.modality, hit.title, hit.origin, targets.pictures(hit) if targets else [])
-        for hit in found
+        Hit(
+            hit.rank,
+            hit.score,
+            hit.modality,
+            hit.title,
+            hit.origin,
+            targets.pictures(hit) if targets else [],
+            relevant=(hit.split, hit.source, hit.index) == right,
+        )
+        for hit in shown
     ]
 
 

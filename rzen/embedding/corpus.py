@@ -132,6 +132,17 @@ class Corpus:
             for rows_K, scores_K in zip(rows_QK, scores_QK, strict=True)
         ]
 
+    def titled(self, title: str, query_D: FloatArray) -> CorpusHit | None:
+        """Return the target with this caption that is nearest to the query, with its rank; None if none has it."""
+        rows = np.flatnonzero(self.rows["title"].to_numpy(zero_copy_only=False) == title)
+        if not len(rows):
+            return None
+        scores = self.vectors @ query_D
+        best = rows[np.argmax(scores[rows])]
+        rank = 1 + int((scores > scores[best]).sum())
+        (row,) = self._described([best])
+        return CorpusHit(rank, float(scores[best]), **row)
+
     def _described(self, rows_K: Any) -> list[dict[str, Any]]:
         columns = ["modality", "title", "origin", "split", "source", "index"]
         described: list[dict[str, Any]] = self.rows.select(columns).take(rows_K).to_pylist()

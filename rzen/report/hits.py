@@ -50,7 +50,7 @@ def terminal_hits(search: Search) -> Table:
             str(hit.rank),
             "" if hit.score is None else f"{hit.score:.3f}",
             hit.modality,
-            _plain(hit.title),
+            _plain(f"{hit.title} (the right answer)" if hit.relevant else hit.title),
             _plain(hit.origin, style="dim"),
         )
     return table

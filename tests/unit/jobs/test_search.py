@@ -197,6 +197,23 @@ def test_captions_of_the_corpus_are_words_even_if_they_name_files(
     assert capsys.readouterr().out.count("rank  score") == 4
 
 
+def test_the_target_of_a_caption_is_framed_with_its_rank_even_behind_the_hits(
+    folder: Path, model: rzen.Embedder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    titles = read_corpus("vectors").rows["title"].to_pylist()
+    ranks = {}
+    for title in titles:
+        everything = model.search("vectors", title, top_k=len(titles))
+        ranks[title] = [hit.title for hit in everything].index(title) + 1
+    near, far = min(ranks, key=ranks.__getitem__), max(ranks, key=ranks.__getitem__)
+    assert ranks[near] <= 4 < ranks[far], "of a model that knows nothing"
+    search.run(spec([near, far, WORDS], html="hits.html"))
+    shown = capsys.readouterr().out
+    assert shown.count("(the right answer)") == 2
+    assert [rank for rank, _, _ in shown_hits(shown)] == [1, 2, 3, 4, 1, 2, 3, 4, ranks[far], 1, 2, 3, 4]
+    assert (folder / "hits.html").read_text().count('<li class="hit relevant"') == 2
+
+
 def test_a_corpus_without_captions_is_searched_by_its_own_media(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
