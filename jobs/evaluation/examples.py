@@ -1,6 +1,8 @@
-"""What a model answered wrongly on a benchmark, with pictures: query, relevant candidate, first five."""
+"""What models answered, with pictures: query, first five candidates, relevant one."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import Image
@@ -10,7 +12,8 @@ from pipelines.items.decode import ItemDecoder
 from pipelines.items.types import Item
 from pipelines.samples import UInt8Array
 from rzen.evaluation.dataset_scores import DatasetScores
-from rzen.evaluation.vectors import NONE
+from rzen.evaluation.mixed_pool import MixedScores
+from rzen.evaluation.vectors import NONE, IntArray
 from rzen.report.hits import Hit, Search
 from rzen.report.thumbnails import MAX_HEIGHT_PX, MAX_WIDTH_PX
 
@@ -24,7 +27,23 @@ def wrong_answers(scored: DatasetScores, decoder: ItemDecoder, count: int) -> li
     The rows of `scored` must be those of the dataset's candidates in their order.
     """
     wrong = np.flatnonzero(scored.by_query["hit@1"] == 0)
-    chosen = wrong[np.linspace(0, len(wrong) - 1, min(count, len(wrong)), dtype=int)].tolist()
+    return _searches(scored, decoder, _spread(wrong, count))
+
+
+def mixed_answers(mixed: Mapping[str, MixedScores], decoder: ItemDecoder, count: int) -> list[Search]:
+    """Return what `count` queries of each dataset find in the mixed pool. They are the same for every model."""
+    return [
+        search for scores in mixed.values() for search in _searches(scores.pool, decoder, _spread(scores.places, count))
+    ]
+
+
+def _spread(numbers: IntArray, count: int) -> list[int]:
+    """Return so many of the numbers, from the first to the last."""
+    chosen: list[int] = numbers[np.linspace(0, len(numbers) - 1, min(count, len(numbers)), dtype=int)].tolist()
+    return chosen
+
+
+def _searches(scored: DatasetScores, decoder: ItemDecoder, chosen: Sequence[int]) -> list[Search]:
     answers = {number: _answers(scored, number) for number in chosen}
     items = scored.dataset.pick({row for rows in answers.values() for row, _, _, _ in rows})
     return [

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.evaluation.datasets import Bundle
-from jobs.evaluation.examples import wrong_answers
+from jobs.evaluation.examples import mixed_answers, wrong_answers
 from jobs.evaluation.score import Scored
 from jobs.evaluation.specs import EvaluateSpec
 from jobs.runtime.progress import console, say
@@ -30,6 +30,8 @@ from rzen.evaluation.results import write_json
 from rzen.evaluation.submission import make_submission, write_submission
 from rzen.report.evaluation import SuiteReport, write_evaluation_report
 from rzen.report.hits import Search
+
+_ANSWERS = 1  # queries of each dataset whose answers in the mixed pool are shown
 
 Suites = dict[str, SuiteReport]
 
@@ -68,7 +70,7 @@ def write_suite(
 ) -> SuiteReport:
     """Write the files of all models on a suite, print the means of public ones, and return what the report shows.
 
-    Each other model is compared with the first, where they have datasets in common.
+    Each other model is compared with the baseline, where they have datasets in common.
     """
     decoder = ItemDecoder(bundle.media, bundle.data)
     leaderboards = {}
@@ -82,21 +84,23 @@ def write_suite(
         if bundle.data is None:
             say(f"\n  {model}, {suite}")
             console.print(terminal(lines))
-    first, *others = results
+    baseline = spec.baseline or next(iter(results))
     differences = {
-        other: compare(results[first].scored, results[other].scored)
-        for other in others
-        if results[first].scored.keys() & results[other].scored
+        other: compare(results[baseline].scored, some.scored)
+        for other, some in results.items()
+        if other != baseline and results[baseline].scored.keys() & some.scored
     }
     mixed = {model: some.mixed for model, some in results.items() if some.mixed}
     mixed_differences = {
-        other: compare_mixed(mixed[first], mixed[other]) for other in mixed if other != first and first in mixed
+        other: compare_mixed(mixed[baseline], some)
+        for other, some in mixed.items()
+        if other != baseline and baseline in mixed
     }
     tables = [
         side_by_side(leaderboards),
-        *(comparison_table(some, first, other) for other, some in differences.items()),
+        *(comparison_table(some, baseline, other) for other, some in differences.items()),
         *([mixed_table(mixed)] if mixed else []),
-        *(comparison_table(some, first, other) for other, some in mixed_differences.items()),
+        *(comparison_table(some, baseline, other) for other, some in mixed_differences.items()),
     ]
     (_folder(spec, suite) / "models.md").write_text("\n".join(tables), encoding="utf-8")
     if bundle.data is None:
@@ -104,12 +108,14 @@ def write_suite(
             say(f"  {model}, {suite}, one pool of all: {describe_mixed(scores)}")
     return SuiteReport(
         suite,
+        baseline,
         leaderboards,
         differences,
         {model: some.diagnostics for model, some in results.items()},
         {model: some.examples for model, some in results.items()},
         {model: mixed_means(some) for model, some in mixed.items()},
         mixed_differences,
+        {model: mixed_answers(mixed[model], decoder, _ANSWERS) for model in (*mixed,)[:: max(1, len(mixed) - 1)]},
     )
 
 

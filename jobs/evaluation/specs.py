@@ -22,7 +22,9 @@ class EvaluateSpec(Workers, ModelIdentity, JobConfig):
     kind: Literal["evaluate"]
     """Must be `evaluate`."""
     models: Annotated[Named[ModelRef], Field(min_length=1)]
-    """Name in the tables -> model. Each is compared with the first."""
+    """Name in the tables -> model."""
+    baseline: str | None = None
+    """Model that the others are compared with, query by query. `null` takes the first."""
     data: DataConfig | None = None
     """Split of a dataset. Each of its tasks is scored: all targets of the task (or of the source, for classes) are the
     candidates of a query."""
@@ -69,6 +71,8 @@ class EvaluateSpec(Workers, ModelIdentity, JobConfig):
             raise ValueError("data, suites and custom are all empty: there is nothing to score")
         if unknown := sorted(set(self.tasks or []) - set(TASKS)):
             raise ValueError(f"tasks names {unknown[0]!r}, which is not one of {', '.join(TASKS)}")
+        if self.baseline is not None and self.baseline not in self.models:
+            raise ValueError(f"baseline names {self.baseline!r}, which is none of {', '.join(self.models)}")
         if unknown := sorted(set(self.submission) - set(self.models)):
             raise ValueError(f"submission names {unknown[0]!r}, which is none of {', '.join(self.models)}")
         return self
@@ -80,7 +84,7 @@ def _has_data(spec: EvaluateSpec) -> bool:
 
 _HOW_FAST = {*Workers.model_fields, "submit"}
 _WHERE = {"models", "out", "cache", "scratch"}
-_ONLY_SHOWN = {"num_examples", "instruction_sensitivity", "submission"}
+_ONLY_SHOWN = {"baseline", "num_examples", "instruction_sensitivity", "submission"}
 EVALUATE = Kind(
     name="evaluate",
     spec=EvaluateSpec,

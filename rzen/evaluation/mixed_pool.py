@@ -23,6 +23,8 @@ from rzen.evaluation.vectors import FloatArray, IntArray, Vectors
 
 HIT, ASKED_MODALITY = "hit@1", "asked_modality@1"
 METRICS = (HIT, ASKED_MODALITY)
+NUM_TOP = 5
+"""First candidates of each query that are kept, for reports."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +33,18 @@ class MixedScores:
 
     `by_query` and `chance` are metric -> score of each query, `[Q]`, and what a random first candidate expects. The
     metrics are `HIT`, 1 where the first candidate is relevant, and `ASKED_MODALITY`, 1 where it has the modality of a
-    relevant one.
+    relevant one. `pool` has the scores of all datasets together, and `places` `[Q]` are those of the queries in it.
     """
 
     by_query: dict[str, FloatArray]
     chance: dict[str, float]
-    num_candidates: int
+    pool: DatasetScores
+    places: IntArray
+
+    @property
+    def num_candidates(self) -> int:
+        """Return the size of the pool."""
+        return self.pool.num_candidates
 
     @property
     def means(self) -> dict[str, float]:
@@ -49,7 +57,7 @@ def score_mixed_pool(
 ) -> dict[str, MixedScores]:
     """Return the scores of each dataset by name. Memory, ties and errors are those of `score_dataset`."""
     scored = score_dataset(
-        joined.dataset, queries, candidates, pool=joined.pool, num_top=1, device=device, collapse_is_error=False
+        joined.dataset, queries, candidates, pool=joined.pool, num_top=NUM_TOP, device=device, collapse_is_error=False
     )
     by_query = {HIT: scored.by_query["hit@1"], ASKED_MODALITY: finds_target_modality(scored)}
     chance = _chance(scored, joined)
@@ -57,7 +65,8 @@ def score_mixed_pool(
         name: MixedScores(
             {metric: values[places] for metric, values in by_query.items()},
             {metric: float(values[places].mean()) for metric, values in chance.items()},
-            scored.num_candidates,
+            scored,
+            places,
         )
         for name, places in joined.places.items()
     }

@@ -52,13 +52,14 @@ _Dumper.add_representer(_OneLine, lambda dumper, rows: dumper.represent_sequence
 
 
 def _results(scores: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return an entry of the model index for each task. Values are in percent, as in the table of the card."""
+    """Return an entry of the model index for each task, with its own pool. Values are in percent, as in the card."""
     fingerprint = str(scores["settings"].get("data", "unknown"))
+    own = [row for row in scores["rows"] if row["pool"] == "task"]
     return [
         {
             "task": {"type": _TASK, "name": task},
             "dataset": {"type": "rzen", "name": f"{task} ({split})", "split": split, "revision": fingerprint},
             "metrics": _OneLine({"type": row["metric"], "value": round(100 * row["value"], 1)} for row in rows),
         }
-        for (task, split), rows in groupby(scores["rows"], key=lambda row: (row["task"], row["split"]))
+        for (task, split), rows in groupby(own, key=lambda row: (row["task"], row["split"]))
     ]

@@ -17,19 +17,22 @@ from rzen.report.thumbnails import ThumbnailPool
 @dataclass(frozen=True, slots=True)
 class SuiteReport:
     """One suite. `leaderboards`: model -> a line for each dataset, the same for all models. `comparisons`: model ->
-    dataset -> its difference to the first model. `diagnostics`: model -> dataset -> `modality_gap`,
+    dataset -> its difference to the model `baseline`. `diagnostics`: model -> dataset -> `modality_gap`,
     `target_modality_accuracy`, `remarks`, optional `changed_by_instruction`. `examples`: model -> dataset -> what it
     answered wrongly. `mixed`: model -> dataset or `mean` -> metric -> its score among the candidates of all datasets.
-    `mixed_comparisons`: as `comparisons`, of the hit@1 there.
+    `mixed_comparisons`: as `comparisons`, of the hit@1 there. `mixed_answers`: first and last model -> what the same
+    queries find there.
     """
 
     suite: str
+    baseline: str
     leaderboards: Mapping[str, Sequence[DatasetScore]]
     comparisons: Mapping[str, Mapping[str, Difference]]
     diagnostics: Mapping[str, Mapping[str, Mapping[str, Any]]]
     examples: Mapping[str, Mapping[str, Sequence[Search]]]
     mixed: Mapping[str, Mapping[str, Mapping[str, float]]]
     mixed_comparisons: Mapping[str, Mapping[str, Difference]]
+    mixed_answers: Mapping[str, Sequence[Search]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,15 +61,30 @@ def write_evaluation_report(
         }
         for report in reports
     }
+    answers = {
+        report.suite: [
+            dict(zip(report.mixed_answers, (_example(one, pool) for one in same), strict=True))
+            for same in zip(*report.mixed_answers.values(), strict=True)
+        ]
+        for report in reports
+        if report.mixed_answers
+    }
     write_html(
         path,
         "evaluation.html.jinja",
         title=title,
-        sections={"scores": reports, "plots": reports, "examples": any(wrong.values()), "settings": facts},
+        sections={
+            "scores": reports,
+            "searches": answers,
+            "plots": reports,
+            "examples": any(wrong.values()),
+            "settings": facts,
+        },
         reports=reports,
         means={report.suite: _means(report.leaderboards) for report in reports},
         problems={report.suite: _problems(report.leaderboards) for report in reports},
         wrong=wrong,
+        answers=answers,
         plots={f"{report.suite}: official means in percent": plot_means(report.leaderboards) for report in reports},
         facts=facts,
         pool=pool,

@@ -259,7 +259,9 @@ def test_a_split_is_scored_as_each_sample_embedded_alone_says(tmp_path: Path, ba
     models = {"tiny": {"base": backbone}, "bare": {"base": backbone, "instructions": False}}
     data = {"root": str(tmp_path / "data")}
     tasks = ["text_image", "text_page"]
-    spec = spec_of(tmp_path, backbone, models=models, data=data, tasks=tasks, metrics=["hit@5", "ndcg@5"])
+    spec = spec_of(
+        tmp_path, backbone, models=models, data=data, tasks=tasks, metrics=["hit@5", "ndcg@5"], baseline="bare"
+    )
     scored = {(row["model"], row["task"], row["pool"], row["metric"]): row for row in run(spec)["rows"]}
     reader = Reader(DataConfig(root=str(tmp_path / "data")))
     samples = [sample for source in ("red", "blue") for sample in reader.samples(source, range(sizes[source][1]))]
@@ -302,6 +304,10 @@ def test_a_split_is_scored_as_each_sample_embedded_alone_says(tmp_path: Path, ba
     html = (tmp_path / "out/index.html").read_text()
     assert 'class="hit relevant"' in html
     assert 'aria-label="One pool of train"' in html
+    searches = html[html.index('id="searches"') : html.index('id="examples"')]
+    assert searches.count('class="pair"') == len(tasks)  # one query of each, as both models answer it
+    assert searches.count('<li class="hit relevant"') == 2 * len(tasks)
+    assert "the difference to bare" in html
 
 
 @pytest.mark.ray

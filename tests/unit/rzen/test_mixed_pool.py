@@ -106,8 +106,13 @@ def test_a_corpus_that_datasets_share_is_there_once() -> None:
 
 
 def test_difference_of_two_models_is_paired_by_query() -> None:
+    some = score(
+        [dataset("images", {"a dog": image("dog")}), dataset("texts", {"one dog": text("dogs")})],
+        {"a dog": 0, "dog": 0, "one dog": 1, "dogs": 1},
+    )["images"]
+
     def scores(hits: list[float]) -> dict[str, MixedScores]:
-        return {"images": MixedScores({"hit@1": np.array(hits), "asked_modality@1": np.array(hits)}, {}, 9)}
+        return {"images": replace(some, by_query={"hit@1": np.array(hits), "asked_modality@1": np.array(hits)})}
 
     found = compare_mixed(scores([0, 0, 1, 1] * 50), scores([0, 1, 1, 1] * 50))["images"]
     assert (found.mean, found.num_queries) == (0.25, 200)
