@@ -22,6 +22,7 @@ TASKS = ["text_image", "text_page", "text_video", "image_text_image", "text_text
 SMALL = {
     "vars.store": "s3://road/demo",
     "jobs.corpus.set.corpus": "{num_images: 40, num_composed: 40, num_documents: 5, num_clips: 40, num_texts: 40}",
+    "jobs.ingest.set.held_out_fraction": "0.2",
     "jobs.stage1.set.global_batch": "8",
     "jobs.stage1.set.steps": "6",
     "jobs.stage1.set.checkpoint.every_steps": "3",
@@ -94,7 +95,7 @@ def test_every_target_has_one_vector_of_length_one(road: Any, s3_endpoint: str) 
 def test_page_is_one_file_with_pictures_scores_and_curves(road: Any) -> None:
     out, _ = road
     html = (out / "index.html").read_text()
-    assert "a red circle above a blue bar chart" in html
+    assert "a cyan ring below a pink heart on a red background" in html
     assert html.count("data:image/webp") >= 4
     assert all(f'aria-label="{name}"' in html for name in ("Training loss", "Retrieval scores"))
     assert "https://" not in html.replace("https://www.w3.org", "")
