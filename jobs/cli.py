@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from jobs.commands import data, models, plan, registry, runs, spec
+from jobs.commands import data, models, new, plan, registry, runs, spec
 from jobs.commands.group import CommandGroup
 from jobs.commands.output import SafeFormatter, print_error, print_text
 from pipelines.errors import UserError
@@ -135,7 +135,7 @@ def _add(group: typer.Typer, commands: Sequence[Callable[..., None]]) -> None:
         group.command(name, epilog=epilog)(command)
 
 
-_add(app, [spec.validate, plan.plan, spec.run, spec.submit, spec.attach, data.ingest, data.index, data.verify])
+_add(app, [new.new, spec.validate, plan.plan, spec.run, spec.submit, spec.attach, data.ingest, data.index, data.verify])
 _add(app, [runs.runs, runs.logs, runs.stop])
 _add(app, [models.embed, models.evaluate, models.search, models.export])
 _registry = typer.Typer(cls=CommandGroup, rich_markup_mode=None)

@@ -70,7 +70,7 @@ def read_document(path: str | Path, folder: Path | None = None, above: tuple[Pat
     also found in the installed package. `above` are the files that are based on this one.
     """
     file = Path(path) if folder is None else folder / path
-    if not file.is_file() and (_BUILTIN / file.name).is_file() and file.parent.name in ("jobs", ""):
+    if not file.is_file() and (_BUILTIN / file.name).is_file() and Path(path).parent.name in ("jobs", ""):
         file = _BUILTIN / file.name
     data, places = parse_yaml(_read_text(file, str(path)), str(path))
     if (files := _files.get()) is not None:

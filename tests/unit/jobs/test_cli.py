@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from jobs.cli import main
+from jobs.commands import new
 from jobs.commands.options import as_changes, read_spec
 from jobs.data.specs import IndexSpec
 from jobs.runtime import progress, stop_jobs
@@ -66,7 +67,7 @@ def test_wrong_command_line_exits_with_two(arguments: list[str], capsys: pytest.
         (["vaildate", "x.yaml"], "no such command 'vaildate'; did you mean 'validate'?"),
         (["registry", "shwo"], "no such command 'shwo'; did you mean 'show'?"),
         (["jobs/stage2.yaml"], "no such command 'jobs/stage2.yaml'; did you mean `rzen run jobs/stage2.yaml`?"),
-        (["fly"], "no such command 'fly'; use one of validate, plan, run, submit, "),
+        (["fly"], "no such command 'fly'; use one of new, validate, plan, run, submit, "),
     ],
 )
 def test_a_mistyped_command_is_answered_with_the_nearest(
@@ -85,6 +86,36 @@ def test_a_mistyped_spec_is_answered_with_the_nearest_file(
     for wrong, right in names.items():
         assert main(["run", wrong]) == 1
         assert capsys.readouterr().err == f"error: {wrong}: no such file; did you mean {right!r}?\n"
+
+
+@pytest.mark.parametrize("kind", kind_names())
+def test_a_new_spec_is_executable_and_valid(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "own" / "mine.yaml"
+    assert main(["new", kind, str(file)]) == 0
+    assert f"mine.yaml: valid {kind} job" in capsys.readouterr().out
+    assert main(["validate", str(file)]) == 0
+    assert file.read_text().startswith(
+        "#!/usr/bin/env -S python -m jobs.run\n# yaml-language-server: $schema=rzen.schema"
+    )
+    assert os.access(file, os.X_OK)
+    assert json.loads((file.parent / "rzen.schema.json").read_text())["title"] == "rzen"
+
+
+def test_a_new_spec_replaces_nothing_and_names_what_is_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "mine.yaml"
+    monkeypatch.setattr(new, "shipped_specs", list)  # as for a kind of another package
+    assert main(["new", "train", str(file)]) == 0
+    out = capsys.readouterr().out
+    assert "fill in what is missing" in out
+    assert "name is missing; add it" in out
+    assert "# data:" in (before := file.read_text())
+    assert main(["new", "train", str(file)]) == 1
+    assert "mine.yaml: exists already; name another file" in capsys.readouterr().err
+    assert file.read_text() == before
+    assert main(["new", "trian", str(tmp_path / "other.yaml")]) == 1
+    assert "did you mean 'train'?" in capsys.readouterr().err
 
 
 def test_a_file_that_is_like_no_other_gets_no_guess(capsys: pytest.CaptureFixture[str]) -> None:
