@@ -4,6 +4,8 @@ It starts Ray's head with its dashboard. If they are installed, it also starts P
 with our dashboard. Once the dashboard answers, it prints the variables to paste into other shells. At the end it stops
 only what it started: `ray stop` would end every Ray of the machine.
 
+The cluster's token is that in ~/.ray/auth_token, where all of Ray's tools look for it. The first start writes it there.
+
 tests/infra/test_local.py runs it with stand-ins for the programs. tests/infra/test_prometheus.py uses a real Ray
 and Prometheus.
 """
@@ -20,6 +22,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
@@ -40,7 +43,11 @@ def main() -> int:
     options = _options()
     folder = Path(options.temp_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | _environment(options)
+    try:
+        environment = os.environ | _environment(options)
+    except OSError as error:
+        sys.stderr.write(f"{error.filename}: {error.strerror}: cannot keep a token there; set RAY_AUTH_TOKEN\n")
+        return 1
     commands = _commands(options, folder)
     if problems := _taken_ports(options, list(commands)):
         sys.stderr.write("\n".join([*problems, ""]))
@@ -115,8 +122,28 @@ def _environment(options: argparse.Namespace) -> dict[str, str]:
             "GF_AUTH_ANONYMOUS_ENABLED": "true",
         }
     if chosen["RAY_AUTH_MODE"] == "token" and not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
-        chosen["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        _keep_token(_token_file())
     return chosen
+
+
+def _token_file() -> Path:
+    """Return the file in which Ray's tools look for a token."""
+    return Path.home() / ".ray" / "auth_token"
+
+
+def _token_path(environment: Mapping[str, str]) -> str:
+    return environment.get("RAY_AUTH_TOKEN_PATH") or str(_token_file())
+
+
+def _keep_token(path: Path) -> None:
+    """Write a new token that only this user can read, unless there is one."""
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secrets.token_hex(32))
 
 
 def _commands(options: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
@@ -125,6 +152,8 @@ def _commands(options: argparse.Namespace, folder: Path) -> dict[str, list[str]]
     ray += ["--dashboard-host=127.0.0.1", f"--dashboard-port={options.dashboard_port}"]
     ray += [f"--ray-client-server-port={options.client_port}", f"--dashboard-agent-listen-port={free_port()}"]
     ray += [f"--metrics-export-port={free_port()}", f"--temp-dir={folder}"]
+    # Any free ports. Ray's own range, 10002 to 19999, may hold one of the ports above, and Ray would not start.
+    ray += ["--min-worker-port=0", "--max-worker-port=0"]
     if options.num_cpus is not None:
         ray.append(f"--num-cpus={options.num_cpus}")
     commands = {"ray": ray}
@@ -207,10 +236,16 @@ def _say(options: argparse.Namespace, environment: dict[str, str], folder: Path,
     dashboard = f"http://127.0.0.1:{options.dashboard_port}"
     exported = {"RAY_ADDRESS": f"127.0.0.1:{options.port}", "RAY_API_SERVER_ADDRESS": dashboard}
     exported |= {
-        name: environment[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", _LOOPBACK) if name in environment
+        name: environment[name]
+        for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", _LOOPBACK)
+        if name in environment
     }
     lines = [f"export {name}={value}" for name, value in exported.items()]
-    lines.append(f"# dashboard  {dashboard}    logs  {folder}")
+    asks = ""
+    if environment["RAY_AUTH_MODE"] == "token":
+        source = "RAY_AUTH_TOKEN" if "RAY_AUTH_TOKEN" in environment else f"`cat {_token_path(environment)}`"
+        asks = f", which asks once for the token: {source}"
+    lines += [f"# dashboard  {dashboard}{asks}", f"# logs  {folder}"]
     urls = {"prometheus": options.prometheus_port, "grafana": options.grafana_port}
     for name, port in urls.items():
         lines.append(f"# {name}  http://127.0.0.1:{port}" if name in names else f"# {name} is not installed")

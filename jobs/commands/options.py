@@ -68,10 +68,12 @@ def run_file(
     Print its result as JSON if asked for, else only the outputs if the command is quiet. Raise `UserError` if the spec
     is not of the `kind` that the command runs.
     """
+    from jobs.runtime.cluster import set_environment
     from jobs.runtime.dispatch import named_specs, run_spec
     from jobs.runtime.progress import is_quiet
 
     spec, document = read_spec(path, [*as_changes(settings or {}), *(changes or ())], kind)
+    set_environment()  # before the libraries that read it, which the next line imports
     print_warnings(spec, named_specs(spec, document), document)
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
         result = run_spec(spec, document)

@@ -147,7 +147,8 @@ def _fit(prepared: Prepared, board: Any, set_state: Callable[[str, str], None], 
         prepared = _with_phases(prepared, point)
         stop = _stop(prepared, point)
         try:
-            say(f"  {spec.name}: starting {spec.cluster.workers} workers, which takes about half a minute", "dim")
+            workers = "1 worker" if spec.cluster.workers == 1 else f"{spec.cluster.workers} workers"
+            say(f"  {spec.name}: starting {workers}, which takes about half a minute", "dim")
             _trainer(prepared, stop, board).fit()
             if stop == prepared.plan.num_steps:
                 if run.store.exists(UNTRACKED):

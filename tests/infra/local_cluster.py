@@ -2,6 +2,7 @@
 
 import os
 import re
+import secrets
 import shutil
 import signal
 import subprocess
@@ -38,6 +39,7 @@ def local_cluster(*options: str, programs: Path | None = None) -> Iterator[Local
     """Ends with the block, and leaves nothing behind. `programs`: a folder that comes first in PATH."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     first = [str(programs)] if programs else []
+    kept["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # or one would be kept in the home folder
     kept["PATH"] = os.pathsep.join([*first, str(Path(sys.executable).parent), kept["PATH"]])
     folder = Path(tempfile.mkdtemp(prefix="rzi", dir="/tmp"))  # short: sockets of Ray lie in it
     ports = {name: free_port() for name in ("port", "dashboard-port", "client-port", "prometheus-port", "grafana-port")}

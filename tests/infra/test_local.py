@@ -55,7 +55,7 @@ def start(programs: Path, folder: Path, *options: str, **variables: str) -> subp
     return subprocess.Popen(
         [sys.executable, "-m", "infra.local.up", "--temp-dir", str(folder), "--num-cpus", "2", *ports, *options],
         cwd=ROOT,
-        env=kept | {"PATH": str(programs)} | variables,
+        env=kept | {"PATH": str(programs), "HOME": str(programs.parent)} | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -114,10 +114,12 @@ def test_ray_gets_a_token_and_monitoring_finds_it(programs: Path, tmp_path: Path
         process.terminate()
         process.wait(20)
     environment = wait_for(programs / "ray.environment").splitlines()
-    (token,) = [line for line in environment if line.startswith("RAY_AUTH_TOKEN=")]
-    assert len(token.partition("=")[2]) == 64
+    token = tmp_path / ".ray" / "auth_token"
+    assert len(token.read_text()) == 64
+    assert token.stat().st_mode & 0o777 == 0o600
+    assert token.read_text() not in "".join(lines)
     assert "RAY_AUTH_MODE=token" in environment
-    assert f"export {token}" in lines
+    assert f"which asks once for the token: `cat {token}`" in "".join(lines)
     assert re.search(r"^RAY_PROMETHEUS_HOST=http://127.0.0.1:\d+$", "\n".join(environment), re.MULTILINE)
     assert re.search(r"^RAY_GRAFANA_HOST=http://127.0.0.1:\d+$", "\n".join(environment), re.MULTILINE)
     assert "RAY_GRAFANA_DATA_DASHBOARD_UID=rzen" in environment  # Ray's dashboard shows ours
@@ -134,6 +136,56 @@ def test_ray_gets_a_token_and_monitoring_finds_it(programs: Path, tmp_path: Path
     assert grafana["RZEN_RAY_DASHBOARD"] == str(folder / RAY_DASHBOARD)
     provisioned = "".join(path.read_text() for path in (folder / "provisioning").rglob("*.yaml"))
     assert set(re.findall(r"\$\{(\w+)\}", provisioned)) <= set(grafana)
+
+
+def test_a_token_that_is_there_is_kept(programs: Path, tmp_path: Path) -> None:
+    install(programs, "ray")
+    token = tmp_path / ".ray" / "auth_token"
+    token.parent.mkdir()
+    token.write_text("mine")
+    process = start(programs, tmp_path / "t")
+    try:
+        said(process)
+        environment = wait_for(programs / "ray.environment")
+    finally:
+        process.terminate()
+        process.wait(20)
+    assert token.read_text() == "mine"
+    assert "RAY_AUTH_TOKEN=" not in environment
+
+
+def test_a_token_of_the_environment_is_not_written(programs: Path, tmp_path: Path) -> None:
+    install(programs, "ray")
+    process = start(programs, tmp_path / "t", RAY_AUTH_TOKEN="mine")
+    try:
+        lines = said(process)
+    finally:
+        process.terminate()
+        process.wait(20)
+    assert "export RAY_AUTH_TOKEN=mine" in lines
+    assert not (tmp_path / ".ray").exists()
+
+
+def test_a_home_that_cannot_be_written_is_one_error(programs: Path, tmp_path: Path) -> None:
+    install(programs, "ray")
+    (tmp_path / ".ray").write_text("a file")
+    out, err = start(programs, tmp_path / "t").communicate(timeout=60)
+    assert err == f"{tmp_path / '.ray'}: File exists: cannot keep a token there; set RAY_AUTH_TOKEN\n"
+    assert out == ""
+
+
+def test_ports_of_workers_cannot_be_those_of_ray(programs: Path, tmp_path: Path) -> None:
+    """By default, Ray takes 10002 to 19999 for workers, and refuses a port of its own among them."""
+    install(programs, "ray")
+    process = start(programs, tmp_path / "t", "--port=10500")
+    try:
+        said(process)
+        arguments = wait_for(programs / "ray.arguments")
+    finally:
+        process.terminate()
+        process.wait(20)
+    assert "--port=10500" in arguments
+    assert "--min-worker-port=0 --max-worker-port=0" in arguments
 
 
 def test_without_monitoring_and_without_token_if_the_user_says_so(programs: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import signal
 import subprocess
 import sys
@@ -92,6 +93,7 @@ class Cluster:
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """As `python -m infra.local.up` starts it, in the folder of the repository."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    kept["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # or one would be kept in the home folder
     kept["PATH"] = os.pathsep.join([str(BIN), kept["PATH"]])
     ports = {name: free_port() for name in ("port", "dashboard-port", "client-port", "prometheus-port")}
     with tempfile.TemporaryDirectory(prefix="rz", dir="/tmp") as folder:
