@@ -1,8 +1,8 @@
 import io
 import json
-import re
 import logging
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import version

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 
@@ -17,7 +18,9 @@ ODD = "my 'odd' \"photos\": #1 \\ é"
 
 def demo(*variables: str) -> subprocess.CompletedProcess[str]:
     command = ["make", "-n", "demo", "VENV=venv", *variables]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    # `make test` hands its own flags to the commands that it starts.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,9 @@ def test_every_kind_is_tried() -> None:
 def folder(tmp_path: Path) -> Path:
     """What the specs read."""
     (tmp_path / "photos").mkdir()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/config.json").write_text('{"model_type": "qwen2_vl"}')
+    (tmp_path / "b/model.safetensors").touch()
     (tmp_path / "photos/a.jpg").write_bytes(b"a")
     publish(open_store(str(tmp_path / "data")), {"red": ("text_image", 16)})
     (tmp_path / "stage.yaml").write_text(stage(str(tmp_path), steps=2))

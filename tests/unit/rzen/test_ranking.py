@@ -156,5 +156,6 @@ def test_table_of_tasks() -> None:
         "text_page": ("text", "page", "ndcg@5"),
         "text_video": ("text", "video", "hit@1"),
         "image_text_image": ("image+text", "image", "hit@1"),
+        "text_text": ("text", "text", "hit@1"),
         "image_class": ("image", "class", "hit@1"),
     }
