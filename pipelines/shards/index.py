@@ -127,7 +127,8 @@ def read_index_table(store: Store, shard: ShardInfo, columns: Sequence[str]) -> 
     if hashlib.sha256(data).hexdigest() != shard.index_sha256:
         raise UserError(place, "is not the index that the manifest names", fix)
     with pq.ParquetFile(io.BytesIO(data)) as file:
-        table = file.read([name for name in columns if name in file.schema_arrow.names]).combine_chunks()
+        known = [name for name in columns if name in file.schema_arrow.names]
+        table = file.read(known, use_threads=False).combine_chunks()  # callers read several indices at once
     if len(table) != shard.num_samples:
         raise UserError(place, f"{len(table)} indexed samples, the manifest says {shard.num_samples}", fix)
     return table
