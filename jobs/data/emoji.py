@@ -32,7 +32,10 @@ def run(spec: EmojiSpec) -> dict[str, Any]:
     """Write the corpus, or replace an earlier one."""
     store = open_store(spec.out)
     languages = [*spec.emoji.languages, *spec.emoji.new_languages]
-    with hold_output(store, KIND, "makes a corpus"), tempfile.TemporaryDirectory(prefix="rzen-emoji-") as scratch:
+    with (
+        hold_output(store, KIND, "makes a corpus") as lease,
+        tempfile.TemporaryDirectory(prefix="rzen-emoji-") as scratch,
+    ):
         check_replaceable(store, KIND)
         try:
             emoji = read_emoji(fetch_package(PICTURES), fetch_package(NAMES), languages)
@@ -40,6 +43,7 @@ def run(spec: EmojiSpec) -> dict[str, Any]:
             fix = "name folders of the package, such as en, de or pt"
             raise UserError("emoji.languages", f"{error} is not in {NAMES.name}", fix) from error
         counts = write_emoji(Path(scratch), emoji, spec.emoji)
+        lease.check()
         publish_folder(Path(scratch), store, KIND)
     say(f"  {len(emoji):,} pictures in {spec.out}: " + ", ".join(f"{name} {n:,}" for name, n in counts.items()))
     return {"outputs": [spec.out], "samples": counts}

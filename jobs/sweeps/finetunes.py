@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from jobs.evaluation.scores import model_of
+from jobs.runtime.lease import Lease
 from jobs.runtime.progress import say
 from jobs.runtime.records import differences
 from jobs.spec.job import JobConfig
@@ -73,11 +74,11 @@ def named(spec: FinetunesSpec, document: Document) -> list[JobConfig]:
 
 def run(spec: FinetunesSpec, document: Document) -> dict[str, Any]:
     """Train all, then make the soups of those that succeeded. A finished job only reports."""
-    with soup.hold_soups(spec):
-        return _run(spec, document)
+    with soup.hold_soups(spec) as lease:
+        return _run(spec, document, lease)
 
 
-def _run(spec: FinetunesSpec, document: Document) -> dict[str, Any]:
+def _run(spec: FinetunesSpec, document: Document, lease: Lease) -> dict[str, Any]:
     from jobs.training.launch import launch
 
     specs = resolve(spec, document)
@@ -88,7 +89,7 @@ def _run(spec: FinetunesSpec, document: Document) -> dict[str, Any]:
     failures = launch([*specs.values()], spec.max_parallel, spec.min_survivors, retried)
     states = {name: _state(some, failures.get(name), before.get(name, {})) for name, some in runs.items()}
     survivors = {name: model_of(some) for name, some in runs.items() if states[name]["state"] == "finished"}
-    builder = soup.SoupBuilder(spec, document, survivors, runs)
+    builder = soup.SoupBuilder(spec, document, survivors, lease, runs)
     builder.report(builder.summary({"runs": states}))
     for name in states.keys() - survivors.keys():
         say(f"  {name} failed permanently and is not in the soups: {states[name]['reason']}", "red")

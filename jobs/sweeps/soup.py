@@ -75,12 +75,12 @@ def _stored(out: Store) -> dict[str, Any]:
 
 def run(spec: SoupSpec, document: Document) -> dict[str, Any]:
     """Make the soups of the models that the spec names."""
-    with hold_soups(spec):
+    with hold_soups(spec) as lease:
         scored = open_store(spec.out, spec.endpoint).child(MODELS)
         is_scored = spec.evaluate or spec.probe  # otherwise the base may be anywhere
         folders = {name: _identity(ref, spec.endpoint) if is_scored else name for name, ref in spec.models.items()}
         models = {name: Model(ref, scored.child(folders[name])) for name, ref in spec.models.items()}
-        builder = SoupBuilder(spec, document, models)
+        builder = SoupBuilder(spec, document, models, lease)
         builder.report(builder.summary({}))
     return {"outputs": builder.outputs()}
 
@@ -112,10 +112,16 @@ class SoupBuilder:
     """
 
     def __init__(
-        self, spec: SoupsConfig, document: Document, models: Mapping[str, Model], runs: Mapping[str, Run] | None = None
+        self,
+        spec: SoupsConfig,
+        document: Document,
+        models: Mapping[str, Model],
+        lease: Lease,
+        runs: Mapping[str, Run] | None = None,
     ) -> None:
         self._spec = spec
         self._models = models
+        self._lease = lease
         self._runs = runs or {}
         self._endpoint = resolve_endpoint(spec.endpoint)
         self._out = open_store(spec.out, spec.endpoint)
@@ -147,6 +153,7 @@ class SoupBuilder:
             "versions": versions(),
             "revision": revision(),
         }
+        self._lease.check()
         self._out.write(f"{SUMMARY}.json", as_json(found))
         self._write_report(found, rows)
         self._write_page(found, rows, self._scorer.by_query(scored) if self._scorer else {})
@@ -239,6 +246,7 @@ class SoupBuilder:
         with disk_errors(tempfile.gettempdir()), tempfile.TemporaryDirectory(prefix="rzen-soup-") as scratch:
             made = Path(scratch, "soup")
             lineage = make_soup(self._folders, made, soup, base=base, selection=chosen, places=self._places)
+            self._lease.check()
             publish_folder(made, store.child(self._folder))
         return lineage
 

@@ -125,7 +125,7 @@ def test_a_job_of_a_pipeline_cannot_take_the_name_of_the_lease(
     assert "lease is the name of another file in `state`; rename the job" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", ["corpus", "evaluate", "ablation"])
+@pytest.mark.parametrize("kind", ["corpus", "emoji", "soup", "evaluate", "ablation"])
 def test_a_job_that_has_lost_its_lease_writes_no_result(
     kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -137,6 +137,11 @@ def test_a_job_that_has_lost_its_lease_writes_no_result(
     monkeypatch.setattr("jobs.training.launch.launch", lambda specs, max_parallel: {})
     monkeypatch.setattr("jobs.sweeps.ablation._scored", lambda group, evaluate: dict.fromkeys(group))
     monkeypatch.setattr("jobs.sweeps.ablation.facts", lambda evaluate, elapsed_s: {})
+    monkeypatch.setattr("jobs.data.emoji.fetch_package", lambda package: b"")
+    monkeypatch.setattr("jobs.data.emoji.read_emoji", lambda *given: [])
+    monkeypatch.setattr("jobs.data.emoji.write_emoji", lambda made, *given: (made / "a.jsonl").write_text("{}") and {})
+    monkeypatch.setattr("jobs.sweeps.soup.SoupBuilder._key", lambda builder, given: "")
+    monkeypatch.setattr("jobs.sweeps.soup.SoupBuilder._make", lambda builder, name, soup: {})
 
     def lost(lease: Lease) -> None:
         raise UserError("lease.json", "was not renewed in time", "give the command again")
