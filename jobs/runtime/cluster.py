@@ -63,8 +63,14 @@ def set_environment() -> None:
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     # Ray's processes are new interpreters. They must find this package, and the commands of this environment.
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH")]))
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    _put_first("PYTHONPATH", ROOT)
+    _put_first("PATH", str(Path(sys.executable).parent))
+
+
+def _put_first(variable: str, folder: str) -> None:
+    """Make a folder the first entry of a variable such as PATH, once."""
+    others = [entry for entry in os.environ.get(variable, "").split(os.pathsep) if entry not in ("", folder)]
+    os.environ[variable] = os.pathsep.join([folder, *others])
 
 
 def metrics_link(runs: Sequence[str]) -> str | None:

@@ -18,12 +18,6 @@ KNOWN = {
 _log = logging.getLogger(__name__)
 
 
-def hide_known_noise() -> None:
-    """Hide the known lines of this process. Call this before the libraries are imported."""
-    for logger, patterns in KNOWN.items():
-        logging.getLogger(logger).addFilter(_Noise(patterns))
-
-
 class _Noise(logging.Filter):
     def __init__(self, patterns: tuple[str, ...]) -> None:
         super().__init__()
@@ -36,3 +30,12 @@ class _Noise(logging.Filter):
             return True
         _log.info("%s: %s", record.name, message)
         return False
+
+
+_FILTERS = {logger: _Noise(patterns) for logger, patterns in KNOWN.items()}
+
+
+def hide_known_noise() -> None:
+    """Hide the known lines of this process. Call this before the libraries are imported."""
+    for logger, noise in _FILTERS.items():
+        logging.getLogger(logger).addFilter(noise)  # has no effect if it is there
