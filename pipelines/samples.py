@@ -167,6 +167,11 @@ class DecodedInput:
     visuals: tuple[Visual, ...] = ()
     instruction: str = ""
 
+    @property
+    def frames(self) -> list[UInt8Array]:
+        """All pictures, `[H, W, 3]` each."""
+        return [frame for visual in self.visuals for frame in visual.frames]
+
 
 @dataclass(frozen=True, slots=True)
 class DecodedSample:

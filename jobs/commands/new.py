@@ -37,9 +37,10 @@ def new(
         raise UserError(str(file), "exists already", "name another file")
     base = _shipped_spec(kind)
     lines = [SHEBANG, f"# yaml-language-server: $schema={SCHEMA}", f"# {summary}"]
-    lines += [f"base: {base}            # `rzen explain --kind {kind}` lists the settings that you can change here"]
     if base is None:
-        lines = [*lines[:-1], f"kind: {kind}", *_required(kind)]
+        lines += [f"kind: {kind}", *_required(kind)]
+    else:
+        lines += [f"base: {base}            # `rzen explain --kind {kind}` lists the settings that you can change here"]
     file.parent.mkdir(parents=True, exist_ok=True)
     schema = file.parent / SCHEMA
     if not schema.exists():

@@ -53,9 +53,9 @@ def run(spec: IngestSpec) -> dict[str, Any]:
 
 
 def _noting(raw: Iterable[RawSample | Rejected], uncaptioned: list[str]) -> Iterator[RawSample | Rejected]:
-    """Yield the samples, and add the origin of each uncaptioned one to a list."""
+    """Yield the samples, and add the origin of the first uncaptioned one to an empty list."""
     for item in raw:
-        if isinstance(item, RawSample) and item.split == UNCAPTIONED:
+        if not uncaptioned and isinstance(item, RawSample) and item.split == UNCAPTIONED:
             uncaptioned.append(item.sample.origin)
         yield item
 

@@ -78,10 +78,10 @@ def _hit(item: Item, rank: int, score: float | None, relevant: bool, decoder: It
 def _thumbnails(item: Item, decoder: ItemDecoder) -> list[UInt8Array]:
     """Small, because a page may show a thousand."""
     try:
-        visuals = decoder.input(item).visuals
+        frames = decoder.input(item).frames
     except BadMedia:  # it could be read when it was embedded
         return []
-    return [_small(frame) for visual in visuals for frame in visual.frames]
+    return [_small(frame) for frame in frames]
 
 
 def _small(frame_HWC: UInt8Array) -> UInt8Array:

@@ -51,7 +51,7 @@ def run(spec: SearchSpec) -> dict[str, Any]:
     answers = [corpus.titled(name, vector) for (name, _), vector in zip(queries, vectors, strict=True)]
     pictures = targets if spec.html is not None else None
     searches = [
-        Search(name, _hits(hits, answer, pictures), _frames(shown))
+        Search(name, _hits(hits, answer, pictures), shown.frames)
         for (name, _), hits, answer, shown in zip(queries, found, answers, asked, strict=True)
     ]
     for search in searches:
@@ -128,7 +128,7 @@ class _Targets:
     def pictures(self, hit: CorpusHit) -> list[UInt8Array]:
         """Return the target's frames; none for a text, or where the file has become unreadable."""
         target = None if hit.modality == "text" else self.read(hit.split, hit.source, hit.index)
-        return _frames(target) if target else []
+        return target.frames if target else []
 
     def read(self, split: str, source: str, index: int) -> DecodedInput | None:
         """Return a target, None where its file has become unreadable."""
@@ -171,10 +171,6 @@ def _hits(found: Sequence[CorpusHit], answer: CorpusHit | None, targets: _Target
         )
         for hit in shown
     ]
-
-
-def _frames(shown: DecodedInput) -> list[UInt8Array]:
-    return [frame for visual in shown.visuals for frame in visual.frames]
 
 
 def _write_page(spec: SearchSpec, manifest: VectorsFile, searches: list[Search]) -> None:

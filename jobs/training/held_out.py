@@ -55,7 +55,7 @@ def choose_samples(spec: TrainSpec, plan: Plan) -> HeldOutSamples | None:
     reader = Reader(data)
     if spec.eval is None or spec.data.split == data.split or not reader.exists():
         return None
-    trained = {member for source in plan.sources for member in source.members}
+    trained = set(plan.members)
     rows = {
         source: _spread(size, spec.eval.samples)
         for source, size in reader.sizes().items()

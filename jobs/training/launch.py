@@ -173,8 +173,7 @@ def _run_queue(
 
 
 def _page(prepared: Prepared) -> RunPage:
-    members = [member for source in prepared.plan.sources for member in source.members]
-    return RunPage(prepared.run, members, prepared.held_out)
+    return RunPage(prepared.run, prepared.plan.members, prepared.held_out)
 
 
 def _fits(running: Mapping[str, Prepared], another: Prepared) -> bool:

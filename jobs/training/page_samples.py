@@ -88,13 +88,12 @@ class _Shown:
     @property
     def frames(self) -> list[UInt8Array]:
         """Pictures of the query."""
-        return [frame for visual in self.decoded.query.visuals for frame in visual.frames]
+        return self.decoded.query.frames
 
     def hit(self, rank: int, origin: str, *, is_relevant: bool) -> Hit:
         """The target, with a note of where it comes from: by default what the data say."""
         from rzen.report.hits import Hit
 
         sample, target = self.decoded.sample, self.decoded.positive
-        frames = [frame for visual in target.visuals for frame in visual.frames]
-        title = target.text if not frames else sample.query.text
-        return Hit(rank, None, sample.positive.modality, title, origin or sample.origin, frames, is_relevant)
+        title = sample.query.text if target.visuals else target.text
+        return Hit(rank, None, sample.positive.modality, title, origin or sample.origin, target.frames, is_relevant)

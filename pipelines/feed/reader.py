@@ -89,8 +89,7 @@ class Reader:
 
     def fingerprints(self, plan: Plan) -> dict[str, str]:
         """Return the SHA-256 of each source that a plan draws from: equal for byte-identical data."""
-        members = [member for source in plan.sources for member in source.members]
-        return {member: self._manifest.sources[member].fingerprint for member in members}
+        return {member: self._manifest.sources[member].fingerprint for member in plan.members}
 
     def source(self, name: str) -> SourceInfo:
         """Return what the manifest says of a source. Raises `UserError` if the split has no such source."""

@@ -77,6 +77,11 @@ class Plan:
         return dict(zip([source.name for source in self.sources], self._phases[0][1], strict=True))
 
     @property
+    def members(self) -> list[str]:
+        """Names of the sources of the dataset that the plan draws from, each of them in one source of the plan."""
+        return [member for source in self.sources for member in source.members]
+
+    @property
     def phase_starts(self) -> list[int]:
         """First steps of the phases, ascending."""
         return [first for first, _ in self._phases[1:]]
