@@ -18,6 +18,7 @@ from jobs.training.encoder import backbone_url, encoder_of
 from jobs.training.memory import chunk_of
 from jobs.training.runs import BEST, RESULTS, samples_seen
 from jobs.training.tracking import Tracker
+from pipelines.feed.feed import RESUME, SHARD, batches, start_reading
 from pipelines.imports import without_garbage_collection
 from pipelines.storage.faults import report_outages
 from pipelines.storage.publish import publish_folder
@@ -31,14 +32,15 @@ if TYPE_CHECKING:
 
 def train_worker(config: dict[str, Any]) -> None:
     """Train on one worker of Ray Train. `config` holds the prepared run, its stop and the progress actor `board`."""
+    prepared, stop, board = config["prepared"], config["stop"], config["board"]
+    run, plan, spec = prepared.run, prepared.plan, prepared.run.spec
+    # Decoding starts first: it needs as long as the imports and the model.
+    blocks = start_reading(ray.train.get_dataset_shard(SHARD), spec.feed.prefetch_tasks)
     with without_garbage_collection():
-        from pipelines.feed.feed import RESUME, SHARD, batches
         from rzen.training.held_out import HeldOut
         from rzen.training.telemetry import HELD_OUT, HELD_OUT_METRIC, METRICS, REJECTED, RUN_METRICS
         from rzen.training.worker import Stage, train_stage
 
-    prepared, stop, board = config["prepared"], config["stop"], config["board"]
-    run, plan, spec = prepared.run, prepared.plan, prepared.run.spec
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
 
@@ -116,13 +118,12 @@ def train_worker(config: dict[str, Any]) -> None:
                 tasks=prepared.tasks,
                 batches=lambda start: counted(
                     batches(
-                        ray.train.get_dataset_shard(SHARD),
+                        blocks,
                         plan.until(stop),
                         rank=rank,
                         world_size=world_size,
                         start=start,
                         max_bad_fraction=spec.data.max_bad_fraction,
-                        prefetch=spec.feed.prefetch_tasks,
                     )
                 ),
                 checkpoints=checkpoints,

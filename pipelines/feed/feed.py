@@ -13,9 +13,11 @@ from __future__ import annotations
 import ctypes
 import pickle
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import closing, suppress
 from functools import lru_cache
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -190,34 +192,60 @@ def _unpickle_job(job: bytes) -> tuple[Plan, Reader]:
     return plan, reader
 
 
+def start_reading(shard: ray.data.DataIterator, prefetch: int = 1) -> Generator[pa.Table]:
+    """Start the tasks of a rank's shard of a `PlannedFeed` at once. Return what they make, for `batches`.
+
+    Without this, the first task would start when a worker asks for its first batch: after it has imported torch and
+    loaded the model. `prefetch` tasks are fetched ahead.
+    """
+    blocks = iter(shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=prefetch))
+    first: Future[pa.Table | None] = Future()
+
+    def ask() -> None:
+        try:
+            first.set_result(next(blocks, None))
+        except Exception as error:  # noqa: BLE001  handed to whoever waits
+            first.set_exception(error)
+
+    # A daemon: a worker that fails before its first batch must not wait for it.
+    Thread(target=ask, name="first batch", daemon=True).start()
+    return _after(first, blocks)
+
+
+def _after(first: Future[pa.Table | None], others: Iterator[pa.Table]) -> Generator[pa.Table]:
+    if (block := first.result()) is not None:
+        yield block
+        yield from others
+
+
 def batches(
-    shard: ray.data.DataIterator,
+    blocks: Generator[pa.Table],
     plan: Plan,
     *,
     rank: int,
     world_size: int,
     start: int = 0,
     max_bad_fraction: float = 0.01,
-    prefetch: int = 1,
 ) -> Iterator[FeedBatch]:
-    """Yield a rank's batches of steps `start` .. `plan.num_steps - 1`, in order, from its shard of a `PlannedFeed`.
+    """Yield a rank's batches of steps `start` .. `plan.num_steps - 1`, in order, from what `start_reading` returned.
 
-    `prefetch` tasks are fetched ahead. Arrays are read-only and in Ray's shared memory, where all batches of a task
-    stay until the last of them is dropped. Raises the `UserError` of a task, and one if too many samples were bad.
-    Raises `RuntimeError` if the batches are not those of this rank from this step on.
+    Arrays are read-only and in Ray's shared memory, where all batches of a task stay until the last of them is dropped.
+    Raises the `UserError` of a task, and one if too many samples were bad. Raises `RuntimeError` if the batches are not
+    those of this rank from this step on.
     """
     counter = BadSampleCounter(max_bad_fraction)
     step = start
-    for block in shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=prefetch):
-        for fed in _unpack(block):
-            if (fed.step, fed.rank) != (step, rank):
-                raise RuntimeError(
-                    f"rank {rank} of {world_size} expected step {step}, the feed gave step {fed.step} of rank"
-                    f" {fed.rank}: does its `start` name the step of the checkpoint?"
-                )
-            counter.add(fed)
-            yield fed
-            step += 1
+    with closing(blocks):  # an error would keep it open as long as its traceback is kept
+        for block in blocks:
+            for fed in _unpack(block):
+                if (fed.step, fed.rank) != (step, rank):
+                    raise RuntimeError(
+                        f"rank {rank} of {world_size} expected step {step}, the feed gave step {fed.step} of rank"
+                        f" {fed.rank}: does its `start` name the step of the checkpoint?"
+                    )
+                counter.add(fed)
+                yield fed
+                step += 1
     if step < plan.num_steps:
         raise RuntimeError(f"the feed of rank {rank} of {world_size} ended at step {step} of {plan.num_steps}")
 

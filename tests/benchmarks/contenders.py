@@ -195,7 +195,7 @@ class Zero:
 def run_ray(run: Run) -> Result:
     import ray
 
-    from pipelines.feed.feed import PlannedFeed, batches
+    from pipelines.feed.feed import PlannedFeed, batches, start_reading
 
     folder = tempfile.mkdtemp(prefix="rz", dir="/tmp")  # sockets lie in it, and their paths must be short
     ray.init(num_cpus=WORKERS, include_dashboard=False, log_to_driver=False, _temp_dir=folder)
@@ -208,7 +208,7 @@ def run_ray(run: Run) -> Result:
             pass
 
         def consume(self, shard: Any, plan: Plan, rank: int, prefetch: int) -> list[Delivered]:
-            fed = batches(shard, plan, rank=rank, world_size=WORKERS, prefetch=prefetch)
+            fed = batches(start_reading(shard, prefetch), plan, rank=rank, world_size=WORKERS)
             return consume(batch.num_samples for batch in fed)
 
     try:

@@ -17,7 +17,7 @@ import pytest
 from pipelines.config import DataConfig, FeedConfig, MixtureConfig
 from pipelines.errors import UserError
 from pipelines.feed.batch import FeedBatch, ResumePoint
-from pipelines.feed.feed import PlannedFeed, batches
+from pipelines.feed.feed import PlannedFeed, batches, start_reading
 from pipelines.feed.reader import Reader
 from pipelines.plan.build import build_plan
 from pipelines.plan.plan import Plan
@@ -54,7 +54,7 @@ class ImpatientReader(Reader):
 def feed(plan: Plan, reader: Reader, world_size: int = WORLD_SIZE) -> list[Iterator[FeedBatch]]:
     """The batches of each rank. All must be consumed at the same time."""
     shards = PlannedFeed(plan, reader, ResumePoint, FeedConfig(samples_per_task=16)).shards(world_size)
-    return [batches(shard, plan, rank=rank, world_size=world_size) for rank, shard in enumerate(shards)]
+    return [batches(start_reading(shard), plan, rank=rank, world_size=world_size) for rank, shard in enumerate(shards)]
 
 
 def consume(

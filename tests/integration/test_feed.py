@@ -1,5 +1,6 @@
 """The plan through a real streaming split: every rank gets exactly its batches, from any step, and hears of faults."""
 
+import time
 import uuid
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ import ray.train
 from pipelines.config import DataConfig, FeedConfig, MixtureConfig
 from pipelines.errors import UserError
 from pipelines.feed.batch import FeedBatch, ResumePoint
-from pipelines.feed.feed import PlannedFeed, batches, step_spans
+from pipelines.feed.feed import PlannedFeed, batches, start_reading, step_spans
 from pipelines.feed.reader import Reader
 from pipelines.plan.build import build_plan
 from pipelines.plan.plan import Plan
@@ -59,7 +60,8 @@ def consume(
 
     def rank_batches(rank: int) -> list[FeedBatch]:
         first = start if expected is None else expected
-        return [*batches(shards[rank]["train"], plan, rank=rank, world_size=world_size, start=first)]
+        blocks = start_reading(shards[rank]["train"])
+        return [*batches(blocks, plan, rank=rank, world_size=world_size, start=first)]
 
     with ThreadPoolExecutor(world_size) as pool:
         return [*pool.map(rank_batches, range(world_size))]
@@ -146,12 +148,37 @@ def test_a_defect_in_a_task_stops_the_feed(tmp_path: Path) -> None:
         consume(plan, Reader(reader.data, Broken()), 1)
 
 
+class Marking(ColourEncoder):
+    """An encoder that leaves a file behind."""
+
+    def __init__(self, mark: Path) -> None:
+        super().__init__()
+        self.mark = mark
+
+    def sample(self, sample: DecodedSample) -> Any:
+        self.mark.touch()
+        return super().sample(sample)
+
+
+def test_decoding_starts_before_a_worker_asks_for_a_batch(tmp_path: Path) -> None:
+    plan, reader = make(str(tmp_path))
+    encoder = Marking(tmp_path / "mark")
+    (shard,) = PlannedFeed(plan, Reader(reader.data, encoder), From(0), FeedConfig()).shards(1)
+    blocks = start_reading(shard)
+    deadline_s = time.monotonic() + 120
+    while not encoder.mark.exists():
+        assert time.monotonic() < deadline_s, "nothing was decoded"
+        time.sleep(0.05)
+    fed = [*batches(blocks, plan, rank=0, world_size=1)]
+    assert [batch.step for batch in fed] == list(range(plan.num_steps))
+
+
 def test_too_many_bad_samples_stop_the_worker(tmp_path: Path) -> None:
     plan, reader = make(str(tmp_path), bad={"cars": {1, 8, 9, 17}})
     feed = PlannedFeed(plan, reader, From(0), FeedConfig())
     (shard,) = feed.shards(1)
     with pytest.raises(UserError, match=r"source cars: 3 bad samples while \d+ good ones were read") as error:
-        list(batches(shard, plan, rank=0, world_size=1, max_bad_fraction=0.002))
+        list(batches(start_reading(shard), plan, rank=0, world_size=1, max_bad_fraction=0.002))
     assert "unsupported_format 3 in cars" in error.value.problem
     assert f"{tmp_path}/train/cars/cars-00000" in error.value.problem
     assert error.value.fix == "replace these files, or raise data.max_bad_fraction"
