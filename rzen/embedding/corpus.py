@@ -104,7 +104,7 @@ class Corpus:
         reader = InputReader(self.manifest["data"].media.for_model(visual_pixels), endpoint)
         found = []
         try:
-            for number, query in enumerate(queries):
+            for number, query in enumerate(reader.ahead(queries)):
                 with named(f"queries[{number}]"):
                     decoded = reader.read(query)
                 if not _has_instruction(query):

@@ -218,7 +218,7 @@ class Embedder:
         """Encoded inputs, as many at a time as memory allows."""
         group: list[EncodedBatch] = []
         num_tokens = 0
-        for number, one in enumerate(inputs):
+        for number, one in enumerate(self._reader.ahead(inputs)):
             with named("input" if single else f"inputs[{number}]"):
                 group.append(self.processor.encode([self._reader.read(one, instruction)]))
             num_tokens += int(group[-1].lengths.sum())

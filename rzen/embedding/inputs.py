@@ -35,6 +35,7 @@ from pipelines.media.files import KINDS, kind_of, kind_of_content, read_file, sp
 from pipelines.media.images import check_size, opened_pixels
 from pipelines.redaction import redact_text
 from pipelines.samples import MEDIA_KINDS, DecodedInput, MediaKind, UInt8Array, Visual
+from rzen.embedding.downloads import REMOTE_SCHEMES, Downloads
 
 File = str | os.PathLike[str]
 """A path or a URL, with `#page=2` for a page of a document."""
@@ -44,7 +45,7 @@ Embeddable = Picture | DecodedInput | Mapping[str, Any]
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:[a-z]+/")
 _URL = re.compile(rf"(?:{_SCHEME.pattern})\S+")
-_SCHEMES = ("http", "https", "s3", "file")
+_SCHEMES = (*REMOTE_SCHEMES, "file")
 _EXTENSION = re.compile(r"[^\s/.]\.\w{1,5}(#page=\d{1,9})?\Z")
 _LONGEST_PATH = 4096
 _SINGLE = (str, bytes, os.PathLike, Image.Image, DecodedInput, Mapping)
@@ -62,7 +63,7 @@ class InputReader:
 
     def __init__(self, media: MediaConfig, endpoint: str | None = None) -> None:
         self._media = media
-        self._endpoint = endpoint
+        self._downloads = Downloads(media.max_bytes, endpoint)
         self._decoder = Decoder(media)
 
     def read(self, given: Embeddable, instruction: str = "") -> DecodedInput:
@@ -75,6 +76,10 @@ class InputReader:
             case Mapping():
                 return self._mix(given, instruction)
         return DecodedInput(visuals=(self._visual(given),), instruction=instruction)
+
+    def ahead(self, inputs: Iterable[Embeddable]) -> Iterator[Embeddable]:
+        """Yield the inputs in order, while the remote files of the next ones are fetched."""
+        return self._downloads.ahead(inputs)
 
     def decode(self, kind: MediaKind, data: bytes) -> Visual:
         """Return the pixels of a file."""
@@ -146,32 +151,18 @@ class InputReader:
         if scheme in ("http", "https"):
             return self._from_web(name, kind)
         if scheme == "s3":
-            return _kind(Path(name), kind), self._from_store(name)
+            return _kind(Path(name), kind), self._downloads.fetch(name).data
         if scheme not in ("", "file"):
             raise UserError("", f"has the scheme {scheme!r}", f"use {', '.join(_SCHEMES)}; {_AS_TEXT}")
         path = Path(unquote(urlsplit(name).path)) if scheme else Path(name).expanduser()
         return _kind(path, kind), read_file(str(path), self._media)
 
     def _from_web(self, url: str, kind: MediaKind | None) -> tuple[MediaKind, bytes]:
-        from pipelines.storage.web import read_url
-
-        file = read_url(url, self._media.max_bytes)
+        file = self._downloads.fetch(url)
         known = _kind_of_url(url) or _kind_of_url(file.url) or kind_of_content(file.content_type) or kind
         if known is None:
             raise BadMedia("unsupported_format", f"the server sends {file.content_type or 'no content type'}")
         return known, file.data
-
-    def _from_store(self, url: str) -> bytes:
-        from pipelines.storage.location import open_object
-
-        store, key = open_object(url, self._endpoint)
-        try:
-            num_bytes = store.size(key)
-            if num_bytes > self._media.max_bytes:
-                raise BadMedia("too_many_bytes", f"{num_bytes} bytes, at most {self._media.max_bytes}")
-            return store.read_range(key, 0, num_bytes)
-        except FileNotFoundError as error:
-            raise BadMedia("missing_file") from error
 
 
 def is_file(given: str) -> bool:

@@ -58,12 +58,18 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Server(BaseHTTPRequestHandler):
-    """Serves what `pages` holds: path -> status, headers and body; a list is answered one after the other."""
+    """Serves what `pages` holds: path -> status, headers and body; a list is answered one after the other.
+
+    A barrier is answered with a picture when as many wait as it asks for.
+    """
 
     pages: ClassVar[dict[str, Any]] = {}
 
     def do_GET(self) -> None:
         answer = self.pages[self.path]
+        if isinstance(answer, threading.Barrier):
+            answer.wait(60)
+            answer = (200, {}, picture())
         status, headers, body = answer.pop(0) if isinstance(answer, list) else answer
         self.send_response(status)
         for name, value in ({"Content-Length": str(len(body))} | headers).items():
@@ -383,6 +389,23 @@ def test_servers_have_limits(model: rzen.Embedder, server: str, monkeypatch: pyt
     with pytest.raises(BadMedia, match=r"unreadable_file: input: http://\*\*\*@127.0.0.1/a.png") as error:
         model.encode("http://me:secret@127.0.0.1/a.png")
     assert "secret" not in str(error.value)
+
+
+def test_urls_are_fetched_at_once_and_each_once(model: rzen.Embedder, server: str) -> None:
+    together = threading.Barrier(4)
+    Server.pages |= {f"/slow/{number}.png": together for number in range(4)}
+    Server.pages["/once.png"] = [(200, {}, picture())]  # a second request would find nothing
+    urls = [f"{server}/slow/{number}.png" for number in range(4)]
+    once = f"{server}/once.png"
+    inputs = [urls[0], {"text": "a", "image": [once, urls[1]]}, once, *urls[2:], "a text"]
+    expected = model.encode([PIXELS, {"text": "a", "image": [PIXELS, PIXELS]}, *[PIXELS] * 3, "a text"])
+    assert close(model.encode(inputs), expected)
+
+
+def test_a_url_that_fails_is_named_by_its_position(model: rzen.Embedder, server: str) -> None:
+    Server.pages |= {"/good.png": (200, {}, picture()), "/gone.png": (404, {}, b"")}
+    with pytest.raises(BadMedia, match=r"missing_file: inputs\[2\]: .*/gone.png"):
+        model.encode([f"{server}/good.png", "text", f"{server}/gone.png", f"{server}/good.png"])
 
 
 def test_a_server_that_is_busy_or_breaks_off_is_asked_again(

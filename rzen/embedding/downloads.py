@@ -1,0 +1,90 @@
+"""Files of the web and of object stores. Those of the next inputs are fetched while the ones before are embedded."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+from pipelines.errors import BadMedia
+from pipelines.media.files import split_page
+from pipelines.samples import MEDIA_KINDS
+from pipelines.storage.location import open_object
+from pipelines.storage.web import WebFile, read_url
+
+REMOTE_SCHEMES = ("http", "https", "s3")
+_AT_ONCE = 8
+"""Inputs whose files are fetched at once. Each file has at most `max_bytes`."""
+T = TypeVar("T")
+
+
+class Downloads:
+    """Fetches remote files of at most `max_bytes`. `endpoint` is that of `s3://` URLs."""
+
+    def __init__(self, max_bytes: int, endpoint: str | None = None) -> None:
+        self._max_bytes = max_bytes
+        self._endpoint = endpoint
+        self._coming: dict[str, Future[WebFile]] = {}
+
+    def ahead(self, inputs: Iterable[T]) -> Iterator[T]:
+        """Yield the inputs in order, while threads fetch the files of the next ones.
+
+        A URL of several of these inputs is fetched once. What fails is raised by `fetch`.
+        """
+        waiting: deque[T] = deque()
+        pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="download")
+        try:
+            for given in inputs:
+                for url in remote_files(given):
+                    if url not in self._coming:
+                        self._coming[url] = pool.submit(self._download, url)
+                waiting.append(given)
+                if len(waiting) == _AT_ONCE:
+                    yield waiting.popleft()
+                    self._forget_all_but(waiting)
+            while waiting:
+                yield waiting.popleft()
+                self._forget_all_but(waiting)
+        finally:
+            self._coming.clear()
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def fetch(self, url: str) -> WebFile:
+        """Return a file. Raises `BadMedia`: missing_file, unreadable_file, too_many_bytes."""
+        coming = self._coming.get(url)
+        return self._download(url) if coming is None else coming.result()
+
+    def _forget_all_but(self, waiting: Iterable[object]) -> None:
+        needed = {url for given in waiting for url in remote_files(given)}
+        self._coming = {url: coming for url, coming in self._coming.items() if url in needed}
+
+    def _download(self, url: str) -> WebFile:
+        if scheme_of(url) != "s3":
+            return read_url(url, self._max_bytes)
+        store, key = open_object(url, self._endpoint)
+        try:
+            num_bytes = store.size(key)
+            if num_bytes > self._max_bytes:
+                raise BadMedia("too_many_bytes", f"{num_bytes} bytes, at most {self._max_bytes}")
+            return WebFile(store.read_range(key, 0, num_bytes), "", url)
+        except FileNotFoundError as error:
+            raise BadMedia("missing_file") from error
+
+
+def scheme_of(url: str) -> str:
+    """Return the scheme of a URL in lower case, and "" for anything else."""
+    scheme, separator, _ = url.partition("://")
+    return scheme.lower() if separator else ""
+
+
+def remote_files(given: object) -> set[str]:
+    """Return the URLs, without pages, that an input of `Embedder.encode` names."""
+    if isinstance(given, Mapping):
+        media = [given[kind] for kind in MEDIA_KINDS if kind in given]
+        several = [one for some in media for one in (some if isinstance(some, list | tuple) else [some])]
+    else:
+        several = [given]
+    names = [split_page(os.fspath(one))[0] for one in several if isinstance(one, str | os.PathLike)]
+    return {name for name in names if not any(map(str.isspace, name)) and scheme_of(name) in REMOTE_SCHEMES}
