@@ -126,12 +126,15 @@ def test_the_literal_command_runs_a_spec_where_the_cluster_was_started(cluster: 
     assert (tmp_path / "corpus").is_dir()
 
 
-def test_with_the_hook_the_folder_travels_along(cluster: Cluster, tmp_path: Path) -> None:
-    (tmp_path / "laptop").mkdir()
-    (tmp_path / "laptop/corpus.yaml").write_text(CORPUS.format(tmp_path))
-    done = cluster.run(
-        "ray", "job", "submit", "--", "corpus.yaml", "--set", "corpus.num_images=5", cwd=tmp_path / "laptop", **HOOK
-    )
+def test_with_the_hook_the_folder_of_a_new_spec_travels_along(cluster: Cluster, tmp_path: Path) -> None:
+    laptop = tmp_path / "laptop"
+    laptop.mkdir()
+    new = cluster.run("rzen", "new", "corpus", "mine.yaml", cwd=laptop)
+    assert "`rzen submit mine.yaml` sends it to a cluster" in new.stdout, new.stderr
+    none = dict.fromkeys(("num_composed", "num_documents", "num_clips", "num_texts"), 0)
+    with (laptop / "mine.yaml").open("a") as spec:
+        spec.write(f'out: "{tmp_path}/corpus"\ncorpus: {json.dumps(none)}\n')
+    done = cluster.run("ray", "job", "submit", "--", "mine.yaml", "--set", "corpus.num_images=5", cwd=laptop, **HOOK)
     assert done.returncode == 0, done.stdout + done.stderr
     for told in ("5 samples in", "dashboard  http://", "rzen stop raysubmit_", "succeeded"):
         assert told in done.stdout
