@@ -5,6 +5,8 @@ A sample of a folder has the instructions of its task, unless its list gives ano
 
 from __future__ import annotations
 
+from pipelines.samples import Modality
+
 INSTRUCTIONS: dict[str, tuple[str, str]] = {
     "text_image": ("Find an image that matches the given caption:", "Understand the content of the provided image."),
     "text_page": (
@@ -23,3 +25,12 @@ INSTRUCTIONS: dict[str, tuple[str, str]] = {
     "image_class": ("Represent the given image for classification.", ""),
 }
 """Task -> instruction of the query, instruction of the targets."""
+TARGETS: dict[str, Modality] = {
+    "text_image": "image",
+    "text_page": "page",
+    "text_video": "video",
+    "image_text_image": "image",
+    "text_text": "text",
+    "image_class": "text",
+}
+"""Task -> modality of its targets."""

@@ -97,6 +97,10 @@ def search(
         str | None, typer.Option(help="output of `rzen embed` (default: the newest below runs/)")
     ] = None,
     top_k: Annotated[int | None, typer.Option(help="hits per query")] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(help="task of the queries, such as text_image: sets the instruction and the modality"),
+    ] = None,
     modalities: Annotated[
         list[Modality] | None,
         typer.Option("--modality", help="modality that may be found (may be repeated)"),
@@ -106,7 +110,7 @@ def search(
     as_json: ResultAsJson = False,
 ) -> None:
     """Search an embedded corpus with texts, pictures, PDF pages or videos."""
-    given = {"vectors": vectors, "top_k": top_k, "modalities": modalities or None, "html": html}
+    given = {"vectors": vectors, "top_k": top_k, "task": task, "modalities": modalities or None, "html": html}
     settings: dict[str, Any] = {"queries": queries}
     settings |= {key: value for key, value in given.items() if value is not None}
     run_file(SEARCH_SPEC, changes, settings, as_json=as_json)

@@ -182,7 +182,15 @@ def _split_scores(spec: EvaluateSpec, data: DataConfig, model: str, results: Sui
         num_queries = len(results.scored[task].dataset.queries)
         scores.rows.extend(
             Result(
-                model, task, metric, value, num_queries, mixed.num_candidates, mixed.chance[metric], data.split, "mixed"
+                model=model,
+                task=task,
+                metric=metric,
+                value=value,
+                num_queries=num_queries,
+                num_candidates=mixed.candidates_of(metric),
+                chance=mixed.chance[metric],
+                split=data.split,
+                pool="mixed",
             )
             for metric, value in mixed.means.items()
         )

@@ -100,7 +100,11 @@ def write_suite(
         side_by_side(leaderboards),
         *(comparison_table(some, baseline, other) for other, some in differences.items()),
         *([mixed_table(mixed)] if mixed else []),
-        *(comparison_table(some, baseline, other) for other, some in mixed_differences.items()),
+        *(
+            comparison_table(some, baseline, other, f"one pool, {metric}")
+            for other, metrics in mixed_differences.items()
+            for metric, some in metrics.items()
+        ),
     ]
     (_folder(spec, suite) / "models.md").write_text("\n".join(tables), encoding="utf-8")
     if bundle.data is None:

@@ -21,10 +21,12 @@ from pipelines.redaction import has_hidden
 from pipelines.samples import DecodedInput, Rejected, UInt8Array
 from pipelines.storage.location import open_store
 from pipelines.stored_json import read_json
-from rzen.embedding.corpus import MANIFEST, Corpus, CorpusHit, VectorsFile, read_corpus
+from rzen.embedding.corpus import MANIFEST, Corpus, CorpusHit, VectorsFile, read_corpus, read_manifest
 from rzen.embedding.embedder import Embedder, load
 from rzen.embedding.inputs import Embeddable, is_file, shown_as
+from rzen.embedding.tasks import NamedTask, modalities_of, read_tasks, task_of
 from rzen.evaluation.results import ResultsFile, plot_losses, plot_scores
+from rzen.model.locate import checkpoint_folder
 from rzen.report.hits import Hit, Search, terminal_hits
 from rzen.report.render import check_replaceable
 from rzen.report.write import write_page
@@ -39,13 +41,16 @@ def run(spec: SearchSpec) -> dict[str, Any]:
     """Print the hits of every query, and write the page where one is asked for. Return the hits as `searches`."""
     if spec.html is not None:
         check_replaceable(Path(spec.html))
-    corpus = read_corpus(spec.vectors or _last_vectors(), spec.modalities, spec.endpoint)
+    vectors_url = spec.vectors or _last_vectors()
+    task = None if spec.task is None else _named_task(spec, vectors_url, spec.task)
+    corpus = read_corpus(vectors_url, spec.modalities or modalities_of(task), spec.endpoint)
+    instruction = corpus.instruction_of(task) if task else spec.instruction
     targets = _Targets(corpus.manifest)
     # Before the model is loaded, because that takes long.
     queries = _chosen(corpus, targets) if spec.queries is None else _checked(spec.queries)
     embedder = load(corpus.manifest["model"], dtype=corpus.manifest["dtype"], endpoint=spec.endpoint)
     corpus.check_made_by(embedder.made_by, f"what is there now ({embedder.base})")
-    asked = _decoded(corpus, [query for _, query in queries], spec, embedder)
+    asked = _decoded(corpus, [query for _, query in queries], instruction, spec.endpoint, embedder)
     vectors = embedder.encode(asked)
     found = corpus.nearest(vectors, spec.top_k)
     answers = [corpus.titled(name, vector) for (name, _), vector in zip(queries, vectors, strict=True)]
@@ -102,10 +107,18 @@ def _checked(queries: Sequence[str]) -> list[Query]:
     return [(shown_as(query), query) for query in queries]
 
 
-def _decoded(corpus: Corpus, queries: Iterable[Embeddable], spec: SearchSpec, embedder: Embedder) -> list[DecodedInput]:
+def _named_task(spec: SearchSpec, vectors_url: str, name: str) -> NamedTask:
+    """Return the task of this name in the table of the model that made the vectors."""
+    model = read_manifest(vectors_url, spec.endpoint)["model"]
+    return task_of(read_tasks(Path(checkpoint_folder(model, spec.endpoint))), name, spec.instruction)
+
+
+def _decoded(
+    corpus: Corpus, queries: Iterable[Embeddable], instruction: str | None, endpoint: str | None, embedder: Embedder
+) -> list[DecodedInput]:
     pixels = embedder.processor.visual_pixels
     try:
-        return corpus.read_queries(queries, spec.instruction, pixels, spec.endpoint)
+        return corpus.read_queries(queries, instruction, pixels, endpoint)
     except BadMedia as error:
         raise UserError("search", str(error), "name a file that can be decoded") from error
 

@@ -36,7 +36,8 @@ class ExportSpec(ModelIdentity, JobConfig):
     """Frames of a video in libraries that fix their number and derive the frame size from it. `null` takes
     `data.media.frames` of the training if its settings are next to the weights, and 8 otherwise."""
     instructions: Named[str] = Field(default_factory=dict)
-    """Name -> instruction, for `encode(..., prompt_name=...)` of sentence-transformers."""
+    """Name -> instruction, for `task` of rzen's own search and for `encode(..., prompt_name=...)` of
+    sentence-transformers. The name of a task of rzen replaces its instruction of queries."""
     scores: str | None = None
     """Local results.json of an evaluation of these weights, for the model card."""
     license: str | None = None
@@ -87,8 +88,12 @@ class SearchSpec(JobConfig):
     instruction: str | None = None
     """Instruction put before every query. `null`: that of a task which fits the query, such as `Find an image that
     matches the given caption:` for a text. There is none if the targets were embedded without instructions."""
+    task: Annotated[str, Field(min_length=1)] | None = None
+    """Task of the queries, as the model names it in `rzen.json`: `text_image`, `text_page`, `text_video`,
+    `image_text_image`, `text_text`, `image_class`. It sets the instruction, and the only modality that may be found.
+    Leave `instruction` out then."""
     modalities: Annotated[list[Modality], Field(min_length=1)] | None = None
-    """Modalities that may be found. `null`: all."""
+    """Modalities that may be found. `null`: that of `task`, else all."""
     top_k: PositiveInt = 12
     """Hits per query."""
     html: str | None = None

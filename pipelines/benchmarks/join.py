@@ -25,13 +25,16 @@ class JoinedDatasets:
     """The joined `dataset` and its `pool`.
 
     `places` has, for each dataset by name, the place of each of its queries among the joined ones, `[Q]`. `modalities`
-    are modality -> number of candidates.
+    are modality -> number of candidates, in the order that `modality_N` counts in: that of each candidate, `[N]`.
+    `asked` has the modalities that each dataset by name asks for: those of its own candidates.
     """
 
     dataset: Dataset
     pool: Pool
     places: dict[str, npt.NDArray[np.int64]]
     modalities: dict[str, int]
+    modality_N: npt.NDArray[np.int64]  # noqa: N815  a shape
+    asked: dict[str, frozenset[str]]
 
 
 def join_datasets(datasets: Sequence[Dataset]) -> JoinedDatasets:
@@ -49,7 +52,10 @@ def join_datasets(datasets: Sequence[Dataset]) -> JoinedDatasets:
     row = Row(NAME, datasets[0].row.suite, "mixed", NAME, "global", "hit@1", None, "joined")
     # Each dataset is checked on its own for the instructions of its candidates.
     pool = Pool(candidates.ids, frozenset())
-    return JoinedDatasets(Dataset(row, list(queries.values()), candidates, NAME), pool, places, candidates.modalities())
+    modalities, modality_N = candidates.modalities()
+    asked = {dataset.row.name: candidates.modalities_of(dataset.corpus) for dataset in datasets}
+    whole = Dataset(row, list(queries.values()), candidates, NAME)
+    return JoinedDatasets(whole, pool, places, modalities, modality_N, asked)
 
 
 def _merged(first: Query, second: Query) -> Query:
@@ -64,6 +70,10 @@ class _Candidates:
     def __init__(self, datasets: Sequence[Dataset]) -> None:
         self._datasets = datasets
         columns = [np.fromiter(_rows_of(dataset), dtype=_COLUMNS) for dataset in datasets]
+        self._modalities = {
+            dataset.corpus: frozenset(name.decode() for name in np.unique(some["modality"]).tolist())
+            for dataset, some in zip(datasets, columns, strict=True)
+        }
         self._starts = np.cumsum([0, *map(len, columns)])
         table = np.concatenate(columns)
         self._kept = np.sort(np.unique(table["id"], return_index=True)[1])
@@ -95,10 +105,15 @@ class _Candidates:
             found |= {place: items[at] for place, at in zip(wanted[mine].tolist(), inside, strict=True)}
         return found
 
-    def modalities(self) -> dict[str, int]:
-        """Return modality -> number of candidates."""
-        names, counts = np.unique(self._table["modality"], return_counts=True)
-        return {name.decode(): count for name, count in zip(names.tolist(), counts.tolist(), strict=True)}
+    def modalities(self) -> tuple[dict[str, int], npt.NDArray[np.int64]]:
+        """Return modality -> number of candidates, and the place in it of each candidate's own, `[N]`."""
+        names, own_N, counts = np.unique(self._table["modality"], return_inverse=True, return_counts=True)
+        found = {name.decode(): count for name, count in zip(names.tolist(), counts.tolist(), strict=True)}
+        return found, own_N.astype(np.int64)
+
+    def modalities_of(self, corpus: str) -> frozenset[str]:
+        """Return the modalities that a corpus has candidates of."""
+        return self._modalities[corpus]
 
     def widened(self, query: Query) -> Query:
         """Return the query with every candidate that has the content of a relevant one, and without a pool."""

@@ -24,6 +24,7 @@ from pipelines.storage.store import Store
 from pipelines.stored_json import parse_json, stored_file
 from rzen.config import Dtype
 from rzen.embedding.inputs import Embeddable, InputReader, named
+from rzen.embedding.tasks import NamedTask
 from rzen.evaluation.ranking import top_k
 from rzen.evaluation.vectors import FloatArray, StoredArray, as_stored, check_width
 from rzen.model.checkpoints import MadeBy
@@ -116,6 +117,10 @@ class Corpus:
             reader.close()
         return found
 
+    def instruction_of(self, task: NamedTask) -> str:
+        """Return the instruction of queries of a task; none if the targets have none."""
+        return task["instruction"] if self.manifest["data"].instructions else ""
+
     def nearest(self, queries_QD: FloatArray, k: int) -> list[list[CorpusHit]]:
         """Return the k best targets for each query, best first. Raises `UserError` for vectors of another width."""
         if k < 1:
@@ -170,11 +175,7 @@ def read_corpus(
     modalities.
     """
     store = open_store(url, endpoint)
-    try:
-        data = store.read(MANIFEST)
-    except FileNotFoundError as error:
-        fix = "run a job of kind embed that writes here"
-        raise UserError(f"{store.url}/{MANIFEST}", "does not exist", fix) from error
+    data = _read_manifest(store)
     if unknown := set(modalities or ()) - set(MODALITIES):
         raise UserError("modalities", f"has {min(unknown)!r}", f"use {', '.join(MODALITIES)}")
     key = hashlib.sha256(json.dumps([repr(store), data.hex(), sorted(modalities or ())]).encode()).hexdigest()
@@ -182,6 +183,20 @@ def read_corpus(
         return known
     manifest = _parsed(store, data)
     return Corpus(store.url, key, manifest, *_read_rows(store, manifest, modalities))
+
+
+def read_manifest(url: str, endpoint: str | None = None) -> VectorsFile:
+    """Return what the vectors at a directory or s3:// URL were made of. Raises `UserError` where there are none."""
+    store = open_store(url, endpoint)
+    return _parsed(store, _read_manifest(store))
+
+
+def _read_manifest(store: Store) -> bytes:
+    try:
+        return store.read(MANIFEST)
+    except FileNotFoundError as error:
+        fix = "run a job of kind embed that writes here"
+        raise UserError(f"{store.url}/{MANIFEST}", "does not exist", fix) from error
 
 
 def _parsed(store: Store, data: bytes) -> VectorsFile:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast, overload
 
@@ -14,11 +15,11 @@ import torch
 
 from pipelines.config import MediaConfig
 from pipelines.errors import UserError
-from pipelines.instructions import INSTRUCTIONS
 from pipelines.samples import MediaKind, Modality, Visual
 from rzen.config import Dtype, ModelConfig, ModelIdentity
 from rzen.embedding.corpus import Corpus, CorpusHit, read_corpus
 from rzen.embedding.inputs import Embeddable, InputReader, named, several_of
+from rzen.embedding.tasks import NamedTask, modalities_of, read_tasks, task_of
 from rzen.evaluation.vectors import check_width
 from rzen.inputs.processor import EncodedBatch, Processor
 from rzen.model.backbone import load_backbone
@@ -84,6 +85,11 @@ class Embedder:
             self._made_by = made_by(self.base, self.adapter, identity)
         return self._made_by
 
+    @cached_property
+    def tasks(self) -> dict[str, NamedTask]:
+        """Return the tasks that the model knows by name: their instructions, and the modality of their targets."""
+        return read_tasks(self.adapter or self.base)
+
     def encode(
         self,
         inputs: Embeddable | Iterable[Embeddable],
@@ -113,9 +119,9 @@ class Embedder:
         A PDF is one page: `report.pdf#page=2` is the third one, as pages count from zero. Only a PDF of one page needs
         no number.
 
-        `instruction` goes with all inputs, except those that have one of their own. `task` names an instruction:
-        `text_image`, `text_page`, `text_video`, `image_text_image`, `text_text`, `image_class`. Each has one for
-        queries and one for targets, which are what is found: `role` says which. Without both there is none.
+        `instruction` goes with all inputs, except those that have one of their own. `task` names an instruction of
+        `tasks`, such as `text_image`, `text_page`, `text_video`, `image_text_image`, `text_text`, `image_class`. Each
+        has one for queries and one for targets, which are what is found: `role` says which. Without both there is none.
 
         `dimensions` cuts the vectors to their first values, again of length 1, for models that were trained with
         Matryoshka widths. `batch_size` is the most inputs at once. Tokens limit them in any case (`chunk_tokens`).
@@ -132,7 +138,7 @@ class Embedder:
             self.model.to(device)
         several, single = several_of(inputs)
         total = len(several) if isinstance(several, Sized) else None
-        words = _instruction(instruction, task, role)
+        words = _instruction(self.tasks, instruction, task, role)
         with _progress(show_progress_bar, total) as advance:
             vectors = [np.empty((0, self.dimensions), np.float32)]
             for group in self._groups(several, words, single):
@@ -160,6 +166,7 @@ class Embedder:
         query: Embeddable,
         *,
         top_k: int = ...,
+        task: str | None = ...,
         instruction: str | None = ...,
         modalities: Sequence[Modality] | None = ...,
     ) -> list[CorpusHit]: ...
@@ -171,6 +178,7 @@ class Embedder:
         query: Iterable[Embeddable],
         *,
         top_k: int = ...,
+        task: str | None = ...,
         instruction: str | None = ...,
         modalities: Sequence[Modality] | None = ...,
     ) -> list[list[CorpusHit]]: ...
@@ -181,22 +189,26 @@ class Embedder:
         query: Embeddable | Iterable[Embeddable],
         *,
         top_k: int = 10,
+        task: str | None = None,
         instruction: str | None = None,
         modalities: Sequence[Modality] | None = None,
     ) -> list[CorpusHit] | list[list[CorpusHit]]:
         """Return the best targets for one query, or a list of them for each of several queries.
 
         `vectors` is a directory or s3:// URL that `rzen embed` wrote with this model. Queries are inputs as in
-        `encode`. `instruction` goes with those without one of their own. By default it is that of a task which fits the
-        query, and none if the targets have none. `modalities` are those that may be found. Vectors are kept in memory
-        until another directory is searched, or until they change.
+        `encode`. `task` is one of `tasks`: it sets the instruction, and the only modality that may be found.
+        `instruction` goes with queries without one of their own. By default it is that of a task which fits the query.
+        There is none if the targets have none. `modalities` are those that may be found, instead of that of `task`.
+        Vectors are kept in memory until another directory is searched, or until they change.
 
-        Raises `UserError` for vectors of another model, and the errors of `encode`.
+        Raises `UserError` for vectors of another model, for an unknown task, and the errors of `encode`.
         """
-        corpus = self._read_corpus(os.fspath(vectors), modalities)
+        named_task = None if task is None else task_of(self.tasks, task, instruction)
+        corpus = self._read_corpus(os.fspath(vectors), modalities or modalities_of(named_task))
         corpus.check_made_by(self.made_by, str(self.adapter or self.base))
         several, single = several_of(query)
-        asked = corpus.read_queries(several, instruction, self.processor.visual_pixels, self._endpoint)
+        words = corpus.instruction_of(named_task) if named_task else instruction
+        asked = corpus.read_queries(several, words, self.processor.visual_pixels, self._endpoint)
         hits = corpus.nearest(self.encode(asked), top_k)
         return hits[0] if single else hits
 
@@ -270,17 +282,14 @@ def load(
     return Embedder(processor, model, chunk_tokens, media, base=base, adapter=tuned, endpoint=endpoint)
 
 
-def _instruction(instruction: str | None, task: str | None, role: Role) -> str:
+def _instruction(tasks: Mapping[str, NamedTask], instruction: str | None, task: str | None, role: Role) -> str:
     """Return the instruction that these keywords of `encode` ask for."""
     if task is None:
         return instruction or ""
-    if instruction is not None:
-        raise UserError(f"task={task!r}", f"and instruction={instruction!r} are both given", "give one of them")
-    if task not in INSTRUCTIONS:
-        raise UserError(f"task={task!r}", "is not known", f"use {', '.join(INSTRUCTIONS)}, or give an instruction")
+    found = task_of(tasks, task, instruction)
     if role not in ("query", "target"):
         raise UserError(f"role={role!r}", "is not known", "use query or target")
-    return INSTRUCTIONS[task][role == "target"]
+    return found["target_instruction" if role == "target" else "instruction"]
 
 
 def _check_at_most(name: str, value: int | None, most: int | None) -> None:

@@ -86,9 +86,9 @@ def finds_target_modality(scored: DatasetScores) -> FloatArray:
     return np.array(right, dtype=np.float64)
 
 
-def comparison_table(differences: Mapping[str, Difference], first: str, second: str) -> str:
-    """Markdown, in points; bold where 0 is outside the interval."""
-    lines = [f"| dataset | queries | {escape_markdown(second)} - {escape_markdown(first)} |", "| --- | ---: | ---: |"]
+def comparison_table(differences: Mapping[str, Difference], first: str, second: str, title: str = "dataset") -> str:
+    """Markdown, in points; bold where 0 is outside the interval. `title` heads the column of the datasets."""
+    lines = [f"| {title} | queries | {escape_markdown(second)} - {escape_markdown(first)} |", "| --- | ---: | ---: |"]
     for name, one in differences.items():
         text = f"{100 * one.mean:+.1f} [{100 * one.low:+.1f}, {100 * one.high:+.1f}]"
         text = f"**{text}**" if one.low > 0 or one.high < 0 else text

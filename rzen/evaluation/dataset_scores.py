@@ -13,7 +13,7 @@ with the next dataset.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ from pipelines.benchmarks.types import Dataset, Pool, check, read_pool
 from pipelines.errors import UserError
 from pipelines.items.types import as_ids
 from rzen.evaluation.metrics import CUTOFFS, FAMILIES, Relevant, metrics_by_query
-from rzen.evaluation.ranking import Pairs, Ranked, rank_candidates, rank_pools
+from rzen.evaluation.ranking import Kinds, Pairs, Ranked, rank_candidates, rank_pools
 from rzen.evaluation.vectors import NONE, IntArray, Vectors, check_block_by_block, check_width
 
 
@@ -70,6 +70,7 @@ def score_dataset(
     candidates: Vectors,
     *,
     pool: Pool | None = None,
+    kinds: Kinds | None = None,
     num_top: int = 100,
     device: str = "",
     collapse_is_error: bool = True,
@@ -77,8 +78,9 @@ def score_dataset(
     """Score a dataset. Raises `UserError` for whatever would make the scores untrue.
 
     `num_top` is how many candidates files list. `pool` is what `read_pool` gave for a dataset of the same corpus; it is
-    read where it is not given. Without `collapse_is_error`, candidates that are one vector are scored: all tie, which
-    counts against the relevant ones, and a remark reports it.
+    read where it is not given. `kinds` limits the candidates of each query, for queries without pools of their own;
+    `kinds.of_N` is in the order of the pool. Without `collapse_is_error`, candidates that are one vector are scored:
+    all tie, which counts against the relevant ones, and a remark reports it.
     """
     row = dataset.row
     cutoffs = sorted({*CUTOFFS, *row.cutoffs})
@@ -100,7 +102,10 @@ def score_dataset(
     asked_QD = queries.rows[query_rows]
     if dataset.queries[0].pool is None:
         excluded = _excluded(dataset, place_of)
-        ranked = rank_candidates(asked_QD, candidates.rows, relevant, excluded=excluded, num_top=num_top, device=device)
+        by_row = None if kinds is None else replace(kinds, of_N=kinds.of_N[np.argsort(candidate_rows)])
+        ranked = rank_candidates(
+            asked_QD, candidates.rows, relevant, excluded=excluded, kinds=by_row, num_top=num_top, device=device
+        )
     else:
         pools = [place_of.rows(id for id in query.pool or () if id not in query.excluded) for query in dataset.queries]
         ranked = rank_pools(asked_QD, candidates.rows, relevant, pools, num_top=num_top, device=device)

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from rzen.evaluation.metrics import Relevant
@@ -43,6 +44,17 @@ class Pairs:
 
 
 @dataclass(frozen=True, slots=True)
+class Kinds:
+    """Kinds of candidates that queries ask for.
+
+    `of_N` is the kind of each candidate, `[N]`. `asked_QM` is true for the kinds of each query, `[Q, M]`.
+    """
+
+    of_N: IntArray  # noqa: N815  a shape
+    asked_QM: npt.NDArray[np.bool_]  # noqa: N815
+
+
+@dataclass(frozen=True, slots=True)
 class Ranked:
     """Ranks from 1 of the relevant candidates and how many others tie with each, `[P]`; the first K, `[Q, K]`.
 
@@ -61,6 +73,7 @@ def rank_candidates(
     relevant: Relevant,
     *,
     excluded: Pairs | None = None,
+    kinds: Kinds | None = None,
     num_top: int = 10,
     device: str = "",
     block_rows: int = 8192,
@@ -68,7 +81,8 @@ def rank_candidates(
 ) -> Ranked:
     """All queries against all candidates, unit vectors of any float type. `device` is a GPU if there is one.
 
-    `excluded` candidates have no rank and count for none. None of them is relevant.
+    `excluded` candidates have no rank and count for none, and so do those of other `kinds` than a query asks for. None
+    of them is relevant.
     """
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     num_queries, num_candidates = len(queries_QD), len(candidates_ND)
@@ -95,6 +109,9 @@ def rank_candidates(
                 scores_BT[query_p[inside_p], column_p[inside_p]] = -torch.inf
                 left_out = slice(excluded_bounds[number], excluded_bounds[number + 1])
                 _leave_out(scores_BT, excluded.query[left_out] - start, excluded.row[left_out] - first)
+                if kinds is not None:
+                    asked_BT = kinds.asked_QM[rows][:, kinds.of_N[first : first + block_rows]]
+                    scores_BT[~torch.from_numpy(asked_BT).to(where)] = -torch.inf
                 above_P[pairs] += _count(scores_BT, query_p, least_P[pairs])
                 level_P[pairs] -= _count(scores_BT, query_p, most_P[pairs])
                 best_QK[rows], rows_QK[rows] = _merge(best_QK[rows], rows_QK[rows], scores_BT, first)

@@ -14,6 +14,7 @@ from typing import Any
 from pipelines.redaction import code_span, escape_markdown, redact_text, redacted
 from pipelines.stored_json import read_json
 from rzen.config import ModelIdentity
+from rzen.evaluation.mixed_pool import ROUTED_HIT
 from rzen.export import sentence_transformers
 from rzen.export.card_metadata import front_matter
 from rzen.families import read_family
@@ -207,18 +208,24 @@ def _run(name: str, recipe: Mapping[str, Any]) -> str:
 def _scores(scores: Mapping[str, Any]) -> str:
     if not scores:
         return "None were given."
-    of_all = {"task": "", "mixed": " of all tasks"}
     head = "| task | metric | % | chance % | queries | candidates | split |\n|---|---|---:|---:|---:|---:|---|"
     rows = [
         f"| {escape_markdown(row['task'])} | {escape_markdown(row['metric'])} |"
         f" {100 * row['value']:.1f} | {100 * row['chance']:.1f} |"
-        f" {row['num_queries']} | {row['num_candidates']}{of_all[row['pool']]} | {row['split']} |"
+        f" {row['num_queries']} | {row['num_candidates']}{_pool(row)} | {row['split']} |"
         for row in scores["rows"]
     ]
     data = scores["settings"].get("data", "unknown")
     return "\n".join(
         [head, *rows, "", f"Measured by `rzen evaluate` on the data with fingerprint {code_span(str(data))}."]
     )
+
+
+def _pool(row: Mapping[str, Any]) -> str:
+    """Return what the candidates of a row are, after their number."""
+    if row["pool"] == "task":
+        return ""
+    return " of the asked modality" if row["metric"] == ROUTED_HIT else " of all tasks"
 
 
 def _limits(

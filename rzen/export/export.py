@@ -23,6 +23,7 @@ from pipelines.errors import UserError
 from pipelines.stored_json import read_json
 from rzen.config import Dtype, ModelConfig, ModelIdentity
 from rzen.embedding.embedder import load
+from rzen.embedding.tasks import TASKS, named_tasks
 from rzen.export import release, sentence_transformers
 from rzen.export.card import CARD, ModelCardData, model_card
 from rzen.inputs.processor import Processor
@@ -56,7 +57,7 @@ class ExportOptions:
     frames: int = 8
     """Frames of a video, for libraries that sample frames and size them by a fixed number. Even."""
     instructions: dict[str, str] = field(default_factory=dict)
-    """Name -> instruction, for `encode(..., prompt_name=...)` of sentence-transformers."""
+    """Name -> instruction, for `task` of rzen and `prompt_name` of sentence-transformers."""
     facts: ModelCardData = field(default_factory=ModelCardData)
     """Contents of the model card."""
 
@@ -102,7 +103,7 @@ def export_model(
         else:
             _write_weights(model, base, folder, options.dtype)
             write_identity(folder, identity, options.dtype, lineage, temperatures)
-            _add_origin(folder / IDENTITY, options.facts)
+            _add_origin(folder / IDENTITY, options)
         if options.format == "rzen_release":
             release.write_files(folder, identity)
         elif options.format == "model" and unsupported_reason is None:
@@ -143,10 +144,15 @@ def write_identity(
     write_json(folder / IDENTITY, content | _with_temperatures(temperatures or {}))
 
 
-def _add_origin(path: Path, facts: ModelCardData) -> None:
-    """Add license and training data, where they are known. Other programs read them there (`rzen.export.mteb`)."""
+def _add_origin(path: Path, options: ExportOptions) -> None:
+    """Add the tasks, and license and training data where they are known. Other programs read them there."""
+    facts = options.facts
     sources = {source for recipe in facts.recipes.values() for source in recipe["data"].get("data", {})}
-    known = {"license": facts.license, "training_data": sorted(sources)}
+    known = {
+        TASKS: named_tasks(options.instructions),
+        "license": facts.license,
+        "training_data": sorted(sources),
+    }
     write_json(path, read_json(path, dict[str, Any]) | {name: value for name, value in known.items() if value})
 
 

@@ -20,8 +20,8 @@ class SuiteReport:
     dataset -> its difference to the model `baseline`. `diagnostics`: model -> dataset -> `modality_gap`,
     `target_modality_accuracy`, `remarks`, optional `changed_by_instruction`. `examples`: model -> dataset -> what it
     answered wrongly. `mixed`: model -> dataset or `mean` -> metric -> its score among the candidates of all datasets.
-    `mixed_comparisons`: as `comparisons`, of the hit@1 there. `mixed_answers`: first and last model -> what the same
-    queries find there.
+    `mixed_comparisons`: model -> metric -> dataset -> the difference of these. `mixed_answers`: first and last model ->
+    what the same queries find there.
     """
 
     suite: str
@@ -31,7 +31,7 @@ class SuiteReport:
     diagnostics: Mapping[str, Mapping[str, Mapping[str, Any]]]
     examples: Mapping[str, Mapping[str, Sequence[Search]]]
     mixed: Mapping[str, Mapping[str, Mapping[str, float]]]
-    mixed_comparisons: Mapping[str, Mapping[str, Difference]]
+    mixed_comparisons: Mapping[str, Mapping[str, Mapping[str, Difference]]]
     mixed_answers: Mapping[str, Sequence[Search]]
 
 

@@ -62,11 +62,13 @@ def test_every_model_is_scored_on_every_task(road: Any) -> None:
         (model, task, pool, metric)
         for model in MODELS
         for task in TASKS
-        for pool, metrics in (("task", ("hit@1", "ndcg@5")), ("mixed", ("hit@1", "asked_modality@1")))
+        for pool, metrics in (("task", ("hit@1", "ndcg@5")), ("mixed", ("hit@1", "asked_modality@1", "routed_hit@1")))
         for metric in metrics
     }
     assert all(0 <= row["value"] <= 1 and row["num_queries"] == 8 for row in rows)
-    assert {(row["pool"], row["num_candidates"]) for row in rows} == {("task", 8), ("mixed", 8 * len(TASKS))}
+    sizes = {(row["pool"], row["metric"] == "routed_hit@1", row["num_candidates"]) for row in rows}
+    kinds = {("mixed", True, 8), ("mixed", True, 16)}  # images are the targets of two tasks
+    assert sizes == {("task", False, 8), ("mixed", False, 8 * len(TASKS))} | kinds
     assert list(dict.fromkeys(row["model"] for row in rows)) == MODELS
     assert (out / "evaluation/results.md").read_text() == markdown_table([Result(**row) for row in rows])
 

@@ -21,6 +21,7 @@ from jobs.serving import search
 from jobs.serving.specs import SearchSpec
 from pipelines.config import DataConfig
 from pipelines.errors import UserError
+from pipelines.instructions import INSTRUCTIONS
 from pipelines.samples import DecodedInput
 from rzen.config import ModelIdentity, PromptConfig, TinyBackbone
 from rzen.embedding.corpus import CorpusHit, read_corpus
@@ -36,7 +37,13 @@ PROMPT = PromptConfig(max_visual_tokens=16)
 def exported(folder: Path, tiny: TinyBackbone = TINY, prompt: PromptConfig = PROMPT) -> rzen.Embedder:
     """An export in `folder`, loaded."""
     base = tiny_checkpoint(folder.with_name(f"{folder.name}-base"), tiny)
-    export_model(base, None, folder, ModelIdentity(prompt=prompt), ExportOptions(dtype="float32"))
+    export_model(
+        base,
+        None,
+        folder,
+        ModelIdentity(prompt=prompt),
+        ExportOptions(dtype="float32", instructions={"bare": "Find it."}),
+    )
     return rzen.load(folder, media=MEDIA)
 
 
@@ -137,6 +144,49 @@ def test_pictures_arrays_and_mixes_are_queries_in_python(folder: Path, model: rz
             model.search("vectors", "x", top_k=wrong)
     with pytest.raises(UserError, match=r"modalities: has 'document'; use image, page, video, text"):
         model.search("vectors", "x", modalities=["document"])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("task", ["text_page", "text_video", "bare"])
+def test_a_task_sets_instruction_and_modality_by_the_table_of_the_model(
+    folder: Path, model: rzen.Embedder, task: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = model.tasks[task]
+    modalities = [known["modality"]] if "modality" in known else None
+    assert known["instruction"] == ("Find it." if task == "bare" else INSTRUCTIONS[task][0])
+    expected = model.search("vectors", WORDS, top_k=4, instruction=known["instruction"], modalities=modalities)
+    assert model.search("vectors", WORDS, top_k=4, task=task) == expected
+    assert {hit.modality for hit in expected} == set(modalities) if modalities else len(expected) == 4
+    result = search.run(spec([WORDS], task=task))
+    assert result["searches"][0]["hits"] == [asdict(hit) for hit in expected]
+    assert main(["search", WORDS, "--vectors", "vectors", "--task", task, "--top-k", "4", "--set", "html=null"]) == 0
+    shown = shown_hits(capsys.readouterr().out)
+    assert shown[:4] == shown[4:] == [(hit.rank, round(hit.score, 3), hit.origin) for hit in expected]
+    (first, *_) = model.search("vectors", WORDS, task=task, modalities=["text"])
+    assert first.modality == "text", "what the caller names wins"
+
+
+def test_an_unknown_task_is_refused_with_the_known_ones(folder: Path, model: rzen.Embedder) -> None:
+    tasks = ", ".join(sorted([*INSTRUCTIONS, "bare"]))
+    problem = f"task='pages': is not known; use {tasks}, or give an instruction"
+    with pytest.raises(UserError, match=problem):
+        model.search("vectors", WORDS, task="pages")
+    with pytest.raises(UserError, match=problem):
+        search.run(spec([WORDS], task="pages"))
+    for find in (
+        lambda: model.search("vectors", WORDS, task="text_page", instruction="Find it."),
+        lambda: search.run(spec([WORDS], task="text_page", instruction="Find it.")),
+    ):
+        with pytest.raises(UserError, match=r"task='text_page': and instruction='Find it.' are both given; give one"):
+            find()
+    with pytest.raises(UserError, match=r"gone/vectors.json: does not exist; run a job of kind embed"):
+        search.run(spec([WORDS], task="text_page", vectors="gone"))
+
+
+def test_a_task_adds_no_instruction_where_the_targets_have_none(folder: Path, model: rzen.Embedder) -> None:
+    data = manifest_of(folder / "vectors")["data"] | {"instructions": False}
+    embed_corpus(model, DataConfig.model_validate(data), folder / "vectors")
+    expected = model.search("vectors", WORDS, instruction="", modalities=["page"])
+    assert model.search("vectors", WORDS, task="text_page") == expected
 
 
 def test_queries_get_the_instruction_that_fits_unless_the_targets_have_none(folder: Path, model: rzen.Embedder) -> None:

@@ -25,6 +25,7 @@ from jobs.serving.specs import ExportSpec
 from pipelines.errors import UserError
 from pipelines.samples import DecodedInput, MediaKind, Visual
 from rzen.config import LoraConfig, MeanSoup, ModelIdentity, PromptConfig, ReadoutConfig, TinyBackbone
+from rzen.embedding.tasks import read_tasks
 from rzen.export.card import ModelCardData
 from rzen.export.export import ExportOptions, Format, export_model, load_encoder, write_identity
 from rzen.export.mteb import experiment, inputs_of, instruction_of, model_revision, with_video_files
@@ -519,6 +520,32 @@ def test_an_export_names_license_and_training_data(tmp_path: Path) -> None:
     known, unknown = (json.loads((tmp_path / name / "rzen.json").read_text()) for name in ("known", "unknown"))
     assert (known["license"], known["training_data"]) == ("apache-2.0", ["abc", "coco"])
     assert {"license", "training_data"}.isdisjoint(unknown)
+
+
+def test_an_export_has_the_table_of_its_tasks(tmp_path: Path) -> None:
+    build_tiny(tmp_path / "base", TINY, iter(TEXTS))
+    options = ExportOptions(instructions={"text_page": "Find the page:", "law": "Find the law:"})
+    export_model(str(tmp_path / "base"), None, tmp_path / "model", ModelIdentity(), options)
+    tasks = read_tasks(tmp_path / "model")
+    assert tasks == json.loads((tmp_path / "model/rzen.json").read_text())["tasks"]
+    assert tasks["text_image"] == read_tasks(tmp_path / "base")["text_image"], (
+        "a model without a table has the project's"
+    )
+    assert tasks["text_page"] == read_tasks(tmp_path / "base")["text_page"] | {"instruction": "Find the page:"}
+    assert tasks["law"] == {"instruction": "Find the law:", "target_instruction": ""}
+    assert {name: task.get("modality") for name, task in tasks.items()} == {
+        "text_image": "image",
+        "text_page": "page",
+        "text_video": "video",
+        "image_text_image": "image",
+        "text_text": "text",
+        "image_class": "text",
+        "law": None,
+    }
+    path = tmp_path / "model/rzen.json"
+    path.write_text(path.read_text().replace('"modality": "page"', '"modality": "sheet"'))
+    with pytest.raises(UserError, match=r"sheet.*export the model again"):
+        read_tasks(tmp_path / "model")
 
 
 def test_wrong_backbones_are_the_users_errors(tmp_path: Path) -> None:

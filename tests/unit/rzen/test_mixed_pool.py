@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from pipelines.benchmarks.join import join_datasets
 from pipelines.benchmarks.types import Dataset, Query, Row
@@ -34,13 +35,19 @@ def dataset(name: str, answers: dict[str, Item], others: Sequence[Item] = ()) ->
     return Dataset(replace(ROW, name=name), queries, [*answers.values(), *others], name)
 
 
-def score(datasets: Sequence[Dataset], axis_of: dict[str, int]) -> dict[str, MixedScores]:
-    """Each query and candidate is the axis that its name has."""
+def score(datasets: Sequence[Dataset], axis_of: dict[str, int | tuple[int, int]]) -> dict[str, MixedScores]:
+    """Each query and candidate is the axis that its name has. Of two axes, it is nearer to the first."""
     joined = join_datasets(datasets)
     axes = np.eye(WIDTH, dtype=np.float32)
 
+    def vector(name: str) -> NDArray[np.float32]:
+        axis = axis_of[name]
+        return (
+            axes[axis] if isinstance(axis, int) else np.float32(0.8) * axes[axis[0]] + np.float32(0.6) * axes[axis[1]]
+        )
+
     def vectors(items: Collection[Item]) -> Vectors:
-        return Vectors.of([item.id for item in items], axes[[axis_of[item.name] for item in items]])
+        return Vectors.of([item.id for item in items], np.stack([vector(item.name) for item in items]))
 
     return score_mixed_pool(
         joined, vectors([query.item for query in joined.dataset.queries]), vectors([*candidates(joined.dataset)])
@@ -55,16 +62,42 @@ def test_a_text_in_front_of_the_picture_that_was_asked_for_is_wrong() -> None:
     """Both own pools are answered perfectly; in the mixed one, the second caption finds the text that says the same."""
     pictures = dataset("images", {"a dog": image("dog"), "a cat": image("cat")})
     sentences = dataset("texts", {"one dog": text("dogs"), "one cat": text("cats")})
-    axis = {"a dog": 0, "dog": 0, "one dog": 1, "dogs": 1, "a cat": 2, "cat": 3, "cats": 2, "one cat": 2}
+    axis = {"a dog": 0, "dog": 0, "one dog": 1, "dogs": 1, "a cat": (2, 3), "cat": 3, "cats": 2, "one cat": 2}
     found = score([pictures, sentences], axis)
     assert {name: one.means for name, one in found.items()} == {
-        "images": {"hit@1": 0.5, "asked_modality@1": 0.5},
-        "texts": {"hit@1": 1.0, "asked_modality@1": 1.0},
+        "images": {"hit@1": 0.5, "asked_modality@1": 0.5, "routed_hit@1": 1.0},
+        "texts": {"hit@1": 1.0, "asked_modality@1": 1.0, "routed_hit@1": 1.0},
     }
     assert found["images"].num_candidates == 4
-    assert found["images"].chance == {"hit@1": 1 / 4, "asked_modality@1": 2 / 4}
-    assert mixed_means(found)["mean"] == {"hit@1": 0.75, "asked_modality@1": 0.75}
-    assert mixed_table({"m": found}).splitlines()[2] == "| images | 50.0 | 50.0 |"
+    assert found["images"].chance == {"hit@1": 1 / 4, "asked_modality@1": 2 / 4, "routed_hit@1": 1 / 2}
+    assert [found["images"].candidates_of(metric) for metric in ("hit@1", "routed_hit@1")] == [4, 2]
+    assert mixed_means(found)["mean"] == {"hit@1": 0.75, "asked_modality@1": 0.75, "routed_hit@1": 1.0}
+    assert mixed_table({"m": found}).splitlines()[2] == "| images | 50.0 | 50.0 | 100.0 |"
+
+
+def test_routed_score_keeps_wrong_candidates_of_the_asked_kind() -> None:
+    """Another task's picture is still in the way, and a task whose candidates are of two kinds asks for both."""
+    pictures = dataset("images", {"a dog": image("dog")}, [image("cat")])
+    edits = dataset("edits", {"a wolf": image("wolf")}, [text("howl")])
+    sentences = dataset("texts", {"one dog": text("dogs")})
+    axis = {"a dog": 1, "dog": 0, "cat": 2, "wolf": 1, "a wolf": 3, "howl": 3, "one dog": 4, "dogs": 4}
+    found = score([pictures, edits, sentences], axis)
+    routed = {name: one.means["routed_hit@1"] for name, one in found.items()}
+    assert routed == {"images": 0.0, "edits": 0.0, "texts": 1.0}
+    assert {name: one.num_routed for name, one in found.items()} == {"images": 3, "edits": 5, "texts": 2}
+    assert {name: one.chance["routed_hit@1"] for name, one in found.items()} == {
+        "images": 1 / 3,
+        "edits": 1 / 5,
+        "texts": 1 / 2,
+    }
+
+
+def test_what_a_query_shows_is_left_out_of_the_chance_of_its_kind() -> None:
+    pictures = dataset("images", {"a dog": image("dog")}, [image("cat"), image("a dog")])
+    sentences = dataset("texts", {"one dog": text("a dog")})
+    found = score([pictures, sentences], {"a dog": (0, 1), "dog": 1, "cat": 2, "one dog": (0, 1)})
+    assert found["images"].chance["routed_hit@1"] == 1 / 2
+    assert found["images"].means["routed_hit@1"] == 1.0
 
 
 def test_equal_content_is_one_target_whatever_its_instruction() -> None:
@@ -112,11 +145,17 @@ def test_difference_of_two_models_is_paired_by_query() -> None:
     )["images"]
 
     def scores(hits: list[float]) -> dict[str, MixedScores]:
-        return {"images": replace(some, by_query={"hit@1": np.array(hits), "asked_modality@1": np.array(hits)})}
+        other = [1 - hit for hit in hits]
+        by_query = {"hit@1": hits, "asked_modality@1": other, "routed_hit@1": [0.0] * len(hits)}
+        return {"images": replace(some, by_query={name: np.array(values) for name, values in by_query.items()})}
 
-    found = compare_mixed(scores([0, 0, 1, 1] * 50), scores([0, 1, 1, 1] * 50))["images"]
+    differences = compare_mixed(scores([0, 0, 1, 1] * 50), scores([0, 1, 1, 1] * 50))
+    found = differences["hit@1"]["images"]
     assert (found.mean, found.num_queries) == (0.25, 200)
     assert 0.18 < found.low < 0.25 < found.high < 0.32
+    asked = differences["asked_modality@1"]["images"]
+    assert (asked.mean, asked.low, asked.high) == (-found.mean, -found.high, -found.low)
+    assert differences["routed_hit@1"]["images"].high == 0
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])

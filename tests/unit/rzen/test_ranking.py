@@ -8,7 +8,7 @@ import pytest
 
 from pipelines.errors import UserError
 from rzen.evaluation.metrics import metrics_by_query
-from rzen.evaluation.ranking import rank_candidates, top_k
+from rzen.evaluation.ranking import Kinds, rank_candidates, top_k
 from rzen.evaluation.tasks import TASKS, Metric, chance, score_queries
 from rzen.evaluation.vectors import NONE, FloatArray, IntArray, check_block_by_block
 from tests.ranks import rank_of_gold, relevant_of
@@ -51,6 +51,27 @@ def test_blocks_do_not_change_ranks(block_rows: int) -> None:
     scores = queries.astype(np.float64) @ targets.T.astype(np.float64)
     expected = [1 + sum(scores[q, n] > scores[q, g] for n in range(23)) for q, g in enumerate(gold)]
     assert rank_of_gold(queries, targets, gold, block_rows=block_rows).tolist() == expected
+
+
+@pytest.mark.parametrize("block_rows", [1, 3, 1024])
+def test_kinds_leave_out_other_candidates(block_rows: int) -> None:
+    """Ranks and first candidates are those of a pool without the other kinds."""
+    queries, targets = random_unit(6), random_unit(23, seed=1)
+    kind = np.arange(23) % 3
+    asked = np.array([[True, False, False], [False, True, True], [True, True, True]] * 2)
+    gold = np.array([0, 1, 2, 3, 5, 7])
+    relevant = relevant_of(gold[:, None])
+    kinds = Kinds(kind, asked)
+    found = rank_candidates(
+        queries, targets, relevant, kinds=kinds, num_top=23, device="cpu", block_rows=block_rows, query_rows=4
+    )
+    for query in range(6):
+        left = np.flatnonzero(asked[query][kind])
+        own = relevant_of(np.array([[np.flatnonzero(left == gold[query])[0]]]))
+        alone = rank_candidates(queries[[query]], targets[left], own, num_top=23, device="cpu")
+        assert found.rank[query] == alone.rank[0]
+        assert found.rows[query, : len(left)].tolist() == left[alone.rows[0]].tolist()
+        assert (found.rows[query, len(left) :] == NONE).all()
 
 
 def test_ties_go_against_the_relevant_target_wherever_it_stands() -> None:
