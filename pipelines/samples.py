@@ -120,21 +120,62 @@ def _parser() -> TypeAdapter[Sample]:
 
 @dataclass(frozen=True, slots=True)
 class FileRef:
-    """Where the bytes of a member come from: a local file, or one zero-based `page` of a document."""
+    """A file: a local path or an s3:// URL, or one zero-based `page` of a document."""
 
     path: str
     page: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class RawSample:
-    """What a source yields: a sample whose hashes are still empty, and a file for every member it names.
+class ArchiveRef:
+    """A member of a tar or zip at `path`: `num_bytes` from `offset`, which is that of its local header in a zip.
 
-    `split` is set if the data define their own split, and for uncaptioned media.
+    In a zip, `packing` is `stored` or `deflated`.
+    """
+
+    path: str
+    member: str
+    offset: int
+    num_bytes: int
+    packing: Literal["tar", "stored", "deflated"]
+
+
+@dataclass(frozen=True, slots=True)
+class CellRef:
+    """Bytes in a table: a `row` in a `part` (row group or record batch), and the way to the value in that row.
+
+    `column` names columns and fields, and gives positions in lists. `sha256` is that of the bytes.
+    """
+
+    path: str
+    part: int
+    row: int
+    column: tuple[str | int, ...]
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class FramesRef:
+    """A video that is a folder of pictures, in order. `path` is the folder."""
+
+    path: str
+    pictures: tuple[FileRef | ArchiveRef, ...]
+
+
+Reference = FileRef | ArchiveRef | CellRef | FramesRef
+"""Where the bytes of a member are. `pipelines.sources.references` reads all of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class RawSample:
+    """What a source yields: a sample whose hashes are still empty, and a reference for every member it names.
+
+    A member without an extension gets its kind and extension from its bytes, when they are read. `split` is set if the
+    data define their own split, and for uncaptioned media.
     """
 
     sample: Sample
-    files: dict[str, FileRef] = field(default_factory=dict)
+    files: dict[str, Reference] = field(default_factory=dict)
     split: StoredSplit | None = None
 
 

@@ -1,8 +1,9 @@
-"""Job of kind `ingest`: turns a folder of files into shards."""
+"""Job of kind `ingest`: turns a folder of files, or tables, into shards."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from pipelines.ingest.ingest import REPORT_PATH, IngestReport, ingest
 from pipelines.samples import RawSample, Rejected
 from pipelines.shards.manifest import DATASET
 from pipelines.sources.folder import LIST_NAME, caption_line, read_folder
-from pipelines.storage.location import open_store
+from pipelines.sources.table import LARGE_UNIT_BYTES, TableReader, open_table
+from pipelines.sources.table_files import find_table
+from pipelines.storage.location import open_store, resolve_endpoint
 from rzen.config import PromptConfig
 from rzen.families import FAMILIES
 
@@ -25,13 +28,18 @@ LARGEST_PIXELS = PromptConfig().max_visual_tokens * max(family.token_px for fami
 
 def run(spec: IngestSpec) -> dict[str, Any]:
     """Write the dataset and report what became of every sample."""
-    raw = read_folder(spec.input, spec.media, follow_links=spec.follow_links, keep_uncaptioned=spec.keep_uncaptioned)
+    raw: list[Iterable[RawSample | Rejected]] = []
+    if spec.input is not None:
+        follow_links, keep = spec.follow_links, spec.keep_uncaptioned
+        raw.append(read_folder(spec.input, spec.media, follow_links=follow_links, keep_uncaptioned=keep))
+    tables = _open_tables(spec)
     uncaptioned: list[str] = []
     store = open_store(spec.out, spec.endpoint)
-    say(f"  {spec.input} -> {store.url}, {spec.held_out_fraction:.0%} held out")
+    inputs = [*([spec.input] if spec.input else []), *(_described(table) for table in tables)]
+    say(f"  {', '.join(inputs)} -> {store.url}, {spec.held_out_fraction:.0%} held out")
     with hold_output(store, DATASET, "ingests") as lease, ray_cluster(), Bars() as bars:
         report = ingest(
-            _noting(raw, uncaptioned),
+            _noting(chain(*raw, *(table.read_all() for table in tables)), uncaptioned),
             store,
             # Stored pages must be large enough for every model that may read them.
             media=spec.media.for_model(LARGEST_PIXELS) if spec.materialized else spec.media,
@@ -40,16 +48,40 @@ def run(spec: IngestSpec) -> dict[str, Any]:
             samples_per_shard=spec.samples_per_shard,
             materialized=spec.materialized,
             keep_uncaptioned=spec.keep_uncaptioned,
+            endpoint=resolve_endpoint(spec.endpoint),
             on_progress=lambda done, total: bars.update("ingest", done, total),
             before_publish=lease.check,
         )
     _print_report(report)
     if kept := sum(report.accepted.get(UNCAPTIONED, {}).values()):
         say(
-            f"  {kept:,} media and pages without a caption can be searched, but not trained on. To train on"
-            f" them, write {Path(spec.input).absolute() / LIST_NAME} with lines such as {caption_line(uncaptioned[0])}"
+            f"  {kept:,} media and pages without a caption can be searched, but not trained on. To train on them, write"
+            f" {Path(spec.input or '').absolute() / LIST_NAME} with lines such as {caption_line(uncaptioned[0])}"
         )
     return {"outputs": [spec.out], "samples": report.accepted, "rejected": report.rejected}
+
+
+def _open_tables(spec: IngestSpec) -> list[TableReader]:
+    """Return the readers of all sources. Everything that can be wrong with them is reported before a task starts."""
+    endpoint = resolve_endpoint(spec.endpoint)
+    tables = [
+        open_table(name, source, seed=spec.seed, endpoint=endpoint, follow_links=spec.follow_links)
+        for name, source in spec.sources.items()
+    ]
+    for table in tables:
+        largest = max((unit.num_bytes for unit in table.units() if unit.file.format == "parquet"), default=0)
+        if largest > LARGE_UNIT_BYTES:
+            size = f"{largest / 1e6:,.0f} MB"
+            text = (
+                f"{table.name} has row groups of up to {size}, each read as a whole: write smaller ones to save memory"
+            )
+            say(f"  {text}", "yellow")
+    return tables
+
+
+def _described(table: TableReader) -> str:
+    files = f"{len(table.files)} files" if len(table.files) > 1 else table.files[0].url
+    return f"{table.name} ({files}{f', preset {table.preset}' if table.preset else ''})"
 
 
 def _noting(raw: Iterable[RawSample | Rejected], uncaptioned: list[str]) -> Iterator[RawSample | Rejected]:
@@ -61,8 +93,13 @@ def _noting(raw: Iterable[RawSample | Rejected], uncaptioned: list[str]) -> Iter
 
 
 def fingerprint(spec: IngestSpec) -> dict[str, str]:
-    """Return the tag of every raw file by its path."""
-    return open_store(spec.input).tags()
+    """Return the tag of every raw file of the folder by its path, and of every table and archive by its URL."""
+    found = {} if spec.input is None else open_store(spec.input).tags()
+    endpoint = resolve_endpoint(spec.endpoint)
+    for name, source in spec.sources.items():
+        tables = [source.table, *([source.pool.table] if source.pool and source.pool.table else [])]
+        found |= {file.url: file.tag for urls in tables for file in find_table(urls, endpoint, f"sources.{name}.table")}
+    return found
 
 
 def _print_report(report: IngestReport) -> None:

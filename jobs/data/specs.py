@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from jobs.spec.job import JobConfig, Named
 from jobs.spec.kinds import Kind, no_gpus
@@ -13,6 +13,7 @@ from pipelines.config import MediaConfig, NonNegativeInt, PositiveInt
 from pipelines.samples import Split
 from pipelines.shards.mapping import SourceMapping
 from pipelines.sources.emoji import EmojiConfig
+from pipelines.sources.table_config import TableSource
 from pipelines.synthetic.config import CorpusConfig
 
 
@@ -39,12 +40,15 @@ class EmojiSpec(JobConfig):
 
 
 class IngestSpec(JobConfig):
-    """Turn a folder of files into shards, index and manifest."""
+    """Turn a folder of files, or tables, into shards, index and manifest."""
 
     kind: Literal["ingest"]
     """Must be `ingest`."""
-    input: str
-    """Local folder of images, videos and PDFs with captions (see the README of pipelines/)."""
+    input: str | None = None
+    """Local folder of images, videos and PDFs with captions (see the README of pipelines/sources)."""
+    sources: Named[TableSource] = Field(default_factory=dict)
+    """Name of a source -> its table and which columns are query, positive and negatives. `rzen look TABLE` writes it.
+    Samples of `input` and of all sources make one dataset."""
     follow_links: bool = False
     """Whether to read links to files outside of `input`, as download caches have. `false` counts them as
     `outside_folder`."""
@@ -54,7 +58,7 @@ class IngestSpec(JobConfig):
     out: str
     """Directory or s3:// URL of the dataset."""
     endpoint: str | None = None
-    """S3 endpoint of `out`. `null` uses AWS_ENDPOINT_URL from the environment."""
+    """S3 endpoint of `out` and of `sources`. `null` uses AWS_ENDPOINT_URL from the environment."""
     held_out_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Fraction of the samples that is held out for evaluation. Samples with the same target stay together."""
     samples_per_shard: PositiveInt = 1000
@@ -66,6 +70,12 @@ class IngestSpec(JobConfig):
     files. Reading clips and dense pages is then cheaper, but `frames`, `fps` and `page_pixels` are fixed."""
     media: MediaConfig = MediaConfig()
     """Limits for opening files."""
+
+    @model_validator(mode="after")
+    def _reads_something(self) -> IngestSpec:
+        if self.input is None and not self.sources:
+            raise ValueError("has neither `input` nor `sources`")
+        return self
 
 
 class IndexSource(SourceMapping):
@@ -122,11 +132,12 @@ INGEST = Kind(
     name="ingest",
     spec=IngestSpec,
     run="jobs.data.ingest:run",
-    reads={"input": "folder of files"},
+    reads={"input": "folder of files", "sources": "tables"},
     makes={"out": "dataset: shards, indices, report, manifest"},
     fingerprint="jobs.data.ingest:fingerprint",
-    local="reads a local folder on every node",
+    local="reads local files on every node",
     no_effect=(
+        NoEffect("keep_uncaptioned", lambda spec: spec.input is None, "rows of tables have both sides"),
         NoEffect("media.page_pixels", lambda spec: not spec.materialized, "pages are stored as they are"),
         NoEffect("media.frames", lambda spec: not spec.materialized, "videos are stored as they are"),
         NoEffect("media.fps", lambda spec: not spec.materialized, "videos are stored as they are"),

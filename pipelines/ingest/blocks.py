@@ -1,7 +1,7 @@
 """Which samples form which shard: duplicates, splits, order and keys, before any file is read.
 
 Everything here is a pure function of the raw samples and the seed. Files are identified by name: equal files with
-different names count as different.
+different names count as different. Bytes in tables are identified by their content.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import get_args
 
-from pipelines.samples import FileRef, Input, RawSample, StoredSplit
+from pipelines.samples import CellRef, Input, RawSample, Reference, StoredSplit
+from pipelines.sources.references import identity
 
 TRAIN, HELD_OUT, UNCAPTIONED = get_args(StoredSplit)
+_TOP = Path("/")
 _MIN_TRAIN_SAMPLES = 2  # one sample has nothing to be contrasted with
 
 
@@ -35,26 +37,20 @@ class Block:
         return f"{self.split}/{self.source}/{self.source}-{self.ordinal:06d}.tar"
 
 
-def pair_identity(raw: RawSample, root: str = "/") -> str:
-    """Identify a sample by instruction, texts and files. Files are relative to `root`, so that raw data may move."""
+def pair_identity(raw: RawSample, root: Path = _TOP) -> str:
+    """Identify a sample by instruction, texts and media. Files are relative to `root`, so that raw data may move."""
     inputs = [_input_identity(part, raw.files, root) for part in (raw.sample.query, raw.sample.positive)]
     return json.dumps([raw.sample.instruction, *inputs], ensure_ascii=False)
 
 
-def _input_identity(part: Input, files: dict[str, FileRef], root: str) -> str:
-    names: list[tuple[str, str, int | None]] = []
-    for media in part.media:
-        if ref := files.get(media.member):
-            names.append((media.kind, os.path.relpath(ref.path, root), ref.page))
-        else:
-            names.append((media.kind, "", None))
+def _input_identity(part: Input, files: dict[str, Reference], root: Path) -> str:
+    names = [(media.kind, *identity(files.get(media.member), root)) for media in part.media]
     return json.dumps([part.text, names], ensure_ascii=False)
 
 
 def plan_blocks(samples: list[RawSample], held_out_fraction: float, seed: int, samples_per_shard: int) -> list[Block]:
     """Split, shuffle and cut each source into blocks. Keys count the samples of a source in a split from 0."""
-    folders = {str(Path(ref.path).absolute().parent) for raw in samples for ref in raw.files.values()}
-    root = os.path.commonpath(folders) if folders else "/"
+    root = _shared_folder(samples)
     by_source: dict[str, list[RawSample]] = defaultdict(list)
     for raw in samples:
         by_source[raw.sample.source].append(raw)
@@ -68,7 +64,14 @@ def plan_blocks(samples: list[RawSample], held_out_fraction: float, seed: int, s
     return blocks
 
 
-def _split(samples: list[RawSample], fraction: float, seed: int, root: str) -> dict[str, list[RawSample]]:
+def _shared_folder(samples: list[RawSample]) -> Path:
+    """Return the deepest folder that holds all local files."""
+    paths = {ref.path for raw in samples for ref in raw.files.values() if not isinstance(ref, CellRef)}
+    folders = {str(Path(path).absolute().parent) for path in paths if not path.startswith("s3://")}
+    return Path(os.path.commonpath(folders)) if folders else _TOP
+
+
+def _split(samples: list[RawSample], fraction: float, seed: int, root: Path) -> dict[str, list[RawSample]]:
     """Split the samples of a source, as they say or at random.
 
     Of the n samples that name no split, round(fraction * n) are held out, or fewer: samples with the same target stay

@@ -40,6 +40,7 @@ from pipelines.shards.manifest import (
 )
 from pipelines.shards.write import write_shard
 from pipelines.sources.folder import LIST_NAME, caption_line
+from pipelines.sources.references import ReferenceReader
 from pipelines.storage.publish import claim
 from pipelines.storage.store import Store, disk_errors
 
@@ -101,11 +102,12 @@ def ingest(
     samples_per_shard: int,
     materialized: bool = False,
     keep_uncaptioned: bool = False,
+    endpoint: str | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     before_publish: Callable[[], None] = lambda: None,
 ) -> IngestReport:
     """Write the splits `train` and `held_out` and `report.json` below `out`. `on_progress` gets (done, all) samples.
-    `before_publish` is called when all shards are stored, and may raise.
+    `before_publish` is called when all shards are stored, and may raise. `endpoint` is that of raw media at s3:// URLs.
 
     With `keep_uncaptioned`, there is the split `uncaptioned`, too, and `train` may be empty. Otherwise an earlier
     split of that name becomes empty.
@@ -129,7 +131,7 @@ def ingest(
     splits = [TRAIN, HELD_OUT]
     if keep_uncaptioned or is_stored(out, UNCAPTIONED):
         splits.append(UNCAPTIONED)
-    manifests = _manifests(splits, blocks, _run(blocks, out, media, materialized, on_progress), report)
+    manifests = _manifests(splits, blocks, _run(blocks, out, media, materialized, endpoint, on_progress), report)
     assert report.num_accepted + report.num_rejected == report.seen
     report.elapsed_s = round(time.monotonic() - started_s, 3)
     if not report.accepted[TRAIN] and not report.accepted.get(UNCAPTIONED):
@@ -178,6 +180,7 @@ def _run(
     out: Store,
     media: MediaConfig,
     materialized: bool,
+    endpoint: str | None,
     on_progress: Callable[[int, int], None] | None,
 ) -> list[WrittenShard]:
     """Run one Ray task for each block. Raises the first `UserError` of a task."""
@@ -190,7 +193,9 @@ def _run(
     num_done, num_samples = 0, sum(len(block.samples) for block in blocks)
     with ray.data.DataContext.current(context):
         results = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-            _task, fn_kwargs={"out": out, "media": media, "materialized": materialized}, num_cpus=1
+            _task,
+            fn_kwargs={"out": out, "media": media, "materialized": materialized, "endpoint": endpoint},
+            num_cpus=1,
         )
         for row in results.iter_rows():
             outcome: WrittenShard = pickle.loads(row["outcome"])
@@ -203,32 +208,41 @@ def _run(
     return sorted(outcomes, key=lambda outcome: outcome.block_index)
 
 
-def _task(row: dict[str, Any], out: Store, media: MediaConfig, materialized: bool) -> dict[str, bytes]:
+def _task(
+    row: dict[str, Any], out: Store, media: MediaConfig, materialized: bool, endpoint: str | None
+) -> dict[str, bytes]:
     """Return a `UserError` as a value: if raised, Ray would wrap it, retry the task and log tracebacks."""
     try:
-        outcome = make_shard(row["index"], pickle.loads(row["block"]), out, media, materialized)
+        outcome = make_shard(row["index"], pickle.loads(row["block"]), out, media, materialized, endpoint)
     except UserError as error:
         outcome = WrittenShard(row["index"], error=error)
     return {"outcome": pickle.dumps(outcome)}
 
 
 def make_shard(
-    block_index: int, block: Block, out: Store, media: MediaConfig, materialized: bool = False
+    block_index: int,
+    block: Block,
+    out: Store,
+    media: MediaConfig,
+    materialized: bool = False,
+    endpoint: str | None = None,
 ) -> WrittenShard:
     """Load, check and store the samples of one block, with one sample in memory at a time."""
     rejected: list[Rejected] = []
 
-    def usable() -> Iterator[tuple[Sample, Members]]:
+    def usable(reader: ReferenceReader) -> Iterator[tuple[Sample, Members]]:
+        reader.prepare(block.samples)
         for raw in block.samples:
             try:
-                yield load_sample(raw, media, materialized=materialized)
+                yield load_sample(raw, media, materialized=materialized, reader=reader)
             except BadMedia as error:
                 rejected.append(Rejected(raw.sample.origin or raw.sample.key, error.reason, error.detail))
 
     place = tempfile.gettempdir()
     with disk_errors(place), tempfile.TemporaryDirectory(prefix="rzen-shard-", dir=place) as folder:
         local = Path(folder, Path(block.path).name)
-        shard = write_shard(local, usable())
+        with ReferenceReader(media, endpoint) as reader:
+            shard = write_shard(local, usable(reader))
         if shard.num_samples == 0:
             return WrittenShard(block_index, None, tuple(rejected))
         path = f"{block.path.removesuffix('.tar')}-{shard.sha256[:DIGEST_CHARS]}.tar"

@@ -1,4 +1,4 @@
-"""Raw files to the members of a sample: read a file, extract its page, and decode it once as a check.
+"""Raw media to the members of a sample: read the bytes, extract a page, and decode them once as a check.
 
 This module imports quickly, because the sandbox child that decodes untrusted files imports it too.
 """
@@ -13,33 +13,82 @@ from pipelines.config import MediaConfig
 from pipelines.errors import BadMedia
 from pipelines.media.decode import decode_pixels
 from pipelines.media.documents import extract_page
-from pipelines.media.files import read_file
-from pipelines.media.materialized import SUFFIX, materialize
+from pipelines.media.materialized import SUFFIX, join_frames, materialize
 from pipelines.media.sandbox import Sandbox
-from pipelines.samples import Media, MediaKind, Members, RawSample, Sample
+from pipelines.media.signatures import NUM_BYTES, sniff
+from pipelines.samples import (
+    ArchiveRef,
+    CellRef,
+    FileRef,
+    Media,
+    MediaKind,
+    Members,
+    RawSample,
+    Reference,
+    Sample,
+)
 from pipelines.shards.index import with_hashes
+from pipelines.sources.references import ReferenceReader
 
 
-def load_sample(raw: RawSample, config: MediaConfig, *, materialized: bool = False) -> tuple[Sample, Members]:
+def load_sample(
+    raw: RawSample, config: MediaConfig, *, materialized: bool = False, reader: ReferenceReader | None = None
+) -> tuple[Sample, Members]:
     """Return the sample with its hashes, and its members. A killable child has decoded each of them.
 
     Members are original files or single pages, or with `materialized` the frames of a video and the image of a page.
-    Raises `BadMedia` for the first bad member: missing_file, unreadable_file, too_many_bytes, and the reasons of
-    `pipelines.media`.
+    A video of pictures becomes one file. A member without an extension gets kind and extension from its bytes. Raises
+    `BadMedia` for the first bad member: missing_file, unreadable_file, too_many_bytes, unsupported_format, the reasons
+    of `ReferenceReader` and those of `pipelines.media`.
     """
+    if reader is None:
+        with ReferenceReader(config) as own:
+            return load_sample(raw, config, materialized=materialized, reader=own)
     members: Members = {}
+    stored: dict[str, Media] = {}
     for media in (media for part in raw.sample.inputs() for media in part.media):
         if media.member not in raw.files:
             raise BadMedia("missing_file", f"no file is given for {media.member}")
         ref = raw.files[media.member]
         try:
-            data = read_file(ref.path, config)
-            content = _sandbox(config).call(stored_content, media.kind, data, ref.page, config, materialized)
+            stored[media.member], data = _loaded(media, ref, reader, config, materialized)
         except BadMedia as error:
-            raise BadMedia(error.reason, f"{ref.path}: {error.detail}".removesuffix(": ")) from error
-        members[_stored_media(media, materialized).member] = content or data
-    sample = _with_media(raw.sample, lambda media: _stored_media(media, materialized))
+            raise BadMedia(error.reason, f"{_shown(ref)}: {error.detail}".removesuffix(": ")) from error
+        members[stored[media.member].member] = data
+    sample = _with_media(raw.sample, lambda media: stored[media.member])
     return with_hashes(sample, members), members
+
+
+def _loaded(
+    media: Media, ref: Reference, reader: ReferenceReader, config: MediaConfig, materialized: bool
+) -> tuple[Media, bytes]:
+    """Return a medium as it is stored, and its bytes."""
+    data = reader.read(ref)
+    if isinstance(data, list):
+        video = _sandbox(config).call(join_frames, data, config, materialized)
+        return Media("video", f"{media.member}.{SUFFIX['video']}"), video
+    page = ref.page if isinstance(ref, FileRef) else None
+    if "." not in media.member:
+        media = _named(media, data)
+        page = 0 if media.kind == "document" else None
+    content = _sandbox(config).call(stored_content, media.kind, data, page, config, materialized)
+    return _stored_media(media, materialized), content or data
+
+
+def _named(media: Media, data: bytes) -> Media:
+    if not data:
+        raise BadMedia("empty_file")
+    found = sniff(data[:NUM_BYTES])
+    if found is None:
+        raise BadMedia("unsupported_format", f"begins with {data[:8]!r}")
+    return Media(found[0], media.member + found[1])
+
+
+def _shown(ref: Reference) -> str:
+    """Return where a medium is, for messages."""
+    if isinstance(ref, CellRef):
+        return f"{ref.path} part {ref.part} row {ref.row} {'.'.join(map(str, ref.column))}"
+    return f"{ref.path} {ref.member}" if isinstance(ref, ArchiveRef) else ref.path
 
 
 def stored_content(kind: MediaKind, data: bytes, page: int | None, config: MediaConfig, materialized: bool) -> bytes:

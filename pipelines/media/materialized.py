@@ -13,7 +13,10 @@ from fractions import Fraction
 import av
 from PIL import Image
 
+from pipelines.config import MediaConfig
 from pipelines.errors import BadMedia
+from pipelines.media.images import decode_image
+from pipelines.media.videos import uniform_indices
 from pipelines.samples import MediaKind, UInt8Array
 
 SUFFIX: dict[MediaKind, str] = {"video": "avi", "document": "webp"}
@@ -29,6 +32,22 @@ def materialize(kind: MediaKind, frames_THWC: UInt8Array, times_s: Sequence[floa
     if kind == "document":
         return _page(frames_THWC[0])
     return _motion_jpeg(frames_THWC, _rate(times_s))
+
+
+def join_frames(pictures: Sequence[bytes], config: MediaConfig, materialized: bool) -> bytes:
+    """Encode a video that is a folder of pictures as Motion JPEG: all of them, or with `materialized` `config.frames`.
+
+    When they were shown is unknown: one a second is our choice. Raises `BadMedia`: unequal_frames, too_many_frames, and
+    the reasons of images.
+    """
+    if len(pictures) > config.max_video_frames:
+        raise BadMedia("too_many_frames", f"{len(pictures)} pictures, at most {config.max_video_frames}")
+    kept = uniform_indices(len(pictures), config.frames) if materialized else range(len(pictures))
+    frames = [decode_image(pictures[number], config, config.image_pixels) for number in kept]
+    shapes = {f"{frame.shape[1]} x {frame.shape[0]}" for frame in frames}
+    if len(shapes) != 1:
+        raise BadMedia("unequal_frames", f"frames of {', '.join(sorted(shapes)) or 'no picture'}")
+    return _motion_jpeg(frames, Fraction(1))
 
 
 def is_page_image(data: bytes) -> bool:
@@ -51,11 +70,11 @@ def _rate(times_s: Sequence[float]) -> Fraction:
     return Fraction((len(times_s) - 1) / span_s).limit_denominator(100_000) if span_s > 0 else Fraction(1)
 
 
-def _motion_jpeg(frames_THWC: UInt8Array, rate: Fraction) -> bytes:
+def _motion_jpeg(frames_THWC: UInt8Array | Sequence[UInt8Array], rate: Fraction) -> bytes:
     sink = io.BytesIO()
     with av.open(sink, "w", format="avi", options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream("mjpeg", rate=rate)
-        stream.height, stream.width = frames_THWC.shape[1:3]
+        stream.height, stream.width = frames_THWC[0].shape[:2]
         stream.pix_fmt = "yuvj420p"
         for number, frame_HWC in enumerate(frames_THWC):
             picture = io.BytesIO()

@@ -34,7 +34,18 @@ from pipelines.instructions import INSTRUCTIONS
 from pipelines.media.documents import page_texts
 from pipelines.media.files import KINDS, split_page
 from pipelines.media.sandbox import Sandbox
-from pipelines.samples import SOURCE_PATTERN, FileRef, Input, Media, MediaKind, RawSample, Rejected, Sample, Split
+from pipelines.samples import (
+    SOURCE_PATTERN,
+    FileRef,
+    Input,
+    Media,
+    MediaKind,
+    RawSample,
+    Reference,
+    Rejected,
+    Sample,
+    Split,
+)
 from pipelines.sources.passages import choose_passages
 from pipelines.sources.tree import FolderTree, list_folder
 from pipelines.texts import MAX_TEXT_BYTES, bounded_lines, decode_text, encoding_of, lines_of
@@ -250,7 +261,7 @@ def _listed(tree: FolderTree, folder: str, line: _Line, origin: str, captioned: 
         pair = _captioned(tree, file, line.page, texts[0])
     else:
         (query, query_ref), (target, target_ref) = _medium(tree, "q0", query_file), _medium(tree, "p0", file)
-        files = {query.member: query_ref, target.member: target_ref}
+        files: dict[str, Reference] = {query.member: query_ref, target.member: target_ref}
         pair = _sample("image_text_image", Input(texts[0], (query,)), Input(media=(target,)), files, file)
     options = {name: getattr(line, name) for name in _OPTIONS if getattr(line, name) is not None}
     return replace(pair, sample=replace(pair.sample, **options), split=line.split)
@@ -286,7 +297,7 @@ def _medium(tree: FolderTree, slot: str, name: str, page: int | None = None) -> 
     return Media(kind, slot + posixpath.splitext(name)[1].lower()), ref
 
 
-def _sample(form: str, query: Input, positive: Input, files: dict[str, FileRef], origin: str) -> RawSample:
+def _sample(form: str, query: Input, positive: Input, files: dict[str, Reference], origin: str) -> RawSample:
     instruction, target_instruction = INSTRUCTIONS[form]
     sample = Sample(
         key="",

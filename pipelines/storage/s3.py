@@ -146,7 +146,7 @@ class S3Store(Store):
         self._call(path, put)
 
     def download(self, path: str, local_file: Path) -> None:
-        head = self._call(path, lambda client: client.head_object(Bucket=self.bucket, Key=self._key(path)))
+        head = self._head(path)
         num_bytes, tag = head["ContentLength"], head["ETag"]
 
         def copy_part(temporary: Path, offset: int) -> None:
@@ -174,9 +174,14 @@ class S3Store(Store):
 
         return self._call(prefix, scan)
 
+    def tag(self, path: str) -> str:
+        return str(self._head(path)["ETag"])
+
     def size(self, path: str) -> int:
-        head = self._call(path, lambda client: client.head_object(Bucket=self.bucket, Key=self._key(path)))
-        return int(head["ContentLength"])
+        return int(self._head(path)["ContentLength"])
+
+    def _head(self, path: str) -> dict[str, Any]:
+        return self._call(path, lambda client: client.head_object(Bucket=self.bucket, Key=self._key(path)))
 
     def walk(self, prefix: str = "") -> Iterator[str]:
         folder, root = (f"{key}/".lstrip("/") for key in (self._key(prefix), self.prefix))

@@ -59,6 +59,17 @@ def expand_braces(url: str) -> Iterator[str]:
             yield f"{head}{choice}{rest}"
 
 
+def is_glob(name: str) -> bool:
+    """Return whether a name has characters of a pattern."""
+    return bool(_GLOB.search(name))
+
+
+def fits_glob(path: str, pattern: str) -> bool:
+    """Return whether a path matches a pattern. A `*` stays within its folder, as in a shell."""
+    parts, patterns = path.split("/"), pattern.split("/")
+    return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
+
+
 def _choices(inside: str, url: str) -> Iterator[str]:
     if "," in inside:
         yield from inside.split(",")
@@ -89,9 +100,9 @@ def _matching(url: str, listed: Callable[[str], _Listing]) -> dict[str, str]:
     parts = url.split("/")
     for depth, part in enumerate(parts):
         # Folders before a pattern may have brackets in their names.
-        if not hits and _GLOB.search(part):
+        if not hits and is_glob(part):
             listing = listed("/".join(parts[:depth]) or ("." if depth == 0 else "/"))
-            hits = listing.absolute(path for path in listing.tags if _fits(path.split("/"), parts[depth:]))
+            hits = listing.absolute(path for path in listing.tags if fits_glob(path, "/".join(parts[depth:])))
     if not hits:
         problem = "there is no such shard" if _is_tar(url) else "holds no .tar"
         raise UserError(url, problem, "name tars, a folder of them, a glob like s3://bucket/a/*.tar, or {000..099}")
@@ -111,8 +122,3 @@ def _named(url: str, listed: Callable[[str], _Listing]) -> dict[str, str]:
 
 def _is_tar(name: str) -> bool:
     return name.lower().endswith(".tar")
-
-
-def _fits(parts: list[str], pattern: list[str]) -> bool:
-    """Return whether a path matches. A `*` stays within its folder, as in a shell."""
-    return len(parts) == len(pattern) and all(map(fnmatchcase, parts, pattern))

@@ -91,6 +91,10 @@ class Store(ABC):
         """
 
     @abstractmethod
+    def tag(self, path: str) -> str:
+        """Return the tag of an object, as `tags` lists it. Raises `FileNotFoundError`."""
+
+    @abstractmethod
     def size(self, path: str) -> int:
         """Return the bytes of an object. Raises `FileNotFoundError`."""
 
@@ -294,6 +298,10 @@ class LocalStore(Store):
             files = (file for file in start.rglob("*") if not is_partial(file.relative_to(start)))
             stats = {file.relative_to(self.root).as_posix(): file.stat() for file in files if file.is_file()}
         return {path: _tag(stat) for path, stat in sorted(stats.items())}
+
+    def tag(self, path: str) -> str:
+        with disk_errors(self._at(path)):
+            return _tag(self._at(path).stat())
 
     def size(self, path: str) -> int:
         with disk_errors(self._at(path)):

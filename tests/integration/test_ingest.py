@@ -5,6 +5,7 @@ import json
 import subprocess
 import time
 import uuid
+import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,6 +17,7 @@ import pymupdf
 import pytest
 from PIL import Image
 
+from jobs.cli import main
 from jobs.runtime.local_s3 import free_port
 from pipelines.config import DataConfig, MediaConfig
 from pipelines.errors import UserError
@@ -28,6 +30,7 @@ from pipelines.shards.manifest import read_manifest
 from pipelines.shards.verify import verify
 from pipelines.storage.location import open_store
 from pipelines.storage.store import Store
+from tests.tables import picture, write_pictures, write_table
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 MEDIA = MediaConfig(frames=2, page_pixels=40_000)
@@ -329,3 +332,61 @@ def test_sources_that_cannot_be_are_reported(tmp_path: Path) -> None:
         run([raw, replace(raw, sample=replace(raw.sample, task="i2t"))], out)
     with pytest.raises(UserError, match="is not a folder name"):
         run([replace(raw, sample=replace(raw.sample, source="../x"))], out)
+
+
+def test_tables_of_several_layouts_and_a_folder_become_one_dataset(tmp_path: Path) -> None:
+    """Bytes in Parquet, paths in a zip, texts in CSV, frames, and files with captions, in one job that is repeated."""
+    pictures = [{"caption": f"cell {n}", "image": {"bytes": picture(n, "JPEG"), "path": "1.png"}} for n in range(6)]
+    pictures.append({"caption": "damaged", "image": {"bytes": picture(6, "JPEG")[:300], "path": "1.jpg"}})
+    cells = write_table(tmp_path / "cells.parquet", pictures, row_group_size=2)
+    with zipfile.ZipFile(tmp_path / "images.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for n in range(3):
+            archive.writestr(f"images/{n}.bin", picture(20 + n))
+    listed = [{"qry": f"<|image_1|> q {n}", "pic": f"images/{n}.bin", "pos_text": f"answer {n}"} for n in range(4)]
+    lines = write_table(tmp_path / "lines.jsonl", listed)
+    pairs = write_table(tmp_path / "pairs.csv", [{"sent0": f"a {n}", "sent1": f"b {n}"} for n in range(3)])
+    write_pictures(tmp_path, "frames/v/1.jpg", "frames/v/2.jpg")
+    clips = write_table(tmp_path / "clips.json", [{"text": "a clip", "video": "frames/v"}])
+    write_images(tmp_path / "raw", 2)
+    for n in range(2):
+        (tmp_path / f"raw/{n:04d}.txt").write_text(f"file {n}")
+    spec = {
+        "kind": "ingest",
+        "input": str(tmp_path / "raw"),
+        "out": str(tmp_path / "out"),
+        "held_out_fraction": 0.0,
+        "samples_per_shard": 4,
+        "sources": {
+            "cells": {"table": cells, "query": {"text": "caption"}, "positive": {"media": "image"}},
+            "lines": {
+                "table": lines,
+                "media_root": str(tmp_path / "images.zip"),
+                "query": {"text": "qry", "media": "pic"},
+                "positive": {"text": "pos_text"},
+            },
+            "pairs": {"table": pairs},
+            "clips": {"table": clips, "query": {"text": "text"}, "positive": {"media": "video"}},
+        },
+    }
+    (tmp_path / "spec.yaml").write_text(json.dumps(spec))
+    assert main(["run", str(tmp_path / "spec.yaml")]) == 0
+    out = open_store(str(tmp_path / "out"))
+    report = json.loads(out.read("report.json"))
+    assert report["accepted"]["train"] == {"cells": 6, "clips": 1, "lines": 3, "pairs": 3, "text_image": 2}
+    assert report["rejected"] == {"corrupt_image": 1, "missing_file": 1}
+    assert report["seen"] == 17
+    assert {source: info.task for source, info in read_manifest(out, "train").sources.items()} == {
+        **{"cells": "text_image", "clips": "text_video", "lines": "image_text_text"},
+        **{"pairs": "text_text", "text_image": "text_image"},
+    }
+    found = {sample.query.text: (sample, members) for sample, members in stored(out, "train")}
+    assert found["cell 3"][1] == {"p0.jpg": picture(3, "JPEG")}
+    assert found["q 2"][1] == {"q0.png": picture(22)}
+    assert list(found["a clip"][1]) == ["p0.avi"]
+    once = snapshot(out)
+    assert main(["run", str(tmp_path / "spec.yaml")]) == 0
+    assert snapshot(out) == once
+    spec["sources"]["pairs"]["query"] = {"text": "sent"}  # type: ignore[index]
+    (tmp_path / "spec.yaml").write_text(json.dumps(spec))
+    assert main(["run", str(tmp_path / "spec.yaml")]) == 1
+    assert snapshot(out) == once

@@ -193,7 +193,7 @@ def test_kinds_are_listed_for_people_and_scripts(capsys: pytest.CaptureFixture[s
     assert [kind["kind"] for kind in listed] == list(kind_names())
     assert all(kind["kind"] in text and kind["summary"] in text for kind in listed)
     (ingest,) = [kind for kind in listed if kind["kind"] == "ingest"]
-    assert ingest["reads"] == {"input": "folder of files"}
+    assert ingest["reads"] == {"input": "folder of files", "sources": "tables"}
 
 
 def test_verify_prints_json_for_scripts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

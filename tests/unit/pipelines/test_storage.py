@@ -35,6 +35,7 @@ from jobs.runtime.local_s3 import free_port
 from pipelines.errors import UserError
 from pipelines.storage.faults import PATIENCE, Attempts, brief_patience, note_answer, remedy_of
 from pipelines.storage.location import localize, open_store
+from pipelines.storage.ranged import open_binary
 from pipelines.storage.store import LocalStore, Store
 from tests.faults.s3_proxy import Fault, StormyProxy
 
@@ -113,6 +114,33 @@ def test_missing_objects_are_file_not_found(store: Store, tmp_path: Path) -> Non
         with pytest.raises(FileNotFoundError):
             attempt()
     assert not (tmp_path / "copy").exists()
+
+
+def test_an_object_is_a_file_that_can_be_read_from_any_position(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = bytes(range(256)) * 10
+    store.write("a/file.bin", content)
+    assert store.tag("a/file.bin") == store.tags()["a/file.bin"]
+    if endpoint := getattr(store, "endpoint", None):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    with open_binary(f"{store.url}/a/file.bin") as file:
+        assert file.read(3) == content[:3]
+        assert file.seek(-10, 2) == len(content) - 10
+        assert file.read() == content[-10:]
+        assert file.read() == b""
+        assert file.seek(100) == 100
+        assert file.read(50) == content[100:150]
+    with pytest.raises(FileNotFoundError):
+        open_binary(f"{store.url}/a/gone.bin")
+
+
+def test_an_object_that_is_replaced_between_two_reads_is_an_error(bucket_url: str, s3_endpoint: str) -> None:
+    store = open_store(bucket_url, s3_endpoint)
+    store.write("t.bin", b"one")
+    file = open_binary(f"{bucket_url}/t.bin", s3_endpoint, buffered=False)
+    assert file.read(1) == b"o"
+    store.write("t.bin", b"two")
+    with pytest.raises(UserError, match=r"t\.bin: was replaced while it was read"):
+        file.read(1)
 
 
 def test_a_range_past_the_end_is_reported(store: Store) -> None:

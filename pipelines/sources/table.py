@@ -1,0 +1,271 @@
+"""A table as a source of samples: opened and checked once, then read by units anywhere.
+
+    open_table(name, settings) -> TableReader: files, columns, preset, media roots and first rows are checked
+    reader.units()             -> parts of the files; no row is read
+    reader.read(unit)          -> RawSample or Rejected for each row; needs nothing but the reader, which pickles
+
+Nothing holds the bytes of media: samples have references to them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import heapq
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain, islice
+
+from pipelines.config import MediaConfig
+from pipelines.errors import BadMedia, UserError
+from pipelines.media.signatures import NUM_BYTES, sniff
+from pipelines.samples import FileRef, MediaKind, RawSample, Reference, Rejected
+from pipelines.sources.mapper import RowMapper, selectors_of
+from pipelines.sources.mbeir_prompts import MbeirPrompts
+from pipelines.sources.media_roots import MediaRoots, media_roots
+from pipelines.sources.pool import PoolReader
+from pipelines.sources.presets import choose_preset
+from pipelines.sources.references import ReferenceReader
+from pipelines.sources.selectors import Row, parse_selector
+from pipelines.sources.table_config import FromPrompts, TableSource, with_settings
+from pipelines.sources.table_files import TableFile, absolute, find_table
+from pipelines.sources.table_rows import list_columns, list_units, read_rows, wanted_columns
+from pipelines.sources.units import Unit
+from pipelines.sources.values import draw
+from pipelines.storage.location import open_object
+
+LARGE_UNIT_BYTES = 256 << 20
+_PROBED_ROWS = 50
+_PROBED_OBJECTS = 8
+
+
+@dataclass(frozen=True)
+class TableReader:
+    """An opened table. It pickles, and `read` depends on the reader and the unit only."""
+
+    mapper: RowMapper
+    files: tuple[TableFile, ...]
+    preset: str
+    endpoint: str | None
+
+    @property
+    def name(self) -> str:
+        """Name of the source."""
+        return self.mapper.source
+
+    def units(self) -> list[Unit]:
+        """Return the parts of all files, in order."""
+        return [unit for file in self.files for unit in list_units(file, self.endpoint)]
+
+    def unit_id(self, unit: Unit) -> str:
+        """Return 32 hex digits that change with whatever changes the samples of a unit."""
+        pool = self.mapper.pool
+        settings = self.mapper.config.model_dump_json(exclude={"limit"})
+        return unit.id(f"{self.name} {self.mapper.seed} {pool.files if pool else ''} {settings}")
+
+    def read(self, unit: Unit) -> Iterator[RawSample | Rejected]:
+        """Yield the samples of a unit, and why other rows give none. Settings of `limit` are left to `read_all`."""
+        for row in self.rows(unit):
+            if isinstance(row, Rejected):
+                yield row
+            else:
+                yield from self.mapper.samples(row)
+
+    def rows(self, unit: Unit) -> Iterator[Row | Rejected]:
+        """Yield the rows of a unit with the columns that the settings name."""
+        selectors = selectors_of(self.mapper.config).values()
+        return read_rows(unit, partial(wanted_columns, selectors), self.endpoint)
+
+    def read_all(self) -> Iterator[RawSample | Rejected]:
+        """Yield what all units give, in order. With a `limit`, the samples beyond it are counted as `over_limit`."""
+        found = chain.from_iterable(map(self.read, self.units()))
+        limit = self.mapper.config.limit
+        return found if limit is None else _limited(found, limit, self.mapper.seed)
+
+
+def open_table(
+    name: str, config: TableSource, *, seed: int = 0, endpoint: str | None = None, follow_links: bool = False
+) -> TableReader:
+    """Return the reader of a source. The first rows are read, and nothing else.
+
+    Raises `UserError` for files, columns, presets, media roots and pools that are missing or do not fit: place, value,
+    what is there instead, and what to do.
+    """
+    place = f"sources.{name}"
+    files = tuple(find_table(config.table, endpoint, f"{place}.table"))
+    columns = [column.name for column in list_columns(files[0], endpoint)]
+    rows = _first_rows(files, endpoint)
+    preset, config = _with_preset(place, config, columns, rows)
+    _check_columns(place, selectors_of(config), columns, files[0])
+    roots = _roots(place, config.media_root, files, config, endpoint, follow_links)
+    pool = _pool(place, config, files, roots, endpoint)
+    prompts = _prompts(config, endpoint)
+    mapper = RowMapper(name, config.model_copy(update={"task": config.task or "?"}), roots, seed, pool, prompts)
+    probe = _probe(mapper, rows, endpoint)
+    probe.check(place, roots)
+    if config.task is None:
+        mapper = replace(mapper, config=config.model_copy(update={"task": probe.task()}))
+    return TableReader(mapper, files, preset, endpoint)
+
+
+def _first_rows(files: Iterable[TableFile], endpoint: str | None) -> list[Row]:
+    found = (row for file in files for unit in list_units(file, endpoint) for row in read_rows(unit, None, endpoint))
+    return list(islice((row for row in found if isinstance(row, Row)), _PROBED_ROWS))
+
+
+def _with_preset(place: str, config: TableSource, columns: list[str], rows: list[Row]) -> tuple[str, TableSource]:
+    wanted = config.preset or ("auto" if config.query is None and config.positive is None else None)
+    if wanted:
+        preset = choose_preset(wanted, columns, rows, place)
+        return preset.name, with_settings(preset.settings, config)
+    missing = "query" if config.query is None else "positive"
+    if config.query is None or config.positive is None:
+        raise UserError(place, f"has no {missing}", f"write {missing}: {{text: COLUMN}}, or name a preset")
+    return "", config
+
+
+def _check_columns(place: str, selectors: Mapping[str, str], columns: list[str], file: TableFile) -> None:
+    """Raise `UserError` for a selector none of whose columns exists, with the most similar one."""
+    for setting, text in selectors.items():
+        selector = parse_selector(text)
+        if selector.is_optional or any(path.columns(columns) for path in selector.paths):
+            continue
+        known = ", ".join(columns)
+        wanted = selector.paths[0].column or selector.paths[0].text
+        lowered = {column.lower(): column for column in columns}
+        near = difflib.get_close_matches(wanted.lower(), lowered, 1)
+        fix = f"did you mean {lowered[near[0]]!r}?" if near else f"name one of its columns, or write {text + '?'!r}"
+        raise UserError(f"{place}.{setting}={text!r}", f"{file.url} has no such column, but {known}", fix)
+
+
+def _roots(
+    place: str,
+    urls: str | list[str] | None,
+    files: tuple[TableFile, ...],
+    config: TableSource,
+    endpoint: str | None,
+    follow_links: bool,
+) -> MediaRoots:
+    given = [urls] if isinstance(urls, str) else urls
+    found = given or [files[0].url.removesuffix(files[0].name).rstrip("/") or "/"]
+    roots = media_roots(found, config.rebase, endpoint=endpoint, follow_links=follow_links)
+    if given:
+        roots.check(f"{place}.media_root")
+    return roots
+
+
+def _pool(
+    place: str, config: TableSource, files: tuple[TableFile, ...], roots: MediaRoots, endpoint: str | None
+) -> PoolReader | None:
+    uses = [side for side in (config.query, config.positive, *(config.negatives or ())) if side and side.id]
+    if not uses:
+        return None
+    pool = config.pool
+    if pool is None or pool.id is None:
+        raise UserError(place, "names targets by id and has no pool", "add pool: {table: FILE, id: COLUMN, ...}")
+    own = tuple(find_table(pool.table, endpoint, f"{place}.pool.table")) if pool.table else files
+    columns = [column.name for column in list_columns(own[0], endpoint)]
+    media = [pool.media] if isinstance(pool.media, str) else list(pool.media or ())
+    selectors = {"id": pool.id} | ({"text": pool.text} if pool.text else {})
+    selectors |= {f"media[{number}]": selector for number, selector in enumerate(media)}
+    _check_columns(f"{place}.pool", selectors, columns, own[0])
+    if pool.media_root:
+        roots = _roots(f"{place}.pool", pool.media_root, own, config, endpoint, roots.follow_links)
+    return PoolReader(own, pool, roots, endpoint)
+
+
+def _prompts(config: TableSource, endpoint: str | None) -> MbeirPrompts | None:
+    if not isinstance(config.instruction, FromPrompts):
+        return None
+    prompts = MbeirPrompts(absolute(config.instruction.mbeir), endpoint)
+    prompts.check()
+    return prompts
+
+
+@dataclass
+class _Probe:
+    """What the first rows give."""
+
+    samples: list[RawSample]
+    rejected: list[Rejected]
+    kinds: dict[str, MediaKind]
+
+    def check(self, place: str, roots: MediaRoots) -> None:
+        """Raise `UserError` if no row gives a sample, unless the rows were not selected."""
+        reasons = Counter(item.reason for item in self.rejected)
+        if self.samples or not reasons or "not_selected" in reasons:
+            return
+        reason, count = reasons.most_common(1)[0]
+        first = next(item for item in self.rejected if item.reason == reason)
+        problem = f"none of the first {len(self.rejected)} rows can be used: {reason} {count}, as in {first.origin}"
+        fix = "see the settings with `rzen look`"
+        if reason in ("missing_file", "outside_folder"):
+            fix = f"correct media_root or rebase: media are looked for in {', '.join(roots.urls)}"
+        raise UserError(place, f"{problem} ({first.detail})", fix)
+
+    def task(self) -> str:
+        """Return the task of the first sample, by the kinds of query and positive."""
+        if not self.samples:
+            return "text_text"
+        sample = self.samples[0].sample
+        return "_".join([*self._kinds("q", sample.query.text), *self._kinds("p", sample.positive.text)])
+
+    def _kinds(self, slot: str, text: str) -> list[str]:
+        names = {"image": "image", "video": "video", "document": "page"}
+        found = [names[kind] for member, kind in self.kinds.items() if member.startswith(slot)]
+        return [*dict.fromkeys(found), *(["text"] if text else [])]
+
+
+def _probe(mapper: RowMapper, rows: list[Row], endpoint: str | None) -> _Probe:
+    probe = _Probe([], [], {})
+    for row in rows:
+        for item in mapper.samples(row):
+            if isinstance(item, Rejected):
+                probe.rejected.append(item)
+            else:
+                probe.samples.append(item)
+    _check_stored(probe, mapper.source, endpoint)
+    if probe.samples and mapper.config.task == "?":
+        with ReferenceReader(MediaConfig(), endpoint) as reader:
+            for member, ref in probe.samples[0].files.items():
+                probe.kinds[member] = kind_of_reference(ref, reader) or "image"
+    return probe
+
+
+def _check_stored(probe: _Probe, source: str, endpoint: str | None) -> None:
+    """Raise `UserError` if an object store has none of the first media: a folder there is listed by nobody."""
+    refs = [ref for raw in probe.samples for ref in raw.files.values() if isinstance(ref, FileRef)]
+    stored = [ref for ref in refs if ref.path.startswith("s3://")][:_PROBED_OBJECTS]
+    found = (open_object(ref.path, endpoint) for ref in stored)
+    if stored and not any(store.exists(path) for store, path in found):
+        problem = f"none of the first {len(stored)} media is there, such as {stored[0].path}"
+        raise UserError(f"sources.{source}", problem, "correct media_root or rebase")
+
+
+def kind_of_reference(ref: Reference, reader: ReferenceReader) -> MediaKind | None:
+    """Return the kind of a medium by its bytes. None for one that cannot be read or has an unknown format."""
+    try:
+        data = reader.read(ref)
+    except BadMedia:
+        return None
+    if isinstance(data, list):
+        return "video"
+    found = sniff(data[:NUM_BYTES])
+    return found[0] if found else None
+
+
+def _limited(found: Iterable[RawSample | Rejected], limit: int, seed: int) -> Iterator[RawSample | Rejected]:
+    """Yield `limit` samples, drawn by seed and place, in their order. Memory holds these only."""
+    kept: list[tuple[int, int, RawSample]] = []
+    for number, item in enumerate(found):
+        if isinstance(item, Rejected):
+            yield item
+            continue
+        entry = (-draw(seed, "limit", f"{item.sample.origin} {number}"), number, item)
+        if len(kept) < limit:
+            heapq.heappush(kept, entry)
+        else:
+            yield Rejected(heapq.heappushpop(kept, entry)[2].sample.origin, "over_limit")
+    for _, _, item in sorted(kept, key=lambda entry: entry[1]):
+        yield item
