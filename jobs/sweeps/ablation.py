@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from jobs.runtime.revision import hardware, revision, versions
 from jobs.spec.job import JobConfig
 from jobs.spec.load import Document
 from jobs.sweeps.finetunes import check_train, stage_document
-from jobs.sweeps.page import sweep_page
+from jobs.sweeps.page import sweep_page, write_progress
 from jobs.sweeps.specs import AblationSpec
 from jobs.training.runs import METRICS, PAGE, Run, read_rows
 from jobs.training.specs import TrainSpec
@@ -95,7 +96,10 @@ def run(spec: AblationSpec, document: Document) -> dict[str, Any]:
         for begin in range(0, len(spec.seed_list), seeds_at_once):
             seeds = spec.seed_list[begin : begin + seeds_at_once]
             group = {key: train for key, train in runs.items() if key[1] in seeds}
-            launch(list(group.values()), spec.max_parallel)
+            of_group = {train.name: Run(train) for train in group.values()}
+            progress = partial(write_progress, open_store(spec.out), _title(spec), of_group)
+            # A page with scores is worth more than one with the progress of the next seeds.
+            launch(list(group.values()), spec.max_parallel, write_overview=None if finished else progress)
             finished |= _scored(group, evaluate)
             lease.check()
             if len(finished) >= 2 * len(spec.variants):
@@ -157,13 +161,17 @@ def write_report(spec: AblationSpec, finished: Mapping[VariantAndSeed, Finished]
     (out / "ablation.md").write_text(_markdown(spec, found, runs, settings), encoding="utf-8")
 
 
+def _title(spec: AblationSpec) -> str:
+    return f"Ablation of {len(spec.variants)} variants"
+
+
 def _write_page(spec: AblationSpec, trained: Mapping[VariantAndSeed, TrainSpec], evaluate: EvaluateSpec) -> None:
     """Write the page of all runs that are finished. Their scores are kept with them."""
     runs = {train.name: Run(train) for train in trained.values()}
     models, scorer = {name: model_of(run) for name, run in runs.items()}, Scorer(evaluate)
     out = open_store(spec.out)
     page = sweep_page(
-        title=f"Ablation of {len(spec.variants)} variants",
+        title=_title(spec),
         runs=runs,
         rows=[row for rows in scorer.scores(models).values() for row in rows],
         by_query=scorer.by_query(models),

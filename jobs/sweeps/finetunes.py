@@ -14,10 +14,12 @@ from jobs.spec.job import JobConfig
 from jobs.spec.load import Document, check, nested, read_document
 from jobs.spec.yaml_text import Key
 from jobs.sweeps import soup
+from jobs.sweeps.page import write_progress
 from jobs.sweeps.specs import FinetunesSpec
 from jobs.training.runs import DONE, Run
 from jobs.training.specs import TrainSpec
 from pipelines.errors import UserError
+from pipelines.storage.location import open_store
 
 
 def resolve(spec: FinetunesSpec, document: Document) -> dict[str, TrainSpec]:
@@ -86,7 +88,14 @@ def _run(spec: FinetunesSpec, document: Document, lease: Lease) -> dict[str, Any
     before = soup.stored_runs(spec)
     failed_before = {name: some["id"] for name, some in before.items() if some["state"] == "failed"}
     retried = {} if spec.retry_failed else failed_before
-    failures = launch([*specs.values()], spec.max_parallel, spec.min_survivors, retried)
+    out = open_store(spec.out, spec.endpoint)
+    failures = launch(
+        [*specs.values()],
+        spec.max_parallel,
+        spec.min_survivors,
+        retried,
+        write_overview=partial(write_progress, out, f"{len(runs)} fine-tunes", runs),
+    )
     states = {name: _state(some, failures.get(name), before.get(name, {})) for name, some in runs.items()}
     survivors = {name: model_of(some) for name, some in runs.items() if states[name]["state"] == "finished"}
     builder = soup.SoupBuilder(spec, document, survivors, lease, runs)

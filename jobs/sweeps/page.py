@@ -13,10 +13,13 @@ from numpy.typing import NDArray
 
 from jobs.runtime.progress import duration
 from jobs.runtime.records import leaves
+from jobs.runtime.revision import revision, versions
 from jobs.training.listing import summarize
-from jobs.training.runs import METRICS, Run, read_rows
+from jobs.training.page import REFRESH_S
+from jobs.training.runs import METRICS, PAGE, Run, read_rows
 from jobs.training.specs import TRAIN
 from pipelines.redaction import redacted
+from pipelines.storage.store import Store
 from rzen.report.scores import task_label
 
 if TYPE_CHECKING:
@@ -40,11 +43,12 @@ def sweep_page(
     parents: Mapping[str, Sequence[str]] = MappingProxyType({}),
     notes: Sequence[str] = (),
     plots: Mapping[str, str] = MappingProxyType({}),
+    refresh_s: int = 0,
 ) -> bytes:
     """Return the page of runs, and of `others`: soups and models without a run, with what they are made of.
 
     `rows` are all scores, and `by_query` has the first metric of each query: name -> task -> [Q]. `parents` are those
-    of each soup.
+    of each soup. `refresh_s` is after how many seconds a browser reads the page again, and 0 for never.
     """
     from rzen.evaluation.comparison import MEAN, paired_intervals
     from rzen.evaluation.results import plot_scores
@@ -89,8 +93,16 @@ def sweep_page(
             notes=notes,
             plots=plots or ({"Scores": plot_scores(rows)} if rows else {}),
             facts=facts,
+            refresh_s=refresh_s,
         )
     )
+
+
+def write_progress(out: Store, title: str, runs: Mapping[str, Run]) -> None:
+    """Write the page of runs that are not finished or not scored yet."""
+    facts = {"code": revision(), **versions()}
+    page = sweep_page(title=title, runs=runs, rows=(), by_query={}, facts=facts, refresh_s=round(REFRESH_S))
+    out.write(PAGE, page)
 
 
 def _titled(found: Mapping[str, Difference], columns: Mapping[str, str]) -> dict[str, Difference]:

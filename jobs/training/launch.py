@@ -28,11 +28,13 @@ def launch(
     max_parallel: int,
     min_survivors: int | None = None,
     failed_before: Mapping[str, str] | None = None,
+    write_overview: Callable[[], None] | None = None,
 ) -> dict[str, UserError]:
     """Train all runs in their order, at most `max_parallel` at once and no more than the cluster has room for.
 
     Finished runs stay as they are. So do those of `failed_before` (name -> id of the run), unless they restarted from
-    scratch. Returns what failed in this launch, and why.
+    scratch. `write_overview` writes a page of all runs: while they go on, and when one ends. Returns what failed in
+    this launch, and why.
 
     Raises `UserError` as soon as fewer than `min_survivors` runs can succeed (by default all of `specs` must). Runs
     that are then under way are abandoned. They resume from their last checkpoints at the next launch. The same happens
@@ -40,7 +42,7 @@ def launch(
     """
     with HeldLeases() as leases:
         unfinished = [prepared for spec in specs if (prepared := prepare(spec, leases))]
-        return _launch(specs, unfinished, leases, max_parallel, min_survivors, failed_before or {})
+        return _launch(specs, unfinished, leases, max_parallel, min_survivors, failed_before or {}, write_overview)
 
 
 def _launch(
@@ -50,6 +52,7 @@ def _launch(
     max_parallel: int,
     min_survivors: int | None,
     failed_before: Mapping[str, str],
+    write_overview: Callable[[], None] | None,
 ) -> dict[str, UserError]:
     given_up = [prepared for prepared in unfinished if _is_known(prepared.run, failed_before)]
     unfinished = [prepared for prepared in unfinished if prepared not in given_up]
@@ -71,7 +74,8 @@ def _launch(
             say(f"  metrics  {link}", "dim")
         with ExitStack() as stack:
             table = stack.enter_context(RunTable([prepared.run.spec.name for prepared in unfinished]))
-            pages = stack.enter_context(RunPages({prepared.run.spec.name: _page(prepared) for prepared in unfinished}))
+            of_runs = {prepared.run.spec.name: _page(prepared) for prepared in unfinished}
+            pages = stack.enter_context(RunPages(of_runs, write_overview))
             abandoned = Event()
             stack.callback(abandoned.set)
             board = ray.remote(num_cpus=0)(ProgressTracker).remote()

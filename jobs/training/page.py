@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
@@ -41,28 +41,42 @@ _log = logging.getLogger(__name__)
 class RunPages:
     """The pages of several runs. As a context it ends when the last one is written.
 
-    One thread writes them all, because plots share settings of their library.
+    One thread writes them all, because plots share settings of their library. `write_overview` writes a page of all
+    runs, where there is one: as often as the others, and when a run ends.
     """
 
-    def __init__(self, runs: Mapping[str, RunPage]) -> None:
+    def __init__(self, runs: Mapping[str, RunPage], write_overview: Callable[[], None] | None = None) -> None:
         self._runs = runs
+        self._write_overview = write_overview
+        self._overview_s = -math.inf  # when it was written
         self._open: dict[str, float] = {}
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._writing: Future[None] | None = None
 
     def refresh(self, names: Iterable[str]) -> None:
-        """Write the pages of running runs that are older than `REFRESH_S`."""
+        """Write the pages of running runs that are older than `REFRESH_S`, and that of all runs."""
         now_s = time.monotonic()
         for name in names:
-            written_s = self._open.setdefault(name, now_s)
-            if now_s - written_s > REFRESH_S and (self._writing is None or self._writing.done()):
+            if self._is_due(now_s - self._open.setdefault(name, now_s)):
                 self._open[name] = now_s
                 self._writing = self._thread.submit(self._runs[name].write)
+        if self._is_due(now_s - self._overview_s):
+            self._overview_s = now_s
+            self._writing = self._submit_overview()
+
+    def _is_due(self, age_s: float) -> bool:
+        return age_s > REFRESH_S and (self._writing is None or self._writing.done())
 
     def finish(self, name: str, state: str) -> None:
         """Write the page of a run that has ended."""
         self._open.pop(name, None)
         self._thread.submit(self._runs[name].write, state)
+        self._submit_overview()
+
+    def _submit_overview(self) -> Future[None] | None:
+        if self._write_overview is None:
+            return None
+        return self._thread.submit(_without_errors, "the page of all runs", self._write_overview)
 
     def __enter__(self) -> Self:
         return self
@@ -72,6 +86,14 @@ class RunPages:
             for name in list(self._open):
                 self.finish(name, "interrupted")
             self._thread.shutdown()
+
+
+def _without_errors(page: str, write: Callable[[], None]) -> None:
+    """Write a page. What goes wrong is logged."""
+    try:
+        write()
+    except Exception as error:  # noqa: BLE001  a page is not worth a run
+        _log.warning("%s was not written: %s", page, error)
 
 
 class RunPage:
@@ -88,10 +110,10 @@ class RunPage:
         """Write the page. What goes wrong is logged, because the run goes on. `state`: if the run has just ended."""
         from rzen.report.run import render_run
 
-        try:
+        def write() -> None:
             self._run.store.write(PAGE, render_run(self.report(state)))
-        except Exception as error:  # noqa: BLE001  a page is not worth a run
-            _log.warning("the page of %s was not written: %s", self._run.store.url, error)
+
+        _without_errors(f"the page of {self._run.store.url}", write)
 
     def report(self, state: str | None = None) -> RunReport:
         """Return what the page shows. Raises `UserError` for damaged records."""

@@ -46,16 +46,23 @@ def write_html(
 
 
 def render_html(
-    template: str, *, plots: Mapping[str, str], facts: Mapping[str, str], pool: ThumbnailPool, **content: Any
+    template: str,
+    *,
+    plots: Mapping[str, str],
+    facts: Mapping[str, str],
+    pool: ThumbnailPool,
+    refresh_s: int = 0,
+    **content: Any,
 ) -> bytes:
     """One HTML file that needs no network, no script and no other file. Equal input gives equal bytes.
 
-    `plots` maps a caption to SVG text, `facts` a setting to its value, `pool` holds all pictures of the page. Raises
-    `UserError` for a plot that is not SVG and `ValueError` for numbers that JSON cannot hold (NaN).
+    `plots` maps a caption to SVG text, `facts` a setting to its value, `pool` holds all pictures of the page. A browser
+    reads the page again after `refresh_s` seconds, and never if that is 0. Raises `UserError` for a plot that is not
+    SVG and `ValueError` for numbers that JSON cannot hold (NaN).
     """
     svgs = {name: inline_svg(svg, name, f"plot-{i}-") for i, (name, svg) in enumerate(plots.items())}
     rendered = _environment().get_template(template)
-    html = rendered.render(plots=svgs, facts=facts, thumbnails=pool.all(), **content)
+    html = rendered.render(plots=svgs, facts=facts, thumbnails=pool.all(), refresh_s=refresh_s, **content)
     # File names that are not UTF-8 reach us as lone surrogates, which no encoding holds.
     return html.encode("utf-8", errors="replace")
 

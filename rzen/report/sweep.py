@@ -31,7 +31,8 @@ class SweepReport:
     """What the page shows. `columns` are the tasks with their metric, and at last their mean.
 
     `comparisons` has soup -> parent -> column -> the score of the soup minus that of the parent. `notes` say what a
-    reader must know of the scores.
+    reader must know of the scores. `refresh_s` is after how many seconds a browser reads the page again, and 0 for
+    never.
     """
 
     title: str
@@ -44,6 +45,7 @@ class SweepReport:
     notes: Sequence[str]
     plots: Mapping[str, str]
     facts: Mapping[str, str]
+    refresh_s: int = 0
 
 
 def render_sweep(report: SweepReport) -> bytes:
@@ -66,4 +68,5 @@ def render_sweep(report: SweepReport) -> bytes:
         plots=report.plots,
         facts=report.facts,
         pool=ThumbnailPool(),
+        refresh_s=report.refresh_s,
     )

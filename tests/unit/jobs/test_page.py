@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobs.sweeps.page import sweep_page
+from jobs.sweeps.page import sweep_page, write_progress
 from jobs.training import page
 from jobs.training.held_out import HeldOutSamples
 from jobs.training.page import RunPage, RunPages
@@ -170,14 +170,24 @@ def test_pages_are_written_again_while_runs_go_on_and_when_they_end(monkeypatch:
             done.set()
 
     pages: Any = {name: Written(name) for name in ("one", "two", "waits")}
-    with RunPages(pages) as some:
+    with RunPages(pages, lambda: written.append(("all", None))) as some:
         some.refresh(["one", "two"])
         while not done.wait(0.01):
             some.refresh(["one"])
         some.finish("two", "failed")
-    assert written[0] == ("one", None)
-    assert written[-2:] == [("two", "failed"), ("one", "interrupted")]
+    assert written[0] == ("all", None)
+    assert ("one", None) in written
+    assert written[-4:] == [("two", "failed"), ("all", None), ("one", "interrupted"), ("all", None)]
     assert "waits" not in dict(written)
+
+
+def test_a_page_of_all_runs_that_cannot_be_written_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    def fail() -> None:
+        raise OSError("the disk is full")
+
+    with RunPages({}, fail) as some:
+        some.refresh([])
+    assert "the page of all runs was not written: the disk is full" in caplog.text
 
 
 def test_a_page_that_cannot_be_written_ends_nothing(run: Run, caplog: pytest.LogCaptureFixture) -> None:
@@ -200,7 +210,7 @@ def test_a_page_is_written_to_object_storage(run: Run, s3_endpoint: str, monkeyp
     assert b"--adapter s3://pages/runs/r/adapter" in html
 
 
-def sweep(run: Run, tmp_path: Path) -> bytes:
+def sweep_runs(run: Run, tmp_path: Path) -> dict[str, Run]:
     runs = {}
     for name, lr in (("slow", 1e-4), ("fast", 1e-3)):
         changed = {"root": str(tmp_path / "sweep")}
@@ -215,6 +225,10 @@ def sweep(run: Run, tmp_path: Path) -> bytes:
         assert runs[name].begin({"data": "d"})
         runs[name].store.write(METRICS, to_lines(ROWS))
     runs["fast"].store.write(HELD_OUT, to_lines(SCORES))
+    return runs
+
+
+def sweep(run: Run, tmp_path: Path) -> bytes:
     by_query = {
         "slow": {"text_image": np.array([0.0, 0.0, 1.0, 0.0])},
         "fast": {"text_image": np.array([0.0, 1.0, 1.0, 0.0])},
@@ -226,7 +240,7 @@ def sweep(run: Run, tmp_path: Path) -> bytes:
     ]
     return sweep_page(
         title="Soups",
-        runs=runs,
+        runs=sweep_runs(run, tmp_path),
         others={"soup": "mean of 0.5 slow, 0.5 fast"},
         parents={"soup": ["slow", "fast"]},
         rows=rows,
@@ -245,6 +259,14 @@ def test_every_number_on_the_page_of_a_sweep_is_in_its_records(run: Run, tmp_pat
     assert soup == "soup mean of 0.5 slow, 0.5 fast 75.0 (best) [25.0, 100.0]"
     assert html.decode().count('class="best"') == 1  # four queries show no difference
     assert text["parents"].endswith("soup slow +50.0 [+0.0, +100.0] soup fast +25.0 [+0.0, +75.0]")
+
+
+def test_a_sweep_that_goes_on_has_a_page_that_refreshes_itself(run: Run, tmp_path: Path) -> None:
+    assert b'http-equiv="refresh"' not in sweep(run, tmp_path)
+    write_progress(open_store(str(tmp_path / "soups")), "2 fine-tunes", sweep_runs(run, tmp_path / "again"))
+    html = (tmp_path / "soups/index.html").read_bytes()
+    assert b'<meta http-equiv="refresh" content="30">' in html
+    assert "slow new 2.1000 104.5 20 s 0.0001 fast new 2.1000 50.0%" in Text(html).sections["runs"]
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
