@@ -92,7 +92,7 @@ def _print_run(run: RunForecast) -> None:
     if run.memory_bytes is not None:
         _print_memory(run, run.memory_bytes)
     if run.hours is not None:
-        print_text(f"  {run.hours:.1f} hours of steps, without starts and checkpoints")
+        print_text(f"  {run.hours:.1f} hours of steps, without starts, held-out scores and checkpoints")
 
 
 def _print_memory(run: RunForecast, parts: dict[str, int]) -> None:
