@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-
-import ray
+from functools import partial
 
 from pipelines.config import MediaConfig
 from pipelines.errors import UserError
+from pipelines.ingest.tasks import run_tasks
 from pipelines.shards.duplicates import with_duplicates
 from pipelines.shards.external import IndexedShard, ScanCounts, ScanJob, index_shard
 from pipelines.shards.manifest import DATASET, Manifest, SourceInfo, manifest_path, publish_manifest, report_path
@@ -27,7 +27,6 @@ from pipelines.storage.store import Store
 
 _MAX_EXAMPLES = 20
 _CPUS_PER_TASK = 0.5  # a task waits for its shard about as long as it hashes it
-_TASKS_PER_CPU = 4  # submitted to Ray at a time: a dataset may have a million shards
 
 
 @dataclass(slots=True)
@@ -92,7 +91,8 @@ def index(
         for found in find_shards(urls, endpoint)
     ]
     outcomes: list[IndexedShard | None] = [None] * len(jobs)
-    for done, (number, outcome) in enumerate(_run(jobs, out, endpoint), start=1):
+    results = run_tasks(partial(index_shard, out=out, endpoint=endpoint), jobs, _CPUS_PER_TASK)
+    for done, (number, outcome) in enumerate(results, start=1):
         outcomes[number] = outcome
         if on_progress:
             on_progress(done, len(jobs))
@@ -116,37 +116,6 @@ def _check_split(out: Store, split: str, sources: Mapping[str, object]) -> None:
             raise UserError(
                 place, f"holds shards that ingest wrote under {name!r}", "choose another out, or another name"
             )
-
-
-def _run(jobs: Sequence[ScanJob], out: Store, endpoint: str | None) -> Iterator[tuple[int, IndexedShard]]:
-    """Yield results as they finish, with the number of their job. Raises the first `UserError` of a task."""
-    task = ray.remote(num_cpus=_CPUS_PER_TASK)(_task)
-    waiting = iter(enumerate(jobs))
-    running: dict[ray.ObjectRef, int] = {}
-    try:
-        while True:
-            most = max(1, int(ray.cluster_resources().get("CPU", 1.0) * _TASKS_PER_CPU))  # the cluster may grow
-            while len(running) < most and (following := next(waiting, None)):
-                number, job = following
-                running[task.remote(job, out, endpoint)] = number
-            if not running:
-                return
-            (ready, *_), _ = ray.wait([*running])
-            outcome = ray.get(ready)
-            if isinstance(outcome, UserError):
-                raise outcome
-            yield running.pop(ready), outcome
-    finally:
-        for reference in running:
-            ray.cancel(reference)
-
-
-def _task(job: ScanJob, out: Store, endpoint: str | None) -> IndexedShard | UserError:
-    """Return a `UserError` as a value: if raised, Ray would wrap it, retry the task and log tracebacks."""
-    try:
-        return index_shard(job, out, endpoint)
-    except UserError as error:
-        return error
 
 
 def _publish(
