@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from jobs.commands import data, models, new, plan, registry, runs, spec
+from jobs.commands import data, look, models, new, plan, registry, runs, spec
 from jobs.commands.group import CommandGroup
 from jobs.commands.output import SafeFormatter, print_error, print_text
 from pipelines.errors import UserError
@@ -25,6 +25,7 @@ Examples, from files to search:
 
 \b
   rzen run jobs/demo.yaml                                 everything, on a small synthetic corpus
+  rzen look products.csv                                  show what is in a table, and the spec that reads it
   rzen ingest ~/photos s3://bucket/photos                 turn a folder of files into shards
   rzen index 's3://bucket/laion/{00000..00099}.tar' s3://bucket/data    or: use existing shards where they are
   rzen verify s3://bucket/photos                          check that nothing is damaged or missing
@@ -135,7 +136,21 @@ def _add(group: typer.Typer, commands: Sequence[Callable[..., None]]) -> None:
         group.command(name, epilog=epilog)(command)
 
 
-_add(app, [new.new, spec.validate, plan.plan, spec.run, spec.submit, spec.attach, data.ingest, data.index, data.verify])
+_add(
+    app,
+    [
+        new.new,
+        spec.validate,
+        plan.plan,
+        spec.run,
+        spec.submit,
+        spec.attach,
+        look.look,
+        data.ingest,
+        data.index,
+        data.verify,
+    ],
+)
 _add(app, [runs.runs, runs.logs, runs.stop])
 _add(app, [models.embed, models.evaluate, models.search, models.export])
 _registry = typer.Typer(cls=CommandGroup, rich_markup_mode=None)

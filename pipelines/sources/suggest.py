@@ -1,0 +1,143 @@
+"""Settings for a table that nobody has described yet: its layout, or columns by what they hold, and its media roots."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from pipelines.errors import BadMedia
+from pipelines.media.files import KINDS
+from pipelines.samples import CellRef
+from pipelines.sources.mapper import selectors_of
+from pipelines.sources.media_roots import media_roots
+from pipelines.sources.presets import Preset, recognize
+from pipelines.sources.selectors import Row, find, parse_selector
+from pipelines.sources.table_config import TableSource, with_settings
+from pipelines.sources.values import media_values
+
+_QUERY = re.compile(r"(?i)^(query|question|anchor|caption|title|text|prompt|instruction|sentence1|premise)")
+_TARGET = re.compile(r"(?i)^(pos|answer|response|target|document|passage|sentence2|hypothesis|description|label|class)")
+_QUESTION = re.compile(r"(?i)question")
+_NEGATIVE = re.compile(r"(?i)neg")
+_ID = re.compile(r"(?i)(^|_)(id|ids|idx|index|key|url|hash|license|split|lang|language|source)$")
+_MAX_ROOTS = 60
+_NUM_PATHS = 20
+
+
+def suggest_columns(columns: Sequence[str], rows: Sequence[Row]) -> tuple[Preset | None, dict[str, Any]]:
+    """Return the layout that a table has, if it is a known one, and the settings of query, positive and negatives.
+
+    The settings are empty if no column says what could be a query or a positive.
+    """
+    preset = recognize(columns, rows)
+    if preset is not None:
+        return preset, {"preset": preset.name}
+    columns = [name for name in columns if _is_selector(name)]
+    media = [name for name in columns if _holds_media(name, rows)]
+    texts = [name for name in columns if name not in media and not _ID.search(name) and _holds_text(name, rows)]
+    negatives = [name for name in (*texts, *media) if _NEGATIVE.search(name)]
+    texts, media = ([name for name in names if name not in negatives] for names in (texts, media))
+    query = _first(texts, _QUERY, avoid=_TARGET)
+    if query is None or (len(texts) < 2 and not media):
+        return None, {}
+    target = _first([name for name in texts if name != query], _TARGET)
+    found: dict[str, Any] = {"query": {"text": query}, "positive": {"media": media[0]} if media else {"text": target}}
+    if media and target and _QUESTION.search(query) and _TARGET.search(target):
+        found = {"query": {"text": query, "media": media[0]}, "positive": {"text": target}}
+    if negatives:
+        kind = "media" if _holds_media(negatives[0], rows) else "text"
+        found["negatives"] = [{kind: f"{negatives[0]}?"}]
+    return None, found
+
+
+def suggest_roots(
+    settings: Mapping[str, Any], preset: Preset | None, table: str, rows: Sequence[Row], endpoint: str | None
+) -> dict[str, Any]:
+    """Return `media_root`, and `rebase` for absolute paths, if these are needed to find the media of the first rows."""
+    written = {key: value for key, value in settings.items() if key != "preset"}
+    config = with_settings(preset.settings if preset else {}, TableSource.model_validate({"table": table, **written}))
+    selectors = [text for name, text in selectors_of(config).items() if ".media" in name]
+    paths = list(islice(_paths(selectors, rows), _NUM_PATHS))
+    if not paths or "://" in table:
+        return {}
+    folder = str(Path(table) if Path(table).is_dir() else Path(table).parent)
+    best: tuple[int, str, str] = (_num_found(paths, folder, "", endpoint), folder, "")
+    for root in _candidates(Path(folder)):
+        if best[0] == len(paths):
+            break
+        for start in _starts(paths[0]):
+            best = max(best, (_num_found(paths, root, start, endpoint), root, start), key=lambda one: one[0])
+    count, root, start = best
+    if not count:
+        return {}
+    return {"media_root": root} | ({"rebase": {start: ""}} if start else {})
+
+
+def _paths(selectors: Sequence[str], rows: Sequence[Row]) -> Iterator[str]:
+    for row in rows:
+        for selector in selectors:
+            try:
+                values = media_values(find(selector, row), row)
+            except BadMedia:
+                continue
+            yield from (value for value in values if isinstance(value, str))
+
+
+def _candidates(folder: Path) -> Iterator[str]:
+    """Yield places in which media may be: folders above, and folders and archives in each of these."""
+    near = [folder, *islice(folder.parents, 2)]
+    inside = (path for place in near for path in sorted(place.iterdir()) if not path.name.startswith("."))
+    found = (path for path in inside if path.is_dir() or path.name.lower().endswith((".zip", ".tar")))
+    yield from map(str, [*near, *islice(found, _MAX_ROOTS)])
+
+
+def _starts(path: str) -> list[str]:
+    """Return what may be removed from the start of a path: nothing, or one folder after the other."""
+    parts = path.split("/")
+    return ["", *("/".join(parts[:number]) + "/" for number in range(1, len(parts)))]
+
+
+def _num_found(paths: Sequence[str], root: str, start: str, endpoint: str | None) -> int:
+    roots = media_roots([root], {start: ""} if start else {}, endpoint=endpoint)
+    count = 0
+    for path in paths:
+        try:
+            roots.find(path)
+        except BadMedia:
+            continue
+        count += 1
+    return count
+
+
+def _holds_media(name: str, rows: Sequence[Row]) -> bool:
+    try:
+        values = [value for row in rows for value in media_values(find(name, row), row)]
+    except BadMedia:
+        return False
+    return bool(values) and all(isinstance(value, CellRef) or _is_path(value) for value in values)
+
+
+def _is_path(text: str) -> bool:
+    return posixpath.splitext(text)[1].lower() in KINDS and "\n" not in text and len(text) < 500
+
+
+def _is_selector(name: str) -> bool:
+    try:
+        parse_selector(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _holds_text(name: str, rows: Sequence[Row]) -> bool:
+    values = [element.value for row in rows if (cell := find(name, row)) for element in cell.elements()]
+    return bool(values) and all(isinstance(value, str) for value in values)
+
+
+def _first(names: Sequence[str], wanted: re.Pattern[str], avoid: re.Pattern[str] | None = None) -> str | None:
+    ranked = sorted(names, key=lambda name: (not wanted.search(name), bool(avoid and avoid.search(name))))
+    return ranked[0] if ranked else None
