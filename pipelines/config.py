@@ -147,6 +147,17 @@ class DataConfig(Config):
     """Stop when more than this share of the samples read so far was bad and had to be replaced."""
 
 
+class CacheConfig(Config):
+    """Decoded pixels that a node keeps, so that later epochs and other runs of the job do not decode them again."""
+
+    max_bytes: PositiveInt = 1 << 30
+    """At most this many bytes on each node. A full cache keeps what it has. An image of 1280 tokens has 3 MB."""
+    folder: str | None = None
+    """Folder of each node below which the cache is, such as one on a local SSD. `null` is /dev/shm, which is memory of
+    the node. The job deletes its cache at its end, on the node of its own process. The next job on another node deletes
+    what is left there."""
+
+
 class FeedConfig(Config):
     """How Ray Data reads, decodes and encodes ahead of the training workers."""
 
@@ -160,3 +171,5 @@ class FeedConfig(Config):
     """At most this many tasks at a time, each with its samples in memory. `null`: as many as the CPUs allow."""
     prefetch_tasks: NonNegativeInt = 1
     """Finished tasks that each worker fetches ahead of the one that it uses."""
+    cache: CacheConfig | None = None
+    """Keep decoded pixels on the nodes. `null` decodes in every epoch. Batches are the same, bit for bit."""

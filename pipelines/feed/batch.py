@@ -43,13 +43,17 @@ class FeedBlock:
 
 @dataclass(frozen=True, slots=True)
 class FeedBatch:
-    """One rank's share of one global batch: good samples, block after block, and the `rejected` ones they replace."""
+    """One rank's share of one global batch: good samples, block after block, and the `rejected` ones they replace.
+
+    `cached_fraction` is the share of its media whose pixels came from the cache of the node.
+    """
 
     step: int
     rank: int
     blocks: tuple[FeedBlock, ...]
     batch: Any
     rejected: tuple[Rejected, ...]
+    cached_fraction: float = 0.0
 
     @property
     def source(self) -> str:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import closing, suppress
 from functools import lru_cache
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
@@ -31,6 +32,7 @@ from pipelines.config import FeedConfig
 from pipelines.errors import UserError
 from pipelines.feed.batch import FeedBatch, ResumePoint
 from pipelines.feed.reader import Reader
+from pipelines.media.cache import PixelCache, cache_folder, own
 from pipelines.plan.plan import Plan
 
 SHARD, RESUME = "train", "resume"
@@ -55,6 +57,12 @@ class PlannedFeed(ray.train.DataConfig):  # type: ignore[misc]
         self._start = start
         self._point: ResumePoint | None = None
         self._config = config
+        self._cache_folder: Path | None = None
+        if config.cache is not None:
+            context = ray.get_runtime_context()
+            job = f"{context.get_session_name()}-{context.get_job_id()}"
+            self._cache_folder = cache_folder(config.cache.folder, job)
+            own(self._cache_folder)
 
     def trainer_arguments(self) -> dict[str, object]:
         """Return `datasets` and `dataset_config` for a Ray trainer. Datasets are names that `configure` replaces."""
@@ -88,7 +96,8 @@ class PlannedFeed(ray.train.DataConfig):  # type: ignore[misc]
         context.max_errored_blocks = 0
         context.target_max_block_size = 1  # every row is its own block, and so its own task
         context.execution_options.preserve_order = True
-        job = cloudpickle.dumps((self._plan, self._reader))
+        cache = self._config.cache and (self._cache_folder, self._config.cache.max_bytes)
+        job = cloudpickle.dumps((self._plan, self._reader, cache))
         with ray.data.DataContext.current(context):
             schedule = _Schedule(self._spans(world_size), world_size)
             # Without CPUs, because it mostly waits. With as many as a task has, Ray would fuse both into one task.
@@ -188,7 +197,9 @@ def disable_malloc_trim() -> None:
 def _unpickle_job(job: bytes) -> tuple[Plan, Reader]:
     """Return the plan and the reader of a run, the same ones for all tasks of a process."""
     disable_malloc_trim()
-    plan, reader = pickle.loads(job)
+    plan, reader, cache = pickle.loads(job)
+    if cache is not None:
+        reader.use_cache(PixelCache(*cache))
     return plan, reader
 
 

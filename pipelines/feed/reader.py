@@ -20,6 +20,7 @@ from pipelines.config import DataConfig
 from pipelines.errors import BadMedia, UserError
 from pipelines.feed.batch import Encoder, FeedBatch, FeedBlock
 from pipelines.feed.rows import RowReader, StoredSample
+from pipelines.media.cache import PixelCache
 from pipelines.media.decode import Decoder
 from pipelines.plan.plan import Plan
 from pipelines.plan.sources import PlanSource
@@ -50,6 +51,14 @@ class Reader:
         self.encoder = encoder
         self._endpoint = resolve_endpoint(data.endpoint)  # here, because workers may lack the variable
         self._store = open_store(data.root, self._endpoint)
+        self._cache: PixelCache | None = None
+
+    def use_cache(self, cache: PixelCache) -> None:
+        """Take pixels from a cache of this node, and keep there what is decoded. Call it before the first sample."""
+        self._cache = cache
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state | {"_cache": None}
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: self.__dict__[name] for name in ("data", "encoder", "_endpoint", "_store")}
@@ -174,6 +183,7 @@ class Reader:
         positions = np.concatenate([start + np.arange(size) for start, size in zip(starts, sizes, strict=True)])
         rejected: list[Rejected] = []
         encoded: list[Any] = []
+        counts = self._cache_counts()
         for position, (row, item) in zip(positions.tolist(), self._rows.read(share.rows), strict=True):
             try:
                 encoded.append(self._encode(item))
@@ -183,7 +193,11 @@ class Reader:
         batch = self.encoder.collate(encoded) if self.encoder else encoded
         tasks = {source.name: self._batch_task(source) for source in plan.sources}
         blocks = [FeedBlock(block.source, tasks[block.source], block.epoch, len(block.rows)) for block in share.blocks]
-        return FeedBatch(step, rank, tuple(blocks), batch, tuple(rejected))
+        hits, misses = (now - before for now, before in zip(self._cache_counts(), counts, strict=True))
+        return FeedBatch(step, rank, tuple(blocks), batch, tuple(rejected), hits / max(1, hits + misses))
+
+    def _cache_counts(self) -> tuple[int, int]:
+        return (self._cache.num_hits, self._cache.num_misses) if self._cache else (0, 0)
 
     def _replacement(self, plan: Plan, step: int, position: int, rejected: list[Rejected]) -> Any:
         """Return the first good reserve, encoded. The bad ones before it are added to `rejected`."""
@@ -233,7 +247,7 @@ class Reader:
         # What the manifest says about itself is no reason to trust it: whoever made the shards wrote it.
         pixels: int | None = getattr(self.encoder, "visual_pixels", None)
         media = self.data.media.for_model(pixels) if pixels else self.data.media
-        return Decoder(media, trusted=self.data.trusted)
+        return Decoder(media, trusted=self.data.trusted, cache=self._cache)
 
 
 def _only(item: StoredSample, role: Role) -> StoredSample:

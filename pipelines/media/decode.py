@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
 from pipelines.config import MediaConfig
 from pipelines.errors import BadMedia
+from pipelines.media.cache import CachedDecoder, PixelCache, Pixels
 from pipelines.media.documents import extract_page, num_pages, render_page
 from pipelines.media.images import decode_image
 from pipelines.media.materialized import is_page_image
 from pipelines.media.sandbox import Sandbox
 from pipelines.media.videos import decode_video
-from pipelines.samples import DecodedInput, DecodedSample, Input, MediaKind, Sample, UInt8Array, Visual
-
-Pixels = tuple[UInt8Array, list[float]]
-"""RGB frames `[T, H, W, 3]`, and when each is shown (s)."""
+from pipelines.samples import DecodedInput, DecodedSample, Input, MediaKind, Sample, Visual
 
 
 def decode_pixels(kind: MediaKind, data: bytes, config: MediaConfig) -> Pixels:
@@ -61,19 +60,29 @@ class Decoder:
 
     PIL cannot run away on an image, because its size is limited before it is decoded. `trusted` says that the user made
     the files: all are then decoded in this process, except by decord. `isolated` decodes images in the sandbox, too.
+    What `cache` has is not decoded.
     """
 
-    def __init__(self, config: MediaConfig, *, trusted: bool = False, isolated: bool = False) -> None:
+    def __init__(
+        self,
+        config: MediaConfig,
+        *,
+        trusted: bool = False,
+        isolated: bool = False,
+        cache: PixelCache | None = None,
+    ) -> None:
         self._config = config
         self._trusted = trusted
         self._isolated = isolated
         self._sandbox = Sandbox(config)
+        self._cached = CachedDecoder(cache, config) if cache is not None else None
 
     def member(self, kind: MediaKind, data: bytes, page: int | None = None) -> Visual:
         """Decode as `decode_member` does. A sandbox adds its own reasons. `page` is that of a document, from zero."""
         _check_bytes(data, self._config)
         decode = self._sandbox.call if self._in_sandbox(kind, data) else _call
-        frames, times_s = decode(decode_page, kind, data, page, self._config)
+        pixels = partial(decode, decode_page, kind, data, page, self._config)
+        frames, times_s = self._cached.decode(kind, data, page, pixels) if self._cached else pixels()
         return Visual(kind, frames, tuple(times_s))
 
     def num_pages(self, data: bytes) -> int:

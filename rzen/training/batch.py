@@ -42,3 +42,7 @@ class FeedBatchProtocol(Protocol):
     @property
     def rejected(self) -> Sized:
         """Own samples that were bad and have been replaced, one entry each."""
+
+    @property
+    def cached_fraction(self) -> float:
+        """Share of the own media whose pixels came from the cache of the data loader."""

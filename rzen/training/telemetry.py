@@ -40,6 +40,7 @@ METRICS = {
     "tokens": Metric("tokens of all inputs and ranks, visual tokens included, padding not"),
     "tokens_per_s": Metric("tokens per second", "1/s"),
     "padding_fraction": Metric("padding among the tokens that were computed, mean over ranks", "fraction"),
+    "cached_fraction": Metric("media whose pixels came from `feed.cache`, mean over ranks", "fraction"),
     "bad_samples": Metric("samples of the step, over all ranks, that could not be decoded and were replaced"),
 }
 """The metrics of a row. A row also has its `step`, `source` and `task`. Names of several blocks are joined by `+`."""
@@ -74,6 +75,7 @@ def step_row(
         **stats,
         "feed_wait_s": feed_wait_s,
         "step_s": step_s,
+        "cached_fraction": fed.cached_fraction,
         "bad_samples": float(len(fed.rejected)),
     }
     means = _mean_over_ranks(measured, device)

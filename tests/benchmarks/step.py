@@ -74,6 +74,7 @@ class Batch:
     blocks: tuple[FeedBlock, ...]
     batch: EncodedPairs
     rejected: tuple[()] = ()
+    cached_fraction: float = 0.0
 
 
 @dataclass

@@ -300,9 +300,7 @@ def test_a_split_is_scored_as_each_sample_embedded_alone_says(tmp_path: Path, ba
     markdown = (tmp_path / "out/train/models.md").read_text()
     assert markdown.count("| one pool of 40 |") == 1
     assert markdown.count("text_image") == 6  # means and difference, in both pools; three differences in the mixed one
-    assert [markdown.count(f"| one pool, {name} |") for name in ("hit@1", "asked_modality@1", "routed_hit@1")] == [
-        1
-    ] * 3
+    assert all(markdown.count(f"| one pool, {name} |") == 1 for name in ("hit@1", "asked_modality@1", "routed_hit@1"))
     assert (tmp_path / "out/train/bare/text_image_pred.jsonl").read_text().count("\n") == 52
     html = (tmp_path / "out/index.html").read_text()
     assert 'class="hit relevant"' in html

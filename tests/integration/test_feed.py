@@ -13,7 +13,7 @@ import pytest
 import ray
 import ray.train
 
-from pipelines.config import DataConfig, FeedConfig, MixtureConfig
+from pipelines.config import CacheConfig, DataConfig, FeedConfig, MixtureConfig
 from pipelines.errors import UserError
 from pipelines.feed.batch import FeedBatch, ResumePoint
 from pipelines.feed.feed import PlannedFeed, batches, start_reading, step_spans
@@ -52,10 +52,17 @@ class From:
 
 
 def consume(
-    plan: Plan, reader: Reader, world_size: int, start: int = 0, samples_per_task: int = 12, expected: int | None = None
+    plan: Plan,
+    reader: Reader,
+    world_size: int,
+    start: int = 0,
+    samples_per_task: int = 12,
+    expected: int | None = None,
+    cache: CacheConfig | None = None,
 ) -> list[list[FeedBatch]]:
     """All batches by rank, ranks consuming at the same time. The worker expects step `expected`, or `start`."""
-    feed = PlannedFeed(plan, reader, From(start), FeedConfig(samples_per_task=samples_per_task, cpus_per_task=1))
+    config = FeedConfig(samples_per_task=samples_per_task, cpus_per_task=1, cache=cache)
+    feed = PlannedFeed(plan, reader, From(start), config)
     shards = feed.configure({"train": None}, world_size, None, None)
 
     def rank_batches(rank: int) -> list[FeedBatch]:
@@ -91,6 +98,21 @@ def test_a_feed_started_late_gives_the_same_batches_and_counts_the_bad(tmp_path:
     assert_fed(plan, reader, fed, start=5)
     (item,) = fed[1][9 - 5].rejected
     assert (item.origin[-8:], item.reason) == (f"{number:08d}", "unsupported_format")
+
+
+def test_batches_with_a_cache_are_the_same_and_later_epochs_take_their_pixels_from_it(tmp_path: Path) -> None:
+    plan, reader = make(str(tmp_path), epochs=4)
+    cache = CacheConfig(max_bytes=1 << 24, folder=str(tmp_path / "pixels"))
+    first = consume(plan, reader, 2, cache=cache)
+    assert_fed(plan, reader, first)
+    shares = [batch.cached_fraction for mine in first for batch in mine]
+    assert min(shares) == 0
+    assert max(shares) == 1
+    again = consume(plan, reader, 2, cache=cache)  # another run of the job
+    assert_fed(plan, reader, again)
+    assert {batch.cached_fraction for mine in again for batch in mine} == {1}
+    (folder,) = (tmp_path / "pixels").iterdir()
+    assert {path.suffix for path in folder.iterdir()} == {"", ".rgb"}
 
 
 def test_a_finished_run_is_fed_nothing_and_an_unfinished_one_notices(tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ class Batch:
     blocks: tuple[FeedBlock, ...]
     batch: EncodedPairs
     rejected: list[Rejected] = field(default_factory=list)
+    cached_fraction: float = 0.0
 
 
 @dataclass
