@@ -136,21 +136,8 @@ def _add(group: typer.Typer, commands: Sequence[Callable[..., None]]) -> None:
         group.command(name, epilog=epilog)(command)
 
 
-_add(
-    app,
-    [
-        new.new,
-        spec.validate,
-        plan.plan,
-        spec.run,
-        spec.submit,
-        spec.attach,
-        look.look,
-        data.ingest,
-        data.index,
-        data.verify,
-    ],
-)
+_add(app, [new.new, spec.validate, plan.plan, spec.run, spec.submit, spec.attach])
+_add(app, [look.look, data.ingest, data.index, data.verify])
 _add(app, [runs.runs, runs.logs, runs.stop])
 _add(app, [models.embed, models.evaluate, models.search, models.export])
 _registry = typer.Typer(cls=CommandGroup, rich_markup_mode=None)

@@ -35,7 +35,7 @@ _MAX_EXAMPLE = 60
 
 @dataclass(slots=True)
 class TableLook:
-    """What a look at a table has found. `settings` are those of a source of `ingest`, empty if there are none that fit."""
+    """What a look at a table has found. `settings` are those of a source of `ingest`, or empty."""
 
     table: str
     format: str
