@@ -49,6 +49,7 @@ def run(spec: IngestSpec) -> dict[str, Any]:
             materialized=spec.materialized,
             keep_uncaptioned=spec.keep_uncaptioned,
             endpoint=resolve_endpoint(spec.endpoint),
+            licenses={name: source.license for name, source in spec.sources.items() if source.license},
             on_progress=lambda done, total: bars.update("ingest", done, total),
             before_publish=lease.check,
         )

@@ -14,9 +14,10 @@ import pickle
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import ray.data
@@ -24,6 +25,7 @@ import ray.data
 from pipelines.config import MediaConfig
 from pipelines.errors import BadMedia, UserError
 from pipelines.ingest.blocks import HELD_OUT, TRAIN, UNCAPTIONED, Block, pair_identity, plan_blocks
+from pipelines.ingest.card import CARD_PATH, NUM_EXAMPLES, data_card, license_of
 from pipelines.ingest.members import load_sample
 from pipelines.media.libraries import library_versions
 from pipelines.samples import MediaKind, Members, RawSample, Rejected, Sample
@@ -59,6 +61,7 @@ class IngestReport:
     num_bytes: int = 0
     elapsed_s: float = 0.0
     libraries: dict[MediaKind, str] = field(default_factory=dict)  # kind of media -> its decoder and version
+    licenses: dict[str, str] = field(default_factory=dict)  # source -> license, where it is stated
 
     @property
     def num_accepted(self) -> int:
@@ -87,9 +90,10 @@ class WrittenShard:
     """Result of a task for its block. `shard` is None if no sample was usable. An `error` stops the job."""
 
     block_index: int
-    shard: ShardInfo | None = None
+    shard: ShardInfo | None = None  # and the first samples in it, `examples`
     rejected: tuple[Rejected, ...] = ()
     error: UserError | None = None
+    examples: tuple[Sample, ...] = ()
 
 
 def ingest(
@@ -103,11 +107,14 @@ def ingest(
     materialized: bool = False,
     keep_uncaptioned: bool = False,
     endpoint: str | None = None,
+    licenses: Mapping[str, str] = MappingProxyType({}),
     on_progress: Callable[[int, int], None] | None = None,
     before_publish: Callable[[], None] = lambda: None,
 ) -> IngestReport:
-    """Write the splits `train` and `held_out` and `report.json` below `out`. `on_progress` gets (done, all) samples.
-    `before_publish` is called when all shards are stored, and may raise. `endpoint` is that of raw media at s3:// URLs.
+    """Write the splits `train` and `held_out`, `report.json` and `DATA.md` below `out`.
+
+    `on_progress` gets (done, all) samples. `before_publish` is called when all shards are stored, and may raise.
+    `endpoint` is that of raw media at s3:// URLs, and `licenses` are those of sources, by name.
 
     With `keep_uncaptioned`, there is the split `uncaptioned`, too, and `train` may be empty. Otherwise an earlier
     split of that name becomes empty.
@@ -131,7 +138,8 @@ def ingest(
     splits = [TRAIN, HELD_OUT]
     if keep_uncaptioned or is_stored(out, UNCAPTIONED):
         splits.append(UNCAPTIONED)
-    manifests = _manifests(splits, blocks, _run(blocks, out, media, materialized, endpoint, on_progress), report)
+    outcomes = _run(blocks, out, media, materialized, endpoint, on_progress)
+    manifests = _manifests(splits, blocks, outcomes, report)
     assert report.num_accepted + report.num_rejected == report.seen
     report.elapsed_s = round(time.monotonic() - started_s, 3)
     if not report.accepted[TRAIN] and not report.accepted.get(UNCAPTIONED):
@@ -140,9 +148,29 @@ def ingest(
         problem = f"none of {report.seen} samples can be used for training ({reasons or 'there are none'})"
         raise UserError(out.url, problem, _fix(report))
     manifests = [replace(with_duplicates(out, manifest), settings=settings) for manifest in manifests]
+    report.licenses = {
+        source: found
+        for source in sorted({source for counts in report.accepted.values() for source in counts})
+        if (found := license_of(source, licenses))
+    }
+    card = data_card(report.accepted, _tasks(blocks), report.rejected, licenses, _examples(blocks, outcomes))
     before_publish()
-    publish_manifest(out, *manifests, reports={REPORT_PATH: report.to_json()})
+    publish_manifest(out, *manifests, reports={REPORT_PATH: report.to_json(), CARD_PATH: card})
     return report
+
+
+def _tasks(blocks: Sequence[Block]) -> dict[str, str]:
+    """Return the task of each source."""
+    return {block.source: block.samples[0].sample.task for block in blocks}
+
+
+def _examples(blocks: Sequence[Block], outcomes: Sequence[WrittenShard]) -> dict[str, tuple[Sample, ...]]:
+    """Return the first samples of each source that were stored."""
+    found: dict[str, tuple[Sample, ...]] = {}
+    for outcome in outcomes:
+        if outcome.examples:
+            found.setdefault(blocks[outcome.block_index].source, outcome.examples)
+    return found
 
 
 def _fix(report: IngestReport) -> str:
@@ -229,12 +257,16 @@ def make_shard(
 ) -> WrittenShard:
     """Load, check and store the samples of one block, with one sample in memory at a time."""
     rejected: list[Rejected] = []
+    examples: list[Sample] = []
 
     def usable(reader: ReferenceReader) -> Iterator[tuple[Sample, Members]]:
         reader.prepare(block.samples)
         for raw in block.samples:
             try:
-                yield load_sample(raw, media, materialized=materialized, reader=reader)
+                sample, members = load_sample(raw, media, materialized=materialized, reader=reader)
+                if len(examples) < NUM_EXAMPLES:
+                    examples.append(sample)
+                yield sample, members
             except BadMedia as error:
                 rejected.append(Rejected(raw.sample.origin or raw.sample.key, error.reason, error.detail))
 
@@ -248,7 +280,7 @@ def make_shard(
         path = f"{block.path.removesuffix('.tar')}-{shard.sha256[:DIGEST_CHARS]}.tar"
         out.upload(local, path)
         out.upload(Path(index_path(str(local))), index_path(path))
-    return WrittenShard(block_index, replace(shard, path=path), tuple(rejected))
+    return WrittenShard(block_index, replace(shard, path=path), tuple(rejected), examples=tuple(examples))
 
 
 def _manifests(
@@ -256,7 +288,7 @@ def _manifests(
 ) -> list[Manifest]:
     """Return the manifests of the splits, without settings, and count the results in the report."""
     shards: dict[str, dict[str, list[ShardInfo]]] = {split: {} for split in splits}
-    tasks = {block.source: block.samples[0].sample.task for block in blocks}
+    tasks = _tasks(blocks)
     for outcome in outcomes:
         block = blocks[outcome.block_index]
         for item in outcome.rejected:

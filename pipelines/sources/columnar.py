@@ -16,7 +16,8 @@ from pipelines.sources.table_files import TableFile
 from pipelines.sources.units import Column, Unit
 from pipelines.storage.ranged import open_binary
 
-_ROWS_AT_ONCE = 64
+_ROWS_AT_ONCE = 256
+_ROWS_OF_BYTES_AT_ONCE = 16  # a picture may have several megabytes
 
 
 def columns(file: TableFile, endpoint: str | None) -> list[Column]:
@@ -27,12 +28,15 @@ def columns(file: TableFile, endpoint: str | None) -> list[Column]:
 
 
 def units(file: TableFile, endpoint: str | None) -> list[Unit]:
-    """Return the row groups of a Parquet file, the record batches of an Arrow file, or an Arrow stream as one unit."""
+    """Return the row groups of a Parquet file, the record batches of a local Arrow file, or else the file as one unit.
+
+    The record batches of an Arrow file are as cheap to list only where it can be mapped into memory.
+    """
     with _opened(file.url, endpoint) as table:
         if isinstance(table, pq.ParquetFile):
             groups = [table.metadata.row_group(part) for part in range(table.num_row_groups)]
             sizes = [(group.num_rows, group.total_byte_size) for group in groups]
-        elif isinstance(table, pa.RecordBatchFileReader):
+        elif isinstance(table, pa.RecordBatchFileReader) and "://" not in file.url:
             batches = (table.get_batch(part) for part in range(table.num_record_batches))
             sizes = [(batch.num_rows, batch.nbytes) for batch in batches]
         else:
@@ -52,30 +56,34 @@ def rows(unit: Unit, wanted: Sequence[str] | None, endpoint: str | None) -> Iter
         names = tuple(schema.names)
         kept = [name for name in names if wanted is None or name in wanted]
         number = unit.first_row
-        for part, first, batch in _batches(table, unit, kept):
+        part = None if unit.num_rows is None else unit.part
+        at_once = (
+            _ROWS_OF_BYTES_AT_ONCE if any(_holds_bytes(schema.field(name).type) for name in kept) else _ROWS_AT_ONCE
+        )
+        for found, first, batch in _batches(table, part, kept, at_once):
             for index, values in enumerate(batch.to_pylist()):
                 number += 1
-                yield Row(values, names, f"{unit.file.name}:{number}", unit.file.url, part, first + index)
+                yield Row(values, names, f"{unit.file.name}:{number}", unit.file.url, found, first + index)
 
 
-def _batches(table: Any, unit: Unit, kept: list[str]) -> Iterator[tuple[int, int, pa.RecordBatch]]:
-    """Yield parts of a unit: its part, its first row in there, and the rows."""
+def _batches(
+    table: Any, part: int | None, kept: list[str], at_once: int = _ROWS_AT_ONCE
+) -> Iterator[tuple[int, int, pa.RecordBatch]]:
+    """Yield rows of a part, or of the whole Arrow file: their part, the first of them in it, and the rows."""
     if isinstance(table, pq.ParquetFile):
-        yield from _of_group(table, unit.part, kept)
+        first = 0
+        for batch in table.iter_batches(at_once, row_groups=[part], columns=kept, use_threads=False):
+            yield part or 0, first, batch
+            first += batch.num_rows
         return
-    whole = (
-        [(unit.part, table.get_batch(unit.part))] if isinstance(table, pa.RecordBatchFileReader) else enumerate(table)
-    )
-    for part, batch in whole:
-        for first in range(0, batch.num_rows, _ROWS_AT_ONCE):
-            yield part, first, batch.select(kept).slice(first, _ROWS_AT_ONCE)
-
-
-def _of_group(table: pq.ParquetFile, part: int, kept: list[str]) -> Iterator[tuple[int, int, pa.RecordBatch]]:
-    first = 0
-    for batch in table.iter_batches(_ROWS_AT_ONCE, row_groups=[part], columns=kept, use_threads=False):
-        yield part, first, batch
-        first += batch.num_rows
+    if isinstance(table, pa.RecordBatchFileReader):
+        parts = range(table.num_record_batches) if part is None else [part]
+        found = ((number, table.get_batch(number)) for number in parts)
+    else:
+        found = ((number, batch) for number, batch in enumerate(table) if part is None or number == part)
+    for number, batch in found:
+        for first in range(0, batch.num_rows, at_once):
+            yield number, first, batch.select(kept).slice(first, at_once)
 
 
 def read_cells(url: str, part: int, refs: Sequence[CellRef], endpoint: str | None) -> Iterator[tuple[CellRef, bytes]]:
@@ -85,13 +93,18 @@ def read_cells(url: str, part: int, refs: Sequence[CellRef], endpoint: str | Non
         by_row.setdefault(ref.row, []).append(ref)
     names = sorted({str(ref.column[0]) for ref in refs})
     with _opened(url, endpoint) as table:
-        unit = Unit(TableFile(url, "", "", "arrow"), part)
-        for found, first, batch in _batches(table, unit, names):
-            inside = [row for row in by_row if first <= row < first + batch.num_rows] if found == part else []
-            for row in inside:
+        for _, first, batch in _batches(table, part, names, _ROWS_OF_BYTES_AT_ONCE):
+            for row in (row for row in range(first, first + batch.num_rows) if row in by_row):
                 (values,) = batch.slice(row - first, 1).to_pylist()
                 for ref in by_row[row]:
                     yield ref, _value(values, ref)
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    """Return whether values of a type hold bytes, in fields or elements, too."""
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind):
+        return True
+    return any(_holds_bytes(kind.field(number).type) for number in range(kind.num_fields))
 
 
 def _value(values: Mapping[str, Any], ref: CellRef) -> bytes:

@@ -109,11 +109,13 @@ def read_folder(
     root = Path(path).absolute()
     if not root.is_dir():
         problem = "is not a folder" if root.exists() else "does not exist"
-        raise UserError(str(path), problem, "name a folder of images, videos or PDFs")
+        fix = f"name a folder of images, videos or PDFs; of a table, `rzen look {path}` prints the spec that reads it"
+        raise UserError(str(path), problem, fix)
     tree = list_folder(root, follow_links=follow_links)
     if not any(_kind(name) or _is_list(name) for name in tree.sizes):
         known = " ".join(KINDS)
-        raise UserError(str(path), "holds no usable file", f"put files with {known} or a {LIST_NAME} into it")
+        fix = f"put files with {known} or a {LIST_NAME} into it; of tables, `rzen look {path}` prints the spec"
+        raise UserError(str(path), "holds no usable file", fix)
     return _read(tree, config, keep_uncaptioned)
 
 

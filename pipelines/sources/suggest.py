@@ -72,7 +72,7 @@ def suggest_roots(
         for start in _starts(paths[0]):
             best = max(best, (_num_found(paths, root, start, endpoint), root, start), key=lambda one: one[0])
     count, root, start = best
-    if not count:
+    if not count or (root == folder and not start):  # where media are looked for anyway
         return {}
     return {"media_root": root} | ({"rebase": {start: ""}} if start else {})
 

@@ -61,7 +61,7 @@ class TableReader:
     def unit_id(self, unit: Unit) -> str:
         """Return 32 hex digits that change with whatever changes the samples of a unit."""
         pool = self.mapper.pool
-        settings = self.mapper.config.model_dump_json(exclude={"limit"})
+        settings = self.mapper.config.model_dump_json(exclude={"limit", "license"})
         return unit.id(f"{self.name} {self.mapper.seed} {pool.files if pool else ''} {settings}")
 
     def read(self, unit: Unit) -> Iterator[RawSample | Rejected]:

@@ -123,6 +123,8 @@ class TableSource(Config):
     that of the media, or the row is counted as `placeholder_mismatch`."""
     pool: Pool | None = None
     """Table of the targets that `id` names."""
+    license: str | None = None
+    """License of the table. The report and `DATA.md` keep it."""
 
 
 def with_settings(preset: Mapping[str, Any], config: TableSource) -> TableSource:

@@ -49,17 +49,21 @@ def find_table(urls: str | Sequence[str], endpoint: str | None = None, place: st
     for url in [urls] if isinstance(urls, str) else urls:
         for expanded in expand_braces(url):
             found |= _matching(expanded, endpoint, place)
-    shared = posixpath.commonpath([posixpath.dirname(url) for url in found])
-    files = [
-        TableFile(url, tag, url.removeprefix(shared).lstrip("/"), _format_of(url, endpoint))
-        for url, tag in found.items()
-    ]
+    shared = _shared_folder([*found])
+    files = [TableFile(url, tag, url[len(shared) :], _format_of(url, endpoint)) for url, tag in found.items()]
     formats = {file.format for file in files}
     if len(formats) > 1:
         shown = " ".join(sorted(formats))
         raise UserError(f"{place}={urls}", f"has files of several formats: {shown}", "name one, as in FOLDER/*.jsonl")
     _check_parts(files, place)
     return files
+
+
+def _shared_folder(urls: Sequence[str]) -> str:
+    """Return the start, up to a slash, that all URLs have in common."""
+    folders = [f"{url.rpartition('/')[0]}/" for url in urls]
+    prefix = os.path.commonprefix(folders)  # noqa: RUF071, as `commonpath` makes one slash of `s3://`
+    return prefix[: prefix.rfind("/") + 1]
 
 
 def extension_of(url: str) -> str:

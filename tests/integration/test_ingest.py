@@ -357,7 +357,12 @@ def test_tables_of_several_layouts_and_a_folder_become_one_dataset(tmp_path: Pat
         "held_out_fraction": 0.0,
         "samples_per_shard": 4,
         "sources": {
-            "cells": {"table": cells, "query": {"text": "caption"}, "positive": {"media": "image"}},
+            "cells": {
+                "table": cells,
+                "license": "CC BY 4.0",
+                "query": {"text": "caption"},
+                "positive": {"media": "image"},
+            },
             "lines": {
                 "table": lines,
                 "media_root": str(tmp_path / "images.zip"),
@@ -379,6 +384,13 @@ def test_tables_of_several_layouts_and_a_folder_become_one_dataset(tmp_path: Pat
         **{"cells": "text_image", "clips": "text_video", "lines": "image_text_text"},
         **{"pairs": "text_text", "text_image": "text_image"},
     }
+    assert report["licenses"] == {"cells": "CC BY 4.0"}
+    card = out.read("DATA.md").decode()
+    assert "15 samples of 5 sources" in card
+    assert "| cells | text_image | CC BY 4.0 | 6 |" in card
+    assert "| pairs | text_text | not stated | 3 |" in card
+    assert "| corrupt_image | 1 |" in card
+    assert "| clips | a clip | [video] | 0 | clips.json:1 |" in card
     found = {sample.query.text: (sample, members) for sample, members in stored(out, "train")}
     assert found["cell 3"][1] == {"p0.jpg": picture(3, "JPEG")}
     assert found["q 2"][1] == {"q0.png": picture(22)}

@@ -174,8 +174,8 @@ def test_tables_and_media_in_an_object_store(tmp_path, s3_endpoint):
         store.write(f"images/{number}.jpg", picture(number, "JPEG"))
         store.write(f"frames/v/{number}.jpg", picture(number, "JPEG"))
     rows = [{"title": f"t {n}", "photo": f"images/{n}.jpg", "own": picture(n)} for n in range(3)]
-    for extension in ("parquet", "arrow", "jsonl", "csv"):
-        kept = rows if extension in ("parquet", "arrow") else [{**row, "own": ""} for row in rows]
+    for extension in ("parquet", "arrow", "feather", "jsonl", "csv"):
+        kept = rows if extension in ("parquet", "arrow", "feather") else [{**row, "own": ""} for row in rows]
         store.upload(Path(write_table(tmp_path / f"t.{extension}", kept)), f"tables/t.{extension}")
         samples, refused = read(f"{root}/tables/t.{extension}", media_root=root, endpoint=s3_endpoint, **SHOWN)
         assert refused == []
@@ -183,9 +183,10 @@ def test_tables_and_media_in_an_object_store(tmp_path, s3_endpoint):
         with ReferenceReader(CONFIG, s3_endpoint) as reader:
             assert load_sample(samples[1], CONFIG, reader=reader)[1] == {"p0.jpg": picture(1, "JPEG")}
     own = {"query": {"text": "title"}, "positive": {"media": "own"}}
-    samples, _ = read(f"{root}/tables/*.parquet", endpoint=s3_endpoint, **own)
-    with ReferenceReader(CONFIG, s3_endpoint) as reader:
-        assert load_sample(samples[2], CONFIG, reader=reader)[1] == {"p0.png": picture(2)}
+    for extension in ("parquet", "arrow", "feather"):
+        samples, _ = read(f"{root}/tables/*.{extension}", endpoint=s3_endpoint, **own)
+        with ReferenceReader(CONFIG, s3_endpoint) as reader:
+            assert load_sample(samples[2], CONFIG, reader=reader)[1] == {"p0.png": picture(2)}
     with zipfile.ZipFile(tmp_path / "z.zip", "w") as archive:
         archive.writestr("images/0.jpg", picture(0, "JPEG"), zipfile.ZIP_DEFLATED)
     store.upload(tmp_path / "z.zip", "z.zip")
@@ -272,6 +273,24 @@ def test_one_column_is_null_in_one_file_and_text_in_another(tmp_path):
     write_table(tmp_path / "b.parquet", [{"title": "c", "answer": "d", "note": "more"}])
     settings = {"query": {"text": "title"}, "positive": {"text": "note | answer"}}
     assert texts(read(str(tmp_path / "*.parquet"), **settings)[0]) == [("a", "b"), ("c", "more")]
+
+
+def test_names_of_files_are_relative_to_the_folder_that_they_share(tmp_path, s3_endpoint, monkeypatch):
+    for name in ("a/x.csv", "ab/x.csv", "ab/y.csv"):
+        write_table(tmp_path / name, ROWS[:1])
+    names = ["a/x.csv", "ab/x.csv", "ab/y.csv"]
+    assert [file.name for file in find_table(str(tmp_path))] == names
+    assert [file.name for file in find_table(str(tmp_path / "ab"))] == ["x.csv", "y.csv"]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
+    store = open_store(f"s3://b{uuid.uuid4().hex[:12]}/d")
+    store.ensure_bucket()
+    store.upload_tree(tmp_path, "t")
+    assert [file.name for file in find_table(f"{store.url}/t/*/*.csv")] == names
+    write_pictures(tmp_path, "a.jpg")
+    store.upload(tmp_path / "a.jpg", "t/a/a.jpg")
+    store.write("t/a/t.jsonl", json.dumps({"title": "t", "photo": "a.jpg"}).encode())
+    (raw,), _ = read(f"{store.url}/t/a/t.jsonl", **SHOWN)  # media are next to the table
+    assert raw.files == {"p0": FileRef(f"{store.url}/t/a/a.jpg")}
 
 
 def test_a_folder_of_save_to_disk_names_its_files(tmp_path):
