@@ -78,8 +78,7 @@ def _is_plain_folder(place: str) -> bool:
         return False
     if (folder / "dataset_dict.json").is_file():
         return False
-    names = [path.name for path in folder.rglob("*") if path.is_file()]
-    return not any(is_table(name) and name != LIST_NAME for name in names)
+    return not any(is_table(path.name) and path.name != LIST_NAME for path in folder.rglob("*"))
 
 
 def _look_at_folder(place: str, as_json: bool) -> None:

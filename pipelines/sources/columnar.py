@@ -134,5 +134,5 @@ def _opened(url: str, endpoint: str | None) -> Iterator[Any]:
             yield pa.ipc.open_file(source) if start == b"ARROW1" else pa.ipc.open_stream(source)
     except FileNotFoundError as error:
         raise UserError(url, "does not exist any more", "run the job again") from error
-    except (pa.ArrowException, EOFError) as error:
+    except (pa.ArrowException, OSError, EOFError) as error:  # pyarrow raises OSError for damaged pages, too
         raise UserError(url, f"cannot be read: {error}", "fetch it again") from error

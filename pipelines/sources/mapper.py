@@ -36,9 +36,9 @@ class RowMapper:
     def samples(self, row: Row) -> Iterator[RawSample | Rejected]:
         """Yield the samples of a row, or why it gives none.
 
-        Reasons: not_selected, empty_text, no_media, missing_id, missing_file, outside_folder, web_address, empty_file,
-        placeholder_mismatch, unequal_lists, bad_list, not_text, not_a_medium, not_a_number, not_utf8, too_long_text,
-        no_prompt.
+        Reasons: not_selected, empty_text, no_media, missing_id, missing_file, outside_folder, web_address,
+        unreadable_file, empty_file, placeholder_mismatch, unequal_lists, bad_list, not_text, not_a_medium,
+        not_a_number, not_utf8, too_long_text, no_prompt.
         """
         try:
             if not self._is_selected(row):

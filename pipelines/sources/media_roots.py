@@ -40,6 +40,12 @@ class _Folder(_Root):
     follow_links: bool
 
     def find(self, path: str) -> Reference | None:
+        try:
+            return self._find(path)
+        except OSError as error:  # such as a name that is too long, or a folder that may not be read
+            raise BadMedia("unreadable_file", f"{path[:200]}: {error.strerror}") from error
+
+    def _find(self, path: str) -> Reference | None:
         for form in dict.fromkeys((path, unicodedata.normalize("NFC", path), unicodedata.normalize("NFD", path))):
             place = self.root / form
             if place.is_file():
@@ -118,7 +124,7 @@ class MediaRoots:
     def find(self, value: str) -> Reference:
         """Return the reference for a path or URL of a cell.
 
-        Raises `BadMedia`: missing_file, outside_folder, web_address.
+        Raises `BadMedia`: missing_file, outside_folder, web_address, unreadable_file.
         """
         path = self._path(value)
         for url in self.urls:
@@ -128,7 +134,8 @@ class MediaRoots:
             relative = posixpath.normpath(relative)
             if relative == ".." or relative.startswith("../"):
                 raise BadMedia("outside_folder", value)
-            if found := _opened(url, self.endpoint, self.follow_links).find(relative):
+            is_root = relative == "."  # a root is no video, whatever pictures it has
+            if not is_root and (found := _opened(url, self.endpoint, self.follow_links).find(relative)):
                 return found
         if path.lower().startswith(("http://", "https://")):
             raise BadMedia("web_address", f"{value[:200]}: fetch it first, as with img2dataset")

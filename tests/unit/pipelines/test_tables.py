@@ -20,8 +20,12 @@ from pipelines.ingest.blocks import pair_identity
 from pipelines.ingest.members import load_sample
 from pipelines.samples import ArchiveRef, CellRef, FileRef, FramesRef, Input, Media, RawSample
 from pipelines.sources import textual
+from pipelines.sources.mapper import RowMapper
+from pipelines.sources.media_roots import media_roots
 from pipelines.sources.references import ReferenceReader
+from pipelines.sources.table_config import TableSource
 from pipelines.sources.table_files import find_table
+from pipelines.sources.units import Unit
 from pipelines.storage.location import open_store
 from tests.tables import opened, picture, read, split, write_pictures, write_table
 
@@ -160,10 +164,12 @@ def test_no_path_leaves_the_root(tmp_path, name):
     assert refused == [("t.jsonl:2", "outside_folder")]
 
 
-def test_addresses_on_the_web_are_counted(tmp_path):
+def test_paths_that_name_no_file_are_counted(tmp_path):
     write_pictures(tmp_path, "a.jpg")
-    rows = [{"title": "a", "photo": "a.jpg"}, {"title": "b", "photo": "https://example.org/b.jpg"}]
-    assert read(write_table(tmp_path / "t.jsonl", rows), **SHOWN)[1] == [("t.jsonl:2", "web_address")]
+    paths = ["a.jpg", "https://example.org/b.jpg", f"{'long' * 100}.jpg", "a\0.jpg", "a.jpg/b.jpg", ".", "s3://b/a.jpg"]
+    table = write_table(tmp_path / "t.jsonl", [{"title": "t", "photo": path} for path in paths])
+    reasons = ["web_address", "unreadable_file", *["missing_file"] * 3, "outside_folder"]
+    assert read(table, **SHOWN)[1] == [(f"t.jsonl:{n}", reason) for n, reason in enumerate(reasons, start=2)]
 
 
 def test_tables_and_media_in_an_object_store(tmp_path, s3_endpoint):
@@ -439,6 +445,45 @@ def test_references_hold_no_media(tmp_path):
     tracemalloc.stop()
     assert len(samples) == 200
     assert held < 2_000_000  # of 20 MB
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 5) | st.floats(allow_nan=False) | st.text(max_size=6),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["did", "bytes", "path"]), inner),
+    max_leaves=5,
+)
+SETTINGS = (
+    {"query": {"text": "a"}, "positive": {"text": "b"}},
+    {"query": {"text": "a?", "media": "b?"}, "positive": {"media": ["c", "d?"]}},
+    {"query": {"text": "a", "choose": "each"}, "positive": {"text": "b", "media": "c", "choose": "one"}},
+    {"query": {"text": "a[0] | b.did"}, "positive": {"text": "c"}, "negatives": [{"text": "d", "media": "c"}]},
+    {"query": {"text": "a"}, "positive": {"text": "b", "parse": "python_list"}, "where": {"c": [0, "x"]}},
+    {"query": {"text": "a"}, "positive": {"text": "b"}, "relevance": "c", "split_by": "d", "limit": 2},
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.fixed_dictionaries({}, optional=dict.fromkeys("abcd", JSON)), max_size=5), st.sampled_from(SETTINGS))
+def test_whatever_rows_hold_each_is_a_sample_or_counted(tmp_path_factory, rows, given_settings):
+    folder = tmp_path_factory.mktemp("rows")
+    (file,) = find_table(write_table(folder / "t.jsonl", rows))
+    config = TableSource.model_validate({"table": file.url, "task": "t"} | given_settings)
+    mapper = RowMapper("mine", config, media_roots([str(folder)], {}), seed=0)
+    found = [list(mapper.samples(row)) for row in textual.rows(Unit(file), None)]
+    assert len(found) == len(rows)
+    assert all(found)
+
+
+def test_a_damaged_parquet_file_is_one_error(tmp_path):
+    rows = [{"title": f"t {n}" * 50, "answer": f"a {n}" * 50} for n in range(500)]
+    path = Path(write_table(tmp_path / "t.parquet", rows, row_group_size=100))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:200] + bytes(byte ^ 0x5A for byte in whole[200:3000]) + whole[3000:])
+    with pytest.raises(UserError, match=r"t\.parquet: cannot be read: .*; fetch it again"):
+        read(str(path), **PAIR)
+    path.write_bytes(whole[:-100])
+    with pytest.raises(UserError, match=r"t\.parquet: cannot be read: .*; fetch it again"):
+        read(str(path), **PAIR)
 
 
 def test_a_table_that_was_replaced_is_an_error(tmp_path):
