@@ -131,13 +131,13 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
 
 def _add(group: typer.Typer, commands: Sequence[Callable[..., None]]) -> None:
     for command in commands:
-        name = command.__name__.removesuffix("_models")
+        name = command.__name__.removesuffix("_models").replace("_", "-")
         epilog = data.INDEX_EXAMPLES if command is data.index else None
         group.command(name, epilog=epilog)(command)
 
 
 _add(app, [new.new, spec.validate, plan.plan, spec.run, spec.submit, spec.attach])
-_add(app, [look.look, data.ingest, data.index, data.verify])
+_add(app, [look.look, data.ingest, data.index, data.export_data, data.verify])
 _add(app, [runs.runs, runs.logs, runs.stop])
 _add(app, [models.embed, models.evaluate, models.search, models.export])
 _registry = typer.Typer(cls=CommandGroup, rich_markup_mode=None)

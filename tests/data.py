@@ -64,14 +64,14 @@ def publish(
             for n in range(count)
         ]
         parts = [samples[start : start + SAMPLES_PER_SHARD] for start in range(0, count, SAMPLES_PER_SHARD)]
-        shards = tuple(_store_shard(store, split, source, ordinal, part) for ordinal, part in enumerate(parts))
+        shards = tuple(store_shard(store, split, source, ordinal, part) for ordinal, part in enumerate(parts))
         infos[source] = SourceInfo(task, count, shards)
     manifest = with_duplicates(store, Manifest(split, infos))
     publish_manifest(store, manifest)
     return manifest
 
 
-def _store_shard(
+def store_shard(
     store: Store, split: Split, source: str, ordinal: int, samples: list[tuple[Sample, Members]]
 ) -> ShardInfo:
     path = f"{split}/{source}/{source}-{ordinal:06d}.tar"

@@ -63,6 +63,7 @@ class Job:
 
 JOBS = {
     "index": Job("index.yaml", ("out=$RZEN_STORE/data", "sources.pairs.urls=[$RZEN_STORE/shards]"), tasks_write=True),
+    "export-data": Job("export_data.yaml", ("data=$RZEN_STORE/data", "out=$RZEN_STORE/exported"), tasks_write=True),
     "stage1": Job(
         "stage1.yaml", ("data.root=$RZEN_STORE/data", "run.root=$RZEN_STORE/runs", "cluster.autoscaling=true")
     ),

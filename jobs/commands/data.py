@@ -1,4 +1,4 @@
-"""Commands for datasets: ingest, index, verify."""
+"""Commands for datasets: ingest, index, export-data, verify."""
 
 from __future__ import annotations
 
@@ -20,7 +20,15 @@ class Split(StrEnum):
     held_out = "held_out"
 
 
-INGEST_SPEC, INDEX_SPEC = "jobs/ingest.yaml", "jobs/index.yaml"
+class DataFormat(StrEnum):
+    """Formats of `export-data`, as `pipelines.formats.format.FormatName` has them."""
+
+    webdataset = "webdataset"
+    mmeb = "mmeb"
+    sentence_transformers = "sentence_transformers"
+
+
+INGEST_SPEC, INDEX_SPEC, EXPORT_DATA_SPEC = "jobs/ingest.yaml", "jobs/index.yaml", "jobs/export_data.yaml"
 DEFAULT_SOURCE = "pairs"  # the source that jobs/index.yaml has
 INDEX_EXAMPLES = """\
 \b
@@ -111,6 +119,22 @@ def index(
         settings[f"sources.{DEFAULT_SOURCE}"] = None
     settings |= {f"sources.{source}.{key}": value for key, value in mapping.items()}
     run_file(INDEX_SPEC, changes, settings, as_json=as_json)
+
+
+def export_data(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="directory or s3:// URL of the dataset")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="directory or s3:// URL of the export")],
+    format: Annotated[DataFormat, typer.Option(help="layout of the files")] = DataFormat.webdataset,
+    split: Annotated[Split | None, typer.Option(help="split to write (default: train)")] = None,
+    changes: Changes = None,
+    as_json: ResultAsJson = False,
+) -> None:
+    """Write a dataset as WebDataset tars, as MMEB's tables, or as tables of sentence-transformers.
+
+    Nothing is decoded or changed. Next to the files is a spec that reads them back. Unreadable samples are counted.
+    """
+    settings: dict[str, Any] = {"data": data, "out": out, "format": format.value}
+    run_file(EXPORT_DATA_SPEC, changes, settings | ({"split": split.value} if split else {}), as_json=as_json)
 
 
 def verify(

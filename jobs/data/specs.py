@@ -1,4 +1,4 @@
-"""Kinds `corpus`, `emoji`, `ingest` and `index`: jobs that make datasets."""
+"""Kinds `corpus`, `emoji`, `ingest`, `index` and `export_data`: jobs that make datasets, or other files of them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from jobs.spec.job import JobConfig, Named
 from jobs.spec.kinds import Kind, no_gpus
 from jobs.spec.no_effect import NoEffect
 from pipelines.config import MediaConfig, NonNegativeInt, PositiveInt
+from pipelines.formats.format import FormatName
 from pipelines.samples import Split
 from pipelines.shards.mapping import SourceMapping
 from pipelines.sources.emoji import EmojiConfig
@@ -106,6 +107,26 @@ class IndexSpec(JobConfig):
     """Limits for opening files, if `decode` is on."""
 
 
+class ExportDataSpec(JobConfig):
+    """Write a dataset in the format of another library."""
+
+    kind: Literal["export_data"]
+    """Must be `export_data`."""
+    data: str
+    """Directory or s3:// URL of the dataset."""
+    out: str
+    """Directory or s3:// URL of the export. An earlier export of the split is replaced."""
+    endpoint: str | None = None
+    """S3 endpoint of `data`, of its external shards and of `out`. `null` uses AWS_ENDPOINT_URL from the environment."""
+    format: FormatName
+    """`webdataset`: tars, as img2dataset writes them. `mmeb`: Parquet with zips of pictures. `sentence_transformers`:
+    Parquet with columns anchor, positive, negative_1."""
+    split: Split = "train"
+    """Split that is written."""
+    sources: Annotated[list[str], Field(min_length=1)] | None = None
+    """Sources that are written. `null` writes all."""
+
+
 CORPUS = Kind(
     name="corpus",
     spec=CorpusSpec,
@@ -152,4 +173,12 @@ INDEX = Kind(
     fingerprint="jobs.data.index:fingerprint",
     gpus=no_gpus,
     no_effect=(NoEffect("media", lambda spec: not spec.decode, "decode: false opens no file"),),
+)
+EXPORT_DATA = Kind(
+    name="export_data",
+    spec=ExportDataSpec,
+    run="jobs.data.export_data:run",
+    reads={"data": "dataset"},
+    makes={"out": "files of the format, report, spec that reads them back"},
+    gpus=no_gpus,
 )

@@ -27,6 +27,7 @@ _BUILT_IN = {
     "emoji": "jobs.data.specs:EMOJI",
     "ingest": "jobs.data.specs:INGEST",
     "index": "jobs.data.specs:INDEX",
+    "export_data": "jobs.data.specs:EXPORT_DATA",
     "train": "jobs.training.specs:TRAIN",
     "finetunes": "jobs.sweeps.specs:FINETUNES",
     "soup": "jobs.sweeps.specs:SOUP",

@@ -170,7 +170,7 @@ def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
 
 def rzen_options(words: list[str]) -> set[str]:
     """Return the options that `rzen COMMAND --help` lists. A command that does not exist has none."""
-    names = [word for word in words if re.fullmatch(r"[a-z]+", word)][:2]
+    names = [word for word in words if re.fullmatch(r"[a-z][a-z-]*", word)][:2]
     return _listed(tuple(names[:1])) | _listed(tuple(names)) | {"--help", "--version"}
 
 

@@ -1,0 +1,1 @@
+"""Shards to the formats of other libraries, and back."""
