@@ -41,10 +41,10 @@ def suggest_columns(columns: Sequence[str], rows: Sequence[Row]) -> tuple[Preset
     texts = [name for name in columns if name not in media and not _ID.search(name) and _holds_text(name, rows)]
     negatives = [name for name in (*texts, *media) if _NEGATIVE.search(name)]
     texts, media = ([name for name in names if name not in negatives] for names in (texts, media))
-    query = _first(texts, _QUERY, avoid=_TARGET)
+    query = _first(texts, rows, _QUERY, avoid=_TARGET)
     if query is None or (len(texts) < 2 and not media):
         return None, {}
-    target = _first([name for name in texts if name != query], _TARGET)
+    target = _first([name for name in texts if name != query], rows, _TARGET)
     found: dict[str, Any] = {"query": {"text": query}, "positive": {"media": media[0]} if media else {"text": target}}
     if media and target and _QUESTION.search(query) and _TARGET.search(target):
         found = {"query": {"text": query, "media": media[0]}, "positive": {"text": target}}
@@ -61,7 +61,8 @@ def suggest_roots(
     written = {key: value for key, value in settings.items() if key != "preset"}
     config = with_settings(preset.settings if preset else {}, TableSource.model_validate({"table": table, **written}))
     selectors = [text for name, text in selectors_of(config).items() if ".media" in name]
-    paths = list(islice(_paths(selectors, rows), _NUM_PATHS))
+    found = list(_paths(selectors, rows))
+    paths = found[:: max(1, len(found) // _NUM_PATHS)]
     if not paths or "://" in table:
         return {}
     folder = str(Path(table) if Path(table).is_dir() else Path(table).parent)
@@ -138,6 +139,17 @@ def _holds_text(name: str, rows: Sequence[Row]) -> bool:
     return bool(values) and all(isinstance(value, str) for value in values)
 
 
-def _first(names: Sequence[str], wanted: re.Pattern[str], avoid: re.Pattern[str] | None = None) -> str | None:
-    ranked = sorted(names, key=lambda name: (not wanted.search(name), bool(avoid and avoid.search(name))))
-    return ranked[0] if ranked else None
+def _first(
+    names: Sequence[str], rows: Sequence[Row], wanted: re.Pattern[str], avoid: re.Pattern[str] | None = None
+) -> str | None:
+    """Return the best column of texts: by its name, then one of several words, then one with no name to avoid."""
+
+    def rank(name: str) -> tuple[bool, bool, bool]:
+        return not wanted.search(name), not _has_words(name, rows), bool(avoid and avoid.search(name))
+
+    return min(names, key=rank, default=None)
+
+
+def _has_words(name: str, rows: Sequence[Row]) -> bool:
+    values = [element.value for row in rows if (cell := find(name, row)) for element in cell.elements()]
+    return 2 * sum(" " in str(value).strip() for value in values) > len(values)

@@ -37,6 +37,8 @@ from pipelines.storage.location import open_object
 
 LARGE_UNIT_BYTES = 256 << 20
 _PROBED_ROWS = 50
+_MAX_PROBED_ROWS = 1000
+_UNKNOWN = "?"  # the task, until the first rows show it
 _PROBED_OBJECTS = 8
 
 
@@ -101,12 +103,14 @@ def open_table(
     roots = _roots(place, config.media_root, files, config, endpoint, follow_links)
     pool = _pool(place, config, files, roots, endpoint)
     prompts = _prompts(config, endpoint)
-    mapper = RowMapper(name, config.model_copy(update={"task": config.task or "?"}), roots, seed, pool, prompts)
-    probe = _probe(mapper, rows, endpoint)
+    mapper = RowMapper(name, config.model_copy(update={"task": config.task or _UNKNOWN}), roots, seed, pool, prompts)
+    reader = TableReader(mapper, files, preset, endpoint)
+    probe = _probe(reader)
     probe.check(place, roots)
+    _check_stored(probe, place, endpoint)
     if config.task is None:
-        mapper = replace(mapper, config=config.model_copy(update={"task": probe.task()}))
-    return TableReader(mapper, files, preset, endpoint)
+        mapper = replace(mapper, config=config.model_copy(update={"task": probe.task(place)}))
+    return replace(reader, mapper=mapper)
 
 
 def _first_rows(files: Iterable[TableFile], endpoint: str | None) -> list[Row]:
@@ -204,10 +208,11 @@ class _Probe:
             fix = f"correct media_root or rebase: media are looked for in {', '.join(roots.urls)}"
         raise UserError(place, f"{problem} ({first.detail})", fix)
 
-    def task(self) -> str:
+    def task(self, place: str) -> str:
         """Return the task of the first sample, by the kinds of query and positive."""
         if not self.samples:
-            return "text_text"
+            problem = f"has no task, and none of the first {len(self.rejected):,} rows is selected to show it"
+            raise UserError(place, problem, "write task: text_image, or another name")
         sample = self.samples[0].sample
         return "_".join([*self._kinds("q", sample.query.text), *self._kinds("p", sample.positive.text)])
 
@@ -217,30 +222,33 @@ class _Probe:
         return [*dict.fromkeys(found), *(["text"] if text else [])]
 
 
-def _probe(mapper: RowMapper, rows: list[Row], endpoint: str | None) -> _Probe:
+def _probe(reader: TableReader) -> _Probe:
+    """Map the first 50 rows, or as many as one good sample needs, up to 1,000: rows without media may come first."""
     probe = _Probe([], [], {})
-    for row in rows:
-        for item in mapper.samples(row):
+    rows = (row for unit in reader.units() for row in reader.rows(unit))
+    for number, row in enumerate(islice(rows, _MAX_PROBED_ROWS), start=1):
+        for item in [row] if isinstance(row, Rejected) else reader.mapper.samples(row):
             if isinstance(item, Rejected):
                 probe.rejected.append(item)
             else:
                 probe.samples.append(item)
-    _check_stored(probe, mapper.source, endpoint)
-    if probe.samples and mapper.config.task == "?":
-        with ReferenceReader(MediaConfig(), endpoint) as reader:
+        if number >= _PROBED_ROWS and probe.samples:
+            break
+    if probe.samples and reader.mapper.config.task == _UNKNOWN:
+        with ReferenceReader(MediaConfig(), reader.endpoint) as files:
             for member, ref in probe.samples[0].files.items():
-                probe.kinds[member] = kind_of_reference(ref, reader) or "image"
+                probe.kinds[member] = kind_of_reference(ref, files) or "image"
     return probe
 
 
-def _check_stored(probe: _Probe, source: str, endpoint: str | None) -> None:
+def _check_stored(probe: _Probe, place: str, endpoint: str | None) -> None:
     """Raise `UserError` if an object store has none of the first media: a folder there is listed by nobody."""
     refs = [ref for raw in probe.samples for ref in raw.files.values() if isinstance(ref, FileRef)]
     stored = [ref for ref in refs if ref.path.startswith("s3://")][:_PROBED_OBJECTS]
     found = (open_object(ref.path, endpoint) for ref in stored)
     if stored and not any(store.exists(path) for store, path in found):
         problem = f"none of the first {len(stored)} media is there, such as {stored[0].path}"
-        raise UserError(f"sources.{source}", problem, "correct media_root or rebase")
+        raise UserError(place, problem, "correct media_root or rebase")
 
 
 def kind_of_reference(ref: Reference, reader: ReferenceReader) -> MediaKind | None:

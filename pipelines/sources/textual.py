@@ -43,7 +43,7 @@ def columns(file: TableFile, endpoint: str | None) -> list[Column]:
         if number == _SAMPLED_ROWS:
             break
         for name, value in row.values.items() if isinstance(row, Row) else ():
-            if found.get(name, "null") == "null":
+            if found.get(name, "null") in ("null", "list"):  # an empty list does not say of what
                 found[name] = _type_of(value)
     return [Column(name, kind) for name, kind in found.items()]
 

@@ -522,6 +522,18 @@ def test_errors_before_any_task_say_place_value_rule_and_fix(tmp_path):
     assert "names targets by id and has no pool" in error(table, query={"text": "title"}, positive={"id": "answer"})
 
 
+def test_the_first_rows_may_lack_their_media_or_not_be_selected(tmp_path):
+    write_pictures(tmp_path, "a.jpg")
+    rows = [{"title": f"t {n}", "photo": "a.jpg" if n == 120 else "gone.jpg", "n": n} for n in range(200)]
+    table = write_table(tmp_path / "t.jsonl", rows)
+    samples, refused = read(table, **SHOWN)
+    assert [raw.sample.task for raw in samples] == ["text_image"]
+    assert len(refused) == 199
+    samples, _ = read(table, where={"n": 120}, **SHOWN)
+    assert [raw.sample.task for raw in samples] == ["text_image"]
+    assert "has no task, and none of the first 200 rows is selected" in error(table, where={"n": 900}, **SHOWN)
+
+
 def test_archives_that_cannot_be_read_by_range_name_the_command(tmp_path):
     table = write_table(tmp_path / "t.jsonl", [{"title": "t", "photo": "a.jpg"}])
     for name, fix in {
