@@ -121,6 +121,15 @@ class MediaRoots:
             elif "://" not in url and not Path(url).is_dir():
                 raise UserError(f"{place}={url}", "is not a folder", f"correct the path: {_siblings(url)}")
 
+    def nearby_archive(self) -> str:
+        """Return what to do about an archive in a root whose media were not found. "" if there is none."""
+        folders = [Path(url) for url in self.urls if "://" not in url and Path(url).is_dir()]
+        found = sorted(path for folder in folders for path in folder.glob("*") if is_archive(path.name))
+        if not found:
+            return ""
+        readable = found[0].name.lower().endswith((".zip", ".tar"))
+        return f"; {found[0]} is there: " + ("name it as media_root" if readable else "unpack it")
+
     def find(self, value: str) -> Reference:
         """Return the reference for a path or URL of a cell.
 

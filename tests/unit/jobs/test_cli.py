@@ -318,7 +318,8 @@ def test_mistake_deep_in_a_pipeline_names_its_line(capsys: pytest.CaptureFixture
 
 def test_missing_folder_is_one_message(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["ingest", str(tmp_path / "nowhere"), str(tmp_path / "out")]) == 1
-    message = f"error: {tmp_path}/nowhere: does not exist; name a folder of images, videos or PDFs\n"
+    hint = f"of a table, `rzen look {tmp_path}/nowhere` prints the spec that reads it"
+    message = f"error: {tmp_path}/nowhere: does not exist; name a folder of images, videos or PDFs; {hint}\n"
     assert capsys.readouterr().err == message
 
 

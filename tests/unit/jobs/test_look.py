@@ -118,6 +118,16 @@ def _error(capsys: pytest.CaptureFixture[str], place: str) -> str:
     return capsys.readouterr().err
 
 
+def test_large_row_groups_are_a_problem(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"caption": f"c {n}", "image": picture(n)} for n in range(30)]
+    table = write_table(tmp_path / "t.parquet", rows, row_group_size=15)
+    assert look(capsys, table)["problems"] == []
+    monkeypatch.setattr("pipelines.sources.table_look.LARGE_UNIT_BYTES", 2000)
+    assert look(capsys, table)["problems"] == ["a row group has 0 MB and is read as a whole: write smaller ones"]
+
+
 def test_the_page_shows_samples_with_pictures_and_escapes_texts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -536,12 +536,16 @@ def test_the_first_rows_may_lack_their_media_or_not_be_selected(tmp_path):
 
 def test_archives_that_cannot_be_read_by_range_name_the_command(tmp_path):
     table = write_table(tmp_path / "t.jsonl", [{"title": "t", "photo": "a.jpg"}])
+    assert "is there" not in error(table, **SHOWN)
+    (tmp_path / "z.zip").write_bytes(b"x")
+    assert f"{tmp_path}/z.zip is there: name it as media_root" in error(table, **SHOWN)
     for name, fix in {
         "i.tar.gz": "unpack it with `tar -xf i.tar.gz`",
         "i.tar.gz.part-00": f"unpack it: cat {tmp_path}/i.tar.gz.part* | tar -xz",
     }.items():
         (tmp_path / name).write_bytes(b"x")
         assert fix in error(table, media_root=str(tmp_path / name), **SHOWN)
+    assert f"{tmp_path}/i.tar.gz is there: unpack it" in error(table, **SHOWN)
     assert "there is no such archive; fetch it" in error(table, media_root=str(tmp_path / "gone.zip"), **SHOWN)
     (tmp_path / "bad.zip").write_bytes(b"no zip")
     assert "cannot be read as an archive" in error(table, media_root=str(tmp_path / "bad.zip"), **SHOWN)
