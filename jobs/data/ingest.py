@@ -15,10 +15,11 @@ from pipelines.ingest.blocks import UNCAPTIONED
 from pipelines.ingest.ingest import REPORT_PATH, IngestReport, ingest
 from pipelines.samples import RawSample, Rejected
 from pipelines.shards.manifest import DATASET
+from pipelines.sources.archives import is_archive
 from pipelines.sources.folder import LIST_NAME, caption_line, read_folder
 from pipelines.sources.table import LARGE_UNIT_BYTES, TableReader, open_table
-from pipelines.sources.table_files import find_table
-from pipelines.storage.location import open_store, resolve_endpoint
+from pipelines.sources.table_files import absolute, find_table
+from pipelines.storage.location import open_object, open_store, resolve_endpoint
 from rzen.config import PromptConfig
 from rzen.families import FAMILIES
 
@@ -94,12 +95,20 @@ def _noting(raw: Iterable[RawSample | Rejected], uncaptioned: list[str]) -> Iter
 
 
 def fingerprint(spec: IngestSpec) -> dict[str, str]:
-    """Return the tag of every raw file of the folder by its path, and of every table and archive by its URL."""
+    """Return the tag of each file of the folder by its path, and of each table and archive by its URL.
+
+    Media in other folders are not among them: a folder may hold millions, and what the job writes.
+    """
     found = {} if spec.input is None else open_store(spec.input).tags()
     endpoint = resolve_endpoint(spec.endpoint)
     for name, source in spec.sources.items():
-        tables = [source.table, *([source.pool.table] if source.pool and source.pool.table else [])]
-        found |= {file.url: file.tag for urls in tables for file in find_table(urls, endpoint, f"sources.{name}.table")}
+        pool = source.pool.table if source.pool else None
+        for urls in (source.table, *([pool] if pool else [])):
+            found |= {file.url: file.tag for file in find_table(urls, endpoint, f"sources.{name}.table")}
+        roots = [source.media_root] if isinstance(source.media_root, str) else source.media_root or []
+        for url in filter(is_archive, map(absolute, roots)):
+            store, path = open_object(url, endpoint)
+            found[url] = store.tag(path) if store.exists(path) else ""
     return found
 
 

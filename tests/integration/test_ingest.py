@@ -334,7 +334,7 @@ def test_sources_that_cannot_be_are_reported(tmp_path: Path) -> None:
         run([replace(raw, sample=replace(raw.sample, source="../x"))], out)
 
 
-def test_tables_of_several_layouts_and_a_folder_become_one_dataset(tmp_path: Path) -> None:
+def test_tables_of_several_layouts_and_a_folder_become_one_dataset(tmp_path: Path, s3_endpoint: str) -> None:
     """Bytes in Parquet, paths in a zip, texts in CSV, frames, and files with captions, in one job that is repeated."""
     pictures = [{"caption": f"cell {n}", "image": {"bytes": picture(n, "JPEG"), "path": "1.png"}} for n in range(6)]
     pictures.append({"caption": "damaged", "image": {"bytes": picture(6, "JPEG")[:300], "path": "1.jpg"}})
@@ -347,6 +347,11 @@ def test_tables_of_several_layouts_and_a_folder_become_one_dataset(tmp_path: Pat
     pairs = write_table(tmp_path / "pairs.csv", [{"sent0": f"a {n}", "sent1": f"b {n}"} for n in range(3)])
     write_pictures(tmp_path, "frames/v/1.jpg", "frames/v/2.jpg")
     clips = write_table(tmp_path / "clips.json", [{"text": "a clip", "video": "frames/v"}])
+    remote = open_store(f"s3://b{uuid.uuid4().hex[:12]}/remote", s3_endpoint)
+    remote.ensure_bucket()
+    remote.write("pages/1.bin", picture(30))
+    faq = [{"caption": f"remote {n}", "page": f"pages/{n}.bin"} for n in (1, 2)]
+    remote.upload(Path(write_table(tmp_path / "faq.jsonl", faq)), "faq.jsonl")
     write_images(tmp_path / "raw", 2)
     for n in range(2):
         (tmp_path / f"raw/{n:04d}.txt").write_text(f"file {n}")
@@ -354,6 +359,7 @@ def test_tables_of_several_layouts_and_a_folder_become_one_dataset(tmp_path: Pat
         "kind": "ingest",
         "input": str(tmp_path / "raw"),
         "out": str(tmp_path / "out"),
+        "endpoint": s3_endpoint,
         "held_out_fraction": 0.0,
         "samples_per_shard": 4,
         "sources": {
@@ -370,6 +376,12 @@ def test_tables_of_several_layouts_and_a_folder_become_one_dataset(tmp_path: Pat
                 "positive": {"text": "pos_text"},
             },
             "pairs": {"table": pairs},
+            "remote": {
+                "table": f"{remote.url}/*.jsonl",
+                "query": {"text": "caption"},
+                "positive": {"media": "page"},
+                "task": "text_page",
+            },
             "clips": {"table": clips, "query": {"text": "text"}, "positive": {"media": "video"}},
         },
     }
@@ -377,22 +389,23 @@ def test_tables_of_several_layouts_and_a_folder_become_one_dataset(tmp_path: Pat
     assert main(["run", str(tmp_path / "spec.yaml")]) == 0
     out = open_store(str(tmp_path / "out"))
     report = json.loads(out.read("report.json"))
-    assert report["accepted"]["train"] == {"cells": 6, "clips": 1, "lines": 3, "pairs": 3, "text_image": 2}
-    assert report["rejected"] == {"corrupt_image": 1, "missing_file": 1}
-    assert report["seen"] == 17
+    assert report["accepted"]["train"] == {"cells": 6, "clips": 1, "lines": 3, "pairs": 3, "remote": 1, "text_image": 2}
+    assert report["rejected"] == {"corrupt_image": 1, "missing_file": 2}
+    assert report["seen"] == 19
     assert {source: info.task for source, info in read_manifest(out, "train").sources.items()} == {
         **{"cells": "text_image", "clips": "text_video", "lines": "image_text_text"},
-        **{"pairs": "text_text", "text_image": "text_image"},
+        **{"pairs": "text_text", "remote": "text_page", "text_image": "text_image"},
     }
     assert report["licenses"] == {"cells": "CC BY 4.0"}
     card = out.read("DATA.md").decode()
-    assert "15 samples of 5 sources" in card
+    assert "16 samples of 6 sources" in card
     assert "| cells | text_image | CC BY 4.0 | 6 |" in card
     assert "| pairs | text_text | not stated | 3 |" in card
     assert "| corrupt_image | 1 |" in card
     assert "| clips | a clip | [video] | 0 | clips.json:1 |" in card
     found = {sample.query.text: (sample, members) for sample, members in stored(out, "train")}
     assert found["cell 3"][1] == {"p0.jpg": picture(3, "JPEG")}
+    assert found["remote 1"][1] == {"p0.png": picture(30)}
     assert found["q 2"][1] == {"q0.png": picture(22)}
     assert list(found["a clip"][1]) == ["p0.avi"]
     once = snapshot(out)
