@@ -16,6 +16,7 @@ from typing import get_args
 
 from pipelines.samples import CellRef, Input, RawSample, Reference, StoredSplit
 from pipelines.sources.references import identity
+from pipelines.storage.location import is_local
 
 TRAIN, HELD_OUT, UNCAPTIONED = get_args(StoredSplit)
 _TOP = Path("/")
@@ -67,7 +68,7 @@ def plan_blocks(samples: list[RawSample], held_out_fraction: float, seed: int, s
 def _shared_folder(samples: list[RawSample]) -> Path:
     """Return the deepest folder that holds all local files."""
     paths = {ref.path for raw in samples for ref in raw.files.values() if not isinstance(ref, CellRef)}
-    folders = {str(Path(path).absolute().parent) for path in paths if not path.startswith("s3://")}
+    folders = {str(Path(path).absolute().parent) for path in paths if is_local(path)}
     return Path(os.path.commonpath(folders)) if folders else _TOP
 
 

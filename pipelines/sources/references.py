@@ -15,7 +15,7 @@ from pipelines.errors import BadMedia, UserError
 from pipelines.media.files import read_file
 from pipelines.samples import ArchiveRef, CellRef, FileRef, RawSample, Reference
 from pipelines.sources.archives import read_member
-from pipelines.storage.location import open_object
+from pipelines.storage.location import is_local, open_object
 
 
 class ReferenceReader:
@@ -64,7 +64,7 @@ class ReferenceReader:
         return [self._file(picture) for picture in ref.pictures]
 
     def _file(self, ref: FileRef | ArchiveRef) -> bytes:
-        if isinstance(ref, FileRef) and not ref.path.startswith("s3://"):
+        if isinstance(ref, FileRef) and is_local(ref.path):
             return read_file(ref.path, self._config)
         try:
             if isinstance(ref, ArchiveRef):
@@ -117,4 +117,4 @@ def identity(ref: Reference | None, root: Path) -> tuple[object, ...]:
 
 def relative_place(path: str, root: Path) -> str:
     """Return a local path relative to `root`, and a URL as it is."""
-    return path if path.startswith("s3://") else os.path.relpath(path, root)
+    return os.path.relpath(path, root) if is_local(path) else path

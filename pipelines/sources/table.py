@@ -33,7 +33,7 @@ from pipelines.sources.table_files import TableFile, absolute, find_table
 from pipelines.sources.table_rows import list_columns, list_units, read_rows, wanted_columns
 from pipelines.sources.units import Unit
 from pipelines.sources.values import draw
-from pipelines.storage.location import open_object
+from pipelines.storage.location import is_local, open_object
 
 LARGE_UNIT_BYTES = 256 << 20
 _PROBED_ROWS = 50
@@ -246,7 +246,7 @@ def _probe(reader: TableReader) -> _Probe:
 def _check_stored(probe: _Probe, place: str, endpoint: str | None) -> None:
     """Raise `UserError` if an object store has none of the first media: a folder there is listed by nobody."""
     refs = [ref for raw in probe.samples for ref in raw.files.values() if isinstance(ref, FileRef)]
-    stored = [ref for ref in refs if ref.path.startswith("s3://")][:_PROBED_OBJECTS]
+    stored = [ref for ref in refs if not is_local(ref.path)][:_PROBED_OBJECTS]
     found = (open_object(ref.path, endpoint) for ref in stored)
     if stored and not any(store.exists(path) for store, path in found):
         problem = f"none of the first {len(stored)} media is there, such as {stored[0].path}"

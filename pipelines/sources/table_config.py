@@ -87,7 +87,7 @@ class TableSource(Config):
     """Name of a known layout, or `auto` for the one that the columns show. Other settings replace those of the preset.
     `null` is `auto` where neither query nor positive is given. `rzen look` lists and recognizes them."""
     media_root: Urls | None = None
-    """Folder, s3:// URL, zip or tar in which paths of media are looked up, or a list that is tried in order. `null`:
+    """Folder, URL, zip or tar in which paths of media are looked up, or a list that is tried in order. `null`:
     the folder of the table."""
     rebase: dict[str, str] = Field(default_factory=dict)
     """Start of a path in the table -> what replaces it, such as `/mnt/old/images: images`."""

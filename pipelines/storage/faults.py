@@ -36,6 +36,10 @@ class BadAnswerError(Exception):
     """An answer that cannot be used."""
 
 
+class UnavailableError(Exception):
+    """A service that does not answer, or asks to come again later."""
+
+
 # A code is that of an answer, and counts before its status. Other errors are found by the names of their classes.
 _OF_CODES: dict[str, Remedy] = {
     "SlowDown": "wait",
@@ -52,6 +56,7 @@ _OF_ERRORS: dict[str, Remedy] = {  # by name, so that a disk needs no client of 
     "IncompleteReadError": "again",
     "ResponseStreamingError": "again",
     "ReadTimeoutError": "wait",
+    "UnavailableError": "wait",
     "ConnectionClosedError": "wait",
     "ConnectionError": "wait",
 }

@@ -1,10 +1,11 @@
-"""Open a local folder, a file:// or an s3:// URL as a `Store`."""
+"""Open a local folder, a file:// or an s3:// URL as a `Store`, and other object stores to read from."""
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
 import os
+import re
 import tempfile
 from pathlib import Path
 from urllib.parse import unquote
@@ -13,9 +14,19 @@ from pipelines.errors import UserError
 from pipelines.storage.publish import LEASE, MARK, present_version, published, read_mark
 from pipelines.storage.store import PARTIAL, LocalStore, Store, disk_errors
 
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+READ_ONLY_SCHEMES = ("gs", "gcs", "abfs", "abfss", "hf")
+"""Object stores that data are read from, and nothing is written to."""
+
+
+def is_local(url: str) -> bool:
+    """Return whether a path or URL is a place on a local disk."""
+    scheme = _SCHEME.match(url)
+    return scheme is None or scheme[1] == "file"
+
 
 def open_store(url: str, endpoint: str | None = None) -> Store:
-    """Open a local path, file:// or s3:// URL. Nothing is contacted or created.
+    """Open a local path, a file:// or s3:// URL, or one of `READ_ONLY_SCHEMES`. Nothing is contacted or created.
 
     `endpoint` names an object store that is not AWS. `resolve_endpoint` is applied to it, and the result is pickled
     with the store. Credentials are not: each machine uses its own.
@@ -25,8 +36,13 @@ def open_store(url: str, endpoint: str | None = None) -> Store:
         return LocalStore(Path(url).expanduser().absolute())
     if scheme == "file":
         return LocalStore(Path(unquote(rest)))
+    if scheme in READ_ONLY_SCHEMES:
+        from pipelines.storage.read_only import open_read_only  # pyarrow is loaded only where it is used
+
+        return open_read_only(url)
     if scheme != "s3":
-        raise UserError(url, f"unknown scheme {scheme}://", "use a local path, file:// or s3://")
+        known = ", ".join(f"{name}://" for name in ("file", "s3", *READ_ONLY_SCHEMES))
+        raise UserError(url, f"unknown scheme {scheme}://", f"use a local path, {known}")
     from pipelines.storage.s3 import open_s3  # boto3 is loaded only where it is used
 
     return open_s3(url, resolve_endpoint(endpoint))

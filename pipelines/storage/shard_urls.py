@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from functools import cache
 
 from pipelines.errors import UserError
-from pipelines.storage.location import open_store
+from pipelines.storage.location import is_local, open_store
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _GLOB = re.compile(r"[*?[]")
@@ -117,7 +117,7 @@ def _named(url: str, listed: Callable[[str], _Listing]) -> dict[str, str]:
     folder, slash, name = url.rpartition("/")
     listing = listed(folder or (slash or "."))
     # A key of S3 may have several slashes in a row, which are not part of the folder's URL.
-    return listing.absolute([url.removeprefix(f"{listing.url}/") if url.startswith("s3://") else name])
+    return listing.absolute([url.removeprefix(f"{listing.url}/") if not is_local(url) else name])
 
 
 def _is_tar(name: str) -> bool:
