@@ -20,6 +20,7 @@ from pipelines.storage.location import is_local
 
 TRAIN, HELD_OUT, UNCAPTIONED = get_args(StoredSplit)
 _TOP = Path("/")
+_PARTS_OF_GROUP = 16  # our choice
 _MIN_TRAIN_SAMPLES = 2  # one sample has nothing to be contrasted with
 
 
@@ -58,11 +59,28 @@ def plan_blocks(samples: list[RawSample], held_out_fraction: float, seed: int, s
     blocks = []
     for source, members in sorted(by_source.items()):
         for split, chosen in _split(members, held_out_fraction, seed, root).items():
-            chosen.sort(key=lambda raw: _draw(seed, "order", pair_identity(raw, root)))
+            groups = _groups_of_parts(chosen, seed)
+            chosen.sort(key=lambda raw: (groups.get(_part(raw), 0), _draw(seed, "order", pair_identity(raw, root))))
             keyed = [_with_key(raw, f"{position:08d}") for position, raw in enumerate(chosen)]
             for ordinal, start in enumerate(range(0, len(keyed), samples_per_shard)):
                 blocks.append(Block(split, source, ordinal, tuple(keyed[start : start + samples_per_shard])))
     return blocks
+
+
+def _part(raw: RawSample) -> tuple[str, int] | None:
+    """Return table and part of the first cell that a sample needs. None for samples without cells."""
+    cells = (ref for ref in raw.files.values() if isinstance(ref, CellRef))
+    return next(((cell.path, cell.part) for cell in cells), None)
+
+
+def _groups_of_parts(samples: list[RawSample], seed: int) -> dict[tuple[str, int] | None, int]:
+    """Divide the parts of tables whose cells are needed into groups of 16, in random order.
+
+    Samples are shuffled within a group. So a shard needs few parts, and the parts of a group lie apart in the table.
+    """
+    parts = sorted({part for raw in samples if (part := _part(raw))})
+    order = sorted(range(len(parts)), key=lambda number: _draw(seed, "part", str(number)))
+    return {parts[number]: rank // _PARTS_OF_GROUP for rank, number in enumerate(order)}
 
 
 def _shared_folder(samples: list[RawSample]) -> Path:
