@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pipelines.errors import UserError
-from rzen.config import LoraConfig, ObjectiveConfig, OptimConfig
+from rzen.config import LoraConfig, ObjectiveConfig, OptimConfig, TinyBackbone
 from rzen.inputs.processor import EncodedBatch, Processor
 from rzen.model.embedding_model import EmbeddingModel
 from rzen.training.worker import Stage, train_stage
@@ -26,6 +26,7 @@ from tests.tiny import PROMPT, small_pieces, tiny_checkpoint, tiny_model
 pytestmark = pytest.mark.slow
 POISON = 7  # as the first token of an input
 STEPS = 6
+BACKBONE = TinyBackbone(vocabulary=640, layers=1, vision_depth=1)  # stage 3 calls Python for each module
 
 Poisoned = Mapping[int, tuple[int, ...]]  # step -> samples of its global batch
 
@@ -101,7 +102,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, zero_stage: int) -> Path:
 
 @pytest.fixture(scope="module")
 def outcome(root: Path, zero_stage: int) -> list[dict[str, Any]]:
-    return run_workers(run_all, 2, root, tiny_checkpoint(root / "tiny"), zero_stage)
+    return run_workers(run_all, 2, root, tiny_checkpoint(root / "tiny", BACKBONE), zero_stage)
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(outcome: list[dict[str, Any]], root: Path) -> None:

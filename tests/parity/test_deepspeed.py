@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rzen.config import HardnessConfig, LoraConfig, ObjectiveConfig, OptimConfig, TemperatureConfig
+from rzen.config import HardnessConfig, LoraConfig, ObjectiveConfig, OptimConfig, TemperatureConfig, TinyBackbone
 from rzen.inputs.pairs import EncodedPairs, PairEncoder
 from rzen.inputs.processor import Processor
 from rzen.training import checkpoint
@@ -86,7 +86,7 @@ def plain(model_dir: str) -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+    return tiny_checkpoint(tmp_path_factory.mktemp("tiny"), TinyBackbone(vocabulary=640, vision_depth=1))
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,9 @@ def test_examples_have_the_shape_that_is_asked_for(tmp_path: Path) -> None:
     assert not len(example_batch(config, ChunkInputs(2, 9, 0)).grids)
 
 
+SHALLOW = TinyBackbone(vocabulary=640, layers=1, vision_depth=1)
+
+
 def settled(rank: int, world_size: int, folder: str) -> tuple[int, int]:
     """What a rank finds by itself, and what all settle on. Ranks have different memory."""
     memory = MemoryModel(read_config(folder), model_of(folder))
@@ -113,7 +116,7 @@ def settled(rank: int, world_size: int, folder: str) -> tuple[int, int]:
 
 @pytest.mark.slow
 def test_all_ranks_take_the_smallest_chunk(tmp_path: Path) -> None:
-    folder = tiny_checkpoint(tmp_path, TinyBackbone(vocabulary=640))
+    folder = tiny_checkpoint(tmp_path, SHALLOW)
     (large, first), (small, second) = run_workers(settled, 2, folder)
     assert 0 < small < large
     assert first == second == small

@@ -142,7 +142,7 @@ def test_weights_gradients_and_optimizer_are_what_deepspeed_holds(
     tune: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "WHOLE_ELEMENTS", 0)
-    model_dir = tiny_checkpoint(tmp_path)
+    model_dir = tiny_checkpoint(tmp_path, TinyBackbone(vocabulary=640, layers=1, vision_depth=1))
     model = stage_of(model_dir).model.model_copy(update={"dtype": dtype, "tune": tune})
     planner = MemoryModel(read_config(model_dir), model)
     ranks = run_workers(held_by_deepspeed, 3, model_dir, tune, dtype)
