@@ -54,6 +54,8 @@ def set_environment() -> None:
         # of 400 MB. A local Ray has no dashboard.
         os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
         return
+    # A local Ray is one node, which nobody takes back. Ray Train's watcher is an actor of 200 MB and 2 s of CPU a run.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # Without this, its processes listen on all interfaces, those of the metrics too. Ray means it for desktops, and it
     # does the same on Linux. Other users of the machine still reach it, so that it needs a token.
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")

@@ -58,6 +58,7 @@ def test_a_preempted_run_checkpoints_at_once_and_goes_on_elsewhere(
 ) -> None:
     import ray
 
+    monkeypatch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1")  # jobs of other tests on a local Ray turn it off
     done = steps_done(monkeypatch)
     head = ray.get_runtime_context().get_node_id()
     here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(head, soft=False)

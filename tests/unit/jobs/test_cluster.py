@@ -2,6 +2,7 @@ import json
 import os
 
 import pytest
+from ray.train.v2._internal.constants import get_env_vars_to_propagate
 
 from jobs.runtime.cluster import MAX_LINKED, metrics_link, ray_cluster, set_environment, user_error
 from pipelines.errors import UserError
@@ -65,6 +66,21 @@ def test_local_ray_gets_a_token_of_its_own_and_a_cluster_keeps_its_own(monkeypat
     assert "RAY_AUTH_TOKEN" not in os.environ
     assert os.environ["RAY_TRAIN_ENABLE_STATE_TRACKING"] == "1"
     monkeypatch.delenv("RAY_TRAIN_ENABLE_STATE_TRACKING")
+
+
+def test_a_local_ray_watches_for_no_preemption_and_a_cluster_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+    for variable in (name, "RAY_ADDRESS"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable in ("PYTHONPATH", "PATH", "RAY_CHDIR_TO_TRIAL_DIR", "RAY_TRAIN_ENABLE_STATE_TRACKING"):
+        monkeypatch.setenv(variable, os.environ.get(variable, ""))
+    set_environment()
+    assert os.environ[name] == "0"
+    assert name in get_env_vars_to_propagate()  # from the driver to Ray Train's controller, which starts the watcher
+    monkeypatch.delenv(name)
+    monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
+    set_environment()
+    assert name not in os.environ
 
 
 def test_link_to_the_numbers_is_that_of_our_dashboard_as_a_browser_knows_it(monkeypatch: pytest.MonkeyPatch) -> None:
