@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 
 import pytest
@@ -10,17 +11,20 @@ from xdist.scheduler import LoadScopeScheduling
 from tests.paths import ROOT
 
 RAY = "ray"
+_IN_RAY = re.compile(
+    r"""ray_cluster: None|usefixtures\("ray_cluster"\)|^pytestmark = .*mark\.ray.*mark\.long""", re.MULTILINE
+)
 
 
 @cache
 def group_of(module: str) -> str:
     """Return the group of the tests of a module. All tests of a group run in one process, one after the other.
 
-    Modules that start Ray form one group, because two clusters would compete for the CPUs. Every other module is a
-    group, because fixtures belong to a module.
+    Modules on the session's Ray cluster form one group. It takes about as long as all others. Long modules that start
+    a cluster of their own are in it, because two clusters would compete for the CPUs, and they measure times. Every
+    other module is a group, because fixtures belong to a module.
     """
-    text = (ROOT / module).read_text(encoding="utf-8")
-    return RAY if "ray_cluster" in text or "pytest.mark.ray" in text else module
+    return RAY if _IN_RAY.search((ROOT / module).read_text(encoding="utf-8")) else module
 
 
 def arrange(items: list[pytest.Item]) -> None:
