@@ -126,7 +126,7 @@ def read_index_table(store: Store, shard: ShardInfo, columns: Sequence[str]) -> 
         raise UserError(place, "is named in the manifest but missing", fix) from error
     if hashlib.sha256(data).hexdigest() != shard.index_sha256:
         raise UserError(place, "is not the index that the manifest names", fix)
-    with pq.ParquetFile(io.BytesIO(data)) as file:
+    with pq.ParquetFile(io.BytesIO(data), pre_buffer=False) as file:  # without Arrow's threads, as for duplicates
         known = [name for name in columns if name in file.schema_arrow.names]
         table = file.read(known, use_threads=False).combine_chunks()  # callers read several indices at once
     if len(table) != shard.num_samples:

@@ -3,6 +3,8 @@
 import copy
 import itertools
 import pickle
+import subprocess
+import sys
 from collections.abc import Collection
 from pathlib import Path
 
@@ -342,3 +344,23 @@ def test_contents_are_told_where_their_bytes_are_read(tmp_path: Path) -> None:
     contents = [sample.negative_sha256 for sample in samples if isinstance(sample, DecodedSample)]
     assert contents[0][0] == content_sha256(Input("not cars 3"), {})
     assert contents[0][1] == contents[1][1] == content_sha256(Input("nor this"), {})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the threads of a process are read from /proc")
+def test_reading_a_dataset_leaves_no_thread_that_runs_python(tmp_path: Path) -> None:
+    """A thread of Arrow that runs Python code while the process ends can abort it."""
+    publish(open_store(str(tmp_path)), CARS)
+    code = """
+import os, sys
+from pathlib import Path
+from pipelines.config import DataConfig
+from pipelines.feed.reader import Reader
+reader = Reader(DataConfig(root=sys.argv[1]))
+reader.tables()
+assert len(list(reader.raw("cars", range(20)))) == 20
+names = [Path("/proc/self/task", thread, "comm").read_text().strip() for thread in os.listdir("/proc/self/task")]
+print(sorted(name for name in names if name != "jemalloc_bg_thd"))
+"""
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert found.count("'") == 2, found
