@@ -63,8 +63,8 @@ def source_table(store: Store, split: str, name: str, source: SourceInfo, *, mer
         raise UserError(place, "is named in the manifest but missing", fix) from error
     if hashlib.sha256(data).hexdigest() != source.duplicates_sha256:
         raise UserError(place, "is not the file that the manifest names", fix)
-    # The file is small, and starting Arrow's threads takes longer than reading it. One that reads ahead runs Python code,
-    # which can abort a process that ends meanwhile.
+    # The file is small, and starting Arrow's threads takes longer than reading it. One that reads ahead runs Python
+    # code, which can abort a process that ends meanwhile.
     with pq.ParquetFile(io.BytesIO(data), pre_buffer=False) as file:
         table = file.read(use_threads=False)
     queries = table["query"].to_numpy() if "query" in table.column_names else NO_SAMPLES
