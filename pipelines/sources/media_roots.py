@@ -121,8 +121,10 @@ class MediaRoots:
             elif "://" not in url and not Path(url).is_dir():
                 raise UserError(f"{place}={url}", "is not a folder", f"correct the path: {_siblings(url)}")
 
-    def nearby_archive(self) -> str:
-        """Return what to do about an archive in a root whose media were not found. "" if there is none."""
+    def hint(self) -> str:
+        """Return what could help to find media that no root has: a member of an archive, or an archive in a folder."""
+        if archive := next(filter(is_archive, self.urls), None):
+            return f"; {archive} has {next(iter(list_archive(archive, self.endpoint)), 'no members')}"
         folders = [Path(url) for url in self.urls if "://" not in url and Path(url).is_dir()]
         found = sorted(path for folder in folders for path in folder.glob("*") if is_archive(path.name))
         if not found:

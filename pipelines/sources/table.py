@@ -205,9 +205,7 @@ class _Probe:
         problem = f"none of the first {len(self.rejected)} rows can be used: {reason} {count}, as in {first.origin}"
         fix = "see the settings with `rzen look`"
         if reason in ("missing_file", "outside_folder"):
-            fix = (
-                f"correct media_root or rebase: media are looked for in {', '.join(roots.urls)}{roots.nearby_archive()}"
-            )
+            fix = f"correct media_root or rebase: media are looked for in {', '.join(roots.urls)}{roots.hint()}"
         raise UserError(place, f"{problem} ({first.detail})", fix)
 
     def task(self, place: str) -> str:

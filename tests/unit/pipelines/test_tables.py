@@ -561,6 +561,9 @@ def test_archives_that_cannot_be_read_by_range_name_the_command(tmp_path):
         (tmp_path / name).write_bytes(b"x")
         assert fix in error(table, media_root=str(tmp_path / name), **SHOWN)
     assert f"{tmp_path}/i.tar.gz is there: unpack it" in error(table, **SHOWN)
+    with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
+        archive.writestr("ChartQA/1.png", picture())
+    assert "/other.zip has ChartQA/1.png" in error(table, media_root=str(tmp_path / "other.zip"), **SHOWN)
     assert "there is no such archive; fetch it" in error(table, media_root=str(tmp_path / "gone.zip"), **SHOWN)
     (tmp_path / "bad.zip").write_bytes(b"no zip")
     assert "cannot be read as an archive" in error(table, media_root=str(tmp_path / "bad.zip"), **SHOWN)
