@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,14 @@ from jobs.runtime.cluster import ray_cluster
 from jobs.runtime.lease import hold_output
 from jobs.runtime.progress import Bars, duration, say
 from pipelines.ingest.blocks import UNCAPTIONED
-from pipelines.ingest.ingest import REPORT_PATH, IngestReport, ingest
+from pipelines.ingest.groups import ListedTable, list_table
+from pipelines.ingest.ingest import ingest
+from pipelines.ingest.report import REPORT_PATH, IngestReport
 from pipelines.samples import RawSample, Rejected
 from pipelines.shards.manifest import DATASET
 from pipelines.sources.archives import is_archive
 from pipelines.sources.folder import LIST_NAME, caption_line, read_folder
-from pipelines.sources.table import LARGE_UNIT_BYTES, TableReader, open_table
+from pipelines.sources.table import LARGE_UNIT_BYTES, open_table
 from pipelines.sources.table_files import absolute, find_table
 from pipelines.storage.location import open_object, open_store, resolve_endpoint
 from rzen.config import PromptConfig
@@ -29,10 +30,10 @@ LARGEST_PIXELS = PromptConfig().max_visual_tokens * max(family.token_px for fami
 
 def run(spec: IngestSpec) -> dict[str, Any]:
     """Write the dataset and report what became of every sample."""
-    raw: list[Iterable[RawSample | Rejected]] = []
+    raw: Iterable[RawSample | Rejected] = ()
     if spec.input is not None:
         follow_links, keep = spec.follow_links, spec.keep_uncaptioned
-        raw.append(read_folder(spec.input, spec.media, follow_links=follow_links, keep_uncaptioned=keep))
+        raw = read_folder(spec.input, spec.media, follow_links=follow_links, keep_uncaptioned=keep)
     tables = _open_tables(spec)
     uncaptioned: list[str] = []
     store = open_store(spec.out, spec.endpoint)
@@ -40,8 +41,9 @@ def run(spec: IngestSpec) -> dict[str, Any]:
     say(f"  {', '.join(inputs)} -> {store.url}, {spec.held_out_fraction:.0%} held out")
     with hold_output(store, DATASET, "ingests") as lease, ray_cluster(), Bars() as bars:
         report = ingest(
-            _noting(chain(*raw, *(table.read_all() for table in tables)), uncaptioned),
+            _noting(raw, uncaptioned),
             store,
+            tables=tables,
             # Stored pages must be large enough for every model that may read them.
             media=spec.media.for_model(LARGEST_PIXELS) if spec.materialized else spec.media,
             held_out_fraction=spec.held_out_fraction,
@@ -49,9 +51,10 @@ def run(spec: IngestSpec) -> dict[str, Any]:
             samples_per_shard=spec.samples_per_shard,
             materialized=spec.materialized,
             keep_uncaptioned=spec.keep_uncaptioned,
+            reuse=spec.reuse,
             endpoint=resolve_endpoint(spec.endpoint),
             licenses={name: source.license for name, source in spec.sources.items() if source.license},
-            on_progress=lambda done, total: bars.update("ingest", done, total),
+            on_progress=lambda done, total, note: bars.update("ingest", done, total, note=note),
             before_publish=lease.check,
         )
     _print_report(report)
@@ -63,27 +66,26 @@ def run(spec: IngestSpec) -> dict[str, Any]:
     return {"outputs": [spec.out], "samples": report.accepted, "rejected": report.rejected}
 
 
-def _open_tables(spec: IngestSpec) -> list[TableReader]:
-    """Return the readers of all sources. Everything that can be wrong with them is reported before a task starts."""
+def _open_tables(spec: IngestSpec) -> list[ListedTable]:
+    """Return all tables. Everything that can be wrong with their settings is reported before a task starts."""
     endpoint = resolve_endpoint(spec.endpoint)
     tables = [
-        open_table(name, source, seed=spec.seed, endpoint=endpoint, follow_links=spec.follow_links)
+        list_table(open_table(name, source, seed=spec.seed, endpoint=endpoint, follow_links=spec.follow_links))
         for name, source in spec.sources.items()
     ]
     for table in tables:
-        largest = max((unit.num_bytes for unit in table.units() if unit.file.format == "parquet"), default=0)
+        largest = max((unit.num_bytes for unit in table.units if unit.file.format == "parquet"), default=0)
         if largest > LARGE_UNIT_BYTES:
             size = f"{largest / 1e6:,.0f} MB"
-            text = (
-                f"{table.name} has row groups of up to {size}, each read as a whole: write smaller ones to save memory"
-            )
-            say(f"  {text}", "yellow")
+            text = f"{table.reader.name} has row groups of up to {size}, each read as a whole: write smaller ones"
+            say(f"  {text} to save memory", "yellow")
     return tables
 
 
-def _described(table: TableReader) -> str:
-    files = f"{len(table.files)} files" if len(table.files) > 1 else table.files[0].url
-    return f"{table.name} ({files}{f', preset {table.preset}' if table.preset else ''})"
+def _described(table: ListedTable) -> str:
+    reader = table.reader
+    files = f"{len(reader.files)} files" if len(reader.files) > 1 else reader.files[0].url
+    return f"{reader.name} ({files}{f', preset {reader.preset}' if reader.preset else ''})"
 
 
 def _noting(raw: Iterable[RawSample | Rejected], uncaptioned: list[str]) -> Iterator[RawSample | Rejected]:
@@ -113,6 +115,8 @@ def fingerprint(spec: IngestSpec) -> dict[str, str]:
 
 
 def _print_report(report: IngestReport) -> None:
+    if report.num_reused:
+        say(f"  {report.num_reused:,} of {report.num_groups:,} groups were stored before")
     for split, sources in report.accepted.items():
         if sources:
             say(f"  {split}: " + ", ".join(f"{name} {count:,}" for name, count in sorted(sources.items())))

@@ -66,6 +66,9 @@ class IngestSpec(JobConfig):
     """Largest number of samples in a shard."""
     seed: NonNegativeInt = 0
     """Seed of the split and the order. The same seed and files give the same bytes."""
+    reuse: bool = True
+    """Whether to keep what an earlier run has stored of the same tables and files with the same settings. Set it to
+    `false` after media were replaced that a table names by their paths: everything is then made again."""
     materialized: bool = False
     """Whether to store video frames (JPEG) and page images (lossless WebP) as `media` chooses them, instead of the
     files. Reading clips and dense pages is then cheaper, but `frames`, `fps` and `page_pixels` are fixed."""

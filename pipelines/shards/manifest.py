@@ -73,7 +73,7 @@ class ShardInfo:
     @property
     def remedy(self) -> str:
         """What the user should do if the shard is not as the manifest says."""
-        return f"run the {'index' if self.index else 'ingest'} job again"
+        return "run the index job again" if self.index else "delete it and run the ingest job again"
 
 
 @_STORED

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import os.path
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Self
 
 from pipelines.config import MediaConfig
@@ -17,16 +17,21 @@ from pipelines.samples import ArchiveRef, CellRef, FileRef, RawSample, Reference
 from pipelines.sources.archives import read_member
 from pipelines.storage.location import is_local, open_object
 
+Cells = Mapping[CellRef, bytes | None]
+"""Bytes of cells. None stands for more bytes than are allowed."""
+_NO_CELLS: Cells = MappingProxyType({})
+
 
 class ReferenceReader:
     """Reads references of raw samples in one process. Close it to remove its scratch file.
 
     A part is the smallest read of a table. So `prepare` copies the cells of many samples to a scratch file, part by
-    part. A cell that was not prepared costs a read of its part.
+    part. A cell that was not prepared costs a read of its part. `cells` are those that another reader has `taken`.
     """
 
-    def __init__(self, config: MediaConfig, endpoint: str | None = None) -> None:
+    def __init__(self, config: MediaConfig, endpoint: str | None = None, cells: Cells = _NO_CELLS) -> None:
         self._config = config
+        self._cells = cells
         self._endpoint = endpoint
         self._scratch = tempfile.TemporaryFile(prefix="rzen-cells-")  # noqa: SIM115, closed with the reader
         self._places: dict[CellRef, tuple[int, int]] = {}
@@ -48,6 +53,11 @@ class ReferenceReader:
             if len(data) <= self._config.max_bytes:
                 self._places[ref] = (self._scratch.seek(0, 2), len(data))
                 self._scratch.write(data)
+
+    def take(self, samples: Iterable[RawSample]) -> Cells:
+        """Return the bytes of the cells of samples that were prepared."""
+        refs = {ref: None for raw in samples for ref in raw.files.values() if isinstance(ref, CellRef)}
+        return {ref: self._cell(ref) if ref in self._places else None for ref in refs}
 
     def read(self, ref: Reference) -> bytes | list[bytes]:
         """Return the bytes of a file, or of each picture of a video.
@@ -78,7 +88,9 @@ class ReferenceReader:
             raise BadMedia("missing_file") from error
 
     def _cell(self, ref: CellRef) -> bytes:
-        if ref not in self._places:
+        if data := self._cells.get(ref):
+            return data
+        if ref not in self._places and ref not in self._cells:
             self._copy(ref.path, ref.part, [ref])
         if ref not in self._places:
             raise BadMedia("too_many_bytes", f"more than {self._config.max_bytes} bytes")

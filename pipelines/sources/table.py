@@ -225,7 +225,8 @@ class _Probe:
 def _probe(reader: TableReader) -> _Probe:
     """Map the first 50 rows, or as many as one good sample needs, up to 1,000: rows without media may come first."""
     probe = _Probe([], [], {})
-    rows = (row for unit in reader.units() for row in reader.rows(unit))
+    units = (unit for file in reader.files for unit in list_units(file, reader.endpoint))
+    rows = (row for unit in units for row in reader.rows(unit))
     for number, row in enumerate(islice(rows, _MAX_PROBED_ROWS), start=1):
         for item in [row] if isinstance(row, Rejected) else reader.mapper.samples(row):
             if isinstance(item, Rejected):

@@ -25,7 +25,7 @@ from pipelines.storage.location import open_object
 from pipelines.storage.ranged import open_binary
 from pipelines.texts import MAX_TEXT_BYTES, bounded_lines, encoding_of
 
-UNIT_BYTES = 64 << 20
+UNIT_BYTES = 4 << 20  # of lines: a group of units takes lines from several places of a file
 _MAX_JSON_BYTES = 2 << 30
 _SAMPLED_ROWS = 200
 KEY = "_key"
@@ -49,7 +49,7 @@ def columns(file: TableFile, endpoint: str | None) -> list[Column]:
 
 
 def units(file: TableFile, endpoint: str | None, unit_bytes: int = UNIT_BYTES) -> list[Unit]:
-    """Return 64 MB of JSON lines each, and other files as one unit."""
+    """Return 4 MB of JSON lines each, and other files as one unit."""
     store, path = open_object(file.url, endpoint)
     size = store.size(path)
     if file.format != "jsonl" or file.url.endswith(".gz"):

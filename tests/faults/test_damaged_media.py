@@ -16,7 +16,7 @@ import pytest
 
 from pipelines.config import MediaConfig
 from pipelines.errors import BadMedia
-from pipelines.ingest import ingest as ingest_module
+from pipelines.ingest import report as report_module
 from pipelines.ingest.blocks import TRAIN
 from pipelines.ingest.ingest import ingest
 from pipelines.media.decode import Decoder
@@ -191,7 +191,7 @@ def stored(split: Path) -> Iterator[tuple[Sample, bytes]]:
 def test_ingest_accounts_for_every_file_exactly_once(
     config: MediaConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ingest_module, "_MAX_EXAMPLES", len(files()))  # of each reason: all
+    monkeypatch.setattr(report_module, "MAX_EXAMPLES", len(files()))  # of each reason: all, as a block has no more
     raw, out = tmp_path / "raw", open_store(str(tmp_path / "out"))
     raw.mkdir()
     for file in files():
@@ -201,7 +201,7 @@ def test_ingest_accounts_for_every_file_exactly_once(
 
     with _Memory().watched() as memory:
         report = ingest(
-            read_folder(str(raw), config), out, media=config, held_out_fraction=0.0, seed=0, samples_per_shard=50
+            read_folder(str(raw), config), out, media=config, held_out_fraction=0.0, seed=0, samples_per_shard=20
         )
 
     assert report.seen == len(files()) == report.num_accepted + report.num_rejected

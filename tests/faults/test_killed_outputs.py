@@ -18,14 +18,14 @@ import pytest
 
 import jobs.embedding.embed
 import pipelines.ingest.indexing
-import pipelines.ingest.ingest
+import pipelines.ingest.job
 from jobs.cli import main
 from jobs.embedding.vectors import write_part
 from jobs.training.runs import Run
 from jobs.training.specs import TrainSpec
 from pipelines.config import DataConfig, MediaConfig
 from pipelines.feed.reader import Reader
-from pipelines.ingest.ingest import ingest, make_shard
+from pipelines.ingest.ingest import ingest
 from pipelines.shards.external import index_shard
 from pipelines.shards.mapping import InputMapping, SourceMapping
 from pipelines.shards.verify import verify
@@ -35,6 +35,7 @@ from pipelines.storage.publish import LEASE, MARK, publish_folder
 from pipelines.storage.store import LocalStore, is_partial
 from tests.adapters import adapter
 from tests.data import publish
+from tests.inline import run_here
 from tests.kills import is_killed
 from tests.tiny import tiny_checkpoint
 
@@ -69,10 +70,7 @@ def dataset(folder: Path) -> tuple[int, ...]:
 
 @pytest.fixture
 def ingested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Output:
-    def run(blocks: Any, out: Any, media: Any, materialized: Any, on_progress: Any) -> Any:
-        return [make_shard(number, block, out, media, materialized) for number, block in enumerate(blocks)]
-
-    monkeypatch.setattr(pipelines.ingest.ingest, "_run", run)
+    monkeypatch.setattr(pipelines.ingest.job, "run", run_here)
     for version, count in (("old", 8), ("new", 14)):
         (tmp_path / version).mkdir()
         lines = [json.dumps({"query": f"question {n}", "positive": f"answer {n}"}) for n in range(count)]

@@ -17,20 +17,25 @@ import pymupdf
 import pytest
 from PIL import Image
 
+import pipelines.ingest.job
 from jobs.cli import main
 from jobs.runtime.local_s3 import free_port
 from pipelines.config import DataConfig, MediaConfig
 from pipelines.errors import UserError
 from pipelines.feed.reader import Reader
 from pipelines.ingest.blocks import plan_blocks
-from pipelines.ingest.ingest import IngestReport, ingest
+from pipelines.ingest.groups import list_table
+from pipelines.ingest.ingest import ingest
+from pipelines.ingest.report import IngestReport
 from pipelines.samples import FileRef, Input, Media, MediaKind, Members, RawSample, Rejected, Sample
 from pipelines.shards.index import content_sha256
 from pipelines.shards.manifest import read_manifest
 from pipelines.shards.verify import verify
 from pipelines.storage.location import open_store
 from pipelines.storage.store import Store
-from tests.tables import picture, write_pictures, write_table
+from tests.inline import run_here
+from tests.kills import run_until_a_part_is_stored
+from tests.tables import opened, picture, write_pictures, write_table
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 MEDIA = MediaConfig(frames=2, page_pixels=40_000)
@@ -82,7 +87,8 @@ def stored(out: Store, split: str) -> list[tuple[Sample, Members]]:
 
 
 def snapshot(out: Store) -> dict[str, bytes]:
-    return {path: out.read(path) for path in out.list() if path != "report.json"}
+    """Every file of a dataset. Markers have times of files, and the report has its own."""
+    return {path: out.read(path) for path in out.list() if path != "report.json" and not path.startswith("ingest/")}
 
 
 def test_every_medium_arrives_whole(tmp_path: Path) -> None:
@@ -94,7 +100,7 @@ def test_every_medium_arrives_whole(tmp_path: Path) -> None:
     raws.append(RawSample(Sample("", "words", "t2t", Input("left"), Input("right"), (Input("wrong"),))))
     out = open_store(str(tmp_path / "out"))
     progress: list[tuple[int, int]] = []
-    report = run(raws, out, held_out_fraction=0.0, on_progress=lambda done, total: progress.append((done, total)))
+    report = run(raws, out, held_out_fraction=0.0, on_progress=lambda done, total, _: progress.append((done, total)))
     assert report.accepted == {"train": {"cars": 3, "clips": 1, "papers": 2, "words": 1}, "held_out": {}}
     assert (report.seen, report.rejected) == (7, {})
     assert sorted(done for done, _ in progress) == [done for done, _ in progress]
@@ -415,3 +421,35 @@ def test_tables_of_several_layouts_and_a_folder_become_one_dataset(tmp_path: Pat
     (tmp_path / "spec.yaml").write_text(json.dumps(spec))
     assert main(["run", str(tmp_path / "spec.yaml")]) == 1
     assert snapshot(out) == once
+
+
+def test_a_job_that_is_killed_twice_goes_on_with_any_number_of_workers(tmp_path: Path) -> None:
+    """SIGKILL on the job while its tasks run on Ray, then the same command: the bytes of a job that one process did."""
+    rows = [{"q": f"picture {n}", "p": {"bytes": picture(n, "JPEG"), "path": "1.png"}} for n in range(200)]
+    table = write_table(tmp_path / "t.parquet", rows, row_group_size=4)
+    source = {"table": table, "query": {"text": "q"}, "positive": {"media": "p"}}
+    spec = {"kind": "ingest", "out": str(tmp_path / "out"), "samples_per_shard": 7, "sources": {"pics": source}}
+    (tmp_path / "spec.yaml").write_text(json.dumps(spec))
+    out = open_store(str(tmp_path / "out"))
+    stored_blocks = []
+    for pattern in ("*/000000.json", "*/000009.json"):
+        run_until_a_part_is_stored(tmp_path / "spec.yaml", tmp_path / "out/ingest", pattern)
+        stored_blocks.append({path: out.tag(path) for path in out.list("ingest")})
+        assert "manifest.json" not in "".join(out.list())
+    assert stored_blocks[0].items() <= stored_blocks[1].items()
+    assert main(["run", str(tmp_path / "spec.yaml")]) == 0
+    assert stored_blocks[1].items() <= {path: out.tag(path) for path in out.list("ingest")}.items()
+    here = open_store(str(tmp_path / "here"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipelines.ingest.job, "run", run_here)
+        ingest(
+            (),
+            here,
+            tables=[list_table(opened(table, "pics", query={"text": "q"}, positive={"media": "p"}))],
+            media=MediaConfig(),
+            held_out_fraction=0.1,
+            seed=0,
+            samples_per_shard=7,
+        )
+    assert snapshot(out) == snapshot(here)
+    assert read_manifest(out, "train").num_samples + read_manifest(out, "held_out").num_samples == 200

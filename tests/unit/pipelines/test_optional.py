@@ -28,7 +28,9 @@ from pipelines.config import DataConfig, MediaConfig
 from pipelines.errors import UserError
 from pipelines.feed.reader import Reader
 from pipelines.ingest.blocks import plan_blocks
-from pipelines.ingest.ingest import make_shard
+from pipelines.ingest.planning import BlockWork
+from pipelines.ingest.settings import IngestSettings
+from pipelines.ingest.writing import write_block
 from pipelines.media.decode import Decoder
 from pipelines.media.libraries import library_versions
 from pipelines.samples import DecodedSample
@@ -47,9 +49,10 @@ make_corpus(folder / "raw", corpus)
 store, decoded, queries = open_store(str(folder / "data")), {}, []
 raw = [*read_folder(str(folder / "raw"), media), *read_folder(str(folder / "bare"), media)]
 sources = {}
+settings = IngestSettings(store, media, 0.0, 0, 100)
 for number, block in enumerate(plan_blocks(raw, 0.0, 0, 100)):
-    written = make_shard(number, block, store, media)
-    assert not written.rejected, written.rejected
+    written = write_block(BlockWork("0" * 32, number, block), settings)
+    assert not written.tally.rejected, written.tally.rejected
     task = block.samples[0].sample.task
     sources[block.source] = SourceInfo(task, written.shard.num_samples, (written.shard,))
 publish_manifest(store, Manifest("train", sources, {"media": media.model_dump()}))

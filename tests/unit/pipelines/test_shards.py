@@ -223,7 +223,9 @@ def test_a_wrong_or_missing_index_is_reported(tmp_path: Path) -> None:
     store, manifest = make_split(tmp_path)
     shard, other = manifest.sources["cars"].shards
     store.write(shard.index_path, store.read(other.index_path))
-    with pytest.raises(UserError, match="not the index that the manifest names; run the ingest job again"):
+    with pytest.raises(
+        UserError, match="not the index that the manifest names; delete it and run the ingest job again"
+    ):
         read_shard_index(store, shard)
     store.delete(shard.index_path)
     with pytest.raises(UserError, match="missing"):

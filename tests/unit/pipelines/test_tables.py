@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from pipelines.config import MediaConfig
 from pipelines.errors import BadMedia, UserError
-from pipelines.ingest.blocks import pair_identity, plan_blocks
+from pipelines.ingest.blocks import pair_identity
 from pipelines.ingest.members import load_sample
 from pipelines.samples import ArchiveRef, CellRef, FileRef, FramesRef, Input, Media, RawSample
 from pipelines.sources import textual
@@ -434,21 +434,6 @@ def test_a_unit_is_read_anywhere_and_named_by_content_and_settings(tmp_path):
     assert len(set(ids)) == 3
     assert ids == [opened(table, **SHOWN).unit_id(unit) for unit in units]
     assert ids != [opened(table, task="other", **SHOWN).unit_id(unit) for unit in units]
-
-
-def test_a_shard_needs_few_row_groups_that_lie_apart(tmp_path):
-    rows = [{"title": f"t {n}", "photo": picture(n % 50)} for n in range(400)]
-    samples, _ = read(write_table(tmp_path / "t.parquet", rows, row_group_size=4), **SHOWN)
-    blocks = plan_blocks(samples, 0.0, seed=1, samples_per_shard=32)
-    parts = [{ref.part for raw in block.samples for ref in raw.files.values()} for block in blocks]
-    assert max(map(len, parts)) <= 32
-    assert max(len([one for one in parts if part in one]) for part in range(100)) <= 4
-    assert len(set().union(*parts)) == 100
-    assert max(parts[0]) - min(parts[0]) > 50
-    titles = [raw.sample.query.text for block in blocks for raw in block.samples]
-    assert sorted(titles) == sorted(row["title"] for row in rows)
-    assert titles[:32] != sorted(titles[:32], key=lambda title: int(title[2:]))
-    assert blocks == plan_blocks(samples[::-1], 0.0, seed=1, samples_per_shard=32)
 
 
 def test_references_hold_no_media(tmp_path):
