@@ -216,6 +216,8 @@ class _Pdfium:
 
         self._pdfium: Any = pypdfium2
         self.errors: tuple[type[Exception], ...] = (pypdfium2.PdfiumError,)
+        # A file without pages sets no error, so that PDFium would give the one of the file before.
+        pypdfium2.raw.FPDF_LoadMemDocument(b"", 0, None)
         try:
             self._document = pypdfium2.PdfDocument(data)
         except pypdfium2.PdfiumError as error:

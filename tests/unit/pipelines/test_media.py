@@ -25,6 +25,7 @@ from pipelines.media.images import decode_image
 from pipelines.media.videos import decode_video, sample_frames, uniform_indices
 from pipelines.samples import Input, Media, Sample
 from tests.encoders import scheduling_kept
+from tests.faults import damaged_media
 
 CONFIG = MediaConfig()
 BACKENDS = [MediaConfig(document_backend="pymupdf"), MediaConfig(document_backend="pypdfium2")]
@@ -531,6 +532,9 @@ class TestDocuments:
             encryption=pymupdf.PDF_ENCRYPT_AES_256, user_pw="open", owner_pw="own"
         )
         assert reason(documents.render_page, locked, 0, config) == "encrypted_pdf"
+        # Without pages, PDFium sets no error, and keeps the one of the file before.
+        empty = damaged_media.pdf([b"<</Type/Catalog/Pages 2 0 R>>", b"<</Type/Pages/Kids[]/Count 0>>"])
+        assert reason(documents.render_page, empty, 0, config) != "encrypted_pdf"
 
     def test_page_limits(self, config):
         assert reason(documents.render_page, pdf(3), 3, config) == "no_such_page"
