@@ -26,7 +26,6 @@ from jobs.training.specs import TrainSpec
 from pipelines.config import DataConfig, MediaConfig
 from pipelines.feed.reader import Reader
 from pipelines.ingest.ingest import ingest
-from pipelines.shards.external import index_shard
 from pipelines.shards.mapping import InputMapping, SourceMapping
 from pipelines.shards.verify import verify
 from pipelines.sources.folder import read_folder
@@ -86,10 +85,10 @@ def ingested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Output:
 
 @pytest.fixture
 def indexed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Output:
-    def run(jobs: Any, out: Any, endpoint: Any) -> Iterator[Any]:
-        yield from ((number, index_shard(job, out, endpoint)) for number, job in enumerate(jobs))
+    def run(task: Any, jobs: Any, cpus_per_task: float) -> Iterator[Any]:
+        yield from ((number, task(job)) for number, job in enumerate(jobs))
 
-    monkeypatch.setattr(pipelines.ingest.indexing, "_run", run)
+    monkeypatch.setattr(pipelines.ingest.indexing, "run_tasks", run)
     for version, count in (("old", 8), ("new", 16)):
         publish(open_store(str(tmp_path / version)), {"red": ("text_image", count)})
 
