@@ -41,7 +41,7 @@ Examples, from files to search:
   rzen registry list                                      show the models and promotions
   rzen evaluate --list                                    show which benchmarks are there, and what to fetch
   rzen evaluate jobs/benchmark.yaml                       score models on MMEB-V2 and M-BEIR
-  rzen search "an orange star to the left of a pink cross on a cyan background"
+  rzen search "a pink star to the right of a cyan cross on a yellow background"
 
 To resume an interrupted job, give the same command again.
 

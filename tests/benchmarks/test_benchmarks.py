@@ -17,7 +17,7 @@ from rzen.model.chunks import Indices, chunks_of
 from rzen.model.embedding_model import EmbeddingModel
 from rzen.objective.loss import Objective
 from rzen.training.step import Learner
-from tests.benchmarks import flops, padding, plain, soup, synthetic, vision
+from tests.benchmarks import demo, flops, padding, plain, soup, synthetic, vision
 from tests.benchmarks.turns import ROOT
 
 TINY = synthetic.SHAPES["tiny"]
@@ -116,3 +116,41 @@ def test_the_soup_benchmark_runs_and_tells_right_from_wrong() -> None:
     exact, cut, by_peft, plainly = errors.values()
     assert max(exact, by_peft) < 1e-6
     assert 0.6 < cut < plainly
+
+
+def test_the_cost_of_a_run_counts_all_processes_below_it() -> None:
+    """A child of a child works for a second and holds 64 MB."""
+    work = """
+import time
+held = bytearray(64 << 20)
+while time.process_time() < 1:
+    pass
+time.sleep(3)
+"""
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {work!r}], check=True)"
+    cpu_s, peak = demo.watch(subprocess.Popen([sys.executable, "-c", parent]))
+    assert 0.9 < cpu_s < 3
+    assert peak > 64 << 20
+
+
+def test_the_table_of_the_demo_has_every_seed_and_the_mean_of_the_four_tasks() -> None:
+    def rows(value: float) -> list[dict[str, Any]]:
+        return [
+            {"model": model, "task": task, "pool": pool, "metric": metric, "value": value + number / 10}
+            for model in ("stage1", "soup")
+            for number, task in enumerate(demo.TASKS)
+            for pool, metric in (
+                ("task", "hit@1"),
+                ("task", "ndcg@5"),
+                ("mixed", "hit@1"),
+                ("mixed", "asked_modality@1"),
+                ("mixed", "routed_hit@1"),
+            )
+        ]
+
+    cost = demo.Cost(6.25, 600.4, 3.21)
+    text = demo.table({0: (cost, rows(0.1)), 2: (cost, rows(0.3))})
+    assert "| 0 | stage 1 | 10.0 | 20.0 | 30.0 | 40.0 | 25.0 | 25.0 | 25.0 | 25.0 |" in text
+    assert "| 2 | soup | 30.0 | 40.0 | 50.0 | 60.0 | 45.0 | 45.0 | 45.0 | 45.0 |" in text
+    assert "The mean of the soup is 25.0 to 45.0 over the seeds." in text
+    assert "| 2 | 6.2 | 600 | 3.2 |" in text

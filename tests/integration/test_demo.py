@@ -97,7 +97,7 @@ def test_every_target_has_one_vector_of_length_one(road: Any, s3_endpoint: str) 
 def test_page_is_one_file_with_pictures_scores_and_curves(road: Any) -> None:
     out, _ = road
     html = (out / "index.html").read_text()
-    assert "a cyan ring below a pink heart on a red background" in html
+    assert "a pink bar chart below a blue circle on an orange background" in html
     assert html.count("data:image/webp") >= 4
     assert all(f'aria-label="{name}"' in html for name in ("Training loss", "Retrieval scores"))
     assert "https://" not in html.replace("https://www.w3.org", "")
