@@ -18,7 +18,7 @@ COMMANDS = {
     "may not mount a small tmpfs here": "run the tests as root",
     "may not mount a read-only root here": "run the tests as root",
     "the attempts are system calls of x86-64": "run the tests on Linux on x86-64",
-    "the sockets of processes are read from /proc": "run the tests on Linux",
+    "of processes are read from /proc": "run the tests on Linux",
     "this kernel lacks this lock": "run the tests on Linux 6.7 or later",
     "quantizing is possible here": "run the tests on a machine without GPU",
 }

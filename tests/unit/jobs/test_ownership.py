@@ -24,6 +24,7 @@ SPECS = {
     "ingest": "kind: ingest\ninput: {0}/photos\nout: {0}/place\n",
     "index": "kind: index\nsources: {{s: {{urls: [{0}/data/train/red], task: t, query: {{text: txt}}, "
     "positive: {{media: jpg}}}}}}\nout: {0}/place\n",
+    "export_data": "kind: export_data\ndata: {0}/data\nformat: webdataset\nout: {0}/place\n",
     "train": "kind: train\nname: place\nbase: stage.yaml\nrun: {{root: {0}, overwrite: true}}\n",
     "finetunes": "kind: finetunes\nstage: stage.yaml\nruns: {{a: {{}}, b: {{seed: 1}}}}\n"
     "soups: {{uniform: {{method: mean}}}}\nout: {0}/place\n",
@@ -47,6 +48,7 @@ LEASED = {
     "corpus": "corpus",
     "ingest": "dataset",
     "index": "dataset",
+    "export_data": "exported dataset",
     "train": "run",
     "finetunes": "soups",
     "soup": "soups",
@@ -134,7 +136,7 @@ def test_a_job_that_has_lost_its_lease_writes_no_result(
         monkeypatch.setattr(f"{module}.ray_cluster", nullcontext)
     monkeypatch.setattr("jobs.evaluation.evaluate.check_workers", lambda spec: None)
     monkeypatch.setattr("jobs.evaluation.evaluate._bundles", lambda spec, cache: [])
-    monkeypatch.setattr("jobs.training.launch.launch", lambda specs, max_parallel: {})
+    monkeypatch.setattr("jobs.training.launch.launch", lambda specs, max_parallel, **_: {})
     monkeypatch.setattr("jobs.sweeps.ablation._scored", lambda group, evaluate: dict.fromkeys(group))
     monkeypatch.setattr("jobs.sweeps.ablation.facts", lambda evaluate, elapsed_s: {})
     monkeypatch.setattr("jobs.data.emoji.fetch_package", lambda package: b"")

@@ -346,7 +346,7 @@ def test_contents_are_told_where_their_bytes_are_read(tmp_path: Path) -> None:
     assert contents[0][1] == contents[1][1] == content_sha256(Input("nor this"), {})
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the threads of a process are read from /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="the threads of processes are read from /proc")
 def test_reading_a_dataset_leaves_no_thread_that_runs_python(tmp_path: Path) -> None:
     """A thread of Arrow that runs Python code while the process ends can abort it."""
     publish(open_store(str(tmp_path)), CARS)
