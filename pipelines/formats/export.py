@@ -31,7 +31,7 @@ from pipelines.shards.manifest import Manifest, read_manifest
 from pipelines.storage.publish import publish_files
 from pipelines.storage.store import Store, disk_errors
 
-KIND = "exported dataset"
+KIND = "data export"
 REPORT, SPEC = "report.json", "read_back.yaml"
 _OURS = re.compile(r".+/[0-9]{6}\.(tar|parquet|zip)")
 FORMATS: dict[FormatName, Format] = {

@@ -59,7 +59,7 @@ def ingest(
     has ended. Without `reuse`, everything is made again.
 
     With `keep_uncaptioned`, there is the split `uncaptioned`, too, and `train` may be empty. Otherwise an earlier
-    split of that name becomes empty.
+    split of that name becomes empty. `train` may also be empty where all samples say that they are held out.
 
     Videos and pages are stored as they are, or with `materialized` as the frames and images that `media` decodes. An
     existing dataset stays as it is until the new one is whole. A block without a usable sample leaves a gap in the
@@ -82,7 +82,8 @@ def ingest(
     manifests = job.manifests(splits)
     assert report.num_accepted + report.num_rejected == report.seen
     report.elapsed_s = round(time.monotonic() - started_s, 3)
-    if not report.accepted[TRAIN] and not report.accepted.get(UNCAPTIONED):
+    to_evaluate = report.accepted[HELD_OUT] if job.names_all_splits else None
+    if not (report.accepted[TRAIN] or report.accepted.get(UNCAPTIONED) or to_evaluate):
         out.write(REPORT_PATH, report.to_json())
         reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(report.rejected.items()))
         problem = f"none of {report.seen} samples can be used for training ({reasons or 'there are none'})"

@@ -179,6 +179,11 @@ class IngestJob:
             assert group.plan
             yield group.plan
 
+    @property
+    def names_all_splits(self) -> bool:
+        """Whether no sample leaves its split to the job."""
+        return not any(any(plan.num_free.values()) for plan in self._plans())
+
     def tasks(self) -> dict[str, str]:
         """Return source -> task. Raises `UserError` for a source of two inputs."""
         tasks: dict[str, str] = {}

@@ -17,7 +17,7 @@ from jobs.cli import main
 from pipelines.config import DataConfig, MediaConfig
 from pipelines.errors import UserError
 from pipelines.feed.reader import Reader
-from pipelines.formats.export import export_data
+from pipelines.formats.export import KIND, export_data
 from pipelines.formats.shape import shape_of
 from pipelines.media.decode import decode_pixels
 from pipelines.samples import Input, Media, MediaKind, Members, Sample, Split
@@ -159,6 +159,10 @@ def test_samples_are_the_same_after_a_round_trip(
     assert there_and_back(data, tmp_path, name, sources) == expected
 
 
+def test_held_out_samples_are_a_dataset_to_evaluate_on(data: Path, tmp_path: Path) -> None:
+    assert there_and_back(data, tmp_path, "mmeb", ("plain",), "held_out") == content(str(data), "held_out")
+
+
 def test_a_split_of_its_own_and_an_object_store(data: Path, tmp_path: Path, s3_endpoint: str) -> None:
     out, again = "s3://exports/data", str(tmp_path / "again")
     endpoint = ["--set", f"endpoint={s3_endpoint}"]
@@ -221,7 +225,7 @@ def test_a_source_that_does_not_fit_is_refused_before_anything_is_written(
 
 def test_a_new_export_replaces_the_old_one_and_nothing_else(data: Path, tmp_path: Path) -> None:
     out = open_store(str(tmp_path / "out"))
-    claim(out, "exported dataset")
+    claim(out, KIND)
     export_data(open_store(str(data)), out, "mmeb", "train", sources=["composed", "graded"])
     (tmp_path / "out/train/composed/notes.txt").write_text("mine")
     export_data(open_store(str(data)), out, "webdataset", "train", sources=["plain"])

@@ -48,7 +48,7 @@ LEASED = {
     "corpus": "corpus",
     "ingest": "dataset",
     "index": "dataset",
-    "export_data": "exported dataset",
+    "export_data": "data export",
     "train": "run",
     "finetunes": "soups",
     "soup": "soups",
