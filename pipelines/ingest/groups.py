@@ -72,8 +72,9 @@ class TableGroup:
 
     @property
     def num_rows(self) -> int:
-        """Rows, where that is known, and an estimate by the bytes elsewhere."""
-        return sum(map(estimated_rows, self.units))
+        """Rows, where that is known, and an estimate by the bytes elsewhere. At most the `limit` of the table."""
+        rows = sum(map(estimated_rows, self.units))
+        return min(rows, self.reader.mapper.config.limit or rows)
 
     def read(self) -> Iterator[RawSample | Rejected]:
         """Yield the samples of all units. A `limit` is drawn from a whole table."""

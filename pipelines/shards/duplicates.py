@@ -11,6 +11,7 @@ import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -85,18 +86,23 @@ def _read_ids(store: Store, shards: Sequence[ShardInfo]) -> tuple[Ids, Ids]:
 
     There are no queries where an index lacks them. Memory holds 16 bytes a sample, as each index is cut at once.
     """
+    starts = [0, *accumulate(shard.num_samples for shard in shards)]
+    ids = {column: np.zeros(starts[-1], np.uint64) for column in _COLUMNS}
+    unknown: set[str] = set()
 
-    def read(shard: ShardInfo) -> list[Ids | None]:
+    def read(shard: ShardInfo, start: int) -> None:
         table = read_index_table(store, shard, _COLUMNS)
-        return [_first_bytes(table[column]) if column in table.column_names else None for column in _COLUMNS]
+        for column, ids_N in ids.items():
+            if column in table.column_names:
+                ids_N[start : start + shard.num_samples] = _first_bytes(table[column])
+            else:
+                unknown.add(column)
 
     with ThreadPoolExecutor(_READERS) as pool:
-        parts = list(pool.map(read, shards))
-    ids = []
-    for column in zip(*parts, strict=True) if parts else ((), ()):
-        known = [part for part in column if part is not None]
-        ids.append(np.concatenate([np.zeros(0, np.uint64), *(known if len(known) == len(column) else ())]))
-    return ids[0], ids[1]
+        for _ in pool.map(read, shards, starts[:-1]):  # raises what a reader has raised
+            pass
+    targets_N, queries_N = (ids[column][: 0 if column in unknown else None] for column in _COLUMNS)
+    return targets_N, queries_N
 
 
 def _first_bytes(sha256: pa.ChunkedArray) -> Ids:

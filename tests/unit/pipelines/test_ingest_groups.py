@@ -30,6 +30,7 @@ from pipelines.sources.table import TableReader
 from pipelines.sources.textual import units as text_units
 from pipelines.storage.location import open_store
 from pipelines.storage.store import Store
+from tests.faults.s3_proxy import StormyProxy
 from tests.inline import run_here
 from tests.kills import is_killed
 from tests.tables import opened, picture, write_pictures, write_table
@@ -455,3 +456,26 @@ def test_lines_of_a_text_are_cut_into_small_units(tmp_path: Path) -> None:
     assert [group.num_rows for group in form_groups(table, {}, settings)] == [
         sum(unit.num_bytes // 256 for unit in table.units)
     ]
+
+
+def test_throttled_tables_media_and_datasets_are_waited_for(tmp_path: Path, s3_endpoint: str) -> None:
+    """Each third request is answered with 503, in bursts of two: reads of tables and media, and writes of shards."""
+    raw = open_store(f"s3://b{uuid.uuid4().hex[:12]}", s3_endpoint)
+    raw.ensure_bucket()
+    rows = [{"q": f"picture {n}", "p": f"media/{n}.png"} for n in range(12)]
+    table = write_table(tmp_path / "t.parquet", rows, row_group_size=2)
+    raw.upload(Path(table), "t.parquet")
+    for n in range(12):
+        raw.write(f"media/{n}.png", picture(n))
+
+    def ingested(endpoint: str, name: str) -> dict[str, bytes]:
+        settings = {"query": {"text": "q"}, "positive": {"media": "p"}, "media_root": raw.url, "endpoint": endpoint}
+        out = open_store(f"{raw.url}/{name}", endpoint)
+        report = run(out, list_table(opened(f"{raw.url}/t.parquet", "faq", **settings)), endpoint=endpoint)
+        assert (report.num_accepted, report.rejected) == (12, {})
+        return snapshot(open_store(out.url, s3_endpoint))
+
+    with StormyProxy(s3_endpoint, fraction=0.2, kinds=("slow_down",), burst=2) as proxy:
+        proxy.commands = ("GET", "HEAD", "PUT", "POST")
+        assert ingested(proxy.url, "throttled") == ingested(s3_endpoint, "calm")
+        assert proxy.counts["slow_down"] > 10
