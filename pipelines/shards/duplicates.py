@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import accumulate
@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 from pipelines.errors import UserError
 from pipelines.plan.types import NO_SAMPLES, SourceTable
 from pipelines.shards.index import read_index_table
-from pipelines.shards.manifest import Manifest, ShardInfo, SourceInfo, duplicates_path
+from pipelines.shards.manifest import Manifest, ShardInfo, SourceInfo, duplicates_path, manifest_path
+from pipelines.storage.publish import read_published
 from pipelines.storage.store import Store
 
 _SCHEMA = pa.schema([("sample", pa.int64()), ("target", pa.uint64()), ("query", pa.uint64())])
@@ -32,19 +33,49 @@ Ids = npt.NDArray[np.uint64]
 
 
 def with_duplicates(store: Store, manifest: Manifest) -> Manifest:
-    """Write the duplicates of every source, and return the manifest that names them. The indices must be in place."""
+    """Write the duplicates of every source, and return the manifest that names them. The indices must be in place.
+
+    Indices of a source that has the same shards as in the published manifest are not read again.
+    """
+    earlier = _published_sources(store, manifest.split)
     sources = {}
     for name, source in manifest.sources.items():
-        targets_N, queries_N = _read_ids(store, source.shards)
-        sample_D = np.flatnonzero(_is_shared(targets_N) | _is_shared(queries_N))
-        sink = io.BytesIO()
-        table = pa.table([sample_D, targets_N[sample_D], queries_N[sample_D]], schema=_SCHEMA)
-        pq.write_table(table, sink, compression="zstd")
-        data = sink.getvalue()
-        sha256 = hashlib.sha256(data).hexdigest()
-        store.write(duplicates_path(manifest.split, name, sha256), data)
+        sha256 = _known_duplicates(store, manifest.split, name, source, earlier.get(name))
+        if sha256 is None:
+            data = _duplicates_file(store, source)
+            sha256 = hashlib.sha256(data).hexdigest()
+            store.write(duplicates_path(manifest.split, name, sha256), data)
         sources[name] = replace(source, duplicates_sha256=sha256)
     return replace(manifest, sources=sources)
+
+
+def _published_sources(store: Store, split: str) -> Mapping[str, SourceInfo]:
+    try:
+        return Manifest.from_json(read_published(store, manifest_path(split))).sources
+    except (FileNotFoundError, ValueError):  # none yet, or a damaged one, which the job replaces
+        return {}
+
+
+def _known_duplicates(
+    store: Store, split: str, name: str, source: SourceInfo, earlier: SourceInfo | None
+) -> str | None:
+    """Return the hash of the duplicates of an earlier source with the same shards. None if they are not there."""
+    if earlier is None or earlier.duplicates_sha256 is None or earlier.shards != source.shards:
+        return None
+    try:
+        data = store.read(duplicates_path(split, name, earlier.duplicates_sha256))
+    except FileNotFoundError:
+        return None
+    return earlier.duplicates_sha256 if hashlib.sha256(data).hexdigest() == earlier.duplicates_sha256 else None
+
+
+def _duplicates_file(store: Store, source: SourceInfo) -> bytes:
+    targets_N, queries_N = _read_ids(store, source.shards)
+    sample_D = np.flatnonzero(_is_shared(targets_N) | _is_shared(queries_N))
+    sink = io.BytesIO()
+    table = pa.table([sample_D, targets_N[sample_D], queries_N[sample_D]], schema=_SCHEMA)
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue()
 
 
 def source_table(store: Store, split: str, name: str, source: SourceInfo, *, merged: bool) -> SourceTable:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+import pyarrow.parquet as pq
 import pymupdf
 import pytest
 from PIL import Image
@@ -24,7 +25,7 @@ from pipelines.config import DataConfig, MediaConfig
 from pipelines.errors import UserError
 from pipelines.feed.reader import Reader
 from pipelines.ingest.blocks import plan_blocks
-from pipelines.ingest.groups import list_table
+from pipelines.ingest.groups import ListedTable, list_table
 from pipelines.ingest.ingest import ingest
 from pipelines.ingest.report import IngestReport
 from pipelines.samples import FileRef, Input, Media, MediaKind, Members, RawSample, Rejected, Sample
@@ -453,3 +454,29 @@ def test_a_job_that_is_killed_twice_goes_on_with_any_number_of_workers(tmp_path:
         )
     assert snapshot(out) == snapshot(here)
     assert read_manifest(out, "train").num_samples + read_manifest(out, "held_out").num_samples == 200
+
+
+def test_a_damaged_table_is_an_error_and_what_is_stored_stays(tmp_path: Path) -> None:
+    """Other groups are planned and written on Ray at that moment. Once the file is whole, they are not made again."""
+    pairs = [{"q": f"question {n}", "p": f"answer {n}"} for n in range(400)]
+    settings = {"query": {"text": "q"}, "positive": {"text": "p"}}
+    good = write_table(tmp_path / "good.parquet", pairs, row_group_size=10)
+    bad = Path(write_table(tmp_path / "bad.parquet", pairs, row_group_size=200, compression="zstd"))
+    whole = bad.read_bytes()
+    place = pq.ParquetFile(bad).metadata.row_group(1).column(0).data_page_offset
+    bad.write_bytes(whole[: place + 40] + bytes(200) + whole[place + 240 :])
+    out = open_store(str(tmp_path / "out"))
+
+    def tables() -> list[ListedTable]:
+        return [list_table(opened(good, "good", **settings)), list_table(opened(str(bad), "bad", **settings))]
+
+    with pytest.raises(UserError, match=r"bad\.parquet: cannot be read: .*; fetch it again"):
+        run([], out, tables=tables())
+    with pytest.raises(UserError, match="there is no such manifest"):
+        read_manifest(out, "train")
+    bad.write_bytes(whole)
+    run([], out, tables=tables())
+    before = {path: out.tag(path) for path in out.list("ingest") if path.endswith("00.json")}
+    report = run([], out, tables=tables())
+    assert (report.num_accepted, report.num_groups, report.num_reused) == (800, 4, 4)
+    assert before == {path: out.tag(path) for path in before}

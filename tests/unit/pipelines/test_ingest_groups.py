@@ -16,6 +16,7 @@ import pytest
 
 import pipelines.ingest.groups
 import pipelines.ingest.job
+import pipelines.shards.duplicates
 from pipelines.config import MediaConfig
 from pipelines.errors import UserError
 from pipelines.ingest.groups import ListedTable, form_groups, list_table
@@ -155,13 +156,17 @@ def test_units_of_a_group_lie_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert all([unit.part for unit in group.units] == sorted(unit.part for unit in group.units) for group in groups)
 
 
-def test_the_same_command_again_reads_no_row_and_writes_no_shard(tmp_path: Path, reads: list[str]) -> None:
+def test_the_same_command_again_reads_no_row_and_writes_no_shard(
+    tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_pairs(tmp_path / "t", *range(5))
     out = folder_store(tmp_path / "out")
     first = run(out, texts(tmp_path / "t"))
     before, tags = snapshot(out), shard_tags(out)
     assert len(reads) == 10
-    again = run(out, texts(tmp_path / "t"))
+    with monkeypatch.context() as patch:
+        patch.setattr(pipelines.shards.duplicates, "read_index_table", None)  # no index is read either
+        again = run(out, texts(tmp_path / "t"))
     assert len(reads) == 10
     assert (again.num_groups, again.num_reused) == (4, 4)
     assert (snapshot(out), shard_tags(out)) == (before, tags)
@@ -327,6 +332,17 @@ def test_damage_is_noticed_and_repaired(
     assert snapshot(out) == before
     assert sum(tag != tags[path] for path, tag in shard_tags(out).items()) <= 2
     assert "done again" in caplog.text or "written again" in caplog.text
+
+
+def test_a_damaged_list_of_duplicates_is_made_again(tmp_path: Path) -> None:
+    write_pairs(tmp_path / "t", *range(5))
+    out = folder_store(tmp_path / "out")
+    run(out, texts(tmp_path / "t"))
+    before = snapshot(out)
+    (path,) = (tmp_path / "out/train/faq").glob("duplicates-*")
+    path.write_bytes(b"damaged")
+    run(out, texts(tmp_path / "t"))
+    assert snapshot(out) == before
 
 
 def test_a_damaged_list_of_groups_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
