@@ -36,7 +36,8 @@ TASKS = {
 }
 _MODELS = {"stage1": "stage 1", "soup": "soup"}
 _EVERY_S = 1.0
-_SEEDS = ("jobs.stage1.set.seed", "jobs.stage1.set.model.backbone.seed", "jobs.finetunes.set.set.seed")
+_SEEDS = ("jobs.stage1.set.seed", "jobs.stage1.set.model.backbone.seed")
+_RUNS = ("first", "second", "third")
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Cost:
 def run_demo(out: Path, seed: int) -> Cost:
     """Run the demo, and return what it cost. Raises `CalledProcessError` if it fails."""
     changes = {"vars.out": out, "vars.store": out / "store"} | dict.fromkeys(_SEEDS, seed)
+    changes |= {f"jobs.finetunes.set.runs.{run}.seed": len(_RUNS) * seed + number for number, run in enumerate(_RUNS)}
     sets = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
     began_s = time.monotonic()
     process = subprocess.Popen([sys.executable, "-m", "jobs.run", str(ROOT / "jobs/demo.yaml"), *sets], cwd=ROOT)

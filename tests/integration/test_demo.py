@@ -17,7 +17,7 @@ from rzen.model.locate import local_folder
 from tests.paths import ROOT
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
-MODELS = ["stage1", "balanced", "images", "soup"]
+MODELS = ["stage1", "first", "second", "soup"]
 TASKS = ["text_image", "text_page", "text_video", "image_text_image", "text_text"]
 SMALL = {
     "vars.store": "s3://road/demo",
@@ -26,10 +26,10 @@ SMALL = {
     "jobs.stage1.set.global_batch": "8",
     "jobs.stage1.set.steps": "6",
     "jobs.stage1.set.checkpoint.every_steps": "3",
-    "jobs.finetunes.set.runs.documents": "null",  # two are enough to be souped
-    "jobs.evaluate.set.models.documents": "null",
+    "jobs.finetunes.set.runs.third": "null",  # two are enough to be souped
+    "jobs.evaluate.set.models.third": "null",
     "jobs.evaluate.set.models.before": "null",
-    "jobs.search.set.curves.documents": "null",
+    "jobs.search.set.curves.third": "null",
     "jobs.finetunes.set.set.global_batch": "8",
     "jobs.finetunes.set.set.steps": "4",
     # Fewer processes, each of which imports its libraries: other tests have several workers, actors and tasks at once.

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
+from pathlib import Path
 
 import pytest
 
+from jobs.cli import main
 from jobs.spec.load import check, override, read_document
 from jobs.workflows.pipeline import resolve_jobs
 from jobs.workflows.specs import PipelineSpec
+from pipelines.storage.location import open_store
+from tests.data import publish
 from tests.paths import ROOT
 
 ODD = "my 'odd' \"photos\": #1 \\ é"
@@ -49,6 +53,13 @@ def test_each_kind_of_demo_has_its_own_output(variables: list[str], spec: str, s
         assert pipeline.vars["model"] == "a model"
     ingest, _ = resolve_jobs(pipeline, document)["ingest"]
     assert ingest.model_dump()["out"] == f"{stores}/data"
+
+
+def test_a_folder_with_any_sources_can_be_trained_on(tmp_path: Path) -> None:
+    """The demo trains on groups of sources by name, which a folder of your own need not have."""
+    publish(open_store(str(tmp_path / "data")), {"text_image": ("text_image", 40), "others": ("text_text", 9)})
+    changes = {"vars.store": tmp_path, "vars.media": tmp_path}
+    assert main(["plan", "jobs/folder.yaml", *(f"--set={name}={value}" for name, value in changes.items())]) == 0
 
 
 def test_a_model_without_a_folder_is_an_error() -> None:
