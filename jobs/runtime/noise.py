@@ -1,4 +1,4 @@
-"""Lines of Ray and DeepSpeed that say nothing about a job. They are known one by one, and everything else is printed.
+"""Lines of libraries that say nothing about a job. They are known one by one, and everything else is printed.
 
 They are not lost: `rzen --log info` prints them, as messages of this module.
 """
@@ -12,6 +12,10 @@ KNOWN = {
     "DeepSpeed": (
         # Printed once, when DeepSpeed is imported on a machine without GPU. `cluster.gpus_per_worker` decides that.
         r"Setting accelerator to CPU\. If you have GPU or other accelerator, we were unable to detect it\.",
+    ),
+    "transformers.models.auto.image_processing_auto": (
+        # Exports say it so, because earlier versions of transformers do not know `backend`.
+        r"The `use_fast` parameter is deprecated and will be removed in a future version\. .*",
     ),
 }
 """Logger -> patterns of whole messages."""
