@@ -206,7 +206,7 @@ def _report(memory: list[dict[str, float]], many: dict[str, float], turns: dict[
     lines[-1] += (
         f" {statistics.median(ratios):.1f} times the CPU of ShardWriter: it decodes each picture once in a child"
     )
-    lines[-1] += " process, hashes it twice, shuffles, splits, indexes, and stores markers."
+    lines[-1] += " process, and hashes, shuffles, splits and indexes."
     return "\n".join(lines) + "\n"
 
 
