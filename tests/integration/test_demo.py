@@ -17,7 +17,7 @@ from rzen.model.locate import local_folder
 from tests.paths import ROOT
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
-MODELS = ["stage1", "first", "second", "soup"]
+MODELS = ["stage1", "soup", "first", "second"]
 TASKS = ["text_image", "text_page", "text_video", "image_text_image", "text_text"]
 SMALL = {
     "vars.store": "s3://road/demo",
