@@ -5,7 +5,7 @@ Ray evaluates; training is left out, which four times would take minutes: every 
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ out: "{0}/out"
 """
 
 
-def end_at_the_start(specs: list[TrainSpec], max_parallel: int) -> None:
+def end_at_the_start(specs: list[TrainSpec], max_parallel: int, write_overview: Callable[[], None] | None) -> None:
     """In place of `launch`: everything but the steps."""
     for spec in specs:
         if prepared := prepare(spec, HeldLeases()):
