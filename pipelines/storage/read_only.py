@@ -71,12 +71,17 @@ class ReadOnlyStore(Store):
                 attempts.succeed()
                 return result
 
-    def _info(self, path: str) -> fs.FileInfo:
-        def look(system: fs.FileSystem, key: str) -> fs.FileInfo:
-            info = system.get_file_info(key)
-            if info.type != fs.FileType.File:
-                raise FileNotFoundError(f"{self.url}/{path}")
-            return info
+    def _stat(self, path: str) -> tuple[int, str]:
+        """Return size and tag of an object, by one request. Raises `FileNotFoundError`."""
+
+        def look(system: fs.FileSystem, key: str) -> tuple[int, str]:
+            if (hub := _hub(system)) is not None:
+                found = hub.info(key, refresh=True, expand_info=True)  # by one request, and with its hash
+                if found["type"] == "file":
+                    return int(found["size"]), _hub_tag(found)
+            elif (info := system.get_file_info(key)).type == fs.FileType.File:
+                return int(info.size), _tag(info)
+            raise FileNotFoundError(f"{self.url}/{path}")
 
         return self._call(path, look)
 
@@ -98,10 +103,14 @@ class ReadOnlyStore(Store):
         return data
 
     def read_range_if(self, path: str, offset: int, length: int, tag: str) -> bytes | None:
-        if self.tag(path) != tag:
-            return None
-        data = self.read_range(path, offset, length)
-        return data if self.tag(path) == tag else None  # it may have been replaced meanwhile
+        # Asked after the read, because these stores have no read that depends on a tag.
+        try:
+            data = self.read_range(path, offset, length)
+        except UserError:
+            if self.tag(path) != tag:  # another object, which is shorter
+                return None
+            raise
+        return data if self.tag(path) == tag else None
 
     def read_tagged(self, path: str) -> tuple[bytes, str]:
         tag = self.tag(path)
@@ -123,15 +132,14 @@ class ReadOnlyStore(Store):
         return {path: tag for path, tag in sorted(named.items()) if not is_partial(PurePosixPath(path))}
 
     def tag(self, path: str) -> str:
-        self._info(path)
-        return self._call(path, lambda system, key: _tag(system, system.get_file_info(key)))
+        return self._stat(path)[1]
 
     def size(self, path: str) -> int:
-        return int(self._info(path).size)
+        return self._stat(path)[0]
 
     def exists(self, path: str) -> bool:
         try:
-            self._info(path)
+            self._stat(path)
         except FileNotFoundError:
             return False
         return True
@@ -185,9 +193,7 @@ def _file_system(root: str, _process: int) -> tuple[fs.FileSystem, str]:
         if root.startswith("hf:"):
             from huggingface_hub import HfFileSystem
 
-            # Its cache of listings would miss what changes while a process lives.
-            hub = HfFileSystem(use_listings_cache=False)
-            return fs.PyFileSystem(fs.FSSpecHandler(hub)), f"{root.removeprefix('hf://')}/"
+            return fs.PyFileSystem(fs.FSSpecHandler(HfFileSystem())), f"{root.removeprefix('hf://')}/"
         system, path = fs.FileSystem.from_uri(f"{_with_key(root)}/x")
         if root.startswith("abfs"):
             # Asked first for a file, Azure's library ends the process where there are no credentials.
@@ -218,11 +224,11 @@ def _list(system: fs.FileSystem, key: str) -> dict[str, str]:
     """Return path -> tag of all files below a folder, which may be missing."""
     if (hub := _hub(system)) is not None:
         try:
-            return {path: _hub_tag(info) for path, info in hub.find(key.rstrip("/"), detail=True).items()}
+            return {path: _hub_tag(info) for path, info in hub.find(key.rstrip("/"), detail=True, refresh=True).items()}
         except FileNotFoundError:
             return {}
     infos = system.get_file_info(fs.FileSelector(key.rstrip("/"), recursive=True, allow_not_found=True))
-    return {info.path.lstrip("/"): _tag(system, info) for info in infos if info.type == fs.FileType.File}
+    return {info.path.lstrip("/"): _tag(info) for info in infos if info.type == fs.FileType.File}
 
 
 def _hub(system: fs.FileSystem) -> Any:
@@ -230,13 +236,12 @@ def _hub(system: fs.FileSystem) -> Any:
     return system.handler.fs if isinstance(system, fs.PyFileSystem) else None
 
 
-def _tag(system: fs.FileSystem, info: fs.FileInfo) -> str:
-    """Return size and time of a file. The hub has no times, but hashes of the content."""
-    hub = _hub(system)
-    return f"{info.size}-{info.mtime_ns}" if hub is None else _hub_tag(hub.info(info.path))
+def _tag(info: fs.FileInfo) -> str:
+    return f"{info.size}-{info.mtime_ns}"
 
 
 def _hub_tag(info: Mapping[str, Any]) -> str:
+    """Return size and hash of a file of the hub, which has no times."""
     return f"{info['size']}-{info['blob_id']}"
 
 

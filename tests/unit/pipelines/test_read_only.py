@@ -134,6 +134,9 @@ def test_only_the_wanted_range_is_read_and_only_of_the_known_content(hub: type[H
     assert hub.ranges == ["a/b.txt 13-17"]
     assert store.read_range_if(path, 0, 3, tag) == b"012"
     assert store.read_range_if(path, 0, 3, "another") is None
+    hub.files["a/b.txt"] = b"short"
+    assert store.read_range_if(path, 998, 2, tag) is None
+    hub.files["a/b.txt"] = b"0123456789" * 100
     with pytest.raises(UserError, match="ends early: 2 of the 10 bytes from offset 998"):
         store.read_range(path, 998, 10)
 
