@@ -72,7 +72,8 @@ def missing_paths(path: Path) -> list[str]:
     return [
         name
         for name in paths_in_text(text)
-        if any((place / name.partition("/")[0]).exists() for place in places)  # else it is of another program
+        if name.partition("/")[0] != "runs"  # outputs, which may be there
+        and any((place / name.partition("/")[0]).exists() for place in places)  # else it is of another program
         and not any((place / name).exists() for place in places)
     ]
 
@@ -97,7 +98,9 @@ def test_named_tests_exist() -> None:
 
 def test_a_file_that_is_gone_is_found(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
-    readme.write_text("`rzen/families.py`, `rzen/gone.py`, `pipelines/`, `elsewhere/gone.py`, `data/{a}.tar`\n")
+    (tmp_path / "runs").mkdir()
+    names = "`rzen/families.py`, `rzen/gone.py`, `pipelines/`, `elsewhere/gone.py`, `data/{a}.tar`, `runs/demo/gone.md`"
+    readme.write_text(f"{names}\n")
     assert missing_paths(readme) == ["rzen/gone.py"]
 
 
