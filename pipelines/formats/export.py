@@ -10,9 +10,8 @@ import json
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +67,11 @@ class ExportReport:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """One shard: `place` is its path in the export, without an extension, and `rows` are its samples in the source."""
+    """One shard: `place` is its path in the export, without an extension. `manifest` has this shard alone."""
 
     source: str
     place: str
-    rows: range
+    manifest: Manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +112,7 @@ def export_data(
             on_progress(done, 2 * len(jobs))
 
     shapes: dict[str, SourceShape] = {}
-    read = partial(_shape, data=data, split=split, endpoint=endpoint)
+    read = partial(_shape, data=data, endpoint=endpoint)
     for number, shape in run_tasks(read, jobs, _CPUS_PER_TASK):
         source = jobs[number].source
         shapes[source] = shapes.get(source, SourceShape()) + shape
@@ -123,7 +122,7 @@ def export_data(
         if found := chosen.problem(shape):
             raise UserError(f"source {source}", *found)
     report = ExportReport(format_name, split, manifest.fingerprint)
-    write = partial(_write, data=data, out=out, split=split, endpoint=endpoint, chosen=chosen, shapes=shapes)
+    write = partial(_write, data=data, out=out, endpoint=endpoint, chosen=chosen, shapes=shapes)
     written: list[_Written | None] = [None] * len(jobs)
     for number, outcome in run_tasks(write, jobs, _CPUS_PER_TASK):
         written[number] = outcome
@@ -142,28 +141,27 @@ def _jobs(data: Store, manifest: Manifest, sources: Sequence[str] | None) -> lis
         if source not in manifest.sources:
             known = ", ".join(sorted(manifest.sources)) or "none"
             raise UserError(f"{data.url}/{manifest.split}", f"has no source {source!r}", f"its sources: {known}")
-        ends = accumulate(shard.num_samples for shard in manifest.sources[source].shards)
-        start = 0
-        for number, end in enumerate(ends):
-            jobs.append(_Job(source, f"{manifest.split}/{source}/{number:06d}", range(start, end)))
-            start = end
+        info = manifest.sources[source]
+        for number, shard in enumerate(info.shards):
+            alone = {source: replace(info, num_samples=shard.num_samples, shards=(shard,))}
+            place = f"{manifest.split}/{source}/{number:06d}"
+            jobs.append(_Job(source, place, replace(manifest, sources=alone, settings={})))
     return jobs
 
 
-def _read(job: _Job, data: Store, split: str, endpoint: str | None) -> Iterator[tuple[Sample, Members] | BadMedia]:
-    rows = RowReader(data, read_manifest(data, split), endpoint).read((job.source, row) for row in job.rows)
-    return (found for _, found in rows)
+def _read(job: _Job, data: Store, endpoint: str | None) -> Iterator[tuple[Sample, Members] | BadMedia]:
+    rows = ((job.source, row) for row in range(job.manifest.num_samples))
+    return (found for _, found in RowReader(data, job.manifest, endpoint).read(rows))
 
 
-def _shape(job: _Job, data: Store, split: str, endpoint: str | None) -> SourceShape:
-    return shape_of(item[0] for item in _read(job, data, split, endpoint) if not isinstance(item, BadMedia))
+def _shape(job: _Job, data: Store, endpoint: str | None) -> SourceShape:
+    return shape_of(item[0] for item in _read(job, data, endpoint) if not isinstance(item, BadMedia))
 
 
 def _write(
     job: _Job,
     data: Store,
     out: Store,
-    split: str,
     endpoint: str | None,
     chosen: Format,
     shapes: Mapping[str, SourceShape],
@@ -173,7 +171,7 @@ def _write(
 
     def usable() -> Iterator[tuple[Sample, Members]]:
         nonlocal num_samples
-        for item in _read(job, data, split, endpoint):
+        for item in _read(job, data, endpoint):
             if isinstance(item, BadMedia):
                 rejected.setdefault(item.reason, []).append(item.detail)
             else:
@@ -195,7 +193,7 @@ def _spec(
     sources: dict[str, Any] = {}
     for source, shape in shapes.items():
         files = [path for shard in written if shard.source == source for path in shard.files]
-        sources[source] = dict(chosen.settings(out.url, source, manifest.sources[source].task, shape, files))
+        sources[source] = dict(chosen.settings(out.url, manifest.sources[source].task, shape, files))
     if chosen.reader == "index":
         return {"kind": "index", "out": "data", "split": manifest.split, "sources": sources}
     sources = {name: {**settings, "split": manifest.split} for name, settings in sources.items()}

@@ -28,11 +28,26 @@ class Format(Protocol):
         `place` is the path of the shard without an extension: split, source and number.
         """
 
-    def settings(self, root: str, source: str, task: str, shape: SourceShape, files: list[str]) -> Mapping[str, Any]:
+    def settings(self, root: str, task: str, shape: SourceShape, files: list[str]) -> Mapping[str, Any]:
         """Return the settings of a source of `reader` that read the files of all its shards back.
 
         `root` is the folder or URL that has the `files`.
         """
+
+
+def several_media(shape: SourceShape) -> tuple[str, str] | None:
+    """Return the problem of an input with several media, for formats that have room for one."""
+    for name, given in shape.inputs().items():
+        if given.max_media > 1:
+            return f"has {given.max_media} media in the {name}", "use the format sentence_transformers"
+    return None
+
+
+def partly_graded(shape: SourceShape) -> tuple[str, str] | None:
+    """Return the problem of a source of which only some samples have a relevance."""
+    if shape.num_graded in (0, shape.num_samples):
+        return None
+    return f"has a relevance in {shape.num_graded:,} of {shape.num_samples:,} samples", "use the format mmeb"
 
 
 def constants(shape: SourceShape) -> dict[str, str]:

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.formats.format import Samples, constants, folders_of
+from pipelines.formats.format import Samples, constants, folders_of, several_media
 from pipelines.formats.shape import SourceShape, extension
 from pipelines.samples import Input, Members
 
@@ -35,10 +35,7 @@ class Mmeb:
 
     def problem(self, shape: SourceShape) -> tuple[str, str] | None:
         """Return why the table cannot hold such samples: there is one path for each input."""
-        for name, given in shape.inputs().items():
-            if given.max_media > 1:
-                return f"has {given.max_media} media in the {name}", "use the format sentence_transformers"
-        return None
+        return several_media(shape)
 
     def write(self, folder: Path, place: str, samples: Samples, shape: SourceShape) -> list[str]:
         """Write a table, and a zip if there are media. Paths in the table are those in the zip."""
@@ -62,7 +59,7 @@ class Mmeb:
         (folder / archive).unlink()
         return [table]
 
-    def settings(self, root: str, source: str, task: str, shape: SourceShape, files: list[str]) -> dict[str, Any]:
+    def settings(self, root: str, task: str, shape: SourceShape, files: list[str]) -> dict[str, Any]:
         """Return the settings for `rzen ingest`."""
         tables = [path for path in files if path.endswith(".parquet")]
         archives = [f"{root}/{path}" for path in files if path.endswith(".zip")]

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.formats.format import Samples, constants, folders_of
+from pipelines.formats.format import Samples, constants, folders_of, partly_graded
 from pipelines.formats.shape import InputShape, SourceShape
 from pipelines.samples import Input, Media, MediaKind, Members, Sample
 
@@ -33,8 +33,8 @@ class SentenceTransformers:
         """Return why the table cannot hold such samples: it has no column for what differs from row to row."""
         if len(constants(shape)) < 2:
             return "has several instructions, and the table has no column for them", "use the format mmeb"
-        if shape.num_graded not in (0, shape.num_samples):
-            return f"has a relevance in {shape.num_graded:,} of {shape.num_samples:,} samples", "use the format mmeb"
+        if found := partly_graded(shape):
+            return found
         if shape.with_fewer_negatives:
             problem = "has samples with fewer negatives than others, which sentence-transformers refuses"
             return problem, "use the format mmeb"
@@ -50,7 +50,7 @@ class SentenceTransformers:
                 writer.write_table(pa.Table.from_pylist(rows, schema))
         return [path]
 
-    def settings(self, root: str, source: str, task: str, shape: SourceShape, files: list[str]) -> dict[str, Any]:
+    def settings(self, root: str, task: str, shape: SourceShape, files: list[str]) -> dict[str, Any]:
         """Return the settings for `rzen ingest`."""
         names = _names(shape)
         found: dict[str, Any] = {"table": folders_of(root, files), "task": task, **constants(shape)}

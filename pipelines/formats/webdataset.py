@@ -13,7 +13,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-from pipelines.formats.format import Samples, constants, folders_of
+from pipelines.formats.format import Samples, constants, folders_of, partly_graded, several_media
 from pipelines.formats.shape import InputShape, SourceShape, extension
 from pipelines.samples import Members, Sample
 
@@ -25,15 +25,13 @@ class WebDataset:
 
     def problem(self, shape: SourceShape) -> tuple[str, str] | None:
         """Return why the tars cannot hold such samples: a mapping names one medium, and has no optional parts."""
+        if found := several_media(shape):
+            return found
         for name, given in shape.inputs().items():
-            if given.max_media > 1:
-                return f"has {given.max_media} media in the {name}", "use the format sentence_transformers"
             if not given.is_uniform:
                 problem = f"has text in {given.with_text:,} and media in {given.with_media:,} of {given.num_inputs:,}"
                 return f"{problem} {name}: they differ from sample to sample", "use the format mmeb"
-        if shape.num_graded not in (0, shape.num_samples):
-            return f"has a relevance in {shape.num_graded:,} of {shape.num_samples:,} samples", "use the format mmeb"
-        return None
+        return partly_graded(shape)
 
     def write(self, folder: Path, place: str, samples: Samples, shape: SourceShape) -> list[str]:
         """Write a tar. Equal samples give equal bytes."""
@@ -48,7 +46,7 @@ class WebDataset:
                     tar.addfile(header, io.BytesIO(data))
         return [path]
 
-    def settings(self, root: str, source: str, task: str, shape: SourceShape, files: list[str]) -> dict[str, Any]:
+    def settings(self, root: str, task: str, shape: SourceShape, files: list[str]) -> dict[str, Any]:
         """Return the settings for `rzen index`."""
         found: dict[str, Any] = {"urls": folders_of(root, files), "task": task}
         simple = _is_simple(shape)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import ray
@@ -16,6 +17,7 @@ from pipelines.errors import UserError
 from pipelines.ingest.markers import Plan, WrittenBlock
 from pipelines.ingest.planning import BlockWork, GroupWork, TableWork
 from pipelines.ingest.settings import IngestSettings
+from pipelines.ingest.tasks import without_raising
 from pipelines.ingest.writing import write_block
 
 _SUBMITTED_PER_CPU = 2  # blocks whose tasks wait in Ray: enough that no CPU waits for the job
@@ -104,9 +106,4 @@ def _plan(work: TableWork, settings: IngestSettings) -> Iterator[Plan | BlockWor
 
 def _write(work: BlockWork | UserError, settings: IngestSettings) -> WrittenBlock | UserError:
     """Return a `UserError` as a value, also that of the planner."""
-    if isinstance(work, UserError):
-        return work
-    try:
-        return write_block(work, settings)
-    except UserError as error:
-        return error
+    return work if isinstance(work, UserError) else without_raising(partial(write_block, settings=settings), work)

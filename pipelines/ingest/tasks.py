@@ -19,7 +19,7 @@ def run_tasks(task: Callable[[Job], Result], jobs: Sequence[Job], cpus_per_task:
 
     Raises the first `UserError` of a task. Tasks that still run are then cancelled.
     """
-    remote = ray.remote(num_cpus=cpus_per_task)(_without_raising)
+    remote = ray.remote(num_cpus=cpus_per_task)(without_raising)
     waiting = iter(enumerate(jobs))
     running: dict[ray.ObjectRef, int] = {}
     try:
@@ -40,7 +40,7 @@ def run_tasks(task: Callable[[Job], Result], jobs: Sequence[Job], cpus_per_task:
             ray.cancel(reference)
 
 
-def _without_raising(task: Callable[[Job], Result], job: Job) -> Result | UserError:
+def without_raising(task: Callable[[Job], Result], job: Job) -> Result | UserError:
     """Return a `UserError` as a value: if raised, Ray would wrap it, retry the task and log tracebacks."""
     try:
         return task(job)

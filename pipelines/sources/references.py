@@ -15,7 +15,7 @@ from pipelines.errors import BadMedia, UserError
 from pipelines.media.files import read_file
 from pipelines.samples import ArchiveRef, CellRef, FileRef, RawSample, Reference
 from pipelines.sources.archives import read_member
-from pipelines.storage.location import is_local, open_object
+from pipelines.storage.location import is_local, read_object
 
 Cells = Mapping[CellRef, bytes | None]
 """Bytes of cells. None stands for more bytes than are allowed."""
@@ -74,16 +74,12 @@ class ReferenceReader:
         return [self._file(picture) for picture in ref.pictures]
 
     def _file(self, ref: FileRef | ArchiveRef) -> bytes:
-        if isinstance(ref, FileRef) and is_local(ref.path):
-            return read_file(ref.path, self._config)
+        if isinstance(ref, FileRef):
+            if is_local(ref.path):
+                return read_file(ref.path, self._config)
+            return read_object(ref.path, self._config.max_bytes, self._endpoint)
         try:
-            if isinstance(ref, ArchiveRef):
-                return read_member(ref, self._endpoint, self._config.max_bytes)
-            store, path = open_object(ref.path, self._endpoint)
-            num_bytes = store.size(path)
-            if num_bytes > self._config.max_bytes:
-                raise BadMedia("too_many_bytes", f"{num_bytes} bytes, at most {self._config.max_bytes}")
-            return store.read(path)
+            return read_member(ref, self._endpoint, self._config.max_bytes)
         except FileNotFoundError as error:
             raise BadMedia("missing_file") from error
 

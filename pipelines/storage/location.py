@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from urllib.parse import unquote
 
-from pipelines.errors import UserError
+from pipelines.errors import BadMedia, UserError
 from pipelines.storage.publish import LEASE, MARK, present_version, published, read_mark
 from pipelines.storage.store import PARTIAL, LocalStore, Store, disk_errors
 
@@ -57,6 +57,18 @@ def open_object(url: str, endpoint: str | None = None) -> tuple[Store, str]:
         return S3Bucket(bucket, "", resolve_endpoint(endpoint)), key
     folder, _, name = url.rpartition("/")
     return open_store(folder or "/", endpoint), name
+
+
+def read_object(url: str, max_bytes: int, endpoint: str | None = None) -> bytes:
+    """Return an object of a store. Raises `BadMedia`: missing_file, too_many_bytes."""
+    store, path = open_object(url, endpoint)
+    try:
+        num_bytes = store.size(path)
+        if num_bytes > max_bytes:
+            raise BadMedia("too_many_bytes", f"{num_bytes} bytes, at most {max_bytes}")
+        return store.read_range(path, 0, num_bytes)
+    except FileNotFoundError as error:
+        raise BadMedia("missing_file") from error
 
 
 def exists(url: str, endpoint: str | None = None) -> bool:

@@ -8,10 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-from pipelines.errors import BadMedia
 from pipelines.media.files import split_page
 from pipelines.samples import MEDIA_KINDS
-from pipelines.storage.location import open_object
+from pipelines.storage.location import read_object
 from pipelines.storage.web import WebFile, read_url
 
 REMOTE_SCHEMES = ("http", "https", "s3")
@@ -63,14 +62,7 @@ class Downloads:
     def _download(self, url: str) -> WebFile:
         if scheme_of(url) != "s3":
             return read_url(url, self._max_bytes)
-        store, key = open_object(url, self._endpoint)
-        try:
-            num_bytes = store.size(key)
-            if num_bytes > self._max_bytes:
-                raise BadMedia("too_many_bytes", f"{num_bytes} bytes, at most {self._max_bytes}")
-            return WebFile(store.read_range(key, 0, num_bytes), "", url)
-        except FileNotFoundError as error:
-            raise BadMedia("missing_file") from error
+        return WebFile(read_object(url, self._max_bytes, self._endpoint), "", url)
 
 
 def scheme_of(url: str) -> str:
