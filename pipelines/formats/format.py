@@ -44,7 +44,7 @@ def several_media(shape: SourceShape) -> tuple[str, str] | None:
 
 
 def partly_graded(shape: SourceShape) -> tuple[str, str] | None:
-    """Return the problem of a source of which only some samples have a relevance."""
+    """Return the problem of a source where only some samples have a relevance."""
     if shape.num_graded in (0, shape.num_samples):
         return None
     return f"has a relevance in {shape.num_graded:,} of {shape.num_samples:,} samples", "use the format mmeb"
