@@ -1,0 +1,1 @@
+"""Candidates of each sample next to a dataset: mined, scored, chosen, clustered. The shards stay as they are."""
