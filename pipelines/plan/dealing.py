@@ -21,22 +21,38 @@ def deal(
     target_S: Int64Array, query_S: Int64Array, num_batches: int, batch: int, rng: np.random.Generator
 ) -> Int64Array:
     """Return the batch of each sample `[S]`, or -1 for those that are more than all batches hold."""
-    has_queries = bool((query_S >= 0).any())
-    linked_S = _linked(target_S, query_S) if has_queries else target_S
-    num_sets = int(linked_S.max(initial=-1)) + 1
-    order_keys = [rng.random(len(target_S)), rng.permutation(num_sets)[linked_S]]
-    if has_queries:
-        # Of equal crowding, the target: `max` takes the first.
-        main_S = max(target_S, query_S, key=_crowding)
-        shuffled = np.append(rng.permutation(int(main_S.max()) + 1), -1)  # -1 takes the last one
-        order_keys.insert(1, shuffled[main_S])
-    order = np.lexsort(order_keys)
+    linked_S = linked_sets(target_S, query_S)
+    order = dealing_order(target_S, query_S, linked_S, rng)
     dealt_S = np.full(len(target_S), -1, np.int64)
     order = order[: num_batches * batch]  # an epoch has whole batches only
     dealt_S[order] = (np.arange(len(order)) + rng.integers(num_batches)) % num_batches
-    if has_queries and num_batches > 1 and np.bincount(linked_S).max() > num_batches:
+    if (query_S >= 0).any() and num_batches > 1 and np.bincount(linked_S).max() > num_batches:
+        main_S = _more_crowded(target_S, query_S)
         _swap_apart(dealt_S, [main_S, query_S if main_S is target_S else target_S], num_batches, rng)
     return dealt_S
+
+
+def linked_sets(target_S: Int64Array, query_S: Int64Array) -> Int64Array:
+    """Return a number of each set of samples that are linked by targets and queries, `[S]`."""
+    return _linked(target_S, query_S) if (query_S >= 0).any() else target_S
+
+
+def dealing_order(
+    target_S: Int64Array, query_S: Int64Array, linked_S: Int64Array, rng: np.random.Generator
+) -> Int64Array:
+    """Return the samples in a random order in which those of a linked set follow each other, the crowded key first."""
+    num_sets = int(linked_S.max(initial=-1)) + 1
+    order_keys = [rng.random(len(target_S)), rng.permutation(num_sets)[linked_S]]
+    if (query_S >= 0).any():
+        main_S = _more_crowded(target_S, query_S)
+        shuffled = np.append(rng.permutation(int(main_S.max()) + 1), -1)  # -1 takes the last one
+        order_keys.insert(1, shuffled[main_S])
+    return np.lexsort(order_keys)
+
+
+def _more_crowded(target_S: Int64Array, query_S: Int64Array) -> Int64Array:
+    """Return the key of which more pairs of samples are equal; of equal ones, the target: `max` takes the first."""
+    return max(target_S, query_S, key=_crowding)
 
 
 def _linked(*keys: Int64Array) -> Int64Array:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.plan.dealing import deal
+from pipelines.plan.packing import pack
 from pipelines.plan.subset import SourceSubset
 from pipelines.plan.types import NO_SAMPLES, Int64Array, SourceTable
 
@@ -45,12 +45,10 @@ class ConstrainedSamples:
                 if len(column):  # the queries of a source may be unknown
                     of_column.append(numbers[used] + start)
                     keys.append(column[used].astype(np.uint64))
-            # Clusters are spans of samples. A subset may use a part of one, and only the used samples stay together.
-            first, stop = table.clusters.T
-            numbers, used = subset.numbers(np.concatenate([NO_SAMPLES, *map(np.arange, first, stop)]))
+            numbers, used = subset.numbers(table.clustered)
             by_cluster[0].append(numbers[used] + start)
-            by_cluster[1].append((np.repeat(np.arange(len(first)), stop - first) + num_clusters)[used])
-            num_clusters += len(first)
+            by_cluster[1].append(table.clusters[used] + num_clusters)
+            num_clusters += int(table.clusters.max(initial=-1)) + 1
         # A target, query or cluster of which only one sample is used constrains nothing.
         shared = [_keep_shared(*map(np.concatenate, parts)) for parts in (by_target, by_query, by_cluster)]
         numbers = np.unique(np.concatenate([samples for samples, _ in shared]))
@@ -62,7 +60,7 @@ class ConstrainedSamples:
     def place(self, num_batches: int, batch: int, rng: np.random.Generator) -> Int64Array:
         """Return the batch of each sample `[S]`, or -1 where all batches are full and the epoch leaves it out."""
         if (self.cluster >= 0).any():
-            return _pack(self.target, self.query, self.cluster, num_batches, batch, rng)
+            return pack(self.target, self.query, self.cluster, num_batches, batch, rng)
         return deal(self.target, self.query, num_batches, batch, rng)
 
     def notes(self, num_batches: int, batch: int) -> list[str]:
@@ -93,69 +91,3 @@ def _keep_shared(numbers: Int64Array, keys: npt.NDArray[Any]) -> tuple[Int64Arra
     _, dense = np.unique(ids[several], return_inverse=True)
     order = np.argsort(numbers[several], kind="stable")
     return numbers[several][order], dense[order]
-
-
-def _pack(
-    target_S: Int64Array,
-    query_S: Int64Array,
-    cluster_S: Int64Array,
-    num_batches: int,
-    batch: int,
-    rng: np.random.Generator,
-) -> Int64Array:
-    """Place the largest clusters first, then the samples of the most frequent targets and queries.
-
-    Each goes into the emptiest of the batches with the fewest duplicates of it. A cluster that fits nowhere is divided.
-    Some order without duplicates may exist where this greedy order finds none.
-    """
-    # Targets and queries are keys of one kind: all that counts is which samples have one in common.
-    keys_S = [
-        [key for key in pair if key >= 0]
-        for pair in zip(
-            target_S.tolist(), np.where(query_S < 0, -1, query_S + target_S.max() + 1).tolist(), strict=True
-        )
-    ]
-    packer = _Packer(keys_S, num_batches, batch, rng)
-    clustered = np.flatnonzero(cluster_S >= 0)
-    by_cluster = np.split(clustered, np.flatnonzero(np.diff(cluster_S[clustered])) + 1)
-    single = np.flatnonzero(cluster_S < 0).tolist()
-    shuffled = [by_cluster[i].tolist() for i in rng.permutation(len(by_cluster))]
-    for members in sorted(shuffled, key=len, reverse=True):
-        if not packer.put(members):
-            single += members
-    frequency = Counter(key for member in single for key in keys_S[member])
-    order = [single[i] for i in rng.permutation(len(single))]
-    # Samples without a key conflict with nothing and go last, into whatever is free.
-    for member in sorted(order, key=lambda s: (-sum(frequency[key] for key in keys_S[s]), keys_S[s])):
-        packer.put([member])
-    return packer.placed_S
-
-
-class _Packer:
-    """Free rows and placed keys of each batch B of an epoch."""
-
-    def __init__(self, keys_S: list[list[int]], num_batches: int, batch: int, rng: np.random.Generator) -> None:
-        self.placed_S = np.full(len(keys_S), -1, np.int64)
-        self._keys_S = keys_S
-        self._free_B = np.full(num_batches, batch)
-        self._tie_B = rng.random(num_batches)
-        self._batches_of: dict[int, Counter[int]] = {}  # key -> batch -> its samples there
-
-    def put(self, members: list[int]) -> bool:
-        """Place the members in one batch. Return False if no batch has room for all of them."""
-        keys = [key for member in members for key in self._keys_S[member]]
-        fits = np.flatnonzero(self._free_B >= len(members))
-        if not len(fits):
-            return False
-        duplicates_B = np.zeros(len(self._free_B), np.int64)
-        for key in keys:
-            for at, count in self._batches_of.get(key, {}).items():
-                duplicates_B[at] += count
-        # lexsort takes its last key first: fewest duplicates, then most room, then a random order.
-        best = np.lexsort([self._tie_B[fits], -self._free_B[fits], duplicates_B[fits]])[0]
-        chosen = int(fits[best])
-        self.placed_S[members] = chosen
-        self._free_B[chosen] -= len(members)
-        for key in keys:
-            self._batches_of.setdefault(key, Counter())[chosen] += 1
-        return True

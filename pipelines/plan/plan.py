@@ -5,7 +5,7 @@ gets the batches that the uninterrupted run would have got.
 
     schedule.py    step -> (source, n-th batch of that source)    exact shares, spread evenly; new shares in each phase
     subset.py      source -> its samples that are used            at most so many, in runs of adjacent samples
-    placement.py   constrained samples -> their batches           duplicates apart, clusters together
+    placement.py   constrained samples -> their batches           duplicates apart, clusters together (packing.py)
     epoch.py       n-th batch -> its samples                      placed ones, then permuted runs of the rest
 
 State is a few bytes for each run of adjacent samples, not for each sample. A batch costs no more than its rows.

@@ -31,13 +31,12 @@ class PlanSource:
         self.batch = batch
         self.blocks = blocks
         self.run_length = mixture.run_length
-        self._subsets = [
-            SourceSubset.choose(table.num_samples, mixture, seed, member) for member, table in tables.items()
-        ]
+        self._subsets = [SourceSubset.choose(table, mixture, seed, member) for member, table in tables.items()]
         self.sizes = tuple(subset.size for subset in self._subsets)
         self._starts = np.concatenate([[0], np.cumsum(self.sizes)]).astype(np.int64)
         self.num_samples = int(self._starts[-1])
         self.num_stored = sum(table.num_samples for table in tables.values())
+        self.num_kept = sum(table.num_kept for table in tables.values())
         self._constrained = ConstrainedSamples.find(list(tables.values()), self._subsets, self._starts)
         self.tables_fingerprint = _fingerprint(tables)
 
@@ -83,8 +82,12 @@ class PlanSource:
         """Describe, one line each, what the order of an epoch cannot meet."""
         left = self.num_samples % self.batch
         lines = []
-        if self.num_samples < self.num_stored:
-            cut = f"{self.num_samples} of {self.num_stored} samples are used, the same in every epoch"
+        if self.num_kept < self.num_stored:
+            lines.append(
+                f"{self.num_stored - self.num_kept} of {self.num_stored} samples are dropped by candidate tables"
+            )
+        if self.num_samples < self.num_kept:
+            cut = f"{self.num_samples} of {self.num_kept} samples are used, the same in every epoch"
             lines.append(f"{cut}: data.mixture.max_samples_per_source")
         if left > _FEW * self.num_samples:
             lines.append(
@@ -97,6 +100,9 @@ def _fingerprint(tables: Mapping[str, SourceTable]) -> str:
     digest = hashlib.sha256()
     for name, table in tables.items():
         digest.update(f"{name} {table.num_samples} ".encode())
-        for array in (table.duplicates, table.targets, table.clusters, table.queries):
+        for array in (table.duplicates, table.targets, table.queries):
             digest.update(np.ascontiguousarray(array).tobytes())
+        for kind in ("clustered", "clusters", "dropped"):  # a table without them has the hash that it had before
+            if len(array := getattr(table, kind)):
+                digest.update(f" {kind} {len(array)} ".encode() + np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()[:16]

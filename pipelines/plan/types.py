@@ -17,7 +17,6 @@ Int64Array = npt.NDArray[np.int64]
 LANE_STREAM, EPOCH_STREAM, RESERVE_STREAM, SUBSET_STREAM, SOURCE_STREAM = range(5)
 
 NO_SAMPLES: Int64Array = np.zeros(0, np.int64)
-_NO_CLUSTERS: Int64Array = np.zeros((0, 2), np.int64)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,15 +25,23 @@ class SourceTable:
 
     `duplicates` `[D]` are the samples, ascending, whose target or query other samples may have too. `targets` and
     `queries` `[D]` are equal for equal targets and queries, also between sources. `queries` is empty if they are
-    unknown. `clusters` `[C, 2]` are first and stop of adjacent samples that have to share a batch, such as mined hard
-    negatives or clips of one video. A cluster has at least two samples; clusters are ascending and do not overlap.
+    unknown. `clustered` `[K]` are the samples, ascending, that have to share a batch with others, such as clips of one
+    video. `clusters` `[K]` are equal, and at least 0, for those of one cluster. `dropped` are the samples, ascending,
+    that no batch takes.
     """
 
     num_samples: int
     duplicates: Int64Array = field(default_factory=lambda: NO_SAMPLES)
     targets: npt.NDArray[np.integer[Any]] = field(default_factory=lambda: NO_SAMPLES)
-    clusters: Int64Array = field(default_factory=lambda: _NO_CLUSTERS)
     queries: npt.NDArray[np.integer[Any]] = field(default_factory=lambda: NO_SAMPLES)
+    clustered: Int64Array = field(default_factory=lambda: NO_SAMPLES)
+    clusters: Int64Array = field(default_factory=lambda: NO_SAMPLES)
+    dropped: Int64Array = field(default_factory=lambda: NO_SAMPLES)
+
+    @property
+    def num_kept(self) -> int:
+        """Return the number of samples without the dropped ones."""
+        return self.num_samples - len(self.dropped)
 
 
 @dataclass(frozen=True, slots=True)

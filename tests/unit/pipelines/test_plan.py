@@ -270,8 +270,8 @@ def test_equal_targets_and_equal_queries_are_apart(
     """Wherever samples that are linked by them, directly or through others, are not more than the batches."""
     rng = np.random.default_rng(seed)
     targets, queries = (rng.integers(0, count, num_samples) for count in num_keys)
-    clusters = np.array([(0, 2), (3, 5)]) if with_clusters else np.zeros((0, 2), np.int64)
-    table = SourceTable(num_samples, np.arange(num_samples), targets, clusters, queries)
+    members = np.array([0, 1, 3, 4] if with_clusters else [], np.int64)
+    table = SourceTable(num_samples, np.arange(num_samples), targets, queries, members, members // 3)
     plan = build_plan({"a": table}, MixtureConfig(run_length=4), global_batch=batch, epochs=2, seed=seed)
     num_batches = num_samples // batch
     linked = linked_samples(targets, queries)
@@ -320,9 +320,8 @@ def test_swaps_separate_equal_queries_of_a_set_larger_than_the_epoch() -> None:
 
 
 def test_clusters_keep_equal_queries_of_others_apart() -> None:
-    clusters = np.array([(0, 3), (3, 6)])
     queries = np.array([1, 2, 3, 4, 5, 6, 1, 4, 7, 7, 8, 8])
-    table = SourceTable(40, np.arange(12), np.arange(12), clusters, queries)
+    table = SourceTable(40, np.arange(12), np.arange(12), queries, np.arange(6), np.arange(6) % 2)
     plan = build_plan({"a": table}, MixtureConfig(), global_batch=8, epochs=4)
     for step in range(plan.num_steps):
         met = [int(queries[index]) for _, index in plan.batch(step).rows if index < 12]
@@ -377,45 +376,121 @@ def test_runs_stay_whole_next_to_duplicates() -> None:
 
 @st.composite
 def sources_with_clusters(draw: st.DrawFn) -> SourceTable:
-    lengths = draw(st.lists(st.tuples(st.integers(0, 9), st.integers(2, 6)), max_size=8))
-    stops = np.cumsum([gap + length for gap, length in lengths], dtype=np.int64)
-    clusters = np.array([(stop - length, stop) for stop, (_, length) in zip(stops, lengths, strict=True)], np.int64)
-    spare = 5 * sum(length for _, length in lengths) + 24  # much more room than clusters: none has to be divided
-    num_samples = int(stops[-1] if len(stops) else 0) + spare
-    duplicates = draw(st.lists(st.integers(0, num_samples - 1), max_size=6, unique=True))
+    """Clusters of any samples, with duplicates and dropped samples among them, in any proportion."""
+    num_samples = draw(st.integers(24, 120))
+    cluster_of = np.array(draw(st.lists(st.integers(-1, 20), min_size=num_samples, max_size=num_samples)))
+    duplicates = np.array(sorted(draw(st.sets(st.integers(0, num_samples - 1), max_size=9))), np.int64)
+    dropped = np.array(sorted(draw(st.sets(st.integers(0, num_samples - 1), max_size=num_samples - 13))), np.int64)
+    clustered = np.flatnonzero(cluster_of >= 0)
     return SourceTable(
-        num_samples, np.sort(np.array(duplicates, np.int64)), np.arange(len(duplicates)) // 2, clusters.reshape(-1, 2)
+        num_samples,
+        duplicates,
+        np.arange(len(duplicates)) // 2,
+        clustered=clustered,
+        clusters=cluster_of[clustered],
+        dropped=dropped,
     )
 
 
-@settings(max_examples=150, deadline=None)
-@given(table=sources_with_clusters(), run_length=st.integers(1, 9), seed=st.integers(0, 99))
-def test_clusters_share_a_batch(table: SourceTable, run_length: int, seed: int) -> None:
-    plan = build_plan({"a": table}, MixtureConfig(run_length=run_length), global_batch=12, seed=seed, epochs=2)
-    target_of = dict(zip(table.duplicates.tolist(), table.targets.tolist(), strict=True))
+def clusters_of(table: SourceTable) -> list[set[int]]:
+    """The samples of each cluster that are not dropped, if there are two at least."""
+    kept: dict[int, set[int]] = {}
+    for sample, cluster in zip(table.clustered.tolist(), table.clusters.tolist(), strict=True):
+        if sample not in table.dropped:
+            kept.setdefault(cluster, set()).add(sample)
+    return [members for members in kept.values() if len(members) > 1]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    table=sources_with_clusters(),
+    run_length=st.integers(1, 9),
+    batch=st.sampled_from([2, 4, 12]),
+    seed=st.integers(0, 99),
+)
+def test_clusters_share_a_batch(table: SourceTable, run_length: int, batch: int, seed: int) -> None:
+    plan = build_plan({"a": table}, MixtureConfig(run_length=run_length), global_batch=batch, seed=seed, epochs=2)
+    num_batches = table.num_kept // batch
     for epoch in range(2):
-        rows = [plan.batch(step).rows for step in range(plan.num_steps) if plan.batch(step).blocks[0].epoch == epoch]
-        place = {index: (step, position) for step, some in enumerate(rows) for position, (_, index) in enumerate(some)}
-        assert len(place) == sum(map(len, rows)) == 12 * len(rows)
-        inside: set[int] = set()
-        for first, stop in table.clusters.tolist():
-            steps, positions = zip(*(place[index] for index in range(first, stop)), strict=True)
-            assert len(set(steps)) == 1
-            assert list(positions) == list(range(positions[0], positions[0] + stop - first))  # one range request
-            inside.update(range(first, stop))
-        for some in rows:
-            found = Counter(target_of[i] for _, i in some if i in target_of and i not in inside)
-            assert set(found.values()) <= {1}
+        rows = [plan.batch(step).rows for step in range(epoch * num_batches, (epoch + 1) * num_batches)]
+        place = {index: step for step, some in enumerate(rows) for _, index in some}
+        assert len(place) == num_batches * batch  # each batch is full, and no sample comes twice
+        assert not set(place) & set(table.dropped.tolist())
+        room = [batch] * num_batches
+        divided = []
+        for members in clusters_of(table):
+            steps = {place.get(member, -1) for member in members}
+            if len(steps) > 1:
+                divided.append(len(members))
+            elif steps != {-1}:
+                room[steps.pop()] -= len(members)
+        # A cluster is divided only where no batch has room for it next to the clusters that are whole.
+        if max(map(len, clusters_of(table)), default=0) <= batch:
+            assert all(size > max(room) for size in divided)
+        for world_size in (1, 2):
+            shares = [plan.batch(epoch, rank, world_size).rows for rank in range(world_size)]
+            assert tuple(row for share in shares for row in share) == plan.batch(epoch).rows
+
+
+@settings(max_examples=100, deadline=None)
+@given(num_clusters=st.integers(1, 12), num_pairs=st.integers(0, 12), seed=st.integers(0, 99))
+def test_equal_targets_of_clusters_and_others_are_apart(num_clusters: int, num_pairs: int, seed: int) -> None:
+    """Clusters of 3 any samples, and pairs of equal targets, among four times as many free samples."""
+    rng = np.random.default_rng(seed)
+    num_samples = 4 * (3 * num_clusters + 2 * num_pairs) + 12
+    samples = rng.permutation(num_samples)
+    clustered = np.sort(samples[: 3 * num_clusters])
+    duplicates = np.sort(samples[2 * num_clusters : 2 * num_clusters + 2 * num_pairs])
+    targets, clusters = (rng.permutation(np.arange(len(of)) // by) for of, by in ((duplicates, 2), (clustered, 3)))
+    table = SourceTable(num_samples, duplicates, targets, clustered=clustered, clusters=clusters)
+    plan = build_plan({"a": table}, MixtureConfig(run_length=4), global_batch=12, seed=seed)
+    target_of = dict(zip(duplicates.tolist(), targets.tolist(), strict=True))
+    cluster_of = dict(zip(clustered.tolist(), clusters.tolist(), strict=True))
+    for step in range(plan.num_steps):
+        rows = [index for _, index in plan.batch(step).rows]
+        for one, other in combinations(rows, 2):
+            if one in target_of and target_of[one] == target_of.get(other):
+                assert cluster_of.get(one, -1) == cluster_of.get(other, -2)
 
 
 def test_clusters_that_fit_nowhere_are_divided_and_reported() -> None:
-    table = SourceTable(12, clusters=np.array([(0, 5), (5, 8), (8, 12)]))
+    table = SourceTable(12, clustered=np.arange(12), clusters=np.repeat([0, 1, 2], [5, 3, 4]))
     plan = build_plan({"a": table}, MixtureConfig(), global_batch=4)
     assert plan.summary()[1:] == ["a: 1 clusters are larger than a batch (4) and are divided"]
     batches = [{index for _, index in plan.batch(step).rows} for step in range(3)]
     assert set().union(*batches) == set(range(12))
     assert {8, 9, 10, 11} in batches
-    assert any({5, 6, 7} <= batch for batch in batches)
+    assert {0, 1, 2, 3} in batches
+    assert {4, 5, 6, 7} in batches
+
+
+def test_clusters_and_drops_are_part_of_the_fingerprint() -> None:
+    samples = np.array([3, 7])
+    tables = [
+        SourceTable(20),
+        SourceTable(20, clustered=samples, clusters=np.zeros(2, np.int64)),
+        SourceTable(20, dropped=samples),
+        SourceTable(20, dropped=samples + 1),
+    ]
+    plans = [build_plan({"a": table}, MixtureConfig(), global_batch=4) for table in tables]
+    assert len({plan.fingerprint() for plan in plans}) == 4
+    # That of a version of this program that knew no drops: its runs resume.
+    assert plans[0].describe()["sources"]["a"]["tables"] == "d2f816127db133e7"
+
+
+def test_dropped_samples_are_not_used_and_reported() -> None:
+    dropped = np.array([0, 1, 5, 99, 400, 999])
+    table = SourceTable(1000, dropped=dropped)
+    plan = build_plan({"a": table}, MixtureConfig(run_length=8), global_batch=71, epochs=2)
+    assert {index for _, index in all_rows(plan)} == set(range(1000)) - set(dropped.tolist())
+    assert plan.summary()[1] == "a: 6 of 1000 samples are dropped by candidate tables"
+    few = build_plan({"a": table}, MixtureConfig(run_length=8, max_samples_per_source=64), global_batch=16, epochs=2)
+    assert len({index for _, index in all_rows(few)} - set(dropped.tolist())) == 64
+    assert {i for step in range(few.num_steps) for at in range(16) for _, i in few.reserves(step, at, 9)} <= {
+        index for _, index in all_rows(few)
+    }
+    with pytest.raises(UserError, match="source 'a' has 994 samples, fewer than one batch of 1000"):
+        build_plan({"a": table}, MixtureConfig(), global_batch=1000)
 
 
 def test_groups_are_one_source() -> None:
