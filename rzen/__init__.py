@@ -5,6 +5,7 @@
     model = rzen.load("runs/model")                                   # a folder, an s3:// URL, or a hub name
     vectors = model.encode(["a red circle", "photo.jpg", image])      # float32 [3, D], of length 1
     hits = model.search("runs/vectors", "a red circle")               # what `rzen embed` wrote
+    ranked = rzen.load_reranker("reranker").rank("a red circle", ["photo.jpg", image])
 
 All names are imported on first use, so that `import rzen` loads no torch.
 """
@@ -17,15 +18,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipelines.errors import BadMedia, UserError
     from rzen.embedding.embedder import Embedder, load
+    from rzen.reranking.reranker import Reranker, load_reranker
 
     __version__: str
 
-__all__ = ["BadMedia", "Embedder", "UserError", "__version__", "load"]
+__all__ = ["BadMedia", "Embedder", "Reranker", "UserError", "__version__", "load", "load_reranker"]
 _MODULES = {
     "BadMedia": "pipelines.errors",
     "UserError": "pipelines.errors",
     "Embedder": "rzen.embedding.embedder",
     "load": "rzen.embedding.embedder",
+    "Reranker": "rzen.reranking.reranker",
+    "load_reranker": "rzen.reranking.reranker",
 }
 
 

@@ -24,6 +24,7 @@ from rzen.config.objective import (
     TemperatureConfig,
 )
 from rzen.config.optim import OptimConfig
+from rzen.config.rerank import PairPromptConfig, PairTemplateName
 from rzen.config.soup import (
     DareSoup,
     GreedySoup,
@@ -51,6 +52,8 @@ __all__ = [
     "ObjectiveConfig",
     "OptimConfig",
     "Packing",
+    "PairPromptConfig",
+    "PairTemplateName",
     "PromptConfig",
     "PromptName",
     "ReadoutConfig",

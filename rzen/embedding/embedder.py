@@ -273,7 +273,7 @@ def load(
     read = read_identity(tuned or base, identity or ModelIdentity())
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     config = ModelConfig(
-        backbone=str(base), dtype=dtype or _default_dtype(base, where), gradient_checkpointing=False, tune="full"
+        backbone=str(base), dtype=dtype or default_dtype(base, where), gradient_checkpointing=False, tune="full"
     )
     backbone = load_backbone(str(base), config)
     processor = Processor(str(base), read.prompt)
@@ -321,6 +321,7 @@ def _progress(shown: bool, total: int | None) -> Iterator[Callable[[int], None]]
         yield lambda count: progress.advance(bar, count)
 
 
-def _default_dtype(folder: Path, device: str) -> Dtype:
+def default_dtype(folder: Path, device: str) -> Dtype:
+    """Return the compute type that an export names. Without one, float32 on a CPU and bfloat16 on a GPU."""
     default: Dtype = "bfloat16" if device.startswith("cuda") else "float32"
     return cast(Dtype | None, stored_dtype(folder)) or default

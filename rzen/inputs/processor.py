@@ -198,10 +198,14 @@ def patch_times_s(times_s: Sequence[float], num_frames: int, frames_per_patch: i
 
 
 @dataclass(frozen=True)
-class _VisionInput:
+class VisionInput:
+    """A visual in the patches of a checkpoint."""
+
     kind: VisionKind
     patches: UInt8Array
+    """[F, C * p * p], as in `EncodedBatch`."""
     grid: tuple[int, int, int]
+    """Patches along time, height and width."""
     num_frames: int
     times_s: tuple[float, ...]
     """Times of the frames of a video, where they are known."""
@@ -243,12 +247,15 @@ class Processor:
 
     def pieces(self, given: DecodedInput) -> list[Piece]:
         """Return the sequence of an input before it becomes token ids."""
-        return self._pieces(given, self._vision_inputs(given.visuals))
+        return self._pieces(given, self.vision_inputs(given.visuals))
 
     def _encode_one(self, given: DecodedInput) -> EncodedBatch:
+        visuals = self.vision_inputs(given.visuals)
+        return self.pack(*self._ids(self._pieces(given, visuals)), visuals)
+
+    def pack(self, ids: Sequence[int], instruction: Sequence[bool], visuals: Sequence[VisionInput]) -> EncodedBatch:
+        """Return one input: its token ids, which of them are the instruction's, and its visuals in their order."""
         tp = self.layout.temporal_patch_frames
-        visuals = self._vision_inputs(given.visuals)
-        ids, instruction = self._ids(self._pieces(given, visuals))
         patch_values = 3 * self.layout.patch_px**2
         return EncodedBatch(
             input_ids=np.array(ids, np.int32),
@@ -262,11 +269,11 @@ class Processor:
             grid_seconds=np.array([visual.seconds(tp) for visual in visuals], np.float32),
         )
 
-    def _pieces(self, given: DecodedInput, visuals: Sequence[_VisionInput]) -> list[Piece]:
-        spans = [span for visual in visuals for span in self._spans(visual)]
+    def _pieces(self, given: DecodedInput, visuals: Sequence[VisionInput]) -> list[Piece]:
+        spans = [span for visual in visuals for span in self.spans(visual)]
         return input_pieces(self.prompt.template, given.instruction, given.text, spans)
 
-    def _spans(self, visual: _VisionInput) -> list[Span]:
+    def spans(self, visual: VisionInput) -> list[Span]:
         """Return one span, or one for each temporal patch of a video where the family writes times."""
         t, h, w = visual.grid
         tokens = h * w // self.layout.merge_patches**2
@@ -275,7 +282,8 @@ class Processor:
         times_s = patch_times_s(visual.times_s, visual.num_frames, self.layout.temporal_patch_frames)
         return [Span("video", tokens, f"<{time_s:.1f} seconds>") for time_s in times_s]
 
-    def _vision_inputs(self, visuals: Sequence[Visual]) -> list[_VisionInput]:
+    def vision_inputs(self, visuals: Sequence[Visual]) -> list[VisionInput]:
+        """Return visuals resized and cut into patches. Raises `BadMedia` for a shape that the backbone cannot take."""
         frame_tokens = TEMPLATES[self.prompt.template].frame_tokens
         low, high = self.prompt.min_visual_tokens, self.prompt.max_visual_tokens
         inputs = []
@@ -297,11 +305,11 @@ class Processor:
         low_tokens: int,
         high_tokens: int,
         times_s: tuple[float, ...] = (),
-    ) -> _VisionInput:
+    ) -> VisionInput:
         factor_px = self.layout.factor_px
         _, height, width, _ = frames.shape
         size = smart_resize(height, width, factor_px, low_tokens * factor_px**2, high_tokens * factor_px**2)
-        return _VisionInput(kind, *patchify(resize(frames, *size), self.layout), len(frames), times_s)
+        return VisionInput(kind, *patchify(resize(frames, *size), self.layout), len(frames), times_s)
 
     def _ids(self, pieces: Sequence[Piece]) -> tuple[list[int], list[bool]]:
         """Return token ids, and which of them are the instruction's. Instruction and text share `max_text_tokens`."""
@@ -310,7 +318,7 @@ class Processor:
         left = self.prompt.max_text_tokens
         for piece in pieces:
             if piece.kind in ("instruction", "text"):
-                some = self._text_ids(piece.text)[:left]
+                some = self.text_ids(piece.text)[:left]
                 left -= len(some)
             else:
                 some = self._fixed_ids(piece)
@@ -320,7 +328,7 @@ class Processor:
 
     def _fixed_ids(self, piece: Piece) -> list[int]:
         if piece.text not in self._known_ids:
-            ids = [self._special_id(piece.text)] if piece.kind == "special" else self._text_ids(piece.text)
+            ids = [self.special_id(piece.text)] if piece.kind == "special" else self.text_ids(piece.text)
             self._known_ids[piece.text] = ids
         return self._known_ids[piece.text] * piece.count
 
@@ -328,11 +336,21 @@ class Processor:
     def _known_ids(self) -> dict[str, list[int]]:
         return {}
 
-    def _text_ids(self, text: str) -> list[int]:
+    def text_ids(self, text: str) -> list[int]:
+        """Return the token ids of a text. Names of special tokens in it are text."""
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
-    def _special_id(self, token: str) -> int:
+    def cut(self, text: str, max_tokens: int) -> str:
+        """Return the start of a text that has at most `max_tokens` tokens."""
+        offsets = self._tokenizer.encode(text, add_special_tokens=False).offsets
+        if len(offsets) <= max_tokens:
+            return text
+        # Several tokens may share a character: it is kept whole or not at all.
+        return text[: min(offsets[max_tokens - 1][1], offsets[max_tokens][0])]
+
+    def special_id(self, token: str) -> int:
+        """Return the id of a special token. Raises `UserError` if the tokenizer has none."""
         token_id: int | None = self._tokenizer.token_to_id(token)
         if token_id is None:
             raise UserError(self.model_dir, f"the tokenizer has no {token}", "name a checkpoint of a Qwen-VL family")

@@ -75,7 +75,7 @@ def input_pieces(name: PromptName, instruction: str, text: str, visuals: Sequenc
     template = TEMPLATES[name]
     suffix = template.visual_suffix if visuals else template.text_suffix
     pieces = _turn("system", [Piece("fixed", template.system)]) if template.system else []
-    content = [piece for span in visuals for piece in _vision(span)]
+    content = [piece for span in visuals for piece in vision_pieces(span)]
     words = [
         Piece("instruction", instruction.strip()),
         Piece("text", text.strip()),
@@ -115,7 +115,8 @@ def _turn(role: str, content: Sequence[Piece]) -> list[Piece]:
     return [Piece("special", IM_START), *start, *rest, Piece("special", IM_END), Piece("fixed", "\n")]
 
 
-def _vision(span: Span) -> list[Piece]:
+def vision_pieces(span: Span) -> list[Piece]:
+    """Return the tokens of a visual between their marks."""
     pads = Piece("special", PADS[span.kind], span.tokens)
     before = [Piece("fixed", span.before)] if span.before else []
     return [*before, Piece("special", VISION_START), pads, Piece("special", VISION_END)]

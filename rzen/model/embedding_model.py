@@ -21,8 +21,8 @@ from rzen.inputs.processor import GRID_KINDS, EncodedBatch, VisionLayout
 from rzen.vectors import Vectors, unit_vectors
 
 
-class EmbeddingModel(nn.Module):
-    """One vector for each input, pooled after the final norm: its last token, or the mean of its tokens.
+class SequenceModel(nn.Module):
+    """Encoded inputs to hidden states after the final norm.
 
     `backbone` is a model of `load_backbone`, with or without adapters. Its attention is switched in place to the
     direction of `readout`. `layout` comes from the same checkpoint, `readout` from its identity. `packing` changes
@@ -59,10 +59,10 @@ class EmbeddingModel(nn.Module):
         backbone: Any = self.backbone
         return self._family.packs and "flash" in backbone.config._attn_implementation
 
-    def forward(self, batch: EncodedBatch) -> Vectors:
-        """Return the vectors of B inputs in fp32, on the model's device, equal to those of each input on its own.
+    def hidden(self, batch: EncodedBatch, **visuals: Any) -> tuple[Tensor, Tensor]:
+        """Return hidden states `[places, D]`, and the place of each token, int64 `[N]`.
 
-        tests/parity/test_embedder.py proves it against transformers.
+        `visuals` are the backbone's arguments for pixels or for what its vision tower made of them.
         """
         backbone: Any = self.backbone
         device, attention = self.image_mean.device, backbone.config._attn_implementation
@@ -74,13 +74,13 @@ class EmbeddingModel(nn.Module):
             position_ids=layout.positions(backbone, self.readout).to(device),
             attention_mask=None if mask is None else mask.to(device),
             use_cache=False,
-            **self._visuals(batch, device),
+            **visuals,
         ).last_hidden_state
-        pooled_BD = _pool(hidden.flatten(0, 1), layout.rows().to(device), batch, self.readout)
-        return unit_vectors(pooled_BD)
+        return hidden.flatten(0, 1), layout.rows().to(device)
 
-    def _visuals(self, batch: EncodedBatch, device: torch.device) -> dict[str, Tensor]:
+    def pixels(self, batch: EncodedBatch) -> dict[str, Tensor]:
         """Return pixels and grids of the images and of the videos, each in the order of their tokens."""
+        device = self.image_mean.device
         patch_kinds_P = np.repeat(batch.grid_kinds, batch.grids.prod(axis=1))
         frames = torch.tensor(batch.patches, device=device)
         frames_PT = frames_of_patches(batch, self._frames_of_patch)
@@ -95,6 +95,18 @@ class EmbeddingModel(nn.Module):
                 visuals[pixels] = normalized_patches(frames, chosen_PT, self.image_mean, self.image_std)
                 visuals[grids] = torch.tensor(batch.grids[chosen_V], dtype=torch.int64, device=device)
         return visuals
+
+
+class EmbeddingModel(SequenceModel):
+    """One vector for each input, pooled after the final norm: its last token, or the mean of its tokens."""
+
+    def forward(self, batch: EncodedBatch) -> Vectors:
+        """Return the vectors of B inputs in fp32, on the model's device, equal to those of each input on its own.
+
+        tests/parity/test_embedder.py proves it against transformers.
+        """
+        hidden, rows_N = self.hidden(batch, **self.pixels(batch))
+        return unit_vectors(_pool(hidden, rows_N, batch, self.readout))
 
 
 def frames_of_patches(batch: EncodedBatch, num_frames: int) -> npt.NDArray[np.int64]:

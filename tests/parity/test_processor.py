@@ -280,5 +280,5 @@ def test_import_brings_no_torch_or_transformers() -> None:
 
 
 def test_a_missing_checkpoint_is_the_users_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"preprocessor_config.json: does not exist"):
+    with pytest.raises(UserError, match=r"tokenizer.json: does not exist"):
         Processor(str(tmp_path), PROMPT).encode([DecodedInput(text="x")])

@@ -1,0 +1,141 @@
+"""Queries and documents to token sequences of pairs, and to media that are each there once.
+
+Workers that decode media import this module, so that it must be quick to import: no torch, no transformers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from pipelines.errors import UserError
+from pipelines.samples import DecodedInput, Visual
+from rzen.config import PairPromptConfig, PromptConfig
+from rzen.inputs.processor import EncodedBatch, Processor, VisionInput
+from rzen.inputs.prompts import IM_END, IM_START, Piece, vision_pieces
+from rzen.reranking.prompts import PAIR_TEMPLATES, Part
+
+MediumKey = bytes
+"""Digest of a medium's patches: equal for media that are equal to the vision tower."""
+
+
+@dataclass(frozen=True)
+class JointBatch:
+    """Pairs of a query and a document, each as one joint sequence, ready for the model."""
+
+    sequences: EncodedBatch
+    """One sequence for each pair, without the patches of its visuals."""
+    shown: tuple[MediumKey, ...]
+    """Medium of each visual of the sequences, in the order of their tokens."""
+    media: dict[MediumKey, EncodedBatch]
+    """Each medium once, as an input without tokens."""
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+
+class JointEncoder:
+    """Encodes pairs for one checkpoint and prompt. Pickles without the files of the checkpoint."""
+
+    def __init__(self, model_dir: str, prompt: PairPromptConfig) -> None:
+        self.prompt = prompt
+        budget = {name: getattr(prompt, name) for name in ("max_text_tokens", "min_visual_tokens", "max_visual_tokens")}
+        self.processor = Processor(model_dir, PromptConfig(template="plain", **budget))
+
+    @property
+    def visual_pixels(self) -> int:
+        """Pixels of an image or page that the model takes in at most."""
+        return self.processor.visual_pixels
+
+    @cached_property
+    def answer_ids(self) -> tuple[int, int]:
+        """Return the tokens of yes and of no: the first one of each, if a tokenizer needs several.
+
+        Raises `UserError` where both begin with the same token.
+        """
+        template = PAIR_TEMPLATES[self.prompt.template]
+        yes, no = (self.processor.text_ids(answer)[0] for answer in (template.yes, template.no))
+        if yes == no:
+            problem = f"writes {template.yes!r} and {template.no!r} with the same first token"
+            raise UserError(self.processor.model_dir, problem, "name a checkpoint with a tokenizer of Qwen")
+        return yes, no
+
+    def encode(
+        self, queries: Sequence[DecodedInput], documents: Sequence[DecodedInput], pairs: npt.NDArray[np.int64]
+    ) -> JointBatch:
+        """Return the sequences of pairs `[B, 2]`, at least one: number of the query, number of the document.
+
+        Raises `BadMedia` for a shape that the backbone cannot take.
+        """
+        query_sides = [_Side(self, query) for query in queries]
+        document_sides = [_Side(self, document) for document in documents]
+        sequences: list[EncodedBatch] = []
+        shown: list[MediumKey] = []
+        media: dict[MediumKey, EncodedBatch] = {}
+        for query, document in pairs.tolist():
+            sides = (query_sides[query], document_sides[document])
+            sequences.append(self._sequence(*sides))
+            for side in sides:
+                shown += list(side.media)
+                media |= side.media_once()
+        return JointBatch(EncodedBatch.concat(sequences), tuple(shown), media)
+
+    def _sequence(self, query: _Side, document: _Side) -> EncodedBatch:
+        parts = PAIR_TEMPLATES[self.prompt.template].parts(query.given, document.given)
+        visuals = [*query.visuals, *document.visuals]
+        ids = self._ids(parts, visuals)
+        batch = self.processor.pack(ids, [False] * len(ids), visuals)
+        return replace(batch, patches=batch.patches[:0], patch_frames=np.zeros_like(batch.patch_frames))
+
+    def _ids(self, parts: Sequence[Part], visuals: Sequence[VisionInput]) -> list[int]:
+        """Return the tokens of a question. A stretch without special tokens is tokenized as a whole, as in the library.
+
+        `visuals` are those of the parts, in patches.
+        """
+        system = PAIR_TEMPLATES[self.prompt.template].system
+        start = [Piece("fixed", f"system\n{system}"), Piece("special", IM_END), Piece("fixed", "\n")]
+        pieces = [Piece("special", IM_START), *start, Piece("special", IM_START), Piece("fixed", "user\n")]
+        left = iter(visuals)
+        for part in parts:
+            if isinstance(part, Visual):
+                pieces += [piece for span in self.processor.spans(next(left)) for piece in vision_pieces(span)]
+            else:
+                pieces.append(Piece("text", part))
+        pieces += [Piece("special", IM_END), Piece("fixed", "\n"), Piece("special", IM_START)]
+        pieces.append(Piece("fixed", "assistant\n"))
+        ids: list[int] = []
+        stretch = ""
+        for piece in pieces:
+            if piece.kind == "special":
+                ids += self.processor.text_ids(stretch)
+                ids += [self.processor.special_id(piece.text)] * piece.count
+                stretch = ""
+            else:
+                stretch += piece.text
+        return ids + self.processor.text_ids(stretch)
+
+
+class _Side:
+    """A query or a document: its text cut, its visuals in patches."""
+
+    def __init__(self, encoder: JointEncoder, given: DecodedInput) -> None:
+        processor = encoder.processor
+        self.given = replace(given, text=processor.cut(given.text, encoder.prompt.max_text_tokens))
+        self.visuals = processor.vision_inputs(given.visuals)
+        self._packed = [processor.pack([], [], [visual]) for visual in self.visuals]
+        self.media = [_key(medium) for medium in self._packed]
+
+    def media_once(self) -> dict[MediumKey, EncodedBatch]:
+        """Return each of its media."""
+        return dict(zip(self.media, self._packed, strict=True))
+
+
+def _key(medium: EncodedBatch) -> MediumKey:
+    digest = hashlib.blake2b(medium.patches.tobytes(), digest_size=16)
+    digest.update(medium.grids.tobytes() + medium.grid_kinds.tobytes() + medium.patch_frames.tobytes())
+    return digest.digest()
