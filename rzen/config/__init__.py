@@ -17,6 +17,7 @@ from rzen.config.model import (
     TinyBackbone,
 )
 from rzen.config.objective import (
+    DistillationConfig,
     FalseNegativeConfig,
     HardnessConfig,
     MinedConfig,
@@ -39,6 +40,7 @@ from rzen.config.soup import (
 __all__ = [
     "BackboneFamily",
     "DareSoup",
+    "DistillationConfig",
     "Dtype",
     "FalseNegativeConfig",
     "GreedySoup",

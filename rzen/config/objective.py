@@ -74,6 +74,25 @@ class MinedConfig(Config):
     """Weights of mined negatives, separate from those of in-batch negatives. `null`: all 1."""
 
 
+class DistillationConfig(Config):
+    """Learn from a teacher's scores of each query's positive and candidates, which a judged candidate table holds."""
+
+    loss: Literal["kl", "cross_entropy", "symmetric_kl", "margin_mse"] = "kl"
+    """`kl`: KL(teacher || student) of the softmax over the candidates (U-MARVEL). `cross_entropy`: the same gradient,
+    plus the teacher's entropy in the value. `symmetric_kl`: mean of both directions (UniME-V2 has their sum).
+    `margin_mse`: squared difference of the positive's lead over each candidate, without temperatures."""
+    weight: PositiveFloat = 1.0
+    """Factor of this loss."""
+    contrastive_weight: NonNegativeFloat = 1.0
+    """Factor of the contrastive loss, which it is added to. 0 trains on the teacher only (U-MARVEL)."""
+    teacher_temperature: PositiveFloat | Literal["student"] = 0.05
+    """Divides the teacher's scores. `student` takes the student's temperature as a constant (U-MARVEL), which must not
+    be learned: a larger one lowers the loss while no score changes. The default is our choice."""
+    only_if_right: bool = False
+    """`true` leaves out queries for which the teacher scores a candidate higher than the positive. A re-ranker makes
+    some tasks worse, such as captions of images. Our choice."""
+
+
 class ObjectiveConfig(Config):
     """InfoNCE with the recipe's additions and further options. All compose; raw loss values are not comparable.
 
@@ -88,6 +107,8 @@ class ObjectiveConfig(Config):
     """One learnable temperature per task."""
     mined: MinedConfig = MinedConfig()
     """Mined hard negatives."""
+    distillation: DistillationConfig | None = None
+    """Learn from a teacher's scores of mined negatives. `null`: only from the pairs."""
     duplicates: Literal["drop", "positive"] = "drop"
     """Other targets of the batch that are right answers: those with the content of the positive, and the targets of
     equal queries. `drop` leaves them out. `positive` makes them positives too, and the loss of a query is the mean
@@ -112,6 +133,15 @@ class ObjectiveConfig(Config):
     def _compatible(self) -> ObjectiveConfig:
         if len(set(self.same_side)) < len(self.same_side) or len(set(self.matryoshka)) < len(self.matryoshka):
             raise ValueError("same_side and matryoshka must not name anything twice")
+        if self.distillation and self.distillation.teacher_temperature == "student" and self.temperature.learnable:
+            raise ValueError(
+                "distillation.teacher_temperature: student needs a fixed temperature, because a larger one lowers the"
+                " loss by itself; set temperature.learnable: false, or a number"
+            )
+        if self.symmetric == 1 and self.distillation:
+            raise ValueError(
+                "distillation needs query -> targets, of which symmetric: 1 leaves nothing; lower symmetric"
+            )
         if self.symmetric == 1 and self.same_side:
             raise ValueError(
                 "same_side adds to query -> targets, of which symmetric: 1 leaves nothing; lower symmetric"

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rzen.config import FalseNegativeConfig, MinedConfig, ObjectiveConfig
+from rzen.config import DistillationConfig, FalseNegativeConfig, MinedConfig, ObjectiveConfig
 from rzen.objective.batch import Batch, queries_of
+from rzen.objective.distillation import distillation_loss
 from rzen.objective.pools import Pool, Tile, join_columns
 
 
@@ -223,6 +224,29 @@ class MinedNegatives(Term):
 
 
 @dataclass(frozen=True)
+class Distillation(Term):
+    """Learn the teacher's scores of the positive and of the row's own mined negatives."""
+
+    config: DistillationConfig
+
+    def reweigh(self, loss_R: Tensor) -> Tensor:
+        """Return the contrastive loss with its weight."""
+        return loss_R * self.config.contrastive_weight
+
+    def loss(self, tile: Tile, scores_RC: Tensor, tau: Tensor) -> Tensor | None:
+        """Return the weighted loss against the teacher; None where the batch has no teacher."""
+        teacher_RC = tile.teacher_scores()
+        if teacher_RC is None:
+            return None
+        loss_R = distillation_loss(scores_RC, teacher_RC, tile.positives, tau, self.config)
+        if self.config.only_if_right:
+            best_R = teacher_RC.nan_to_num(nan=-torch.inf).amax(dim=1)
+            is_right_R = teacher_RC.gather(1, tile.positives[:, None])[:, 0] >= best_R
+            loss_R = torch.where(is_right_R, loss_R, 0.0)
+        return self.config.weight * loss_R
+
+
+@dataclass(frozen=True)
 class Matryoshka(Term):
     """Score the first values of a vector as a vector, too (Kusupati et al., arXiv 2205.13147)."""
 
@@ -242,6 +266,7 @@ TERMS: Mapping[str, Callable[[ObjectiveConfig], list[Term]]] = {
     "duplicates": lambda config: [DuplicatesAsPositives()] if config.duplicates == "positive" else [],
     "margin": lambda config: [] if config.margin is None else [Margin(config.margin)],
     "focal_gamma": lambda config: [] if config.focal_gamma is None else [FocalWeights(config.focal_gamma)],
+    "distillation": lambda config: [Distillation(config.distillation)] if config.distillation else [],
     "symmetric": lambda config: [Symmetric(config.symmetric)] if config.symmetric else [],
     "matryoshka": lambda config: [Matryoshka(tuple(config.matryoshka))] if config.matryoshka else [],
 }

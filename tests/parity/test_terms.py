@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -15,8 +14,6 @@ from rzen.config import ObjectiveConfig
 from rzen.objective import terms
 from rzen.objective.batch import Batch, Mined
 from rzen.objective.loss import Objective
-from rzen.objective.pools import Tile
-from rzen.objective.terms import Term
 from tests.parity.test_loss import (
     ALL,
     IDS,
@@ -96,101 +93,104 @@ def test_graded_pairs_of_several_tasks_are_refused() -> None:
         objective_of(config())(graded, step=0)
 
 
-# A term of a test: distillation from teacher scores. What follows, up to `ALONE`, is all that an option needs.
-
-
-class WithDistillation(ObjectiveConfig):
-    """The objective's options and one more."""
-
-    distillation: float | None = None
-
-
-@dataclass(frozen=True)
-class Distillation(Term):
-    """KL from the teacher's distribution over the positive and the row's own mined negatives to the student's."""
-
-    weight: float
-
-    def loss(self, tile: Tile, scores_RC: Tensor, tau: Tensor) -> Tensor | None:
-        """Scaled by tau before masking: the other way round the gradient of tau would be NaN."""
-        teacher_RC = tile.teacher_scores()
-        if teacher_RC is None:
-            return None
-        is_known_RC = ~teacher_RC.isnan()
-        teacher_RC = (teacher_RC / 0.2).masked_fill(~is_known_RC, -math.inf).log_softmax(dim=1)
-        student_RC = (scores_RC / tau).masked_fill(~is_known_RC, -math.inf).log_softmax(dim=1)
-        terms_RC = torch.where(is_known_RC, teacher_RC.exp() * (teacher_RC - student_RC), 0.0)
-        return self.weight * terms_RC.sum(dim=1)
-
-
-def distillation_of(config: ObjectiveConfig) -> list[Term]:
-    weight = getattr(config, "distillation", None)
-    return [Distillation(weight)] if weight else []
-
-
+LOSSES = ["kl", "cross_entropy", "symmetric_kl", "margin_mse"]
 ALONE = {"hardness": None, "false_negatives": None}
+TEACHER_TAU = 0.2
 POSITIVE_TEACHER = torch.tensor([0.9, 0.2, 0.7, math.nan, 0.4], dtype=torch.float64)
 MINED_TEACHER = torch.tensor([0.3, 0.8, 0.1, 0.9, 0.5, 0.6], dtype=torch.float64)
 
 
-def divergence(data: RankData, i: int, dims: int, tau: Tensor, fault: str = "") -> Tensor:
-    """KL of one query by a plain softmax over its candidates."""
+def of_one_query(data: RankData, i: int, dims: int, tau: Tensor, kind: str, fault: str = "") -> Tensor:
+    """The loss of one query by plain softmaxes over its candidates."""
     queries, targets, mined = (cut(part, dims) for part in (data.queries, data.targets, data.mined))
-    teacher, student = [], []
-    if not POSITIVE_TEACHER[i - OFFSET].isnan():
-        teacher.append(POSITIVE_TEACHER[i - OFFSET])
-        student.append(queries[i] @ targets[i])
+    positive = POSITIVE_TEACHER[i - OFFSET]
     owner = i + 1 if fault == "candidates of the next query" else i
-    for m in range(MINED):
-        if OWNERS[m] == owner:
-            teacher.append(MINED_TEACHER[m])
-            student.append(queries[i] @ mined[m])
-    if not teacher:
-        return torch.zeros((), dtype=torch.float64)
-    p = (torch.stack(teacher) / 0.2).softmax(dim=0)
-    q = (torch.stack(student) / tau).softmax(dim=0)
-    return (p * (p / q).log()).sum()
+    own = [m for m in range(MINED) if OWNERS[m] == owner]
+    teacher = torch.stack([positive, *(MINED_TEACHER[m] for m in own)])
+    student = torch.stack([queries[i] @ targets[i], *(queries[i] @ mined[m] for m in own)])
+    if kind == "margin_mse":
+        errors = ((student[0] - student[1:]) - (teacher[0] - teacher[1:])).square()
+        return errors.sum() / max(1, len(own)) if not positive.isnan() else torch.zeros_like(positive)
+    if positive.isnan():
+        teacher, student = teacher[1:], student[1:]
+    if len(teacher) < 2:
+        return torch.zeros_like(positive)
+    p, q = (teacher / TEACHER_TAU).softmax(dim=0), (student / tau).softmax(dim=0)
+    if kind == "cross_entropy":
+        return -(p * q.log()).sum()
+    forward = (p * (p / q).log()).sum()
+    return forward if kind == "kl" else (forward + (q * (q / p).log()).sum()) / 2
 
 
-def untiled(made: ObjectiveConfig, data: RankData, theta: Tensor, weight: float, fault: str = "") -> Tensor:
-    """The double loop and the divergence, differentiated by autograd as a whole."""
+def untiled(made: ObjectiveConfig, data: RankData, theta: Tensor, weight: float, kind: str, fault: str = "") -> Tensor:
+    """The double loop and the distillation, differentiated by autograd as a whole."""
     widths = [*made.matryoshka, WIDTH]
     rows = range(OFFSET, OFFSET + OWN)
-    added = sum(divergence(data, i, dims, theta.exp(), fault) for dims in widths for i in rows)
+    added = sum(of_one_query(data, i, dims, theta.exp(), kind, fault) for dims in widths for i in rows)
     return Oracle(made).loss(data, theta) + (1 - made.symmetric) * weight * added / (OWN * len(widths))
 
 
+def distilled(**settings: Any) -> dict[str, Any]:
+    return {"distillation": {"teacher_temperature": TEACHER_TAU} | settings}
+
+
 @pytest.mark.parametrize("tile_rows", [None, 1, 2])
-@pytest.mark.parametrize("options", [ALONE, *OPTIONS.values()], ids=["alone", *OPTIONS])
-def test_a_registered_term_composes_with_all_others(
-    options: dict[str, Any], tile_rows: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(terms.TERMS, "distillation", distillation_of)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [*((ALONE, kind) for kind in LOSSES), *((options, "kl") for options in OPTIONS.values())],
+    ids=[*LOSSES, *OPTIONS],
+)
+def test_distillation_composes_with_all_other_terms(options: dict[str, Any], kind: str, tile_rows: int | None) -> None:
     data, plain = batch(IDS, OWNERS), config(tile_rows=tile_rows, **options)
-    made = WithDistillation(**plain.model_dump(), distillation=3.0)
-    objective = Objective(made, ["a"]).double()
+    if plain.symmetric == 1:
+        with pytest.raises(ValueError, match="lower symmetric"):
+            config(**options, **distilled())
+        return
+    objective = Objective(config(tile_rows=tile_rows, **options, **distilled(weight=3.0, loss=kind)), ["a"]).double()
     given = rank_batch(data, "a", teacher_scores=POSITIVE_TEACHER, mined_teacher=MINED_TEACHER)
     loss, _ = objective(given, step=10)
     found = gradients(loss, data, objective.theta_T)
 
     def expected(weight: float, fault: str = "") -> list[Tensor]:
         theta = objective.theta_T.detach().clone().requires_grad_()
-        return gradients(untiled(plain, data, theta[0], weight, fault), data, theta)
+        return gradients(untiled(plain, data, theta[0], weight, kind, fault), data, theta)
 
     assert distance(found, expected(3.0)) < 1e-9
-    if plain.symmetric < 1:  # the reverse direction has no teacher
-        assert distance(found, expected(0.0)) > 1e-2
-        assert distance(found, expected(3.0, "candidates of the next query")) > 1e-2
+    assert distance(found, expected(0.0)) > 1e-2
+    assert distance(found, expected(3.0, "candidates of the next query")) > 1e-2
 
 
-def test_a_term_without_teacher_scores_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(terms.TERMS, "distillation", distillation_of)  # type: ignore[arg-type]
+def test_distillation_without_teacher_scores_changes_nothing() -> None:
     data = batch(IDS, OWNERS)
     losses = [
-        Objective(made, ["a"]).double()(rank_batch(data, "a"), step=10)[0]
-        for made in (config(), WithDistillation(**config().model_dump(), distillation=3.0))
+        Objective(config(**settings), ["a"]).double()(rank_batch(data, "a"), step=10)[0]
+        for settings in ({}, distilled(weight=3.0))
     ]
     assert torch.equal(losses[0], losses[1])
+
+
+def test_the_teacher_may_be_all_that_is_learned() -> None:
+    data, settings = batch(IDS, OWNERS), distilled(contrastive_weight=0.0)
+    objective = Objective(config(**ALONE, **settings), ["a"]).double()
+    given = rank_batch(data, "a", teacher_scores=POSITIVE_TEACHER, mined_teacher=MINED_TEACHER)
+    loss, _ = objective(given, step=10)
+    rows = range(OFFSET, OFFSET + OWN)
+    expected = sum(of_one_query(data, i, WIDTH, objective.temperature("a").detach(), "kl") for i in rows) / OWN
+    assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-12)
+
+
+def test_queries_that_the_teacher_gets_wrong_can_be_left_out() -> None:
+    data, settings = batch(IDS, OWNERS), distilled(contrastive_weight=0.0, only_if_right=True)
+    objective = Objective(config(**ALONE, **settings), ["a"]).double()
+    given = rank_batch(data, "a", teacher_scores=POSITIVE_TEACHER, mined_teacher=MINED_TEACHER)
+    loss, _ = objective(given, step=10)
+    right = []
+    for i in range(OFFSET, OFFSET + OWN):
+        candidates = [float(MINED_TEACHER[m]) for m in range(MINED) if OWNERS[m] == i]
+        if float(POSITIVE_TEACHER[i - OFFSET]) >= max(candidates, default=-1.0):
+            right.append(of_one_query(data, i, WIDTH, objective.temperature("a").detach(), "kl"))
+    assert 0 < len(right) < OWN
+    assert float(loss.detach()) == pytest.approx(float(sum(right)) / OWN, rel=1e-12)
 
 
 def test_every_option_is_a_term_or_part_of_the_engine() -> None:
