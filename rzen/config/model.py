@@ -8,7 +8,7 @@ from pydantic import model_validator
 
 from pipelines.config import Config, Fraction, NonNegativeInt, PositiveFloat, PositiveInt
 
-PromptName = Literal["rzen_paper", "rzen_release", "plain"]
+PromptName = Literal["rzen_paper", "rzen_release", "plain", "umarvel"]
 BackboneFamily = Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"]
 Packing = Literal["auto", "packed", "padded"]
 Dtype = Literal["float32", "bfloat16"]
@@ -90,6 +90,14 @@ class ModelIdentity(Config):
     """Prompt template and token budgets."""
     readout: ReadoutConfig = ReadoutConfig()
     """Positions, direction of attention, pooling."""
+
+    @model_validator(mode="after")
+    def _readable(self) -> ModelIdentity:
+        if self.prompt.template == "umarvel" and self.readout.pooling == "last_token":
+            raise ValueError(
+                "the prompt umarvel ends with an answer, whose last token says nothing; set readout.pooling: mean"
+            )
+        return self
 
     @property
     def identity(self) -> ModelIdentity:

@@ -11,7 +11,7 @@ import json
 
 from rzen.config import ModelIdentity
 from rzen.families import Family
-from rzen.inputs.prompts import END_OF_TEXT, IM_END, IM_START, PADS, TEMPLATES, VISION_END, VISION_START
+from rzen.inputs.prompts import IM_END, IM_START, PADS, TEMPLATES, VISION_END, VISION_START, ending, render
 
 FILE = "chat_template.jinja"
 
@@ -75,7 +75,7 @@ def chat_template(identity: ModelIdentity, family: Family) -> str:
         "IMAGE": image,
         "VIDEO": video,
         "START": f"{system}{IM_START}user\n",
-        "END": f"{IM_END}\n{IM_START}assistant\n{END_OF_TEXT}",
+        "END": f"{IM_END}\n{render(ending(template))}",
     }
     constants = "".join(f"{{%- set {name} = {json.dumps(value)} %}}\n" for name, value in values.items())
     refusal = _NO_INSTRUCTION if identity.readout.pooling == "mean" else ""

@@ -26,12 +26,14 @@ PADS: dict[VisionKind, str] = {"image": IMAGE_PAD, "video": VIDEO_PAD}
 class Template:
     """Fixed texts of a prompt. An empty `system` leaves the system turn out.
 
+    The sequence ends with the start of the assistant's turn and one token, or with a whole turn that says `answer`.
     With `frame_tokens`, every frame of a video becomes an image of (at least, at most) that many tokens.
     """
 
     system: str
     text_suffix: str = ""
     visual_suffix: str = ""
+    answer: str = ""
     frame_tokens: tuple[int, int] | None = None
 
 
@@ -47,6 +49,8 @@ TEMPLATES: dict[PromptName, Template] = {
     # The inference script released with the weights of RzenEmbed.
     "rzen_release": Template(system="You are a helpful assistant.", frame_tokens=(160, 180)),
     "plain": Template(system=""),
+    # U-MARVEL (arXiv 2507.14902): no request to compress the input. `<emb>` is written out, as ordinary text.
+    "umarvel": Template(system="You are a helpful assistant.", answer="<emb>."),
 }
 
 
@@ -84,7 +88,14 @@ def input_pieces(name: PromptName, instruction: str, text: str, visuals: Sequenc
     words = [piece for piece in words if piece.text]
     # A space, not a line break: ".\n" may be one token, and pieces must give the ids of the rendered text.
     content += words[:1] + [replace(piece, text=f" {piece.text}") for piece in words[1:]]
-    return [*pieces, *_turn("user", content), Piece("special", IM_START), Piece("fixed", "assistant\n"), _END]
+    return [*pieces, *_turn("user", content), *ending(template)]
+
+
+def ending(template: Template) -> list[Piece]:
+    """Return what follows the user's turn."""
+    if template.answer:
+        return _turn("assistant", [Piece("fixed", template.answer)])
+    return [Piece("special", IM_START), Piece("fixed", "assistant\n"), Piece("special", END_OF_TEXT)]
 
 
 def render(pieces: Iterable[Piece]) -> str:
@@ -93,18 +104,19 @@ def render(pieces: Iterable[Piece]) -> str:
 
 
 def fixed_texts() -> list[str]:
-    """Return the fixed texts of all templates, which a tokenizer is trained on."""
+    """Return the fixed texts of all templates without an answer, which a tokenizer is trained on.
+
+    An answer is a few tokens in any tokenizer. With it, tiny backbones would lose the vocabulary that they have had.
+    """
     image = [Span("image", 0)]
     pieces = [
         piece
-        for name in TEMPLATES
+        for name, template in TEMPLATES.items()
+        if not template.answer
         for text, visuals in (("x", []), ("", image), ("x", image))
         for piece in input_pieces(name, "", text, visuals)
     ]
     return [piece.text for piece in pieces if piece.kind == "fixed"]
-
-
-_END = Piece("special", END_OF_TEXT)
 
 
 def _turn(role: str, content: Sequence[Piece]) -> list[Piece]:

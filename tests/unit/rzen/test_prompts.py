@@ -1,5 +1,6 @@
 import pytest
 
+from rzen.config import ModelIdentity, PromptConfig, PromptName, ReadoutConfig
 from rzen.inputs.prompts import TEMPLATES, Piece, Span, input_pieces, render
 
 SYSTEM = "Given an image, summarize the provided image in one word. Given only text, describe the text in one word."
@@ -43,9 +44,25 @@ def test_plain_prompt_has_no_system_turn() -> None:
     )
 
 
+def test_umarvel_prompt_is_qwens_chat_with_an_answer() -> None:
+    assert render(input_pieces("umarvel", "Find it.", "a red cat", [Span("image", 1)])) == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>Find it. a red cat<|im_end|>\n"
+        "<|im_start|>assistant\n<emb>.<|im_end|>\n"
+    )
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_every_prompt_ends_with_the_pooled_token(name: str) -> None:
-    assert input_pieces(name, "", "a", [])[-1] == Piece("special", "<|endoftext|>")  # type: ignore[arg-type]
+def test_every_prompt_without_an_answer_ends_with_the_pooled_token(name: PromptName) -> None:
+    if not TEMPLATES[name].answer:
+        assert input_pieces(name, "", "a", [])[-1] == Piece("special", "<|endoftext|>")
+
+
+def test_an_answer_needs_the_mean() -> None:
+    with pytest.raises(ValueError, match=r"ends with an answer.*pooling: mean"):
+        ModelIdentity(prompt=PromptConfig(template="umarvel"))
+    umarvel = ReadoutConfig(direction="bidirectional", pooling="mean")
+    ModelIdentity(prompt=PromptConfig(template="umarvel"), readout=umarvel)
 
 
 def test_users_texts_are_pieces_apart_from_ours() -> None:
