@@ -68,7 +68,7 @@ def run(spec: ExportSpec) -> dict[str, Any]:
 
 
 def _export(spec: ExportSpec, base: Path, adapter: Path | None, out: Store, lease: Lease) -> None:
-    from rzen.export.card import ModelCardData
+    from rzen.export.card_metadata import ModelCardData
     from rzen.export.export import ExportOptions, export_model
     from rzen.model.checkpoints import read_identity
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,38 +15,12 @@ from pipelines.stored_json import read_json
 from rzen.config import ModelIdentity
 from rzen.evaluation.mixed_pool import ROUTED_HIT
 from rzen.export import sentence_transformers
-from rzen.export.card_metadata import front_matter
+from rzen.export.card_metadata import ModelCardData, front_matter
 from rzen.families import read_family
 from rzen.inputs.prompts import TEMPLATES
 from rzen.model.checkpoints import AdapterFile, read_identity_file
 
 CARD = "README.md"
-
-
-@dataclass(frozen=True)
-class ModelCardData:
-    """What the weights do not say."""
-
-    title: str = "An embedding model trained with rzen"
-    base: str | None = None
-    """Base as the job names it. A hub name becomes a link."""
-    adapter: str | None = None
-    """Adapter as the job names it."""
-    recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Name of a training run -> its `spec.json`: resolved spec, data fingerprints, versions, revision of the code."""
-    weights: Mapping[str, float] = field(default_factory=dict)
-    """Name of a run -> its weight, where this is a soup."""
-    method: str | None = None
-    """Method of the soup."""
-    scores: Mapping[str, Any] = field(default_factory=dict)
-    """Scores of this model: `rows` of an evaluation's results.json, and its `settings`."""
-    license: str | None = None
-    languages: Sequence[str] = ()
-    """Codes of the languages, such as en."""
-    datasets: Sequence[str] = ()
-    """Names of training datasets on the hub."""
-    versions: Mapping[str, str] = field(default_factory=dict)
-    """Versions of the libraries that exported it, and `revision` of the code."""
 
 
 def model_card(

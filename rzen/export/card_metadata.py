@@ -1,11 +1,12 @@
-"""The front matter of a model card, as the hub reads it: library, base, license, data, languages, scores."""
+"""What a model card is made from, and its front matter, as the hub reads it: library, base, license, data, languages, scores."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -13,10 +14,33 @@ from pipelines.stored_json import read_json
 from rzen.families import BackboneFile
 from rzen.model.checkpoints import HUB_NAME
 
-if TYPE_CHECKING:
-    from rzen.export.card import ModelCardData
-
 _TASK = "feature-extraction"
+
+
+@dataclass(frozen=True)
+class ModelCardData:
+    """What the weights do not say."""
+
+    title: str = "An embedding model trained with rzen"
+    base: str | None = None
+    """Base as the job names it. A hub name becomes a link."""
+    adapter: str | None = None
+    """Adapter as the job names it."""
+    recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Name of a training run -> its `spec.json`: resolved spec, data fingerprints, versions, revision of the code."""
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """Name of a run -> its weight, where this is a soup."""
+    method: str | None = None
+    """Method of the soup."""
+    scores: Mapping[str, Any] = field(default_factory=dict)
+    """Scores of this model: `rows` of an evaluation's results.json, and its `settings`."""
+    license: str | None = None
+    languages: Sequence[str] = ()
+    """Codes of the languages, such as en."""
+    datasets: Sequence[str] = ()
+    """Names of training datasets on the hub."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Versions of the libraries that exported it, and `revision` of the code."""
 
 
 def front_matter(folder: Path, format: str, unsupported_reason: str | None, facts: ModelCardData) -> str:

@@ -25,7 +25,8 @@ from rzen.config import Dtype, ModelConfig, ModelIdentity
 from rzen.embedding.embedder import load
 from rzen.embedding.tasks import TASKS, named_tasks
 from rzen.export import release, sentence_transformers
-from rzen.export.card import CARD, ModelCardData, model_card
+from rzen.export.card import CARD, model_card
+from rzen.export.card_metadata import ModelCardData
 from rzen.inputs.processor import Processor
 from rzen.model.backbone import load_backbone
 from rzen.model.checkpoints import (

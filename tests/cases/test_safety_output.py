@@ -18,7 +18,8 @@ from jobs.training.runs import LOG, SPEC, Run
 from pipelines.redaction import code_span, escape_markdown, printable, redact_text, redacted
 from rzen.config import ModelIdentity
 from rzen.evaluation.results import Result, markdown_table, write_results
-from rzen.export.card import ModelCardData, model_card
+from rzen.export.card import model_card
+from rzen.export.card_metadata import ModelCardData
 from rzen.model.checkpoints import write_json
 from tests.tiny import tiny_checkpoint
 

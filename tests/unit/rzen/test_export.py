@@ -26,7 +26,7 @@ from pipelines.errors import UserError
 from pipelines.samples import DecodedInput, MediaKind, Visual
 from rzen.config import LoraConfig, MeanSoup, ModelIdentity, PromptConfig, ReadoutConfig, TinyBackbone
 from rzen.embedding.tasks import read_tasks
-from rzen.export.card import ModelCardData
+from rzen.export.card_metadata import ModelCardData
 from rzen.export.export import ExportOptions, Format, export_model, load_encoder, write_identity
 from rzen.export.mteb import experiment, inputs_of, instruction_of, model_revision, with_video_files
 from rzen.export.opening import has_torchvision, register_processors
