@@ -6,7 +6,7 @@ It repeats what the directory and the files that it was made from say, and adds 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What a model card is made from, and its front matter, as the hub reads it: library, base, license, data, languages, scores."""
+"""What a model card is made from, and its front matter: library, base, license, data, languages, scores."""
 
 from __future__ import annotations
 
