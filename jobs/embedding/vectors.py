@@ -40,6 +40,7 @@ class VectorIndex:
         self._parts: list[tuple[Store, str]] = []
         self._ids: Ids = np.empty(0, dtype=ID)
         self._places = np.empty((0, 2), dtype=np.int64)  # part and row of each id
+        self._width = 0  # before it is asked for
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -58,6 +59,13 @@ class VectorIndex:
         self._parts += new
         self._ids, first = np.unique(np.concatenate([self._ids, *found]), return_index=True)
         self._places = np.concatenate([self._places, *places])[first]
+
+    @property
+    def width(self) -> int:
+        """Return the width of the vectors, 0 where there are none."""
+        if not self._width and self._parts:
+            self._width = int(self._rows(0).shape[1])
+        return self._width
 
     def missing(self, ids: Ids) -> npt.NDArray[np.bool_]:
         """Return which of these ids have no vector."""

@@ -36,6 +36,7 @@ _BUILT_IN = {
     "evaluate": "jobs.evaluation.specs:EVALUATE",
     "export": "jobs.serving.specs:EXPORT",
     "embed": "jobs.embedding.specs:EMBED",
+    "mine": "jobs.mining.specs:MINE",
     "check": "jobs.serving.specs:CHECK",
     "search": "jobs.serving.specs:SEARCH",
     "pipeline": "jobs.workflows.specs:PIPELINE",

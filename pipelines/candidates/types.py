@@ -194,6 +194,14 @@ class CandidateRows:
         """Return where the candidates of a sample are."""
         return slice(int(self.bounds[row]), int(self.bounds[row + 1]))
 
+    def part(self, start: int, stop: int) -> Self:
+        """Return the samples `start` to `stop` as rows of their own."""
+        first, last = int(self.bounds[start]), int(self.bounds[stop])
+        columns: dict[str, Any] = {name: getattr(self, name)[start:stop] for name in _OF_SAMPLE}
+        columns |= {name: getattr(self, name)[first:last] for name in _OF_CANDIDATE}
+        bounds = self.bounds[start : stop + 1] - first
+        return replace(self, key=self.key[start:stop], bounds=bounds, **columns)
+
     def take(self, places: Int64Array) -> Self:
         """Return the rows with these candidates only, by their places in `candidate`, in the order given.
 

@@ -57,6 +57,7 @@ def test_kinds_in_which_a_setting_differs_are_kept_apart() -> None:
         ("train",): (),
         ("evaluate",): ("every sample of the split is scored",),
         ("embed",): ("every target is embedded",),
+        ("mine",): ("`sources` decides",),
         ("check",): ("the first samples of each source are compared",),
     }
 

@@ -39,6 +39,7 @@ SPECS = {
     "emoji": "kind: emoji\nout: {0}/place\n",
     "check": "kind: check\nmodel: {0}/b\ndata: {{root: {0}/data}}\nout: {0}/place\n",
     "embed": "kind: embed\nmodel: {0}/b\ndata: {{root: {0}/data}}\nout: {0}/place\n",
+    "mine": "kind: mine\nmodel: {0}/b\ndata: {{root: {0}/data}}\nout: {0}/place\n",
     "search": "kind: search\nvectors: {0}/vectors\nqueries: [red]\nhtml: {0}/place/thesis.docx\n",
     "pipeline": "kind: pipeline\nname: p\nstate: {0}/place\njobs: {{one: {{spec: corpus.yaml}}}}\n",
 }
@@ -59,6 +60,7 @@ LEASED = {
     "emoji": "corpus",
     "check": "check",
     "embed": "vectors",
+    "mine": "candidates",
     "pipeline": "pipeline",
 }
 """Kinds that hold a lease -> what their output is marked as."""

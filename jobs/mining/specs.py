@@ -1,0 +1,94 @@
+"""Kinds `mine`, `select` and `cluster`: jobs that make candidate tables."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from jobs.embedding.specs import Workers, gpus_of_actors
+from jobs.spec.job import JobConfig
+from jobs.spec.kinds import Kind
+from jobs.spec.no_effect import NoEffect
+from pipelines.config import Config, DataConfig, NonNegativeInt, PositiveInt
+from pipelines.samples import StoredSplit
+
+
+class PoolConfig(Config):
+    """Sources whose targets are candidates."""
+
+    root: str | None = None
+    """Directory or s3:// URL of their dataset. `null` is `data.root`."""
+    split: StoredSplit = "train"
+    """Split of that dataset. The media of `uncaptioned` have no query, as those of a corpus."""
+    sources: Annotated[list[str], Field(min_length=1)] | None = None
+    """Their names. `null` takes all sources of the split."""
+
+
+class InvertedListsConfig(Config):
+    """Approximate search with FAISS: vectors in lists by their nearest centroid."""
+
+    lists: PositiveInt | None = None
+    """Number of lists. `null` is four times the square root of the number of candidates."""
+    probes: PositiveInt = 32
+    """Lists that are searched for each query. More find more and take longer."""
+    seed: NonNegativeInt = 0
+    """Seed of the centroids, and of the queries that measure the recall."""
+
+
+class MineSpec(Workers, JobConfig):
+    """Find the targets that a model puts closest to each query: candidates for hard negatives."""
+
+    kind: Literal["mine"]
+    """Must be `mine`."""
+    model: str
+    """Exported model: a directory or an s3:// URL. A checkpoint or a hub name works, too."""
+    adapter: str | None = None
+    """Adapter of a checkpoint: a directory or an s3:// URL."""
+    data: DataConfig
+    """Dataset and split whose samples get candidates."""
+    sources: Annotated[list[str], Field(min_length=1)] | None = None
+    """Sources whose samples get candidates. `null` takes all of the split."""
+    pools: Literal["own", "all"] | Annotated[list[PoolConfig], Field(min_length=1)] = "own"
+    """Targets that are candidates. `own` takes those of the sample's source, as batches are drawn from one source.
+    `all` takes those of all mined sources. A list names datasets, splits and sources for all samples."""
+    depth: PositiveInt = 100
+    """Candidates of each sample. `select` chooses among them."""
+    search: Literal["exact", "ivf"] = "exact"
+    """`exact` compares each query with every candidate. `ivf` is approximate, for many millions on CPUs. It needs
+    FAISS, and the job reports how much of the exact result it finds."""
+    ivf: InvertedListsConfig = InvertedListsConfig()
+    """Settings of `search: ivf`."""
+    owners: bool = True
+    """Whether to compare each query with the query of the candidate's own sample. `select` needs it for
+    `max_owner_likeness`. It takes a second file of vectors on each node."""
+    out: str
+    """Directory or s3:// URL of the candidate table."""
+    vectors: str | None = None
+    """Directory or s3:// URL of the vectors, by content and model. What is there is not embedded again. `null` is the
+    folder `vectors` in `out`."""
+    scratch: str | None = None
+    """Folder of each node for the vectors that are searched: 4 bytes x width x candidates, memory-mapped. `null` uses
+    the system's folder for temporary files."""
+    queries_per_task: PositiveInt = 8192
+    """About this many queries are searched at a time. Each time, all candidates are read once."""
+    endpoint: str | None = None
+    """S3 endpoint of model, vectors and table. `null` uses AWS_ENDPOINT_URL from the environment."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Compute type; that of the export where not given."""
+
+
+MINE = Kind(
+    name="mine",
+    spec=MineSpec,
+    run="jobs.mining.mine:run",
+    reads={"model": "exported model", "data": "dataset", "pools": "datasets"},
+    makes={"out": "candidate table, and vectors by content"},
+    gpus=gpus_of_actors,
+    no_effect=(
+        NoEffect("data.mixture", lambda spec: True, "`sources` decides"),
+        NoEffect("data.negatives_per_sample", lambda spec: True, "queries and targets are embedded"),
+        NoEffect("data.max_bad_fraction", lambda spec: True, "bad samples get no candidates and are counted"),
+        NoEffect("ivf", lambda spec: spec.search == "exact", "search: exact compares with every candidate"),
+    ),
+)

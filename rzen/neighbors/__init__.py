@@ -1,0 +1,1 @@
+"""Nearest neighbors among many vectors: exact in blocks, and approximate by inverted lists."""

@@ -1,0 +1,195 @@
+"""Job of kind `mine`: the table is that of brute force over vectors of single inputs, and nothing else decides it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import rzen
+from jobs.mining import mine
+from jobs.mining.specs import MineSpec
+from pipelines.candidates.table import CandidateTable, open_table
+from pipelines.candidates.types import MANIFEST
+from pipelines.config import DataConfig
+from pipelines.feed.reader import Reader
+from pipelines.samples import DecodedSample
+from pipelines.storage.location import open_store
+from rzen.config import ModelIdentity, PromptConfig
+from rzen.export.export import ExportOptions, export_model
+from tests.data import publish
+from tests.tiny import tiny_checkpoint
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+SIZES = {"red": ("text_image", 28), "blue": ("text_image", 11)}
+BAD = (7, 12)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    identity = ModelIdentity(prompt=PromptConfig(max_visual_tokens=4))
+    export_model(tiny_checkpoint(folder / "base"), None, folder / "model", identity, ExportOptions(dtype="float32"))
+    return str(folder / "model")
+
+
+def make_data(root: Path) -> None:
+    """Samples 3 and 5 show what 0 shows, 6 asks what 1 asks, and two cannot be decoded."""
+    store = open_store(str(root))
+    publish(store, SIZES, bad={"red": BAD}, duplicates={"red": [3, 5]}, equal_queries={"red": [1, 6]})
+
+
+def spec_of(folder: Path, model: str, **changes: Any) -> MineSpec:
+    fields: dict[str, Any] = {
+        "kind": "mine",
+        "model": model,
+        "data": {"root": str(folder / "data")},
+        "depth": 4,
+        "queries_per_task": 16,
+        "out": str(folder / "mined"),
+        "cpus_per_actor": 0.5,
+        "cpus_per_task": 0.5,
+    }
+    return MineSpec.model_validate(fields | changes)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, model: str, ray_cluster: None) -> Path:
+    """Folder of a run with one actor that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    make_data(folder / "data")
+    mine.run(spec_of(folder, model))
+    return folder
+
+
+def table_files(folder: Path) -> dict[str, bytes]:
+    """The files of a table, with the place of the data taken out."""
+    root = folder / "mined"
+    found = {path.relative_to(root).as_posix(): path.read_bytes() for path in root.glob("parts/*")}
+    manifest = json.loads((root / MANIFEST).read_text())
+    del manifest["data"]["root"]
+    return found | {MANIFEST: json.dumps(manifest).encode()}
+
+
+def vectors_of(folder: Path, model: str) -> Iterator[tuple[str, int, DecodedSample | None, Any, Any]]:
+    """Each sample with the vectors of its query and its target, made one at a time."""
+    embedder = rzen.load(model)
+    reader = Reader(DataConfig(root=str(folder / "data")))
+    for source, size in reader.sizes().items():
+        for index, sample in enumerate(reader.samples(source, range(size))):
+            if isinstance(sample, DecodedSample):
+                query, target = embedder.encode([sample.query]), embedder.encode([sample.positive])
+                yield source, index, sample, query[0], target[0]
+            else:
+                yield source, index, None, None, None
+
+
+def candidates(table: CandidateTable, source: str) -> list[tuple[list[int], list[float], float]]:
+    found = []
+    for shard in range(len(table.manifest.parts[source])):
+        rows = table.rows(source, shard)
+        for row in range(len(rows)):
+            span = rows.span(row)
+            found.append((rows.candidate[span].tolist(), rows.recall[span].tolist(), float(rows.positive_recall[row])))
+    return found
+
+
+def test_candidates_are_the_nearest_targets_that_are_no_positives(whole: Path, model: str) -> None:
+    table = open_table(str(whole / "mined"))
+    table.check_data(Reader(DataConfig(root=str(whole / "data")))._manifest)
+    samples = [*vectors_of(whole, model)]
+    for source, start in (("blue", 0), ("red", SIZES["blue"][1])):
+        mine_all = [row for row in samples if row[0] == source]
+        first: dict[str, int] = {}
+        for _, index, sample, _, _ in mine_all:
+            if sample is not None:
+                first.setdefault(sample.sample.target_sha256, index)
+        for (found, scores, positive), (_, index, sample, query, target) in zip(
+            candidates(table, source), mine_all, strict=True
+        ):
+            if sample is None:  # its target cannot be decoded, its query can
+                assert index in BAD
+                assert np.isnan(positive)
+                assert len(found) == 4
+                continue
+            asked = sample.sample.query.text
+            right = {
+                other.sample.target_sha256 for *_, other, _, _ in mine_all if other and other.sample.query.text == asked
+            }
+            cosines = {
+                start + number: float(query @ mine_all[number][4]) for sha, number in first.items() if sha not in right
+            }
+            expected = sorted(cosines, key=lambda number: -cosines[number])[:4]
+            assert positive == pytest.approx(float(query @ target), abs=1e-5)
+            assert scores == sorted(scores, reverse=True)
+            assert scores == pytest.approx([cosines[number] for number in expected], abs=1e-5)
+            assert all(
+                cosines[number] == pytest.approx(score, abs=1e-5) for number, score in zip(found, scores, strict=True)
+            )
+            assert not {number for number in found if number not in cosines}
+
+
+def test_a_finished_job_does_nothing_and_other_settings_embed_nothing_again(
+    whole: Path, tmp_path: Path, model: str
+) -> None:
+    before = table_files(whole)
+    times = {path: path.stat().st_mtime_ns for path in (whole / "mined").rglob("*") if path.is_file()}
+    mine.run(spec_of(whole, model))
+    assert {path: path.stat().st_mtime_ns for path in (whole / "mined").rglob("*") if path.is_file()} == times
+    vectors = sorted((whole / "mined/vectors").rglob("*.ids"))
+    shutil.copytree(whole / "mined/vectors", tmp_path / "vectors")
+    shutil.copytree(whole / "data", tmp_path / "data")
+    mine.run(spec_of(tmp_path, model, depth=2, vectors=str(tmp_path / "vectors")))
+    assert len(sorted((tmp_path / "vectors").rglob("*.ids"))) == len(vectors)
+    assert table_files(whole) == before
+    shallow, deep = (
+        candidates(open_table(str(tmp_path / "mined")), "red"),
+        candidates(open_table(str(whole / "mined")), "red"),
+    )
+    assert [row[0] for row in shallow] == [row[0][:2] for row in deep]
+
+
+def test_two_actors_and_a_job_that_was_killed_write_the_same_bytes(
+    whole: Path, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(whole / "data", tmp_path / "data")
+    publish_table = mine.publish_table
+
+    def stop(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mine, "publish_table", stop)
+    with pytest.raises(KeyboardInterrupt):
+        mine.run(spec_of(tmp_path, model, actors=2))
+    monkeypatch.setattr(mine, "publish_table", publish_table)
+    made = sorted((tmp_path / "mined/unfinished").rglob("*.json"))
+    kept = made[-1]
+    for marker in made[:-1]:  # as if the job had been killed after its first part
+        marker.unlink()
+    assert not (tmp_path / "mined" / MANIFEST).exists()
+    assert kept.exists()
+    mine.run(spec_of(tmp_path, model, actors=2))
+    assert table_files(tmp_path) == table_files(whole)
+    assert not (tmp_path / "mined/unfinished").exists()
+
+
+def test_one_pool_of_all_sources_by_inverted_lists_in_an_object_store(
+    whole: Path, model: str, s3_endpoint: str
+) -> None:
+    changes = {"out": "s3://mining/mined", "endpoint": s3_endpoint, "pools": "all", "search": "ivf"}
+    result = mine.run(
+        spec_of(whole, model, **changes, ivf={"lists": 3, "probes": 3}, vectors=str(whole / "mined/vectors"))
+    )
+    assert result["counts"]["ivf_recall"] == {"blue, red": 1.0}
+    table = open_table("s3://mining/mined", s3_endpoint)
+    assert [pool.source for pool in table.manifest.pools] == ["blue", "red"]
+    pools, _ = table.manifest.locate(np.concatenate([table.rows("blue", 0).candidate, table.rows("red", 0).candidate]))
+    assert set(pools.tolist()) == {0, 1}
+    rows = table.rows("red", 0)
+    assert not np.isnan(rows.owner).any()
+    assert set(rows.candidate_modality.tolist()) == set(rows.modality.tolist()) == {0}
