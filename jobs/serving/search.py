@@ -7,9 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow.compute as pc
-
 from jobs.runtime.progress import console, say
 from jobs.runtime.revision import revision, versions
 from jobs.serving.specs import SearchSpec
@@ -87,10 +84,8 @@ def _chosen(corpus: Corpus, targets: _Targets) -> list[Query]:
 
     No caption is taken for a path.
     """
-    rows = corpus.rows.filter(pc.not_equal(corpus.rows["title"], "")) or corpus.rows
-    spread = np.linspace(0, len(rows) - 1, min(_NUM_QUERIES, len(rows)), dtype=int)
     chosen: list[Query] = []
-    for row in rows.take(spread).to_pylist():
+    for row in corpus.examples(_NUM_QUERIES):
         if row["title"]:
             chosen.append((row["title"], {"text": row["title"]}))
         elif target := targets.read(row["split"], row["source"], row["index"]):

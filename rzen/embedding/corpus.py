@@ -6,11 +6,10 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NotRequired
+from typing import Any, NotRequired
 
 import numpy as np
 from typing_extensions import TypedDict
@@ -25,15 +24,22 @@ from pipelines.stored_json import parse_json, stored_file
 from rzen.config import Dtype
 from rzen.embedding.inputs import Embeddable, InputReader, named
 from rzen.embedding.tasks import NamedTask
-from rzen.evaluation.ranking import top_k
-from rzen.evaluation.vectors import FloatArray, StoredArray, as_stored, check_width
+from rzen.evaluation.vectors import FloatArray
+from rzen.index.build import open_index
+from rzen.index.exact import ExactIndex
+from rzen.index.filters import Condition, parse_conditions
+from rzen.index.parts import VECTOR, Parts
+from rzen.index.types import CorpusIndex, IndexEntry, Row
 from rzen.model.checkpoints import MadeBy
 
-if TYPE_CHECKING:  # models are loaded without pyarrow
-    import pyarrow as pa
-
 MANIFEST = "vectors.json"
+VERSIONS = "versions"
+"""Folder with a copy of `vectors.json` for each version that is kept."""
 _TASKS: dict[MediaKind, str] = {"image": "text_image", "document": "text_page", "video": "text_video"}
+
+
+_COLUMNS = ("score", "modality", "title", "origin", "split", "source", "index")
+_PARTS_OF_EXAMPLES = 16
 
 
 @stored_file
@@ -49,6 +55,12 @@ class VectorsFile(TypedDict):
     data: DataConfig
     fingerprints: NotRequired[dict[str, str]]
     """Split -> fingerprint of the manifest of the data. Missing in files of earlier versions, as `made_by`."""
+    version: NotRequired[str]
+    """Name of the content: equal parts of an equal configuration have the same."""
+    previous: NotRequired[list[str]]
+    """Earlier versions that are kept, the newest first."""
+    index: NotRequired[IndexEntry | None]
+    """What searches the vectors. Without one, every vector is compared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,16 +83,17 @@ class CorpusHit:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Targets that may be found, each once, and their unit vectors `[N, D]`.
+    """A version of embedded targets, and the index that finds them. A search finds each target once.
 
-    `rows` has the columns of a part without `vector`. `key` is equal for equal content.
+    `conditions` hold for every hit. `key` is equal for equal content.
     """
 
     url: str
     key: str
     manifest: VectorsFile
-    rows: pa.Table
-    vectors: StoredArray
+    parts: Parts
+    index: CorpusIndex
+    conditions: tuple[Condition, ...] = ()
 
     def check_made_by(self, model: MadeBy, name: str) -> None:
         """Raise `UserError` unless the vectors were made by this model, whatever its name."""
@@ -121,37 +134,52 @@ class Corpus:
         """Return the instruction of queries of a task; none if the targets have none."""
         return task["instruction"] if self.manifest["data"].instructions else ""
 
-    def nearest(self, queries_QD: FloatArray, k: int) -> list[list[CorpusHit]]:
-        """Return the k best targets for each query, best first. Raises `UserError` for vectors of another width."""
+    def nearest(
+        self, queries_QD: FloatArray, k: int, filters: Sequence[str] | Mapping[str, Any] = ()
+    ) -> list[list[CorpusHit]]:
+        """Return the k best targets for each query, best first.
+
+        `filters` are further conditions, such as `source=photos`, or columns with their values. Raises `UserError` for
+        vectors of another width and for unknown columns.
+        """
         if k < 1:
             raise UserError("top_k", f"is {k}", "use at least 1")
         if not len(queries_QD):
             return []
-        check_width(self.vectors, queries_QD.shape[1], self.url)
-        rows_QK, scores_QK = top_k(queries_QD, self.vectors, k)
-        return [
-            [
-                CorpusHit(rank, float(score), **row)
-                for rank, (row, score) in enumerate(zip(self._described(rows_K), scores_K, strict=True), start=1)
-            ]
-            for rows_K, scores_K in zip(rows_QK, scores_QK, strict=True)
-        ]
+        found = self.index.search(queries_QD, k, (*self.conditions, *parse_conditions(filters)))
+        if not any(found) and not filters and self.conditions:
+            wanted = "; ".join(
+                f"{one.column} {one.operator} {', '.join(map(str, one.values))}" for one in self.conditions
+            )
+            raise UserError("filters", f"{self.url} holds no target with {wanted}", "ask for others")
+        return [[_hit(rank, row) for rank, row in enumerate(rows, start=1)] for rows in found]
 
     def titled(self, title: str, query_D: FloatArray) -> CorpusHit | None:
-        """Return the target with this caption that is nearest to the query, with its rank; None if none has it."""
-        rows = np.flatnonzero(self.rows["title"].to_numpy(zero_copy_only=False) == title)
-        if not len(rows):
-            return None
-        scores = self.vectors @ query_D
-        best = rows[np.argmax(scores[rows])]
-        rank = 1 + int((scores > scores[best]).sum())
-        (row,) = self._described([best])
-        return CorpusHit(rank, float(scores[best]), **row)
+        """Return the target with this caption that is nearest to the query, with its rank among all.
 
-    def _described(self, rows_K: Any) -> list[dict[str, Any]]:
-        columns = ["modality", "title", "origin", "split", "source", "index"]
-        described: list[dict[str, Any]] = self.rows.select(columns).take(rows_K).to_pylist()
-        return described
+        None if no target has the caption, or if an index answers: it does not know the rank of a target far away.
+        """
+        if not title or not isinstance(self.index, ExactIndex):
+            return None
+        named = (*self.conditions, Condition("title", "=", (title,)))
+        (rows,) = self.index.search(query_D[None], 1, named)
+        if not rows:
+            return None
+        return _hit(1 + self.index.num_above(query_D, rows[0]["score"], self.conditions), rows[0])
+
+    def examples(self, count: int) -> list[Row]:
+        """Return a few targets, spread over the corpus: those with a caption, if there are any."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        columns = [name for name in self.parts.schema().names if name != VECTOR]
+        spread = range(0, len(self.parts.paths), max(1, len(self.parts.paths) // _PARTS_OF_EXAMPLES))
+        some = Parts(self.parts.store, [self.parts.paths[number] for number in spread])
+        kept = ExactIndex(some).chosen(self.conditions)
+        table = pa.concat_tables(some.read_all(columns)).filter(pa.array(kept))
+        table = table.filter(pc.not_equal(table["title"], "")) or table
+        chosen: list[Row] = table.take(np.linspace(0, len(table) - 1, min(count, len(table)), dtype=int)).to_pylist()
+        return chosen
 
     def _fitting(self, query: DecodedInput) -> str:
         if not self.manifest["data"].instructions:
@@ -167,22 +195,34 @@ def read_vectors_file(store: Store) -> VectorsFile:
 
 
 def read_corpus(
-    url: str, modalities: Sequence[Modality] | None = None, endpoint: str | None = None, known: Corpus | None = None
+    url: str,
+    modalities: Sequence[Modality] | None = None,
+    endpoint: str | None = None,
+    known: Corpus | None = None,
+    *,
+    filters: Sequence[str] | Mapping[str, Any] = (),
+    version: str | None = None,
 ) -> Corpus:
-    """Read the vectors at a directory or s3:// URL; of equal targets the first one. `None` stands for all modalities.
+    """Open the vectors at a directory or s3:// URL with the index that is there. `None` stands for all modalities.
 
-    `known` is returned if it has the same content. Raises `UserError` where there are no vectors, or none of these
-    modalities.
+    `filters` are conditions for all hits, such as `source=photos`. `version` names an earlier version that is kept.
+    `known` is a corpus that was opened before: its index stays open while the content is the same. Raises `UserError`
+    where there are no vectors, and for modalities that do not exist.
     """
     store = open_store(url, endpoint)
-    data = _read_manifest(store)
+    data = _read_manifest(store, version)
     if unknown := set(modalities or ()) - set(MODALITIES):
         raise UserError("modalities", f"has {min(unknown)!r}", f"use {', '.join(MODALITIES)}")
-    key = hashlib.sha256(json.dumps([repr(store), data.hex(), sorted(modalities or ())]).encode()).hexdigest()
+    conditions = parse_conditions(filters)
+    if modalities:
+        conditions = (Condition("modality", "=", tuple(modalities)), *conditions)
+    key = hashlib.sha256(json.dumps([repr(store), data.hex()]).encode()).hexdigest()
     if known is not None and known.key == key:
-        return known
+        return known if known.conditions == conditions else replace(known, conditions=conditions)
     manifest = _parsed(store, data)
-    return Corpus(store.url, key, manifest, *_read_rows(store, manifest, modalities))
+    parts = Parts(store, manifest["parts"])
+    parts.schema()
+    return Corpus(store.url, key, manifest, parts, open_index(manifest.get("index"), parts, endpoint), conditions)
 
 
 def read_manifest(url: str, endpoint: str | None = None) -> VectorsFile:
@@ -191,44 +231,23 @@ def read_manifest(url: str, endpoint: str | None = None) -> VectorsFile:
     return _parsed(store, _read_manifest(store))
 
 
-def _read_manifest(store: Store) -> bytes:
+def _read_manifest(store: Store, version: str | None = None) -> bytes:
+    path = MANIFEST if version is None else f"{VERSIONS}/{version}.json"
     try:
-        return store.read(MANIFEST)
+        return store.read(path)
     except FileNotFoundError as error:
         fix = "run a job of kind embed that writes here"
-        raise UserError(f"{store.url}/{MANIFEST}", "does not exist", fix) from error
+        if version is not None:
+            fix = f"use one of those in {VERSIONS}"
+        raise UserError(f"{store.url}/{path}", "does not exist", fix) from error
 
 
 def _parsed(store: Store, data: bytes) -> VectorsFile:
     return parse_json(data, f"{store.url}/{MANIFEST}", VectorsFile, "run the job embed again")
 
 
-def _read_rows(
-    store: Store, manifest: VectorsFile, modalities: Sequence[Modality] | None
-) -> tuple[pa.Table, StoredArray]:
-    import pyarrow as pa
-
-    tables = [_read_part(store, part) for part in manifest["parts"]]
-    if not tables:
-        raise UserError(store.url, "holds no vectors", "embed a dataset with targets that can be decoded")
-    table = pa.concat_tables(tables)
-    _, first = np.unique(table["target_sha256"].to_numpy(zero_copy_only=False), return_index=True)
-    wanted = np.isin(table["modality"].to_numpy(zero_copy_only=False), modalities or MODALITIES)
-    kept = np.intersect1d(first, np.flatnonzero(wanted))
-    if not len(kept):
-        raise UserError("modalities", f"{store.url} holds none of {', '.join(modalities or ())}", "ask for others")
-    table = table.take(kept)
-    return table.drop_columns(["vector"]), as_stored(np.stack(table["vector"].to_numpy(zero_copy_only=False)))
-
-
-def _read_part(store: Store, path: str) -> pa.Table:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return pq.read_table(io.BytesIO(store.read(path)))
-    except (FileNotFoundError, pa.ArrowException, OSError) as error:
-        raise UserError(f"{store.url}/{path}", f"cannot be read: {error}", "run the job embed again") from error
+def _hit(rank: int, row: Row) -> CorpusHit:
+    return CorpusHit(rank, **{name: row[name] for name in _COLUMNS})
 
 
 def _has_instruction(query: Embeddable) -> bool:

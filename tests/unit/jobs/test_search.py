@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -237,12 +237,14 @@ def test_what_looks_like_a_file_is_not_searched_as_words(
 
 
 def test_captions_of_the_corpus_are_words_even_if_they_name_files(
-    folder: Path, capsys: pytest.CaptureFixture[str]
+    made: Any, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    part = folder / "vectors/parts/a.parquet"
+    rows = pq.read_table(part)
+    pq.write_table(rows.set_column(rows.column_names.index("title"), "title", [["gone.png"] * len(rows)]), part)
     corpus = read_corpus("vectors")
-    rows = corpus.rows.set_column(corpus.rows.column_names.index("title"), "title", [["gone.png"] * len(corpus.rows)])
-    named = search._chosen(replace(corpus, rows=rows), search._Targets(corpus.manifest))
-    assert named == [("gone.png", {"text": "gone.png"})]
+    assert search._chosen(corpus, search._Targets(corpus.manifest)) == [("gone.png", {"text": "gone.png"})]
+    shutil.copy(made[0] / "vectors/parts/a.parquet", part)
     search.run(spec(None))
     assert capsys.readouterr().out.count("rank  score") == 4
 
@@ -250,7 +252,7 @@ def test_captions_of_the_corpus_are_words_even_if_they_name_files(
 def test_the_target_of_a_caption_is_framed_with_its_rank_even_behind_the_hits(
     folder: Path, model: rzen.Embedder, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    titles = read_corpus("vectors").rows["title"].to_pylist()
+    titles = pq.read_table("vectors/parts/a.parquet")["title"].to_pylist()
     ranks = {}
     for title in titles:
         everything = model.search("vectors", title, top_k=len(titles))

@@ -1,0 +1,65 @@
+"""Which index a corpus gets, how it is built for a version of the vectors, and how it is opened."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterable
+
+from pipelines.storage.location import localize
+from pipelines.storage.store import Store
+from rzen.index.exact import ExactIndex
+from rzen.index.lance import LanceIndex, keep_versions, sync_table
+from rzen.index.parts import Parts
+from rzen.index.resident import ResidentIndex, build_resident
+from rzen.index.types import INDEX, LARGE, CorpusIndex, IndexEntry, IndexKind
+from rzen.model.locate import cache_dir
+
+_OURS = re.compile(rf"{INDEX}/(lance|faiss_sq8|faiss_rabitq)-[0-9a-f]{{16}}")
+
+
+def default_kind(num_vectors: int) -> IndexKind:
+    """Return the kind of index for a corpus: exact search if it is small, else LanceDB where it is installed."""
+    return "lance" if num_vectors > LARGE and importlib.util.find_spec("lancedb") else "exact"
+
+
+def build_index(
+    kind: IndexKind, parts: Parts, config: str, version: str, old: IndexEntry | None = None
+) -> IndexEntry | None:
+    """Build the index of a version next to its vectors, and return its entry. Exact search has none.
+
+    `config` names how the vectors are made, and `version` their content. `old` is the entry of the last version. What
+    earlier versions use stays as it is. A killed build goes on. Raises `UserError` for a library that is missing.
+    """
+    if kind == "exact" or not parts.paths:
+        return None
+    if kind == "lance":
+        folder = parts.store.child(f"{INDEX}/lance-{config}")
+        path = f"{INDEX}/lance-{config}"
+        entry = sync_table(parts, folder, old if old and old["path"] == path else None)
+        keep_versions(folder, sorted({entry["version"], *([old["version"]] if old and old["path"] == path else [])}))
+        return entry
+    return build_resident(kind, parts, parts.store.child(f"{INDEX}/{kind}-{version}"))
+
+
+def open_index(entry: IndexEntry | None, parts: Parts, endpoint: str | None = None) -> CorpusIndex:
+    """Open the index of a version; exact search where it has none. Raises `UserError` if it is damaged or gone."""
+    if entry is None or entry["kind"] == "exact":
+        return ExactIndex(parts)
+    folder = parts.store.child(entry["path"])
+    if entry["kind"] == "lance":
+        return LanceIndex.open(folder, entry["version"], parts.place)
+    return ResidentIndex.open(entry["kind"], localize(folder.url, cache_dir(), endpoint), parts.place)
+
+
+def delete_unused(store: Store, kept: Iterable[IndexEntry]) -> None:
+    """Delete indices next to the vectors that none of these entries names."""
+    entries = list(kept)
+    paths = {entry["path"] for entry in entries}
+    there = {"/".join(path.split("/")[:2]) for path in store.list(INDEX)}
+    for path in there - paths:
+        if _OURS.fullmatch(path):
+            store.delete_tree(path)
+    for path in paths & there:
+        if versions := sorted({entry["version"] for entry in entries if entry["path"] == path and "version" in entry}):
+            keep_versions(store.child(path), versions)
