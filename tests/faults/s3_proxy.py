@@ -149,6 +149,7 @@ class _Server(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     server: _Server
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # a body would wait 40 ms for the receipt of its header
 
     def log_message(self, *_: object) -> None:
         """Nothing: the test counts."""

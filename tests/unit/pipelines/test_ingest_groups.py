@@ -8,7 +8,7 @@ import time
 import uuid
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from pipelines.sources.table import TableReader
 from pipelines.sources.textual import units as text_units
 from pipelines.storage.location import open_store
 from pipelines.storage.store import Store
-from tests.faults.s3_proxy import StormyProxy
+from tests.faults.s3_proxy import FAULTS, Fault, StormyProxy
 from tests.inline import run_here
 from tests.kills import is_killed
 from tests.tables import opened, picture, write_pictures, write_table
@@ -474,24 +474,41 @@ def test_lines_of_a_text_are_cut_into_small_units(tmp_path: Path) -> None:
     ]
 
 
-def test_throttled_tables_media_and_datasets_are_waited_for(tmp_path: Path, s3_endpoint: str) -> None:
-    """Each third request is answered with 503, in bursts of two: reads of tables and media, and writes of shards."""
+@pytest.mark.parametrize(("kinds", "fraction"), [(("slow_down",), 0.1), (FAULTS, 0.05)])
+def test_a_bad_store_changes_no_byte_of_an_ingest_of_tables(
+    kinds: Sequence[Fault], fraction: float, tmp_path: Path, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tables, files, archives and the dataset are in the store: it answers 503 in bursts, or 5% of requests fail."""
+    monkeypatch.setattr("pipelines.storage.faults._PAUSES_S", (0.01,))
     raw = open_store(f"s3://b{uuid.uuid4().hex[:12]}", s3_endpoint)
     raw.ensure_bucket()
-    rows = [{"q": f"picture {n}", "p": f"media/{n}.png"} for n in range(12)]
-    table = write_table(tmp_path / "t.parquet", rows, row_group_size=2)
-    raw.upload(Path(table), "t.parquet")
-    for n in range(12):
+    for n in range(6):
         raw.write(f"media/{n}.png", picture(n))
+    with zipfile.ZipFile(tmp_path / "m.zip", "w") as archive:
+        for n in range(6):
+            archive.writestr(f"{n}.png", picture(100 + n))
+    raw.upload(tmp_path / "m.zip", "m.zip")
+    cells = [{"q": f"cell {n}", "p": {"bytes": picture(200 + n), "path": ""}} for n in range(6)]
+    raw.upload(Path(write_table(tmp_path / "cells.parquet", cells, row_group_size=3)), "cells.parquet")
+    paths = [{"q": f"picture {n}", "p": f"{n}.png"} for n in range(6)]
+    raw.upload(Path(write_table(tmp_path / "paths.jsonl", paths)), "paths.jsonl")
+    sources = {
+        "cells": ("cells.parquet", "media"),
+        "files": ("paths.jsonl", "media"),
+        "zipped": ("paths.jsonl", "m.zip"),
+    }
 
     def ingested(endpoint: str, name: str) -> dict[str, bytes]:
-        settings = {"query": {"text": "q"}, "positive": {"media": "p"}, "media_root": raw.url, "endpoint": endpoint}
-        out = open_store(f"{raw.url}/{name}", endpoint)
-        report = run(out, list_table(opened(f"{raw.url}/t.parquet", "faq", **settings)), endpoint=endpoint)
-        assert (report.num_accepted, report.rejected) == (12, {})
-        return snapshot(open_store(out.url, s3_endpoint))
+        tables = []
+        for source, (table, root) in sources.items():
+            settings = {"query": {"text": "q"}, "positive": {"media": "p"}, "media_root": f"{raw.url}/{root}"}
+            tables.append(list_table(opened(f"{raw.url}/{table}", source, endpoint=endpoint, **settings)))
+        report = run(open_store(f"{raw.url}/{name}", endpoint), *tables, endpoint=endpoint)
+        assert (report.num_accepted, report.rejected) == (18, {})
+        return snapshot(open_store(f"{raw.url}/{name}", s3_endpoint))
 
-    with StormyProxy(s3_endpoint, fraction=0.2, kinds=("slow_down",), burst=2) as proxy:
+    with StormyProxy(s3_endpoint, fraction=fraction, kinds=kinds, burst=2, delay_s=0.05) as proxy:
         proxy.commands = ("GET", "HEAD", "PUT", "POST")
-        assert ingested(proxy.url, "throttled") == ingested(s3_endpoint, "calm")
-        assert proxy.counts["slow_down"] > 10
+        assert ingested(proxy.url, "stormy") == ingested(s3_endpoint, "calm")
+        assert proxy.counts.total() >= fraction * proxy.num_requests / 2
+        assert proxy.counts.keys() >= ({"slow_down", "reset"} if kinds is FAULTS else {"slow_down"})
