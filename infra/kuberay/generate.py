@@ -4,7 +4,8 @@
     python -m infra.kuberay.generate --check    exit status 1 if one of them is not what would be written
 
 Each RayJob has its own cluster: the head, and the groups of base/raycluster.yaml that its spec needs. They have as many
-nodes as it can use. Kinds that need local files have no RayJob. `local` in their declaration says why.
+nodes as it can use. Kinds that need local files have no RayJob. `local` in their declaration says why. A spec
+whose tasks would look for a local file is an error, which names the setting.
 `tests/infra/test_kuberay.py` runs the check, and passes each command through the shell that reads it.
 
 The operator itself submits the Ray job and asks for its status (HTTPMode), with the token of `authOptions`
@@ -31,8 +32,9 @@ import yaml
 from jobs.runtime import lease
 from jobs.runtime.dispatch import named_specs
 from jobs.spec.job import JobConfig
-from jobs.spec.kinds import gpus_of
+from jobs.spec.kinds import gpus_of, local_places
 from jobs.spec.load import check, override, read_document
+from pipelines.errors import UserError
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -40,6 +42,7 @@ CLUSTER = HERE / "base" / "raycluster.yaml"
 RULES = HERE.parent / "monitoring" / "rules.yaml"
 READER, WORKER = "rzen-reader", "rzen-worker"
 _GPU = "nvidia.com/gpu"
+_STORE = "s3://store"  # stands for $RZEN_STORE, which the head knows, where specs are checked
 
 _ADAPTER = "$RZEN_STORE/runs/{}/adapter"
 _SOUP = "$RZEN_STORE/runs/soups/uniform/adapter"
@@ -58,10 +61,19 @@ class Job:
     deadline_s: int = 7 * 86400
     """After so long an attempt of the job is ended."""
     tasks_write: bool = False
-    """Its tasks on nodes without GPU write to the store: indexes, or listings of what is embedded."""
+    """Its tasks on nodes without GPU write to the store: shards, indexes, or listings of what is embedded."""
 
 
 JOBS = {
+    "ingest": Job(
+        "tables.yaml",
+        (
+            "sources.products.table=$RZEN_STORE/tables/products.csv",
+            "sources.products.media_root=$RZEN_STORE/tables",
+            "out=$RZEN_STORE/data",
+        ),
+        tasks_write=True,
+    ),
     "index": Job("index.yaml", ("out=$RZEN_STORE/data", "sources.pairs.urls=[$RZEN_STORE/shards]"), tasks_write=True),
     "export-data": Job("export_data.yaml", ("data=$RZEN_STORE/data", "out=$RZEN_STORE/exported"), tasks_write=True),
     "stage1": Job(
@@ -210,10 +222,19 @@ def command(job: Job) -> str:
 
 
 def specs(job: Job) -> list[JobConfig]:
-    """The checked spec of a job and those that it names. Raises `UserError` if one is not valid."""
-    document = override(read_document(ROOT / "jobs" / job.spec), job.set)
+    """The checked spec of a job and those that it names.
+
+    Raises `UserError` if one is not valid, or names a place on a local disk for tasks on other nodes.
+    """
+    changes = [setting.replace("$RZEN_STORE", _STORE) for setting in job.set]
+    document = override(read_document(ROOT / "jobs" / job.spec), changes)
     spec = check(document)
-    return [spec, *named_specs(spec, document)]
+    named = named_specs(spec, document)
+    for one in (spec, *named):
+        for setting, place in local_places(one).items():
+            problem = f"{setting}={place} is on a local disk, and pods share none"
+            raise UserError(f"jobs/{job.spec}", problem, f'add "{setting}=$RZEN_STORE/..." to its changes')
+    return [spec, *named]
 
 
 def _sized(group: dict[str, Any], gpus: float) -> dict[str, Any] | None:

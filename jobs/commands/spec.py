@@ -22,7 +22,7 @@ from jobs.commands.options import (
     run_file,
 )
 from jobs.commands.output import print_error, print_text
-from jobs.spec.kinds import Kind, find_kind, kind_names
+from jobs.spec.kinds import Kind, find_kind, kind_names, local_places
 from jobs.spec.load import recorded_files
 from jobs.spec.no_effect import warnings
 from pipelines.errors import UserError
@@ -106,6 +106,8 @@ def submit(
         checked, document = read_spec(spec, changes)  # reports a mistake here, not in the log of the job
         named = named_specs(checked, document)
     print_warnings(checked, named, document)
+    for setting, place in (pair for one in (checked, *named) for pair in local_places(one).items()):
+        print_error(f"warning: {setting}={place} is on a disk, which all nodes of the cluster must share")
     options = RayOptions.model_validate_json(ray_options or "{}")
     server = JobServer(Access(address, options.headers, options.verify))
     submission = Submission(spec, changes or (), checked, named, files, working_dir, submission_id, options)

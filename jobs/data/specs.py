@@ -14,7 +14,7 @@ from pipelines.formats.format import FormatName
 from pipelines.samples import Split
 from pipelines.shards.mapping import SourceMapping
 from pipelines.sources.emoji import EmojiConfig
-from pipelines.sources.table_config import TableSource
+from pipelines.sources.table_config import FromPrompts, TableSource
 from pipelines.synthetic.config import CorpusConfig
 
 
@@ -46,7 +46,8 @@ class IngestSpec(JobConfig):
     kind: Literal["ingest"]
     """Must be `ingest`."""
     input: str | None = None
-    """Local folder of images, videos and PDFs with captions (see the README of pipelines/sources)."""
+    """Local folder of images, videos and PDFs with captions (see the README of pipelines/sources). On a cluster, all
+    nodes must share it, so that the RayJob of Kubernetes takes tables only."""
     sources: Named[TableSource] = Field(default_factory=dict)
     """Name of a source -> its table and which columns are query, positive and negatives. `rzen look TABLE` writes it.
     Samples of `input` and of all sources make one dataset."""
@@ -130,6 +131,33 @@ class ExportDataSpec(JobConfig):
     """Sources that are written. `null` writes all."""
 
 
+def _places(spec: IngestSpec) -> dict[str, str]:
+    """Return all places that tasks of an ingest read or write, by setting. Those of a list get numbers."""
+    found = {"input": spec.input, "out": spec.out}
+    for name, source in spec.sources.items():
+        pool, start = source.pool, f"sources.{name}"
+        found |= _numbered(f"{start}.table", source.table) | _numbered(f"{start}.media_root", source.media_root)
+        if pool:
+            found |= _numbered(f"{start}.pool.table", pool.table)
+            found |= _numbered(f"{start}.pool.media_root", pool.media_root)
+        if isinstance(source.instruction, FromPrompts):
+            found[f"{start}.instruction.mbeir"] = source.instruction.mbeir
+    return {setting: url for setting, url in found.items() if url is not None}
+
+
+def _places_of_index(spec: IndexSpec) -> dict[str, str]:
+    found = {"out": spec.out}
+    for name, source in spec.sources.items():
+        found |= _numbered(f"sources.{name}.urls", source.urls)
+    return found
+
+
+def _numbered(setting: str, urls: str | list[str] | None) -> dict[str, str]:
+    if isinstance(urls, list):
+        return {f"{setting}[{number}]": url for number, url in enumerate(urls)}
+    return {} if urls is None else {setting: urls}
+
+
 CORPUS = Kind(
     name="corpus",
     spec=CorpusSpec,
@@ -159,7 +187,8 @@ INGEST = Kind(
     reads={"input": "folder of files", "sources": "tables"},
     makes={"out": "dataset: shards, indices, report, manifest"},
     fingerprint="jobs.data.ingest:fingerprint",
-    local="reads local files on every node",
+    gpus=no_gpus,
+    places=_places,
     no_effect=(
         NoEffect("keep_uncaptioned", lambda spec: spec.input is None, "rows of tables have both sides"),
         NoEffect("media.page_pixels", lambda spec: not spec.materialized, "pages are stored as they are"),
@@ -175,6 +204,7 @@ INDEX = Kind(
     makes={"out": "dataset: indices, report, manifest"},
     fingerprint="jobs.data.index:fingerprint",
     gpus=no_gpus,
+    places=_places_of_index,
     no_effect=(NoEffect("media", lambda spec: not spec.decode, "decode: false opens no file"),),
 )
 EXPORT_DATA = Kind(

@@ -19,6 +19,7 @@ from jobs.spec.job import JobConfig
 from jobs.spec.nearest import did_you_mean
 from jobs.spec.no_effect import NoEffect
 from pipelines.errors import UserError
+from pipelines.storage.urls import is_local
 
 GROUP = "rzen.kinds"
 """Entry point group in which an installed package registers kinds of its own: `name = "module:KIND"`."""
@@ -65,7 +66,10 @@ class Kind:
     gpus: Callable[[Any, Sequence[JobConfig]], float] | None = None
     """How many GPUs the job can use at once, from its spec and the specs that it names."""
     local: str = ""
-    """Why the job needs local files and so has no RayJob on Kubernetes. Such kinds have no `gpus`."""
+    """Why every job of the kind needs local files and so has no RayJob on Kubernetes. Such kinds have no `gpus`."""
+    places: Callable[[Any], Mapping[str, str]] | None = None
+    """Function of a checked spec: setting -> path or URL that tasks on any node read or write. Where one is on a local
+    disk, all nodes must share it."""
     no_effect: tuple[NoEffect, ...] = ()
     """Settings that have no effect under a condition. `rzen validate` and `rzen run` warn of them."""
     impossible: Callable[[Any], str | None] | None = None
@@ -125,6 +129,12 @@ def gpus_of(spec: JobConfig, named: Sequence[JobConfig] = ()) -> float:
     """Return how many GPUs a job can use at once. `named` are the specs that it names."""
     gpus = find_kind(spec.kind).gpus
     return gpus(spec, named) if gpus else 0.0
+
+
+def local_places(spec: JobConfig) -> dict[str, str]:
+    """Return setting -> place of a spec that is on a local disk, where nodes of a cluster would look in vain."""
+    places = find_kind(spec.kind).places
+    return {setting: url for setting, url in places(spec).items() if is_local(url)} if places else {}
 
 
 def no_gpus(spec: JobConfig, named: Sequence[JobConfig]) -> float:

@@ -20,7 +20,7 @@ from typing import get_args
 
 from pipelines.samples import CellRef, Input, RawSample, Reference, StoredSplit
 from pipelines.sources.references import identity
-from pipelines.storage.location import is_local
+from pipelines.storage.urls import is_local
 
 TRAIN: StoredSplit
 HELD_OUT: StoredSplit

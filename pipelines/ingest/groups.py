@@ -25,6 +25,7 @@ from pipelines.sources.table_files import absolute
 from pipelines.sources.table_rows import list_units
 from pipelines.sources.units import Unit
 from pipelines.storage.location import open_object
+from pipelines.storage.urls import is_local
 
 SHORT_ID = 8  # hex digits of a group, in names of shards and keys
 _MAX_UNITS = 16
@@ -159,7 +160,7 @@ def _attached(reader: TableReader) -> list[str]:
 
 
 def _media_folder(reader: TableReader) -> Path:
-    urls = [url for roots in _all_roots(reader) for url in roots.urls if "://" not in url]
+    urls = [url for roots in _all_roots(reader) for url in roots.urls if is_local(url)]
     return Path(os.path.commonpath(urls)) if urls else Path("/")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from pipelines.errors import UserError
 from pipelines.ingest.blocks import HELD_OUT, MIN_TRAIN_SAMPLES, TRAIN, plan_blocks
@@ -17,7 +16,7 @@ from pipelines.ingest.report import IngestReport
 from pipelines.ingest.settings import IngestSettings
 from pipelines.samples import CellRef, FramesRef, RawSample, Reference, Rejected, Sample
 from pipelines.shards.manifest import Manifest, ShardInfo, SourceInfo
-from pipelines.storage.location import is_local, open_object
+from pipelines.storage.location import open_object
 
 OnProgress = Callable[[int, int, str], None]
 """Gets samples done, all samples as far as they are known, and a note about groups."""
@@ -223,13 +222,9 @@ def _file_tags(samples: Iterable[RawSample], endpoint: str | None) -> Iterator[s
     paths = {path: None for raw in samples for ref in raw.files.values() for path in _paths(ref)}
     for path in paths:
         try:
-            if not is_local(path):
-                store, name = open_object(path, endpoint)
-                yield store.tag(name)
-            else:
-                found = Path(path).stat()
-                yield f"{found.st_size}-{found.st_mtime_ns}"
-        except (OSError, ValueError):  # it is counted when it is read
+            store, name = open_object(path, endpoint)
+            yield store.tag(name)
+        except (OSError, ValueError, UserError):  # it is counted when it is read
             yield "missing"
 
 

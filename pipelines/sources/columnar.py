@@ -15,6 +15,7 @@ from pipelines.sources.selectors import Row
 from pipelines.sources.table_files import TableFile
 from pipelines.sources.units import Column, Unit
 from pipelines.storage.ranged import open_binary
+from pipelines.storage.urls import is_local
 
 _ROWS_AT_ONCE = 256
 _ROWS_OF_BYTES_AT_ONCE = 16  # a picture may have several megabytes
@@ -36,7 +37,7 @@ def units(file: TableFile, endpoint: str | None) -> list[Unit]:
         if isinstance(table, pq.ParquetFile):
             groups = [table.metadata.row_group(part) for part in range(table.num_row_groups)]
             sizes = [(group.num_rows, group.total_byte_size) for group in groups]
-        elif isinstance(table, pa.RecordBatchFileReader) and "://" not in file.url:
+        elif isinstance(table, pa.RecordBatchFileReader) and is_local(file.url):
             batches = (table.get_batch(part) for part in range(table.num_record_batches))
             sizes = [(batch.num_rows, batch.nbytes) for batch in batches]
         else:
@@ -130,7 +131,7 @@ def _opened(url: str, endpoint: str | None) -> Iterator[Any]:
                 with pq.ParquetFile(file, pre_buffer=False) as table:
                     yield table
                 return
-            source = pa.memory_map(url) if "://" not in url else pa.PythonFile(file, mode="r")
+            source = pa.memory_map(url) if is_local(url) else pa.PythonFile(file, mode="r")
             yield pa.ipc.open_file(source) if start == b"ARROW1" else pa.ipc.open_stream(source)
     except FileNotFoundError as error:
         raise UserError(url, "does not exist any more", "run the job again") from error

@@ -19,10 +19,10 @@ from pipelines.sources.archives import check_archive, is_archive, list_archive
 from pipelines.sources.table_files import absolute
 from pipelines.storage.location import open_object, open_store
 from pipelines.storage.store import LocalStore
+from pipelines.storage.urls import WEB_SCHEMES, is_local, scheme_of
 
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 _NUMBER = re.compile(r"(\d+)")
-_WEB = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
 class _Root(ABC):
@@ -118,14 +118,14 @@ class MediaRoots:
                     there = _siblings(url) if isinstance(store, LocalStore) else "check the URL"
                     raise UserError(f"{place}={url}", "there is no such archive", f"fetch it: {there}")
                 check_archive(url, place)
-            elif "://" not in url and not Path(url).is_dir():
+            elif is_local(url) and not Path(url).is_dir():
                 raise UserError(f"{place}={url}", "is not a folder", f"correct the path: {_siblings(url)}")
 
     def hint(self) -> str:
         """Return what could help to find media that no root has: a member of an archive, or an archive in a folder."""
         if archive := next(filter(is_archive, self.urls), None):
             return f"; {archive} has {next(iter(list_archive(archive, self.endpoint)), 'no members')}"
-        folders = [Path(url) for url in self.urls if "://" not in url and Path(url).is_dir()]
+        folders = [Path(url) for url in self.urls if is_local(url) and Path(url).is_dir()]
         found = sorted(path for folder in folders for path in folder.glob("*") if is_archive(path.name))
         if not found:
             return ""
@@ -140,7 +140,7 @@ class MediaRoots:
         path = self._path(value)
         for url in self.urls:
             relative = path.removeprefix(f"{url}/")
-            if posixpath.isabs(relative) or _WEB.match(relative):
+            if posixpath.isabs(relative) or scheme_of(relative):
                 continue
             relative = posixpath.normpath(relative)
             if relative == ".." or relative.startswith("../"):
@@ -148,9 +148,9 @@ class MediaRoots:
             is_root = relative == "."  # a root is no video, whatever pictures it has
             if not is_root and (found := _opened(url, self.endpoint, self.follow_links).find(relative)):
                 return found
-        if path.lower().startswith(("http://", "https://")):
+        if scheme_of(path) in WEB_SCHEMES:
             raise BadMedia("web_address", f"{value[:200]}: fetch it first, as with img2dataset")
-        if posixpath.isabs(path) or _WEB.match(path):
+        if posixpath.isabs(path) or scheme_of(path):
             raise BadMedia("outside_folder", f"{value[:200]} is in no media_root: rebase it")
         raise BadMedia("missing_file", value[:200])
 

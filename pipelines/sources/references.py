@@ -15,7 +15,8 @@ from pipelines.errors import BadMedia, UserError
 from pipelines.media.files import read_file
 from pipelines.samples import ArchiveRef, CellRef, FileRef, RawSample, Reference
 from pipelines.sources.archives import read_member
-from pipelines.storage.location import is_local, read_object
+from pipelines.storage.location import read_object
+from pipelines.storage.urls import is_local
 
 Cells = Mapping[CellRef, bytes | None]
 """Bytes of cells. None stands for more bytes than are allowed."""

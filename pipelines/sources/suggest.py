@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import posixpath
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -17,7 +18,11 @@ from pipelines.sources.media_roots import media_roots
 from pipelines.sources.presets import Preset, recognize
 from pipelines.sources.selectors import Row, find, parse_selector
 from pipelines.sources.table_config import TableSource, with_settings
+from pipelines.sources.table_files import is_table
 from pipelines.sources.values import media_values
+from pipelines.storage.location import open_store
+from pipelines.storage.shard_urls import is_glob
+from pipelines.storage.urls import is_local, local_path
 
 _QUERY = re.compile(r"(?i)^(query|question|anchor|caption|title|text|prompt|instruction|sentence1|premise)")
 _TARGET = re.compile(r"(?i)^(pos|answer|response|target|document|passage|sentence2|hypothesis|description|label|class)")
@@ -25,7 +30,11 @@ _QUESTION = re.compile(r"(?i)question")
 _NEGATIVE = re.compile(r"(?i)neg")
 _ID = re.compile(r"(?i)(^|_)(id|ids|idx|index|key|url|hash|license|split|lang|language|source)$")
 _MAX_ROOTS = 60
+_MAX_ARCHIVES = 20
+_MAX_LISTED = 20_000  # objects of a store: a folder may have millions
 _NUM_PATHS = 20
+_Found = tuple[int, str, str]
+"""How many of the paths were found, the root, and what is removed from the start of paths."""
 
 
 def suggest_columns(columns: Sequence[str], rows: Sequence[Row]) -> tuple[Preset | None, dict[str, Any]]:
@@ -63,19 +72,56 @@ def suggest_roots(
     selectors = [text for name, text in selectors_of(config).items() if ".media" in name]
     found = list(_paths(selectors, rows))
     paths = found[:: max(1, len(found) // _NUM_PATHS)]
-    if not paths or "://" in table:
+    if not paths:
         return {}
-    folder = str(Path(table) if Path(table).is_dir() else Path(table).parent)
-    best: tuple[int, str, str] = (_num_found(paths, folder, "", endpoint), folder, "")
+    folder = _folder_of(table)
+    find = _best_on_disk if is_local(folder) else _best_in_store
+    count, root, start = find(folder, paths, endpoint)
+    if not count or (root == folder and not start):  # where media are looked for anyway
+        return {}
+    return {"media_root": root} | ({"rebase": {start: ""}} if start else {})
+
+
+def _folder_of(table: str) -> str:
+    """Return the folder of a table, which is itself a folder, a file or a pattern."""
+    if is_local(table):
+        return str(local_path(table) if local_path(table).is_dir() else local_path(table).parent)
+    parts = table.rstrip("/").split("/")
+    pattern = next((number for number, part in enumerate(parts) if is_glob(part)), len(parts) - is_table(parts[-1]))
+    return "/".join(parts[:pattern])
+
+
+def _best_on_disk(folder: str, paths: Sequence[str], endpoint: str | None) -> _Found:
+    best: _Found = (_num_found(paths, folder, "", endpoint), folder, "")
     for root in _candidates(Path(folder)):
         if best[0] == len(paths):
             break
         for start in _starts(paths[0]):
             best = max(best, (_num_found(paths, root, start, endpoint), root, start), key=lambda one: one[0])
-    count, root, start = best
-    if not count or (root == folder and not start):  # where media are looked for anyway
-        return {}
-    return {"media_root": root} | ({"rebase": {start: ""}} if start else {})
+    return best
+
+
+def _best_in_store(folder: str, paths: Sequence[str], endpoint: str | None) -> _Found:
+    """Look in the listings of the folder and of two folders above: an object store does not say what exists."""
+    parts = folder.split("/")  # scheme, nothing, bucket, folders
+    tops = ["/".join(parts[:number]) for number in range(len(parts), max(3, len(parts) - 2) - 1, -1)]
+    best: _Found = (0, folder, "")
+    for top in tops:
+        names = list(islice(open_store(top, endpoint).walk(), _MAX_LISTED))
+        archives = [f"{top}/{name}" for name in names if name.lower().endswith((".zip", ".tar"))][:_MAX_ARCHIVES]
+        for start in _starts(paths[0]):
+            counts = Counter(root for path in paths for root in _roots_of(path.removeprefix(start), names))
+            found = [(count, f"{top}/{root}".rstrip("/"), start) for root, count in sorted(counts.items())]
+            found += [(_num_found(paths, archive, start, endpoint), archive, start) for archive in archives]
+            best = max([best, *found], key=lambda one: one[0])
+        if best[0] == len(paths):
+            break
+    return best
+
+
+def _roots_of(path: str, names: Sequence[str]) -> Iterator[str]:
+    """Yield the folders in which a listing has a path."""
+    return (name[: len(name) - len(path)] for name in names if name == path or name.endswith(f"/{path}"))
 
 
 def _paths(selectors: Sequence[str], rows: Sequence[Row]) -> Iterator[str]:

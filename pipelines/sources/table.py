@@ -33,7 +33,8 @@ from pipelines.sources.table_files import TableFile, absolute, find_table
 from pipelines.sources.table_rows import list_columns, list_units, read_rows, wanted_columns
 from pipelines.sources.units import Unit
 from pipelines.sources.values import draw
-from pipelines.storage.location import is_local, open_object
+from pipelines.storage.location import open_object
+from pipelines.storage.urls import is_local
 
 LARGE_UNIT_BYTES = 256 << 20
 _PROBED_ROWS = 50

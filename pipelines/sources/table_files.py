@@ -8,7 +8,6 @@ import posixpath
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, get_args
 
 from pipelines.errors import UserError
@@ -16,6 +15,7 @@ from pipelines.storage.location import open_object, open_store
 from pipelines.storage.ranged import open_binary
 from pipelines.storage.shard_urls import expand_braces, fits_glob, is_glob
 from pipelines.storage.store import LocalStore, Store
+from pipelines.storage.urls import is_local, local_path
 
 Format = Literal["parquet", "arrow", "jsonl", "json", "csv", "tsv"]
 _EXTENSIONS: dict[str, Format] = {
@@ -77,9 +77,9 @@ def is_table(name: str) -> bool:
 
 
 def absolute(url: str) -> str:
-    """Return a URL as it is, and a local path as an absolute one, without a slash at the end."""
-    if "://" not in url:
-        url = os.path.abspath(Path(url).expanduser())  # noqa: PTH100, since Path.absolute keeps `..`
+    """Return a URL as it is, and a local path or file:// URL as an absolute path, without a slash at the end."""
+    if is_local(url):
+        url = os.path.abspath(local_path(url))  # noqa: PTH100, since Path.absolute keeps `..`
     return url.rstrip("/") or "/"
 
 

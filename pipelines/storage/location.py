@@ -5,24 +5,13 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-import re
 import tempfile
 from pathlib import Path
-from urllib.parse import unquote
 
 from pipelines.errors import BadMedia, UserError
 from pipelines.storage.publish import LEASE, MARK, present_version, published, read_mark
 from pipelines.storage.store import PARTIAL, LocalStore, Store, disk_errors
-
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-READ_ONLY_SCHEMES = ("gs", "gcs", "abfs", "abfss", "hf")
-"""Object stores that data are read from, and nothing is written to."""
-
-
-def is_local(url: str) -> bool:
-    """Return whether a path or URL is a place on a local disk."""
-    scheme = _SCHEME.match(url)
-    return scheme is None or scheme[1] == "file"
+from pipelines.storage.urls import READ_ONLY_SCHEMES, STORE_SCHEMES, is_local, local_path, scheme_of
 
 
 def open_store(url: str, endpoint: str | None = None) -> Store:
@@ -31,17 +20,15 @@ def open_store(url: str, endpoint: str | None = None) -> Store:
     `endpoint` names an object store that is not AWS. `resolve_endpoint` is applied to it, and the result is pickled
     with the store. Credentials are not: each machine uses its own.
     """
-    scheme, separator, rest = url.partition("://")
-    if not separator:
-        return LocalStore(Path(url).expanduser().absolute())
-    if scheme == "file":
-        return LocalStore(Path(unquote(rest)))
+    if is_local(url):
+        return LocalStore(local_path(url).absolute())
+    scheme = scheme_of(url)
     if scheme in READ_ONLY_SCHEMES:
         from pipelines.storage.read_only import open_read_only  # pyarrow is loaded only where it is used
 
         return open_read_only(url)
     if scheme != "s3":
-        known = ", ".join(f"{name}://" for name in ("file", "s3", *READ_ONLY_SCHEMES))
+        known = ", ".join(f"{name}://" for name in ("file", *STORE_SCHEMES))
         raise UserError(url, f"unknown scheme {scheme}://", f"use a local path, {known}")
     from pipelines.storage.s3 import open_s3  # boto3 is loaded only where it is used
 
@@ -50,13 +37,16 @@ def open_store(url: str, endpoint: str | None = None) -> Store:
 
 def open_object(url: str, endpoint: str | None = None) -> tuple[Store, str]:
     """Return the store that holds one object, and its path there. Keys of S3 are taken as they are."""
-    if url.startswith("s3://"):
+    if scheme_of(url) == "s3":
         from pipelines.storage.s3 import S3Bucket
 
         bucket, _, key = url.removeprefix("s3://").partition("/")
         return S3Bucket(bucket, "", resolve_endpoint(endpoint)), key
+    if is_local(url):
+        path = local_path(url).absolute()
+        return LocalStore(path.parent), path.name
     folder, _, name = url.rpartition("/")
-    return open_store(folder or "/", endpoint), name
+    return open_store(folder, endpoint), name
 
 
 def read_object(url: str, max_bytes: int, endpoint: str | None = None) -> bytes:

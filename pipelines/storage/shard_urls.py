@@ -9,7 +9,8 @@ from fnmatch import fnmatchcase
 from functools import cache
 
 from pipelines.errors import UserError
-from pipelines.storage.location import is_local, open_store
+from pipelines.storage.location import open_store
+from pipelines.storage.urls import is_local
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _GLOB = re.compile(r"[*?[]")

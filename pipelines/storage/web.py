@@ -12,8 +12,8 @@ from typing import IO, Any, NamedTuple
 from urllib.parse import quote, urlsplit
 
 from pipelines.errors import BadMedia
+from pipelines.storage.urls import WEB_SCHEMES
 
-_SCHEMES = ("http", "https")
 _TIMEOUT_S = 20.0  # of a server that sends nothing
 _MIN_BYTES_PER_S = 16 << 10
 _CHUNK_BYTES = 256 << 10
@@ -88,7 +88,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
     ) -> urllib.request.Request | None:
         target = urlsplit(newurl)
-        if target.scheme not in _SCHEMES:
+        if target.scheme not in WEB_SCHEMES:
             raise BadMedia("unreadable_file", f"the server redirects to {target.scheme}://")
         if _is_private(target.hostname) and not _is_private(self._host):
             raise BadMedia("unreadable_file", f"the server redirects to the private address {target.hostname}")

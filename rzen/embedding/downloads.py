@@ -11,9 +11,10 @@ from typing import TypeVar
 from pipelines.media.files import split_page
 from pipelines.samples import MEDIA_KINDS
 from pipelines.storage.location import read_object
+from pipelines.storage.urls import STORE_SCHEMES, WEB_SCHEMES, scheme_of
 from pipelines.storage.web import WebFile, read_url
 
-REMOTE_SCHEMES = ("http", "https", "s3")
+REMOTE_SCHEMES = (*WEB_SCHEMES, *STORE_SCHEMES)
 _AT_ONCE = 8
 """Inputs whose files are fetched at once. Each file has at most `max_bytes`."""
 T = TypeVar("T")
@@ -60,15 +61,9 @@ class Downloads:
         self._coming = {url: coming for url, coming in self._coming.items() if url in needed}
 
     def _download(self, url: str) -> WebFile:
-        if scheme_of(url) != "s3":
+        if scheme_of(url) in WEB_SCHEMES:
             return read_url(url, self._max_bytes)
         return WebFile(read_object(url, self._max_bytes, self._endpoint), "", url)
-
-
-def scheme_of(url: str) -> str:
-    """Return the scheme of a URL in lower case, and "" for anything else."""
-    scheme, separator, _ = url.partition("://")
-    return scheme.lower() if separator else ""
 
 
 def remote_files(given: object) -> set[str]:

@@ -107,9 +107,9 @@ class Embedder:
 
         An input is one of these. A mix has one vector.
 
-        * A `str`. With a scheme and no white space it is a URL (`http://`, `https://`, `s3://`, `file://`). If it names
-          a file with the extension of an image, video or PDF, it is that file. If it looks like one that does not
-          exist, it is an error. Any other `str` is a text.
+        * A `str`. With a scheme and no white space it is a URL (`https://`, `s3://`, `gs://`, `abfs://`, `hf://`,
+          `file://`). If it names a file with the extension of an image, video or PDF, it is that file. If it looks like
+          one that does not exist, it is an error. Any other `str` is a text.
         * A `pathlib.Path`: a file.
         * A PIL image, or a uint8 RGB array: `[H, W, 3]` is an image, `[T, H, W, 3]` a video.
         * A dict with some of `text`, `image`, `video`, `document`, `page`, `instruction`. Its `text` is never taken for

@@ -2,7 +2,7 @@
 
 | passed | taken for |
 |---|---|
-| `str` with a scheme and no white space | a URL: `http://`, `https://`, `s3://`, `file://` |
+| `str` with a scheme and no white space | a URL: `https://`, `s3://`, `gs://`, `abfs://`, `hf://`, `file://` |
 | `str` with the extension of a medium that names a file | that file |
 | `str` that looks like such a file, which does not exist | an error |
 | any other `str` | a text |
@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,7 @@ from pipelines.media.files import KINDS, kind_of, kind_of_content, read_file, sp
 from pipelines.media.images import check_size, opened_pixels
 from pipelines.redaction import redact_text
 from pipelines.samples import MEDIA_KINDS, DecodedInput, MediaKind, UInt8Array, Visual
+from pipelines.storage.urls import STORE_SCHEMES, WEB_SCHEMES, local_path, scheme_of
 from rzen.embedding.downloads import REMOTE_SCHEMES, Downloads
 
 File = str | os.PathLike[str]
@@ -43,8 +44,7 @@ Picture = File | Image.Image | npt.NDArray[np.uint8]
 Embeddable = Picture | DecodedInput | Mapping[str, Any]
 """One input of `Embedder.encode`."""
 
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:[a-z]+/")
-_URL = re.compile(rf"(?:{_SCHEME.pattern})\S+")
+_DATA_URL = re.compile(r"data:[a-z]+/\S+", re.IGNORECASE)
 _SCHEMES = (*REMOTE_SCHEMES, "file")
 _EXTENSION = re.compile(r"[^\s/.]\.\w{1,5}(#page=\d{1,9})?\Z")
 _LONGEST_PATH = 4096
@@ -147,14 +147,14 @@ class InputReader:
 
     def _bytes(self, name: str, kind: MediaKind | None) -> tuple[MediaKind, bytes]:
         """Return kind and bytes of a path or URL. A file of an unknown extension is of `kind`, if that is given."""
-        scheme = name.partition(":")[0].lower() if _SCHEME.match(name) else ""
-        if scheme in ("http", "https"):
+        scheme = "data" if _DATA_URL.match(name) else scheme_of(name)
+        if scheme in WEB_SCHEMES:
             return self._from_web(name, kind)
-        if scheme == "s3":
+        if scheme in STORE_SCHEMES:
             return _kind(Path(name), kind), self._downloads.fetch(name).data
         if scheme not in ("", "file"):
             raise UserError("", f"has the scheme {scheme!r}", f"use {', '.join(_SCHEMES)}; {_AS_TEXT}")
-        path = Path(unquote(urlsplit(name).path)) if scheme else Path(name).expanduser()
+        path = local_path(name)
         return _kind(path, kind), read_file(str(path), self._media)
 
     def _from_web(self, url: str, kind: MediaKind | None) -> tuple[MediaKind, bytes]:
@@ -172,7 +172,7 @@ def is_file(given: str) -> bool:
     """
     if len(given) > _LONGEST_PATH or "\n" in given:
         return False
-    if _URL.fullmatch(given):
+    if _is_url(given):
         return True
     if not _EXTENSION.search(given):  # most texts need no look at the disk
         return False
@@ -186,6 +186,11 @@ def is_file(given: str) -> bool:
     if not is_media or (re.search(r"\s", name) and ("/" not in name or "://" in name)):
         return False
     raise UserError(shown_as(given), "does not exist", f"correct the path; {_AS_TEXT}")
+
+
+def _is_url(given: str) -> bool:
+    is_one = bool(_DATA_URL.match(given) or scheme_of(given)) and not given.endswith("://")
+    return is_one and not any(map(str.isspace, given))
 
 
 def _exists(name: str) -> bool:

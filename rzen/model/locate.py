@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pipelines.errors import UserError
 from pipelines.storage.location import localize
+from pipelines.storage.urls import scheme_of
 from rzen.model.checkpoints import checkpoint_dir
 
 
@@ -17,7 +18,7 @@ def cache_dir() -> Path:
 
 def local_folder(url: str, endpoint: str | None = None) -> str:
     """A local directory with the files of `url`; a hub name is left as it is. Raises `UserError` if there are none."""
-    if "://" not in url:
+    if not scheme_of(url):
         path = Path(url).expanduser()
         return str(localize(str(path), cache_dir())) if path.is_dir() else url
     try:

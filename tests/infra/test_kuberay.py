@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ import yaml
 
 from infra.kuberay import generate
 from jobs.spec.kinds import find_kind, kind_names
+from pipelines.errors import UserError
 from tests.infra import manifests
 from tests.infra.manifests import RAY_KINDS, Manifest
 from tests.paths import ROOT
@@ -45,6 +47,27 @@ def test_every_kind_of_job_has_a_rayjob_or_a_reason_for_having_none() -> None:
     local = {name for name in kind_names() if find_kind(name).local}
     assert not kinds & local
     assert set(kind_names()) == kinds | local
+
+
+@pytest.mark.parametrize(
+    ("change", "place"),
+    [
+        ("sources.products.table=[$RZEN_STORE/a.csv, b.csv]", "sources.products.table[1]=b.csv"),
+        ("sources.products.media_root=/data", "sources.products.media_root=/data"),
+        ("sources.products.pool={table: file:///a.csv}", "sources.products.pool.table=file:///a.csv"),
+        ("out=runs/data", "out=runs/data"),
+        ("input=photos", "input=photos"),
+        ("sources.products.instruction={mbeir: a.tsv}", "sources.products.instruction.mbeir=a.tsv"),
+    ],
+)
+def test_an_ingest_of_local_files_has_no_rayjob(change: str, place: str) -> None:
+    ingest = generate.JOBS["ingest"]
+    with pytest.raises(UserError) as raised:
+        generate.rayjob("ingest", replace(ingest, set=(*ingest.set, change)))
+    assert str(raised.value) == (
+        f"jobs/tables.yaml: {place} is on a local disk, and pods share none;"
+        f' add "{place.split("=")[0]}=$RZEN_STORE/..." to its changes'
+    )
 
 
 def test_nodes_follow_from_the_spec() -> None:
@@ -310,7 +333,7 @@ def test_only_jobs_whose_tasks_write_give_decoders_an_account_that_may() -> None
         if group["groupName"] == "decode"
     }
     writers = {name for name, account in accounts.items() if account == "rzen-worker"}
-    assert writers == {"export-data", "index", "embed", "evaluate", "retrain"}
+    assert writers == {"export-data", "index", "ingest", "embed", "evaluate", "retrain"}
     assert {account for name, account in accounts.items() if name not in writers} == {"rzen-reader"}
 
 

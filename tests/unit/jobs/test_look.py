@@ -2,6 +2,7 @@
 
 import json
 import uuid
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -169,3 +170,39 @@ def test_tables_in_an_object_store(
     assert found["media"] == {"image": 1}
     assert found["problems"] == [f"missing_file 1 of 2 media, such as {root}/img/1.jpg"]
     assert len(found["samples"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("table", "path", "root", "rebase"),
+    [
+        ("tables/t.jsonl", "/data/old/a/{}.jpg", "img", {"/data/old/": ""}),
+        ("t.jsonl", "a/{}.jpg", "img", None),
+        ("tables/t.jsonl", "in/{}.jpg", "media.zip", None),
+        ("t.jsonl", "img/a/{}.jpg", None, None),
+        ("*.jsonl", "a/{}.jpg", "img", None),
+    ],
+)
+def test_media_of_a_table_in_an_object_store_are_looked_for_nearby(
+    table: str,
+    path: str,
+    root: str | None,
+    rebase: dict[str, str] | None,
+    tmp_path: Path,
+    s3_endpoint: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
+    store = open_store(f"s3://b{uuid.uuid4().hex[:12]}/d")
+    store.ensure_bucket()
+    with zipfile.ZipFile(tmp_path / "media.zip", "w") as archive:
+        for n in range(2):
+            store.write(f"img/a/{n}.jpg", picture(n, "JPEG"))
+            archive.writestr(f"in/{n}.jpg", picture(n, "JPEG"))
+    store.upload(tmp_path / "media.zip", "media.zip")
+    rows = [{"caption": "a", "image": path.format(0)}, {"caption": "b", "image": path.format(1)}]
+    store.upload(Path(write_table(tmp_path / "t.jsonl", rows)), table.replace("*", "t"))
+    found = look(capsys, f"{store.url}/{table}")
+    source = found["spec"]["sources"]["mine"]
+    assert (source.get("media_root"), source.get("rebase")) == (root and f"{store.url}/{root}", rebase)
+    assert (found["media"], found["problems"]) == ({"image": 2}, [])

@@ -12,11 +12,13 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
-from pipelines.errors import UserError
+from pipelines.config import MediaConfig
+from pipelines.errors import BadMedia, UserError
 from pipelines.sources.table import open_table
 from pipelines.sources.table_config import TableSource
 from pipelines.storage import read_only
-from pipelines.storage.location import is_local, open_object, open_store
+from pipelines.storage.location import open_object, open_store
+from pipelines.storage.urls import is_local, local_path, scheme_of
 
 ROOT = "hf://datasets/user/name"
 TABLE = b'{"anchor": "How tall is it?", "positive": "330 m"}\n{"anchor": "", "positive": "nothing asked"}\n'
@@ -212,10 +214,39 @@ def test_urls_of_each_store() -> None:
         open_store("gs:///folder")
     with pytest.raises(UserError, match="use a local path, file://, s3://, gs://, gcs://, abfs://, abfss://, hf://"):
         open_store("ftp://host/x")
-    assert [is_local(url) for url in ("a/b", "/a/b://c", "file:///a", "s3://b", "hf://datasets/a/b")] == [
-        True,
-        True,
-        True,
-        False,
-        False,
-    ]
+
+
+@pytest.mark.parametrize(
+    ("url", "scheme", "local"),
+    [
+        ("a/b", "", True),
+        ("/a/b://c", "", True),
+        ("what is s3:// for?", "", True),
+        ("file:///a%20b", "file", True),
+        ("S3://b", "s3", False),
+        ("hf://datasets/a/b", "hf", False),
+        ("https://a.b/c", "https", False),
+    ],
+)
+def test_the_start_of_a_place_says_where_it_is(url: str, scheme: str, local: bool) -> None:
+    assert (scheme_of(url), is_local(url)) == (scheme, local)
+
+
+def test_paths_of_file_urls_are_unquoted() -> None:
+    assert str(local_path("file:///a%20b/c#d?e")) == "/a b/c#d?e"
+    assert local_path("~/a") == Path.home() / "a"
+    store, name = open_object("file:///a%20b/c%20d.csv")
+    assert (store.url, name) == ("/a b", "c d.csv")
+
+
+def test_the_embedder_reads_media_of_the_hub(hub: type[Hub]) -> None:
+    from rzen.embedding.inputs import InputReader
+    from tests.tables import picture
+
+    hub.files["a/p.png"] = picture(3)
+    reader = InputReader(MediaConfig())
+    (given,) = reader.ahead([f"{ROOT}/a/p.png"])
+    (visual,) = reader.read(given).visuals
+    assert visual.frames.shape == (1, 8, 12, 3)
+    with pytest.raises(BadMedia, match="missing_file"):
+        reader.read(f"{ROOT}/a/gone.png")

@@ -290,7 +290,10 @@ def test_a_text_of_a_dict_is_never_a_file(model: rzen.Embedder, files: Path, mon
         (b"bytes", "bytes is not an input"),
         (["a", "b"], "list is not an input"),
         ("missing.png", "missing.png: does not exist"),
-        ("gs://bucket/a.png", r"gs://bucket/a.png: has the scheme 'gs'; use http, https, s3, file"),
+        (
+            "ftp://host/a.png",
+            "has the scheme 'ftp'; use http, https, s3, gs, gcs, abfs, abfss, hf, file",
+        ),
         ("data:image/png;base64,iVBO", "has the scheme 'data'"),
         (Path("a.doc"), r"a.doc: has the extension '.doc'"),
         (np.zeros((4, 4, 4), np.uint8), r"is an array \[4, 4, 4\] of uint8; pass uint8 RGB"),
