@@ -9,7 +9,7 @@ Everything here is plain data: no Ray, no torch, and no import from other module
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Annotated, Literal
 
@@ -33,6 +33,7 @@ Members = dict[str, bytes]
 """Member of a sample -> bytes of the file."""
 
 
+_encode = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode
 _STORED = with_config(ConfigDict(extra="forbid", strict=True))
 
 
@@ -94,12 +95,14 @@ class Sample:
 
         A missing relevance is left out, and so is a missing `query_sha256`.
         """
-        fields = asdict(self)
+        fields = {name: getattr(self, name) for name in self.__slots__}  # faster than `asdict`, which copies texts
+        fields |= {"query": _as_json(self.query), "positive": _as_json(self.positive)}
+        fields["negatives"] = [_as_json(negative) for negative in self.negatives]
         if self.relevance is None:
             del fields["relevance"]
         if not self.query_sha256:
             del fields["query_sha256"]
-        return json.dumps(fields, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
+        return _encode(fields).encode()
 
     @classmethod
     def from_json(cls, data: bytes | str) -> Sample:
@@ -111,6 +114,10 @@ class Sample:
             key = ".".join(map(str, first["loc"]))
             raise ValueError(f"not a sample: {key}: {first['msg']}".replace(": :", ":")) from error
         return sample
+
+
+def _as_json(part: Input) -> dict[str, object]:
+    return {"text": part.text, "media": [{"kind": media.kind, "member": media.member} for media in part.media]}
 
 
 @cache

@@ -28,6 +28,7 @@ UNCAPTIONED: StoredSplit
 TRAIN, HELD_OUT, UNCAPTIONED = get_args(StoredSplit)
 Splits = dict[StoredSplit, list[RawSample]]
 _TOP = Path("/")
+_encode = json.JSONEncoder(ensure_ascii=False).encode
 MIN_TRAIN_SAMPLES = 2  # one sample has nothing to be contrasted with
 
 
@@ -59,12 +60,12 @@ class Block:
 def pair_identity(raw: RawSample, root: Path = _TOP) -> str:
     """Identify a sample by instruction, texts and media. Files are relative to `root`, so that raw data may move."""
     inputs = [_input_identity(part, raw.files, root) for part in (raw.sample.query, raw.sample.positive)]
-    return json.dumps([raw.sample.instruction, *inputs], ensure_ascii=False)
+    return _encode([raw.sample.instruction, *inputs])
 
 
 def _input_identity(part: Input, files: dict[str, Reference], root: Path) -> str:
     names = [(media.kind, *identity(files.get(media.member), root)) for media in part.media]
-    return json.dumps([part.text, names], ensure_ascii=False)
+    return _encode([part.text, names])
 
 
 def plan_blocks(

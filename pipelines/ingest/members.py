@@ -5,7 +5,7 @@ This module imports quickly, because the sandbox child that decodes untrusted fi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 
@@ -13,6 +13,7 @@ from pipelines.config import MediaConfig
 from pipelines.errors import BadMedia
 from pipelines.media.decode import decode_pixels
 from pipelines.media.documents import extract_page
+from pipelines.media.jpeg import first_block
 from pipelines.media.materialized import SUFFIX, join_frames, materialize
 from pipelines.media.sandbox import Sandbox
 from pipelines.media.signatures import NUM_BYTES, sniff
@@ -30,11 +31,32 @@ from pipelines.samples import (
 from pipelines.shards.index import with_hashes
 from pipelines.sources.references import ReferenceReader
 
+_WINDOW_SAMPLES = 64
+_WINDOW_BYTES = 4 << 20
+_Files = Mapping[str, bytes | list[bytes] | BadMedia]
+"""Member of a raw sample -> its bytes, those of the pictures of a video, or why they cannot be read."""
+
+
+def load_samples(
+    raws: Iterable[RawSample], config: MediaConfig, *, materialized: bool = False, reader: ReferenceReader
+) -> Iterator[tuple[RawSample, tuple[Sample, Members] | BadMedia]]:
+    """Yield each sample with its hashes and its members, or why it cannot be used, in order.
+
+    Files are read a few ahead, up to 4 MB and one sample, so that the child checks many pictures in one call.
+    """
+    for window in _windows(raws, reader):
+        sure = _sure_pictures(window, config)
+        for number, (raw, files) in enumerate(window):
+            try:
+                yield raw, _loaded_sample(raw, files, sure.get(number, frozenset()), config, materialized)
+            except BadMedia as error:
+                yield raw, error
+
 
 def load_sample(
     raw: RawSample, config: MediaConfig, *, materialized: bool = False, reader: ReferenceReader | None = None
 ) -> tuple[Sample, Members]:
-    """Return the sample with its hashes, and its members. A killable child has decoded each of them.
+    """Return the sample with its hashes, and its members. A killable child has decoded each, or what proves it sound.
 
     Members are original files or single pages, or with `materialized` the frames of a video and the image of a page.
     A video of pictures becomes one file. A member without an extension gets kind and extension from its bytes. Raises
@@ -44,26 +66,90 @@ def load_sample(
     if reader is None:
         with ReferenceReader(config) as own:
             return load_sample(raw, config, materialized=materialized, reader=own)
+    ((_, loaded),) = load_samples([raw], config, materialized=materialized, reader=reader)
+    if isinstance(loaded, BadMedia):
+        raise loaded
+    return loaded
+
+
+def _windows(raws: Iterable[RawSample], reader: ReferenceReader) -> Iterator[list[tuple[RawSample, _Files]]]:
+    """Yield samples with their files, several at a time."""
+    window: list[tuple[RawSample, _Files]] = []
+    num_bytes = 0
+    for raw in raws:
+        files = {member: _read(ref, reader) for member, ref in raw.files.items()}
+        window.append((raw, files))
+        num_bytes += sum(len(data) for data in files.values() if isinstance(data, bytes))
+        if len(window) == _WINDOW_SAMPLES or num_bytes > _WINDOW_BYTES:
+            yield window
+            window, num_bytes = [], 0
+    if window:
+        yield window
+
+
+def _read(ref: Reference, reader: ReferenceReader) -> bytes | list[bytes] | BadMedia:
+    try:
+        return reader.read(ref)
+    except BadMedia as error:
+        return error
+
+
+def _sure_pictures(window: Sequence[tuple[RawSample, _Files]], config: MediaConfig) -> dict[int, set[str]]:
+    """Return number of a sample -> members that are pictures which are known to decode, as their first blocks do."""
+    places, blocks = [], []
+    for number, (_, files) in enumerate(window):
+        for member, data in files.items():
+            if isinstance(data, bytes) and (block := first_block(data, config)):
+                places.append((number, member))
+                blocks.append(block)
+    try:
+        decoded = _sandbox(config).call(which_decode, blocks, config) if blocks else []
+    except BadMedia:  # each file is decoded by itself, and says why
+        return {}
+    sure: dict[int, set[str]] = {}
+    for (number, member), is_sure in zip(places, decoded, strict=True):
+        if is_sure:
+            sure.setdefault(number, set()).add(member)
+    return sure
+
+
+def which_decode(pictures: Sequence[bytes], config: MediaConfig) -> list[bool]:
+    """Return whether each picture can be decoded. Runs in the sandbox."""
+    return [_decodes(data, config) for data in pictures]
+
+
+def _decodes(data: bytes, config: MediaConfig) -> bool:
+    try:
+        decode_pixels("image", data, config)
+    except BadMedia:
+        return False
+    return True
+
+
+def _loaded_sample(
+    raw: RawSample, files: _Files, sure: Collection[str], config: MediaConfig, materialized: bool
+) -> tuple[Sample, Members]:
     members: Members = {}
     stored: dict[str, Media] = {}
     for media in (media for part in raw.sample.inputs() for media in part.media):
         if media.member not in raw.files:
             raise BadMedia("missing_file", f"no file is given for {media.member}")
-        ref = raw.files[media.member]
+        ref, data = raw.files[media.member], files[media.member]
         try:
-            stored[media.member], data = _loaded(media, ref, reader, config, materialized)
+            if isinstance(data, BadMedia):
+                raise data
+            stored[media.member], content = _loaded(media, ref, data, media.member in sure, config, materialized)
         except BadMedia as error:
             raise BadMedia(error.reason, f"{_shown(ref)}: {error.detail}".removesuffix(": ")) from error
-        members[stored[media.member].member] = data
+        members[stored[media.member].member] = content
     sample = _with_media(raw.sample, lambda media: stored[media.member])
     return with_hashes(sample, members), members
 
 
 def _loaded(
-    media: Media, ref: Reference, reader: ReferenceReader, config: MediaConfig, materialized: bool
+    media: Media, ref: Reference, data: bytes | list[bytes], is_sure: bool, config: MediaConfig, materialized: bool
 ) -> tuple[Media, bytes]:
-    """Return a medium as it is stored, and its bytes."""
-    data = reader.read(ref)
+    """Return a medium as it is stored, and its bytes. A picture that `is_sure` to decode is not decoded."""
     if isinstance(data, list):
         video = _sandbox(config).call(join_frames, data, config, materialized)
         return Media("video", f"{media.member}.{SUFFIX['video']}"), video
@@ -71,6 +157,8 @@ def _loaded(
     if "." not in media.member:
         media = _named(media, data)
         page = 0 if media.kind == "document" else None
+    if media.kind == "image" and is_sure:
+        return media, data
     content = _sandbox(config).call(stored_content, media.kind, data, page, config, materialized)
     return _stored_media(media, materialized), content or data
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from pipelines.errors import BadMedia
 from pipelines.ingest.card import NUM_EXAMPLES
 from pipelines.ingest.markers import WrittenBlock, write_block_marker
-from pipelines.ingest.members import load_sample
+from pipelines.ingest.members import load_samples
 from pipelines.ingest.planning import BlockWork
 from pipelines.ingest.report import Tally
 from pipelines.ingest.settings import IngestSettings
@@ -22,19 +22,20 @@ from pipelines.storage.store import disk_errors
 
 
 def write_block(work: BlockWork, settings: IngestSettings) -> WrittenBlock:
-    """Store the shard, the index and the marker of a block, with one sample in memory at a time."""
+    """Store the shard, the index and the marker of a block, with a few samples in memory at a time."""
     block, tally, out = work.block, Tally(), settings.out
     examples: list[str] = []
 
     def usable(reader: ReferenceReader) -> Iterator[tuple[Sample, Members]]:
-        for raw in block.samples:
-            try:
-                sample, members = load_sample(raw, settings.media, materialized=settings.materialized, reader=reader)
-                if block.ordinal == 0 and len(examples) < NUM_EXAMPLES:
-                    examples.append(sample.to_json().decode())
-                yield sample, members
-            except BadMedia as error:
-                tally.reject(Rejected(raw.sample.origin or raw.sample.key, error.reason, error.detail))
+        for raw, loaded in load_samples(
+            block.samples, settings.media, materialized=settings.materialized, reader=reader
+        ):
+            if isinstance(loaded, BadMedia):
+                tally.reject(Rejected(raw.sample.origin or raw.sample.key, loaded.reason, loaded.detail))
+                continue
+            if block.ordinal == 0 and len(examples) < NUM_EXAMPLES:
+                examples.append(loaded[0].to_json().decode())
+            yield loaded
 
     written = WrittenBlock(work.number, block.digest, tally=tally)
     place = tempfile.gettempdir()

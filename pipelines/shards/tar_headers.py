@@ -6,7 +6,7 @@ import tarfile
 from dataclasses import dataclass
 
 BLOCK_BYTES = 512
-_CHECKSUM = slice(148, 156)
+CHECKSUM = slice(148, 156)
 _LINK_NAME = slice(157, 257)
 
 
@@ -24,10 +24,10 @@ def read_header(block: bytes) -> Header:
 
     Raises `tarfile.HeaderError` for a wrong checksum, malformed numbers, and a block of zeros.
     """
-    total = sum(block) - sum(block[_CHECKSUM]) + 8 * ord(" ")
-    stored = _number(block[_CHECKSUM])
+    total = sum(block) - sum(block[CHECKSUM]) + 8 * ord(" ")
+    stored = _number(block[CHECKSUM])
     if stored != total:  # some old writers took bytes as signed
-        high = sum(byte > 127 for byte in block) - sum(byte > 127 for byte in block[_CHECKSUM])
+        high = sum(byte > 127 for byte in block) - sum(byte > 127 for byte in block[CHECKSUM])
         if stored != total - 256 * high:
             raise tarfile.HeaderError("bad checksum")
     size, kind = _number(block[124:136]), block[156:157]

@@ -11,7 +11,7 @@ from pathlib import Path
 from pipelines.samples import Members, Sample
 from pipelines.shards.index import IndexRow, index_bytes, with_hashes
 from pipelines.shards.manifest import ShardInfo, index_path
-from pipelines.shards.tar_headers import BLOCK_BYTES
+from pipelines.shards.tar_headers import BLOCK_BYTES, CHECKSUM
 from pipelines.storage.store import disk_errors
 
 
@@ -57,6 +57,23 @@ def _record(sample: Sample, members: Members) -> bytes:
 
 
 def _header(name: str, size: int) -> bytes:
+    encoded = name.encode()
+    if len(encoded) > tarfile.LENGTH_NAME or size >= _LARGEST_SIZE:
+        return _info(name, size).tobuf(tarfile.USTAR_FORMAT, "utf-8", "strict")
+    header = bytearray(_BLANK)  # four times as fast as tarfile
+    header[: len(encoded)] = encoded
+    header[_SIZE] = b"%011o\0" % size
+    header[CHECKSUM] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+def _info(name: str, size: int) -> tarfile.TarInfo:
     header = tarfile.TarInfo(name)
     header.size, header.mode, header.mtime = size, 0o644, 0
-    return header.tobuf(tarfile.USTAR_FORMAT, "utf-8", "strict")
+    return header
+
+
+_SIZE = slice(124, 136)
+_LARGEST_SIZE = 8**11  # that 11 octal digits cannot say
+_BLANK = bytearray(_info("", 0).tobuf(tarfile.USTAR_FORMAT, "utf-8", "strict"))
+_BLANK[CHECKSUM] = b" " * 8  # as which it counts

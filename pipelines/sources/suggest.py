@@ -1,4 +1,4 @@
-"""Settings for a table that nobody has described yet: its layout, or columns by what they hold, and its media roots."""
+"""Settings for a table that nobody has described yet. They follow from its columns, and from what lies near it."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ _Found = tuple[int, str, str]
 
 
 def suggest_columns(columns: Sequence[str], rows: Sequence[Row]) -> tuple[Preset | None, dict[str, Any]]:
-    """Return the layout that a table has, if it is a known one, and the settings of query, positive and negatives.
+    """Return the layout of a table, if it is a known one, and the settings of query, positive and negatives.
 
-    The settings are empty if no column says what could be a query or a positive.
+    The settings are empty if no column could be a query or a positive.
     """
     preset = recognize(columns, rows)
     if preset is not None:
@@ -66,7 +66,7 @@ def suggest_columns(columns: Sequence[str], rows: Sequence[Row]) -> tuple[Preset
 def suggest_roots(
     settings: Mapping[str, Any], preset: Preset | None, table: str, rows: Sequence[Row], endpoint: str | None
 ) -> dict[str, Any]:
-    """Return `media_root`, and `rebase` for absolute paths, if these are needed to find the media of the first rows."""
+    """Return `media_root`, and `rebase` for absolute paths. Both are left out where the media are found without."""
     written = {key: value for key, value in settings.items() if key != "preset"}
     config = with_settings(preset.settings if preset else {}, TableSource.model_validate({"table": table, **written}))
     selectors = [text for name, text in selectors_of(config).items() if ".media" in name]

@@ -15,6 +15,7 @@ import webdataset
 
 from pipelines.errors import BadMedia, UserError
 from pipelines.samples import Input, Media, Members, Sample
+from pipelines.shards import write
 from pipelines.shards.index import content_sha256, read_shard_index
 from pipelines.shards.manifest import (
     Manifest,
@@ -276,3 +277,16 @@ def test_an_empty_shard_is_a_readable_tar(tmp_path: Path) -> None:
     assert info.num_samples == 0
     with tarfile.open(tmp_path / "a.tar") as tar:
         assert tar.getmembers() == []
+
+
+@pytest.mark.parametrize("size", [0, 1, 511, 8**7, 8**11 - 1])
+@pytest.mark.parametrize("name", ["00000000.json", "ü" * 50, "a" * 100, "a" * 55 + "/" + "b" * 60])
+def test_headers_are_those_of_tarfile(name: str, size: int) -> None:
+    expected = tarfile.TarInfo(name)
+    expected.size, expected.mode = size, 0o644
+    assert write._header(name, size) == expected.tobuf(tarfile.USTAR_FORMAT, "utf-8", "strict")
+
+
+def test_a_size_that_a_header_cannot_hold_is_an_error() -> None:
+    with pytest.raises(ValueError, match="overflow"):
+        write._header("a.json", 8**11)
