@@ -60,8 +60,8 @@ class _Commands(CommandGroup):
         except UserError as error:
             print_error(f"error: {error}")
             raise typer.Exit(error.status) from None
-        except KeyboardInterrupt:
-            print_error("\ninterrupted: the same command resumes from the last finished job or checkpoint")
+        except KeyboardInterrupt as interrupt:  # with what the same command will do, if it was a job
+            print_error(f"\n{': '.join(['interrupted', *interrupt.args])}")
             raise typer.Exit(130) from None
         except BrokenPipeError:  # whoever reads the output has seen enough
             pass

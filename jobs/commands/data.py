@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import re
 from enum import StrEnum
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from jobs.commands.options import AsJson, Changes, ResultAsJson, print_json, run_file
-from jobs.commands.output import print_text
+from jobs.commands.output import print_error, print_text
 from jobs.spec.load import read_document
 
 
@@ -46,16 +49,62 @@ Several sources, negatives and texts that come with each sample: see jobs/index.
 
 
 def ingest(
-    folder: Annotated[
+    place: Annotated[
         str,
-        typer.Argument(metavar="FOLDER", help="files with captions next to them, captions.jsonl, or PDFs with text"),
+        typer.Argument(
+            metavar="FOLDER_OR_TABLE",
+            help="files with captions next to them, captions.jsonl, PDFs with text; or a table, its URL or a glob",
+        ),
     ],
     out: Annotated[str, typer.Argument(metavar="OUT", help="directory or s3:// URL of the dataset")],
     changes: Changes = None,
     as_json: ResultAsJson = False,
 ) -> None:
-    """Turn a folder of images, videos and PDFs into shards."""
-    run_file(INGEST_SPEC, changes, {"input": folder, "out": out}, as_json=as_json)
+    """Turn a folder of images, videos and PDFs into shards, or a table.
+
+    A table is read with the settings that `rzen look` suggests, which are printed. A folder with media in it is read as
+    media. To change settings of a table, save the spec that `rzen look` prints.
+    """
+    settings: dict[str, Any] = {"input": place, "out": out}
+    if _is_table(place):
+        settings |= {"input": None, "sources": {_name_of(place): _suggested(place)}}
+    run_file(INGEST_SPEC, changes, settings, as_json=as_json)
+
+
+def _is_table(place: str) -> bool:
+    """Return whether a place is a table: a file, a pattern, a URL, or a folder of tables without media."""
+    from pipelines.media.files import KINDS
+    from pipelines.sources.folder import LIST_NAME
+    from pipelines.sources.table_files import is_table
+    from pipelines.storage.urls import is_local, local_path
+
+    if not is_local(place) or not local_path(place).is_dir():
+        return not is_local(place) or is_table(place)
+    names = [path.name for path in local_path(place).rglob("*")]
+    has_media = any(name == LIST_NAME or Path(name).suffix.lower() in KINDS for name in names)
+    return not has_media and any(map(is_table, names))
+
+
+def _name_of(place: str) -> str:
+    """Return a name of a source for a table: that of its file or folder."""
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", place.rstrip("/").rpartition("/")[2].partition(".")[0]).strip("-")
+    return name or "table"
+
+
+def _suggested(table: str) -> dict[str, Any]:
+    """Return the settings that read a table, and print them. Raises `UserError` if no row gives a sample."""
+    from jobs.runtime.progress import is_quiet
+    from pipelines.errors import UserError
+    from pipelines.sources.table_look import look_at
+
+    found = look_at(table, name=_name_of(table), num_samples=0)
+    if not found.num_samples:
+        problem = found.problems[-1] if found.problems else "no row gives a sample"
+        raise UserError(table, problem, f"see `rzen look {table}`, and write the spec that it begins")
+    shown = json.dumps({key: value for key, value in found.settings.items() if key != "table"}, ensure_ascii=False)
+    if not is_quiet():
+        print_error(f"{table} is read with {shown}: see `rzen look {table}`")
+    return found.settings
 
 
 def index(

@@ -12,6 +12,7 @@ import typer
 
 from jobs.commands.output import print_error, print_text
 from jobs.spec.job import JobConfig
+from jobs.spec.kinds import find_kind
 from jobs.spec.load import Document, check, override, read_document
 from jobs.spec.no_effect import warnings
 from pipelines.errors import UserError
@@ -75,8 +76,12 @@ def run_file(
     spec, document = read_spec(path, [*as_changes(settings or {}), *(changes or ())], kind)
     set_environment()  # before the libraries that read it, which the next line imports
     print_warnings(spec, named_specs(spec, document), document)
-    with redirect_stdout(sys.stderr) if as_json else nullcontext():
-        result = run_spec(spec, document)
+    try:
+        with redirect_stdout(sys.stderr) if as_json else nullcontext():
+            result = run_spec(spec, document)
+    except KeyboardInterrupt:
+        does = "resumes from the last finished job or checkpoint" if find_kind(spec.kind).resumes else "starts again"
+        raise KeyboardInterrupt(f"the same command {does}") from None
     if as_json:
         print_json(result)
     elif is_quiet():

@@ -165,6 +165,7 @@ CORPUS = Kind(
     reads={},
     makes={"out": "folder of files with captions"},
     local="draws files into a local folder",
+    resumes=False,
     no_effect=(
         NoEffect("corpus.pages_per_document", lambda spec: not spec.corpus.num_documents, "corpus.num_documents is 0"),
         NoEffect("corpus.repeats", lambda spec: not spec.corpus.num_repeated, "corpus.num_repeated is 0"),
@@ -179,6 +180,7 @@ EMOJI = Kind(
     reads={},
     makes={"out": "folder of pictures with names, and retrieval datasets"},
     local="writes files into a local folder",
+    resumes=False,
 )
 INGEST = Kind(
     name="ingest",
@@ -213,5 +215,6 @@ EXPORT_DATA = Kind(
     run="jobs.data.export_data:run",
     reads={"data": "dataset"},
     makes={"out": "files of the format, report, spec that reads them back"},
+    resumes=False,
     gpus=no_gpus,
 )

@@ -124,6 +124,7 @@ CHECK = Kind(
     reads={"model": "exported model", "data": "dataset"},
     makes={"out": "differences of the vectors"},
     local="needs sentence-transformers, which images do not have",
+    resumes=False,
     no_effect=(
         NoEffect("data.mixture", lambda spec: True, "the first samples of each source are compared"),
         NoEffect("data.negatives_per_sample", lambda spec: True, "queries and targets only are compared"),
@@ -137,6 +138,7 @@ SEARCH = Kind(
     reads={"vectors": "vectors of a corpus", "results": "scores", "curves": "metrics of training runs"},
     makes={"html": "HTML report"},
     local="writes a local report",
+    resumes=False,
     no_effect=(
         NoEffect("results", lambda spec: spec.html is None, "they are part of the report, and html is not set"),
         NoEffect("curves", lambda spec: spec.html is None, "they are part of the report, and html is not set"),

@@ -74,6 +74,8 @@ class Kind:
     """Settings that have no effect under a condition. `rzen validate` and `rzen run` warn of them."""
     impossible: Callable[[Any], str | None] | None = None
     """Function of a checked spec: what cannot work on the cluster that it asks for. An error when a file is checked."""
+    resumes: bool = True
+    """Whether the same command resumes an interrupted job. Otherwise it starts again."""
     not_science: frozenset[str] = frozenset({"submit"})
     """Settings, as dotted keys, that never change the result: they are not part of a run's identity."""
 

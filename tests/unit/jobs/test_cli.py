@@ -179,6 +179,21 @@ def test_exit_status_follows_from_the_error(
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("spec", "does"),
+    [("ingest.yaml", "resumes from the last finished job or checkpoint"), ("export_data.yaml", "starts again")],
+)
+def test_an_interrupted_job_says_what_the_same_command_does(
+    spec: str, does: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jobs.runtime.dispatch.run_spec", interrupted)
+    assert main(["run", str(ROOT / "jobs" / spec)]) == 130
+    assert capsys.readouterr().err.strip().splitlines()[-1] == f"interrupted: the same command {does}"
+
+
 def test_an_error_that_nobody_expects_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jobs.commands.spec.run_file", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from jobs.cli import main
+from jobs.data.specs import IngestSpec
 from jobs.spec.load import check, read_document
 from pipelines.sources.suggest import suggest_columns
 from pipelines.sources.table import open_table
@@ -206,3 +207,29 @@ def test_media_of_a_table_in_an_object_store_are_looked_for_nearby(
     source = found["spec"]["sources"]["mine"]
     assert (source.get("media_root"), source.get("rebase")) == (root and f"{store.url}/{root}", rebase)
     assert (found["media"], found["problems"]) == ({"image": 2}, [])
+
+
+def test_ingest_takes_a_table_with_the_settings_that_look_suggests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[IngestSpec] = []
+    monkeypatch.setattr("jobs.runtime.dispatch.run_spec", lambda spec, _: ran.append(spec) or {"outputs": []})
+    monkeypatch.chdir(tmp_path)
+    table = write_table(write_pictures(tmp_path, "img/a.jpg") / "my shop.csv", [{"title": "a", "photo": "img/a.jpg"}])
+    assert main(["ingest", table, "out", "--set", "seed=3"]) == 0
+    assert (ran[0].input, ran[0].out, ran[0].seed) == (None, "out", 3)
+    (name,) = ran[0].sources
+    source = ran[0].sources[name].model_dump(exclude_unset=True)
+    assert (name, source["query"], source["positive"]) == ("my-shop", {"text": "title"}, {"media": "photo"})
+    assert 'is read with {"query": {"text": "title"}' in capsys.readouterr().err
+
+    write_table(tmp_path / "tables/t.jsonl", [{"anchor": "a", "positive": "b"}])
+    assert main(["ingest", "tables", "out"]) == 0  # a folder of tables alone
+    assert ran[1].sources["tables"].preset == "anchor"
+    (tmp_path / "tables/b.jpg").write_bytes(picture(1))
+    assert main(["ingest", "tables", "out"]) == 0  # notes of a camera next to its pictures
+    assert (ran[2].input, ran[2].sources) == ("tables", {})
+
+    assert main(["ingest", write_table(tmp_path / "n.jsonl", [{"number": 3}]), "out"]) == 1
+    assert "n.jsonl: no column says what is a query" in capsys.readouterr().err
+    assert len(ran) == 3
