@@ -21,6 +21,7 @@ from pipelines.samples import (
     ArchiveRef,
     CellRef,
     FileRef,
+    Input,
     Media,
     MediaKind,
     Members,
@@ -198,7 +199,9 @@ def _stored_media(media: Media, materialized: bool) -> Media:
 
 
 def _with_media(sample: Sample, stored: Callable[[Media], Media]) -> Sample:
-    query, positive, *negatives = (replace(part, media=tuple(map(stored, part.media))) for part in sample.inputs())
+    query, positive, *negatives = (
+        Input(part.text, tuple(map(stored, part.media))) if part.media else part for part in sample.inputs()
+    )
     return replace(sample, query=query, positive=positive, negatives=tuple(negatives))
 
 

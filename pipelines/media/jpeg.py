@@ -28,8 +28,8 @@ _BYTES_PER_PIXEL = 32  # in memory while a picture is decoded, and as much again
 def first_block(data: bytes, config: MediaConfig) -> bytes | None:
     """Return a JPEG of the first block of `data`. If it decodes, so does `data`, within the limits of `config`.
 
-    None for a file of which this is not known: another format, several scans, unusual sampling, too many pixels, data
-    without an end. Such a file has to be decoded as a whole. `tests/faults/test_jpeg.py` compares both.
+    None where this is unknown: another format, several scans, unusual sampling, too many pixels, data without an end.
+    Such a file has to be decoded as a whole. `tests/faults/test_jpeg.py` compares both.
     """
     if not data.startswith(_START):
         return None

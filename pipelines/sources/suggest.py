@@ -1,4 +1,4 @@
-"""Settings for a table that nobody has described yet. They follow from its columns, and from what lies near it."""
+"""Settings for a table that nobody has described yet. They follow from its columns, and from the files near it."""
 
 from __future__ import annotations
 

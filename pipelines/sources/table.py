@@ -171,6 +171,9 @@ def _pool(
         raise UserError(place, "names targets by id and has no pool", "add pool: {table: FILE, id: COLUMN, ...}")
     own = tuple(find_table(pool.table, endpoint, f"{place}.pool.table")) if pool.table else files
     columns = [column.name for column in list_columns(own[0], endpoint)]
+    if pool.table is None and not any(path.columns(columns) for path in parse_selector(pool.id).paths):
+        problem = f"names targets by id, and {own[0].url} has no column {pool.id!r} of ids"
+        raise UserError(place, problem, f"add pool: {{table: FILE}}, the table of the targets, which has {pool.id!r}")
     media = [pool.media] if isinstance(pool.media, str) else list(pool.media or ())
     selectors = {"id": pool.id} | ({"text": pool.text} if pool.text else {})
     selectors |= {f"media[{number}]": selector for number, selector in enumerate(media)}

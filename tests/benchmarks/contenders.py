@@ -271,7 +271,7 @@ def run_webdataset(run: Run) -> Result:
 def run_streaming(run: Run) -> Result:
     from torch.utils.data import DataLoader
 
-    class Mds(_streaming(run).StreamingDataset):  # type: ignore[misc]
+    class Mds(import_streaming(run.streaming).StreamingDataset):  # type: ignore[misc]
         """The samples as `convert` wrote them."""
 
         def __getitem__(self, at: Any) -> list[Any]:
@@ -289,7 +289,7 @@ def run_streaming(run: Run) -> Result:
 def convert(run: Run) -> str | None:
     """The shards as MDS, uncompressed, unless they are there. The version of Streaming, if it is installed."""
     try:
-        package = _streaming(run)
+        package = import_streaming(run.streaming)
     except ModuleNotFoundError:
         return None
     target = Path(run.root, MDS)
@@ -313,9 +313,10 @@ class _Unused(types.ModuleType):
         return object
 
 
-def _streaming(run: Run) -> Any:
-    if run.streaming:
-        sys.path.append(run.streaming)  # behind everything else, so that it adds packages and replaces none
+def import_streaming(folder: str | None) -> Any:
+    """MosaicML Streaming without its datasets of pictures, from a folder of packages or this environment."""
+    if folder:
+        sys.path.append(folder)  # behind everything else, so that it adds packages and replaces none
     sys.modules["streaming.vision"] = _Unused("streaming.vision")
     import streaming  # type: ignore[import-not-found]
 

@@ -1,10 +1,11 @@
 """How much memory the driver of an ingest takes, and how fast tables become shards.
 
-    python -m tests.benchmarks.ingest [--write] [--turns 5] [--rows 1000000] [--listed 26000000]
+    python -m tests.benchmarks.ingest [--write] [--turns 5] [--rows 1000000] [--listed 26000000] [--peers FOLDER]
 
 Each figure comes from a process of its own. Pictures are 224 px JPEGs in the cells of a Parquet file. CPU seconds are
-those of all processes, those of Ray included. The plain loop is webdataset's ShardWriter on the rows of the same file:
-it decodes nothing, splits and shuffles nothing, and cannot resume.
+those of all processes, Ray's included. The writers of others run in one loop over the rows of the same file. They split
+and shuffle nothing, and cannot resume. ShardWriter and MDSWriter check no picture. So one loop decodes each with PIL
+and then writes it. img2dataset's step decodes with OpenCV.
 """
 
 from __future__ import annotations
@@ -12,12 +13,11 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from importlib.metadata import version
+from collections.abc import Callable, Iterator
+from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,14 @@ from pipelines.ingest.settings import IngestSettings
 from pipelines.sources.table import open_table
 from pipelines.sources.table_config import TableSource
 from pipelines.storage.location import open_store
+from tests.benchmarks.contenders import import_streaming
 from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.turns import answer, say, show, spread
 
 _FILE_ROWS = 1_000_000
 _GROUP_ROWS = 10_000
 _PICTURES, _PICTURES_OF_GROUP = 4000, 250
+_UNCHECKED = ("webdataset ShardWriter", "MosaicML MDSWriter")
 
 
 def write_texts(folder: Path, num_rows: int) -> None:
@@ -134,20 +136,99 @@ def _cpu_s(process: Any) -> float:
     return sum(one.user + one.system + one.children_user + one.children_system for one in times)
 
 
-def plain(table: str, out: str) -> dict[str, float]:
-    """Write the rows of a Parquet file with webdataset's ShardWriter, in one loop."""
+def _rows(table: str) -> Iterator[tuple[int, str, bytes]]:
+    """Number, caption and picture of each row, a few at a time."""
+    number = 0
+    for batch in pq.ParquetFile(table).iter_batches(64):
+        for row in batch.to_pylist():
+            yield number, row["q"], row["image"]["bytes"]
+            number += 1
+
+
+def shard_writer(table: str, out: str, _peers: str) -> int:
+    """Write with webdataset's ShardWriter."""
+    return _write_tars(table, out, lambda data: None)
+
+
+def decoded_shard_writer(table: str, out: str, _peers: str) -> int:
+    """Decode each picture with PIL, and write with webdataset's ShardWriter."""
+
+    def decode(data: bytes) -> None:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+
+    return _write_tars(table, out, decode)
+
+
+def _write_tars(table: str, out: str, check: Callable[[bytes], None]) -> int:
     import webdataset
 
-    Path(out).mkdir(parents=True)
-    begun_s, number = (time.perf_counter(), time.process_time()), 0
+    number = -1
     with webdataset.ShardWriter(f"{out}/%06d.tar", maxcount=1000, verbose=0) as writer:
-        for batch in pq.ParquetFile(table).iter_batches(64):
-            for row in batch.to_pylist():
-                writer.write({"__key__": f"{number:08d}", "jpg": row["image"]["bytes"], "json": {"q": row["q"]}})
-                number += 1
+        for number, caption, data in _rows(table):
+            check(data)
+            writer.write({"__key__": f"{number:08d}", "jpg": data, "json": {"q": caption}})
+    return number + 1
+
+
+def mds_writer(table: str, out: str, peers: str) -> int:
+    """Write with MosaicML's MDSWriter, with a SHA-256 of each shard."""
+    streaming, count = import_streaming(peers), 0
+    columns = {"q": "str", "jpg": "bytes"}
+    with streaming.MDSWriter(out=out, columns=columns, hashes=["sha256"], size_limit=17 << 20) as writer:
+        for _, caption, data in _rows(table):
+            writer.write({"q": caption, "jpg": data})
+            count += 1
+    return count
+
+
+def img2dataset_writer(table: str, out: str, peers: str) -> int:
+    """Decode with img2dataset's resizer, which leaves the picture as it is, and write with its writer of tars."""
+    sys.path.append(peers)
+    from img2dataset.resizer import Resizer  # type: ignore[import-not-found]
+    from img2dataset.writer import WebDatasetSampleWriter  # type: ignore[import-not-found]
+
+    resizer = Resizer(256, "no", resize_only_if_bigger=False, skip_reencode=True)
+    schema = pa.schema([("key", pa.string()), ("caption", pa.string()), ("width", pa.int32()), ("height", pa.int32())])
+    writer, number = None, -1
+    for number, caption, data in _rows(table):
+        if number % 1000 == 0:
+            if writer:
+                writer.close()
+            writer = WebDatasetSampleWriter(number // 1000, out, True, 5, schema, "jpg")
+        stored, _, _, width, height, error = resizer(io.BytesIO(data))
+        assert error is None
+        assert writer
+        key = f"{number:08d}"
+        writer.write(stored, key, caption, {"key": key, "caption": caption, "width": width, "height": height})
+    if writer:
+        writer.close()
+    return number + 1
+
+
+WRITERS: dict[str, tuple[str, Callable[[str, str, str], int]]] = {
+    "shard_writer": ("webdataset ShardWriter", shard_writer),
+    "decoded_shard_writer": ("PIL, then ShardWriter", decoded_shard_writer),
+    "mds_writer": ("MosaicML MDSWriter", mds_writer),
+    "img2dataset_writer": ("img2dataset, resizer and writer", img2dataset_writer),
+}
+"""Function -> what the report calls it, and the function."""
+
+
+def written(name: str, table: str, out: str, peers: str) -> dict[str, float]:
+    """Measure a writer. Its imports are not counted: a small file was written before."""
+    Path(out).mkdir(parents=True)
+    write = WRITERS[name][1]
+    with tempfile.TemporaryDirectory() as folder:
+        few = pq.ParquetFile(table).read_row_group(0).slice(0, 10)
+        pq.write_table(few, f"{folder}/few.parquet")
+        Path(folder, "few").mkdir()
+        write(f"{folder}/few.parquet", f"{folder}/few", peers)
+    begun_s = time.perf_counter(), time.process_time()
+    rows = write(table, out, peers)
     seconds, cpu_s = time.perf_counter() - begun_s[0], time.process_time() - begun_s[1]
-    mb = sum(path.stat().st_size for path in Path(out).glob("*.tar")) / 1e6
-    return {"rows": number, "mb": mb, "s": seconds, "cpu_s": cpu_s}
+    mb = sum(path.stat().st_size for path in Path(out).iterdir()) / 1e6
+    return {"rows": rows, "mb": mb, "s": seconds, "cpu_s": cpu_s}
 
 
 def _measured(arguments: argparse.Namespace, folder: Path) -> str:
@@ -162,12 +243,15 @@ def _measured(arguments: argparse.Namespace, folder: Path) -> str:
     many = _asked("listed", str(folder / "many"))
     say("pictures")
     write_pictures(folder / "pictures.parquet")
-    turns: dict[str, list[dict[str, float]]] = {"rzen ingest": [], "ShardWriter": []}
+    table = f"{folder}/pictures.parquet"
+    names = [name for name in WRITERS if arguments.peers or name.endswith("shard_writer")]
+    turns: dict[str, list[dict[str, float]]] = {"rzen ingest": [], **{WRITERS[name][0]: [] for name in names}}
     for turn in range(arguments.turns):
         out = f"{folder}/turn{turn}"
-        turns["rzen ingest"].append(_asked("ingested", f"{folder}/pictures.parquet", f"{out}-a", "pictures"))
-        turns["ShardWriter"].append(_asked("plain", f"{folder}/pictures.parquet", f"{out}-b"))
-    return _report(memory, many, turns)
+        turns["rzen ingest"].append(_asked("ingested", table, out, "pictures"))
+        for name in names:
+            turns[WRITERS[name][0]].append(_asked("written", name, table, f"{out}-{name}", arguments.peers or ""))
+    return _report(memory, many, turns, arguments.peers)
 
 
 def _asked(what: str, *words: str) -> dict[str, float]:
@@ -176,8 +260,16 @@ def _asked(what: str, *words: str) -> dict[str, float]:
     return found
 
 
-def _report(memory: list[dict[str, float]], many: dict[str, float], turns: dict[str, list[dict[str, float]]]) -> str:
-    versions = ", ".join(f"{name} {version(name)}" for name in ("ray", "pyarrow", "webdataset", "pillow"))
+def _report(
+    memory: list[dict[str, float]],
+    many: dict[str, float],
+    turns: dict[str, list[dict[str, float]]],
+    peers: str | None,
+) -> str:
+    named = [f"{name} {version(name)}" for name in ("ray", "pyarrow", "webdataset", "pillow")]
+    for name in ("mosaicml-streaming", "img2dataset", "opencv-python-headless") if peers else ():
+        named += [f"{name} {found.version}" for found in distributions(name=name, path=[peers])]
+    versions = ", ".join(named)
     lines = ["# How much memory ingest takes, and how fast it is", "", f"* {describe_machine()}", f"* {versions}", ""]
     lines += ["| rows of text | driver before, MB | driver at most, MB | s | rows/s |", "|---:|---:|---:|---:|---:|"]
     for found in memory:
@@ -190,28 +282,31 @@ def _report(memory: list[dict[str, float]], many: dict[str, float], turns: dict[
         f" {many['groups']:,.0f} groups in {many['s']:.1f} s. The driver took {many['peak_mb']:,.0f} MB at most,"
         f" {many['before_mb']:,.0f} MB of it before.",
         "",
-        "| pictures | rows/s | rows/CPU s | MB/CPU s |",
-        "|---|---:|---:|---:|",
+        f"{_PICTURES:,} pictures of 224 px, medians of {len(turns['rzen ingest'])} turns, smallest and largest in"
+        " brackets. Last column: CPU of `rzen ingest` for a row, as a multiple.",
+        "",
+        "| pictures | checks each | rows/s | rows/CPU s | MB/CPU s | rzen takes |",
+        "|---|---|---:|---:|---:|---:|",
     ]
     for name, found_turns in turns.items():
+        ratios = [
+            ours["cpu_s"] / ours["rows"] / (theirs["cpu_s"] / theirs["rows"])
+            for ours, theirs in zip(turns["rzen ingest"], found_turns, strict=True)
+        ]
         row = [
+            "no" if name in _UNCHECKED else "yes",
             spread([turn["rows"] / turn["s"] for turn in found_turns], ",.0f"),
             spread([turn["rows"] / turn["cpu_s"] for turn in found_turns], ",.0f"),
             spread([turn["mb"] / turn["cpu_s"] for turn in found_turns], ",.1f"),
+            "" if name == "rzen ingest" else spread(ratios, ".1f"),
         ]
         lines.append(f"| {name} | {' | '.join(row)} |")
-    pairs = zip(turns["rzen ingest"], turns["ShardWriter"], strict=True)
-    ratios = [ours["cpu_s"] / ours["rows"] / (theirs["cpu_s"] / theirs["rows"]) for ours, theirs in pairs]
-    lines += ["", f"Medians of {len(ratios)} turns, smallest and largest in brackets. For a row, `rzen ingest` takes"]
-    lines[-1] += (
-        f" {statistics.median(ratios):.1f} times the CPU of ShardWriter: it decodes each picture once in a child"
-    )
-    lines[-1] += " process, and hashes, shuffles, splits and indexes."
+    lines += ["", "`rzen ingest` also hashes, shuffles, splits and indexes. Its start is counted, theirs is not."]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    workers: dict[str, Callable[..., dict[str, float]]] = {"listed": listed, "ingested": ingested, "plain": plain}
+    workers: dict[str, Callable[..., dict[str, float]]] = {"listed": listed, "ingested": ingested, "written": written}
     if len(sys.argv) > 1 and sys.argv[1] in workers:
         print(json.dumps(workers[sys.argv[1]](*sys.argv[2:])))
         return
@@ -220,6 +315,13 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--rows", type=int, default=10**6, help="most rows of text that are ingested")
     parser.add_argument("--listed", type=int, default=26_000_000, help="rows of the table that is listed")
+    parser.add_argument(
+        "--peers",
+        metavar="FOLDER",
+        help="packages of MDSWriter and img2dataset: pip install --no-deps --target FOLDER mosaicml-streaming"
+        " img2dataset albumentations albucore simsimd stringzilla opencv-python-headless exifread fire termcolor"
+        " dataclasses_json marshmallow typing_inspect brotli zstd python-snappy cramjam catalogue xxhash",
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="rzen-ingest-") as folder:
         show(_measured(arguments, Path(folder)), __file__, write=arguments.write)
