@@ -63,6 +63,7 @@ def prepare(spec: TrainSpec, leases: HeldLeases) -> Prepared | None:
     reader = Reader(spec.data)
     plan = plan_of(spec, reader)
     plan.check_world_size(spec.cluster.workers)
+    spec.objective.check_tasks(reader.tasks(plan))
     check_backbone(spec)
     spec, adapter = with_init_adapter(spec)
     check_tracking(spec.run.tracking)

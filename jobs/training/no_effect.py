@@ -37,6 +37,10 @@ def _fixed(spec: TrainSpec) -> bool:
     return not spec.objective.temperature.learnable
 
 
+def _only_reverse(spec: TrainSpec) -> bool:
+    return spec.objective.symmetric == 1 and not spec.objective.tasks
+
+
 def _no_sandbox(spec: TrainSpec) -> bool:
     return spec.data.trusted and spec.data.media.video_backend != "decord"
 
@@ -50,10 +54,15 @@ NO_EFFECT = (
         "init_adapter decides, and the run fails where it says otherwise",
     ),
     NoEffect("objective.mined", lambda spec: spec.data.negatives_per_sample == 0, "data.negatives_per_sample is 0"),
-    NoEffect("objective.mined", lambda spec: spec.objective.symmetric == 1, "symmetric: 1 leaves no query -> targets"),
+    NoEffect(
+        "objective.tasks.*.mined",
+        lambda spec: spec.data.negatives_per_sample == 0,
+        "data.negatives_per_sample is 0",
+    ),
+    NoEffect("objective.mined", _only_reverse, "symmetric: 1 leaves no query -> targets"),
     NoEffect(
         "data.negatives_per_sample",
-        lambda spec: spec.objective.symmetric == 1,
+        _only_reverse,
         "objective.symmetric: 1 leaves no query -> targets, so that mined negatives are never scored",
     ),
     NoEffect(

@@ -63,6 +63,10 @@ class TrainSpec(JobConfig):
         if groups > tokens and self.model.prompt.template != "rzen_release":
             problem = f"data.media.frames={self.data.media.frames} need {groups} tokens of a video at least"
             raise ValueError(f"{problem}, above model.prompt.max_visual_tokens={tokens}")
+        for task in ["", *self.objective.tasks]:
+            if not (self.objective.of_task(task).in_batch or self.data.negatives_per_sample):
+                place = f"objective.tasks.{task}" if task else "objective"
+                raise ValueError(f"{place}.in_batch: false leaves no negatives; set data.negatives_per_sample")
         if self.model.quantize and self.optim.zero_stage == 3:
             raise ValueError(f"model.quantize={self.model.quantize} works with optim.zero_stage 1 and 2 only")
         if self.model.quantize and not self.cluster.gpus_per_worker:

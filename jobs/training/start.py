@@ -108,7 +108,9 @@ def describe_start(spec: TrainSpec, adapter: InitAdapter | None) -> None:
     tuning = "every weight"
     if spec.model.tune == "lora":
         alpha = lora.alpha or 2 * lora.rank
-        tuning = str(adapter) if adapter else f"new LoRA rank {lora.rank}, alpha {alpha:g}, dropout {lora.dropout:g}"
+        scope = "vision tower and language model" if lora.scope == "all" else "language model only"
+        new = f"new LoRA rank {lora.rank}, alpha {alpha:g}, dropout {lora.dropout:g} ({scope})"
+        tuning = str(adapter) if adapter else new
     instructions = "on" if spec.data.instructions else "off"
     say(f"    {name}, {tuning}, {spec.model.dtype}; instructions {instructions}", "dim")
     if token_px := _token_px(spec):

@@ -8,6 +8,7 @@ from rzen.config.model import (
     BackboneFamily,
     Dtype,
     LoraConfig,
+    LoraScope,
     ModelConfig,
     ModelIdentity,
     Packing,
@@ -22,6 +23,7 @@ from rzen.config.objective import (
     HardnessConfig,
     MinedConfig,
     ObjectiveConfig,
+    TaskObjectiveConfig,
     TemperatureConfig,
 )
 from rzen.config.optim import OptimConfig
@@ -46,6 +48,7 @@ __all__ = [
     "GreedySoup",
     "HardnessConfig",
     "LoraConfig",
+    "LoraScope",
     "MeanSoup",
     "MinedConfig",
     "ModelCard",
@@ -62,6 +65,7 @@ __all__ = [
     "SearchedSoup",
     "SlerpSoup",
     "SoupConfig",
+    "TaskObjectiveConfig",
     "TemperatureConfig",
     "TiesSoup",
     "TinyBackbone",

@@ -59,8 +59,15 @@ class PromptConfig(Config):
         return self
 
 
+LoraScope = Literal["all", "language_model"]
+
+
 class LoraConfig(Config):
-    """Low-rank adapters on every linear layer of the vision tower and the language model (paper, section 4)."""
+    """Low-rank adapters on linear layers of the backbone."""
+
+    scope: LoraScope = "all"
+    """`all`: every linear layer of the vision tower, the projector and the language model (paper, section 4).
+    `language_model` leaves the vision tower and the projector as they are (U-MARVEL)."""
 
     rank: PositiveInt = 64
     """Rank of the adapters (paper)."""
@@ -111,7 +118,7 @@ class ModelConfig(ModelIdentity):
     backbone: str | TinyBackbone
     """A checkpoint directory (path or s3:// URL), a hub name, or a `TinyBackbone` that is built from the data."""
     tune: Literal["lora", "full"] = "lora"
-    """`lora` trains adapters on all linear layers. `full` trains every weight."""
+    """`lora` trains adapters (`lora.scope` says on which layers). `full` trains every weight."""
     lora: LoraConfig = LoraConfig()
     """Settings of a new adapter. With `init_adapter`, that adapter decides, and what is set here must agree."""
     quantize: Literal["nf4"] | None = None

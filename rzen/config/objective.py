@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from pipelines.config import Config, Fraction, NonNegativeInt, PositiveFloat, PositiveInt
+from pipelines.errors import UserError
 
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 
@@ -93,12 +95,44 @@ class DistillationConfig(Config):
     some tasks worse, such as captions of images. Our choice."""
 
 
+Inherit = Literal["inherit"]
+Margin = Annotated[float, Field(ge=0, lt=2)]
+FocalGamma = Annotated[float, Field(ge=1)]
+
+
+class TaskObjectiveConfig(Config):
+    """Settings of the objective for one task. `inherit` is the setting of all tasks, and others replace it whole."""
+
+    in_batch: bool | Inherit = "inherit"
+    """`false`: only mined negatives, as for classification, where other targets of the batch may be right as well."""
+    hardness: HardnessConfig | Inherit | None = "inherit"
+    """Weights of in-batch negatives."""
+    false_negatives: FalseNegativeConfig | Inherit | None = "inherit"
+    """False-negative elimination."""
+    mined: MinedConfig | Inherit = "inherit"
+    """Mined hard negatives: shared or of their own query, and their weights."""
+    duplicates: Literal["drop", "positive"] | Inherit = "inherit"
+    """Other right answers of the batch."""
+    margin: Margin | Inherit | None = "inherit"
+    """Margin above which a negative is dropped."""
+    focal_gamma: FocalGamma | Inherit | None = "inherit"
+    """Focal weights of queries."""
+    symmetric: Fraction | Inherit = "inherit"
+    """Share of the reverse direction."""
+    same_side: list[Literal["queries", "targets"]] | Inherit = "inherit"
+    """Other queries and other targets as negatives."""
+    distillation: DistillationConfig | Inherit | None = "inherit"
+    """Learn from a teacher's scores of candidates. `null`: not for this task."""
+
+
 class ObjectiveConfig(Config):
     """InfoNCE with the recipe's additions and further options. All compose; raw loss values are not comparable.
 
     Pairs with a `relevance` are trained on its order (CoSENT). Only the temperature and `matryoshka` apply to them.
     """
 
+    in_batch: bool = True
+    """Whether other targets of the batch are negatives. `false`: only mined negatives, which all samples then need."""
     hardness: HardnessConfig | None = HardnessConfig()
     """Weights of in-batch negatives. `null`: all 1 (stage 1)."""
     false_negatives: FalseNegativeConfig | None = FalseNegativeConfig()
@@ -113,9 +147,9 @@ class ObjectiveConfig(Config):
     """Other targets of the batch that are right answers: those with the content of the positive, and the targets of
     equal queries. `drop` leaves them out. `positive` makes them positives too, and the loss of a query is the mean
     over its positives."""
-    margin: Annotated[float, Field(ge=0, lt=2)] | None = None
+    margin: Margin | None = None
     """Drop negatives with s > s(q, k+) + margin: too good to be negative (Qwen3-Embedding has 0.1)."""
-    focal_gamma: Annotated[float, Field(ge=1)] | None = None
+    focal_gamma: FocalGamma | None = None
     """Weigh each query by (1 - p)^gamma, p the probability of its positive. Queries that are right already count less
     (KaLM-Embedding-V2; Lin et al., arXiv 1708.02002)."""
     symmetric: Fraction = 0.0
@@ -125,6 +159,8 @@ class ObjectiveConfig(Config):
     matryoshka: list[PositiveInt] = Field(default=[])
     """Smaller widths of the vector that are trained too: its first values are a vector of their own. The loss is the
     mean over these and the full width (Kusupati et al., arXiv 2205.13147)."""
+    tasks: dict[str, TaskObjectiveConfig] = Field(default={})
+    """Task -> settings that hold for its batches instead. A group of sources with several tasks has its own name."""
     tile_rows: PositiveInt | None = 512
     """Queries of a worker that are scored at a time against all columns. Memory is tile_rows x columns instead of all
     queries x columns. Work and results stay the same. `null`: all at once. Our choice."""
@@ -133,17 +169,41 @@ class ObjectiveConfig(Config):
     def _compatible(self) -> ObjectiveConfig:
         if len(set(self.same_side)) < len(self.same_side) or len(set(self.matryoshka)) < len(self.matryoshka):
             raise ValueError("same_side and matryoshka must not name anything twice")
-        if self.distillation and self.distillation.teacher_temperature == "student" and self.temperature.learnable:
+        if any(map(_follows_student, [self, *map(self.of_task, self.tasks)])) and self.temperature.learnable:
             raise ValueError(
                 "distillation.teacher_temperature: student needs a fixed temperature, because a larger one lowers the"
                 " loss by itself; set temperature.learnable: false, or a number"
             )
-        if self.symmetric == 1 and self.distillation:
-            raise ValueError(
-                "distillation needs query -> targets, of which symmetric: 1 leaves nothing; lower symmetric"
-            )
-        if self.symmetric == 1 and self.same_side:
-            raise ValueError(
-                "same_side adds to query -> targets, of which symmetric: 1 leaves nothing; lower symmetric"
-            )
+        for place, some in [("", self), *((f"tasks.{task}: ", self.of_task(task)) for task in self.tasks)]:
+            if some.symmetric == 1 and some.same_side:
+                raise ValueError(
+                    f"{place}same_side adds to query -> targets, of which symmetric: 1 leaves nothing; lower symmetric"
+                )
+            if some.symmetric == 1 and some.distillation:
+                raise ValueError(
+                    f"{place}distillation needs query -> targets, of which symmetric: 1 leaves nothing; lower symmetric"
+                )
+            if not some.in_batch and (some.symmetric or some.same_side):
+                raise ValueError(
+                    f"{place}in_batch: false leaves symmetric and same_side without negatives; set symmetric: 0 and"
+                    " same_side: []"
+                )
         return self
+
+    def of_task(self, task: str) -> ObjectiveConfig:
+        """Return the settings that hold for a task."""
+        if task not in self.tasks:
+            return self.model_copy(update={"tasks": {}})
+        own = self.tasks[task]
+        settings = {name: getattr(own, name) for name in type(own).model_fields}
+        return self.model_copy(update={name: it for name, it in settings.items() if it != "inherit"} | {"tasks": {}})
+
+    def check_tasks(self, tasks: Collection[str]) -> None:
+        """Raise `UserError` for settings of a task that is none of `tasks`."""
+        for task in sorted(set(self.tasks).difference(tasks)):
+            problem = "is no task of the sources that are trained on"
+            raise UserError(f"objective.tasks.{task}", problem, f"name one of {', '.join(sorted(tasks))}")
+
+
+def _follows_student(config: ObjectiveConfig) -> bool:
+    return config.distillation is not None and config.distillation.teacher_temperature == "student"

@@ -1,8 +1,9 @@
-"""Low-rank adapters on every linear layer of the vision tower, the merger and the language model (PEFT)."""
+"""Low-rank adapters on the linear layers of the vision tower, the merger and the language model (PEFT)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from transformers import PreTrainedModel
 
 from pipelines.errors import UserError
 from pipelines.stored_json import read_json
-from rzen.config import LoraConfig, ModelIdentity
+from rzen.config import LoraConfig, LoraScope, ModelIdentity
 from rzen.model.checkpoints import ADAPTER_CONFIG, IDENTITY, TEMPERATURES, write_json
 
+_VISUAL = r"(.*\.)?visual\..*"
+"""Names of modules of the vision tower, which has the merger in it, in all families."""
 WEIGHTS, CONFIG = "adapter_model.safetensors", ADAPTER_CONFIG
 
 
@@ -26,13 +29,14 @@ def add_lora(backbone: PreTrainedModel, config: LoraConfig, seed: int) -> peft.P
     """Freeze the backbone, in place, and put a new adapter on it. Equal seeds give equal adapters. B starts at zero.
 
     `all-linear` covers the vision tower, which the usual list of projection names misses. It leaves out the patch
-    embedding, which is a convolution.
+    embedding, which is a convolution. The scope `language_model` leaves out all of the vision tower and the merger.
     """
     settings = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha or 2 * config.rank,
         lora_dropout=config.dropout,
         target_modules="all-linear",
+        exclude_modules=_VISUAL if config.scope == "language_model" else None,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -83,6 +87,11 @@ def load_adapter(backbone: PreTrainedModel, folder: Path, *, trainable: bool = F
         problem = f"does not fit the backbone: {len(unmatched)} tensors without a partner, such as {min(unmatched)}"
         raise UserError(str(folder), problem, "name the base of its training")
     return model
+
+
+def scope_of(modules: Iterable[str]) -> LoraScope:
+    """Return the scope of an adapter with these modules."""
+    return "all" if any(re.fullmatch(_VISUAL, module) for module in modules) else "language_model"
 
 
 def _adapter_state(model: peft.PeftModel) -> dict[str, Tensor]:

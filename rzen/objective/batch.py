@@ -1,6 +1,6 @@
 """What the objective is given: the vectors of one rank's queries, and everything that they are contrasted with.
 
-Shapes: B own pairs, N pairs of all ranks, M mined negatives.
+Shapes: B own pairs, N pairs of all ranks, M mined negatives of all ranks, K of one query.
 """
 
 from __future__ import annotations
@@ -17,17 +17,22 @@ from rzen.vectors import Vectors, take, widen
 
 @dataclass(frozen=True)
 class Mined:
-    """Mined negatives of all ranks."""
+    """Mined negatives: of all ranks, and of every query (`[M]`), or K of each own query, and of no other (`[B, K]`)."""
 
     vectors: Vectors
-    """M rows, gathered with gradient. Rows without a negative may hold anything finite."""
+    """M rows, gathered with gradient, or B rows of K vectors. Places without a negative may hold anything finite."""
     owners: Tensor
-    """`[M]`, number of the query, among those of all ranks, that each was mined for; -1 where there is none."""
+    """`[M]` or `[B, K]`, number of the query, among those of all ranks, that each was mined for; -1 for none."""
     teacher_scores: Tensor | None = None
-    """`[M]`, score that a teacher gives each negative for its owner; NaN where unknown."""
+    """`[M]` or `[B, K]`, score that a teacher gives each negative for its owner; NaN where unknown."""
     ids: Tensor | None = None
-    """`[M]`, content of each negative, equal to the id of a target or query of equal content. Without them, a negative
-    that is a right answer of a row counts as a negative of it."""
+    """`[M]` or `[B, K]`, content of each negative, equal to the id of a target or query of equal content. Without them,
+    a negative that is a right answer of a row counts as a negative of it."""
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether each is a negative of all queries."""
+        return self.owners.ndim == 1
 
 
 @dataclass(frozen=True)
@@ -80,9 +85,9 @@ class Batch:
             self.target_ids,
             self.query_ids,
             self.instruction_ids,
-            None if self.mined is None else self.mined.ids,
+            None if self.mined is None or self.mined.ids is None else self.mined.ids.flatten(),
             num_pairs=len(self.targets),
-            num_mined=0 if self.mined is None else len(self.mined.owners),
+            num_mined=0 if self.mined is None else self.mined.owners.numel(),
             device=self.targets.device,
         )
 

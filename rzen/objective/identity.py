@@ -27,7 +27,7 @@ class Identity:
     asked: Tensor
     """`[N]`, number of each query with its instruction."""
     mined: Tensor
-    """`[M]`, content of each mined negative."""
+    """`[M]`, content of each mined negative. Those of one own query follow each other where they are not shared."""
     num_contents: int
     num_asked: int
     is_plain: bool
@@ -77,6 +77,16 @@ class Identity:
         if self.is_plain:
             return (self.targets[row_R, None] == self.mined).logical_or_(self.queries[row_R, None] == self.mined)
         return self._near_queries(row_R)[:, self.mined]
+
+    def query_to_own_mined(self, row_R: Tensor, own_R: Tensor, num_own: int) -> Tensor:
+        """Mark, of the K mined negatives of each row itself, those that are no negatives of it, `[R, K]`.
+
+        `own_R` numbers the rows among the `num_own` own queries, which have equally many mined negatives.
+        """
+        mined_RK = self.mined.view(num_own, -1)[own_R]
+        if self.is_plain:
+            return (self.targets[row_R, None] == mined_RK).logical_or_(self.queries[row_R, None] == mined_RK)
+        return self._near_queries(row_R).gather(1, mined_RK)
 
     def query_to_queries(self, row_R: Tensor) -> Tensor:
         """Mark the queries that are no negatives of these queries, `[R, N]`: those with a common answer included."""

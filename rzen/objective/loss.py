@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +23,11 @@ from rzen.objective.graded import graded_loss, is_graded
 from rzen.objective.pools import Direction, Pool
 from rzen.objective.similarity import Cosine, Similarity
 from rzen.objective.statistics import batch_means
-from rzen.objective.terms import terms_of
+from rzen.objective.terms import Term, terms_of
 from rzen.objective.tiles import Work, tiled_loss
 from rzen.vectors import width
+
+T = TypeVar("T")
 
 
 class Objective(nn.Module):
@@ -62,8 +65,10 @@ class Objective(nn.Module):
         temperature = config.temperature
         self.config = config
         self.similarity = similarity or Cosine()
-        self.terms = terms_of(config)
         self.tasks = tuple(sorted(set(tasks)))
+        config.check_tasks(self.tasks)
+        self.configs = {task: config.of_task(task) for task in self.tasks}
+        self.terms = {task: terms_of(some) for task, some in self.configs.items()}
         self.bounds = (math.log(temperature.minimum), math.log(temperature.maximum))
         taus = [(first or {}).get(task, temperature.initial) for task in self.tasks]
         theta_T = torch.tensor([math.log(tau) for tau in taus])
@@ -74,11 +79,15 @@ class Objective(nn.Module):
     @property
     def needs_queries(self) -> bool:
         """Whether a batch must bring the queries of all ranks. A graded batch always must."""
-        return any(term.needs_queries for term in self.terms)
+        return any(term.needs_queries for terms in self.terms.values() for term in terms)
+
+    def shares_mined(self, task: str) -> bool:
+        """Return whether a batch of this task must bring the mined negatives of all ranks, or those of its queries."""
+        return self._of(task, self.configs).mined.shared
 
     def widths(self, full: int) -> tuple[int, ...]:
         """Return the widths at which vectors are scored, the full one last. Raises `UserError` for wider ones."""
-        below = tuple(dims for term in self.terms for dims in term.widths)
+        below = tuple(dims for term in self.terms[self.tasks[0]] for dims in term.widths)
         if (widest := max(below, default=0)) >= full:
             problem = f"{widest} is not below {full}, the width of the model's vectors"
             raise UserError("objective.matryoshka", problem, f"name widths from 1 to {full - 1}")
@@ -91,8 +100,8 @@ class Objective(nn.Module):
         """
         named = {tasks} if isinstance(tasks, str) else set(tasks)
         theta_T = self._theta()
-        for task in sorted(named.difference(self.tasks)):
-            raise UserError(f"task {task!r}", "has no temperature", f"known tasks: {', '.join(self.tasks)}")
+        for task in sorted(named):
+            self._of(task, self.configs)
         if len(named) == 1:
             theta = theta_T[self.tasks.index(named.pop())]
         else:
@@ -135,24 +144,44 @@ class Objective(nn.Module):
                 loss, stats = self._contrast(batch, step, tau)
         return loss, {"loss": loss.detach(), "temperature": tau.detach().mean(), **stats}
 
+    def _of(self, task: str, settings: Mapping[str, T]) -> T:
+        """Return the settings of a task. Raises `UserError` for an unknown one."""
+        if task not in settings:
+            raise UserError(f"task {task!r}", "has no temperature", f"known tasks: {', '.join(self.tasks)}")
+        return settings[task]
+
+    def _task_of(self, tasks: str | Sequence[str]) -> str:
+        """Return a task that stands for all of them. Raises `UserError` where they have different objectives."""
+        named = [tasks] if isinstance(tasks, str) else sorted(set(tasks))
+        for task in named[1:]:
+            if self.configs[task] != self.configs[named[0]]:
+                problem = (
+                    f"tasks {named[0]!r} and {task!r} are contrasted with each other, and differ in their objective"
+                )
+                raise UserError("objective.tasks", problem, "give both the same settings, or batches of their own")
+        return named[0]
+
     def _contrast(self, batch: Batch, step: int, tau: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of both directions, and the statistics of queries against targets."""
-        hardness, identity = self.config.hardness, batch.identity
+        task = self._task_of(batch.tasks)
+        config, terms = self.configs[task], self.terms[task]
+        hardness, identity = config.hardness, batch.identity
         related = identity.query_to_targets
-        pools = [Pool(batch.queries, batch.targets, batch.targets, related, hardness)]
-        for term in self.terms:
+        targets = batch.targets
+        pools = [Pool(batch.queries, targets, targets, related, hardness, only_positives=not config.in_batch)]
+        for term in terms:
             pools += term.pools(batch)
         forward = Direction(pools, batch, step, self.similarity)
-        loss, sums = self._tiled(forward, tau)
-        share = sum(term.reverse_share for term in self.terms)
+        loss, sums = self._tiled(forward, terms, tau)
+        share = sum(term.reverse_share for term in terms)
         if share:
             related = identity.target_to_queries
             among_queries = Pool(batch.positives, queries_of(batch), batch.targets, related, hardness)
             reverse = Direction([among_queries], batch, step, self.similarity, is_reverse=True)
-            reverse_loss, _ = self._tiled(reverse, tau)
+            reverse_loss, _ = self._tiled(reverse, terms, tau)
             loss = (1 - share) * loss + share * reverse_loss
         return loss, batch_means(sums, forward.num_rows)
 
-    def _tiled(self, direction: Direction, tau: Tensor) -> tuple[Tensor, Tensor]:
+    def _tiled(self, direction: Direction, terms: Sequence[Term], tau: Tensor) -> tuple[Tensor, Tensor]:
         widths = self.widths(width(direction.pools[0].rows))
-        return tiled_loss(Work(direction, self.terms, widths, self.config.tile_rows), tau)
+        return tiled_loss(Work(direction, terms, widths, self.config.tile_rows), tau)

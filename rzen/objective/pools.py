@@ -1,8 +1,8 @@
 """The columns that rows are scored against, and which of them are negatives.
 
 A direction has rows (queries, or targets in the reverse direction) and pools of columns of several kinds. The positive
-of a row is in the first pool. A tile is a stretch of the rows. Shapes: R rows of a tile, C columns of one pool or of
-all.
+of a row is in the first pool. A tile is a stretch of the rows. Shapes: B rows, R rows of a tile, C columns of one pool
+or of all, K columns of one row.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ Related = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Pool:
-    """Columns of one kind, and the vectors that the rows are scored with there."""
+    """Columns of one kind, and the vectors that the rows are scored with there.
+
+    With `per_row`, each row has K columns of its own: columns and keys are B rows of K vectors.
+    """
 
     rows: Vectors
     columns: Vectors
@@ -37,12 +40,18 @@ class Pool:
     """Weights of these negatives; None: all 1."""
     includes_row: bool = False
     """Whether the row itself is a column, at the place of its positive. It is no negative."""
+    only_positives: bool = False
+    """Whether the columns are there for the positives only, and are no negatives."""
     owners: Tensor | None = None
-    """`[C]`, query that each column was mined for, -1 for none."""
-    shared: bool = True
-    """Whether columns with an owner are negatives of other rows."""
+    """`[C]` or `[B, K]`, query that each column was mined for, -1 for none."""
+    per_row: bool = False
     teacher_scores: Tensor | None = None
-    """`[C]`, score that a teacher gives each column for its owner; NaN where unknown."""
+    """`[C]` or `[B, K]`, score that a teacher gives each column for its owner; NaN where unknown."""
+
+    @property
+    def num_columns(self) -> int:
+        """Number of columns of a row."""
+        return self.columns.shape[1] if self.per_row else len(self.columns)
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,7 @@ class Direction:
 
     def split(self, values_RC: Tensor) -> tuple[Tensor, ...]:
         """Return the part of each pool, as views."""
-        return torch.split(values_RC, [len(pool.columns) for pool in self.pools], dim=1)
+        return torch.split(values_RC, [pool.num_columns for pool in self.pools], dim=1)
 
 
 @dataclass(frozen=True)
@@ -91,7 +100,10 @@ class Tile:
         found: dict[int, Tensor] = {}
         for pool in pools:  # pools may share their keys, which are then scored once
             if id(pool.keys) not in found:
-                found[id(pool.keys)] = similarity.scores(positives, pool.keys)
+                if pool.per_row:
+                    found[id(pool.keys)] = similarity.own_scores(positives, take(pool.keys, self.rows))
+                else:
+                    found[id(pool.keys)] = similarity.scores(positives, pool.keys)
         return join_columns([found[id(pool.keys)] for pool in pools])
 
     def further_answers(self) -> Tensor:
@@ -110,8 +122,10 @@ class Tile:
         scores_RC = of_positives.new_full(self.excluded.shape, torch.nan)
         for pool, part_RC in zip(self.direction.pools, self.split(scores_RC), strict=True):
             if pool.owners is not None and pool.teacher_scores is not None:
-                is_own_RC = pool.owners == self.positives[:, None]
-                part_RC.copy_(torch.where(is_own_RC, pool.teacher_scores, torch.nan))
+                owners, scores = pool.owners, pool.teacher_scores
+                if pool.per_row:
+                    owners, scores = owners[self.rows], scores[self.rows]
+                part_RC.copy_(torch.where(owners == self.positives[:, None], scores, torch.nan))
         return scores_RC.scatter_(1, self.positives[:, None], of_positives[self.rows, None])
 
 
@@ -119,7 +133,7 @@ def tile_of(direction: Direction, rows: slice) -> Tile:
     """Mark the columns of these rows."""
     offset, device = direction.batch.positive_offset, direction.pools[0].columns.device
     positive_R = offset + torch.arange(rows.start, rows.stop, device=device)
-    shape = len(positive_R), sum(len(pool.columns) for pool in direction.pools)
+    shape = len(positive_R), sum(pool.num_columns for pool in direction.pools)
     excluded_RC = torch.zeros(shape, dtype=torch.bool, device=device)
     related_RC = torch.zeros_like(excluded_RC)
     excluded_RC.scatter_(1, positive_R[:, None], True)
@@ -127,10 +141,10 @@ def tile_of(direction: Direction, rows: slice) -> Tile:
     for pool, out_RC, same_RC in parts:
         if pool.includes_row:
             out_RC.scatter_(1, positive_R[:, None], True)
+        if pool.only_positives:
+            out_RC.fill_(True)
         if pool.owners is not None:
-            out_RC |= pool.owners < 0
-            if not pool.shared:
-                out_RC |= pool.owners != positive_R[:, None]
+            out_RC |= (pool.owners[rows] if pool.per_row else pool.owners) < 0
         same_RC.copy_(pool.related(positive_R))
     return Tile(direction, rows, positive_R, excluded_RC, related_RC.logical_and_(~excluded_RC))
 

@@ -1,7 +1,7 @@
 """The similarity of two representations, and its gradient: the only place that multiplies vectors.
 
 The tiled engine asks for scores and hands back their gradients, so that it never sees what a representation looks like.
-Cosine is the only similarity. Shapes: R rows, C columns, N pairs.
+Cosine is the only similarity. Shapes: R rows, C columns, K columns of one row, N pairs.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ class Similarity(Protocol):
     def scores(self, rows: Vectors, columns: Vectors) -> Tensor:
         """Return the score of each row with each column, `[R, C]`."""
 
+    def own_scores(self, rows: Vectors, columns: Vectors) -> Tensor:
+        """Return the score of each row with the K columns of its own, `[R, K]`. `columns` are R rows of K vectors."""
+
     def pair_scores(self, first: Vectors, second: Vectors) -> Tensor:
         """Return the score of row i of `first` with row i of `second`, `[N]`, differentiable by autograd."""
 
@@ -31,6 +34,11 @@ class Similarity(Protocol):
         `by_scores_RC` is the gradient of the scores. A gradient that is None is not wanted.
         """
 
+    def add_own_gradients(
+        self, by_scores_RK: Tensor, rows: Vectors, columns: Vectors, by_rows: Tensor | None, by_columns: Tensor | None
+    ) -> None:
+        """Do the same for the scores of `own_scores`."""
+
 
 class Cosine:
     """The product of unit vectors."""
@@ -38,6 +46,10 @@ class Cosine:
     def scores(self, rows: Vectors, columns: Vectors) -> Tensor:
         """Return the cosine of each row with each column, `[R, C]`."""
         return rows @ columns.T
+
+    def own_scores(self, rows: Vectors, columns: Vectors) -> Tensor:
+        """Return the cosine of each row with the columns of its own, `[R, K]`."""
+        return torch.einsum("rd,rkd->rk", rows, columns)
 
     def pair_scores(self, first: Vectors, second: Vectors) -> Tensor:
         """Return the cosine of row i of both, `[N]`."""
@@ -51,3 +63,12 @@ class Cosine:
             torch.mm(by_scores_RC, columns, out=by_rows)
         if by_columns is not None:
             by_columns.addmm_(by_scores_RC.T, rows)
+
+    def add_own_gradients(
+        self, by_scores_RK: Tensor, rows: Vectors, columns: Vectors, by_rows: Tensor | None, by_columns: Tensor | None
+    ) -> None:
+        """Write the gradient of the rows, and add that of their own columns."""
+        if by_rows is not None:
+            by_rows.copy_(torch.einsum("rk,rkd->rd", by_scores_RK, columns))
+        if by_columns is not None:
+            by_columns.addcmul_(by_scores_RK[..., None], rows[:, None])

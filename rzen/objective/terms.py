@@ -200,24 +200,30 @@ class OtherTargets(Term):
 
 @dataclass(frozen=True)
 class MinedNegatives(Term):
-    """Mined negatives of all ranks, with weights of their own."""
+    """Mined negatives, with weights of their own."""
 
     config: MinedConfig
 
     def pools(self, batch: Batch) -> list[Pool]:
-        """Return those that the batch brings."""
+        """Return those that the batch brings: of all ranks, or of the own queries."""
         mined = batch.mined
         if mined is None:
             return []
+        assert mined.is_shared == self.config.shared, "mined negatives are gathered if they are shared, and only then"
+        identity, num_own = batch.identity, len(batch.queries)
+
+        def related_to_own(row_R: Tensor) -> Tensor:
+            return identity.query_to_own_mined(row_R, row_R - batch.positive_offset, num_own)
+
         return [
             Pool(
                 batch.queries,
                 mined.vectors,
                 mined.vectors,
-                batch.identity.query_to_mined,
+                identity.query_to_mined if mined.is_shared else related_to_own,
                 self.config.hardness,
                 owners=mined.owners,
-                shared=self.config.shared,
+                per_row=not mined.is_shared,
                 teacher_scores=mined.teacher_scores,
             )
         ]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rzen.objective.contrast import tile_loss
 from rzen.objective.pools import Direction, join_columns, tile_of
+from rzen.objective.similarity import Similarity
 from rzen.objective.terms import Term
 from rzen.vectors import Vectors, cut
 
@@ -82,10 +83,7 @@ def _tile(
     by_tau, *by_vectors = gradients
     wanted = any(gradient is not None for gradient in gradients)
     scored = list(_scored(work, vectors, by_vectors))
-    scores = [
-        join_columns([similarity.scores(part.rows[rows], part.columns) for part in scored_at_width])
-        for scored_at_width in scored
-    ]
+    scores = [join_columns([part.scores(similarity, rows) for part in scored_at_width]) for scored_at_width in scored]
     # Leaves of a graph of their own, which ends with this tile.
     own_tau = (tau if tau.ndim == 0 else tau[rows, None]).detach().requires_grad_(wanted)
     scores = [scores_RC.requires_grad_(wanted) for scores_RC in scores]
@@ -98,8 +96,7 @@ def _tile(
             (by_tau if tau.ndim == 0 else by_tau[rows, None]).add_(by_own_tau)
         for scored_at_width, by_scores_RC in zip(scored, by_scores, strict=True):
             for part, by_part_RC in zip(scored_at_width, direction.split(by_scores_RC), strict=True):
-                by_rows = None if part.by_rows is None else part.by_rows[rows]
-                similarity.add_gradients(by_part_RC, part.rows[rows], part.columns, by_rows, part.by_columns)
+                part.add_gradients(similarity, rows, by_part_RC)
     return loss.detach(), sums
 
 
@@ -107,10 +104,26 @@ def _tile(
 class _Scored:
     """Rows and columns of one pool at one width, and where their gradients go."""
 
+    per_row: bool
     rows: Vectors
     columns: Vectors
     by_rows: Tensor | None
     by_columns: Tensor | None
+
+    def scores(self, similarity: Similarity, rows: slice) -> Tensor:
+        """Return the scores of a tile, `[R, C]`."""
+        if self.per_row:
+            return similarity.own_scores(self.rows[rows], self.columns[rows])
+        return similarity.scores(self.rows[rows], self.columns)
+
+    def add_gradients(self, similarity: Similarity, rows: slice, by_scores_RC: Tensor) -> None:
+        """Put the gradients of a tile where they go."""
+        by_rows = None if self.by_rows is None else self.by_rows[rows]
+        if self.per_row:
+            by_columns = None if self.by_columns is None else self.by_columns[rows]
+            similarity.add_own_gradients(by_scores_RC, self.rows[rows], self.columns[rows], by_rows, by_columns)
+        else:
+            similarity.add_gradients(by_scores_RC, self.rows[rows], self.columns, by_rows, self.by_columns)
 
 
 def _scored(work: Work, vectors: Sequence[Vectors], by_vectors: Sequence[Tensor | None]) -> Iterator[list[_Scored]]:
@@ -118,4 +131,7 @@ def _scored(work: Work, vectors: Sequence[Vectors], by_vectors: Sequence[Tensor 
     num_parts = 2 * len(work.direction.pools)
     for first in range(0, len(vectors), num_parts):
         starts = range(first, first + num_parts, 2)
-        yield [_Scored(*vectors[i : i + 2], *by_vectors[i : i + 2]) for i in starts]
+        yield [
+            _Scored(pool.per_row, *vectors[i : i + 2], *by_vectors[i : i + 2])
+            for i, pool in zip(starts, work.direction.pools, strict=True)
+        ]

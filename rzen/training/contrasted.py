@@ -5,7 +5,7 @@ Shapes: B own pairs, N pairs of all ranks, K mined negatives of a query at most.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,25 +37,26 @@ class _AllRanks:
     targets: Vectors
     ids: Tensor
     """`[N, 3]`: ids of targets, queries and instructions."""
-    num_mined: Tensor
-    """`[N]`, mined negatives of each query."""
-    mined: Tensor | None
-    """K vectors for each of N queries, zero behind those that a query has; None where no rank has any."""
-    mined_ids: Tensor | None
-    """Their ids, `[N, K]`."""
     queries: Vectors | None
     relevance: Tensor | None
 
 
 def contrasted_batches(
-    own: OwnVectors, pairs: EncodedPairs, blocks: Sequence[tuple[str, int]], *, needs_queries: bool
+    own: OwnVectors,
+    pairs: EncodedPairs,
+    blocks: Sequence[tuple[str, int]],
+    *,
+    needs_queries: bool,
+    shares_mined: Callable[[str], bool],
 ) -> Iterator[Batch]:
     """Yield the batch of each block. The pairs of a block are contrasted with each other only, across ranks.
 
-    `blocks` are (task, own pairs) in the order of the pairs, equal on all ranks. The first step of the iterator is a
-    collective.
+    `blocks` are (task, own pairs) in the order of the pairs, equal on all ranks. `shares_mined` says of a task whether
+    its mined negatives are gathered. The first step of the iterator is a collective.
     """
     gathered = _gather(own, pairs, needs_queries)
+    is_shared_B = np.repeat([shares_mined(task) for task, _ in blocks], [size for _, size in blocks])
+    shared = _gather_mined(own, pairs, is_shared_B)
     rank = dist.get_rank() if dist.is_initialized() else 0
     start = 0
     for task, size in blocks:
@@ -65,8 +66,11 @@ def contrasted_batches(
             return values.view(-1, len(pairs), *values.shape[1:])[:, rows].flatten(0, 1)
 
         mined = None
-        if gathered.mined is not None and gathered.mined_ids is not None:
-            mined = _mined(of_block(gathered.mined), of_block(gathered.num_mined), of_block(gathered.mined_ids))
+        if not is_shared_B[start]:
+            mined = _places(own, pairs, rows).as_own(rank * size)
+        elif shared is not None:
+            first = int(is_shared_B[:start].sum())
+            mined = shared.of_block(slice(first, first + size), int(is_shared_B.sum())).as_shared()
         target_ids, query_ids, instruction_ids = of_block(gathered.ids).unbind(dim=1)
         yield Batch(
             take(own.queries, rows),
@@ -85,46 +89,86 @@ def contrasted_batches(
 
 def _gather(own: OwnVectors, pairs: EncodedPairs, needs_queries: bool) -> _AllRanks:
     device = own.targets.device
-    counts_N = gather_ids(torch.tensor(pairs.negative_counts, device=device))
-    most = int(counts_N.max())
-    room = _with_room(own, pairs.negative_counts, most)
     ids = np.stack([pairs.target_ids, pairs.query_ids, pairs.instruction_ids], axis=1)
     relevance_N = gather_ids(torch.tensor(pairs.relevance, device=device))
     is_graded = not bool(relevance_N.isnan().all())
     return _AllRanks(
         targets=gather_with_gradient(own.targets),
         ids=gather_ids(torch.tensor(ids, device=device)),
-        num_mined=counts_N,
-        mined=gather_with_gradient(room) if most else None,
-        mined_ids=gather_ids(_ids_with_room(pairs, most).to(device)) if most else None,
         queries=gather_with_gradient(own.queries) if is_graded or needs_queries else None,
         relevance=relevance_N if is_graded else None,
     )
 
 
-def _with_room(own: OwnVectors, counts: npt.NDArray[np.int64], most: int) -> Tensor:
-    """Return the mined negatives with room for `most` of each query, so that ranks have equally many rows."""
-    room = zeros(own.targets, len(counts), most)
+@dataclass(frozen=True)
+class _MinedPlaces:
+    """K places for the mined negatives of each of Q queries, as many as the query with the most has."""
+
+    vectors: Tensor
+    """Q rows of K vectors, zero behind those that a query has."""
+    ids: Tensor
+    """`[Q, K]`, 0 where there is none."""
+    counts: Tensor
+    """`[Q]`, mined negatives of each query."""
+
+    def of_block(self, rows: slice, num_own: int) -> _MinedPlaces:
+        """Return the places of a block: `rows` of the `num_own` queries of every rank."""
+
+        def cut(values: Tensor) -> Tensor:
+            return values.view(-1, num_own, *values.shape[1:])[:, rows].flatten(0, 1)
+
+        return _MinedPlaces(cut(self.vectors), cut(self.ids), cut(self.counts))
+
+    def as_shared(self) -> Mined:
+        """Return the negatives of all queries of a block."""
+        return Mined(self.vectors.flatten(0, 1), self._owners(0).flatten(), ids=self.ids.flatten())
+
+    def as_own(self, offset: int) -> Mined | None:
+        """Return the negatives of own queries, which are numbered from `offset` on. None where they have none."""
+        return Mined(self.vectors, self._owners(offset), ids=self.ids) if self.ids.numel() else None
+
+    def _owners(self, offset: int) -> Tensor:
+        """Return the query of each place, `[Q, K]`, -1 where it is empty."""
+        query_Q1 = offset + torch.arange(len(self.counts), device=self.counts.device)[:, None]
+        return query_Q1.where(_is_filled(self.counts, self.ids.shape[1]), -1)
+
+
+def _gather_mined(own: OwnVectors, pairs: EncodedPairs, is_shared_B: npt.NDArray[np.bool_]) -> _MinedPlaces | None:
+    """Return the mined negatives of all ranks, for queries that share them. None where there are none.
+
+    A collective where any query shares them. Every rank then takes part in the backward pass, whether it has some.
+    """
+    if not is_shared_B.any():
+        return None
+    counts_N = gather_ids(torch.tensor(pairs.negative_counts[is_shared_B], device=own.targets.device))
+    most = int(counts_N.max())
+    if not most:
+        return None
+    places = _places(own, pairs, is_shared_B, most)
+    return _MinedPlaces(gather_with_gradient(places.vectors), gather_ids(places.ids), counts_N)
+
+
+def _places(
+    own: OwnVectors, pairs: EncodedPairs, rows: slice | npt.NDArray[np.bool_], most: int | None = None
+) -> _MinedPlaces:
+    """Put the mined negatives of some own queries into places: `most` of each, or as many as one of them has."""
+    counts = pairs.negative_counts[rows]
+    is_wanted_B = np.zeros(len(pairs), bool)
+    is_wanted_B[rows] = True
+    is_wanted_M = np.repeat(is_wanted_B, pairs.negative_counts)
+    device = own.targets.device
+    counts_Q = torch.tensor(counts, device=device)
+    most = int(counts.max(initial=0)) if most is None else most
+    filled_QK = _is_filled(counts_Q, most)
+    vectors = zeros(own.targets, len(counts), most)
     if own.mined is None:
         # Gathering them must have a backward pass on this rank too, as other ranks wait for it.
-        return room.requires_grad_(torch.is_grad_enabled())
-    room[_is_filled(torch.tensor(counts, device=room.device), most)] = own.mined
-    return room
-
-
-def _ids_with_room(pairs: EncodedPairs, most: int) -> Tensor:
-    """Return the ids of the mined negatives in the places of `_with_room`, 0 where there is none."""
-    counts_B = torch.tensor(pairs.negative_counts)
-    room_BK = torch.zeros(len(counts_B), most, dtype=torch.int64)
-    room_BK[_is_filled(counts_B, most)] = torch.tensor(pairs.negative_ids)
-    return room_BK
-
-
-def _mined(vectors: Tensor, counts_N: Tensor, ids_NK: Tensor) -> Mined:
-    """Return the negatives of a block with their owners; -1 owns what is empty."""
-    owners_N1 = torch.arange(len(counts_N), device=counts_N.device)[:, None]
-    owners_NK = owners_N1.where(_is_filled(counts_N, vectors.shape[1]), -1)
-    return Mined(vectors.flatten(0, 1), owners_NK.flatten(), ids=ids_NK.flatten())
+        vectors.requires_grad_(torch.is_grad_enabled())
+    else:
+        vectors[filled_QK] = own.mined[torch.tensor(is_wanted_M, device=device)]
+    ids_QK = torch.zeros(len(counts), most, dtype=torch.int64, device=device)
+    ids_QK[filled_QK] = torch.tensor(pairs.negative_ids[is_wanted_M], device=device)
+    return _MinedPlaces(vectors, ids_QK, counts_Q)
 
 
 def _is_filled(counts_N: Tensor, most: int) -> Tensor:

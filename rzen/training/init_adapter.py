@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pipelines.errors import UserError
 from rzen.config import LoraConfig
+from rzen.model.lora import scope_of
 from rzen.soup.adapters import modules_of
 from rzen.soup.parents import Adapter, open_parents
 
@@ -46,10 +47,16 @@ def read_init_adapter(folder: Path, asked: LoraConfig) -> InitAdapter:
     for name in adapter.tensors.layout:
         adapter.tensors.read(name)  # refuses numbers that are not finite
     config = adapter.config
-    found = {"rank": adapter.rank, "alpha": config["lora_alpha"], "dropout": config.get("lora_dropout", 0.0)}
+    modules = tuple(modules_of(adapter))
+    found = {
+        "scope": scope_of(modules),
+        "rank": adapter.rank,
+        "alpha": config["lora_alpha"],
+        "dropout": config.get("lora_dropout", 0.0),
+    }
     for name, value in found.items():
         said = getattr(asked, name) if name in asked.model_fields_set else None
         if said is not None and said != value:
             fix = f"leave model.lora out, because the adapter decides, or set {_SETTING}: null"
             raise UserError(f"model.lora.{name}={said}", f"{_SETTING} {folder} has {value}", fix)
-    return InitAdapter(LoraConfig.model_validate(found), tuple(modules_of(adapter)))
+    return InitAdapter(LoraConfig.model_validate(found), modules)

@@ -162,9 +162,13 @@ def _elements_of_rank(groups: Sequence[Sequence[int]], workers: int, zero_stage:
 def loss_bytes(share: WorkerShare, objective: ObjectiveConfig, width: int) -> int:
     """Return the bytes of the loss: vectors of this width that are gathered, and the scores of a tile."""
     all_pairs = share.workers * share.pairs
-    columns = all_pairs * (1 + share.negatives_per_pair + len(objective.same_side))
-    gathers_queries = bool(objective.symmetric or "queries" in objective.same_side)
-    vectors = share.pairs + all_pairs * (1 + share.negatives_per_pair + gathers_queries)
+    objectives = [objective, *map(objective.of_task, objective.tasks)]  # the task that needs the most
+    gathers_queries = any(some.symmetric or "queries" in some.same_side for some in objectives)
+    shares_mined = any(some.mined.shared for some in objectives)
+    mined = share.negatives_per_pair * (all_pairs if shares_mined else share.pairs)
+    mined_columns = share.negatives_per_pair * (all_pairs if shares_mined else 1)
+    columns = all_pairs * (1 + max(len(some.same_side) for some in objectives)) + mined_columns
+    vectors = share.pairs + all_pairs * (1 + gathers_queries) + mined
     rows = min(share.pairs, objective.tile_rows or share.pairs)
     copies = _TILE_COPIES + _COPIES_PER_WIDTH * len(objective.matryoshka)
     return round(_FP32 * (_VECTOR_COPIES * vectors * width + copies * rows * columns))

@@ -50,8 +50,12 @@ class Learner(nn.Module):
         own, counts = self._vectors(pairs)
         losses: list[Tensor] = []
         stats: list[dict[str, Tensor]] = []
-        for batch in contrasted_batches(own, pairs, blocks, needs_queries=self.objective.needs_queries):
-            loss, block_stats = self.objective(batch, step)
+        objective = self.objective
+        batches = contrasted_batches(
+            own, pairs, blocks, needs_queries=objective.needs_queries, shares_mined=objective.shares_mined
+        )
+        for batch in batches:
+            loss, block_stats = objective(batch, step)
             losses.append(loss)
             stats.append(block_stats)
         shares = torch.tensor([size for _, size in blocks], device=own.targets.device) / len(pairs)

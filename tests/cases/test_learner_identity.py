@@ -88,8 +88,10 @@ def loss_of(root: Path, backbone: str, *, instructions: bool = False) -> float:
     config = ObjectiveConfig(
         hardness=None, false_negatives=None, mined=MinedConfig(hardness=None), temperature=temperature
     )
-    (batch,) = contrasted_batches(OwnVectors(queries, targets, mined), pairs, [("t", len(order))], needs_queries=False)
-    return float(Objective(config, ["t"]).double()(batch, step=0)[0].detach())
+    objective = Objective(config, ["t"]).double()
+    blocks, vectors = [("t", len(order))], OwnVectors(queries, targets, mined)
+    (batch,) = contrasted_batches(vectors, pairs, blocks, needs_queries=False, shares_mined=objective.shares_mined)
+    return float(objective(batch, step=0)[0].detach())
 
 
 def by_hand(right: dict[int, set[str]]) -> float:

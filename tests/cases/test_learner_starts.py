@@ -67,6 +67,31 @@ def first(tmp_path: Path, base: str) -> Path:
     return tmp_path / "first"
 
 
+def test_an_adapter_of_the_language_model_leaves_the_vision_tower_alone(
+    base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_model(base)
+    folders = []
+    for seed in range(2):
+        adapted: Any = add_lora(load_backbone(base, model), LoraConfig(rank=4, scope="language_model"), seed)
+        names = [name for name, value in adapted.named_parameters() if value.requires_grad]
+        assert len(names) == 28
+        assert all(".language_model." in name for name in names)
+        folders.append(tmp_path / f"adapter {seed}")
+        sha256 = checkpoint_sha256(Path(base))
+        save_adapter(adapted, folders[-1], identity=model.identity, base=base, base_sha256=sha256)
+    make_soup({str(folder): folder for folder in folders}, tmp_path / "soup", MEAN)
+    for folder in (folders[0], tmp_path / "soup"):
+        spec, found = with_init_adapter(spec_of(base, folder))
+        assert spec.model.lora.scope == "language_model"
+        with pytest.raises(UserError, match=r"^model\.lora\.scope=all: init_adapter .* has language_model"):
+            with_init_adapter(spec_of(base, folder, scope="all"))
+        learner = build_learner(stage_of(model), base, folder, TASKS)
+        assert not any(".visual." in name for name, value in learner.named_parameters() if value.requires_grad)
+    describe_start(spec, found)
+    assert " 14 modules (down_proj, gate_proj, " in " ".join(capsys.readouterr().out.split())
+
+
 def stage_of(model: ModelConfig, temperature: TemperatureConfig | None = None, zero_stage: Any = 1) -> Stage:
     optim = OptimConfig(lr=1e-5, zero_stage=zero_stage)
     return Stage(model, ObjectiveConfig(temperature=temperature or TemperatureConfig()), optim, 3, 0, 3, "plan")

@@ -16,7 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipelines.errors import UserError
-from rzen.config import FalseNegativeConfig, HardnessConfig, MinedConfig, ObjectiveConfig, TemperatureConfig
+from rzen.config import (
+    FalseNegativeConfig,
+    HardnessConfig,
+    MinedConfig,
+    ObjectiveConfig,
+    TaskObjectiveConfig,
+    TemperatureConfig,
+)
 from rzen.objective.batch import Batch, Mined
 from rzen.objective.graded import cosent
 from rzen.objective.identity import Identity
@@ -191,7 +198,7 @@ class Oracle:
             return column("targets", queries[i] @ targets[j], j, ids.of_query(i, content), ids.answers(i, content))
 
         positive = target(i)
-        others = [target(j) for j in range(ALL) if j != i]
+        others = [target(j) for j in range(ALL) if j != i and self.config.in_batch]
         with_itself = self.fault == "a row is its own negative"
         if "queries" in self.config.same_side:
             for j in range(ALL):
@@ -285,10 +292,22 @@ def ids_of(numbers: list[int] | None) -> Tensor | None:
     return None if numbers is None else torch.tensor(numbers)
 
 
+def mined_of(made: ObjectiveConfig, data: RankData, owners: list[int], teacher: Tensor | None = None) -> Mined:
+    """The mined negatives as training brings them: all of them, or those of each own query with room behind them."""
+    ids, owner_M = ids_of(data.mined_ids), torch.tensor(owners)
+    if made.mined.shared:
+        return Mined(data.mined, owner_M, teacher, ids)
+    of_query = [[m for m, owner in enumerate(owners) if owner == i] for i in range(OFFSET, OFFSET + OWN)]
+    most = max(map(len, of_query))
+    place = torch.tensor([(some + [owners.index(-1)] * most)[:most] for some in of_query])  # one without an owner
+    owner, scores, contents = (None if part is None else part[place] for part in (owner_M, teacher, ids))
+    return Mined(data.mined[place], owner, scores, contents)
+
+
 def evaluate(made: ObjectiveConfig, data: RankData, step: int = 10, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     """Our loss, and its gradients by queries, targets, mined negatives and theta."""
     objective = Objective(made, TASKS).to(dtype)
-    mined = None if data.owners is None else Mined(data.mined, torch.tensor(data.owners), ids=ids_of(data.mined_ids))
+    mined = None if data.owners is None else mined_of(made, data, data.owners)
     loss, _ = objective(
         Batch(
             data.own,
@@ -369,6 +388,69 @@ def test_loss_and_gradients_equal_the_double_loop(
     data = batch(ids, owners)
     made = config(**options)
     assert distance(evaluate(made, data), expected(made, data)) < 1e-9
+
+
+MINED_ONLY: dict[str, dict[str, Any]] = {
+    "shared": {},
+    "own": {"mined": MinedConfig(shared=False), "matryoshka": [3]},
+    "own, with rules": {"mined": MinedConfig(shared=False, hardness=None), "margin": 0.1, "focal_gamma": 1.5},
+}
+
+
+@pytest.mark.parametrize("tile_rows", [None, 2])
+@pytest.mark.parametrize("options", MINED_ONLY.values(), ids=MINED_ONLY)
+def test_without_in_batch_negatives_only_mined_ones_count(options: dict[str, Any], tile_rows: int | None) -> None:
+    data = replace(batch(IDS, OWNERS), mined_ids=MINED_IDS)
+    made = config(in_batch=False, tile_rows=tile_rows, **options)
+    assert distance(evaluate(made, data), expected(made, data)) < 1e-9
+    assert distance(evaluate(made, data), expected(config(**options), data)) > 1e-2
+    lonely, *zeros = evaluate(made, batch(IDS))  # a batch without mined negatives has nothing to learn from
+    assert not lonely.any()
+    assert not any(part.any() for part in zeros)
+
+
+def test_own_mined_negatives_are_scored_without_those_of_others() -> None:
+    """No tensor has a column for the mined negatives of each query, which a mask would need."""
+    num_own, wide = 40, 30
+    generator = torch.Generator().manual_seed(1)
+    queries, targets, mined = (unit(generator, rows) for rows in (num_own, num_own, num_own * wide))
+    given = Mined(mined.view(num_own, wide, -1), torch.arange(num_own)[:, None].expand(-1, wide), ids=None)
+    objective = Objective(config(mined=MinedConfig(shared=False)), ["t"]).double()
+    with Largest() as seen:
+        objective(Batch(queries, targets, "t", mined=given), step=10)[0].backward()
+    assert seen.num_bytes <= 8 * num_own * wide * WIDTH
+
+
+def test_a_task_may_have_settings_of_its_own() -> None:
+    own = {"hardness": None, "false_negatives": None, "margin": 0.3, "mined": MinedConfig(shared=False)}
+    made = config(margin=0.05, tasks={"text_image": TaskObjectiveConfig(**own)})
+    data = batch(IDS, OWNERS)
+    alone = made.of_task("text_image")
+    assert alone == config(**own)
+    assert made.of_task("other") == config(margin=0.05)
+    objective = Objective(made, TASKS)
+    assert [objective.shares_mined(task) for task in TASKS] == [task != "text_image" for task in TASKS]
+    for task, settings in (("text_image", alone), (next(t for t in TASKS if t != "text_image"), made.of_task("x"))):
+        losses = [
+            Objective(some, TASKS).double()(
+                Batch(data.own, data.targets, task, OFFSET, mined=mined_of(settings, data, OWNERS)), step=10
+            )[0]
+            for some in (made, settings)
+        ]
+        assert torch.equal(*losses)
+
+
+def test_settings_of_tasks_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(UserError, match=r"^objective\.tasks\.x: is no task of the sources .*; name one of a, b$"):
+        Objective(config(tasks={"x": TaskObjectiveConfig(in_batch=False)}), ["b", "a"])
+    with pytest.raises(ValueError, match=r"tasks\.a: in_batch: false leaves symmetric and same_side without negatives"):
+        ObjectiveConfig(symmetric=0.5, tasks={"a": TaskObjectiveConfig(in_batch=False)})
+    ObjectiveConfig(symmetric=0.5, tasks={"a": TaskObjectiveConfig(in_batch=False, symmetric=0.0)})
+    mixed = Objective(config(tasks={"a": TaskObjectiveConfig(margin=0.3)}), ["b", "a"]).double()
+    data = batch()
+    rows = Batch(data.own, data.targets, ["a"] * (OWN - 1) + ["b"], OFFSET)
+    with pytest.raises(UserError, match="tasks 'a' and 'b' are contrasted with each other, and differ"):
+        mixed(rows, step=0)
 
 
 def with_equal_queries(instructions: list[int] | None = None) -> RankData:
@@ -541,14 +623,16 @@ def largest_tensor(made: ObjectiveConfig, data: RankData) -> int:
 def test_tiles_never_hold_queries_times_columns(options: dict[str, Any]) -> None:
     """Forward and backward. What a tile holds is at most its rows times all columns, of 8 bytes."""
     data = batch(IDS, OWNERS)
-    num_columns = ALL + MINED
+    most_of_one = max(OWNERS.count(owner) for owner in range(OFFSET, OFFSET + OWN))
+    num_columns = ALL + (MINED if config(**options).mined.shared else most_of_one)
     if "queries" in (same_side := options.get("same_side", [])):
         num_columns += ALL * len(same_side)
     inputs = 8 * ALL * WIDTH
     tile_rows = 2
     bound = max(inputs, 8 * tile_rows * num_columns)
     assert largest_tensor(config(tile_rows=tile_rows, **options), data) <= bound
-    assert largest_tensor(config(**options), data) > bound  # all at once shows: so would tiles that are ignored
+    if 8 * OWN * num_columns > bound:
+        assert largest_tensor(config(**options), data) > bound  # all at once shows: so would tiles that are ignored
 
 
 def perfect(groups: list[int], queries: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -748,7 +832,7 @@ def graded(made: ObjectiveConfig, data: RankData, relevance: list[float]) -> lis
             "text_image",
             positive_offset=OFFSET,
             all_queries=data.queries,
-            mined=Mined(data.mined, torch.tensor(OWNERS)),
+            mined=mined_of(made, data, OWNERS),
             target_ids=torch.tensor(IDS),
             relevance=torch.tensor(relevance, dtype=torch.float64),
         ),

@@ -12,7 +12,7 @@ from torch import Tensor
 from pipelines.errors import UserError
 from rzen.config import ObjectiveConfig
 from rzen.objective import terms
-from rzen.objective.batch import Batch, Mined
+from rzen.objective.batch import Batch
 from rzen.objective.loss import Objective
 from tests.parity.test_loss import (
     ALL,
@@ -30,6 +30,7 @@ from tests.parity.test_loss import (
     cut,
     distance,
     gradients,
+    mined_of,
 )
 
 TASKS = ["a", "b", "c"]
@@ -45,8 +46,8 @@ def objective_of(made: ObjectiveConfig) -> Objective:
     return objective
 
 
-def rank_batch(data: RankData, tasks: str | list[str], **given: Any) -> Batch:
-    mined = Mined(data.mined, torch.tensor(OWNERS), given.pop("mined_teacher", None))
+def rank_batch(made: ObjectiveConfig, data: RankData, tasks: str | list[str], **given: Any) -> Batch:
+    mined = mined_of(made, data, OWNERS, given.pop("mined_teacher", None))
     ids = torch.tensor(IDS)
     return Batch(data.own, data.targets, tasks, OFFSET, all_queries=data.queries, mined=mined, target_ids=ids, **given)
 
@@ -56,7 +57,7 @@ def rank_batch(data: RankData, tasks: str | list[str], **given: Any) -> Batch:
 def test_rows_of_several_tasks_equal_the_double_loop(options: dict[str, Any], tile_rows: int | None) -> None:
     data, made = batch(IDS, OWNERS), config(tile_rows=tile_rows, **options)
     objective = objective_of(made)
-    loss, stats = objective(rank_batch(data, ROW_TASKS), step=10)
+    loss, stats = objective(rank_batch(made, data, ROW_TASKS), step=10)
     found = gradients(loss, data, objective.theta_T)
     assert distance(found, per_row(made, data)) < 1e-9
     assert found[-1][1] == 0.0  # no row is of task b
@@ -77,18 +78,18 @@ def test_rows_that_share_a_task_give_the_bits_of_one_task(options: dict[str, Any
     found = []
     for tasks in ("a", ["a"] * OWN):
         objective = objective_of(made)
-        loss, _ = objective(rank_batch(data, tasks), step=10)
+        loss, _ = objective(rank_batch(made, data, tasks), step=10)
         found.append(gradients(loss, data, objective.theta_T))
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 def test_a_row_of_an_unknown_task_is_refused() -> None:
     with pytest.raises(UserError, match=r"^task 'x': has no temperature; known tasks: a, b, c$"):
-        objective_of(config())(rank_batch(batch(), ["a", "b", "x", "a", "a"]), step=0)
+        objective_of(config())(rank_batch(config(), batch(), ["a", "b", "x", "a", "a"]), step=0)
 
 
 def test_graded_pairs_of_several_tasks_are_refused() -> None:
-    graded = rank_batch(batch(), ROW_TASKS, relevance=torch.arange(ALL).double())
+    graded = rank_batch(config(), batch(), ROW_TASKS, relevance=torch.arange(ALL).double())
     with pytest.raises(UserError, match=r"^task 'a', 'c': graded pairs of several tasks are contrasted; keep them"):
         objective_of(config())(graded, step=0)
 
@@ -147,7 +148,7 @@ def test_distillation_composes_with_all_other_terms(options: dict[str, Any], kin
             config(**options, **distilled())
         return
     objective = Objective(config(tile_rows=tile_rows, **options, **distilled(weight=3.0, loss=kind)), ["a"]).double()
-    given = rank_batch(data, "a", teacher_scores=POSITIVE_TEACHER, mined_teacher=MINED_TEACHER)
+    given = rank_batch(objective.config, data, "a", teacher_scores=POSITIVE_TEACHER, mined_teacher=MINED_TEACHER)
     loss, _ = objective(given, step=10)
     found = gradients(loss, data, objective.theta_T)
 
@@ -163,7 +164,7 @@ def test_distillation_composes_with_all_other_terms(options: dict[str, Any], kin
 def test_distillation_without_teacher_scores_changes_nothing() -> None:
     data = batch(IDS, OWNERS)
     losses = [
-        Objective(config(**settings), ["a"]).double()(rank_batch(data, "a"), step=10)[0]
+        Objective(config(**settings), ["a"]).double()(rank_batch(config(), data, "a"), step=10)[0]
         for settings in ({}, distilled(weight=3.0))
     ]
     assert torch.equal(losses[0], losses[1])
@@ -172,7 +173,7 @@ def test_distillation_without_teacher_scores_changes_nothing() -> None:
 def test_the_teacher_may_be_all_that_is_learned() -> None:
     data, settings = batch(IDS, OWNERS), distilled(contrastive_weight=0.0)
     objective = Objective(config(**ALONE, **settings), ["a"]).double()
-    given = rank_batch(data, "a", teacher_scores=POSITIVE_TEACHER, mined_teacher=MINED_TEACHER)
+    given = rank_batch(objective.config, data, "a", teacher_scores=POSITIVE_TEACHER, mined_teacher=MINED_TEACHER)
     loss, _ = objective(given, step=10)
     rows = range(OFFSET, OFFSET + OWN)
     expected = sum(of_one_query(data, i, WIDTH, objective.temperature("a").detach(), "kl") for i in rows) / OWN
@@ -182,7 +183,7 @@ def test_the_teacher_may_be_all_that_is_learned() -> None:
 def test_queries_that_the_teacher_gets_wrong_can_be_left_out() -> None:
     data, settings = batch(IDS, OWNERS), distilled(contrastive_weight=0.0, only_if_right=True)
     objective = Objective(config(**ALONE, **settings), ["a"]).double()
-    given = rank_batch(data, "a", teacher_scores=POSITIVE_TEACHER, mined_teacher=MINED_TEACHER)
+    given = rank_batch(objective.config, data, "a", teacher_scores=POSITIVE_TEACHER, mined_teacher=MINED_TEACHER)
     loss, _ = objective(given, step=10)
     right = []
     for i in range(OFFSET, OFFSET + OWN):
@@ -194,4 +195,4 @@ def test_queries_that_the_teacher_gets_wrong_can_be_left_out() -> None:
 
 
 def test_every_option_is_a_term_or_part_of_the_engine() -> None:
-    assert set(ObjectiveConfig.model_fields) == {*terms.TERMS, "temperature", "tile_rows"}
+    assert set(ObjectiveConfig.model_fields) == {*terms.TERMS, "temperature", "tile_rows", "in_batch", "tasks"}

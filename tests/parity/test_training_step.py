@@ -26,6 +26,7 @@ from rzen.config import (
     MinedConfig,
     ObjectiveConfig,
     OptimConfig,
+    TaskObjectiveConfig,
     TemperatureConfig,
 )
 from rzen.inputs.pairs import EncodedPairs, PairEncoder
@@ -141,11 +142,17 @@ RELEVANCE = {
 }
 
 
+OWN = MinedConfig(shared=False, hardness=HardnessConfig(alpha=2.0))
+APART = {"in_batch": False, "margin": 1.5, "false_negatives": None, "hardness": None}
+A_OWN = CONFIG.model_copy(update={"tasks": {"a": TaskObjectiveConfig(mined=OWN)}})
+B_OWN = CONFIG.model_copy(update={"tasks": {"b": TaskObjectiveConfig(mined=OWN, **APART)}})
 CASES: list[tuple[ObjectiveConfig, list[tuple[str, int]], str]] = [
     (CONFIG, [("b", 3)], "contrasted"),
     (CONFIG, [("a", 1), ("b", 2)], "contrasted"),
     (OPTIONS, [("b", 3)], "contrasted"),
     (OPTIONS, [("a", 1), ("b", 2)], "contrasted"),
+    (A_OWN, [("a", 2), ("b", 1)], "contrasted"),
+    (B_OWN, [("a", 2), ("b", 1)], "contrasted"),
     (CONFIG, [("b", 3)], "graded"),
     (CONFIG, [("a", 1), ("b", 2)], "graded"),
     (CONFIG, [("a", 1), ("b", 2)], "second block graded"),
@@ -183,7 +190,8 @@ def test_two_ranks_of_different_modality_equal_one_process(
     for name, value in expected.items():
         error = float((found[name] - value).norm())
         # A statistic is a mean over ranks, which have unequal numbers of negatives where mined ones are not shared.
-        most = 1e-2 if name == "dropped_fraction" and not config.mined.shared else 1e-5
+        has_own = any(not config.of_task(task).mined.shared for task in "ab")
+        most = 0.2 if name == "dropped_fraction" and has_own else 3e-5
         assert error < most * max(float(value.norm()), 1e-3 * scale), (name, error)
     used = [task in dict(blocks) for task in "ab"]
     assert (expected["objective.theta_T"] != 0).tolist() == used

@@ -118,9 +118,12 @@ def loss_of(spec: TrainSpec) -> Any:
     """The losses of all steps, of queries with mined negatives as far as the data loader brings them."""
     torch.manual_seed(0)
     queries, targets, mined = (unit_vectors(torch.randn(size, 6) + 2) for size in (4, 4, 8))
-    brought = Mined(mined, torch.arange(8) % 4) if spec.data.negatives_per_sample else None
+    brought = Mined(mined, torch.arange(8) % 4)
+    if not spec.objective.of_task("t").mined.shared:
+        places = torch.arange(8).view(2, 4).T
+        brought = Mined(mined[places], brought.owners[places])
     objective = Objective(spec.objective, ["t"])
-    batch = Batch(queries, targets, "t", all_queries=queries, mined=brought)
+    batch = Batch(queries, targets, "t", all_queries=queries, mined=brought if spec.data.negatives_per_sample else None)
     return [objective(batch, step)[0].item() for step in range(spec.steps or 40)]
 
 
@@ -188,6 +191,15 @@ TRAINING = [
         "symmetric",
         "objective.mined.hardness=null",
         ("objective.symmetric=1.0", "data.negatives_per_sample=2"),
+        ("data.negatives_per_sample=2",),
+        loss_of,
+    ),
+    Case(
+        "train",
+        "objective.tasks.*.mined",
+        "negatives_per_sample is 0",
+        "objective.tasks={t: {mined: {shared: false}}}",
+        (),
         ("data.negatives_per_sample=2",),
         loss_of,
     ),
