@@ -29,6 +29,7 @@ Examples, from files to search:
   rzen ingest ~/photos s3://bucket/photos                 turn a folder of files into shards
   rzen index 's3://bucket/laion/{00000..00099}.tar' s3://bucket/data    or: use existing shards where they are
   rzen verify s3://bucket/photos                          check that nothing is damaged or missing
+  rzen curate s3://bucket/photos s3://bucket/drops       list duplicates and leaked samples, for data.curation
   rzen run jobs/stage1.yaml --set data.root=s3://bucket/photos
   rzen run jobs/stage2.yaml --set data.root=s3://bucket/photos --set optim.lr=1e-4
   rzen plan jobs/stage2.yaml --samples-per-s 8            show steps, memory of a worker, hours, and what is missing
@@ -137,7 +138,7 @@ def _add(group: typer.Typer, commands: Sequence[Callable[..., None]]) -> None:
 
 
 _add(app, [new.new, spec.validate, plan.plan, spec.run, spec.submit, spec.attach])
-_add(app, [look.look, data.ingest, data.index, data.export_data, data.verify])
+_add(app, [look.look, data.ingest, data.index, data.curate, data.export_data, data.verify])
 _add(app, [runs.runs, runs.logs, runs.stop])
 _add(app, [models.embed, models.evaluate, models.search, models.export])
 _registry = typer.Typer(cls=CommandGroup, rich_markup_mode=None)

@@ -76,6 +76,11 @@ JOBS = {
     ),
     "index": Job("index.yaml", ("out=$RZEN_STORE/data", "sources.pairs.urls=[$RZEN_STORE/shards]"), tasks_write=True),
     "export-data": Job("export_data.yaml", ("data=$RZEN_STORE/data", "out=$RZEN_STORE/exported"), tasks_write=True),
+    "curate": Job(
+        "curate.yaml",
+        ("data.root=$RZEN_STORE/data", "out=$RZEN_STORE/curation", "cache=$RZEN_STORE/curation-cache"),
+        tasks_write=True,
+    ),
     "stage1": Job(
         "stage1.yaml", ("data.root=$RZEN_STORE/data", "run.root=$RZEN_STORE/runs", "cluster.autoscaling=true")
     ),

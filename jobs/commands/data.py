@@ -1,4 +1,4 @@
-"""Commands for datasets: ingest, index, export-data, verify."""
+"""Commands for datasets: ingest, index, curate, export-data, verify."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import typer
 from jobs.commands.options import AsJson, Changes, ResultAsJson, print_json, run_file
 from jobs.commands.output import print_error, print_text
 from jobs.spec.load import read_document
+from pipelines.errors import UserError
 
 
 class Split(StrEnum):
@@ -31,7 +32,8 @@ class DataFormat(StrEnum):
     sentence_transformers = "sentence_transformers"
 
 
-INGEST_SPEC, INDEX_SPEC, EXPORT_DATA_SPEC = "jobs/ingest.yaml", "jobs/index.yaml", "jobs/export_data.yaml"
+INGEST_SPEC, INDEX_SPEC = "jobs/ingest.yaml", "jobs/index.yaml"
+CURATE_SPEC, EXPORT_DATA_SPEC = "jobs/curate.yaml", "jobs/export_data.yaml"
 DEFAULT_SOURCE = "pairs"  # the source that jobs/index.yaml has
 INDEX_EXAMPLES = """\
 \b
@@ -168,6 +170,49 @@ def index(
         settings[f"sources.{DEFAULT_SOURCE}"] = None
     settings |= {f"sources.{source}.{key}": value for key, value in mapping.items()}
     run_file(INDEX_SPEC, changes, settings, as_json=as_json)
+
+
+def curate(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="directory or s3:// URL of the dataset")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="directory or s3:// URL of the table of drops")],
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FOLDER",
+            help="evaluation set that must not leak: MMEB-V2, M-BEIR, or a name for a custom dataset (may be repeated)",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="exported model: leave out semantic duplicates, and the 2% of pairs that fit least, too"),
+    ] = None,
+    split: Annotated[Split | None, typer.Option(help="split that is judged (default: train)")] = None,
+    changes: Changes = None,
+    as_json: ResultAsJson = False,
+) -> None:
+    """List the samples that training should leave out: duplicates, leakage, misfits, files that cannot be decoded.
+
+    Nothing is deleted. Training leaves the samples out if `data.curation` names OUT. OUT/report.html shows examples.
+    """
+    from pipelines.benchmarks.table import SUITES
+
+    settings: dict[str, Any] = {"data.root": data, "out": out}
+    if split:
+        settings["data.split"] = split.value
+    suites: dict[str, str] = {}
+    custom: dict[str, str] = {}
+    for entry in against or ():
+        name, equals, folder = entry.partition("=")
+        if not (name and equals and folder):
+            raise UserError(f"--against {entry}", "is not NAME=FOLDER", "write --against MMEB-V2=/data/mmeb")
+        (suites if name in SUITES else custom)[name] = folder
+    if suites:
+        settings["rules.leakage.suites"] = suites
+    if custom:
+        settings["rules.leakage.custom"] = custom
+    if model:
+        settings |= {"model": model, "rules.alignment": {"quantile": 0.02}, "rules.semantic": {"cosine": 0.98}}
+    run_file(CURATE_SPEC, changes, settings, as_json=as_json)
 
 
 def export_data(

@@ -29,6 +29,7 @@ _BUILT_IN = {
     "ingest": "jobs.data.specs:INGEST",
     "index": "jobs.data.specs:INDEX",
     "export_data": "jobs.data.specs:EXPORT_DATA",
+    "curate": "jobs.curation.specs:CURATE",
     "train": "jobs.training.specs:TRAIN",
     "finetunes": "jobs.sweeps.specs:FINETUNES",
     "soup": "jobs.sweeps.specs:SOUP",

@@ -25,6 +25,7 @@ SPECS = {
     "index": "kind: index\nsources: {{s: {{urls: [{0}/data/train/red], task: t, query: {{text: txt}}, "
     "positive: {{media: jpg}}}}}}\nout: {0}/place\n",
     "export_data": "kind: export_data\ndata: {0}/data\nformat: webdataset\nout: {0}/place\n",
+    "curate": "kind: curate\ndata: {{root: {0}/data}}\ncache: {0}/cache\nout: {0}/place\n",
     "train": "kind: train\nname: place\nbase: stage.yaml\nrun: {{root: {0}, overwrite: true}}\n",
     "finetunes": "kind: finetunes\nstage: stage.yaml\nruns: {{a: {{}}, b: {{seed: 1}}}}\n"
     "soups: {{uniform: {{method: mean}}}}\nout: {0}/place\n",
@@ -50,6 +51,7 @@ LEASED = {
     "ingest": "dataset",
     "index": "dataset",
     "export_data": "data export",
+    "curate": "candidates",
     "train": "run",
     "finetunes": "soups",
     "soup": "soups",

@@ -1,0 +1,104 @@
+"""Vectors of the samples that earlier rules have kept, by the engine that embeds for all jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from jobs.curation.specs import CurateSpec
+from jobs.embedding.engine import embed_items
+from jobs.embedding.listings import list_shards, samples_of
+from jobs.embedding.settings import EmbedderSettings, embedder_settings
+from jobs.embedding.vectors import VectorCache
+from jobs.runtime.progress import Bars
+from jobs.spec.model import ModelRef
+from pipelines.curate.samples import POSITIVE, QUERY
+from pipelines.curate.tables import Bools
+from pipelines.items.listing import row_item
+from pipelines.items.types import ID, Item, Role
+from pipelines.samples import Rejected
+from pipelines.storage.store import Store
+from rzen.config import ModelIdentity
+
+_ROLES: tuple[Role, Role] = ("query", "positive")
+_CHUNK = 1 << 14  # pairs whose vectors are in memory at once
+FloatArray = npt.NDArray[np.float32]
+
+
+def model_settings(spec: CurateSpec) -> EmbedderSettings:
+    """Return how the model of the job embeds."""
+    assert spec.model is not None
+    return embedder_settings(
+        "curate",
+        ModelRef(base=spec.model, instructions=spec.data.instructions),
+        ModelIdentity(),
+        endpoint=spec.endpoint,
+        media=spec.data.media,
+        dtype=spec.dtype,
+        chunk_tokens=spec.chunk_tokens,
+        data=spec.data,
+        splits=[spec.data.split],
+    )
+
+
+class SampleVectors:
+    """Embeds queries and targets of samples, and keeps their vectors in the cache of the job."""
+
+    def __init__(self, spec: CurateSpec, settings: EmbedderSettings, cache: Store, scratch: Path, bars: Bars) -> None:
+        self._spec, self._settings, self._bars, self._scratch = spec, settings, bars, scratch
+        self._vectors = VectorCache(cache.child("vectors"), settings.config)
+        self._listings = cache.child("listings")
+        self._shards = list_shards(spec.data, [spec.data.split], self._listings, spec.cpus_per_task)
+
+    def cosines(self, keep: Bools) -> FloatArray:
+        """Return the cosine of query and target of each sample that is kept, `[N]`. Others have NaN."""
+        ids, rows = self._embedded(keep, (QUERY, POSITIVE))
+        query, target = (self._places(ids, role) for role in (QUERY, POSITIVE))
+        found = np.full(len(keep), np.nan, np.float32)
+        both = np.flatnonzero((query >= 0) & (target >= 0))
+        for start in range(0, len(both), _CHUNK):
+            some = both[start : start + _CHUNK]
+            found[some] = np.einsum("nd,nd->n", rows[query[some]], rows[target[some]])
+        return found
+
+    def targets(self, keep: Bools) -> FloatArray:
+        """Return the vector of the target of each sample that is kept, `[N, D]`, memory-mapped. Others have zeros."""
+        ids, rows = self._embedded(keep, (POSITIVE,))
+        place = self._places(ids, POSITIVE)
+        shape = (len(keep), rows.shape[1])
+        found: FloatArray = np.lib.format.open_memmap(self._scratch / "targets.npy", "w+", np.float32, shape)
+        known = np.flatnonzero(place >= 0)
+        for start in range(0, len(known), _CHUNK):
+            some = known[start : start + _CHUNK]
+            found[some] = rows[place[some]]
+        return found
+
+    def _embedded(self, keep: Bools, roles: Sequence[int]) -> tuple[npt.NDArray[np.bytes_], FloatArray]:
+        """Return the id of each input that has a vector, `[N, 2]`, and the vectors of the sorted distinct ids."""
+        ids = np.zeros((len(keep), 2), ID)
+        on_progress = partial(self._bars.update, "embed", unit="inputs")
+        items = (item for *_, item in self._items(keep, roles))
+        (bad,) = embed_items(items, [(self._settings, self._vectors)], self._spec, on_progress)
+        for number, role, item in self._items(keep, roles):
+            if item.id not in bad:
+                ids[number, role] = item.id.encode()
+        self._ids = np.unique(ids[ids != b""])
+        loaded = self._vectors.load(self._ids, self._scratch / "vectors.npy")
+        rows: FloatArray = loaded.rows
+        return ids, rows
+
+    def _places(self, ids: npt.NDArray[np.bytes_], role: int) -> npt.NDArray[np.int64]:
+        """Return the row of each sample's vector, and -1 where there is none."""
+        mine = np.ascontiguousarray(ids[:, role])
+        place = np.searchsorted(self._ids, mine)
+        return np.where(mine != b"", place, -1).astype(np.int64)
+
+    def _items(self, keep: Bools, roles: Sequence[int]) -> Iterator[tuple[int, int, Item]]:
+        for number, (shard, index, sample) in enumerate(samples_of(self._shards, self._listings)):
+            if keep[number] and not isinstance(sample, Rejected):
+                for role in roles:
+                    yield number, role, row_item(shard, index, sample, _ROLES[role])
