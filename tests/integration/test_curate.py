@@ -22,9 +22,9 @@ from pipelines.shards.manifest import read_manifest
 from pipelines.storage.location import open_store
 from rzen.config import ModelIdentity, PromptConfig
 from rzen.export.export import ExportOptions, export_model
+from tests.curation import CHANGES, Pair, edited, encoded, publish, scenes
 from tests.kills import run_until_a_part_is_stored
 from tests.tiny import tiny_checkpoint
-from tests.unit.pipelines.test_curate_rules import CHANGES, Pair, edited, encoded, publish, scenes
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 NUM_SCENES = 96

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 
@@ -11,21 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.config import DataConfig, MediaConfig
 from pipelines.curate.exact import find_exact
-from pipelines.curate.features import (
-    FAMILIES,
-    FeatureSettings,
-    FileInputs,
-    Inputs,
-    ShardInputs,
-    missing_features,
-    write_features,
-)
+from pipelines.curate.features import FAMILIES, FileInputs
 from pipelines.curate.filters import find_filtered
 from pipelines.curate.leakage import find_leaks
 from pipelines.curate.load import load_evaluation, load_samples
 from pipelines.curate.near import find_near
+from pipelines.curate.pictures import picture_of
 from pipelines.curate.samples import Samples, Verdicts
 from pipelines.curate.semantic import find_misaligned, find_semantic
 from pipelines.curate.settings import (
@@ -38,92 +28,14 @@ from pipelines.curate.settings import (
     SemanticRule,
 )
 from pipelines.curate.similarity import media_similar
+from pipelines.curate.tables import MediaTable
 from pipelines.curate.texts import jaccard, normalized, pieces
-from pipelines.feed.reader import Reader
-from pipelines.items.listing import shards_of
+from pipelines.errors import UserError
 from pipelines.items.types import Item
-from pipelines.samples import FileRef, Input, Media, Members, Sample, Split
-from pipelines.shards.duplicates import with_duplicates
-from pipelines.shards.index import with_hashes
-from pipelines.shards.manifest import Manifest, SourceInfo, publish_manifest
+from pipelines.samples import FileRef, Input, Media
 from pipelines.storage.location import open_store
 from pipelines.synthetic.scenes import all_scenes, draw_scene, neighbors
-from tests.data import store_shard
-
-PER_SHARD = 50
-SETTINGS = FeatureSettings.of(MediaConfig(), ngram_words=8, min_words=4, languages=True)
-Pair = tuple[str, bytes | str]
-"""Query text, and target: a picture's bytes or a text."""
-
-
-def encoded(image: Image.Image, format: str = "JPEG", quality: int = 90) -> bytes:
-    sink = io.BytesIO()
-    image.save(sink, format, quality=quality)
-    return sink.getvalue()
-
-
-def scenes(count: int, seed: int = 0) -> list[tuple[str, Image.Image]]:
-    """Captions and pictures of different scenes."""
-    chosen = Random(seed).sample(all_scenes(), count)
-    return [(scene.wordings()[0], draw_scene(scene, 96, Random(f"{seed} {n}"))) for n, scene in enumerate(chosen)]
-
-
-def crop(image: Image.Image, fraction: float) -> Image.Image:
-    width, height = (round(side * fraction / 2) for side in image.size)
-    return image.crop((width, height, image.width - width, image.height - height))
-
-
-CHANGES: Sequence[Callable[[Image.Image], bytes]] = (
-    lambda image: encoded(image, quality=40),
-    lambda image: encoded(image, "WEBP", quality=50),
-    lambda image: encoded(image.resize((60, 60))),
-    lambda image: encoded(image.resize((150, 150), Image.Resampling.BICUBIC), "PNG"),
-    lambda image: encoded(crop(image, 0.04)),
-)
-
-
-def edited(text: str, rng: Random, num_letters: int = 1) -> str:
-    """The text with another case, more spaces and some changed letters."""
-    letters = list(text)
-    for place in rng.sample(range(len(text)), num_letters):
-        letters[place] = rng.choice("abcdefgh")
-    return "".join(letters).upper().replace(" ", "  ")
-
-
-def to_sample(source: str, number: int, pair: Pair) -> tuple[Sample, Members]:
-    text, target = pair
-    members = {} if isinstance(target, str) else {"p0.png": target}
-    positive = Input(target) if isinstance(target, str) else Input("", (Media("image", "p0.png"),))
-    sample = Sample(f"{number:06d}", source, source, Input(text), positive)
-    return with_hashes(sample, members), members
-
-
-def publish(folder: Path, sources: dict[str, Sequence[Pair]], split: Split = "train") -> list[ShardInputs]:
-    store = open_store(str(folder / "data"))
-    store.ensure_bucket()
-    infos = {}
-    for source, pairs in sources.items():
-        samples = [to_sample(source, number, pair) for number, pair in enumerate(pairs)]
-        parts = [samples[start : start + PER_SHARD] for start in range(0, len(samples), PER_SHARD)]
-        shards = tuple(store_shard(store, split, source, number, part) for number, part in enumerate(parts))
-        infos[source] = SourceInfo(source, len(samples), shards)
-    publish_manifest(store, with_duplicates(store, Manifest(split, infos)))
-    data = DataConfig(root=str(folder / "data"), split=split)  # type: ignore[arg-type]
-    return [ShardInputs(data, shard) for shard in shards_of(Reader(data))]
-
-
-def featured(folder: Path, inputs: Sequence[Inputs]) -> None:
-    cache = open_store(str(folder / "cache"))
-    cache.ensure_bucket()
-    for work in missing_features(inputs, FAMILIES, SETTINGS, cache):
-        write_features(work, SETTINGS, cache)
-    assert not missing_features(inputs, FAMILIES, SETTINGS, cache)
-
-
-def loaded(folder: Path, **sources: Sequence[Pair]) -> Samples:
-    inputs = publish(folder, dict(sources))
-    featured(folder, inputs)
-    return load_samples(inputs, FAMILIES, SETTINGS, open_store(str(folder / "cache")))
+from tests.curation import CHANGES, SETTINGS, Pair, edited, encoded, featured, loaded, publish, scenes
 
 
 def everything(samples: Samples) -> np.ndarray:
@@ -402,9 +314,6 @@ def test_a_damaged_sample_is_counted(tmp_path: Path) -> None:
 
 def test_pages_must_agree_everywhere() -> None:
     """A page with one changed line is another page, and an image may be the picture of a page."""
-    from pipelines.curate.pictures import picture_of
-    from pipelines.curate.tables import MediaTable
-
     page = np.full((320, 320, 3), 255, np.uint8)
     page[20:300:20, 20:280] = 0
     changed = page.copy()
@@ -429,8 +338,6 @@ def test_pages_must_agree_everywhere() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_damaged_feature_file_is_one_error(tmp_path: Path, family: str) -> None:
-    from pipelines.errors import UserError
-
     inputs = publish(tmp_path, {"a": [("q", "t")]})
     featured(tmp_path, inputs)
     (file,) = (tmp_path / "cache" / family).iterdir()

@@ -1,0 +1,109 @@
+"""Datasets with planted duplicates, published without Ray, and their features."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from random import Random
+
+from PIL import Image
+
+from pipelines.config import DataConfig, MediaConfig
+from pipelines.curate.features import (
+    FAMILIES,
+    FeatureSettings,
+    Inputs,
+    ShardInputs,
+    missing_features,
+    write_features,
+)
+from pipelines.curate.load import load_samples
+from pipelines.curate.samples import Samples
+from pipelines.feed.reader import Reader
+from pipelines.items.listing import shards_of
+from pipelines.samples import Input, Media, MediaKind, Members, Sample, Split
+from pipelines.shards.duplicates import with_duplicates
+from pipelines.shards.index import with_hashes
+from pipelines.shards.manifest import Manifest, SourceInfo, publish_manifest
+from pipelines.storage.location import open_store
+from pipelines.synthetic.scenes import all_scenes, draw_scene
+from tests.data import store_shard
+
+PER_SHARD = 50
+SETTINGS = FeatureSettings.of(MediaConfig(), ngram_words=8, min_words=4, languages=True)
+KINDS: dict[str, MediaKind] = {"pages": "document", "clips": "video"}
+"""Source -> what its media are. Those of other sources are images."""
+Pair = tuple[str, bytes | str]
+"""Query text, and target: the bytes of a medium, or a text."""
+
+
+def encoded(image: Image.Image, format: str = "JPEG", quality: int = 90) -> bytes:
+    sink = io.BytesIO()
+    image.save(sink, format, quality=quality)
+    return sink.getvalue()
+
+
+def scenes(count: int, seed: int = 0) -> list[tuple[str, Image.Image]]:
+    """Captions and pictures of different scenes."""
+    chosen = Random(seed).sample(all_scenes(), count)
+    return [(scene.wordings()[0], draw_scene(scene, 96, Random(f"{seed} {n}"))) for n, scene in enumerate(chosen)]
+
+
+def cropped(image: Image.Image, fraction: float) -> Image.Image:
+    width, height = (round(side * fraction / 2) for side in image.size)
+    return image.crop((width, height, image.width - width, image.height - height))
+
+
+CHANGES: Sequence[Callable[[Image.Image], bytes]] = (
+    lambda image: encoded(image, quality=40),
+    lambda image: encoded(image, "WEBP", quality=50),
+    lambda image: encoded(image.resize((60, 60))),
+    lambda image: encoded(image.resize((150, 150), Image.Resampling.BICUBIC), "PNG"),
+    lambda image: encoded(cropped(image, 0.04)),
+)
+
+
+def edited(text: str, rng: Random, num_letters: int = 1) -> str:
+    """The text with another case, more spaces and some changed letters."""
+    letters = list(text)
+    for place in rng.sample(range(len(text)), num_letters):
+        letters[place] = rng.choice("abcdefgh")
+    return "".join(letters).upper().replace(" ", "  ")
+
+
+def to_sample(source: str, number: int, pair: Pair) -> tuple[Sample, Members]:
+    text, target = pair
+    members = {} if isinstance(target, str) else {"p0.bin": target}
+    kind = KINDS.get(source, "image")
+    positive = Input(target) if isinstance(target, str) else Input("", (Media(kind, "p0.bin"),))
+    sample = Sample(f"{number:06d}", source, source, Input(text), positive)
+    return with_hashes(sample, members), members
+
+
+def publish(folder: Path, sources: Mapping[str, Sequence[Pair]], split: Split = "train") -> list[ShardInputs]:
+    store = open_store(str(folder / "data"))
+    store.ensure_bucket()
+    infos = {}
+    for source, pairs in sources.items():
+        samples = [to_sample(source, number, pair) for number, pair in enumerate(pairs)]
+        parts = [samples[start : start + PER_SHARD] for start in range(0, len(samples), PER_SHARD)]
+        shards = tuple(store_shard(store, split, source, number, part) for number, part in enumerate(parts))
+        infos[source] = SourceInfo(source, len(samples), shards)
+    publish_manifest(store, with_duplicates(store, Manifest(split, infos)))
+    data = DataConfig(root=str(folder / "data"), split=split)  # type: ignore[arg-type]
+    return [ShardInputs(data, shard) for shard in shards_of(Reader(data))]
+
+
+def featured(folder: Path, inputs: Sequence[Inputs]) -> None:
+    cache = open_store(str(folder / "cache"))
+    cache.ensure_bucket()
+    for work in missing_features(inputs, FAMILIES, SETTINGS, cache):
+        write_features(work, SETTINGS, cache)
+    assert not missing_features(inputs, FAMILIES, SETTINGS, cache)
+
+
+def loaded(folder: Path, **sources: Sequence[Pair]) -> Samples:
+    inputs = publish(folder, sources)
+    featured(folder, inputs)
+    return load_samples(inputs, FAMILIES, SETTINGS, open_store(str(folder / "cache")))
