@@ -215,6 +215,5 @@ EXPORT_DATA = Kind(
     run="jobs.data.export_data:run",
     reads={"data": "dataset"},
     makes={"out": "files of the format, report, spec that reads them back"},
-    resumes=False,
     gpus=no_gpus,
 )

@@ -2,6 +2,8 @@
 
 every shard -> what its samples have   -> the shape of each source
 every shard -> the files of the format -> report, and the spec that reads them back
+
+Until the report appears, each shard whose files are stored has a marker next to them. The same command keeps them.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +35,7 @@ from pipelines.storage.store import Store, disk_errors
 
 KIND = "data export"
 REPORT, SPEC = "report.json", "read_back.yaml"
-_OURS = re.compile(r".+/[0-9]{6}\.(tar|parquet|zip)")
+_OURS = re.compile(r".+/[0-9]{6}\.(tar|parquet|zip|json)")
 FORMATS: dict[FormatName, Format] = {
     "webdataset": WebDataset(),
     "mmeb": Mmeb(),
@@ -166,6 +169,9 @@ def _write(
     chosen: Format,
     shapes: Mapping[str, SourceShape],
 ) -> _Written:
+    identity = _identity(job, chosen, shapes[job.source])
+    if stored := _stored(out, job, identity):
+        return stored
     rejected: dict[str, list[str]] = {}
     num_samples = 0
 
@@ -183,7 +189,32 @@ def _write(
         files = chosen.write(Path(folder), job.place, usable(), shapes[job.source])
         for path in files:
             out.upload(Path(folder, path), path)
-    return _Written(job.source, num_samples, files, rejected)
+    written = _Written(job.source, num_samples, files, rejected)
+    tags = [out.tag(path) for path in files]
+    out.write(_marker(job), json.dumps({"identity": identity, "tags": tags, "written": asdict(written)}).encode())
+    return written
+
+
+def _marker(job: _Job) -> str:
+    return f"{job.place}.json"
+
+
+def _identity(job: _Job, chosen: Format, shape: SourceShape) -> str:
+    """Return a hash of all that decides the files of a shard."""
+    shards = [repr(shard) for info in job.manifest.sources.values() for shard in info.shards]
+    content = [type(chosen).__name__, shards, json.dumps(asdict(shape), default=sorted)]
+    return sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _stored(out: Store, job: _Job, identity: str) -> _Written | None:
+    """Return what an interrupted export has written of a shard, if its files are as they were left."""
+    try:
+        marker = json.loads(out.read(_marker(job)))
+        written = _Written(**marker["written"])
+        as_left = marker["identity"] == identity and marker["tags"] == [out.tag(path) for path in written.files]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # none, or a damaged one: its work is done again
+        return None
+    return written if as_left else None
 
 
 def _spec(

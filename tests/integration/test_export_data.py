@@ -5,6 +5,7 @@ import json
 import tarfile
 import zipfile
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -254,3 +255,37 @@ def test_the_shape_of_parts_is_that_of_the_whole(tmp_path: Path) -> None:
         found = [sample for sample, _ in some]
         for cut in range(len(found) + 1):
             assert shape_of(found[:cut]) + shape_of(found[cut:]) == shape_of(found)
+
+
+def test_a_killed_export_keeps_the_shards_that_are_as_it_left_them(data: Path, tmp_path: Path) -> None:
+    out = open_store(str(tmp_path / "out"))
+
+    def exported(name: str = "mmeb", *, killed: bool = False) -> None:
+        def stop() -> None:
+            raise KeyboardInterrupt
+
+        claim(out, KIND)
+        settings = {"sources": ["plain", "composed"]} | ({"before_publish": stop} if killed else {})
+        with pytest.raises(KeyboardInterrupt) if killed else nullcontext():
+            export_data(open_store(str(data)), out, name, "train", **settings)  # type: ignore[arg-type]
+
+    def tags() -> dict[str, str]:
+        return {path: tag for path, tag in out.tags().items() if path.endswith((".parquet", ".zip", ".tar"))}
+
+    exported(killed=True)
+    left = tags()
+    assert len(left) == 2 * 5  # three shards and two, with a table and a zip each
+    damaged, gone = "train/plain/000000.parquet", "train/composed/000001.json"
+    out.write(damaged, b"no table")
+    out.delete(gone)
+    exported()
+    again = {path for path, tag in tags().items() if left[path] != tag}
+    assert {path.rpartition("/")[2].partition(".")[0] for path in again} == {"000000", "000001"}
+    assert {path.split("/")[-2] for path in again} == {"plain", "composed"}
+    assert len(again) == 4
+    assert not [path for path in out.list() if path.endswith(".json") and "0000" in path]
+    assert pq.read_table(tmp_path / "out" / damaged).num_rows == PER_SHARD
+
+    exported("webdataset", killed=True)
+    exported()  # in another format, nothing is kept
+    assert {path.rpartition(".")[2] for path in tags()} == {"parquet", "zip"}

@@ -181,7 +181,7 @@ def test_exit_status_follows_from_the_error(
 
 @pytest.mark.parametrize(
     ("spec", "does"),
-    [("ingest.yaml", "resumes from the last finished job or checkpoint"), ("export_data.yaml", "starts again")],
+    [("ingest.yaml", "resumes from the last finished job or checkpoint"), ("corpus.yaml", "starts again")],
 )
 def test_an_interrupted_job_says_what_the_same_command_does(
     spec: str, does: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
