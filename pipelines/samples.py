@@ -137,7 +137,7 @@ class FileRef:
 class ArchiveRef:
     """A member of a tar or zip at `path`: `num_bytes` from `offset`, which is that of its local header in a zip.
 
-    In a zip, `packing` is `stored` or `deflated`.
+    In a zip, `packing` is `stored` or `deflated`. `page` is that of a document, from zero.
     """
 
     path: str
@@ -145,13 +145,15 @@ class ArchiveRef:
     offset: int
     num_bytes: int
     packing: Literal["tar", "stored", "deflated"]
+    page: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class CellRef:
     """Bytes in a table: a `row` in a `part` (row group or record batch), and the way to the value in that row.
 
-    `column` names columns and fields, and gives positions in lists. `sha256` is that of the bytes.
+    `column` names columns and fields, and gives positions in lists. `sha256` is that of the bytes. `page` is that of a
+    document, from zero.
     """
 
     path: str
@@ -159,6 +161,7 @@ class CellRef:
     row: int
     column: tuple[str | int, ...]
     sha256: str
+    page: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from pipelines.media.signatures import NUM_BYTES, sniff
 from pipelines.samples import (
     ArchiveRef,
     CellRef,
-    FileRef,
+    FramesRef,
     Input,
     Media,
     MediaKind,
@@ -154,10 +154,13 @@ def _loaded(
     if isinstance(data, list):
         video = _sandbox(config).call(join_frames, data, config, materialized)
         return Media("video", f"{media.member}.{SUFFIX['video']}"), video
-    page = ref.page if isinstance(ref, FileRef) else None
+    page = None if isinstance(ref, FramesRef) else ref.page
     if "." not in media.member:
         media = _named(media, data)
-        page = 0 if media.kind == "document" else None
+        if media.kind == "document":
+            page = page or 0
+        elif page is not None:
+            raise BadMedia("no_such_page", f"page {page} of a file that is no document: {media.kind}")
     if media.kind == "image" and is_sure:
         return media, data
     content = _sandbox(config).call(stored_content, media.kind, data, page, config, materialized)
@@ -175,9 +178,10 @@ def _named(media: Media, data: bytes) -> Media:
 
 def _shown(ref: Reference) -> str:
     """Return where a medium is, for messages."""
+    page = "" if isinstance(ref, FramesRef) or ref.page is None else f" page {ref.page}"
     if isinstance(ref, CellRef):
-        return f"{ref.path} part {ref.part} row {ref.row} {'.'.join(map(str, ref.column))}"
-    return f"{ref.path} {ref.member}" if isinstance(ref, ArchiveRef) else ref.path
+        return f"{ref.path} part {ref.part} row {ref.row} {'.'.join(map(str, ref.column))}{page}"
+    return f"{ref.path} {ref.member}{page}" if isinstance(ref, ArchiveRef) else f"{ref.path}{page}"
 
 
 def stored_content(kind: MediaKind, data: bytes, page: int | None, config: MediaConfig, materialized: bool) -> bytes:

@@ -16,7 +16,7 @@ from pipelines.sources.placeholders import strip_placeholders
 from pipelines.sources.pool import PoolReader
 from pipelines.sources.selectors import Cell, Row, find
 from pipelines.sources.table_config import FromColumn, FromPrompts, Side, TableSource, Value
-from pipelines.sources.values import Part, draw, media_values, number_of, parsed, resolve, text_of
+from pipelines.sources.values import Part, draw, media_values, number_of, page_of, parsed, resolve, text_of
 
 Role = Literal["query", "positive", "negatives"]
 _UNNAMED = re.compile(r"[^A-Za-z0-9_.-]+")
@@ -128,17 +128,19 @@ class RowMapper:
     def _of_columns(self, side: Side, row: Row, role: Role) -> list[Callable[[], Part]]:
         text = parsed(find(side.text, row), side.parse) if side.text else None
         media = [parsed(find(selector, row), side.parse) for selector in side.media_selectors]
+        pages = find(side.page, row) if side.page else None
         self._check_present(side, role, text, media)
         spread = side.choose is not None or role == "negatives"  # over the elements of lists of media
         lists = [len(cell.elements()) for cell in media if cell and cell.is_list and spread]
-        lists += [len(text.elements())] if text and text.is_list else []
+        lists += [len(cell.elements()) for cell in (text, pages if spread else None) if cell and cell.is_list]
         if len(set(lists)) > 1:
             raise BadMedia("unequal_lists", f"{role}: {' and '.join(map(str, lists))} elements")
 
         def part(number: int) -> Part:
             values = [value for cell in media for value in media_values(_element(cell, number, spread), row)]
             words = text_of(_element(text, number, True), side.text or "")
-            return Part(words, tuple(resolve(value, self.roots) for value in values))
+            page = page_of(_element(pages, number, spread), side.page or "")
+            return Part(words, tuple(resolve(value, self.roots, page) for value in values))
 
         return [lambda number=number: part(number) for number in range(max(lists, default=1))]  # type: ignore[misc]
 
@@ -207,6 +209,7 @@ class _Selectors:
             if side:
                 self._add(f"{name}.text", side.text)
                 self._add(f"{name}.id", side.id)
+                self._add(f"{name}.page", side.page)
                 for selector in side.media_selectors:
                     self._add(f"{name}.media", selector)
         for name in ("instruction", "target_instruction"):

@@ -13,9 +13,10 @@ from pipelines.sources.selectors import Row, find
 from pipelines.sources.table_config import Pool
 from pipelines.sources.table_files import TableFile
 from pipelines.sources.table_rows import list_units, read_rows, wanted_columns
-from pipelines.sources.values import Part, media_values, resolve, text_of
+from pipelines.sources.values import Part, media_values, page_of, resolve, text_of
 
-_loaded: dict[str, dict[str, tuple[str, tuple[str | CellRef, ...]]]] = {}
+_Entry = tuple[str, tuple[str | CellRef, ...], int | None]
+_loaded: dict[str, dict[str, _Entry]] = {}
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,14 @@ class PoolReader:
         entry = self.entries().get(id)
         if entry is None:
             raise BadMedia("missing_id", f"{id[:100]!r} is not in the pool")
-        text, values = entry
-        return Part(text, tuple(resolve(value, self.roots) for value in values))
+        text, values, page = entry
+        return Part(text, tuple(resolve(value, self.roots, page) for value in values))
 
-    def entries(self) -> dict[str, tuple[str, tuple[str | CellRef, ...]]]:
-        """Return id -> text, and paths or cells of the media. Of two rows with one id, the first counts."""
+    def entries(self) -> dict[str, _Entry]:
+        """Return id -> text, paths or cells of the media, and page. Of two rows with one id, the first counts."""
         key = repr((self.files, self.config, self.endpoint))
         if key not in _loaded:
-            found: dict[str, tuple[str, tuple[str | CellRef, ...]]] = {}
+            found: dict[str, _Entry] = {}
             selector = self.config.id or ""
             for row in self._rows(selector):
                 if id := find(selector, row):
@@ -50,7 +51,7 @@ class PoolReader:
         return _loaded[key]
 
     def _rows(self, id: str) -> Iterator[Row]:
-        selectors = [id, *([self.config.text] if self.config.text else []), *self._media()]
+        selectors = [id, *filter(None, (self.config.text, self.config.page)), *self._media()]
         wanted = partial(wanted_columns, selectors)
         for file in self.files:
             for unit in list_units(file, self.endpoint):
@@ -60,7 +61,8 @@ class PoolReader:
         media = self.config.media
         return [media] if isinstance(media, str) else list(media or ())
 
-    def _entry(self, row: Row) -> tuple[str, tuple[str | CellRef, ...]]:
+    def _entry(self, row: Row) -> _Entry:
         cell = find(self.config.text, row) if self.config.text else None
         values = [value for selector in self._media() for value in media_values(find(selector, row), row)]
-        return text_of(cell, self.config.text or ""), tuple(values)
+        page = page_of(find(self.config.page, row), self.config.page) if self.config.page else None
+        return text_of(cell, self.config.text or ""), tuple(values), page

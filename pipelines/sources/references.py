@@ -117,11 +117,15 @@ def identity(ref: Reference | None, root: Path) -> tuple[object, ...]:
     if ref is None:
         return ("", None)
     if isinstance(ref, CellRef):
-        return (ref.sha256,)
+        return (ref.sha256, *_page(ref))
     place = relative_place(ref.path, root)
     if isinstance(ref, ArchiveRef):
-        return (place, ref.member)
+        return (place, ref.member, *_page(ref))
     return (place, ref.page) if isinstance(ref, FileRef) else (place, len(ref.pictures))
+
+
+def _page(ref: CellRef | ArchiveRef) -> tuple[int, ...]:
+    return () if ref.page is None else (ref.page,)
 
 
 def relative_place(path: str, root: Path) -> str:

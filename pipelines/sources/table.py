@@ -175,7 +175,7 @@ def _pool(
         problem = f"names targets by id, and {own[0].url} has no column {pool.id!r} of ids"
         raise UserError(place, problem, f"add pool: {{table: FILE}}, the table of the targets, which has {pool.id!r}")
     media = [pool.media] if isinstance(pool.media, str) else list(pool.media or ())
-    selectors = {"id": pool.id} | ({"text": pool.text} if pool.text else {})
+    selectors = {"id": pool.id} | {name: text for name in ("text", "page") if (text := getattr(pool, name))}
     selectors |= {f"media[{number}]": selector for number, selector in enumerate(media)}
     _check_columns(f"{place}.pool", selectors, columns, own[0])
     if pool.media_root:

@@ -23,6 +23,8 @@ class Side(Config):
     media: SelectorText | list[SelectorText] | None = None
     """Selector of bytes, of a path below `media_root`, or of a list of these, which are all shown. A list of selectors
     gives several media, in order."""
+    page: SelectorText | None = None
+    """Selector of the page of a PDF in `media`, from zero. An empty one, and `null`, is the first page."""
     id: SelectorText | None = None
     """Selector of an id, or of a list of ids, of rows of `pool`. It replaces `text` and `media`."""
     choose: Literal["one", "each"] | None = None
@@ -37,6 +39,8 @@ class Side(Config):
             raise ValueError("names neither text nor media nor id")
         if self.id is not None and (self.text is not None or self.media is not None):
             raise ValueError("has an id, and text or media: the pool gives both")
+        if self.page is not None and self.media is None:
+            raise ValueError("has a page, and no media")
         return self
 
     @property
@@ -56,6 +60,8 @@ class Pool(Config):
     """Selector of the text."""
     media: SelectorText | list[SelectorText] | None = None
     """Selector of the medium, or a list of them."""
+    page: SelectorText | None = None
+    """Selector of the page of a PDF in `media`, from zero. An empty one, and `null`, is the first page."""
     media_root: Urls | None = None
     """Where the media of the pool are. `null`: where those of the source are."""
 

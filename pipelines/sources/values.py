@@ -7,11 +7,11 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pipelines.errors import BadMedia
-from pipelines.samples import CellRef, Reference
+from pipelines.samples import CellRef, FramesRef, Reference
 from pipelines.sources.media_roots import MediaRoots
 from pipelines.sources.selectors import Cell, Row
 from pipelines.texts import MAX_TEXT_BYTES
@@ -79,9 +79,24 @@ def media_values(cell: Cell | None, row: Row) -> list[str | CellRef]:
     raise BadMedia("not_a_medium", f"is {type(value).__name__}, and neither a path nor bytes")
 
 
-def resolve(value: str | CellRef, roots: MediaRoots) -> Reference:
-    """Return the reference of a medium. Raises `BadMedia`, as `MediaRoots.find` does."""
-    return roots.find(value) if isinstance(value, str) else value
+def resolve(value: str | CellRef, roots: MediaRoots, page: int | None = None) -> Reference:
+    """Return the reference of a medium, or of one page. Raises `BadMedia`: no_such_page, those of `MediaRoots`."""
+    ref = roots.find(value) if isinstance(value, str) else value
+    if page is None:
+        return ref
+    if isinstance(ref, FramesRef):
+        raise BadMedia("no_such_page", f"page {page} of a folder of pictures: {ref.path}")
+    return replace(ref, page=page)
+
+
+def page_of(cell: Cell | None, selector: str) -> int | None:
+    """Return the number of a page, from zero. None for an empty cell. Raises `BadMedia`: not_a_number."""
+    if cell is None or cell.is_empty:
+        return None
+    number = number_of(cell, selector)
+    if number < 0 or number != int(number):
+        raise BadMedia("not_a_number", f"{selector} is {number:g}, and no page from zero")
+    return int(number)
 
 
 def parsed(cell: Cell | None, how: Literal["json", "python_list"] | None) -> Cell | None:

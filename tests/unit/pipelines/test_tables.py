@@ -8,6 +8,7 @@ import tarfile
 import tracemalloc
 import uuid
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -571,3 +572,42 @@ def test_files_that_are_no_table_are_named(tmp_path):
     write_table(tmp_path / "mixed/a.csv", ROWS)
     write_table(tmp_path / "mixed/a.jsonl", ROWS)
     assert "has files of several formats: csv jsonl" in error(str(tmp_path / "mixed"), **PAIR)
+
+
+def test_a_page_of_a_pdf_is_selected(tmp_path):
+    import pymupdf
+
+    def pages(data):
+        with pymupdf.open(stream=data, filetype="pdf") as document:
+            return [page.get_text().strip() for page in document]
+
+    with pymupdf.open() as document:
+        for number in range(3):
+            document.new_page(width=200, height=100).insert_text((20, 50), f"page {number}")
+        pdf = document.tobytes()
+    (tmp_path / "a.pdf").write_bytes(pdf)
+    (tmp_path / "b.png").write_bytes(picture(1))
+    with zipfile.ZipFile(tmp_path / "m.zip", "w") as archive:
+        archive.writestr("a.pdf", pdf)
+    asked = [("a.pdf", None), ("a.pdf", 2), ("a.pdf", "1"), ("a.pdf", 1.5), ("a.pdf", -1), ("a.pdf", 3), ("b.png", 0)]
+    rows = [{"q": f"q{n}", "file": name, "page": page} for n, (name, page) in enumerate(asked)]
+    table = write_table(tmp_path / "t.jsonl", rows)
+    settings = {"query": {"text": "q"}, "positive": {"media": "file", "page": "page?"}}
+    for root in (".", "m.zip"):
+        samples, refused = read(table, media_root=str(tmp_path / root), **settings)
+        loaded = {raw.sample.query.text: load_sample(raw, CONFIG) for raw in samples[:3]}
+        found = {text: pages(members["p0.pdf"]) for text, (_, members) in loaded.items()}
+        assert found == {"q0": ["page 0"], "q1": ["page 2"], "q2": ["page 1"]}
+        assert [reason for _, reason in refused if reason != "missing_file"] == ["not_a_number", "not_a_number"]
+        assert len({pair_identity(replace(raw, sample=replace(raw.sample, query=Input()))) for raw in samples[:3]}) == 3
+        for raw in samples[3:]:
+            with pytest.raises(BadMedia, match="no_such_page"):
+                load_sample(raw, CONFIG)
+    cells = [{"q": "q", "file": {"bytes": pdf, "path": ""}, "page": page} for page in (2, 0)]
+    samples, _ = read(write_table(tmp_path / "t.parquet", cells), **settings)
+    assert [pages(load_sample(raw, CONFIG)[1]["p0.pdf"]) for raw in samples] == [["page 2"], ["page 0"]]
+    pool = write_table(tmp_path / "pool.jsonl", [{"did": "x", "file": "a.pdf", "page": 1}])
+    named = write_table(tmp_path / "named.jsonl", [{"q": "q", "did": "x"}])
+    pooled = {"table": pool, "id": "did", "media": "file", "page": "page"}
+    (raw,), _ = read(named, query={"text": "q"}, positive={"id": "did"}, pool=pooled)
+    assert pages(load_sample(raw, CONFIG)[1]["p0.pdf"]) == ["page 1"]
