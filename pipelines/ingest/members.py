@@ -80,12 +80,16 @@ def _windows(raws: Iterable[RawSample], reader: ReferenceReader) -> Iterator[lis
     for raw in raws:
         files = {member: _read(ref, reader) for member, ref in raw.files.items()}
         window.append((raw, files))
-        num_bytes += sum(len(data) for data in files.values() if isinstance(data, bytes))
+        num_bytes += sum(map(_num_bytes, files.values()))
         if len(window) == _WINDOW_SAMPLES or num_bytes > _WINDOW_BYTES:
             yield window
             window, num_bytes = [], 0
     if window:
         yield window
+
+
+def _num_bytes(data: bytes | list[bytes] | BadMedia) -> int:
+    return sum(map(len, data)) if isinstance(data, list) else 0 if isinstance(data, BadMedia) else len(data)
 
 
 def _read(ref: Reference, reader: ReferenceReader) -> bytes | list[bytes] | BadMedia:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from pipelines.config import MediaConfig
 from pipelines.errors import BadMedia, UserError
+from pipelines.ingest import members
 from pipelines.ingest.blocks import pair_identity
 from pipelines.ingest.members import load_sample
 from pipelines.samples import ArchiveRef, CellRef, FileRef, FramesRef, Input, Media, RawSample
@@ -611,3 +612,26 @@ def test_a_page_of_a_pdf_is_selected(tmp_path):
     pooled = {"table": pool, "id": "did", "media": "file", "page": "page"}
     (raw,), _ = read(named, query={"text": "q"}, positive={"id": "did"}, pool=pooled)
     assert pages(load_sample(raw, CONFIG)[1]["p0.pdf"]) == ["page 1"]
+
+
+def test_few_bytes_are_read_ahead_of_their_use(tmp_path, monkeypatch):
+    """Pictures, damaged ones and folders of frames: the samples are those that come one by one."""
+    monkeypatch.setattr(members, "_WINDOW_BYTES", 3000)
+    write_pictures(tmp_path, *(f"{n}.jpg" for n in range(5)), *(f"clip/{n}.jpg" for n in range(9)))
+    (tmp_path / "1.jpg").write_bytes(picture(1, "JPEG")[:300])
+    rows = [{"title": name, "photo": name} for name in ("0.jpg", "1.jpg", "clip", "2.jpg", "3.jpg", "4.jpg")]
+    samples, _ = read(write_table(tmp_path / "t.jsonl", rows), **SHOWN)
+    windows = []
+    with ReferenceReader(CONFIG) as reader:
+        for window in members._windows(samples, reader):
+            windows.append(len(window))
+            before_last = sum(members._num_bytes(data) for _, files in window[:-1] for data in files.values())
+            assert before_last <= 3000
+        found = list(members.load_samples(samples, CONFIG, reader=reader))
+    assert sum(windows) == 6
+    assert len(windows) >= 2
+    assert [raw for raw, _ in found] == samples
+    assert [getattr(loaded, "reason", "") for _, loaded in found] == ["", "corrupt_image", "", "", "", ""]
+    assert [loaded for _, loaded in found if not isinstance(loaded, BadMedia)] == [
+        load_sample(raw, CONFIG) for raw, loaded in found if not isinstance(loaded, BadMedia)
+    ]
