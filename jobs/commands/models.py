@@ -1,4 +1,4 @@
-"""Commands for models and vectors: evaluate, export, embed, search."""
+"""Commands for models and vectors: evaluate, export, embed, mine, search."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from jobs.commands.options import Changes, ResultAsJson, SpecPath, print_json, r
 from jobs.commands.output import print_text
 
 BENCHMARK_SPEC, EMBED_SPEC = "jobs/benchmark.yaml", "jobs/embed.yaml"
+MINE_SPEC = "jobs/mine.yaml"
 EXPORT_SPEC, SEARCH_SPEC = "jobs/export.yaml", "jobs/search.yaml"
 
 
@@ -84,6 +85,24 @@ def export(
 def embed(spec: SpecPath = EMBED_SPEC, changes: Changes = None, as_json: ResultAsJson = False) -> None:
     """Embed the targets of a dataset, for `rzen search`."""
     run_file(spec, changes, kind="embed", as_json=as_json)
+
+
+def mine(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="dataset: directory or s3:// URL")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="exported model: directory, s3:// URL or hub name")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="directory or s3:// URL of the candidate table")],
+    negatives: Annotated[int | None, typer.Option(help="negatives of each sample (default: 5)")] = None,
+    changes: Changes = None,
+    as_json: ResultAsJson = False,
+) -> None:
+    """Find hard negatives of each sample with a model, and choose among them.
+
+    Training reads them with data.candidates. OUT/report.html shows what each rule left out.
+    """
+    settings: dict[str, Any] = {"data.root": data, "model": model, "out": out}
+    if negatives is not None:
+        settings["select.negatives_per_sample"] = negatives
+    run_file(MINE_SPEC, changes, settings, as_json=as_json)
 
 
 def search(

@@ -1,5 +1,7 @@
 """Job of kind `mine`: the nearest targets of each query become a candidate table. It is resumable part by part.
 
+With `select`, this is all in `{out}/mined`, and `{out}` is the table of the chosen negatives.
+
 * `{out}/candidates.json`, `{out}/parts/`: the table (`pipelines/candidates`).
 * `{out}/vectors/`: vectors of queries and targets, by content and model, for the next run.
 * `{out}/listings/`: what the shards hold.
@@ -24,12 +26,13 @@ from jobs.mining.approximate import NUM_MEASURED, ListsWork, build_lists
 from jobs.mining.pools import Pool, Positives, SourceSamples, items_of, read_source
 from jobs.mining.scratch import Scratch
 from jobs.mining.search import Group, SearchGroups, SearchSettings
-from jobs.mining.specs import MineSpec, PoolConfig
+from jobs.mining.select import select_table
+from jobs.mining.specs import MineSpec, PoolConfig, SelectSpec
 from jobs.runtime.cluster import ray_cluster, ray_data
 from jobs.runtime.lease import Lease, hold_output
 from jobs.runtime.progress import Bars, say
 from jobs.spec.model import ModelRef
-from pipelines.candidates.table import CandidateTable, read_table
+from pipelines.candidates.table import CandidateTable, open_table, read_table
 from pipelines.candidates.types import KIND, CandidateManifest, PartInfo, TableData
 from pipelines.candidates.types import Pool as PoolInfo
 from pipelines.candidates.write import PartWriter, Place, publish_table
@@ -41,7 +44,7 @@ from pipelines.storage.location import open_store
 from pipelines.storage.store import Store
 from rzen.config import ModelIdentity
 
-VECTORS, LISTINGS = "vectors", "listings"
+VECTORS, LISTINGS, MINED = "vectors", "listings", "mined"
 _VERSION = 1  # of what a part holds for equal samples and vectors
 
 
@@ -87,10 +90,22 @@ class Mining:
 
 
 def run(spec: MineSpec) -> dict[str, Any]:
-    """Embed what has no vector, search, and publish the table."""
+    """Embed what has no vector, search, and publish the table. With `select`, choose negatives among the candidates."""
     store = open_store(spec.out, spec.endpoint)
     with hold_output(store, KIND, "mines") as lease:
-        return _run(spec, store, lease)
+        if spec.select is None:
+            return _run(spec, store, lease)
+        mined = f"{spec.out.rstrip('/')}/{MINED}"
+        run(spec.model_copy(update={"out": mined, "select": None}))
+        selecting = SelectSpec(
+            kind="select",
+            table=mined,
+            out=spec.out,
+            selection=spec.select,
+            trusted=spec.data.trusted,
+            endpoint=spec.endpoint,
+        )
+        return select_table(open_table(mined, spec.endpoint), selecting, store, lease)
 
 
 def plan_mining(spec: MineSpec) -> Mining:

@@ -18,7 +18,7 @@ from jobs.embedding.listings import samples_of
 from jobs.embedding.vectors import Ids, VectorIndex
 from jobs.mining.pools import NO_ITEM, Pool, Positives, SourceSamples, unique_ids
 from jobs.mining.scratch import Scratch
-from pipelines.candidates.types import CandidateRows
+from pipelines.candidates.types import CandidateRows, Int64Array
 from pipelines.candidates.write import PartWriter
 from pipelines.items.listing import ListedShard
 from pipelines.samples import Rejected, Sample
@@ -96,7 +96,7 @@ class SearchGroups:
             targets_ND, has_target = self._load(samples.target_item, Path(folder, "targets.npy"))
             asked = np.flatnonzero(asks)
             queries_QD = queries_ND[asked]
-            found = searched.nearest(queries_QD, _excluded(samples, asked, pool, self._positives))
+            found = searched.nearest(queries_QD, excluded_rows(samples, asked, pool, self._positives))
             positive_recall = np.full(len(samples), np.nan, np.float32)
             both = asks & has_target
             positive_recall[both] = pair_scores(queries_ND[both], targets_ND[both])
@@ -112,6 +112,7 @@ class SearchGroups:
             recall=found.scores[is_there],
             owner=searched.owner_scores(queries_QD, np.nonzero(is_there)[0], candidate),
             candidate_modality=pool.modality[candidate],
+            query=samples.query,
             positive_recall=positive_recall,
             modality=samples.modality,
         )
@@ -168,7 +169,7 @@ def index_path(job: str, pool: int) -> str:
     return f"unfinished/{job}-ivf/{pool}.faiss"
 
 
-def _excluded(samples: SourceSamples, asked: Any, pool: Pool, positives: Positives) -> Excluded:
+def excluded_rows(samples: SourceSamples, asked: Int64Array, pool: Pool, positives: Positives) -> Excluded:
     """Return which rows of the pool are no candidates: what answers an equal query, and what shows the query itself."""
     place, content = positives.of_queries(samples.query[asked])
     place = np.concatenate([place, np.arange(len(asked))])

@@ -7,10 +7,11 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from jobs.embedding.specs import Workers, gpus_of_actors
-from jobs.spec.job import JobConfig
-from jobs.spec.kinds import Kind
+from jobs.spec.job import JobConfig, Named
+from jobs.spec.kinds import Kind, no_gpus
 from jobs.spec.no_effect import NoEffect
-from pipelines.config import Config, DataConfig, NonNegativeInt, PositiveInt
+from pipelines.candidates.config import SelectionConfig
+from pipelines.config import Config, DataConfig, MediaConfig, NonNegativeInt, PositiveInt
 from pipelines.samples import StoredSplit
 
 
@@ -54,6 +55,9 @@ class MineSpec(Workers, JobConfig):
     `all` takes those of all mined sources. A list names datasets, splits and sources for all samples."""
     depth: PositiveInt = 100
     """Candidates of each sample. `select` chooses among them."""
+    select: SelectionConfig | None = None
+    """Choose negatives in the same job. `out` is then the table of the chosen ones, and all candidates are in
+    `{out}/mined`. `null` only mines."""
     search: Literal["exact", "ivf"] = "exact"
     """`exact` compares each query with every candidate. `ivf` is approximate, for many millions on CPUs. It needs
     FAISS, and the job reports how much of the exact result it finds."""
@@ -78,6 +82,34 @@ class MineSpec(Workers, JobConfig):
     """Compute type; that of the export where not given."""
 
 
+class SelectSpec(JobConfig):
+    """Choose hard negatives among candidates, by rules that leave out likely right answers."""
+
+    kind: Literal["select"]
+    """Must be `select`."""
+    table: str
+    """Directory or s3:// URL of a candidate table: what `mine`, `judge` or `cluster` wrote."""
+    out: str
+    """Directory or s3:// URL of the new table and its report."""
+    selection: SelectionConfig = SelectionConfig()
+    """How negatives are chosen."""
+    sources: Named[SelectionConfig] = Field(default_factory=dict)
+    """Source -> how its negatives are chosen, instead of `selection`. A threshold belongs to one kind of data."""
+    num_examples: NonNegativeInt = 30
+    """Samples that the report shows."""
+    root: str | None = None
+    """Directory or s3:// URL of the dataset, for the report. `null` takes that of the table."""
+    trusted: bool = False
+    """Whether you made the media yourself. `false` decodes videos and documents of the report in a child process."""
+    endpoint: str | None = None
+    """S3 endpoint of tables and data. `null` uses AWS_ENDPOINT_URL from the environment."""
+
+    def data_of(self, root: str, split: str) -> DataConfig:
+        """Return how a dataset is read for the report."""
+        data = DataConfig(root=root, endpoint=self.endpoint, instructions=False, trusted=self.trusted)
+        return data.model_copy(update={"split": split, "media": MediaConfig(frames=4)})
+
+
 MINE = Kind(
     name="mine",
     spec=MineSpec,
@@ -91,4 +123,12 @@ MINE = Kind(
         NoEffect("data.max_bad_fraction", lambda spec: True, "bad samples get no candidates and are counted"),
         NoEffect("ivf", lambda spec: spec.search == "exact", "search: exact compares with every candidate"),
     ),
+)
+SELECT = Kind(
+    name="select",
+    spec=SelectSpec,
+    run="jobs.mining.select:run",
+    reads={"table": "candidate table", "root": "dataset"},
+    makes={"out": "candidate table of the chosen negatives, and report.html"},
+    gpus=no_gpus,
 )

@@ -39,6 +39,7 @@ _BUILT_IN = {
     "export": "jobs.serving.specs:EXPORT",
     "embed": "jobs.embedding.specs:EMBED",
     "mine": "jobs.mining.specs:MINE",
+    "select": "jobs.mining.specs:SELECT",
     "check": "jobs.serving.specs:CHECK",
     "search": "jobs.serving.specs:SEARCH",
     "pipeline": "jobs.workflows.specs:PIPELINE",

@@ -23,6 +23,7 @@ _TYPES = {
     "teacher": pa.float32(),
     "owner": pa.float32(),
     "candidate_modality": pa.int8(),
+    "query": pa.int64(),
     "positive_recall": pa.float32(),
     "positive_teacher": pa.float32(),
     "modality": pa.int8(),

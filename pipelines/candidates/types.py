@@ -144,6 +144,8 @@ class CandidateRows:
     """`[M]`."""
     candidate_modality: Int8Array
     """`[M]`."""
+    query: Int64Array
+    """`[N]`, content ids of the queries. 0 is unknown."""
     positive_recall: FloatArray
     """`[N]`, the same of the sample's own positive."""
     positive_teacher: FloatArray
@@ -163,7 +165,7 @@ class CandidateRows:
         """
         bounds = np.concatenate([[0], np.cumsum(np.asarray(counts, np.int64))]).astype(np.int64)
         defaults: dict[str, Any] = {"keep": True, "cluster": NO_CLUSTER, "modality": UNKNOWN}
-        defaults |= {"candidate_modality": UNKNOWN, "candidate": 0, "id": 0}
+        defaults |= {"candidate_modality": UNKNOWN, "candidate": 0, "id": 0, "query": 0}
         arrays: dict[str, Any] = {}
         for name, kind in {**_OF_SAMPLE, **_OF_CANDIDATE}.items():
             length = len(key) if name in _OF_SAMPLE else int(bounds[-1])
@@ -213,6 +215,7 @@ class CandidateRows:
 
 
 _OF_SAMPLE = {
+    "query": np.int64,
     "positive_recall": np.float32,
     "positive_teacher": np.float32,
     "modality": np.int8,

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import rzen
+from jobs.cli import main
 from jobs.mining import mine
 from jobs.mining.specs import MineSpec
 from pipelines.candidates.table import CandidateTable, open_table
@@ -193,3 +194,18 @@ def test_one_pool_of_all_sources_by_inverted_lists_in_an_object_store(
     rows = table.rows("red", 0)
     assert not np.isnan(rows.owner).any()
     assert set(rows.candidate_modality.tolist()) == set(rows.modality.tolist()) == {0}
+
+
+def test_one_command_mines_and_selects(
+    whole: Path, tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "negatives")
+    small = ["cpus_per_actor=0.5", "cpus_per_task=0.5", "gpus_per_actor=0", "queries_per_task=16", "depth=4"]
+    changes = [*small, f"vectors={whole / 'mined/vectors'}", "select.negatives.margin=null", "data.media.frames=8"]
+    arguments = [word for change in changes for word in ("--set", change)]
+    assert main(["mine", str(whole / "data"), model, out, "--negatives", "2", *arguments]) == 0
+    assert f"to train with it: data: {{candidates: {out}, negatives_per_sample: 2}}" in capsys.readouterr().out
+    chosen, mined = open_table(out), open_table(str(whole / "mined"))
+    assert chosen.manifest.pools == mined.manifest.pools
+    assert [row[0] for row in candidates(chosen, "red")] == [row[0][:2] for row in candidates(mined, "red")]
+    assert "<article>" in (tmp_path / "negatives/report.html").read_text()

@@ -42,6 +42,7 @@ BASES: dict[str, dict[str, Any]] = {
     "evaluate": {"kind": "evaluate", "models": {"a": {"base": "a"}}, "data": {"root": "d"}, "out": "o"},
     "embed": {"kind": "embed", "model": "m", "data": {"root": "d"}, "out": "o"},
     "mine": {"kind": "mine", "model": "m", "data": {"root": "d"}, "out": "o"},
+    "select": {"kind": "select", "table": "t", "out": "o"},
     "export": {"kind": "export", "model": {"base": "b"}, "out": "o"},
     "check": {"kind": "check", "model": "m", "data": {"root": "d"}, "out": "o"},
     "search": {"kind": "search", "queries": ["q"], "vectors": "v", "html": "h.html"},

@@ -1,0 +1,133 @@
+"""Job of kind `select`: the table that it writes, its report, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jobs.mining import select
+from jobs.mining.specs import SelectSpec
+from pipelines.candidates.table import CandidateTable, open_table
+from pipelines.candidates.types import MANIFEST, CandidateManifest, CandidateRows, Pool, TableData
+from pipelines.candidates.write import PartWriter, publish_table
+from pipelines.errors import UserError
+from pipelines.storage.location import open_store
+from pipelines.storage.store import LocalStore
+from tests.data import publish
+
+COUNT, DEPTH = 20, 6
+
+
+@pytest.fixture(scope="module")
+def mined(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a dataset and a table: each sample's candidates are the next ones, with falling scores."""
+    folder = tmp_path_factory.mktemp("mined")
+    manifest = publish(open_store(str(folder / "data")), {"red": ("text_image", COUNT)})
+    writer = PartWriter.of(LocalStore(folder / "mined"), {})
+    parts = []
+    for shard, start in enumerate(range(0, COUNT, 8)):
+        samples = np.arange(start, min(start + 8, COUNT))
+        rows = CandidateRows.of(
+            [f"{sample:08d}" for sample in samples],
+            [DEPTH] * len(samples),
+            candidate=((samples[:, None] + np.arange(1, DEPTH + 1)) % COUNT).ravel(),
+            recall=np.tile(0.9 - 0.1 * np.arange(DEPTH), len(samples)),
+            positive_recall=np.where(samples == 3, 0.1, 0.85),
+            modality=np.zeros(len(samples)),
+        )
+        parts.append(writer.write("red", shard, rows))
+    source = manifest.sources["red"].fingerprint
+    data = TableData(str(folder / "data"), "train", {"red": source})
+    table = CandidateManifest("mine", data, (Pool("train", "red", source, COUNT),), {"red": tuple(parts)})
+    publish_table(LocalStore(folder / "mined"), table)
+    return folder
+
+
+def spec_of(folder: Path, out: str, **changes: Any) -> SelectSpec:
+    fields: dict[str, Any] = {"kind": "select", "table": str(folder / "mined"), "out": out, "trusted": True}
+    return SelectSpec.model_validate(fields | changes)
+
+
+def negatives(table: CandidateTable) -> list[list[int]]:
+    found = []
+    for shard in range(len(table.manifest.parts["red"])):
+        rows = table.rows("red", shard)
+        found += [rows.candidate[rows.span(row)].tolist() for row in range(len(rows))]
+    return found
+
+
+def test_the_table_has_the_chosen_negatives_and_drops(mined: Path, tmp_path: Path) -> None:
+    rules = {"negatives_per_sample": 2, "min_negatives": 1}
+    result = select.run(spec_of(mined, str(tmp_path / "out"), selection=rules))
+    table = open_table(str(tmp_path / "out"))
+    assert table.fingerprint == result["fingerprint"]
+    expected = [
+        [(sample + 2) % COUNT, (sample + 3) % COUNT] for sample in range(COUNT)
+    ]  # 0.8 and 0.7 of at most 0.8075
+    expected[3] = []
+    assert negatives(table) == expected
+    assert table.plan_rows("red").sample.tolist() == [3]
+    assert result["counts"]["red"]["removed"] == {"margin": COUNT - 1 + DEPTH}
+    assert table.manifest.stage == "select"
+    assert table.manifest.made_from["mine"] == open_table(str(mined / "mined")).fingerprint
+    assert table.manifest.pools == open_table(str(mined / "mined")).manifest.pools
+
+
+def test_the_report_shows_rules_and_pictures_of_examples(mined: Path, tmp_path: Path) -> None:
+    select.run(spec_of(mined, str(tmp_path / "out"), num_examples=7))
+    html = (tmp_path / "out" / select.REPORT).read_text()
+    assert html.count("<article>") == 7
+    assert "left out: margin" in html
+    assert html.count('class="hit relevant"') == 7
+    assert "data:image/webp" in html
+    assert "<code>margin</code>" in html
+    assert "text_image" in html
+
+
+def test_a_table_without_its_data_is_chosen_from_and_its_report_has_no_examples(
+    mined: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    select.run(spec_of(mined, str(tmp_path / "out"), root=str(tmp_path / "gone")))
+    assert "the report has no examples" in capsys.readouterr().out
+    assert "<article>" not in (tmp_path / "out" / select.REPORT).read_text()
+    assert len(negatives(open_table(str(tmp_path / "out")))) == COUNT
+
+
+def test_the_same_settings_write_the_same_bytes_on_a_disk_and_in_an_object_store(
+    mined: Path, tmp_path: Path, s3_endpoint: str
+) -> None:
+    rules = {"choice": "random", "negatives_per_sample": 3, "seed": 5}
+    local = select.run(spec_of(mined, str(tmp_path / "out"), selection=rules))
+    again = select.run(spec_of(mined, str(tmp_path / "again"), selection=rules))
+    remote = select.run(spec_of(mined, "s3://selected/out", selection=rules, endpoint=s3_endpoint, num_examples=0))
+    assert local["fingerprint"] == again["fingerprint"] == remote["fingerprint"]
+    assert (tmp_path / "out" / MANIFEST).read_bytes() == (tmp_path / "again" / MANIFEST).read_bytes()
+    assert (tmp_path / "out" / select.REPORT).read_bytes() == (tmp_path / "again" / select.REPORT).read_bytes()
+
+
+def test_a_source_may_have_rules_of_its_own(mined: Path, tmp_path: Path) -> None:
+    select.run(spec_of(mined, str(tmp_path / "out"), sources={"red": {"negatives_per_sample": 1, "first_rank": 6}}))
+    assert negatives(open_table(str(tmp_path / "out")))[0] == [6]
+    with pytest.raises(UserError, match=r"sources.blue: is no source of .*/mined; its sources: red"):
+        select.run(spec_of(mined, str(tmp_path / "other"), sources={"blue": {}}))
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"judge_margin": 0.01}, "has no judge scores for judge_margin; run a job of kind judge"),
+        ({"max_owner_likeness": 0.9}, "has no scores of other queries for max_owner_likeness; mine with owners: true"),
+    ],
+)
+def test_rules_without_their_scores_are_refused(mined: Path, tmp_path: Path, rules: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        select.run(spec_of(mined, str(tmp_path / "out"), selection={"negatives": rules}))
+    assert not (tmp_path / "out" / MANIFEST).exists()
+
+
+def test_a_table_is_not_replaced_by_what_is_chosen_from_it(mined: Path) -> None:
+    with pytest.raises(UserError, match="is the table that is chosen from"):
+        select.run(spec_of(mined, str(mined / "mined")))
