@@ -2,7 +2,7 @@
 
     import rzen
 
-    model = rzen.load("runs/model")                                   # a folder, an s3:// URL, or a hub name
+    model = rzen.load("runs/model")                                   # a folder, an s3:// or gs:// URL, a hub name
     vectors = model.encode(["a red circle", "photo.jpg", image])      # float32 [3, D], of length 1
     hits = model.search("runs/vectors", "a red circle")               # what `rzen embed` wrote
     ranked = rzen.load_reranker("reranker").rank("a red circle", ["photo.jpg", image])

@@ -55,7 +55,7 @@ def ingest(
         str,
         typer.Argument(
             metavar="FOLDER_OR_TABLE",
-            help="files with captions next to them, captions.jsonl, PDFs with text; or a table, its URL or a glob",
+            help="files with captions next to them, captions.jsonl, PDFs with text; or a table: a file, glob or URL",
         ),
     ],
     out: Annotated[str, typer.Argument(metavar="OUT", help="directory or s3:// URL of the dataset")],
@@ -112,7 +112,9 @@ def _suggested(table: str) -> dict[str, Any]:
 def index(
     urls: Annotated[
         list[str],
-        typer.Argument(metavar="URL", help="tars: paths or s3:// URLs, folders, globs, {000..099} (in quotes)"),
+        typer.Argument(
+            metavar="URL", help="tars: paths, s3://, gs:// or abfs:// URLs, folders, globs, {000..099} (in quotes)"
+        ),
     ],
     out: Annotated[
         str,

@@ -22,12 +22,16 @@ _MAX_NAME = 60
 
 def look(
     place: Annotated[
-        str, typer.Argument(metavar="TABLE_OR_FOLDER", help="table, glob, folder or s3:// URL; patterns in quotes")
+        str,
+        typer.Argument(
+            metavar="TABLE_OR_FOLDER",
+            help="table, glob, folder, or s3://, gs://, abfs:// or hf:// URL; patterns in quotes",
+        ),
     ],
     name: Annotated[str, typer.Option(help="name of the source in the spec that is printed")] = "mine",
     preset: Annotated[str | None, typer.Option(help="layout to read it with (default: the one that fits)")] = None,
     media_root: Annotated[
-        str | None, typer.Option(help="folder, zip, tar or s3:// URL of the media (default: looked for nearby)")
+        str | None, typer.Option(help="folder, zip, tar or URL of the media (default: looked for nearby)")
     ] = None,
     samples: Annotated[int, typer.Option(help="number of samples to show", min=0, max=100)] = 3,
     html: Annotated[Path | None, typer.Option(help="file of a page that shows the samples with their pictures")] = None,

@@ -258,8 +258,8 @@ def load(
 ) -> Embedder:
     """Load a checkpoint, an exported model or a hub name, with or without a LoRA adapter.
 
-    Checkpoint and adapter are directories, or `file://` or `s3://` URLs. Files of an object store are downloaded once
-    into RZEN_CACHE. `endpoint` is that of the object store, AWS_ENDPOINT_URL if it is not given. Downloads of
+    Checkpoint and adapter are directories, or `file://`, `s3://`, `gs://` or `abfs://` URLs. Files of an object store
+    are downloaded once into RZEN_CACHE. `endpoint` is that of S3, AWS_ENDPOINT_URL if it is not given. Downloads of
     `s3://` media use it, too.
 
     `device` is a GPU if there is one. `dtype` is that of the export; without one, float32 on a CPU and bfloat16 on a

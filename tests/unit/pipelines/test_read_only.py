@@ -17,7 +17,7 @@ from pipelines.errors import BadMedia, UserError
 from pipelines.sources.table import open_table
 from pipelines.sources.table_config import TableSource
 from pipelines.storage import read_only
-from pipelines.storage.location import open_object, open_store
+from pipelines.storage.location import localize, open_object, open_store
 from pipelines.storage.urls import is_local, local_path, scheme_of
 
 ROOT = "hf://datasets/user/name"
@@ -250,3 +250,12 @@ def test_the_embedder_reads_media_of_the_hub(hub: type[Hub]) -> None:
     assert visual.frames.shape == (1, 8, 12, 3)
     with pytest.raises(BadMedia, match="missing_file"):
         reader.read(f"{ROOT}/a/gone.png")
+
+
+def test_a_folder_of_the_hub_is_downloaded_once(hub: type[Hub], tmp_path: Path) -> None:
+    folder = localize(f"{ROOT}/a", tmp_path)
+    assert {path.name for path in folder.rglob("*") if path.is_file()} == {"b.txt", "d.bin", "e f.txt"}
+    assert (folder / "c/d.bin").read_bytes() == bytes(range(256))
+    hub.ranges.clear()
+    assert localize(f"{ROOT}/a", tmp_path) == folder
+    assert hub.ranges == []
