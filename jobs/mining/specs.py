@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from jobs.embedding.specs import Workers, gpus_of_actors
 from jobs.spec.job import JobConfig, Named
@@ -110,6 +111,45 @@ class SelectSpec(JobConfig):
         return data.model_copy(update={"split": split, "media": MediaConfig(frames=4)})
 
 
+class ClusterSpec(JobConfig):
+    """Put samples that are hard negatives of each other into clusters, which share a batch."""
+
+    kind: Literal["cluster"]
+    """Must be `cluster`."""
+    table: str
+    """Directory or s3:// URL of a candidate table: what `mine`, `judge` or `select` wrote."""
+    out: str
+    """Directory or s3:// URL of the new table, which has the candidates, too."""
+    method: Literal["preferences", "origin"] = "preferences"
+    """`preferences` joins samples of a source that rank each other's targets high, and cuts this graph into parts of
+    one size (B3). It needs pymetis. `origin` takes metadata, such as pages of one document."""
+    first_rank: PositiveInt = 30
+    """First rank of the candidates that count. Those above may be right answers (B3: 30)."""
+    num_ranks: PositiveInt = 70
+    """Number of ranks from there on that count, as far as the table goes."""
+    cluster_size: PositiveInt = 32
+    """Samples of a cluster, within about one (B3: 32)."""
+    seed: NonNegativeInt = 0
+    """Seed of the partition."""
+    origin: str = "^(.*)#page="
+    """Regular expression for the origin of a sample. Samples with an equal first group share a cluster."""
+    root: str | None = None
+    """Directory or s3:// URL of the dataset, for `method: origin`. `null` takes that of the table."""
+    endpoint: str | None = None
+    """S3 endpoint of tables and data. `null` uses AWS_ENDPOINT_URL from the environment."""
+
+    @field_validator("origin")
+    @classmethod
+    def _has_a_group(cls, value: str) -> str:
+        try:
+            groups = re.compile(value).groups
+        except re.error as error:
+            raise ValueError(f"is not a regular expression: {error}") from error
+        if groups < 1:
+            raise ValueError("has no group in parentheses, which names the cluster")
+        return value
+
+
 MINE = Kind(
     name="mine",
     spec=MineSpec,
@@ -131,4 +171,22 @@ SELECT = Kind(
     reads={"table": "candidate table", "root": "dataset"},
     makes={"out": "candidate table of the chosen negatives, and report.html"},
     gpus=no_gpus,
+)
+CLUSTER = Kind(
+    name="cluster",
+    spec=ClusterSpec,
+    run="jobs.mining.cluster:run",
+    reads={"table": "candidate table", "root": "dataset"},
+    makes={"out": "candidate table with clusters"},
+    gpus=no_gpus,
+    no_effect=(
+        *(
+            NoEffect(name, lambda spec: spec.method == "origin", "method: origin takes metadata")
+            for name in ("first_rank", "num_ranks", "cluster_size", "seed")
+        ),
+        *(
+            NoEffect(name, lambda spec: spec.method == "preferences", "method: preferences takes ranks")
+            for name in ("origin", "root")
+        ),
+    ),
 )

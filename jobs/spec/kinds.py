@@ -40,6 +40,7 @@ _BUILT_IN = {
     "embed": "jobs.embedding.specs:EMBED",
     "mine": "jobs.mining.specs:MINE",
     "select": "jobs.mining.specs:SELECT",
+    "cluster": "jobs.mining.specs:CLUSTER",
     "check": "jobs.serving.specs:CHECK",
     "search": "jobs.serving.specs:SEARCH",
     "pipeline": "jobs.workflows.specs:PIPELINE",

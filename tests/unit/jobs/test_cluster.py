@@ -1,130 +1,97 @@
-import json
-import os
+"""Job of kind `cluster`: clusters go into the table's parts and plan files, next to the candidates."""
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
-from ray.train.v2._internal.constants import get_env_vars_to_propagate
 
-from jobs.runtime.cluster import MAX_LINKED, metrics_link, ray_cluster, set_environment, user_error
+from jobs.mining import cluster
+from jobs.mining.specs import ClusterSpec
+from pipelines.candidates.table import open_table
+from pipelines.candidates.types import CandidateManifest, CandidateRows, Pool, TableData
+from pipelines.candidates.write import PartWriter, publish_table
 from pipelines.errors import UserError
-from tests.paths import ROOT
+from pipelines.shards.manifest import read_manifest
+from pipelines.storage.location import open_store
+from pipelines.storage.store import LocalStore
+from tests.data import publish
 
-MISTAKE = UserError("place", "problem", "fix")
-
-
-class TaskError(UserError):
-    """As Ray wraps an error of a task: an instance of its class too, printing a traceback."""
-
-    def __init__(self, cause: Exception) -> None:
-        super().__init__("Traceback", "of many lines")
-        self.cause = cause
+COUNT = 20
 
 
-class WorkersError(Exception):
-    """As Ray Train tells failures by rank."""
-
-    def __init__(self, worker_failures: dict[int, Exception]) -> None:
-        super().__init__("workers failed")
-        self.worker_failures = worker_failures
-
-
-def caused_by(cause: Exception) -> Exception:
-    error = RuntimeError("around")
-    error.__cause__ = cause
-    return error
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        MISTAKE,
-        TaskError(MISTAKE),
-        caused_by(TaskError(MISTAKE)),
-        WorkersError({0: RuntimeError("connection reset"), 1: TaskError(MISTAKE)}),
-        caused_by(WorkersError({1: caused_by(MISTAKE)})),
-    ],
-)
-def test_mistake_is_found_in_what_ray_makes_of_it(error: Exception) -> None:
-    assert user_error(error) is MISTAKE
+@pytest.fixture(scope="module")
+def mined(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a dataset and a table: even samples have even candidates, and odd ones odd. Sample 4 is dropped."""
+    folder = tmp_path_factory.mktemp("mined")
+    publish(open_store(str(folder / "data")), {"red": ("text_image", COUNT)})
+    source = read_manifest(open_store(str(folder / "data")), "train").sources["red"].fingerprint
+    writer = PartWriter.of(LocalStore(folder / "mined"), {})
+    parts = []
+    for shard, start in enumerate(range(0, COUNT, 8)):
+        samples = np.arange(start, min(start + 8, COUNT))
+        candidate = ((samples[:, None] + 2 * np.arange(1, 7)) % COUNT).ravel()
+        keys = [f"{sample:08d}" for sample in samples]
+        parts.append(
+            writer.write("red", shard, CandidateRows.of(keys, [6] * len(keys), candidate=candidate, keep=samples != 4))
+        )
+    data = TableData(str(folder / "data"), "train", {"red": source})
+    table = CandidateManifest("mine", data, (Pool("train", "red", source, COUNT),), {"red": tuple(parts)})
+    publish_table(LocalStore(folder / "mined"), table)
+    return folder
 
 
-def test_other_errors_hold_no_mistake() -> None:
-    assert user_error(caused_by(WorkersError({0: RuntimeError("bug")}))) is None
+def spec_of(folder: Path, out: Path, **changes: Any) -> ClusterSpec:
+    fields: dict[str, Any] = {"kind": "cluster", "table": str(folder / "mined"), "out": str(out), "first_rank": 2}
+    return ClusterSpec.model_validate(fields | {"cluster_size": 10} | changes)
 
 
-def test_local_ray_gets_a_token_of_its_own_and_a_cluster_keeps_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_TRAIN_ENABLE_STATE_TRACKING"):
-        monkeypatch.delenv(name, raising=False)
-    for name in ("PYTHONPATH", "PATH", "RAY_CHDIR_TO_TRIAL_DIR"):
-        monkeypatch.setenv(name, os.environ.get(name, ""))
-    set_environment()
-    assert os.environ["RAY_AUTH_MODE"] == "token"
-    assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
-    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
-    set_environment()
-    assert "RAY_AUTH_TOKEN" not in os.environ
-    assert os.environ["RAY_TRAIN_ENABLE_STATE_TRACKING"] == "1"
-    monkeypatch.delenv("RAY_TRAIN_ENABLE_STATE_TRACKING")
+def clusters(out: Path) -> list[int]:
+    table = open_table(str(out))
+    parts = range(len(table.manifest.parts["red"]))
+    return [number for part in parts for number in table.rows("red", part).cluster.tolist()]
 
 
-def test_a_local_ray_watches_for_no_preemption_and_a_cluster_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    name = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
-    for variable in (name, "RAY_ADDRESS"):
-        monkeypatch.delenv(variable, raising=False)
-    for variable in ("PYTHONPATH", "PATH", "RAY_CHDIR_TO_TRIAL_DIR", "RAY_TRAIN_ENABLE_STATE_TRACKING"):
-        monkeypatch.setenv(variable, os.environ.get(variable, ""))
-    set_environment()
-    assert os.environ[name] == "0"
-    assert name in get_env_vars_to_propagate()  # from the driver to Ray Train's controller, which starts the watcher
-    monkeypatch.delenv(name)
-    monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
-    set_environment()
-    assert name not in os.environ
+def test_samples_that_prefer_each_other_share_a_cluster(mined: Path, tmp_path: Path) -> None:
+    result = cluster.run(spec_of(mined, tmp_path / "out"))
+    expected = [number % 2 for number in range(COUNT)]
+    expected[4] = -1
+    assert clusters(tmp_path / "out") == expected
+    counts = {"clusters": 2, "samples": 19, "smallest": 9, "largest": 10}
+    assert {name: result["counts"]["red"][name] for name in counts} == counts
+    table, before = open_table(str(tmp_path / "out")), open_table(str(mined / "mined"))
+    assert table.plan_rows("red").cluster.tolist() == expected
+    assert table.plan_rows("red").keep.tolist() == [number != 4 for number in range(COUNT)]
+    assert table.rows("red", 1).candidate.tolist() == before.rows("red", 1).candidate.tolist()
+    assert table.manifest.made_from == {"mine": before.fingerprint}
+    again = cluster.run(spec_of(mined, tmp_path / "again"))
+    assert again["fingerprint"] == result["fingerprint"]
 
 
-def test_link_to_the_numbers_is_that_of_our_dashboard_as_a_browser_knows_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RAY_GRAFANA_HOST", "RAY_GRAFANA_IFRAME_HOST"):
-        monkeypatch.delenv(name, raising=False)
-    assert metrics_link(["stage2"]) is None
-    monkeypatch.setenv("RAY_GRAFANA_HOST", "http://grafana.monitoring")
-    assert metrics_link(["stage2"]) == "http://grafana.monitoring/d/rzen?var-run=stage2"
-    monkeypatch.setenv("RAY_GRAFANA_IFRAME_HOST", "https://numbers.example/")
-    assert metrics_link(["a b", "c"]) == "https://numbers.example/d/rzen?var-run=a+b&var-run=c"
-    assert metrics_link(["run"] * (MAX_LINKED + 1)) == "https://numbers.example/d/rzen"
-    board = json.loads((ROOT / "infra/monitoring/grafana/rzen.json").read_text())
-    assert board["uid"] == "rzen"
-    assert "run" in [variable["name"] for variable in board["templating"]["list"]]
+def test_samples_of_one_origin_share_a_cluster(mined: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "ray_cluster", _nothing)
+    cluster.run(spec_of(mined, tmp_path / "out", method="origin", origin=r"^1(.)\.png"))  # 10.png to 19.png
+    assert clusters(tmp_path / "out") == [-1] * COUNT  # each is one of its kind
+    cluster.run(spec_of(mined, tmp_path / "tens", method="origin", origin=r"^(1).\.png"))
+    assert clusters(tmp_path / "tens") == [-1] * 10 + [0] * 10
 
 
-def test_a_ray_that_starts_slowly_is_tried_once_more(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import ray
-
-    failures = [TimeoutError("the node did not register in 30 s")]
-    started: list[str] = []
-
-    def init(address: str, **_: object) -> None:
-        if failures:
-            raise failures.pop()
-        started.append(address)
-
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "init", init)
-    monkeypatch.setattr(ray, "shutdown", lambda: None)
-    with ray_cluster():
-        assert started == ["local"]
-    assert "Ray did not start (the node did not register in 30 s); trying once more" in capsys.readouterr().out
-    failures += [RuntimeError("no"), Exception("The current node timed out during startup.")]  # Ray's words and class
-    with pytest.raises(UserError, match="Ray: does not start on this machine: no"), ray_cluster():
+class _nothing:  # noqa: N801  as few shards are listed without Ray
+    def __enter__(self) -> None:
         pass
-    assert failures == []
-    failures += [OSError("validate_socket_filename failed: AF_UNIX path length cannot exceed 107 bytes: /long")]
-    with pytest.raises(UserError, match="107 bytes: /long; set RAY_TMPDIR to a folder"), ray_cluster():
+
+    def __exit__(self, *_: object) -> None:
         pass
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    failures += [ConnectionError("refused")]
-    with pytest.raises(UserError, match=r"no Ray answers \(refused\)"), ray_cluster():
-        pass
+
+
+def test_mistakes_are_named(mined: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no candidates of their own source at ranks 40 to"):
+        cluster.run(spec_of(mined, tmp_path / "out", first_rank=40))
+    with pytest.raises(UserError, match="is the table that is read"):
+        cluster.run(spec_of(mined, mined / "mined"))
+    with pytest.raises(ValueError, match="has no group in parentheses"):
+        spec_of(mined, tmp_path, origin="page")
+    with pytest.raises(ValueError, match="is not a regular expression"):
+        spec_of(mined, tmp_path, origin="(")

@@ -41,6 +41,7 @@ SPECS = {
     "check": "kind: check\nmodel: {0}/b\ndata: {{root: {0}/data}}\nout: {0}/place\n",
     "embed": "kind: embed\nmodel: {0}/b\ndata: {{root: {0}/data}}\nout: {0}/place\n",
     "mine": "kind: mine\nmodel: {0}/b\ndata: {{root: {0}/data}}\nout: {0}/place\n",
+    "cluster": "kind: cluster\ntable: {0}/table\nout: {0}/place\n",
     "select": "kind: select\ntable: {0}/table\nout: {0}/place\n",
     "search": "kind: search\nvectors: {0}/vectors\nqueries: [red]\nhtml: {0}/place/thesis.docx\n",
     "pipeline": "kind: pipeline\nname: p\nstate: {0}/place\njobs: {{one: {{spec: corpus.yaml}}}}\n",
@@ -65,6 +66,7 @@ LEASED = {
     "embed": "vectors",
     "mine": "candidates",
     "select": "candidates",
+    "cluster": "candidates",
     "pipeline": "pipeline",
 }
 """Kinds that hold a lease -> what their output is marked as."""

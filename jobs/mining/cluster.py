@@ -1,0 +1,150 @@
+"""Job of kind `cluster`: samples that are hard negatives of each other get a common cluster, which shares a batch.
+
+The new table has the candidates of the old one. It is written to another folder.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import numpy as np
+
+from jobs.embedding.listings import list_shards, samples_of
+from jobs.mining.specs import ClusterSpec
+from jobs.runtime.cluster import ray_cluster
+from jobs.runtime.lease import Lease, hold_output
+from jobs.runtime.progress import Bars, say
+from pipelines.candidates.clusters import Preferences, group_clusters, kept_weight, partition, preferred_pairs
+from pipelines.candidates.table import CandidateTable, open_table
+from pipelines.candidates.types import KIND, NO_CLUSTER, BoolArray, CandidateRows, Int64Array, PartInfo
+from pipelines.candidates.write import PartWriter, publish_table
+from pipelines.config import DataConfig
+from pipelines.errors import UserError
+from pipelines.samples import Rejected
+from pipelines.storage.location import open_store
+from pipelines.storage.store import Store
+
+LISTINGS = "listings"
+_THREADS = 4
+T = TypeVar("T")
+
+
+def run(spec: ClusterSpec) -> dict[str, Any]:
+    """Cluster the samples of a table, and publish the new table."""
+    store = open_store(spec.out, spec.endpoint)
+    if store.url == open_store(spec.table, spec.endpoint).url:
+        raise UserError(f"out={spec.out}", "is the table that is read", "name another folder")
+    with hold_output(store, KIND, "clusters") as lease:
+        return _run(open_table(spec.table, spec.endpoint), spec, store, lease)
+
+
+def _run(table: CandidateTable, spec: ClusterSpec, store: Store, lease: Lease) -> dict[str, Any]:
+    manifest = table.manifest
+    settings = spec.model_dump(
+        mode="json", include={"method", "first_rank", "num_ranks", "cluster_size", "seed", "origin"}
+    )
+    writer = PartWriter.of(store, {"table": table.fingerprint, "settings": settings})
+    origins = _origins(table, spec, store) if spec.method == "origin" else {}
+    counts: dict[str, Any] = {}
+    parts: dict[str, tuple[PartInfo, ...]] = {}
+    total = sum(part.num_samples for some in manifest.parts.values() for part in some)
+    done = 0
+    with Bars() as bars:
+        for source, old in manifest.parts.items():
+            if spec.method == "origin":
+                cluster, counts[source] = _by_origin(table, source, origins[source])
+            else:
+                cluster, counts[source] = _by_preference(table, source, spec)
+            parts[source] = tuple(_write(table, source, cluster, writer))
+            done += sum(part.num_samples for part in old)
+            bars.update("cluster", done, total)
+    new = replace(
+        manifest,
+        stage="cluster",
+        parts=parts,
+        plan={},
+        settings=settings,
+        made_from=manifest.made_from | {manifest.stage: table.fingerprint},
+        counts=counts,
+    )
+    published = publish_table(store, new, before_publish=lease.check)
+    for source, some in counts.items():
+        kept = "" if "kept_weight" not in some else f"; they keep {some['kept_weight']:.0%} of the preferences"
+        say(f"  {source}: {some['clusters']:,} clusters of {some['samples']:,} samples{kept}")
+    say(f"  to train with it: data: {{candidates: {spec.out}}}")
+    return {"outputs": [spec.out], "fingerprint": published.fingerprint, "counts": counts}
+
+
+def _by_preference(table: CandidateTable, source: str, spec: ClusterSpec) -> tuple[Int64Array, dict[str, Any]]:
+    starts = _starts(table, source)
+
+    def read(rows: CandidateRows, number: int) -> tuple[BoolArray, Int64Array]:
+        pairs = preferred_pairs(rows, table.manifest, source, starts[number], spec.first_rank, spec.num_ranks)
+        return rows.keep, pairs
+
+    found = [*_each_part(table, source, read)]
+    keep = np.concatenate([np.zeros(0, np.bool_), *(some for some, _ in found)])
+    edges = Preferences.of(np.concatenate([np.zeros((0, 2), np.int64), *(pairs for _, pairs in found)]))
+    if not len(edges.one):
+        problem = (
+            f"has no candidates of their own source at ranks {spec.first_rank} to {spec.first_rank + spec.num_ranks}"
+        )
+        fix = "mine with pools: own and a larger depth, or set a smaller first_rank"
+        raise UserError(f"{table.store.url} source {source}", problem, fix)
+    cluster = partition(edges, keep, spec.cluster_size, spec.seed)
+    return cluster, _counts(cluster) | {"kept_weight": round(kept_weight(edges, cluster), 4)}
+
+
+def _by_origin(table: CandidateTable, source: str, origins: list[str]) -> tuple[Int64Array, dict[str, Any]]:
+    keep = [*_each_part(table, source, lambda rows, _: rows.keep)]
+    cluster = group_clusters(origins, np.concatenate([np.zeros(0, np.bool_), *keep]))
+    return cluster, _counts(cluster)
+
+
+def _counts(cluster: Int64Array) -> dict[str, Any]:
+    sizes = np.bincount(cluster[cluster != NO_CLUSTER])
+    smallest, largest = (int(sizes.min()), int(sizes.max())) if len(sizes) else (0, 0)
+    return {"clusters": len(sizes), "samples": int(sizes.sum()), "smallest": smallest, "largest": largest}
+
+
+def _origins(table: CandidateTable, spec: ClusterSpec, store: Store) -> dict[str, list[str]]:
+    """Return the group of each sample of each source: what `origin` matches in its origin, else nothing."""
+    known = table.manifest.data
+    data = DataConfig(root=spec.root or known.root, endpoint=spec.endpoint)
+    listings = store.child(LISTINGS)
+    with ray_cluster():
+        shards = list_shards(data, [known.split], listings, 1.0, [*known.sources])
+    pattern = re.compile(spec.origin)
+    found: dict[str, list[str]] = {source: [] for source in known.sources}
+    for shard, _, sample in samples_of(shards, listings):
+        match = None if isinstance(sample, Rejected) else pattern.search(sample.origin)
+        found[shard.source].append(match[1] if match else "")
+    return found
+
+
+def _starts(table: CandidateTable, source: str) -> list[int]:
+    starts: list[int] = np.cumsum([0, *(part.num_samples for part in table.manifest.parts[source])]).tolist()
+    return starts
+
+
+def _write(table: CandidateTable, source: str, cluster: Int64Array, writer: PartWriter) -> Iterator[PartInfo]:
+    starts = _starts(table, source)
+
+    def make(rows: CandidateRows, number: int) -> PartInfo:
+        mine = cluster[starts[number] : starts[number + 1]]
+        return writer.write(source, number, replace(rows, cluster=mine))
+
+    yield from _each_part(table, source, make)
+
+
+def _each_part(table: CandidateTable, source: str, function: Callable[[CandidateRows, int], T]) -> Iterator[T]:
+    """Yield what a function returns for the rows of each part, and its number, in order. A few are read ahead."""
+    count = len(table.manifest.parts[source])
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for start in range(0, count, _THREADS):
+            numbers = range(start, min(start + _THREADS, count))
+            yield from pool.map(lambda number: function(table.rows(source, number), number), numbers)
