@@ -159,6 +159,7 @@ def test_two_actors_and_a_job_that_was_killed_write_the_same_bytes(
     whole: Path, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(whole / "data", tmp_path / "data")
+    spec = spec_of(tmp_path, model, actors=2, vectors=str(whole / "mined/vectors"))  # embedding has tests of its own
     publish_table = mine.publish_table
 
     def stop(*_: Any, **__: Any) -> Any:
@@ -166,7 +167,7 @@ def test_two_actors_and_a_job_that_was_killed_write_the_same_bytes(
 
     monkeypatch.setattr(mine, "publish_table", stop)
     with pytest.raises(KeyboardInterrupt):
-        mine.run(spec_of(tmp_path, model, actors=2))
+        mine.run(spec)
     monkeypatch.setattr(mine, "publish_table", publish_table)
     made = sorted((tmp_path / "mined/unfinished").rglob("*.json"))
     kept = made[-1]
@@ -174,7 +175,7 @@ def test_two_actors_and_a_job_that_was_killed_write_the_same_bytes(
         marker.unlink()
     assert not (tmp_path / "mined" / MANIFEST).exists()
     assert kept.exists()
-    mine.run(spec_of(tmp_path, model, actors=2))
+    mine.run(spec)
     assert table_files(tmp_path) == table_files(whole)
     assert not (tmp_path / "mined/unfinished").exists()
 

@@ -58,6 +58,7 @@ def test_kinds_in_which_a_setting_differs_are_kept_apart() -> None:
         ("evaluate",): ("every sample of the split is scored",),
         ("embed",): ("every target is embedded",),
         ("mine",): ("`sources` decides",),
+        ("curate",): ("every sample of the split is judged",),
         ("check",): ("the first samples of each source are compared",),
     }
 
