@@ -141,7 +141,7 @@ def _add(group: typer.Typer, commands: Sequence[Callable[..., None]]) -> None:
 _add(app, [new.new, spec.validate, plan.plan, spec.run, spec.submit, spec.attach])
 _add(app, [look.look, data.ingest, data.index, data.curate, data.export_data, data.verify])
 _add(app, [runs.runs, runs.logs, runs.stop])
-_add(app, [models.embed, models.mine, models.evaluate, models.search, models.export])
+_add(app, [models.embed, models.mine, models.judge, models.evaluate, models.search, models.export])
 _registry = typer.Typer(cls=CommandGroup, rich_markup_mode=None)
 _registry.callback()(registry.choose)
 _add(_registry, [registry.list_models, registry.show, registry.diff, registry.promote, registry.rollback])

@@ -139,6 +139,17 @@ JOBS = {
         ),
         tasks_write=True,
     ),
+    "judge": Job(
+        "judge.yaml",
+        (
+            "table=$RZEN_STORE/candidates",
+            "data.root=$RZEN_STORE/data",
+            "out=$RZEN_STORE/judged",
+            "actors=8",
+            "autoscaling=true",
+        ),
+        tasks_write=True,
+    ),
 }
 """Name of a RayJob -> the job."""
 

@@ -1,4 +1,4 @@
-"""Commands for models and vectors: evaluate, export, embed, mine, search."""
+"""Commands for models and vectors: evaluate, export, embed, mine, judge, search."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jobs.commands.options import Changes, ResultAsJson, SpecPath, print_json, r
 from jobs.commands.output import print_text
 
 BENCHMARK_SPEC, EMBED_SPEC = "jobs/benchmark.yaml", "jobs/embed.yaml"
-MINE_SPEC = "jobs/mine.yaml"
+MINE_SPEC, JUDGE_SPEC = "jobs/mine.yaml", "jobs/judge.yaml"
 EXPORT_SPEC, SEARCH_SPEC = "jobs/export.yaml", "jobs/search.yaml"
 
 
@@ -103,6 +103,11 @@ def mine(
     if negatives is not None:
         settings["select.negatives_per_sample"] = negatives
     run_file(MINE_SPEC, changes, settings, as_json=as_json)
+
+
+def judge(spec: SpecPath = JUDGE_SPEC, changes: Changes = None, as_json: ResultAsJson = False) -> None:
+    """Score the candidates of a table with a re-ranker or a model behind an endpoint."""
+    run_file(spec, changes, kind="judge", as_json=as_json)
 
 
 def search(

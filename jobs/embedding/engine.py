@@ -90,22 +90,35 @@ def _missing(unit: list[Item], vectors: VectorCache) -> list[Item]:
 def _rows(work: list[tuple[int, list[Item]]], models: Models, workers: Workers) -> Iterator[dict[str, Any]]:
     settings = [some for some, _ in models]
     rows = [{"model": number, "items": pickle.dumps(unit)} for number, unit in work]
+    stores = [vectors.store for _, vectors in models]
+    return through_actors(rows, _prepare, (settings,), EmbedItems, (settings, stores), workers)
+
+
+def through_actors(
+    rows: Sequence[dict[str, Any]],
+    prepare: Callable[..., dict[str, Any]],
+    prepare_args: tuple[Any, ...],
+    actor: Callable[..., Any],
+    actor_args: tuple[Any, ...],
+    workers: Workers,
+) -> Iterator[dict[str, Any]]:
+    """Yield what actors make of rows, in any order. `prepare` decodes each row on any node, in a task of its own."""
     cpus_per_task = workers.cpus_per_task
     if (cpus_per_task, 0) == (workers.cpus_per_actor, workers.gpus_per_actor):
         cpus_per_task *= _APART  # tasks and actors that reserve the same would be fused: only actors would decode
     with ray_data():
-        embedded = (
-            ray.data.from_items(rows, override_num_blocks=len(rows))
-            .map(_prepare, fn_args=(settings,), num_cpus=cpus_per_task)
+        made = (
+            ray.data.from_items(list(rows), override_num_blocks=len(rows))
+            .map(prepare, fn_args=prepare_args, num_cpus=cpus_per_task)
             .map(
-                EmbedItems,
-                fn_constructor_args=(settings, [vectors.store for _, vectors in models]),
+                actor,
+                fn_constructor_args=actor_args,
                 compute=ray.data.ActorPoolStrategy(size=workers.actors),
                 num_cpus=workers.cpus_per_actor,
                 num_gpus=workers.gpus_per_actor,
             )
         )
-        yield from embedded.iter_rows()
+        yield from made.iter_rows()
 
 
 def _prepare(row: dict[str, Any], settings: Sequence[EmbedderSettings]) -> dict[str, Any]:

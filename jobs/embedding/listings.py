@@ -19,16 +19,25 @@ _FEW = 8
 
 
 def list_shards(
-    data: DataConfig, splits: Iterable[str], store: Store, cpus_per_task: float, sources: Sequence[str] | None = None
+    data: DataConfig,
+    splits: Iterable[str],
+    store: Store,
+    cpus_per_task: float,
+    sources: Sequence[str] | None = None,
+    *,
+    on_cluster: bool = True,
 ) -> list[ListedShard]:
-    """Make the listings that `store` lacks, and return all shards of the splits in order. Needs Ray."""
+    """Make the listings that `store` lacks, and return all shards of the splits in order.
+
+    Needs Ray if `on_cluster`. Otherwise this process reads one shard after the other.
+    """
     shards = []
     for split in splits:
         found = shards_of(Reader(data.model_copy(update={"split": split})))
         shards += [shard for shard in found if sources is None or shard.source in sources]
     kept = set(store.list())
     lacking = [shard for shard in shards if shard.path not in kept]
-    if len(lacking) <= _FEW:  # sooner read than a task is started
+    if not on_cluster or len(lacking) <= _FEW:  # sooner read than a task is started
         for shard in lacking:
             write_listing(data, shard, store)
     else:

@@ -41,6 +41,7 @@ _BUILT_IN = {
     "mine": "jobs.mining.specs:MINE",
     "select": "jobs.mining.specs:SELECT",
     "cluster": "jobs.mining.specs:CLUSTER",
+    "judge": "jobs.judging.specs:JUDGE",
     "check": "jobs.serving.specs:CHECK",
     "search": "jobs.serving.specs:SEARCH",
     "pipeline": "jobs.workflows.specs:PIPELINE",

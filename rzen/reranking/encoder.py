@@ -39,6 +39,16 @@ class JointBatch:
         return len(self.sequences)
 
 
+@dataclass(frozen=True)
+class EncodedSide:
+    """A query or a document: its text cut, its visuals in patches, and the same as inputs without tokens."""
+
+    given: DecodedInput
+    visuals: tuple[VisionInput, ...]
+    media: tuple[EncodedBatch, ...]
+    keys: tuple[MediumKey, ...]
+
+
 class JointEncoder:
     """Encodes pairs for one checkpoint and prompt. Pickles without the files of the checkpoint."""
 
@@ -72,20 +82,31 @@ class JointEncoder:
 
         Raises `BadMedia` for a shape that the backbone cannot take.
         """
-        query_sides = [_Side(self, query) for query in queries]
-        document_sides = [_Side(self, document) for document in documents]
+        return self.join([self.side(query) for query in queries], [self.side(one) for one in documents], pairs)
+
+    def side(self, given: DecodedInput) -> EncodedSide:
+        """Return what is done once for a query or a document. Raises `BadMedia` as `encode` does."""
+        visuals = self.processor.vision_inputs(given.visuals)
+        media = tuple(self.processor.pack([], [], [visual]) for visual in visuals)
+        cut = replace(given, text=self.processor.cut(given.text, self.prompt.max_text_tokens))
+        return EncodedSide(cut, tuple(visuals), media, tuple(_key(medium) for medium in media))
+
+    def join(
+        self, queries: Sequence[EncodedSide], documents: Sequence[EncodedSide], pairs: npt.NDArray[np.int64]
+    ) -> JointBatch:
+        """Return what `encode` does, of sides."""
         sequences: list[EncodedBatch] = []
         shown: list[MediumKey] = []
         media: dict[MediumKey, EncodedBatch] = {}
         for query, document in pairs.tolist():
-            sides = (query_sides[query], document_sides[document])
+            sides = (queries[query], documents[document])
             sequences.append(self._sequence(*sides))
             for side in sides:
-                shown += list(side.media)
-                media |= side.media_once()
+                shown += side.keys
+                media |= zip(side.keys, side.media, strict=True)
         return JointBatch(EncodedBatch.concat(sequences), tuple(shown), media)
 
-    def _sequence(self, query: _Side, document: _Side) -> EncodedBatch:
+    def _sequence(self, query: EncodedSide, document: EncodedSide) -> EncodedBatch:
         parts = PAIR_TEMPLATES[self.prompt.template].parts(query.given, document.given)
         visuals = [*query.visuals, *document.visuals]
         ids = self._ids(parts, visuals)
@@ -118,21 +139,6 @@ class JointEncoder:
             else:
                 stretch += piece.text
         return ids + self.processor.text_ids(stretch)
-
-
-class _Side:
-    """A query or a document: its text cut, its visuals in patches."""
-
-    def __init__(self, encoder: JointEncoder, given: DecodedInput) -> None:
-        processor = encoder.processor
-        self.given = replace(given, text=processor.cut(given.text, encoder.prompt.max_text_tokens))
-        self.visuals = processor.vision_inputs(given.visuals)
-        self._packed = [processor.pack([], [], [visual]) for visual in self.visuals]
-        self.media = [_key(medium) for medium in self._packed]
-
-    def media_once(self) -> dict[MediumKey, EncodedBatch]:
-        """Return each of its media."""
-        return dict(zip(self.media, self._packed, strict=True))
 
 
 def _key(medium: EncodedBatch) -> MediumKey:

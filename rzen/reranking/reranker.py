@@ -102,7 +102,12 @@ class Reranker:
         order = np.lexsort((wanted[:, 0], wanted[:, 1]))  # pairs of one document together
         batch = self.encoder.encode(*decoded, wanted[order])
         scores = np.empty(len(pairs), np.float32)
-        scores[order] = probabilities(self.log_odds(batch))
+        scores[order] = self.probabilities(batch)
+        return scores
+
+    def probabilities(self, batch: JointBatch) -> Scores:
+        """Return the probability of yes, fp32 `[B]`, of encoded pairs."""
+        scores: Scores = torch.from_numpy(self.log_odds(batch)).sigmoid().numpy()
         return scores
 
     def log_odds(self, batch: JointBatch) -> Scores:
@@ -168,12 +173,6 @@ class _FeatureCache:
         while kept > _FEATURE_CHUNKS * self._chunk_tokens:
             _, dropped = self._kept.popitem(last=False)
             kept -= len(dropped.tokens)
-
-
-def probabilities(log_odds: Scores) -> Scores:
-    """Return the probability of yes, fp32, for z."""
-    scores: Scores = torch.from_numpy(log_odds).sigmoid().numpy()
-    return scores
 
 
 def load_reranker(

@@ -59,6 +59,7 @@ def test_kinds_in_which_a_setting_differs_are_kept_apart() -> None:
         ("embed",): ("every target is embedded",),
         ("mine",): ("`sources` decides",),
         ("curate",): ("every sample of the split is judged",),
+        ("judge",): ("every sample of the table is judged",),
         ("check",): ("the first samples of each source are compared",),
     }
 

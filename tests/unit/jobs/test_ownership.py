@@ -43,6 +43,7 @@ SPECS = {
     "mine": "kind: mine\nmodel: {0}/b\ndata: {{root: {0}/data}}\nout: {0}/place\n",
     "cluster": "kind: cluster\ntable: {0}/table\nout: {0}/place\n",
     "select": "kind: select\ntable: {0}/table\nout: {0}/place\n",
+    "judge": "kind: judge\ntable: {0}/table\ndata: {{root: {0}/data}}\nmodel: {{base: {0}/b}}\nout: {0}/place\n",
     "search": "kind: search\nvectors: {0}/vectors\nqueries: [red]\nhtml: {0}/place/thesis.docx\n",
     "pipeline": "kind: pipeline\nname: p\nstate: {0}/place\njobs: {{one: {{spec: corpus.yaml}}}}\n",
 }
@@ -67,6 +68,7 @@ LEASED = {
     "mine": "candidates",
     "select": "candidates",
     "cluster": "candidates",
+    "judge": "candidates",
     "pipeline": "pipeline",
 }
 """Kinds that hold a lease -> what their output is marked as."""

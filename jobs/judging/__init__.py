@@ -1,0 +1,1 @@
+"""Judges: scores of candidates by a re-ranker, or by a model behind an endpoint."""

@@ -1,0 +1,271 @@
+"""Job of kind `judge`: the candidates of a table, and the positives of its samples, get the scores of a judge.
+
+    {out}/candidates.json, parts/, plan/     a candidate table with teacher scores (`pipelines.candidates`)
+    {out}/scores/                            scores by content of query, document and judge, kept for the next job
+    {out}/listings/                          what the shards hold
+
+Parts are made one after the other, so that the job needs the memory of a few of them.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from jobs.embedding.engine import check_workers
+from jobs.embedding.listings import list_shards
+from jobs.embedding.vectors import VectorCache
+from jobs.judging.endpoint import RemoteJudge
+from jobs.judging.inputs import InputPlaces
+from jobs.judging.local import LocalJudge, Work
+from jobs.judging.pairs import Keys, PartPairs, judged_candidates, missing_of, pairs_of
+from jobs.judging.specs import JudgeSpec
+from jobs.runtime.cluster import ray_cluster
+from jobs.runtime.lease import Lease, hold_output
+from jobs.runtime.progress import Bars, say
+from pipelines.candidates.files import parse_part, read_checked
+from pipelines.candidates.table import CandidateTable, open_table
+from pipelines.candidates.types import KIND, CandidateRows, PartInfo, TableData, iter_parts
+from pipelines.candidates.write import PartWriter, Place, publish_table
+from pipelines.errors import UserError
+from pipelines.items.listing import ListedShard, read_listing
+from pipelines.shards.manifest import read_manifest
+from pipelines.storage.location import open_store, resolve_endpoint
+from pipelines.storage.store import Store
+
+SCORES, LISTINGS = "scores", "listings"
+_PAIRS_AT_ONCE = 200_000
+"""Pairs of the parts that are judged by one Ray job. More would cost the driver too much memory."""
+
+
+class Judge(Protocol):
+    """Who scores pairs. `config` has content only: equal ones give equal scores."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What decides a score."""
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+
+    def score(self, work: Work, workers: JudgeSpec, on_pairs: Any) -> Counter[str]:
+        """Judge units and keep the scores. Return how many pairs have none, by reason."""
+
+
+@dataclass(slots=True)
+class _Counts:
+    """What the manifest says of the pairs of all parts."""
+
+    scored: int = 0
+    without_score: int = 0
+
+    def add(self, rows: CandidateRows, top_k: int | None) -> None:
+        """Count the pairs of a part."""
+        scores = np.concatenate([rows.teacher[judged_candidates(rows, top_k)], rows.positive_teacher[rows.keep]])
+        self.scored += int(np.isfinite(scores).sum())
+        self.without_score += int(np.isnan(scores).sum())
+
+
+@dataclass(slots=True)
+class _Part:
+    """One part of the table on its way."""
+
+    place: Place
+    rows: CandidateRows
+    pairs: PartPairs
+    cache: VectorCache
+
+
+def run(spec: JudgeSpec) -> dict[str, Any]:
+    """Judge every pair that has no score yet, and publish the table with the scores of all."""
+    store = open_store(spec.out, spec.endpoint)
+    if repr(store) == repr(open_store(spec.table, spec.endpoint)):
+        raise UserError(f"out={spec.out}", "is the table that is judged", "name another folder")
+    with hold_output(store, KIND, "judges") as lease:
+        return _Job(spec, store, open_table(spec.table, spec.endpoint), lease).run()
+
+
+@dataclass
+class _Job:
+    spec: JudgeSpec
+    store: Store
+    table: CandidateTable
+    lease: Lease
+    reasons: Counter[str] = field(default_factory=Counter)
+    counts: _Counts = field(default_factory=_Counts)
+    judged: int = 0
+    _shared: VectorCache | None = None
+
+    def run(self) -> dict[str, Any]:
+        spec, manifest = self.spec, self.table.manifest
+        changes = {"split": manifest.data.split, "endpoint": resolve_endpoint(spec.data.endpoint)}
+        data = spec.data.model_copy(update=changes)
+        self.table.check_data(read_manifest(open_store(data.root, data.endpoint), manifest.data.split))
+        places = InputPlaces(data, manifest.pools, manifest.data.sources)
+        judge = self._judge(places)
+        identity = {"table": self.table.fingerprint, "judge": judge.config, "top_k": spec.top_k}
+        writer = PartWriter.of(self.store, identity)
+        with ray_cluster() if self._on_cluster else nullcontext(), Bars() as bars:
+            if self._on_cluster:
+                check_workers(spec)
+            done = writer.done()
+            for part in done.values():
+                rows = parse_part(read_checked(self.store, part.path, part.sha256), part.path)
+                self.counts.add(rows, spec.top_k)
+            shards = self._shards(data)
+            total = sum(self._num_pairs(part) for _, _, part in iter_parts(manifest))
+            say(f"  at most {total:,} pairs of {spec.table}, judge {judge.name} -> {self.store.url}")
+            self._bars, self._total = bars, total
+            self._seen = sum(self._num_pairs(part) for source, n, part in iter_parts(manifest) if (source, n) in done)
+            for window in self._windows(shards, done, judge.config):
+                self._judge_window(window, judge)
+                for one in window:
+                    done[one.place] = writer.write(*one.place, self._with_scores(one))
+        return self._publish(judge, identity, done)
+
+    @property
+    def _on_cluster(self) -> bool:
+        """Whether the job needs Ray. An endpoint is asked by this process."""
+        return self.spec.model is not None
+
+    def _judge(self, places: InputPlaces) -> Judge:
+        spec = self.spec
+        if spec.model is not None:
+            return LocalJudge.of(spec.model, places, resolve_endpoint(spec.endpoint), spec.chunk_tokens)
+        assert spec.api is not None
+        return RemoteJudge.of(spec.api, places)
+
+    def _shards(self, data: Any) -> dict[Place, ListedShard]:
+        sources = list(self.table.manifest.parts)
+        listed = list_shards(
+            data,
+            [data.split],
+            self.store.child(LISTINGS),
+            self.spec.cpus_per_task,
+            sources,
+            on_cluster=self._on_cluster,
+        )
+        numbers: Counter[str] = Counter()
+        found = {}
+        for shard in listed:
+            found[shard.source, numbers[shard.source]] = shard
+            numbers[shard.source] += 1
+        return found
+
+    def _num_pairs(self, part: PartInfo) -> int:
+        most = part.num_candidates
+        if self.spec.top_k is not None:
+            most = min(most, self.spec.top_k * part.num_samples)
+        return most + part.num_samples - part.num_dropped
+
+    def _windows(
+        self, shards: dict[Place, ListedShard], done: dict[Place, PartInfo], config: dict[str, Any]
+    ) -> Iterator[list[_Part]]:
+        """Yield the parts that are not done, as many at a time as memory allows."""
+        window: list[_Part] = []
+        room = _PAIRS_AT_ONCE
+        listings = self.store.child(LISTINGS)
+        for source, number, info in iter_parts(self.table.manifest):
+            if (source, number) in done:
+                continue
+            if window and self._num_pairs(info) > room:
+                yield window
+                window, room = [], _PAIRS_AT_ONCE
+            shard, rows = shards[source, number], self.table.rows(source, number)
+            samples = list(read_listing(shard, listings))
+            pairs = pairs_of(rows, samples, shard, self.table.manifest, self.spec.top_k, self.spec.data.instructions)
+            window.append(_Part((source, number), rows, pairs, self._cache(shard, config)))
+            room -= self._num_pairs(info)
+        if window:
+            yield window
+
+    def _cache(self, shard: ListedShard, config: dict[str, Any]) -> VectorCache:
+        """Return the kept scores of a shard. Answers of an endpoint are all together: none is paid twice."""
+        scores = self.store.child(SCORES)
+        if self._on_cluster:
+            return VectorCache(scores.child(shard.digest), config)
+        if self._shared is None:
+            self._shared = VectorCache(scores, config)
+        return self._shared
+
+    def _judge_window(self, window: list[_Part], judge: Judge) -> None:
+        work: Work = []
+        asked: dict[int, Keys] = {}  # by cache: parts may share one, and pairs of equal content
+        for part in window:
+            keys = part.pairs.keys
+            missing = keys[part.cache.missing(keys)]
+            before = asked.get(id(part.cache), missing[:0])
+            work += [(part.cache, unit) for unit in missing_of(part.pairs.units, np.setdiff1d(missing, before))]
+            asked[id(part.cache)] = np.union1d(before, missing)
+        waiting = sum(len(unit) for _, unit in work)
+        self._seen += sum(len(part.pairs.candidate_keys) + len(part.pairs.positive_keys) for part in window) - waiting
+        self._show(0)
+        self.reasons += judge.score(work, self.spec, self._show)
+        self.judged += waiting
+        for part in window:
+            part.cache.refresh()
+
+    def _show(self, num_pairs: int) -> None:
+        self._seen = min(self._seen + num_pairs, self._total)
+        self._bars.update("judge", self._seen, self._total, unit="pairs")
+
+    def _with_scores(self, part: _Part) -> CandidateRows:
+        keys = part.pairs.keys
+        with tempfile.TemporaryDirectory(prefix="rzen-scores-") as scratch:
+            kept = part.cache.load(keys, Path(scratch) / "scores.npy")
+            scores = np.array(kept.rows[:, 0]) if len(kept.ids) else np.empty(0, np.float32)
+        rows = replace(
+            part.rows,
+            teacher=_looked_up(kept.ids, scores, part.pairs.candidate_keys),
+            positive_teacher=_looked_up(kept.ids, scores, part.pairs.positive_keys),
+        )
+        self.counts.add(rows, self.spec.top_k)
+        return rows
+
+    def _publish(self, judge: Judge, identity: dict[str, Any], done: dict[Place, PartInfo]) -> dict[str, Any]:
+        manifest = self.table.manifest
+        parts = {
+            source: tuple(done[source, number] for number in range(len(old))) for source, old in manifest.parts.items()
+        }
+        published = publish_table(
+            self.store,
+            replace(
+                manifest,
+                stage="judge",
+                data=TableData(self.spec.data.root, manifest.data.split, manifest.data.sources),
+                parts=parts,
+                settings={"judge": judge.config, "top_k": self.spec.top_k},
+                made_from=manifest.made_from | {manifest.stage: self.table.fingerprint},
+                counts={"pairs": asdict(self.counts)},
+            ),
+            before_publish=self.lease.check,
+        )
+        say(f"  {self.judged:,} pairs were judged; the others had their score")
+        for reason, count in sorted(self.reasons.items()):
+            say(f"  without a score: {reason} {count:,}", "yellow")
+        return {
+            "outputs": [self.spec.out],
+            "judged": self.judged,
+            **asdict(self.counts),
+            "reasons": dict(self.reasons),
+            "fingerprint": published.fingerprint,
+        }
+
+
+def _looked_up(ids: Keys, scores: npt.NDArray[np.float32], keys: Keys) -> npt.NDArray[np.float32]:
+    """Return the score of each key, NaN where there is none. `ids` are sorted."""
+    found = np.full(len(keys), np.nan, np.float32)
+    if len(ids):
+        places = np.minimum(np.searchsorted(ids, keys), len(ids) - 1)
+        known = ids[places] == keys
+        found[known] = scores[places[known]]
+    return found

@@ -1,0 +1,190 @@
+"""The pairs of a part of a table, and how they are divided into units of work. Pure functions of the table.
+
+A unit is decoded and judged together. Pairs that share the input which is dearer to decode follow each other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pipelines.candidates.types import CandidateManifest, CandidateRows, content_id
+from pipelines.items.listing import ListedShard, row_item
+from pipelines.items.types import as_ids
+from pipelines.items.units import COSTS, UNIT_COST
+from pipelines.samples import MODALITIES, Modality, Rejected, Sample
+
+Int64Array = npt.NDArray[np.int64]
+Keys = npt.NDArray[np.bytes_]
+OWN = -1
+"""Pool of the samples of the part itself."""
+MAX_PAIRS = 1024
+"""Pairs of a unit, at most."""
+_COST_OF: dict[Modality, int] = {
+    "text": 1,
+    "image": COSTS["image"],
+    "page": COSTS["document"],
+    "video": COSTS["video"],
+}
+_CODE_COSTS = np.array([*(_COST_OF[modality] for modality in MODALITIES), COSTS["image"]])  # the last one: unknown
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Pairs that are judged together. It pickles.
+
+    `queries` `[Q]` are samples of the part's source. `documents` `[D, 2]` are pool and index of targets. `pairs`
+    `[P, 2]` are places in both. `keys` identify the contents of each pair.
+    """
+
+    source: str
+    queries: Int64Array
+    documents: Int64Array
+    pairs: Int64Array
+    keys: Keys
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PartPairs:
+    """All pairs of a part. Equal contents have equal keys.
+
+    `candidate_keys` `[M]` and `positive_keys` `[N]` are those of the candidates and of the samples. They are empty
+    where nothing is judged.
+    """
+
+    candidate_keys: Keys
+    positive_keys: Keys
+    units: list[Unit]
+
+    @property
+    def keys(self) -> Keys:
+        """Return the key of each pair once, sorted."""
+        both: Keys = np.unique(np.concatenate([self.candidate_keys, self.positive_keys]))
+        found: Keys = both[both != b""]
+        return found
+
+
+def pairs_of(
+    rows: CandidateRows,
+    samples: Sequence[Sample | Rejected],
+    shard: ListedShard,
+    table: CandidateManifest,
+    top_k: int | None,
+    instructions: bool,
+) -> PartPairs:
+    """Return the pairs of a part: each kept sample with its first `top_k` candidates and with its own positive."""
+    asked = np.array([keep and isinstance(sample, Sample) for keep, sample in zip(rows.keep, samples, strict=True)])
+    asked = asked.astype(np.bool_)
+    query_ids = [_query_id(shard, i, sample, instructions) if asked[i] else b"" for i, sample in enumerate(samples)]
+    positive_ids = [content_id(one.target_sha256) if isinstance(one, Sample) else 0 for one in samples]
+    wanted = np.flatnonzero(asked[rows.sample] & judged_candidates(rows, top_k))
+
+    sample_of = np.concatenate([rows.sample[wanted], np.flatnonzero(asked)])
+    ids = np.concatenate([rows.id[wanted], np.array(positive_ids, np.int64)[asked]])
+    pool, index = table.locate(rows.candidate[wanted])
+    own = np.flatnonzero(asked)
+    documents = np.concatenate(
+        [np.stack([pool, index], axis=1), np.stack([np.full(len(own), OWN), own + shard.start], axis=1)]
+    ).astype(np.int64)
+    costs = _CODE_COSTS[np.concatenate([rows.candidate_modality[wanted], rows.modality[own]])]
+    keys = as_ids(_pair_key(query_ids[i], id) for i, id in zip(sample_of.tolist(), ids.tolist(), strict=True))
+
+    candidate_keys = np.zeros(len(rows.candidate), keys.dtype)
+    candidate_keys[wanted] = keys[: len(wanted)]
+    positive_keys = np.zeros(len(rows), keys.dtype)
+    positive_keys[own] = keys[len(wanted) :]
+    _, first = np.unique(keys, return_index=True)
+    query_costs = np.array([_query_cost(sample) for sample in samples], np.int64)
+    table_of = _Pairs(shard, sample_of, documents, ids, keys, query_costs, costs)
+    return PartPairs(candidate_keys, positive_keys, table_of.units(first))
+
+
+def judged_candidates(rows: CandidateRows, top_k: int | None) -> npt.NDArray[np.bool_]:
+    """Return which candidates are judged, `[M]`: the first `top_k` of each sample that is kept."""
+    place = np.arange(len(rows.candidate)) - rows.bounds[rows.sample]
+    chosen: npt.NDArray[np.bool_] = rows.keep[rows.sample] & (place < (top_k or len(place)))
+    return chosen
+
+
+def missing_of(units: Sequence[Unit], missing: Keys) -> list[Unit]:
+    """Return the units with only those pairs whose keys are in `missing`. Empty ones are left out."""
+    found = []
+    for unit in units:
+        left = np.flatnonzero(np.isin(unit.keys, missing))
+        if len(left):
+            found.append(_compact(unit, left))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Pairs:
+    """All pairs of a part, column by column. Rows of equal keys are equal pairs."""
+
+    shard: ListedShard
+    sample: Int64Array
+    documents: Int64Array
+    ids: Int64Array
+    keys: Keys
+    query_costs: Int64Array
+    document_costs: Int64Array
+
+    def units(self, chosen: Int64Array) -> list[Unit]:
+        """Divide the chosen pairs into units of limited cost, in an order that depends on the pairs only."""
+        if not len(chosen):
+            return []
+        by_document = self.document_costs[chosen].mean() >= self.query_costs[self.sample[chosen]].mean()
+        sides = (self.sample[chosen], self.ids[chosen])
+        order = chosen[np.lexsort(sides if by_document else sides[::-1])]
+        units: list[list[int]] = []
+        room = 0
+        seen: set[tuple[int, int]] = set()
+        for pair in order.tolist():
+            inputs = {(0, int(self.sample[pair])): int(self.query_costs[self.sample[pair]])}
+            inputs[1, int(self.ids[pair])] = int(self.document_costs[pair])
+            if not units or len(units[-1]) == MAX_PAIRS or sum(c for i, c in inputs.items() if i not in seen) > room:
+                units.append([])
+                room, seen = UNIT_COST, set()
+            units[-1].append(pair)
+            room -= sum(cost for given, cost in inputs.items() if given not in seen)
+            seen |= inputs.keys()
+        return [self._unit(np.array(unit)) for unit in units]
+
+    def _unit(self, chosen: Int64Array) -> Unit:
+        samples, query = np.unique(self.sample[chosen], return_inverse=True)
+        _, first, document = np.unique(self.ids[chosen], return_index=True, return_inverse=True)
+        return Unit(
+            self.shard.source,
+            samples + self.shard.start,
+            self.documents[chosen][first],
+            np.stack([query, document], axis=1),
+            self.keys[chosen],
+        )
+
+
+def _compact(unit: Unit, left: Int64Array) -> Unit:
+    queries, query = np.unique(unit.pairs[left, 0], return_inverse=True)
+    documents, document = np.unique(unit.pairs[left, 1], return_inverse=True)
+    pairs = np.stack([query, document], axis=1)
+    return Unit(unit.source, unit.queries[queries], unit.documents[documents], pairs, unit.keys[left])
+
+
+def _query_id(shard: ListedShard, row: int, sample: Sample | Rejected, instructions: bool) -> bytes:
+    assert isinstance(sample, Sample)
+    item = row_item(shard, shard.start + row, sample, "query")
+    return f"{item.content} {item.instruction if instructions else ''}".encode()
+
+
+def _query_cost(sample: Sample | Rejected) -> int:
+    return sum(COSTS[media.kind] for media in sample.query.media) or 1 if isinstance(sample, Sample) else 0
+
+
+def _pair_key(query_id: bytes, document_id: int) -> str:
+    """Return 32 hex digits for the contents of a query, its instruction, and a document."""
+    return hashlib.sha256(document_id.to_bytes(8, signed=True) + query_id).hexdigest()[:32]
