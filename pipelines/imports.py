@@ -13,6 +13,9 @@ from contextlib import contextmanager
 NOT_FOR_MODELS = ("scipy",)
 """Imported by transformers if installed, for losses of object detectors: 0.3 s of CPU in each worker and actor."""
 
+NOT_FOR_SAVING = ("deepspeed",)
+"""Imported by accelerate if installed, to see whether a model that is saved is one of its engines: 3 s of CPU."""
+
 
 @contextmanager
 def without_garbage_collection() -> Iterator[None]:

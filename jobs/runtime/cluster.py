@@ -63,6 +63,9 @@ def set_environment() -> None:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     # Tasks of less than one CPU mean more processes than CPUs. Ray would warn about it every few seconds.
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")
+    # Ray ends processes that were idle for a second, and new ones import everything again. This time bridges the pause
+    # between two jobs, and that of the data loader when a trainer has enough batches.
+    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "20000")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     # Ray's processes are new interpreters. They must find this package, and the commands of this environment.
     _put_first("PYTHONPATH", ROOT)

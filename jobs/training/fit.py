@@ -32,6 +32,7 @@ from jobs.training.worker import train_worker
 from pipelines.errors import UserError
 from pipelines.feed.batch import ResumePoint
 from pipelines.feed.reader import Reader
+from pipelines.imports import NOT_FOR_MODELS, without_garbage_collection, without_modules
 from pipelines.plan.plan import Plan
 from pipelines.plan.resample import next_mixture_change
 from pipelines.redaction import redact_text
@@ -74,8 +75,6 @@ def prepare(spec: TrainSpec, leases: HeldLeases) -> Prepared | None:
     if not run.begin(data):
         say(f"  {run.store.url}: finished before")
         return None
-    if isinstance(spec.model.backbone, TinyBackbone) and not is_published(run.store.child(BACKBONE)):
-        _build_backbone(run, spec.model.backbone, reader)
     held_out = choose_samples(spec, plan)
     _summarize(run, plan, adapter, held_out)
     for text in reader.warnings(plan):
@@ -83,10 +82,18 @@ def prepare(spec: TrainSpec, leases: HeldLeases) -> Prepared | None:
     return Prepared(run, plan, reader.tasks(plan), held_out)
 
 
-def _build_backbone(run: Run, config: TinyBackbone, reader: Reader) -> None:
-    """Publish a tiny backbone whose tokenizer is trained on the captions and instructions of the data."""
-    from rzen.export.export import write_identity
-    from rzen.model.backbone import build_tiny
+def build_backbone(prepared: Prepared) -> None:
+    """Publish the tiny backbone that the spec asks for, unless it exists or the spec names another backbone.
+
+    Its tokenizer is trained on the captions and instructions of the data.
+    """
+    run, config = prepared.run, prepared.run.spec.model.backbone
+    if not isinstance(config, TinyBackbone) or is_published(run.store.child(BACKBONE)):
+        return
+    reader = Reader(run.spec.data)
+    with without_garbage_collection(), without_modules(*NOT_FOR_MODELS):
+        from rzen.export.export import write_identity
+        from rzen.model.backbone import build_tiny
 
     texts = []
     for source, size in reader.sizes().items():
@@ -231,8 +238,9 @@ def _stop(prepared: Prepared, point: ResumePoint) -> int:
 
 def _trainer(prepared: Prepared, stop: int, board: Any) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+    from jobs.training.process_group import Rendezvous
     from pipelines.feed.feed import PlannedFeed
 
     run, spec = prepared.run, prepared.run.spec
@@ -242,13 +250,13 @@ def _trainer(prepared: Prepared, stop: int, board: Any) -> Any:
         resources["GPU"] = cluster.gpus_per_worker
     feed = PlannedFeed(prepared.plan.until(stop), Reader(spec.data, encoder_of(run)), run.resume_point, spec.feed)
     filesystem, path = run.store.child("ray").arrow_filesystem()
-    return TorchTrainer(
+    return DataParallelTrainer(
         train_worker,
         train_loop_config={"prepared": prepared, "stop": stop, "board": board},
         scaling_config=ScalingConfig(
             num_workers=cluster.workers, use_gpu=cluster.gpus_per_worker > 0, resources_per_worker=resources
         ),
-        torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
+        backend_config=Rendezvous(),
         # rzen restarts runs: Ray would also repeat errors that no repetition can fix. A new name, because Ray resumes
         # runs of the same name by itself.
         run_config=RunConfig(

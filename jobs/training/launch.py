@@ -13,7 +13,8 @@ from typing import Any
 from jobs.runtime.cluster import POLL_S, Resources, check_size, has_room, metrics_link, ray_cluster, user_error
 from jobs.runtime.lease import HeldLeases
 from jobs.runtime.progress import ProgressTracker, RunTable, say
-from jobs.training.fit import Prepared, fit, prepare, report
+from jobs.runtime.warm import warm_up
+from jobs.training.fit import Prepared, build_backbone, fit, prepare, report
 from jobs.training.page import RunPage, RunPages
 from jobs.training.runs import DONE, PAGE, Run
 from jobs.training.specs import TrainSpec
@@ -65,7 +66,9 @@ def _launch(
         return {}
     import ray
 
+    backbones = _in_thread(_build_backbones, unfinished)  # it needs as long as Ray
     with ray_cluster():
+        warm_up("pipelines.feed.feed", "jobs.training.encoder")
         for spec in (prepared.run.spec for prepared in unfinished):
             if not spec.cluster.autoscaling:
                 each = Resources(spec.cluster.cpus_per_worker, spec.cluster.gpus_per_worker)
@@ -79,6 +82,7 @@ def _launch(
             abandoned = Event()
             stack.callback(abandoned.set)
             board = ray.remote(num_cpus=0)(ProgressTracker).remote()
+            backbones.result()
             try:
                 failures = _run_queue(unfinished, leases, max_parallel, may_fail, table, pages, board, abandoned)
             except KeyboardInterrupt:
@@ -87,6 +91,11 @@ def _launch(
                 raise
     _say_places([prepared.run for prepared in unfinished])
     return failures
+
+
+def _build_backbones(unfinished: Sequence[Prepared]) -> None:
+    for prepared in unfinished:
+        build_backbone(prepared)
 
 
 def _say_places(runs: Sequence[Run]) -> None:

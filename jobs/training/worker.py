@@ -16,6 +16,7 @@ from jobs.runtime.progress import Progress
 from jobs.training.checkpoints import Checkpoints
 from jobs.training.encoder import backbone_url, encoder_of
 from jobs.training.memory import chunk_of
+from jobs.training.process_group import process_group
 from jobs.training.runs import BEST, RESULTS, samples_seen
 from jobs.training.tracking import Tracker
 from pipelines.feed.feed import RESUME, SHARD, batches, start_reading
@@ -98,7 +99,7 @@ def train_worker(config: dict[str, Any]) -> None:
     )
     with tempfile.TemporaryDirectory(prefix="rzen-result-") as scratch:
         output = Path(scratch, "result")
-        with ExitStack() as tracking:
+        with process_group(on_gpu=spec.cluster.gpus_per_worker > 0), ExitStack() as tracking:
             train_stage(
                 Stage(
                     model=spec.model,

@@ -20,6 +20,7 @@ import torch
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from pipelines.errors import UserError
+from pipelines.imports import NOT_FOR_SAVING, without_modules
 from pipelines.stored_json import read_json
 from rzen.config import Dtype, ModelConfig, ModelIdentity
 from rzen.embedding.embedder import load
@@ -184,7 +185,8 @@ def _write_weights(model: PreTrainedModel, base: Path, folder: Path, dtype: Dtyp
         whole = AutoModelForImageTextToText.from_config(config)
     whole.model = model.to(getattr(torch, dtype))
     whole.tie_weights()
-    whole.save_pretrained(folder)
+    with without_modules(*NOT_FOR_SAVING):
+        whole.save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)  # it generates nothing
     for pattern in (*COMPANIONS, "*preprocessor_config.json"):
         for path in base.glob(pattern):

@@ -22,6 +22,7 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from pipelines.errors import UserError
+from pipelines.imports import NOT_FOR_SAVING, without_modules
 from rzen.config import ModelConfig, TinyBackbone
 from rzen.families import FAMILIES
 from rzen.inputs.prompts import (
@@ -88,7 +89,8 @@ def build_tiny(folder: Path, config: TinyBackbone, texts: Iterable[str]) -> None
     Qwen2VLImageProcessorPil(
         patch_size=family.patch_px, image_mean=list(family.image_mean), image_std=list(family.image_std)
     ).save_pretrained(folder)
-    model.save_pretrained(folder)
+    with without_modules(*NOT_FOR_SAVING):
+        model.save_pretrained(folder)
 
 
 def _train_tokenizer(texts: Iterable[str], vocabulary: int, kind: Any) -> PreTrainedTokenizerBase:

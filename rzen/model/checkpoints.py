@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NotRequired
 
-from huggingface_hub import snapshot_download
 from pydantic import ValidationError
 from typing_extensions import TypedDict
 
@@ -221,6 +220,8 @@ def _read_object(path: Path) -> dict[str, Any]:
 def _download(name: str) -> Path:
     if not HUB_NAME.fullmatch(name):
         raise UserError(name, "is neither a directory nor a hub name", "name an existing checkpoint directory")
+    from huggingface_hub import snapshot_download  # here, because every process that decodes imports this module
+
     try:
         return Path(snapshot_download(name, allow_patterns=CHECKPOINT_FILES))
     except (OSError, ValueError) as error:

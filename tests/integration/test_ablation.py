@@ -15,7 +15,7 @@ import jobs.training.launch
 from jobs.cli import main
 from jobs.runtime.lease import HeldLeases
 from jobs.training.encoder import BACKBONE
-from jobs.training.fit import prepare
+from jobs.training.fit import build_backbone, prepare
 from jobs.training.specs import TrainSpec
 from pipelines.config import MediaConfig
 from pipelines.ingest.ingest import ingest
@@ -76,6 +76,7 @@ def end_at_the_start(specs: list[TrainSpec], max_parallel: int, write_overview: 
     for spec in specs:
         if prepared := prepare(spec, HeldLeases()):
             run = prepared.run
+            build_backbone(prepared)
             publish_folder(Path(local_folder(run.store.child(BACKBONE).url, None)), run.store.child(run.result))
             numbers = {
                 "dropped_fraction": 0.1,

@@ -39,3 +39,14 @@ print(import_optional("pymupdf", "media.document_backend", "pypdfium2").TOOLS.mu
 assert not [name for name in sys.modules if name.startswith(("onnxruntime", "pymupdf.layout", "pymupdf4llm"))]
 """
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_neither_the_driver_nor_the_decoders_of_a_training_run_load_torch() -> None:
+    code = """
+import sys
+import jobs.training.launch, jobs.training.worker, jobs.training.process_group, jobs.training.encoder
+import pipelines.feed.feed
+import ray.train.v2.api.data_parallel_trainer
+assert not {"torch", "transformers", "huggingface_hub.hf_api", "pymupdf", "boto3", "matplotlib"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
