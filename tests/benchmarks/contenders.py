@@ -1,26 +1,23 @@
-"""The ways to feed two consumers that are compared. A run wants a process of its own.
+"""The ways to feed two consumers that are compared. Each turn of a way starts it anew, and ends it.
 
     bare        two processes, each: read a file's bytes out of the tar, decode, forget
     reader      two processes, each: `Reader.batch` over the steps of the plan; no Ray
-    ray         `PlannedFeed` on a local Ray with two CPUs; two actors receive and count
     webdataset  webdataset in a torch DataLoader with two workers
     streaming   MosaicML Streaming in a torch DataLoader with two workers
+    ray, raydata, stages: `ray_contenders.py`
 
-All decode the same samples to the same pixels. Bare loop, reader and Ray go through them in the order of the plan; the
-other two, for whom it is cheaper, in the order of the files, without a shuffle buffer.
+All decode the same samples to the same pixels, epoch after epoch. Bare loop, reader and our feed go through them in the
+order of the plan. The others, for whom it is cheaper, take the order of the files, without a shuffle buffer.
 """
 
 from __future__ import annotations
 
 import bisect
 import itertools
-import logging
 import multiprocessing
 import os
-import shutil
 import sys
 import tarfile
-import tempfile
 import time
 import types
 import warnings
@@ -30,8 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipelines.config import DataConfig, FeedConfig, MixtureConfig
-from pipelines.feed.batch import ResumePoint
+from pipelines.config import DataConfig, MixtureConfig
 from pipelines.feed.reader import Reader
 from pipelines.media.decode import decode_sample
 from pipelines.plan.build import build_plan
@@ -39,6 +35,7 @@ from pipelines.plan.plan import Plan
 from pipelines.samples import DecodedSample, Members, Sample
 
 WORKERS = 2
+NUM_STEPS = 20_000
 MDS = "mds"
 
 Counts = Callable[["Run", int, Any], Iterator[int]]  # (run, rank, argument) -> sizes of batches
@@ -46,11 +43,17 @@ Counts = Callable[["Run", int, Any], Iterator[int]]  # (run, rank, argument) -> 
 
 @dataclass(frozen=True)
 class Run:
-    """What to measure. `root` holds one source, `kind`; `streaming` is a folder of packages for that way alone."""
+    """What to measure. `root` holds one source, `kind`; `streaming` is a folder of packages for that way alone.
+
+    Batches are timed for `measured_s` seconds, which begin `warm_s` after the first batch.
+    """
 
     way: str
     root: str
     kind: str
+    endpoint: str | None = None
+    warm_s: float = 2.0
+    measured_s: float = 4.0
     samples_per_worker: int = 32
     feed: dict[str, Any] = field(default_factory=dict)
     streaming: str | None = None
@@ -58,12 +61,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Result:
-    """Wall and CPU seconds at steady state, and the samples that came in them; apart, the time to the first batch."""
+    """Wall and CPU seconds at steady state, and the samples that came in them; apart, those up to the first batch."""
 
     samples: int
     wall_s: float
     cpu_s: float
     first_batch_s: float
+    first_batch_cpu_s: float
 
     @property
     def per_s(self) -> float:
@@ -82,24 +86,39 @@ class Delivered(NamedTuple):
     samples: int
 
 
-def consume(counts: Iterable[int]) -> list[Delivered]:
-    """Takes batches of (decoded) samples and only counts them."""
-    return [Delivered(time.monotonic(), machine_cpu_s(), count) for count in counts]
+def consume(run: Run, counts: Iterable[int]) -> list[Delivered]:
+    """Takes batches of (decoded) samples and only counts them, until the time to measure is over."""
+    delivered: list[Delivered] = []
+    for count in counts:
+        delivered.append(Delivered(time.monotonic(), machine_cpu_s(), count))
+        if delivered[-1].time_s > delivered[0].time_s + run.warm_s + run.measured_s:
+            break
+    return delivered
 
 
-def result(asked_s: float, consumers: list[list[Delivered]]) -> Result:
-    """What is delivered between the first and the last quarter of the samples.
+def begin() -> Delivered:
+    """When a way is asked for its first batch."""
+    return Delivered(time.monotonic(), machine_cpu_s(), 0)
 
-    Before the first the pipeline fills, after the last it drains, which would count samples made at other times.
+
+def result(run: Run, asked: Delivered, consumers: list[list[Delivered]]) -> Result:
+    """What all consumers got in the time to measure, from one batch to another.
+
+    A consumer that is ahead ends earlier, and the time ends with it: the others then have the machine for themselves.
     """
     delivered = sorted(itertools.chain.from_iterable(consumers))
-    total = list(itertools.accumulate(batch.samples for batch in delivered))
-    begin, end = (bisect.bisect_left(total, total[-1] * share) for share in (0.25, 0.75))
+    times_s = [batch.time_s for batch in delivered]
+    first, last_s = delivered[0], min(consumer[-1].time_s for consumer in consumers)
+    start = bisect.bisect_left(times_s, first.time_s + run.warm_s)
+    stop = bisect.bisect_right(times_s, last_s) - 1
+    if times_s[stop] - times_s[start] < run.measured_s / 2:
+        raise RuntimeError(f"{run.way} gave batches for {times_s[stop] - first.time_s:.1f} s only")
     return Result(
-        samples=total[end] - total[begin],
-        wall_s=delivered[end].time_s - delivered[begin].time_s,
-        cpu_s=delivered[end].cpu_s - delivered[begin].cpu_s,
-        first_batch_s=delivered[0].time_s - asked_s,
+        samples=sum(batch.samples for batch in delivered[start + 1 : stop + 1]),
+        wall_s=times_s[stop] - times_s[start],
+        cpu_s=delivered[stop].cpu_s - delivered[start].cpu_s,
+        first_batch_s=first.time_s - asked.time_s,
+        first_batch_cpu_s=first.cpu_s - asked.cpu_s,
     )
 
 
@@ -111,20 +130,22 @@ def machine_cpu_s() -> float:
 
 def in_processes(run: Run, counts: Counts, argument: Any) -> Result:
     """Two forked processes, each consuming what it makes itself."""
-    asked_s = time.monotonic()
+    asked = begin()
     with ProcessPoolExecutor(WORKERS, multiprocessing.get_context("fork")) as pool:
         made = [pool.submit(_consume_own, run, counts, rank, argument) for rank in range(WORKERS)]
-        return result(asked_s, [future.result() for future in made])
+        return result(run, asked, [future.result() for future in made])
 
 
 def _consume_own(run: Run, counts: Counts, rank: int, argument: Any) -> list[Delivered]:
-    return consume(counts(run, rank, argument))
+    return consume(run, counts(run, rank, argument))
 
 
 def planned(run: Run) -> tuple[Plan, Reader]:
-    """One epoch."""
-    reader = Reader(DataConfig(root=run.root, trusted=True))  # the files are our own, and no peer has a sandbox
-    return build_plan(reader.tables(), MixtureConfig(), global_batch=WORKERS * run.samples_per_worker), reader
+    """More epochs than fit into the time."""
+    # The files are our own, and no peer has a sandbox.
+    reader = Reader(DataConfig(root=run.root, endpoint=run.endpoint, trusted=True))
+    global_batch = WORKERS * run.samples_per_worker
+    return build_plan(reader.tables(), MixtureConfig(), global_batch=global_batch, steps=NUM_STEPS), reader
 
 
 def run_bare(run: Run) -> Result:
@@ -185,52 +206,18 @@ def _reader_counts(run: Run, rank: int, argument: tuple[Plan, Reader]) -> Iterat
         yield reader.batch(plan, step, rank, WORKERS).num_samples
 
 
-class Zero:
-    """Where the feed starts."""
-
-    def __call__(self) -> ResumePoint:
-        return ResumePoint(0)
-
-
-def run_ray(run: Run) -> Result:
-    import ray
-
-    from pipelines.feed.feed import PlannedFeed, batches, start_reading
-
-    folder = tempfile.mkdtemp(prefix="rz", dir="/tmp")  # sockets lie in it, and their paths must be short
-    ray.init(num_cpus=WORKERS, include_dashboard=False, log_to_driver=False, _temp_dir=folder)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-
-    class Worker:
-        """Stands where a training worker would."""
-
-        def ready(self) -> None:
-            pass
-
-        def consume(self, shard: Any, plan: Plan, rank: int, prefetch: int) -> list[Delivered]:
-            fed = batches(start_reading(shard, prefetch), plan, rank=rank, world_size=WORKERS)
-            return consume(batch.num_samples for batch in fed)
-
-    try:
-        workers = [ray.remote(num_cpus=0)(Worker).remote() for _ in range(WORKERS)]
-        ray.get([worker.ready.remote() for worker in workers])
-        plan, reader = planned(run)
-        config = FeedConfig(**run.feed)
-        asked_s = time.monotonic()
-        split = PlannedFeed(plan, reader, Zero(), config).shards(WORKERS)
-        consumed = [
-            worker.consume.remote(shard, plan, rank, config.prefetch_tasks)
-            for rank, (worker, shard) in enumerate(zip(workers, split, strict=True))
-        ]
-        return result(asked_s, ray.get(consumed))
-    finally:
-        ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def shards(run: Run) -> list[Path]:
-    """The tars, in order."""
+    """The tars on disk, in order."""
     return sorted(Path(run.root, "train", run.kind).glob("*.tar"))
+
+
+def shard_urls(run: Run) -> list[str]:
+    """Paths of the tars, or what an HTTP client reads them by."""
+    if run.endpoint is None:
+        return [str(path) for path in shards(run)]
+    bucket = run.root.removeprefix("s3://")
+    names = [shard.path for shard in planned(run)[1].source(run.kind).shards]
+    return [f"{run.endpoint}/{bucket}/{name}" for name in names]
 
 
 def decoded(record: bytes, members: Members) -> list[Any]:
@@ -260,12 +247,11 @@ def run_webdataset(run: Run) -> Result:
     def decode(stored: dict[str, Any]) -> list[Any]:
         return decoded(stored["json"], {name: data for name, data in stored.items() if name.startswith("p")})
 
-    urls = [str(path) for path in shards(run)]
-    dataset = wds.WebDataset(urls, shardshuffle=False).map(decode)
+    dataset = wds.WebDataset(shard_urls(run), shardshuffle=False).repeat().map(decode)
     dataset = dataset.batched(run.samples_per_worker, collation_fn=as_list, partial=False)
-    asked_s = time.monotonic()
+    asked = begin()
     loader: DataLoader[Any] = DataLoader(dataset, batch_size=None, num_workers=WORKERS)
-    return result(asked_s, [consume(map(len, loader))])
+    return result(run, asked, [consume(run, map(len, loader))])
 
 
 def run_streaming(run: Run) -> Result:
@@ -278,12 +264,14 @@ def run_streaming(run: Run) -> Result:
             stored = super().__getitem__(at)
             return decoded(stored["json"], {stored["member"]: stored["data"]})
 
+    import_streaming(run.streaming).base.util.clean_stale_shared_memory()  # of the turn before
     dataset = Mds(local=str(Path(run.root, MDS)), shuffle=False, batch_size=run.samples_per_worker)
-    asked_s = time.monotonic()
+    asked = begin()
     loader: DataLoader[Any] = DataLoader(
-        dataset, batch_size=run.samples_per_worker, num_workers=WORKERS, collate_fn=as_list
+        dataset, batch_size=run.samples_per_worker, num_workers=WORKERS, collate_fn=as_list, persistent_workers=True
     )
-    return result(asked_s, [consume(map(len, loader))])
+    epochs = itertools.chain.from_iterable(itertools.repeat(loader))
+    return result(run, asked, [consume(run, map(len, epochs))])
 
 
 def convert(run: Run) -> str | None:
@@ -302,6 +290,18 @@ def convert(run: Run) -> str | None:
                 for (_, record), (name, data) in zip(contents[::2], contents[1::2], strict=True):
                     writer.write({"json": record, "member": name.partition(".")[2], "data": data})
     return str(package.__version__)
+
+
+def upload(run: Run) -> str:
+    """Copy the files on disk to a new bucket, and return its URL."""
+    import boto3
+
+    client = boto3.client("s3", endpoint_url=run.endpoint)
+    client.create_bucket(Bucket=run.kind)
+    root = Path(run.root)
+    for path in sorted(path for path in root.rglob("*") if path.is_file() and MDS not in path.parts):
+        client.upload_file(str(path), run.kind, str(path.relative_to(root)))
+    return f"s3://{run.kind}"
 
 
 class _Unused(types.ModuleType):
@@ -326,7 +326,6 @@ def import_streaming(folder: str | None) -> Any:
 CONTENDERS: dict[str, Callable[[Run], Result]] = {
     "bare": run_bare,
     "reader": run_reader,
-    "ray": run_ray,
     "webdataset": run_webdataset,
     "streaming": run_streaming,
 }

@@ -1,12 +1,16 @@
-"""How fast the feed is, against a bare loop of the same decoding, webdataset and MosaicML Streaming.
+"""How fast the feed is, against a bare loop of the same decoding, and against the feeds of others.
 
-    python -m tests.benchmarks.feed --write                          about 20 minutes on two cores; writes feed.md
-    python -m tests.benchmarks.feed --kinds images --repeats 1       a glance
+    python -m tests.benchmarks.feed --write --streaming FOLDER     about 15 minutes on two cores; writes feed.md
+    python -m tests.benchmarks.feed --tables disk --kinds images --repeats 1       a glance
 
-Each run is a process of its own that decodes one epoch of files in the page cache. The ways take turns (bare, reader,
-ray, webdataset, streaming, bare, reader, ...), so that a slow minute hits all of them, and ratios are to the bare loop
-of the same turn. The clock runs from a quarter of the samples delivered to three quarters; the time to the first batch
-is reported separately. CPU seconds are those of the whole machine in that time. Nothing else should run on the machine.
+Tables: `disk` and `s3` compare the ways of `contenders.py` and `ray_contenders.py`, `stages` has the CPU of each step
+of our feed, and `scale` is `feed_scale.py`.
+
+The ways take turns (bare, reader, ray, ..., bare, reader, ...), so that a slow minute hits all of them, and ratios are
+to the bare loop of the same turn. A turn starts a feed, lets it run for `warm_s` after its first batch, measures for
+`measured_s`, and ends it. The processes that start the feeds stay, and so does the Ray of the ways that need one. The
+first turn is the cold one: no process of it has imported anything. CPU seconds are those of the whole machine, with the
+S3 server where there is one. Nothing else should run on the machine. Files are in the page cache.
 """
 
 from __future__ import annotations
@@ -15,20 +19,24 @@ import argparse
 import json
 import math
 import platform
+import statistics
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks import files
-from tests.benchmarks.contenders import CONTENDERS, WORKERS, Result, Run, convert
+from jobs.runtime.local_s3 import CREDENTIALS, s3_server
+from tests.benchmarks import feed_scale, files
+from tests.benchmarks.contenders import WORKERS, Result, Run
 from tests.benchmarks.machine import describe_machine
-from tests.benchmarks.turns import ROOT, answer, say, show, spread
+from tests.benchmarks.turns import ROOT, Host, say, show, spread
 
-NUM_SAMPLES = {"images": 19200, "pages": 3072, "clips": 1728}
+NUM_SAMPLES = {"images": 2048, "pages": 512, "clips": 256}
 FEED = {"images": 128, "pages": 64, "clips": 32}  # samples of a task: some tenths of a second each
 VERSIONS = ("ray", "torch", "webdataset", "pillow", "pymupdf", "av", "numpy")
 WAYS = {
@@ -37,8 +45,11 @@ WAYS = {
     "ray": "our feed with Ray",
     "webdataset": "webdataset, DataLoader",
     "streaming": "MosaicML Streaming, DataLoader",
+    "raydata": "Ray Data, read_webdataset",
 }
-
+S3_WAYS = ("reader", "ray", "webdataset", "raydata")
+ON_RAY = ("ray", "raydata", "stages")
+TABLES = ("disk", "s3", "stages", "scale")
 _PLACES = ("--data", "--streaming")
 
 Results = dict[tuple[str, str], list[Result]]  # (kind of samples, way) -> one for each turn
@@ -49,10 +60,12 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "python -m tests.benchmarks.feed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=[*TABLES], help="to measure (all)")
     parser.add_argument("--kinds", nargs="+", choices=files.KINDS, default=[*files.KINDS], help="of samples (all)")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=[*WAYS], help="to feed (all); bare always runs")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each way (5)")
-    parser.add_argument("--size", type=float, default=1.0, help="samples of a run, relative to ten seconds' (1.0)")
+    parser.add_argument("--warm-s", type=float, default=1.5, help="seconds from the first batch on, not measured (1.5)")
+    parser.add_argument("--measured-s", type=float, default=4.0, help="seconds that are measured after them (4)")
     parser.add_argument("--seed", type=int, default=0, help="of the files (0)")
     parser.add_argument(
         "--data", type=Path, default=ROOT / "runs/benchmark-feed", help="folder of the files, made at the first run"
@@ -66,47 +79,99 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--feed", type=json.loads, default={}, help='settings of the feed with Ray, {"prefetch_tasks": 2}'
     )
+    parser.add_argument("--store-mb", type=int, default=2000, help="size of Ray's object store (2000)")
     parser.add_argument("--write", action="store_true", help="replace feed.md next to this file")
-    parser.add_argument("--run", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--host", metavar="MB", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main() -> None:
     """Makes the files, measures, prints."""
     chosen = arguments()
-    if chosen.run is not None:
-        print(json.dumps(_answer(Run(**chosen.run))))
+    if chosen.host is not None:
+        Host.serve(_answer, _host_context(chosen.host))
         return
+    begun_s = time.monotonic()
     weights = {}
-    for kind in chosen.kinds:
-        weights[kind] = files.make(chosen.data / kind, kind, num_samples(kind, chosen.size), chosen.seed)
-        say(f"{num_samples(kind, chosen.size)} {kind} of {weights[kind]}")
-    ways = ["bare", *(way for way in WAYS if way in chosen.ways and way != "bare")]
-    streaming = _converted(chosen) if "streaming" in ways else None
-    results = measure(chosen, [way for way in ways if way != "streaming" or streaming])
+    for kind in chosen.kinds if set(chosen.tables) - {"scale"} else ():
+        weights[kind] = files.make(chosen.data / kind, kind, num_samples(kind), chosen.seed)
+        say(f"{num_samples(kind)} {kind} of {weights[kind]}")
     versions = {"Python": platform.python_version()} | {name: version(name) for name in VERSIONS}
-    if streaming:
-        versions["mosaicml-streaming"] = streaming
-    report = "\n".join([*_head(chosen, weights, versions), "", *table(results, chosen.kinds, ways)]) + "\n"
-    show(report, __file__, write=chosen.write)
+    sections = []
+    if "disk" in chosen.tables:
+        sections += ["", "## On disk", "", *_disk(chosen, versions)]
+    if "s3" in chosen.tables:
+        sections += ["", "## From S3", "", *_s3(chosen)]
+    if "stages" in chosen.tables:
+        sections += ["", "## By stage", "", *_stages(chosen)]
+    if "scale" in chosen.tables:
+        sections += ["", "## Many ranks", "", *feed_scale.section()]
+    took = f"Measured in {(time.monotonic() - begun_s) / 60:.0f} minutes."
+    show("\n".join([*_head(chosen, weights, versions), took, *sections]) + "\n", __file__, write=chosen.write)
 
 
-def num_samples(kind: str, size: float) -> int:
+def num_samples(kind: str) -> int:
     """Whole batches for each worker, and equally many in each shard."""
     unit = math.lcm(WORKERS * Run.samples_per_worker, files.NUM_SHARDS)
-    return max(1, round(NUM_SAMPLES[kind] * size / unit)) * unit
+    return max(1, round(NUM_SAMPLES[kind] / unit)) * unit
 
 
-def measure(chosen: argparse.Namespace, ways: Sequence[str]) -> Results:
+def _disk(chosen: argparse.Namespace, versions: dict[str, str]) -> list[str]:
+    ways = ["bare", *(way for way in WAYS if way in chosen.ways and way != "bare")]
+    results: Results = {}
+    for kind in chosen.kinds:
+        with _hosts(chosen) as measure:
+            present = list(ways)
+            if "streaming" in ways:
+                # Its shards are written before anything is measured.
+                found = measure(_run(chosen, "convert", kind))["version"]
+                present = [way for way in ways if way != "streaming" or found]
+                versions |= {"mosaicml-streaming": found} if found else {}
+            runs = {(kind, way): _run(chosen, way, kind) for way in present}
+            results |= _turns(measure, runs, chosen.repeats)
+    return table(results, chosen.kinds, ways)
+
+
+def _s3(chosen: argparse.Namespace) -> list[str]:
+    ways = ["bare", *(way for way in S3_WAYS if way in chosen.ways)]
+    kind = chosen.kinds[0]
+    with s3_server() as endpoint, _hosts(chosen, **CREDENTIALS) as measure:
+        runs = {(kind, way): _run(chosen, way, kind) for way in ways}
+        remote = replace(_run(chosen, "upload", kind), endpoint=endpoint)
+        url = measure(remote)["url"]
+        runs |= {
+            (kind, way): replace(run, root=url, endpoint=endpoint) for (_, way), run in runs.items() if way != "bare"
+        }
+        return table(_turns(measure, runs, chosen.repeats), [kind], ways)
+
+
+def _stages(chosen: argparse.Namespace) -> list[str]:
+    found: dict[str, list[dict[str, float]]] = {}
+    for kind in chosen.kinds:
+        with _hosts(chosen) as measure:
+            found[kind] = [measure(_run(chosen, "stages", kind)) for _ in range(chosen.repeats)]
+    names = list(next(iter(found.values()))[0])
+    lines = [
+        "CPU milliseconds a sample in one process, with the encoder of a tiny model of the paper's patch size.",
+        "",
+        f"| samples | {' | '.join(names)} |",
+        f"|---|{'---|' * len(names)}",
+    ]
+    for kind, turns in found.items():
+        lines.append(f"| {kind} | {' | '.join(spread([turn[name] for turn in turns], '.2f') for name in names)} |")
+    return lines
+
+
+def _turns(measure: Any, runs: dict[tuple[str, str], Run], repeats: int) -> Results:
     """Every way in turn, `repeats` times. Stops where a run fails."""
-    results: Results = {(kind, way): [] for kind in chosen.kinds for way in ways}
-    for turn in range(chosen.repeats):
-        for kind, way in results:
-            result = Result(**_spawned(_run(chosen, way, kind)))
-            results[kind, way].append(result)
+    results: Results = {place: [] for place in runs}
+    for turn in range(repeats):
+        for place, run in runs.items():
+            found = Result(**measure(run))
+            results[place].append(found)
             say(
-                f"turn {turn + 1} {kind} {way}: {result.per_s:.1f} samples/s for {result.wall_s:.1f} s,"
-                f" {result.per_cpu_s:.1f} a CPU second, first batch after {result.first_batch_s:.1f} s"
+                f"turn {turn + 1} {' '.join(place)}: {found.per_s:.1f} samples/s for {found.wall_s:.1f} s,"
+                f" {found.per_cpu_s:.1f} a CPU second, first batch after {found.first_batch_s:.1f} s"
             )
     return results
 
@@ -114,29 +179,37 @@ def measure(chosen: argparse.Namespace, ways: Sequence[str]) -> Results:
 def table(results: Results, kinds: Sequence[str], ways: Sequence[str]) -> list[str]:
     """Markdown: ratios first. A way without results is not installed."""
     lines = [
-        "| samples | way | of bare, by the clock | of bare, by CPU | samples/s | samples/CPU s | first batch, s |",
-        "|---|---|---|---|---|---|---|",
+        "| samples | way | of bare, by the clock | of bare, by CPU | samples/s | samples/CPU s | first batch, s: cold"
+        " | warm | its CPU, s: cold | warm |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for kind in kinds:
         bare = results[kind, "bare"]
         for way in ways:
             runs = results.get((kind, way))
             if runs is None:
-                lines.append(f"| {kind} | {WAYS[way]} | not installed | | | | |")
+                lines.append(f"| {kind} | {WAYS[way]} | not installed | | | | | | | |")
                 continue
             cells = [
                 spread([run.per_s / base.per_s for run, base in zip(runs, bare, strict=True)], ".2f"),
                 spread([run.per_cpu_s / base.per_cpu_s for run, base in zip(runs, bare, strict=True)], ".2f"),
                 spread([run.per_s for run in runs], ".0f"),
                 spread([run.per_cpu_s for run in runs], ".0f"),
-                spread([run.first_batch_s for run in runs], ".1f"),
+                f"{runs[0].first_batch_s:.1f}",
+                _median([run.first_batch_s for run in runs[1:]]),
+                f"{runs[0].first_batch_cpu_s:.1f}",
+                _median([run.first_batch_cpu_s for run in runs[1:]]),
             ]
             lines.append(f"| {kind} | {WAYS[way]} | {' | '.join(cells)} |")
     return lines
 
 
+def _median(values: Sequence[float]) -> str:
+    return f"{statistics.median(values):.1f}" if values else ""
+
+
 def _head(chosen: argparse.Namespace, weights: dict[str, str], versions: dict[str, str]) -> list[str]:
-    sizes = "; ".join(f"{num_samples(kind, chosen.size)} {kind} of {weight}" for kind, weight in weights.items())
+    sizes = "; ".join(f"{num_samples(kind)} {kind} of {weight}" for kind, weight in weights.items())
     return [
         "# How fast the feed is",
         "",
@@ -145,6 +218,8 @@ def _head(chosen: argparse.Namespace, weights: dict[str, str], versions: dict[st
         f"* {describe_machine()}: `{_command()}`",
         f"* {', '.join(f'{name} {number}' for name, number in versions.items())}",
         f"* files, smallest - median - largest: {sizes}",
+        f"* a turn: {chosen.warm_s:g} s after the first batch, then {chosen.measured_s:g} s measured",
+        "",
     ]
 
 
@@ -155,27 +230,67 @@ def _command() -> str:
 
 
 def _run(chosen: argparse.Namespace, way: str, kind: str) -> Run:
-    feed = {"samples_per_task": FEED[kind]} | chosen.feed
-    return Run(way, str((chosen.data / kind).absolute()), kind, feed=feed, streaming=chosen.streaming)
+    return Run(
+        way,
+        str((chosen.data / kind).absolute()),
+        kind,
+        warm_s=chosen.warm_s,
+        measured_s=chosen.measured_s,
+        feed={"samples_per_task": FEED[kind]} | chosen.feed,
+        streaming=chosen.streaming,
+    )
 
 
-def _converted(chosen: argparse.Namespace) -> str | None:
-    """The version of MosaicML Streaming, if it is there; the files then are in its format too."""
-    versions: list[str | None] = [_spawned(_run(chosen, "convert", kind))["version"] for kind in chosen.kinds]
-    return versions[0]
+@contextmanager
+def _hosts(chosen: argparse.Namespace, **environment: str) -> Iterator[Any]:
+    """Yield a function that measures a run in a process of its own kind: one with Ray, one for all other ways.
+
+    Processes have one thread each, and no token of another Ray on the machine. They start when they are first needed.
+    """
+    variables = environment | {"OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}
+    hosts: dict[bool, Host] = {}
+    with ExitStack() as stack:
+
+        def measure(run: Run) -> dict[str, Any]:
+            on_ray = run.way in ON_RAY
+            if on_ray not in hosts:
+                size = str(chosen.store_mb if on_ray else 0)
+                hosts[on_ray] = stack.enter_context(Host("tests.benchmarks.feed", "--host", size, **variables))
+            found: dict[str, Any] = hosts[on_ray].ask(asdict(run))
+            return found
+
+        yield measure
 
 
-def _spawned(run: Run) -> dict[str, Any]:
-    """The answer of a run in a process of its own. One thread each, and no token of another Ray on the machine."""
-    words = ("--run", json.dumps(asdict(run)))
-    found: dict[str, Any] = answer("tests.benchmarks.feed", *words, OMP_NUM_THREADS="1", RAY_AUTH_MODE="disabled")
-    return found
+@contextmanager
+def _host_context(store_mb: int) -> Iterator[None]:
+    if store_mb == 0:
+        yield
+        return
+    from jobs.runtime.cluster import set_environment
+
+    set_environment()  # as a job does
+    from tests.benchmarks.ray_contenders import own_ray
+
+    with own_ray(store_mb << 20):
+        yield
 
 
-def _answer(run: Run) -> dict[str, Any]:
+def _answer(given: dict[str, Any]) -> dict[str, Any]:
+    from tests.benchmarks.contenders import CONTENDERS, convert, upload
+
+    run = Run(**given)
     if run.way == "convert":
         return {"version": convert(run)}
-    return asdict(CONTENDERS[run.way](run))
+    if run.way == "upload":
+        return {"url": upload(run)}
+    if run.way not in ON_RAY:
+        return asdict(CONTENDERS[run.way](run))
+    from tests.benchmarks import ray_contenders
+
+    if run.way == "stages":
+        return ray_contenders.run_stages(run)
+    return asdict({"ray": ray_contenders.run_ray, "raydata": ray_contenders.run_raydata}[run.way](run))
 
 
 if __name__ == "__main__":

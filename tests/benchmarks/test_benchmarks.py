@@ -17,7 +17,7 @@ from rzen.model.chunks import Indices, chunks_of
 from rzen.model.embedding_model import EmbeddingModel
 from rzen.objective.loss import Objective
 from rzen.training.step import Learner
-from tests.benchmarks import demo, flops, padding, plain, soup, synthetic, vision
+from tests.benchmarks import contenders, demo, flops, padding, plain, soup, synthetic, vision
 from tests.benchmarks.turns import ROOT
 
 TINY = synthetic.SHAPES["tiny"]
@@ -154,3 +154,17 @@ def test_the_table_of_the_demo_has_every_seed_and_the_mean_of_the_four_tasks() -
     assert "| 2 | soup | 30.0 | 40.0 | 50.0 | 60.0 | 45.0 | 45.0 | 45.0 | 45.0 |" in text
     assert "The mean of the soup is 25.0 to 45.0 over the seeds." in text
     assert "| 2 | 6.2 | 600 | 3.2 |" in text
+
+
+def test_a_feed_is_measured_between_its_warm_up_and_the_end_of_its_first_consumer() -> None:
+    run = contenders.Run("bare", "", "images", warm_s=1.0, measured_s=2.0)
+    # The second consumer gets a burst at the end, when the first one has stopped.
+    first = [contenders.Delivered(10.0 + 0.5 * n, 100.0 + n, 32) for n in range(8)]
+    second = [contenders.Delivered(10.25 + n, 100.5 + 2 * n, 32) for n in range(3)]
+    second += [contenders.Delivered(14.0, 130.0, 32)] * 9
+    found = contenders.result(run, contenders.Delivered(7.0, 90.0, 0), [first, second])
+    assert (found.first_batch_s, found.first_batch_cpu_s) == (3.0, 10.0)
+    # From 11.0 to 13.5 s: 11.25, 11.5, 12, 12.25, 12.5, 13 and 13.5.
+    assert (found.samples, found.wall_s, found.cpu_s) == (7 * 32, 2.5, 5.0)
+    with pytest.raises(RuntimeError, match=r"bare gave batches for 1\.0 s only"):
+        contenders.result(run, first[0], [first[:3]])
