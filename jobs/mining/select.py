@@ -147,10 +147,11 @@ def _check_scores(table: CandidateTable, rows: CandidateRows, source: str, confi
     if not len(rows.candidate):
         return
     place = f"{table.store.url} source {source}"
-    if config.negatives.judge_margin is not None and np.isnan(rows.teacher).all():
-        raise UserError(
-            place, "has no judge scores for judge_margin", "run a job of kind judge, and choose from its table"
-        )
+    needs_judge = {"judge_margin": config.negatives.judge_margin, "teacher": config.teacher}
+    for setting, value in needs_judge.items():
+        if value is not None and np.isnan(rows.teacher).all():
+            fix = "run a job of kind judge, and choose from its table"
+            raise UserError(place, f"has no judge scores for {setting}", fix)
     if config.negatives.max_owner_likeness is not None and np.isnan(rows.owner).all():
         fix = "mine with owners: true, from pools whose samples are mined"
         raise UserError(place, "has no scores of other queries for max_owner_likeness", fix)

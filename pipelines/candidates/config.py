@@ -37,6 +37,18 @@ class NegativeRules(Config):
     """The candidate's own query has at most this cosine with the query (SaHa). Needs `owners: true` in `mine`."""
 
 
+class TeacherConfig(Config):
+    """Teacher's score of each chosen candidate and of the positive: recall x cosine + judge x judge score.
+
+    `objective.distillation` learns it. A sum of 1 keeps the scale.
+    """
+
+    recall: Annotated[float, Field(ge=0)] = 0.5
+    """Weight of the cosine by which the candidate was mined (U-MARVEL)."""
+    judge: Annotated[float, Field(ge=0)] = 0.5
+    """Weight of the judge score (U-MARVEL: half of 1, and less for tasks that its re-ranker makes worse)."""
+
+
 class SelectionConfig(Config):
     """How negatives are chosen among the candidates of each sample."""
 
@@ -62,3 +74,5 @@ class SelectionConfig(Config):
     """Samples with fewer negatives are left out of training."""
     seed: NonNegativeInt = 0
     """Seed of `choice: random`."""
+    teacher: TeacherConfig | None = None
+    """Mix of both scores that becomes the teacher's. Needs a table with judge scores. `null` keeps the judge scores."""

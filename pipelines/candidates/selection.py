@@ -17,7 +17,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.candidates.config import SelectionConfig
+from pipelines.candidates.config import SelectionConfig, TeacherConfig
 from pipelines.candidates.types import BoolArray, CandidateRows, FloatArray, Int64Array
 
 _GOLDEN, _MIX_1, _MIX_2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
@@ -118,12 +118,24 @@ def select(
         counts.removed_alone[rule] = int(removed.sum())
         left &= ~removed
     chosen = _choose(rows, np.flatnonzero(left), config, source, start)
-    found = rows.take(chosen)
+    found = with_teacher(rows.take(chosen), config.teacher)
     keep = rows.keep & positives.keep & (found.counts >= config.min_negatives)
     counts.chosen = len(chosen)
     counts.dropped = int((~keep).sum())
     counts.without_negatives = int((found.counts == 0).sum())
     return Selected(replace(found, keep=keep), counts, removed_by, chosen)
+
+
+def with_teacher(rows: CandidateRows, config: TeacherConfig | None) -> CandidateRows:
+    """Return rows whose teacher's scores are the mix of recall and judge scores. Unknown stays unknown."""
+    if config is None:
+        return rows
+    recall, judge = np.float32(config.recall), np.float32(config.judge)
+    return replace(
+        rows,
+        teacher=recall * rows.recall + judge * rows.teacher,
+        positive_teacher=recall * rows.positive_recall + judge * rows.positive_teacher,
+    )
 
 
 def ranks(rows: CandidateRows) -> Int64Array:

@@ -265,3 +265,13 @@ def test_clusters_and_scores_of_positives_stay() -> None:
     assert found.cluster.tolist() == [4]
     assert found.positive_recall.tolist() == pytest.approx([0.8])
     assert found.recall.tolist() == pytest.approx([0.76, 0.5, 0.3, 0.1])
+
+
+def test_the_teacher_is_a_mix_of_recall_and_judge_scores() -> None:
+    judged = replace(ONE, teacher=np.float32([1, 0, NAN, 0.5, 0.25, 0]), positive_teacher=np.float32([0.9]))
+    found = selected(judged, negatives=NO_MARGIN, teacher={"recall": 0.5, "judge": 0.25}).rows
+    expected = [0.5 * 0.9 + 0.25, 0.5 * 0.8, NAN, 0.5 * 0.5 + 0.125, 0.5 * 0.3 + 0.0625]
+    assert found.teacher.tolist() == pytest.approx(expected, nan_ok=True)
+    assert found.positive_teacher.tolist() == pytest.approx([0.5 * 0.8 + 0.25 * 0.9])
+    plain = selected(judged, negatives=NO_MARGIN).rows
+    assert plain.teacher.tolist() == pytest.approx([1, 0, NAN, 0.5, 0.25], nan_ok=True)
