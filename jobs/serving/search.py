@@ -10,12 +10,10 @@ from typing import Any
 from jobs.runtime.progress import console, say
 from jobs.runtime.revision import revision, versions
 from jobs.serving.specs import SearchSpec
+from jobs.serving.targets import Targets
 from jobs.training.runs import METRICS, read_rows
-from pipelines.config import DataConfig
 from pipelines.errors import BadMedia, UserError
-from pipelines.feed.reader import Reader
-from pipelines.redaction import has_hidden
-from pipelines.samples import DecodedInput, Rejected, UInt8Array
+from pipelines.samples import DecodedInput
 from pipelines.storage.location import open_store
 from pipelines.stored_json import read_json
 from rzen.embedding.corpus import MANIFEST, Corpus, CorpusHit, VectorsFile, read_corpus, read_manifest
@@ -42,7 +40,7 @@ def run(spec: SearchSpec) -> dict[str, Any]:
     task = None if spec.task is None else _named_task(spec, vectors_url, spec.task)
     corpus = read_corpus(vectors_url, spec.modalities or modalities_of(task), spec.endpoint)
     instruction = corpus.instruction_of(task) if task else spec.instruction
-    targets = _Targets(corpus.manifest)
+    targets = Targets(corpus.manifest)
     # Before the model is loaded, because that takes long.
     queries = _chosen(corpus, targets) if spec.queries is None else _checked(spec.queries)
     embedder = load(corpus.manifest["model"], dtype=corpus.manifest["dtype"], endpoint=spec.endpoint)
@@ -79,7 +77,7 @@ def _last_vectors() -> str:
     return str(found[-1].parent)
 
 
-def _chosen(corpus: Corpus, targets: _Targets) -> list[Query]:
+def _chosen(corpus: Corpus, targets: Targets) -> list[Query]:
     """Return captions of a few targets, spread over the corpus, or without captions the targets themselves.
 
     No caption is taken for a path.
@@ -118,51 +116,7 @@ def _decoded(
         raise UserError("search", str(error), "name a file that can be decoded") from error
 
 
-class _Targets:
-    """Decoded targets. There are none of a split whose data changed after they were embedded, or cannot be read.
-
-    The hits still hold then: vector, title and origin were stored together.
-    """
-
-    def __init__(self, manifest: VectorsFile) -> None:
-        # Vectors may come from others, and trust is the user's to give: `embed` does not record it.
-        self._data = manifest["data"].model_copy(update={"trusted": False})
-        if has_hidden(self._data.endpoint):  # the environment knows the one with the password
-            self._data = self._data.model_copy(update={"endpoint": None})
-        self._fingerprints = manifest.get("fingerprints", {})
-        # One reader for each split, because each reader starts a process for untrusted media.
-        self._readers: dict[str, Reader | None] = {}
-
-    def pictures(self, hit: CorpusHit) -> list[UInt8Array]:
-        """Return the target's frames; none for a text, or where the file has become unreadable."""
-        target = None if hit.modality == "text" else self.read(hit.split, hit.source, hit.index)
-        return target.frames if target else []
-
-    def read(self, split: str, source: str, index: int) -> DecodedInput | None:
-        """Return a target, None where its file has become unreadable."""
-        try:
-            if split not in self._readers:
-                self._readers[split] = self._checked(self._data.model_copy(update={"split": split}))
-            reader = self._readers[split]
-            if reader is None:
-                return None
-            (target,) = reader.inputs(source, [(index, "positive")])
-        except UserError as error:
-            say(f"  hits of {split} have no pictures: {error}", "yellow")
-            self._readers[split] = None
-            return None
-        return None if isinstance(target, Rejected) else target
-
-    def _checked(self, data: DataConfig) -> Reader:
-        """Return a reader of the data that was embedded. Raises `UserError` for other data."""
-        reader = Reader(data)
-        if reader.fingerprint != self._fingerprints.get(data.split):
-            fix = "run `rzen embed` again"
-            raise UserError(f"{data.root} {data.split}", "changed after it was embedded", fix)
-        return reader
-
-
-def _hits(found: Sequence[CorpusHit], answer: CorpusHit | None, targets: _Targets | None) -> list[Hit]:
+def _hits(found: Sequence[CorpusHit], answer: CorpusHit | None, targets: Targets | None) -> list[Hit]:
     """Return the hits, and last the `answer`, the target of the query's own caption, where it is not among them."""
     places = [(hit.split, hit.source, hit.index) for hit in found]
     right = answer and (answer.split, answer.source, answer.index)

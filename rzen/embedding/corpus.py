@@ -122,9 +122,8 @@ class Corpus:
                 with named(f"queries[{number}]"):
                     decoded = reader.read(query)
                 if not _has_instruction(query):
-                    decoded = replace(
-                        decoded, instruction=self._fitting(decoded) if instruction is None else instruction
-                    )
+                    words = self.fitting_instruction(decoded) if instruction is None else instruction
+                    decoded = replace(decoded, instruction=words)
                 found.append(decoded)
         finally:
             reader.close()
@@ -181,7 +180,8 @@ class Corpus:
         chosen: list[Row] = table.take(np.linspace(0, len(table) - 1, min(count, len(table)), dtype=int)).to_pylist()
         return chosen
 
-    def _fitting(self, query: DecodedInput) -> str:
+    def fitting_instruction(self, query: DecodedInput) -> str:
+        """Return the instruction of a task which fits a query that has none. See `read_queries`."""
         if not self.manifest["data"].instructions:
             return ""
         if not query.visuals:

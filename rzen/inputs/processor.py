@@ -249,6 +249,19 @@ class Processor:
         """Return the sequence of an input before it becomes token ids."""
         return self._pieces(given, self.vision_inputs(given.visuals))
 
+    def num_text_tokens(self, given: DecodedInput) -> int:
+        """Return how many tokens instruction and text have. An input keeps the first `prompt.max_text_tokens`."""
+        pieces = input_pieces(self.prompt.template, given.instruction, given.text, [])
+        return sum(len(self.text_ids(piece.text)) for piece in pieces if piece.kind in ("instruction", "text"))
+
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        """Return the text of token ids. Raises `ValueError` for an id that the tokenizer does not have."""
+        for token_id in token_ids:
+            if not 0 <= token_id < 1 << 31 or self._tokenizer.id_to_token(token_id) is None:
+                raise ValueError(f"{token_id} is not a token of the model")
+        text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=False)
+        return text
+
     def _encode_one(self, given: DecodedInput) -> EncodedBatch:
         visuals = self.vision_inputs(given.visuals)
         return self.pack(*self._ids(self._pieces(given, visuals)), visuals)

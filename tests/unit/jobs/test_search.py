@@ -243,7 +243,7 @@ def test_captions_of_the_corpus_are_words_even_if_they_name_files(
     rows = pq.read_table(part)
     pq.write_table(rows.set_column(rows.column_names.index("title"), "title", [["gone.png"] * len(rows)]), part)
     corpus = read_corpus("vectors")
-    assert search._chosen(corpus, search._Targets(corpus.manifest)) == [("gone.png", {"text": "gone.png"})]
+    assert search._chosen(corpus, search.Targets(corpus.manifest)) == [("gone.png", {"text": "gone.png"})]
     shutil.copy(made[0] / "vectors/parts/a.parquet", part)
     search.run(spec(None))
     assert capsys.readouterr().out.count("rank  score") == 4

@@ -1,0 +1,202 @@
+"""What answers requests at a time: a model, the corpus that it embedded, and the decoders of both."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from typing_extensions import TypedDict
+
+from pipelines.config import MediaConfig
+from pipelines.errors import UserError
+from pipelines.media.decode import Decoder
+from pipelines.storage.location import open_store
+from pipelines.stored_json import read_json, stored_file
+from rzen.config import Dtype
+from rzen.embedding.corpus import MANIFEST, Corpus, read_corpus
+from rzen.embedding.embedder import Embedder, load
+from rzen.inputs.processor import EncodedBatch
+from rzen.model.checkpoints import checkpoint_sha256
+from rzen.reranking.encoder import JointBatch, MediumKey
+from rzen.reranking.reranker import Reranker, load_reranker, probabilities
+from rzen.serving.types import Vectors
+
+CANARY = "a red circle left of a blue square"
+"""Text whose vector is computed when a model is loaded, and compared when somebody asks whether the server is ready."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where model and corpus are, and how they are loaded."""
+
+    model: str
+    adapter: str | None = None
+    corpus: str | None = None
+    reranker: str | None = None
+    endpoint: str | None = None
+    dtype: Dtype | None = None
+    dimensions: tuple[int, ...] | None = None
+    """Widths that clients may ask for. None takes those that `config.json` names."""
+
+    def tag(self) -> str:
+        """Return what changes when model or corpus are replaced: the tags of their files, without reading them."""
+        parts = [repr(self)]
+        for url in filter(None, (self.model, self.adapter, self.reranker)):
+            if "://" in url or Path(url).expanduser().is_dir():  # a hub name does not change
+                parts.append(json.dumps(open_store(url, self.endpoint).tags()))
+        if self.corpus is not None:
+            parts.append(open_store(self.corpus, self.endpoint).tag(MANIFEST))
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+class Decoders:
+    """Sandboxes for threads that decode at the same time, each with a child process. All media are decoded there."""
+
+    def __init__(self, media: MediaConfig) -> None:
+        self.media = media
+        self._free: list[Decoder] = []
+        self._lock = threading.Lock()
+        self._is_closed = False
+
+    @contextmanager
+    def borrow(self) -> Iterator[Decoder]:
+        """Give a decoder that nobody else uses meanwhile."""
+        with self._lock:
+            decoder = self._free.pop() if self._free else Decoder(self.media, isolated=True)
+        try:
+            yield decoder
+        finally:
+            with self._lock:
+                is_closed = self._is_closed
+                if not is_closed:
+                    self._free.append(decoder)
+            if is_closed:
+                decoder.close()
+
+    def close(self) -> None:
+        """End the child processes. Those in use end when they are given back."""
+        with self._lock:
+            self._is_closed = True
+            free, self._free = self._free, []
+        for decoder in free:
+            decoder.close()
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPair:
+    """Pair number `number` of the pairs of a request, which were encoded together so that each medium is there once."""
+
+    batch: JointBatch
+    number: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Return the tokens of its sequence."""
+        return int(self.batch.sequences.lengths[self.number])
+
+
+@dataclass(frozen=True, eq=False)
+class Served:
+    """A model and the corpus whose vectors it made. Requests keep the pair that they began with.
+
+    `version` names the pair. `dimensions` are the widths that clients may ask for, the full one last.
+    """
+
+    embedder: Embedder
+    corpus: Corpus | None
+    version: str
+    dimensions: tuple[int, ...]
+    canary: Vectors
+    decoders: Decoders
+    query_decoders: Decoders
+    """Decode as the targets of the corpus were decoded."""
+    reranker: Reranker | None
+    pair_decoders: Decoders
+    """Decode for the re-ranker."""
+
+    def embed(self, inputs: Sequence[EncodedBatch]) -> list[Vectors | Exception]:
+        """Return a vector for each input, and an error for one that is not finite."""
+        vectors_ND = self.embedder.embed_encoded(inputs)
+        return [row if np.isfinite(row).all() else ArithmeticError("the vector is not finite") for row in vectors_ND]
+
+    def score(self, pairs: Sequence[EncodedPair]) -> list[float | Exception]:
+        """Return the probability of each pair, and an error for one that is not finite."""
+        assert self.reranker is not None
+        scores = probabilities(self.reranker.log_odds(_joined(pairs))).tolist()
+        return [one if np.isfinite(one) else ArithmeticError("the score is not finite") for one in scores]
+
+    def close(self) -> None:
+        """End the child processes."""
+        self.decoders.close()
+        self.query_decoders.close()
+        self.pair_decoders.close()
+
+
+def _joined(pairs: Sequence[EncodedPair]) -> JointBatch:
+    shown: list[MediumKey] = []
+    for pair in pairs:
+        counts = pair.batch.sequences.visual_counts
+        end = int(counts[: pair.number + 1].sum())
+        shown += pair.batch.shown[end - int(counts[pair.number]) : end]
+    sequences = [pair.batch.sequences.slice(pair.number, pair.number + 1) for pair in pairs]
+    media = {key: medium for pair in pairs for key, medium in pair.batch.media.items()}
+    return JointBatch(EncodedBatch.concat(sequences), tuple(shown), media)
+
+
+def load_served(place: Place, media: MediaConfig, chunk_tokens: int) -> Served:
+    """Load model and corpus. Raises `UserError` for vectors that another model made, among other mistakes."""
+    embedder = load(
+        place.model,
+        place.adapter,
+        dtype=place.dtype,
+        chunk_tokens=chunk_tokens,
+        media=media,
+        endpoint=place.endpoint,
+    )
+    corpus = None if place.corpus is None else read_corpus(place.corpus, endpoint=place.endpoint)
+    if corpus is not None:
+        corpus.check_made_by(embedder.made_by, place.model)
+    made_by = embedder.made_by | {"identity": embedder.made_by["identity"].model_dump(mode="json")}
+    reranker = None
+    if place.reranker is not None:
+        reranker = load_reranker(
+            place.reranker, dtype=place.dtype, chunk_tokens=chunk_tokens, media=media, endpoint=place.endpoint
+        )
+    weights = checkpoint_sha256(Path(reranker.encoder.processor.model_dir)) if reranker else None
+    name = json.dumps([made_by, corpus.key if corpus else None, weights], sort_keys=True)
+    decoders = Decoders(embedder.media)
+    query_media = (
+        corpus.manifest["data"].media.for_model(embedder.processor.visual_pixels) if corpus else embedder.media
+    )
+    return Served(
+        embedder,
+        corpus,
+        hashlib.sha256(name.encode()).hexdigest()[:16],
+        _widths(embedder, place.dimensions),
+        embedder.encode({"text": CANARY}),
+        decoders,
+        decoders if query_media == embedder.media else Decoders(query_media),
+        reranker,
+        decoders if reranker is None or reranker.media == embedder.media else Decoders(reranker.media),
+    )
+
+
+@stored_file
+class _Widths(TypedDict, total=False):
+    matryoshka_dimensions: list[int] | None
+
+
+def _widths(embedder: Embedder, wanted: tuple[int, ...] | None) -> tuple[int, ...]:
+    """Return the widths that the model was trained with, as far as they are known, and the full one."""
+    if wanted is None:
+        config = read_json(embedder.base / "config.json", _Widths, "export the model again")
+        wanted = tuple(config.get("matryoshka_dimensions") or ())
+    if wrong := [width for width in wanted if not 1 <= width <= embedder.dimensions]:
+        raise UserError("dimensions", f"has {wrong[0]}", f"use 1 to {embedder.dimensions}, the width of the model")
+    return tuple(sorted({*wanted, embedder.dimensions}))
