@@ -44,6 +44,7 @@ Examples, from files to search:
   rzen evaluate jobs/benchmark.yaml                       score models on MMEB-V2 and M-BEIR
   rzen mine s3://bucket/data model s3://bucket/negatives    find hard negatives of each sample
   rzen search "a pink star to the right of a cyan cross on a yellow background"
+  rzen serve s3://bucket/model --corpus s3://bucket/vectors    answer requests for vectors and searches over HTTP
 
 To resume an interrupted job, give the same command again.
 
@@ -141,7 +142,7 @@ def _add(group: typer.Typer, commands: Sequence[Callable[..., None]]) -> None:
 _add(app, [new.new, spec.validate, plan.plan, spec.run, spec.submit, spec.attach])
 _add(app, [look.look, data.ingest, data.index, data.curate, data.export_data, data.verify])
 _add(app, [runs.runs, runs.logs, runs.stop])
-_add(app, [models.embed, models.mine, models.judge, models.evaluate, models.search, models.export])
+_add(app, [models.embed, models.mine, models.judge, models.evaluate, models.search, models.export, models.serve])
 _registry = typer.Typer(cls=CommandGroup, rich_markup_mode=None)
 _registry.callback()(registry.choose)
 _add(_registry, [registry.list_models, registry.show, registry.diff, registry.promote, registry.rollback])

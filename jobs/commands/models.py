@@ -1,4 +1,4 @@
-"""Commands for models and vectors: evaluate, export, embed, mine, judge, search."""
+"""Commands for models and vectors: evaluate, export, embed, mine, judge, search, serve."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jobs.commands.output import print_text
 
 BENCHMARK_SPEC, EMBED_SPEC = "jobs/benchmark.yaml", "jobs/embed.yaml"
 MINE_SPEC, JUDGE_SPEC = "jobs/mine.yaml", "jobs/judge.yaml"
-EXPORT_SPEC, SEARCH_SPEC = "jobs/export.yaml", "jobs/search.yaml"
+EXPORT_SPEC, SEARCH_SPEC, SERVE_SPEC = "jobs/export.yaml", "jobs/search.yaml", "jobs/serve.yaml"
 
 
 class Modality(StrEnum):
@@ -138,3 +138,30 @@ def search(
     settings: dict[str, Any] = {"queries": queries}
     settings |= {key: value for key, value in given.items() if value is not None}
     run_file(SEARCH_SPEC, changes, settings, as_json=as_json)
+
+
+def serve(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="exported model: directory, s3:// URL or hub name")],
+    corpus: Annotated[str | None, typer.Option(help="output of `rzen embed` with this model, for /v1/search")] = None,
+    adapter: Annotated[str | None, typer.Option(help="LoRA adapter on top of the model")] = None,
+    reranker: Annotated[str | None, typer.Option(help="re-ranker for /rerank and /score")] = None,
+    host: Annotated[str | None, typer.Option(help="address to listen on (default: 127.0.0.1)")] = None,
+    port: Annotated[int | None, typer.Option(help="port to listen on (default: 8000)")] = None,
+    api_keys: Annotated[str | None, typer.Option(help="file with a key on each line")] = None,
+    allow_urls: Annotated[
+        str | None,
+        typer.Option(metavar="HOST,...", help="hosts that files may be fetched from (default: URLs are refused)"),
+    ] = None,
+    replicas: Annotated[int | None, typer.Option(help="model replicas (default: 1)")] = None,
+    changes: Changes = None,
+    as_json: ResultAsJson = False,
+) -> None:
+    """Answer requests for vectors and searches over HTTP, until Ctrl-C.
+
+    Clients of OpenAI, Cohere, Voyage, Jina, vLLM, infinity and text-embeddings-inference work with it.
+    """
+    given: dict[str, Any] = {"corpus": corpus, "adapter": adapter, "host": host, "port": port, "api_keys": api_keys}
+    given |= {"reranker": reranker, "replicas": replicas, "allow_urls": allow_urls.split(",") if allow_urls else None}
+    settings: dict[str, Any] = {"model": model}
+    settings |= {key: value for key, value in given.items() if value is not None}
+    run_file(SERVE_SPEC, changes, settings, as_json=as_json)

@@ -1,16 +1,17 @@
-"""Kinds `export`, `check` and `search`: jobs that hand models and vectors to users."""
+"""Kinds `export`, `check`, `search` and `serve`: jobs that hand models and vectors to users."""
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from jobs.spec.job import JobConfig, Named
+from jobs.spec.job import JobConfig, Name, Named
 from jobs.spec.kinds import Kind, no_gpus
 from jobs.spec.model import ModelRef
 from jobs.spec.no_effect import NoEffect
-from pipelines.config import DataConfig, PositiveFloat, PositiveInt
+from pipelines.config import DataConfig, MediaConfig, PositiveFloat, PositiveInt
 from pipelines.samples import Modality
 from rzen.config import ModelIdentity, PromptConfig, ReadoutConfig
 
@@ -104,6 +105,85 @@ class SearchSpec(JobConfig):
     """Name -> folder of a training run whose loss curve is added to the report."""
 
 
+class ServeSpec(JobConfig):
+    """Answer requests for vectors and searches over HTTP, until it is stopped."""
+
+    kind: Literal["serve"]
+    """Must be `serve`."""
+    model: str
+    """Exported model: a directory or an s3:// URL. A checkpoint or a hub name works, too."""
+    adapter: str | None = None
+    """LoRA adapter on top of the model."""
+    corpus: str | None = None
+    """Directory or s3:// URL written by a job of kind `embed` with this model, for `/v1/search`."""
+    reranker: str | None = None
+    """Re-ranker for `/rerank` and `/score`: a directory, an s3:// URL or a hub name. It answers in the same process."""
+    name: Name | None = None
+    """Name of the model for clients. `null`: the last part of `model`."""
+    endpoint: str | None = None
+    """S3 endpoint of the model and the corpus. `null` uses AWS_ENDPOINT_URL from the environment."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Compute type. `null`: that of the export, else float32 on a CPU and bfloat16 on a GPU."""
+    dimensions: list[PositiveInt] | None = None
+    """Widths that clients may ask for, those of `objective.matryoshka` in training. `null`: those that `config.json`
+    names in `matryoshka_dimensions`. Other widths than these and the full one are refused."""
+    reload_s: PositiveFloat | None = 30.0
+    """How often the server looks whether model or corpus were replaced. It then loads them while it answers. A pair
+    that does not belong together is not used. `null` never looks."""
+    host: str = "127.0.0.1"
+    """Address to listen on. Others than loopback need keys, or `anonymous: true`."""
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    """Port to listen on."""
+    api_keys: str | None = None
+    """File with a key on each line, on every node that answers. `null` takes RZEN_API_KEYS from the environment, with
+    commas between keys. Clients send `Authorization: Bearer KEY`."""
+    anonymous: bool = False
+    """Whether everybody who reaches another address than loopback may ask without a key."""
+    allow_urls: list[str] = Field(default_factory=list)
+    """Hosts that files may be fetched from: `cdn.example.com`, `.example.com` for all below, `*` for every public host,
+    `10.0.0.7:9000` for one address of your network. Other private addresses are refused. Empty: URLs are refused."""
+    replicas: PositiveInt = 1
+    """Number of model replicas."""
+    gateways: PositiveInt = 1
+    """Number of processes that read and answer requests."""
+    cpus_per_replica: PositiveFloat = 1.0
+    """Logical CPUs of each model replica. As many threads decode."""
+    gpus_per_replica: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs of each model replica."""
+    chunk_tokens: PositiveInt = 16_384
+    """Tokens embedded at once, visual tokens and padding included."""
+    max_waiting_tokens: PositiveInt = 262_144
+    """Tokens of accepted requests of a replica. Further requests get 429 with Retry-After."""
+    max_requests: PositiveInt = 1024
+    """Requests at once that a replica holds. As many wait for one."""
+    max_inputs: PositiveInt = 2048
+    """Inputs of a request."""
+    max_body_bytes: PositiveInt = 64 << 20
+    """Bytes of a request."""
+    body_timeout_s: PositiveFloat = 20.0
+    """Seconds for the body of a request, and one more for each 16 KB that arrive."""
+    max_image_bytes: PositiveInt = 20 << 20
+    """Bytes of an image after base64, or from a URL."""
+    max_video_bytes: PositiveInt = 100 << 20
+    """Bytes of a video or document after base64, or from a URL."""
+    media: MediaConfig = MediaConfig()
+    """Decoding. Queries of a corpus are decoded as its targets were."""
+    detach: bool = False
+    """Return when the server answers, and leave it on the cluster. The same command with other settings changes it
+    without a pause. `false` stays until Ctrl-C."""
+
+
+def _impossible_server(spec: ServeSpec) -> str | None:
+    if is_loopback(spec.host) or spec.api_keys or spec.anonymous or os.environ.get("RZEN_API_KEYS"):
+        return None
+    return f"host={spec.host} lets other machines ask without a key: set api_keys, or anonymous: true"
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine reaches an address."""
+    return host == "localhost" or host == "::1" or host.startswith("127.")
+
+
 EXPORT = Kind(
     name="export",
     spec=ExportSpec,
@@ -142,5 +222,18 @@ SEARCH = Kind(
     no_effect=(
         NoEffect("results", lambda spec: spec.html is None, "they are part of the report, and html is not set"),
         NoEffect("curves", lambda spec: spec.html is None, "they are part of the report, and html is not set"),
+    ),
+)
+SERVE = Kind(
+    name="serve",
+    spec=ServeSpec,
+    run="jobs.serving.serve:run",
+    reads={"model": "exported model", "corpus": "vectors of a corpus", "reranker": "re-ranker"},
+    makes={},
+    local="runs until it is stopped, and a RayJob ends",
+    resumes=False,
+    impossible=_impossible_server,
+    no_effect=(
+        NoEffect("anonymous", lambda spec: is_loopback(spec.host), "only this machine reaches a loopback address"),
     ),
 )

@@ -44,6 +44,7 @@ _BUILT_IN = {
     "judge": "jobs.judging.specs:JUDGE",
     "check": "jobs.serving.specs:CHECK",
     "search": "jobs.serving.specs:SEARCH",
+    "serve": "jobs.serving.specs:SERVE",
     "pipeline": "jobs.workflows.specs:PIPELINE",
 }
 

@@ -54,6 +54,7 @@ BASES: dict[str, dict[str, Any]] = {
     "export": {"kind": "export", "model": {"base": "b"}, "out": "o"},
     "check": {"kind": "check", "model": "m", "data": {"root": "d"}, "out": "o"},
     "search": {"kind": "search", "queries": ["q"], "vectors": "v", "html": "h.html"},
+    "serve": {"kind": "serve", "model": "m"},
     "corpus": {"kind": "corpus", "out": "o"},
     "ingest": {"kind": "ingest", "input": "i", "out": "o"},
     "index": {
@@ -382,6 +383,7 @@ OTHERS = [
     Case("ablation", "set.seed", "seeds", "set.seed=3", (), None),
     Case("ablation", "variants.*.name", "names its runs", "variants.b.name=x", (), None),
     Case("ablation", "variants.*.seed", "seeds", "variants.b.seed=3", (), None),
+    Case("serve", "anonymous", "loopback address", "anonymous=true", (), ("host=0.0.0.0",)),
     Case("retrain", "set.name", "names its runs", "set.name=x", (), None),
     Case("retrain", "evaluate.set.models", "job sets it", "evaluate.set.models={}", (), None),
     Case("retrain", "evaluate.set.out", "job sets it", "evaluate.set.out=x", (), None),

@@ -1,0 +1,130 @@
+"""Job of kind `serve`: starts the server on Ray, prints how to ask it, and ends it on Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from jobs.runtime.cluster import ray_cluster
+from jobs.runtime.progress import say
+from jobs.serving.specs import ServeSpec
+from pipelines.errors import UserError
+from pipelines.storage.location import resolve_endpoint
+from rzen.serving.guards import ApiKeys
+
+APP = "rzen"
+_PLACE = ("model", "adapter", "corpus", "reranker", "endpoint", "dtype", "dimensions")
+_POLL_S = 0.2
+_START_S = 900.0
+_WATCH_S = 2.0
+
+
+def run(spec: ServeSpec) -> dict[str, Any]:
+    """Start the server or change the one that runs. Return at once with `detach`, else when it is interrupted."""
+    keys = ApiKeys(spec.api_keys)  # a mistake in the file is reported here
+    if spec.detach and not os.environ.get("RAY_ADDRESS"):
+        raise UserError("detach", "needs a cluster that stays", "set RAY_ADDRESS, or leave detach out")
+    try:
+        import ray.serve
+    except ImportError as error:
+        raise UserError("serve", f"Ray Serve cannot be imported: {error}", "pip install 'rzen[serve]'") from error
+    with ray_cluster():
+        say(f"  loading {spec.model}")
+        url = deploy(spec)
+        _print_usage(spec, url, keys.are_needed)
+        if spec.detach:
+            return {"outputs": [], "url": url}
+        try:
+            _wait()
+        except KeyboardInterrupt:
+            say("  stopping: requests that have begun are answered")
+        finally:
+            ray.serve.shutdown()
+    return {"outputs": [], "url": url}
+
+
+def deploy(spec: ServeSpec) -> str:
+    """Start the server, or change the running one without a pause. Return its URL when it answers.
+
+    Raises `UserError` if it does not start.
+    """
+    import ray.serve
+    from ray.serve.context import _get_global_client
+    from ray.serve.schema import ServeDeploySchema
+
+    http = {"host": spec.host, "port": spec.port}
+    ray.serve.start(http_options=http, logging_config={"log_level": "WARNING"})
+    client = _get_global_client()
+    # `serve.run` would make a new version of everything. This changes what differs.
+    client.deploy_apps(ServeDeploySchema.model_validate(_config(spec, http)))
+    _wait_until_it_runs()
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(spec.host, spec.host)
+    return f"http://{host}:{spec.port}"
+
+
+def _config(spec: ServeSpec, http: dict[str, Any]) -> dict[str, Any]:
+    """Return the application for Ray Serve. The place of the model is apart: it changes without new replicas."""
+    settings = spec.model_dump(mode="json")
+    for name in ("model", "adapter", "corpus", "reranker", "api_keys"):
+        settings[name] = _absolute(settings[name])
+    settings["endpoint"] = resolve_endpoint(spec.endpoint)  # replicas may not have the variables
+    place = {name: settings[name] for name in _PLACE}
+    settings |= {"model": "", "name": spec.name or model_name(spec.model), "detach": False}
+    settings |= dict.fromkeys(_PLACE[1:])
+    application = {
+        "name": APP,
+        "route_prefix": "/",
+        "import_path": "jobs.serving.server:build",
+        "args": settings,
+        "deployments": [{"name": "ModelReplica", "user_config": place}],
+    }
+    return {"http_options": http, "applications": [application]}
+
+
+def _absolute(url: str | None) -> str | None:
+    """Return a local path as an absolute one, because replicas may run in another folder."""
+    return str(Path(url).expanduser().absolute()) if url and Path(url).expanduser().exists() else url
+
+
+def model_name(url: str) -> str:
+    """Return the name of a model for clients: the last part of its path."""
+    return url.rstrip("/").rpartition("/")[2] or "rzen"
+
+
+def _wait_until_it_runs() -> None:
+    from ray import serve
+    from ray.serve.schema import ApplicationStatus
+
+    deadline_s = time.monotonic() + _START_S
+    while time.monotonic() < deadline_s:
+        app = serve.status().applications.get(APP)
+        if app is not None and app.status == ApplicationStatus.RUNNING:
+            return
+        if app is not None and app.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
+            raise UserError("serve", f"the server did not start: {_reason(app)}", "fix it and start it again")
+        time.sleep(_POLL_S)
+    raise UserError("serve", f"the server did not start in {_START_S:g} s", "see the logs of Ray Serve")
+
+
+def _reason(app: Any) -> str:
+    """Return the last line that says something, of the deployments first."""
+    messages = [deployment.message for deployment in app.deployments.values()] + [app.message]
+    lines: list[str] = [line.strip() for message in messages for line in message.splitlines() if line.strip()]
+    errors = [line for line in lines if "Error" in line]
+    return (errors or lines or ["no reason is known"])[-1]
+
+
+def _wait() -> None:
+    while True:
+        time.sleep(_WATCH_S)
+
+
+def _print_usage(spec: ServeSpec, url: str, needs_key: bool) -> None:
+    key = ' -H "Authorization: Bearer $KEY"' if needs_key else ""
+    say(f"  {url} answers as {spec.name or model_name(spec.model)}; Ctrl-C ends it")
+    say(f"""  curl {url}/v1/embeddings{key} -H "Content-Type: application/json" -d '{{"input": "a red square"}}'""")
+    if spec.corpus is not None:
+        query = '{"query": "a red square", "top_k": 3}'
+        say(f"""  curl {url}/v1/search{key} -H "Content-Type: application/json" -d '{query}'""")
