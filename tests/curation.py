@@ -16,12 +16,11 @@ from pipelines.curate.features import (
     Inputs,
     ShardInputs,
     missing_features,
+    shard_inputs,
     write_features,
 )
 from pipelines.curate.load import load_samples
 from pipelines.curate.samples import Samples
-from pipelines.feed.reader import Reader
-from pipelines.items.listing import shards_of
 from pipelines.samples import Input, Media, MediaKind, Members, Sample, Split
 from pipelines.shards.duplicates import with_duplicates
 from pipelines.shards.index import with_hashes
@@ -91,8 +90,7 @@ def publish(folder: Path, sources: Mapping[str, Sequence[Pair]], split: Split = 
         shards = tuple(store_shard(store, split, source, number, part) for number, part in enumerate(parts))
         infos[source] = SourceInfo(source, len(samples), shards)
     publish_manifest(store, with_duplicates(store, Manifest(split, infos)))
-    data = DataConfig(root=str(folder / "data"), split=split)  # type: ignore[arg-type]
-    return [ShardInputs(data, shard) for shard in shards_of(Reader(data))]
+    return shard_inputs(DataConfig(root=str(folder / "data"), split=split))  # type: ignore[arg-type]
 
 
 def featured(folder: Path, inputs: Sequence[Inputs]) -> None:

@@ -32,8 +32,8 @@ from pipelines.curate.features import (
     Family,
     FeatureSettings,
     Inputs,
-    ShardInputs,
     missing_features,
+    shard_inputs,
     write_features,
 )
 from pipelines.curate.filters import find_filtered
@@ -44,9 +44,7 @@ from pipelines.curate.samples import Samples, Verdicts
 from pipelines.curate.semantic import find_misaligned, find_semantic
 from pipelines.curate.settings import CurationRules, LeakageRule
 from pipelines.errors import UserError
-from pipelines.feed.reader import Reader
 from pipelines.ingest.tasks import run_tasks
-from pipelines.items.listing import shards_of
 from pipelines.storage.location import open_store, resolve_endpoint
 from pipelines.storage.store import Store
 
@@ -65,7 +63,7 @@ def _run(spec: CurateSpec, store: Store, lease: Lease) -> dict[str, Any]:
     data = spec.data.model_copy(update={"endpoint": resolve_endpoint(spec.data.endpoint)})
     cache = open_store(spec.cache, resolve_endpoint(spec.endpoint))
     cache.ensure_bucket()
-    inputs = [ShardInputs(data, shard) for shard in shards_of(Reader(data))]
+    inputs = shard_inputs(data)
     if not inputs:
         raise UserError(f"{data.root} {data.split}", "has no sample", "ingest or index pairs")
     rules = spec.rules

@@ -11,11 +11,10 @@ from pipelines.benchmarks.catalog import check_datasets, open_dataset
 from pipelines.benchmarks.custom import read_custom
 from pipelines.benchmarks.types import Dataset
 from pipelines.config import DataConfig
-from pipelines.curate.features import FileInputs, Inputs, ShardInputs
+from pipelines.curate.features import FileInputs, Inputs, shard_inputs
 from pipelines.curate.settings import LeakageRule
 from pipelines.errors import UserError
 from pipelines.feed.reader import Reader
-from pipelines.items.listing import shards_of
 from pipelines.items.types import Item
 from pipelines.items.units import windows
 
@@ -52,7 +51,7 @@ def find_evaluation_sets(rule: LeakageRule, data: DataConfig) -> list[Evaluation
 
 
 def _split(name: str, data: DataConfig) -> EvaluationSet:
-    return EvaluationSet(name, [ShardInputs(data, shard) for shard in shards_of(Reader(data))])
+    return EvaluationSet(name, [*shard_inputs(data)])
 
 
 def _suites(rule: LeakageRule) -> Iterator[tuple[str, Dataset]]:

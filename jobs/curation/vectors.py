@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -45,6 +46,22 @@ def model_settings(spec: CurateSpec) -> EmbedderSettings:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Embedded:
+    """Vectors of inputs. `ids` are those of query and target of each sample, `[N, 2]`, empty without a vector."""
+
+    ids: npt.NDArray[np.bytes_]
+    distinct: npt.NDArray[np.bytes_]
+    """`[M]`, sorted."""
+    rows: FloatArray
+    """`[M, D]`, memory-mapped."""
+
+    def places(self, role: int) -> npt.NDArray[np.int64]:
+        """Return the row of each sample's vector, and -1 where there is none."""
+        mine = np.ascontiguousarray(self.ids[:, role])
+        return np.where(mine != b"", np.searchsorted(self.distinct, mine), -1).astype(np.int64)
+
+
 class SampleVectors:
     """Embeds queries and targets of samples, and keeps their vectors in the cache of the job."""
 
@@ -56,29 +73,28 @@ class SampleVectors:
 
     def cosines(self, keep: Bools) -> FloatArray:
         """Return the cosine of query and target of each sample that is kept, `[N]`. Others have NaN."""
-        ids, rows = self._embedded(keep, (QUERY, POSITIVE))
-        query, target = (self._places(ids, role) for role in (QUERY, POSITIVE))
+        embedded = self._embed(keep, (QUERY, POSITIVE))
+        query, target = embedded.places(QUERY), embedded.places(POSITIVE)
         found = np.full(len(keep), np.nan, np.float32)
         both = np.flatnonzero((query >= 0) & (target >= 0))
         for start in range(0, len(both), _CHUNK):
             some = both[start : start + _CHUNK]
-            found[some] = np.einsum("nd,nd->n", rows[query[some]], rows[target[some]])
+            found[some] = np.einsum("nd,nd->n", embedded.rows[query[some]], embedded.rows[target[some]])
         return found
 
     def targets(self, keep: Bools) -> FloatArray:
         """Return the vector of the target of each sample that is kept, `[N, D]`, memory-mapped. Others have zeros."""
-        ids, rows = self._embedded(keep, (POSITIVE,))
-        place = self._places(ids, POSITIVE)
-        shape = (len(keep), rows.shape[1])
+        embedded = self._embed(keep, (POSITIVE,))
+        place = embedded.places(POSITIVE)
+        shape = (len(keep), embedded.rows.shape[1])
         found: FloatArray = np.lib.format.open_memmap(self._scratch / "targets.npy", "w+", np.float32, shape)
         known = np.flatnonzero(place >= 0)
         for start in range(0, len(known), _CHUNK):
             some = known[start : start + _CHUNK]
-            found[some] = rows[place[some]]
+            found[some] = embedded.rows[place[some]]
         return found
 
-    def _embedded(self, keep: Bools, roles: Sequence[int]) -> tuple[npt.NDArray[np.bytes_], FloatArray]:
-        """Return the id of each input that has a vector, `[N, 2]`, and the vectors of the sorted distinct ids."""
+    def _embed(self, keep: Bools, roles: Sequence[int]) -> _Embedded:
         ids = np.zeros((len(keep), 2), ID)
         on_progress = partial(self._bars.update, "embed", unit="inputs")
         items = (item for *_, item in self._items(keep, roles))
@@ -86,16 +102,9 @@ class SampleVectors:
         for number, role, item in self._items(keep, roles):
             if item.id not in bad:
                 ids[number, role] = item.id.encode()
-        self._ids = np.unique(ids[ids != b""])
-        loaded = self._vectors.load(self._ids, self._scratch / "vectors.npy")
-        rows: FloatArray = loaded.rows
-        return ids, rows
-
-    def _places(self, ids: npt.NDArray[np.bytes_], role: int) -> npt.NDArray[np.int64]:
-        """Return the row of each sample's vector, and -1 where there is none."""
-        mine = np.ascontiguousarray(ids[:, role])
-        place = np.searchsorted(self._ids, mine)
-        return np.where(mine != b"", place, -1).astype(np.int64)
+        distinct = np.unique(ids[ids != b""])
+        loaded = self._vectors.load(distinct, self._scratch / "vectors.npy")
+        return _Embedded(ids, distinct, loaded.rows)
 
     def _items(self, keep: Bools, roles: Sequence[int]) -> Iterator[tuple[int, int, Item]]:
         for number, (shard, index, sample) in enumerate(samples_of(self._shards, self._listings)):

@@ -13,6 +13,7 @@ import hashlib
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -22,9 +23,10 @@ from pipelines.config import DataConfig, MediaConfig
 from pipelines.curate.pictures import GRID_BYTES, picture_of, stored_size
 from pipelines.curate.texts import NUM_PERMUTATIONS, language_of, min_hashes, ngram_hashes, normalized
 from pipelines.errors import BadMedia, UserError
+from pipelines.feed.reader import Reader
 from pipelines.feed.rows import RowReader
 from pipelines.items.decode import ItemDecoder
-from pipelines.items.listing import ListedShard
+from pipelines.items.listing import ListedShard, shards_of
 from pipelines.items.types import FRAMES, Item, content_id
 from pipelines.media.decode import Decoder
 from pipelines.media.files import read_file
@@ -98,10 +100,11 @@ class FeatureSettings:
 
 @dataclass(frozen=True, slots=True)
 class ShardInputs:
-    """Both inputs of each sample of a shard, in order."""
+    """Both inputs of each sample of a shard, in order. `fingerprint` is that of the manifest that lists the shard."""
 
     data: DataConfig
     shard: ListedShard
+    fingerprint: str
 
     @property
     def digest(self) -> str:
@@ -110,6 +113,12 @@ class ShardInputs:
 
     def __len__(self) -> int:
         return 2 * (self.shard.stop - self.shard.start)
+
+
+def shard_inputs(data: DataConfig) -> list[ShardInputs]:
+    """Return the inputs of each shard of a split, source by source, in the order of their samples."""
+    reader = Reader(data)
+    return [ShardInputs(data, shard, reader.fingerprint) for shard in shards_of(reader)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,9 +207,7 @@ def _read(inputs: Inputs, settings: FeatureSettings, decoder: Decoder, decode: b
 
 def _of_shard(inputs: ShardInputs, decoder: Decoder, decode: bool) -> Iterator[_Row]:
     shard, data = inputs.shard, inputs.data
-    store = open_store(data.root, resolve_endpoint(data.endpoint))
-    manifest = read_manifest(store, shard.split)
-    rows = RowReader(store, manifest, resolve_endpoint(data.endpoint))
+    rows = _row_reader(data.root, resolve_endpoint(data.endpoint), shard.split, inputs.fingerprint)
     for _, found in rows.read((shard.source, index) for index in range(shard.start, shard.stop)):
         if isinstance(found, BadMedia):
             bad = _bad_media("", found.reason) if decode else None
@@ -210,6 +217,16 @@ def _of_shard(inputs: ShardInputs, decoder: Decoder, decode: bool) -> Iterator[_
         for part, sha256 in ((sample.query, sample.query_sha256), (sample.positive, sample.target_sha256)):
             media = _decoded(part, members, decoder) if decode else None
             yield _facts(sample.key, sha256, part, sample.relevance is not None), media
+
+
+@lru_cache(2)
+def _row_reader(root: str, endpoint: str | None, split: str, fingerprint: str) -> RowReader:
+    """Return a reader that a process keeps: the manifest of a million shards takes seconds to read."""
+    store = open_store(root, endpoint)
+    manifest = read_manifest(store, split)
+    if manifest.fingerprint != fingerprint:
+        raise UserError(f"{store.url} {split}", "was replaced while it was read", "run the job again")
+    return RowReader(store, manifest, endpoint)
 
 
 def _decoded(part: Input, members: Members, decoder: Decoder) -> dict[str, Any]:

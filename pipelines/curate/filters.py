@@ -13,6 +13,14 @@ from pipelines.curate.settings import FilterRule
 from pipelines.curate.tables import Bools
 
 _Found = tuple[str, Bools, npt.NDArray[Any]]
+BAD, SMALL, LONG, SHORT_TEXT, LONG_TEXT, LANGUAGE = REASONS = (
+    "bad_media",
+    "small_media",
+    "long_media",
+    "short_text",
+    "long_text",
+    "other_language",
+)
 _WITH_PIXELS = (b"i", b"v")  # a page has a shape, and no pixels
 
 
@@ -25,7 +33,7 @@ def find_filtered(samples: Samples, keep: Bools, rule: FilterRule) -> list[Drop]
     if rule.bad_media:
         for place, why in samples.media.reasons.items():
             if keep[place // 2]:
-                drops[place // 2] = Drop(place // 2, "bad_media", 0.0, why)
+                drops[place // 2] = Drop(place // 2, BAD, 0.0, why)
     return list(drops.values())
 
 
@@ -35,16 +43,16 @@ def _limits(samples: Samples, rule: FilterRule) -> Iterator[_Found]:
     shortest, longest = np.minimum(media.width, media.height), np.maximum(media.width, media.height)
     if rule.min_side_px is not None:
         pixels = np.isin(media.kinds.view("S1").reshape(len(media.kinds), -1)[:, 0], _WITH_PIXELS)
-        yield "small_media", pixels & (shortest > 0) & (shortest < rule.min_side_px), shortest
+        yield SMALL, pixels & (shortest > 0) & (shortest < rule.min_side_px), shortest
     if rule.max_aspect_ratio is not None:
         ratio = longest / np.maximum(shortest, 1)
-        yield "long_media", (shortest > 0) & (ratio > rule.max_aspect_ratio), ratio
+        yield LONG, (shortest > 0) & (ratio > rule.max_aspect_ratio), ratio
     has_text = texts.num_chars > 0
     if rule.min_text_chars is not None:
-        yield "short_text", has_text & (texts.num_chars < rule.min_text_chars), texts.num_chars
+        yield SHORT_TEXT, has_text & (texts.num_chars < rule.min_text_chars), texts.num_chars
     if rule.max_text_chars is not None:
-        yield "long_text", texts.num_chars > rule.max_text_chars, texts.num_chars
+        yield LONG_TEXT, texts.num_chars > rule.max_text_chars, texts.num_chars
     if rule.languages is not None:
         languages = np.array(texts.languages.to_pylist(), np.str_)
         judged = (texts.num_chars >= rule.min_language_chars) & (texts.confidence >= rule.min_language_confidence)
-        yield "other_language", judged & ~np.isin(languages, rule.languages), texts.confidence
+        yield LANGUAGE, judged & ~np.isin(languages, rule.languages), texts.confidence

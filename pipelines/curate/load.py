@@ -26,13 +26,13 @@ def load_samples(
     shards = [some.shard for some in inputs]
     sources = tuple(dict.fromkeys(shard.source for shard in shards))
     task_of = {shard.source: shard.task for shard in shards}
-    sizes = [sum(shard.stop - shard.start for shard in shards if shard.source == name) for name in sources]
+    size_of = {shard.source: shard.stop for shard in shards}  # the last shard of a source ends it
     texts = TextTable.of(_read("texts", inputs, settings, cache))
     if "media" in families:
         media = MediaTable.of(_read("media", inputs, settings, cache))
     else:
         media = MediaTable.unknown(len(texts.content))
-    starts = np.cumsum([0, *sizes], dtype=np.int64)
+    starts = np.cumsum([0, *(size_of[name] for name in sources)], dtype=np.int64)
     return Samples(sources, tuple(task_of[name] for name in sources), starts, texts, media)
 
 

@@ -344,3 +344,10 @@ def test_a_damaged_feature_file_is_one_error(tmp_path: Path, family: str) -> Non
     file.write_bytes(file.read_bytes()[:50])
     with pytest.raises(UserError, match="delete the file"):
         load_samples(inputs, FAMILIES, SETTINGS, open_store(str(tmp_path / "cache")))
+
+
+def test_a_dataset_that_was_replaced_meanwhile_is_one_error(tmp_path: Path) -> None:
+    inputs = publish(tmp_path, {"a": [("q", "t")]})
+    publish(tmp_path, {"a": [("q", "other")]})
+    with pytest.raises(UserError, match="was replaced while it was read"):
+        featured(tmp_path, inputs)
