@@ -1,6 +1,6 @@
 """How well curation finds planted duplicates and leaks, and what it costs.
 
-    python -m tests.benchmarks.curate            prints the tables: about five minutes, 2 GB
+    python -m tests.benchmarks.curate            prints the tables: 90 s of CPU, 1 GB
     python -m tests.benchmarks.curate --write    and replaces tests/benchmarks/curate.md
 
 5% of the samples are near duplicates of others, and 1% show or say what a held-out split has. Recall is the share of
