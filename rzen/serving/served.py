@@ -24,7 +24,7 @@ from rzen.embedding.embedder import Embedder, load
 from rzen.inputs.processor import EncodedBatch
 from rzen.model.checkpoints import checkpoint_sha256
 from rzen.reranking.encoder import JointBatch, MediumKey
-from rzen.reranking.reranker import Reranker, load_reranker, probabilities
+from rzen.reranking.reranker import Reranker, load_reranker
 from rzen.serving.types import Vectors
 
 CANARY = "a red circle left of a blue square"
@@ -128,7 +128,7 @@ class Served:
     def score(self, pairs: Sequence[EncodedPair]) -> list[float | Exception]:
         """Return the probability of each pair, and an error for one that is not finite."""
         assert self.reranker is not None
-        scores = probabilities(self.reranker.log_odds(_joined(pairs))).tolist()
+        scores = self.reranker.probabilities(_joined(pairs)).tolist()
         return [one if np.isfinite(one) else ArithmeticError("the score is not finite") for one in scores]
 
     def close(self) -> None:
