@@ -138,7 +138,14 @@ class DataConfig(Config):
     """Whether you made the files yourself. `false` decodes videos and documents in a child process with limits and
     without rights, which costs some time. `true` decodes them in the process of the task. Results are the same."""
     negatives_per_sample: NonNegativeInt = 0
-    """At most this many of each sample's mined negatives are decoded and used, the first ones."""
+    """At most this many negatives of each sample are decoded and used: its own, then those of `candidates`."""
+    candidates: str | None = None
+    """Candidate table (directory or s3:// URL) that `mine`, `select`, `judge` or `cluster` made of this split. Its
+    drops and clusters decide the batches, and its candidates are negatives up to `negatives_per_sample`."""
+    negatives_draw: Literal["first", "random"] = "first"
+    """Which candidates of the table a sample takes: the `first`, or `random` ones, other ones in each epoch."""
+    curation: list[str] = Field(default=[])
+    """Tables of `curate` (directories or s3:// URLs). A sample that any of them drops is not trained on."""
     media: MediaConfig = MediaConfig()
     """Decoding."""
     mixture: MixtureConfig = MixtureConfig()

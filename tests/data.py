@@ -2,17 +2,20 @@
 
 import io
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from pipelines.candidates.table import CandidateTable
+from pipelines.candidates.types import CandidateManifest, CandidateRows, PlanRows, Pool, TableData, content_id
+from pipelines.candidates.write import PartWriter, publish_table
 from pipelines.errors import BadMedia
 from pipelines.samples import DecodedSample, Input, Media, Members, Sample, Split
 from pipelines.shards.duplicates import with_duplicates
-from pipelines.shards.index import with_hashes
+from pipelines.shards.index import read_index_table, with_hashes
 from pipelines.shards.manifest import Manifest, ShardInfo, SourceInfo, index_path, publish_manifest
 from pipelines.shards.write import write_shard
 from pipelines.storage.store import Store
@@ -98,3 +101,56 @@ class ColourEncoder:
     def collate(self, samples: list[tuple[str, int, int]]) -> np.ndarray:
         """int64 [B, 2]: number and red."""
         return np.array([sample[1:] for sample in samples])
+
+
+def publish_candidates(
+    store: Store,
+    stored: Store,
+    data: Manifest,
+    candidates: Mapping[str, Mapping[int, Sequence[int]]],
+    *,
+    dropped: Mapping[str, Collection[int]] | None = None,
+    clusters: Mapping[str, Mapping[int, int]] | None = None,
+    ids: Mapping[int, int] | None = None,
+) -> CandidateTable:
+    """Writes a table of samples in `stored`: source -> sample -> numbers of its candidates, in the data's own pools.
+
+    `ids` are content ids that are not those of the candidates. The teacher gives candidate n the score n / 100, and
+    each positive 0.5.
+    """
+    pools = tuple(
+        Pool(data.split, name, info.fingerprint, info.num_samples) for name, info in sorted(data.sources.items())
+    )
+    contents = [
+        content_id(sha256)
+        for _, info in sorted(data.sources.items())
+        for shard in info.shards
+        for sha256 in read_index_table(stored, shard, ("target_sha256",))["target_sha256"].to_pylist()
+    ]
+    contents = [(ids or {}).get(number, content) for number, content in enumerate(contents)]
+    writer = PartWriter.of(store, {"candidates": {name: dict(of) for name, of in candidates.items()}})
+    parts, plans = {}, {}
+    for name, info in data.sources.items():
+        found, begin = [], 0
+        for ordinal, shard in enumerate(info.shards):
+            of = [candidates.get(name, {}).get(number, ()) for number in range(begin, begin + shard.num_samples)]
+            flat = [number for some in of for number in some]
+            rows = CandidateRows.of(
+                [f"{number:08d}" for number in range(begin, begin + shard.num_samples)],
+                [len(some) for some in of],
+                candidate=flat,
+                id=[contents[number] for number in flat],
+                teacher=[number / 100 for number in flat],
+                positive_teacher=[0.5] * len(of),
+            )
+            found.append(writer.write(name, ordinal, rows))
+            begin += shard.num_samples
+        parts[name] = tuple(found)
+        keep, cluster = np.ones(info.num_samples, bool), np.full(info.num_samples, -1)
+        keep[list((dropped or {}).get(name, ()))] = False
+        for number, one in (clusters or {}).get(name, {}).items():
+            cluster[number] = one
+        plans[name] = PlanRows.of(keep, cluster)
+    sources = {name: info.fingerprint for name, info in data.sources.items()}
+    manifest = CandidateManifest("select", TableData("", data.split, sources), pools, parts)
+    return publish_table(store, manifest, plans)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 from jobs.training.runs import Run
-from pipelines.samples import DecodedSample
+from pipelines.feed.batch import Candidate
+from pipelines.samples import DecodedInput, DecodedSample
 from rzen.config import PromptConfig, TinyBackbone
 from rzen.inputs.pairs import EncodedPairs, PairEncoder
-from rzen.inputs.processor import Processor
+from rzen.inputs.processor import EncodedBatch, Processor
 from rzen.model.locate import checkpoint_folder
 
 BACKBONE = "backbone"
@@ -43,6 +45,20 @@ class LocalEncoder:
     def visual_pixels(self) -> int:
         """Pixels of an image or page that the model takes in at most."""
         return self._encoder.visual_pixels
+
+    def candidate(self, decoded: DecodedInput) -> EncodedBatch:
+        """Encode a candidate, as `PairEncoder.candidate`."""
+        return self._encoder.candidate(decoded)
+
+    def positive_of(self, encoded: EncodedPairs) -> EncodedBatch:
+        """Return the target of a pair, as `PairEncoder.positive_of`."""
+        return self._encoder.positive_of(encoded)
+
+    def with_candidates(
+        self, encoded: EncodedPairs, candidates: Sequence[Candidate], positive_teacher: float
+    ) -> EncodedPairs:
+        """Add negatives to a pair, as `PairEncoder.with_candidates`."""
+        return self._encoder.with_candidates(encoded, candidates, positive_teacher)
 
     def collate(self, pairs: list[EncodedPairs]) -> EncodedPairs:
         """Join pairs, as `PairEncoder.collate`."""

@@ -115,6 +115,11 @@ def _summarize(run: Run, plan: Plan, adapter: InitAdapter | None, held_out: Held
     describe_start(spec, adapter)
     for text in _unused_by_length(spec, plan.num_steps):
         say(f"    {text}", "yellow")
+    if spec.data.candidates is not None:
+        say(
+            f"    up to {spec.data.negatives_per_sample} negatives a sample, candidates of {spec.data.candidates}",
+            "dim",
+        )
     if held_out is not None:
         say(f"    scored on {held_out}", "dim")
     elif spec.eval is not None:

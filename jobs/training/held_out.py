@@ -51,7 +51,8 @@ def choose_samples(spec: TrainSpec, plan: Plan) -> HeldOutSamples | None:
     """
     # Workers may lack the variable that names the endpoint.
     endpoint = resolve_endpoint(spec.data.endpoint)
-    data = spec.data.model_copy(update={"split": "held_out", "negatives_per_sample": 0, "endpoint": endpoint})
+    whole = {"split": "held_out", "negatives_per_sample": 0, "candidates": None, "curation": []}
+    data = spec.data.model_copy(update=whole | {"endpoint": endpoint})
     reader = Reader(data)
     if spec.eval is None or spec.data.split == data.split or not reader.exists():
         return None

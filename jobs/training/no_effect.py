@@ -54,6 +54,8 @@ NO_EFFECT = (
         "init_adapter decides, and the run fails where it says otherwise",
     ),
     NoEffect("objective.mined", lambda spec: spec.data.negatives_per_sample == 0, "data.negatives_per_sample is 0"),
+    NoEffect("data.negatives_draw", lambda spec: spec.data.candidates is None, "data.candidates is not set"),
+    NoEffect("data.negatives_draw", lambda spec: spec.data.negatives_per_sample == 0, "data.negatives_per_sample is 0"),
     NoEffect(
         "objective.tasks.*.mined",
         lambda spec: spec.data.negatives_per_sample == 0,

@@ -210,7 +210,8 @@ class Run:
         if not self.store.exists(SPEC):
             return None
         before = self._spec()
-        changes = differences(_science(before), _science(self._identity(data)))
+        spec = with_new_settings(before["spec"])
+        changes = differences(_science(before | {"spec": spec}), _science(self._identity(data)))
         if not changes:
             return not self.store.exists(DONE)
         if not self.spec.run.overwrite:
@@ -315,6 +316,14 @@ def samples_seen(rows: Iterable[Mapping[str, Any]], sources: Iterable[PlanSource
     for name, counts in seen.items():
         counts["epochs"] = round(counts["samples"] / by_name[name].num_samples, 4)
     return seen
+
+
+def with_new_settings(stored: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a stored spec, with the defaults of those that an earlier version of rzen did not have."""
+    try:
+        return TrainSpec.model_validate_json(json.dumps(stored)).model_dump(mode="json")
+    except ValueError:
+        return stored
 
 
 def read_spec(store: Store) -> RunFile:

@@ -97,6 +97,7 @@ TRAIN = Kind(
     # Where and how fast a run goes. Datasets are identified by their fingerprints, wherever they are stored.
     not_science=frozenset(
         {"run", "feed", "checkpoint", "eval", "cluster", "submit", "data.root", "data.endpoint", "data.trusted"}
+        | {"data.candidates", "data.curation"}
         | {"optim.zero_stage"}
     ),
 )

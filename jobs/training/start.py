@@ -39,7 +39,8 @@ def plan_of(spec: TrainSpec, reader: Reader) -> Plan:
 
 def data_of(spec: TrainSpec, reader: Reader, plan: Plan) -> dict[str, Any]:
     """Return what makes two runs the same, next to their settings: data, batches and first weights. Plain JSON."""
-    return {"data": reader.fingerprints(plan), "weights": weights_of(spec)} | plan.describe()
+    tables = {"tables": found} if (found := reader.table_fingerprints()) else {}
+    return {"data": reader.fingerprints(plan), "weights": weights_of(spec)} | tables | plan.describe()
 
 
 def check_backbone(spec: TrainSpec) -> None:

@@ -63,6 +63,8 @@ def train_worker(config: dict[str, Any]) -> None:
         for fed in feds:
             for item in fed.rejected:
                 rejected.inc(1, {"run": spec.name, "source": fed.source, "reason": item.reason})
+            for item in fed.rejected_candidates:
+                rejected.inc(1, {"run": spec.name, "source": fed.source, "reason": f"candidate_{item.reason}"})
             yield fed
 
     def tracker() -> Tracker:

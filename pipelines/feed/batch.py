@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from pipelines.samples import DecodedSample, Rejected
+from pipelines.samples import DecodedInput, DecodedSample, Rejected
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A negative that a candidate table names: what the encoder made of it, its content, and its teacher's score."""
+
+    encoded: Any
+    sha256: str
+    teacher: float = float("nan")
 
 
 class Encoder(Protocol):
@@ -19,6 +29,45 @@ class Encoder(Protocol):
 
     def collate(self, samples: list[Any]) -> Any:
         """Return one rank's share of a batch, from encoded samples in plan order."""
+
+    def candidate(self, decoded: DecodedInput) -> Any:
+        """Encode a target that may become a negative of several samples. Raises `BadMedia` as `sample` does."""
+
+    def positive_of(self, encoded: Any) -> Any:
+        """Return the positive of an encoded sample, as `candidate` would have encoded it."""
+
+    def with_candidates(self, encoded: Any, candidates: Sequence[Candidate], positive_teacher: float) -> Any:
+        """Return an encoded sample with further negatives, and with the teacher's score of its positive."""
+
+
+class NoEncoder:
+    """Leaves samples decoded. A batch is a list of them."""
+
+    def sample(self, sample: DecodedSample) -> DecodedSample:
+        """Return the sample."""
+        return sample
+
+    def collate(self, samples: list[DecodedSample]) -> list[DecodedSample]:
+        """Return the list."""
+        return samples
+
+    def candidate(self, decoded: DecodedInput) -> DecodedInput:
+        """Return the input."""
+        return decoded
+
+    def positive_of(self, encoded: DecodedSample) -> DecodedInput:
+        """Return the positive."""
+        return encoded.positive
+
+    def with_candidates(
+        self, encoded: DecodedSample, candidates: Sequence[Candidate], positive_teacher: float
+    ) -> DecodedSample:
+        """Return the sample with further negatives. Scores are left out."""
+        return replace(
+            encoded,
+            negatives=(*encoded.negatives, *(some.encoded for some in candidates)),
+            negative_sha256=(*encoded.negative_sha256, *(some.sha256 for some in candidates)),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +94,8 @@ class FeedBlock:
 class FeedBatch:
     """One rank's share of one global batch: good samples, block after block, and the `rejected` ones they replace.
 
-    `cached_fraction` is the share of its media whose pixels came from the cache of the node.
+    `cached_fraction` is the share of its media whose pixels came from the cache of the node. `num_candidates` of a
+    table are negatives here, each counted once. `rejected_candidates` of them were bad and are left out.
     """
 
     step: int
@@ -54,6 +104,8 @@ class FeedBatch:
     batch: Any
     rejected: tuple[Rejected, ...]
     cached_fraction: float = 0.0
+    rejected_candidates: tuple[Rejected, ...] = ()
+    num_candidates: int = 0
 
     @property
     def source(self) -> str:

@@ -276,6 +276,7 @@ class BadSampleCounter:
     def __init__(self, max_bad_fraction: float) -> None:
         self._max_bad_fraction = max_bad_fraction
         self._num_samples = 0
+        self._num_candidates = self._num_bad_candidates = 0
         self._reasons: Counter[tuple[str, str]] = Counter()  # (source, reason) -> samples
         self._examples: dict[tuple[str, str], str] = {}
 
@@ -285,6 +286,13 @@ class BadSampleCounter:
         for item in fed.rejected:
             self._reasons[fed.source, item.reason] += 1
             self._examples.setdefault((fed.source, item.reason), f"{item.origin}: {item.detail}")
+        self._num_candidates += fed.num_candidates
+        self._num_bad_candidates += len(fed.rejected_candidates)
+        if self._num_bad_candidates > self._max_bad_fraction * max(self._num_candidates, _MIN_SAMPLES):
+            worst = fed.rejected_candidates[-1]
+            problem = f"{self._num_bad_candidates} of {self._num_candidates} candidates were bad, for example"
+            fix = "replace these files, or raise data.max_bad_fraction"
+            raise UserError("data.candidates", f"{problem} {worst.origin}: {worst.reason} {worst.detail}", fix)
         num_bad = self._reasons.total()
         if num_bad > self._max_bad_fraction * max(self._num_samples, _MIN_SAMPLES):
             raise self._too_many(num_bad)

@@ -7,8 +7,8 @@ Neither Ray nor torch is imported, so that this can be tested and profiled witho
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
@@ -16,9 +16,12 @@ from typing import Any, Literal
 
 import numpy as np
 
+from pipelines.candidates.table import CandidateTable, open_table
+from pipelines.candidates.types import content_id
 from pipelines.config import DataConfig
 from pipelines.errors import BadMedia, UserError
-from pipelines.feed.batch import Encoder, FeedBatch, FeedBlock
+from pipelines.feed.batch import Candidate, Encoder, FeedBatch, FeedBlock, NoEncoder
+from pipelines.feed.candidates import CandidateReader, with_plan_rows
 from pipelines.feed.rows import RowReader, StoredSample
 from pipelines.media.cache import PixelCache
 from pipelines.media.decode import Decoder
@@ -33,6 +36,7 @@ from pipelines.shards.shuffle_check import SETTING, NeighborSimilarity, warning
 from pipelines.storage.location import open_store, resolve_endpoint
 
 MAX_RESERVES = 16
+_PICKLED = ("data", "encoder", "_endpoint", "_store", "_table_fingerprints")
 Role = Literal["query", "positive"]
 _SMALL = 10_000  # samples; no global batch is larger, so that no larger source is merged for being small
 
@@ -52,6 +56,7 @@ class Reader:
         self._endpoint = resolve_endpoint(data.endpoint)  # here, because workers may lack the variable
         self._store = open_store(data.root, self._endpoint)
         self._cache: PixelCache | None = None
+        self._table_fingerprints: dict[str, str] = {}
 
     def use_cache(self, cache: PixelCache) -> None:
         """Take pixels from a cache of this node, and keep there what is decoded. Call it before the first sample."""
@@ -61,7 +66,7 @@ class Reader:
         self.__dict__ |= state | {"_cache": None}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: self.__dict__[name] for name in ("data", "encoder", "_endpoint", "_store")}
+        return {name: self.__dict__[name] for name in _PICKLED}
 
     def exists(self) -> bool:
         """Return whether the split was published."""
@@ -91,7 +96,8 @@ class Reader:
             if name in wanted:
                 # Sources that are drawn together may hold duplicates of each other's targets.
                 merged = name in grouped or (mixture.merge_small and source.num_samples < _SMALL)
-                tables[name] = source_table(self._store, self.data.split, name, source, merged=merged)
+                table = source_table(self._store, self.data.split, name, source, merged=merged)
+                tables[name] = with_plan_rows(table, name, self._candidate_table, self._curation)
             else:
                 tables[name] = SourceTable(source.num_samples)
         return tables
@@ -99,6 +105,15 @@ class Reader:
     def fingerprints(self, plan: Plan) -> dict[str, str]:
         """Return the SHA-256 of each source that a plan draws from: equal for byte-identical data."""
         return {member: self._manifest.sources[member].fingerprint for member in plan.members}
+
+    def table_fingerprints(self) -> dict[str, Any]:
+        """Return the fingerprints of the candidate table and of the curation tables. Empty without any."""
+        found: dict[str, Any] = {}
+        if self._candidate_table is not None:
+            found["candidates"] = self._candidate_table.fingerprint
+        if self._curation:
+            found["curation"] = sorted(table.fingerprint for table in self._curation)
+        return found
 
     def source(self, name: str) -> SourceInfo:
         """Return what the manifest says of a source. Raises `UserError` if the split has no such source."""
@@ -182,28 +197,68 @@ class Reader:
         starts = np.cumsum([0, *sizes[:-1]]) * world_size + rank * np.array(sizes)
         positions = np.concatenate([start + np.arange(size) for start, size in zip(starts, sizes, strict=True)])
         rejected: list[Rejected] = []
-        encoded: list[Any] = []
+        good: list[_GoodRow] = []
         counts = self._cache_counts()
         for position, (row, item) in zip(positions.tolist(), self._rows.read(share.rows), strict=True):
             try:
-                encoded.append(self._encode(item))
+                good.append(self._encode(row, item))
             except BadMedia as error:
                 rejected.append(self._rejected(row, error))
-                encoded.append(self._replacement(plan, step, position, rejected))
-        batch = self.encoder.collate(encoded) if self.encoder else encoded
+                good.append(self._replacement(plan, step, position, rejected))
+        epochs = [block.epoch for block in share.blocks for _ in block.rows]
+        encoded, bad_candidates, num_candidates = self._with_candidates(good, epochs, plan.seed)
+        batch = self._encoder.collate(encoded)
         tasks = {source.name: self._batch_task(source) for source in plan.sources}
         blocks = [FeedBlock(block.source, tasks[block.source], block.epoch, len(block.rows)) for block in share.blocks]
         hits, misses = (now - before for now, before in zip(self._cache_counts(), counts, strict=True))
-        return FeedBatch(step, rank, tuple(blocks), batch, tuple(rejected), hits / max(1, hits + misses))
+        cached = hits / max(1, hits + misses)
+        return FeedBatch(
+            step, rank, tuple(blocks), batch, tuple(rejected), cached, tuple(bad_candidates), num_candidates
+        )
+
+    def _with_candidates(
+        self, good: Sequence[_GoodRow], epochs: Sequence[int], seed: int
+    ) -> tuple[list[Any], list[Rejected], int]:
+        """Return the encoded rows with their candidates, the bad candidates, and the number of different ones.
+
+        A bad candidate is left out. The positive of a row is not read again as a candidate of others.
+        """
+        reader, most = self._candidates, self.data.negatives_per_sample
+        if reader is None or not most:
+            return [one.encoded for one in good], [], 0
+        chosen = []
+        for one, epoch in zip(good, epochs, strict=True):
+            room = 0 if one.sample.relevance is not None else most - len(one.sample.negatives[:most])
+            draw = (seed, epoch) if self.data.negatives_draw == "random" else None
+            chosen.append(reader.chosen(one.row, room, draw))
+        ids = {number: id for some in chosen for number, id in zip(some.numbers, some.ids, strict=True)}
+        positives = {content_id(one.sample.target_sha256): one for one in good}
+        made: dict[int, tuple[Any, str]] = {}
+        bad = []
+        for number, id in ids.items():
+            if id in positives and reader.is_own(number, positives[id].row[0]):
+                made[number] = self._encoder.positive_of(positives[id].encoded), positives[id].sample.target_sha256
+        for number, item, origin in reader.read({number: id for number, id in ids.items() if number not in made}):
+            try:
+                decoded = self._decode(_only(item, "positive"))
+                made[number] = self._encoder.candidate(decoded.positive), decoded.sample.target_sha256
+            except BadMedia as error:
+                bad.append(Rejected(origin, error.reason, error.detail))
+        encoded = []
+        for one, some in zip(good, chosen, strict=True):
+            scored = zip(some.numbers, some.teacher, strict=True)
+            usable = [Candidate(*made[number], teacher) for number, teacher in scored if number in made]
+            encoded.append(self._encoder.with_candidates(one.encoded, usable, some.positive_teacher))
+        return encoded, bad, len(ids)
 
     def _cache_counts(self) -> tuple[int, int]:
         return (self._cache.num_hits, self._cache.num_misses) if self._cache else (0, 0)
 
-    def _replacement(self, plan: Plan, step: int, position: int, rejected: list[Rejected]) -> Any:
+    def _replacement(self, plan: Plan, step: int, position: int, rejected: list[Rejected]) -> _GoodRow:
         """Return the first good reserve, encoded. The bad ones before it are added to `rejected`."""
         for row, item in self._rows.read(plan.reserves(step, position, MAX_RESERVES)):
             try:
-                return self._encode(item)
+                return self._encode(row, item)
             except BadMedia as error:
                 rejected.append(self._rejected(row, error))
         last = rejected[-1]
@@ -214,9 +269,9 @@ class Reader:
             "replace its files, or leave the source out of data.mixture.weights",
         )
 
-    def _encode(self, item: StoredSample) -> Any:
+    def _encode(self, row: Row, item: StoredSample) -> _GoodRow:
         decoded = self._decode(item)
-        return self.encoder.sample(decoded) if self.encoder else decoded
+        return _GoodRow(row, decoded.sample, self._encoder.sample(decoded))
 
     def _decode(self, item: StoredSample) -> DecodedSample:
         if isinstance(item, BadMedia):
@@ -242,12 +297,47 @@ class Reader:
     def _rows(self) -> RowReader:
         return RowReader(self._store, self._manifest, self._endpoint)
 
+    @property
+    def _encoder(self) -> Encoder:
+        return self.encoder or NoEncoder()
+
+    @cached_property
+    def _candidate_table(self) -> CandidateTable | None:
+        return self._open_table(self.data.candidates) if self.data.candidates else None
+
+    @cached_property
+    def _curation(self) -> list[CandidateTable]:
+        return [self._open_table(url) for url in self.data.curation]
+
+    def _open_table(self, url: str) -> CandidateTable:
+        """Open a table of these data. Raises `UserError` for one of others, or one that was replaced meanwhile."""
+        table = open_table(url, self._endpoint)
+        table.check_data(self._manifest)
+        if self._table_fingerprints.setdefault(url, table.fingerprint) != table.fingerprint:
+            raise UserError(table.store.url, "was replaced while it was read", "run the job again")
+        return table
+
+    @cached_property
+    def _candidates(self) -> CandidateReader | None:
+        if (table := self._candidate_table) is None:
+            return None
+        return CandidateReader(table, self._store, self._manifest, self._rows, self._endpoint)
+
     @cached_property
     def _decoder(self) -> Decoder:
         # What the manifest says about itself is no reason to trust it: whoever made the shards wrote it.
         pixels: int | None = getattr(self.encoder, "visual_pixels", None)
         media = self.data.media.for_model(pixels) if pixels else self.data.media
         return Decoder(media, trusted=self.data.trusted, cache=self._cache)
+
+
+@dataclass(frozen=True, slots=True)
+class _GoodRow:
+    """A row of a batch that could be read, decoded and encoded."""
+
+    row: Row
+    sample: Sample
+    encoded: Any
 
 
 def _only(item: StoredSample, role: Role) -> StoredSample:

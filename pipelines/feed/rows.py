@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from threading import Lock
 
 import numpy as np
 import numpy.typing as npt
@@ -39,7 +40,7 @@ class RowReader:
 
     def __init__(self, store: Store, manifest: Manifest, endpoint: str | None) -> None:
         self._store = store
-        self._manifest = manifest
+        self.manifest = manifest
         self._endpoint = endpoint
         self._sources: dict[str, _Source] = {}
         self._checked: set[str] = set()
@@ -47,8 +48,8 @@ class RowReader:
 
     def read(self, rows: Iterable[Row]) -> Iterator[tuple[Row, StoredSample]]:
         """Yield each row with what was read for it, in order, with one run of adjacent rows in memory."""
-        for run in self._runs(rows):
-            yield from zip(run, self._read_run(run), strict=True)
+        for run in self.runs(rows):
+            yield from zip(run, self.read_run(run), strict=True)
 
     def origin(self, row: Row) -> str:
         """Return URL of the shard and key of a row, for messages."""
@@ -58,7 +59,7 @@ class RowReader:
         store, path = shard_file(self._store, shard, self._endpoint)
         return f"{store.url}/{path} key {self.indices.get(shard).keys[within]}"
 
-    def _runs(self, rows: Iterable[Row]) -> Iterator[list[Row]]:
+    def runs(self, rows: Iterable[Row]) -> Iterator[list[Row]]:
         """Cut rows into those that one ranged read gives. A run of the plan stays whole, unless it crosses shards."""
         run: list[Row] = []
         for row in rows:
@@ -80,7 +81,8 @@ class RowReader:
         _, length = self.indices.get(self._source(source).shards[shard]).span(begin, end)
         return length <= _RANGE_BYTES
 
-    def _read_run(self, run: Sequence[Row]) -> Sequence[StoredSample]:
+    def read_run(self, run: Sequence[Row]) -> Sequence[StoredSample]:
+        """Return what is read for a run of `runs`. Several threads may call it at a time."""
         name, first = run[0]
         source = self._source(name)
         ordinal, begin = source.locate(first)
@@ -104,10 +106,10 @@ class RowReader:
 
     def _source(self, name: str) -> _Source:
         if name not in self._sources:
-            info = source_info(self._store, self._manifest, name)
+            info = source_info(self._store, self.manifest, name)
             starts = np.cumsum([0, *(shard.num_samples for shard in info.shards)], dtype=np.int64)
             if starts[-1] != info.num_samples:
-                place = f"{self._store.url}/{manifest_path(self._manifest.split)} sources.{name}"
+                place = f"{self._store.url}/{manifest_path(self.manifest.split)} sources.{name}"
                 problem = f"num_samples={info.num_samples}, but its shards have {starts[-1]}"
                 raise UserError(place, problem, "run the job again that wrote it")
             parse: Parser = parse_native_sample
@@ -120,7 +122,7 @@ class RowReader:
         try:
             return SourceMapping.model_validate(info.mapping)
         except ValidationError as error:
-            place = f"{self._store.url}/{manifest_path(self._manifest.split)} sources.{name}.mapping"
+            place = f"{self._store.url}/{manifest_path(self.manifest.split)} sources.{name}.mapping"
             raise UserError(place, explain(error), "run the index job again") from error
 
 
@@ -146,10 +148,15 @@ class _IndexCache:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._kept: OrderedDict[str, ShardIndex] = OrderedDict()
+        self._lock = Lock()
         self.num_bytes = 0
 
     def get(self, shard: ShardInfo) -> ShardIndex:
         """Return the index of a shard. Raises `UserError` if it is missing or not the manifest's."""
+        with self._lock:
+            return self._get(shard)
+
+    def _get(self, shard: ShardInfo) -> ShardIndex:
         if shard.index_path in self._kept:
             self._kept.move_to_end(shard.index_path)
             return self._kept[shard.index_path]

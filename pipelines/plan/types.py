@@ -14,7 +14,7 @@ Int64Array = npt.NDArray[np.int64]
 
 # Each kind of random choice has its own stream of the seed, so that a change of one does not move the others. The
 # numbers are part of every plan: other numbers give other batches.
-LANE_STREAM, EPOCH_STREAM, RESERVE_STREAM, SUBSET_STREAM, SOURCE_STREAM = range(5)
+LANE_STREAM, EPOCH_STREAM, RESERVE_STREAM, SUBSET_STREAM, SOURCE_STREAM, CANDIDATE_STREAM = range(6)
 
 NO_SAMPLES: Int64Array = np.zeros(0, np.int64)
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from pipelines.errors import UserError
-from pipelines.samples import DecodedSample
+from pipelines.samples import DecodedInput, DecodedSample
 from rzen.inputs.processor import EncodedBatch, Processor
 
 
@@ -41,9 +42,29 @@ class EncodedPairs:
     """[B], `source/key` of each sample, for messages."""
     relevance: npt.NDArray[np.float64]
     """[B], how well each target answers its query. NaN for pairs that are not graded."""
+    teacher_scores: npt.NDArray[np.float32]
+    """[B], score that a teacher gives each target for its query. NaN where unknown."""
+    negative_teacher_scores: npt.NDArray[np.float32]
+    """The same of each mined negative."""
 
     def __len__(self) -> int:
         return len(self.target_ids)
+
+
+class ScoredCandidate(Protocol):
+    """A negative that a candidate table names, as the data loader brings it."""
+
+    @property
+    def encoded(self) -> EncodedBatch:
+        """The input, encoded by `PairEncoder.candidate`."""
+
+    @property
+    def sha256(self) -> str:
+        """Hash of its content."""
+
+    @property
+    def teacher(self) -> float:
+        """Score that a teacher gives it; NaN where unknown."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +106,32 @@ class PairEncoder:
             negative_counts=np.array([len(negatives)], np.int64),
             negative_ids=_ids(decoded.negative_sha256[: len(negatives)]),
             relevance=np.array([sample.relevance], np.float64),  # None becomes NaN
+            teacher_scores=np.full(1, np.nan, np.float32),
+            negative_teacher_scores=np.full(len(negatives), np.nan, np.float32),
+        )
+
+    def candidate(self, decoded: DecodedInput) -> EncodedBatch:
+        """Return a target that may be a negative of several pairs. Raises `BadMedia` as `sample` does."""
+        return self.processor.encode([decoded])
+
+    def positive_of(self, encoded: EncodedPairs) -> EncodedBatch:
+        """Return the target of one pair."""
+        return encoded.targets
+
+    def with_candidates(
+        self, encoded: EncodedPairs, candidates: Sequence[ScoredCandidate], positive_teacher: float
+    ) -> EncodedPairs:
+        """Return one pair with further mined negatives, and with the teacher's score of its target."""
+        negatives = [] if encoded.negatives is None else [encoded.negatives]
+        negatives += [some.encoded for some in candidates]
+        scores = np.array([some.teacher for some in candidates], np.float32)
+        return replace(
+            encoded,
+            negatives=EncodedBatch.concat(negatives) if negatives else None,
+            negative_counts=encoded.negative_counts + len(candidates),
+            negative_ids=np.concatenate([encoded.negative_ids, _ids([some.sha256 for some in candidates])]),
+            teacher_scores=np.array([positive_teacher], np.float32),
+            negative_teacher_scores=np.concatenate([encoded.negative_teacher_scores, scores]),
         )
 
     def collate(self, pairs: Sequence[EncodedPairs]) -> EncodedPairs:
@@ -101,6 +148,8 @@ class PairEncoder:
             negative_ids=np.concatenate([pair.negative_ids for pair in pairs]),
             keys=tuple(key for pair in pairs for key in pair.keys),
             relevance=np.concatenate([pair.relevance for pair in pairs]),
+            teacher_scores=np.concatenate([pair.teacher_scores for pair in pairs]),
+            negative_teacher_scores=np.concatenate([pair.negative_teacher_scores for pair in pairs]),
         )
 
 

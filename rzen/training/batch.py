@@ -44,5 +44,9 @@ class FeedBatchProtocol(Protocol):
         """Own samples that were bad and have been replaced, one entry each."""
 
     @property
+    def rejected_candidates(self) -> Sized:
+        """Own candidates that were bad and have been left out, one entry each."""
+
+    @property
     def cached_fraction(self) -> float:
         """Share of the own media whose pixels came from the cache of the data loader."""

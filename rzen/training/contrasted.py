@@ -83,6 +83,7 @@ def contrasted_batches(
             query_ids=query_ids,
             instruction_ids=instruction_ids,
             relevance=None if gathered.relevance is None else of_block(gathered.relevance),
+            teacher_scores=torch.tensor(pairs.teacher_scores[rows], device=own.targets.device),
         )
         start += size
 
@@ -108,6 +109,8 @@ class _MinedPlaces:
     """Q rows of K vectors, zero behind those that a query has."""
     ids: Tensor
     """`[Q, K]`, 0 where there is none."""
+    teacher_scores: Tensor
+    """`[Q, K]`, NaN where there is none, or no score."""
     counts: Tensor
     """`[Q]`, mined negatives of each query."""
 
@@ -117,15 +120,18 @@ class _MinedPlaces:
         def cut(values: Tensor) -> Tensor:
             return values.view(-1, num_own, *values.shape[1:])[:, rows].flatten(0, 1)
 
-        return _MinedPlaces(cut(self.vectors), cut(self.ids), cut(self.counts))
+        return _MinedPlaces(cut(self.vectors), cut(self.ids), cut(self.teacher_scores), cut(self.counts))
 
     def as_shared(self) -> Mined:
         """Return the negatives of all queries of a block."""
-        return Mined(self.vectors.flatten(0, 1), self._owners(0).flatten(), ids=self.ids.flatten())
+        owners, scores = self._owners(0).flatten(), self.teacher_scores.flatten()
+        return Mined(self.vectors.flatten(0, 1), owners, scores, self.ids.flatten())
 
     def as_own(self, offset: int) -> Mined | None:
         """Return the negatives of own queries, which are numbered from `offset` on. None where they have none."""
-        return Mined(self.vectors, self._owners(offset), ids=self.ids) if self.ids.numel() else None
+        if not self.ids.numel():
+            return None
+        return Mined(self.vectors, self._owners(offset), self.teacher_scores, self.ids)
 
     def _owners(self, offset: int) -> Tensor:
         """Return the query of each place, `[Q, K]`, -1 where it is empty."""
@@ -145,7 +151,8 @@ def _gather_mined(own: OwnVectors, pairs: EncodedPairs, is_shared_B: npt.NDArray
     if not most:
         return None
     places = _places(own, pairs, is_shared_B, most)
-    return _MinedPlaces(gather_with_gradient(places.vectors), gather_ids(places.ids), counts_N)
+    vectors = gather_with_gradient(places.vectors)
+    return _MinedPlaces(vectors, gather_ids(places.ids), gather_ids(places.teacher_scores), counts_N)
 
 
 def _places(
@@ -168,7 +175,9 @@ def _places(
         vectors[filled_QK] = own.mined[torch.tensor(is_wanted_M, device=device)]
     ids_QK = torch.zeros(len(counts), most, dtype=torch.int64, device=device)
     ids_QK[filled_QK] = torch.tensor(pairs.negative_ids[is_wanted_M], device=device)
-    return _MinedPlaces(vectors, ids_QK, counts_Q)
+    scores_QK = torch.full((len(counts), most), torch.nan, device=device)
+    scores_QK[filled_QK] = torch.tensor(pairs.negative_teacher_scores[is_wanted_M], device=device)
+    return _MinedPlaces(vectors, ids_QK, scores_QK, counts_Q)
 
 
 def _is_filled(counts_N: Tensor, most: int) -> Tensor:

@@ -42,6 +42,7 @@ METRICS = {
     "padding_fraction": Metric("padding among the tokens that were computed, mean over ranks", "fraction"),
     "cached_fraction": Metric("media whose pixels came from `feed.cache`, mean over ranks", "fraction"),
     "bad_samples": Metric("samples of the step, over all ranks, that could not be decoded and were replaced"),
+    "bad_candidates": Metric("candidates of a table, over all ranks, that could not be decoded and were left out"),
 }
 """The metrics of a row. A row also has its `step`, `source` and `task`. Names of several blocks are joined by `+`."""
 
@@ -77,6 +78,7 @@ def step_row(
         "step_s": step_s,
         "cached_fraction": fed.cached_fraction,
         "bad_samples": float(len(fed.rejected)),
+        "bad_candidates": float(len(fed.rejected_candidates)),
     }
     means = _mean_over_ranks(measured, device)
     world_size, step_s = dist.get_world_size(), means["step_s"]
@@ -94,6 +96,7 @@ def step_row(
         "tokens": tokens,
         "tokens_per_s": tokens / step_s,
         "bad_samples": round(world_size * means["bad_samples"]),
+        "bad_candidates": round(world_size * means["bad_candidates"]),
     }
 
 

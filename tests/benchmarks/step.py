@@ -75,6 +75,7 @@ class Batch:
     batch: EncodedPairs
     rejected: tuple[()] = ()
     cached_fraction: float = 0.0
+    rejected_candidates: tuple[()] = ()
 
 
 @dataclass

@@ -144,6 +144,8 @@ def encode(pairs: Sequence[Pair], config: Any) -> list[EncodedPairs]:
             negative_ids=np.zeros(0, np.int64),
             keys=(f"synthetic/{number}",),
             relevance=np.full(1, np.nan),
+            teacher_scores=np.full(1, np.nan, np.float32),
+            negative_teacher_scores=np.zeros(0, np.float32),
         )
         for number, (query, target) in enumerate(pairs)
     ]

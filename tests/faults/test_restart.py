@@ -20,7 +20,7 @@ from jobs.training.runs import LOG, PAGE, Run, read_held_out
 from jobs.training.specs import TrainSpec
 from pipelines.errors import UserError
 from pipelines.storage.location import open_store
-from tests.data import publish
+from tests.data import publish, publish_candidates
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 KILLS = int(os.environ.get("RZEN_TEST_KILLS", "2"))  # five at most; each takes half a minute
@@ -103,9 +103,27 @@ def name_of(process: psutil.Process) -> str:
 def test_run_that_loses_workers_ends_with_the_same_bytes(
     tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    publish(open_store(str(tmp_path / "data")), {"red": ("a", 24), "blue": ("b", 30)})
-    publish(open_store(str(tmp_path / "data")), {"red": ("a", 7), "blue": ("b", 5)}, split="held_out")
-    quiet, stormy = make_spec(tmp_path, "quiet", eval={"every_steps": 10}), make_spec(tmp_path, "stormy")
+    stored = open_store(str(tmp_path / "data"))
+    manifest = publish(stored, {"red": ("a", 24), "blue": ("b", 30)}, bad={"blue": [3]})
+    publish(stored, {"red": ("a", 7), "blue": ("b", 5)}, split="held_out")
+    publish_candidates(
+        open_store(str(tmp_path / "table")),
+        stored,
+        manifest,
+        {"red": {n: [30 + (n + some) % 24 for some in range(1, 9)] for n in range(24)}, "blue": {4: [3, 9, 40]}},
+        dropped={"red": [5]},
+        clusters={"red": {n: n % 6 for n in range(12)}},
+    )
+    data = {
+        "root": str(tmp_path / "data"),
+        "mixture": {"resample": {"every_steps": 20}},
+        "candidates": str(tmp_path / "table"),
+        "negatives_per_sample": 4,
+        "negatives_draw": "random",
+        "max_bad_fraction": 0.5,
+    }
+    quiet = make_spec(tmp_path, "quiet", data=data, eval={"every_steps": 10})
+    stormy = make_spec(tmp_path, "stormy", data=data)
     train.run(quiet)
 
     steps = sorted(random.Random(4).sample(range(1, 36), KILLS))

@@ -45,6 +45,7 @@ class Batch:
     batch: EncodedPairs
     rejected: list[Rejected] = field(default_factory=list)
     cached_fraction: float = 0.0
+    rejected_candidates: tuple[()] = ()
 
 
 @dataclass

@@ -7,6 +7,7 @@ import math
 import pickle
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,8 +19,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipelines.errors import UserError
+from pipelines.feed.batch import Candidate
 from pipelines.samples import DecodedInput, DecodedSample, Input, Sample
 from rzen.config import (
+    DistillationConfig,
     FalseNegativeConfig,
     HardnessConfig,
     LoraConfig,
@@ -99,7 +102,19 @@ def pairs_by_rank(model_dir: str) -> list[list[EncodedPairs]]:
         ),
         decoded(DecodedInput(text=TEXTS[2]), DecodedInput(text=TEXTS[1]), same),
     ]
-    return [[encoder.sample(sample) for sample in samples] for samples in (text, mixed)]
+    ranks = [[encoder.sample(sample) for sample in samples] for samples in (text, mixed)]
+    scores = iter(np.linspace(0.1, 0.9, 9, dtype=np.float32))
+    return [[with_teacher(pair, scores) for pair in pairs] for pairs in ranks]
+
+
+def with_teacher(pair: EncodedPairs, scores: Iterator[np.float32]) -> EncodedPairs:
+    """Scores of the target and the negatives of a pair."""
+    target, *negatives = [next(scores) for _ in range(1 + int(pair.negative_counts[0]))]
+    return replace(
+        pair,
+        teacher_scores=np.array([target], np.float32),
+        negative_teacher_scores=np.array(negatives, np.float32),
+    )
 
 
 def one_step(
@@ -146,6 +161,8 @@ OWN = MinedConfig(shared=False, hardness=HardnessConfig(alpha=2.0))
 APART = {"in_batch": False, "margin": 1.5, "false_negatives": None, "hardness": None}
 A_OWN = CONFIG.model_copy(update={"tasks": {"a": TaskObjectiveConfig(mined=OWN)}})
 B_OWN = CONFIG.model_copy(update={"tasks": {"b": TaskObjectiveConfig(mined=OWN, **APART)}})
+DISTILLED = CONFIG.model_copy(update={"distillation": DistillationConfig(weight=3.0)})
+DISTILLED_OWN = DISTILLED.model_copy(update={"mined": OWN})
 CASES: list[tuple[ObjectiveConfig, list[tuple[str, int]], str]] = [
     (CONFIG, [("b", 3)], "contrasted"),
     (CONFIG, [("a", 1), ("b", 2)], "contrasted"),
@@ -153,6 +170,8 @@ CASES: list[tuple[ObjectiveConfig, list[tuple[str, int]], str]] = [
     (OPTIONS, [("a", 1), ("b", 2)], "contrasted"),
     (A_OWN, [("a", 2), ("b", 1)], "contrasted"),
     (B_OWN, [("a", 2), ("b", 1)], "contrasted"),
+    (DISTILLED, [("b", 3)], "contrasted"),
+    (DISTILLED_OWN, [("b", 3)], "contrasted"),
     (CONFIG, [("b", 3)], "graded"),
     (CONFIG, [("a", 1), ("b", 2)], "graded"),
     (CONFIG, [("a", 1), ("b", 2)], "second block graded"),
@@ -220,6 +239,27 @@ def test_a_graded_pair_brings_its_relevance_and_no_negatives(model_dir: str) -> 
     pairs = encoder.collate([encoder.sample(plain), encoder.sample(graded)])
     np.testing.assert_array_equal(pairs.relevance, [NAN, 2.5])
     assert pairs.negative_counts.tolist() == [1, 0]
+
+
+def test_candidates_are_as_negatives_that_the_sample_brings(model_dir: str) -> None:
+    encoder = PairEncoder(Processor(model_dir, PROMPT))
+    query, target, first = (DecodedInput(text=text) for text in "xyz")
+    second = DecodedInput(text=TEXTS[0], visuals=(noise("image", 1, 61, 97),))
+    whole, part = (decoded(query, target, "ab" * 32, *some) for some in ((first, second), (first,)))
+    candidate = Candidate(encoder.candidate(second), whole.negative_sha256[1], 0.25)
+    found = encoder.with_candidates(encoder.sample(part), [candidate], 0.75)
+    expected = encoder.sample(whole)
+    for name in ("negative_counts", "negative_ids", "target_ids", "query_ids"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+    assert found.negatives is not None
+    assert expected.negatives is not None
+    for name in ("input_ids", "lengths", "patches", "grids"):
+        np.testing.assert_array_equal(getattr(found.negatives, name), getattr(expected.negatives, name))
+    np.testing.assert_array_equal(found.teacher_scores, np.float32([0.75]))
+    np.testing.assert_array_equal(found.negative_teacher_scores, np.float32([NAN, 0.25]))
+    assert encoder.positive_of(found) is found.targets
+    none = encoder.with_candidates(encoder.sample(decoded(query, target, "ab" * 32)), [], NAN)
+    assert (none.negatives, none.negative_counts.tolist()) == (None, [0])
 
 
 def test_a_matryoshka_width_of_the_model_is_refused_before_the_first_step(model_dir: str) -> None:

@@ -204,6 +204,20 @@ TRAINING = [
         ("data.negatives_per_sample=2",),
         loss_of,
     ),
+    *(
+        Case(
+            "train",
+            "data.negatives_draw",
+            reason,
+            "data.negatives_draw=random",
+            condition,
+            ("data.candidates=table", "data.negatives_per_sample=2"),
+        )
+        for reason, condition in (
+            ("candidates is not set", ("data.negatives_per_sample=2",)),
+            ("negatives_per_sample is 0", ("data.candidates=table",)),
+        )
+    ),
     Case(
         "train",
         "objective.tasks.*.mined",

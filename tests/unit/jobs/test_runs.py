@@ -81,6 +81,7 @@ def test_unfinished_run_of_equal_settings_is_continued(tmp_path: Path) -> None:
         ({"seed": 5}, DATA, "seed 0 -> 5"),
         ({}, OTHER_DATA, "plan.sources.photos.members.photos 40 -> 39"),
         ({"objective": {"false_negatives": None}}, DATA, "objective.false_negatives"),
+        ({}, DATA | {"tables": {"candidates": "t2"}}, "plan.tables None -> {'candidates': 't2'}"),
     ],
 )
 def test_run_of_other_settings_is_refused_and_they_are_named(
@@ -91,6 +92,28 @@ def test_run_of_other_settings_is_refused_and_they_are_named(
         make_run(tmp_path, **changes).begin(data)
     assert told in str(caught.value)
     assert "choose another name, or set run.overwrite: true" in str(caught.value)
+
+
+def test_a_table_is_known_by_its_content_and_not_by_its_place(tmp_path: Path) -> None:
+    data = DATA | {"tables": {"candidates": "t2"}}
+    make_run(tmp_path, data={"root": "data", "candidates": "here", "curation": ["a"]}).begin(data)
+    moved = make_run(tmp_path, data={"root": "data", "candidates": "there", "curation": ["b"]})
+    assert moved.begin(data)
+    with pytest.raises(UserError, match=r"plan\.tables\.candidates 't2' -> 't3'"):
+        moved.begin(DATA | {"tables": {"candidates": "t3"}})
+
+
+def test_a_run_of_an_earlier_version_without_some_settings_is_continued(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    run.begin(DATA)
+    stored = json.loads(run.store.read(SPEC))
+    for group, setting in (("objective", "tasks"), ("objective", "in_batch"), ("data", "negatives_draw")):
+        del stored["spec"][group][setting]
+    del stored["spec"]["model"]["lora"]["scope"]
+    run.store.write(SPEC, json.dumps(stored).encode())
+    assert make_run(tmp_path).begin(DATA)
+    with pytest.raises(UserError, match=r"objective.in_batch True -> False"):
+        make_run(tmp_path, objective={"in_batch": False}, data={"root": "data", "negatives_per_sample": 1}).begin(DATA)
 
 
 def test_log_keeps_its_lines_in_order(tmp_path: Path) -> None:
