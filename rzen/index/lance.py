@@ -6,6 +6,7 @@ that its cost is that of the change. Only the job that holds the lease of the ve
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -139,7 +140,7 @@ def _train(table: Any, trained_rows: int, *, changed: bool) -> int:
 
 def _num_lists(count: int) -> int:
     """Return the number of lists: about the square root of the rows."""
-    return max(1, round(count**0.5))
+    return max(1, round(math.sqrt(count)))
 
 
 def _batches(parts: Parts, numbers: Sequence[int]) -> Iterator[pa.Table]:
