@@ -139,6 +139,17 @@ JOBS = {
         ),
         tasks_write=True,
     ),
+    "mine": Job(
+        "mine.yaml",
+        (
+            "model=$RZEN_STORE/model",
+            "data.root=$RZEN_STORE/data",
+            "out=$RZEN_STORE/candidates",
+            "actors=8",
+            "autoscaling=true",
+        ),
+        tasks_write=True,
+    ),
     "judge": Job(
         "judge.yaml",
         (
@@ -150,6 +161,8 @@ JOBS = {
         ),
         tasks_write=True,
     ),
+    "select": Job("select.yaml", ("table=$RZEN_STORE/judged", "out=$RZEN_STORE/selected")),
+    "cluster": Job("cluster.yaml", ("table=$RZEN_STORE/selected", "out=$RZEN_STORE/clustered")),
 }
 """Name of a RayJob -> the job."""
 
