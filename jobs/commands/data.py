@@ -68,38 +68,38 @@ def ingest(
     media. To change settings of a table, save the spec that `rzen look` prints.
     """
     settings: dict[str, Any] = {"input": place, "out": out}
-    if _is_table(place):
-        settings |= {"input": None, "sources": {_name_of(place): _suggested(place)}}
+    if is_table(place):
+        settings |= {"input": None, "sources": {name_of(place): suggested(place)}}
     run_file(INGEST_SPEC, changes, settings, as_json=as_json)
 
 
-def _is_table(place: str) -> bool:
+def is_table(place: str) -> bool:
     """Return whether a place is a table: a file, a pattern, a URL, or a folder of tables without media."""
     from pipelines.media.files import KINDS
+    from pipelines.sources import table_files
     from pipelines.sources.folder import LIST_NAME
-    from pipelines.sources.table_files import is_table
     from pipelines.storage.urls import is_local, local_path
 
     if not is_local(place) or not local_path(place).is_dir():
-        return not is_local(place) or is_table(place)
+        return not is_local(place) or table_files.is_table(place)
     names = [path.name for path in local_path(place).rglob("*")]
     has_media = any(name == LIST_NAME or Path(name).suffix.lower() in KINDS for name in names)
-    return not has_media and any(map(is_table, names))
+    return not has_media and any(map(table_files.is_table, names))
 
 
-def _name_of(place: str) -> str:
+def name_of(place: str) -> str:
     """Return a name of a source for a table: that of its file or folder."""
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", place.rstrip("/").rpartition("/")[2].partition(".")[0]).strip("-")
     return name or "table"
 
 
-def _suggested(table: str) -> dict[str, Any]:
+def suggested(table: str) -> dict[str, Any]:
     """Return the settings that read a table, and print them. Raises `UserError` if no row gives a sample."""
     from jobs.runtime.progress import is_quiet
     from pipelines.errors import UserError
     from pipelines.sources.table_look import look_at
 
-    found = look_at(table, name=_name_of(table), num_samples=0)
+    found = look_at(table, name=name_of(table), num_samples=0)
     if not found.num_samples:
         problem = found.problems[-1] if found.problems else "no row gives a sample"
         raise UserError(table, problem, f"see `rzen look {table}`, and write the spec that it begins")

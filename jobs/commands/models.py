@@ -1,15 +1,18 @@
-"""Commands for models and vectors: evaluate, export, embed, mine, judge, search, serve."""
+"""Commands for models and vectors: evaluate, export, embed, mine, judge, index-bench, search, serve."""
 
 from __future__ import annotations
 
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from jobs.commands.options import Changes, ResultAsJson, SpecPath, print_json, read_spec, run_file
+from jobs.commands.data import is_table, name_of, suggested
+from jobs.commands.options import AsJson, Changes, ResultAsJson, SpecPath, print_json, read_spec, run_file
 from jobs.commands.output import print_text
+from pipelines.errors import UserError
 
 BENCHMARK_SPEC, EMBED_SPEC = "jobs/benchmark.yaml", "jobs/embed.yaml"
 MINE_SPEC, JUDGE_SPEC = "jobs/mine.yaml", "jobs/judge.yaml"
@@ -82,9 +85,113 @@ def export(
     run_file(EXPORT_SPEC, changes, settings | {key: value for key, value in given.items() if value}, as_json=as_json)
 
 
-def embed(spec: SpecPath = EMBED_SPEC, changes: Changes = None, as_json: ResultAsJson = False) -> None:
-    """Embed the targets of a dataset, for `rzen search`."""
-    run_file(spec, changes, kind="embed", as_json=as_json)
+class Index(StrEnum):
+    """Kinds of index, as `rzen.index.types.IndexKind` names them."""
+
+    auto = "auto"
+    exact = "exact"
+    lance = "lance"
+    faiss_sq8 = "faiss_sq8"
+    faiss_rabitq = "faiss_rabitq"
+
+
+def embed(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="exported model: directory, s3:// URL or hub name")],
+    targets: Annotated[
+        str,
+        typer.Argument(
+            metavar="TARGETS",
+            help="what is to be found: a folder of images, videos, PDFs and texts, a table, or a dataset",
+        ),
+    ],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="directory or s3:// URL of the vectors and their index")],
+    media: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="of a table: column with files, or paths of files")
+    ] = None,
+    text: Annotated[str | None, typer.Option(metavar="COLUMN", help="of a table: column with texts")] = None,
+    title: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="of a table: column with what is shown next to a hit")
+    ] = None,
+    index: Annotated[
+        Index | None,
+        typer.Option(help="what searches the vectors (default: auto, which is LanceDB above 200,000 vectors)"),
+    ] = None,
+    changes: Changes = None,
+    as_json: ResultAsJson = False,
+) -> None:
+    """Embed a folder, a table or a dataset, for `rzen search`. Captions are not needed.
+
+    Files of a folder or table are kept as a dataset in OUT/data. The same command again embeds only what is new. A
+    version is visible when it is whole, and the one before stays readable.
+    """
+    settings: dict[str, Any] = {"model": model, "out": out}
+    if _is_dataset(targets):
+        if media or text or title:
+            raise UserError(targets, "is a dataset", "leave out --media, --text and --title, which are for tables")
+        settings["data.root"] = targets
+    else:
+        settings |= {"data.root": f"{out.rstrip('/')}/data", "splits": ["train", "held_out", "uncaptioned"]}
+        settings |= _table_settings(targets, media, text, title) if is_table(targets) else {"input": targets}
+    if index is not None:
+        settings["index"] = index.value
+    if not Path("/dev/nvidia0").exists() and "RAY_ADDRESS" not in os.environ:
+        settings["gpus_per_actor"] = 0
+    run_file(EMBED_SPEC, changes, settings, as_json=as_json)
+
+
+def _is_dataset(url: str) -> bool:
+    from pipelines.shards.manifest import manifest_path
+    from pipelines.storage.location import open_store
+
+    store = open_store(url)
+    return any(store.exists(manifest_path(split)) for split in ("train", "held_out", "uncaptioned"))
+
+
+def _table_settings(table: str, media: str | None, text: str | None, title: str | None) -> dict[str, Any]:
+    """Return the settings of a table: those of its columns, or without any those that `rzen look` suggests."""
+    if not (media or text):
+        return {"sources": {name_of(table): suggested(table)}}
+    source: dict[str, Any] = {"table": table}
+    source["positive"] = {key: value for key, value in (("media", media), ("text", text)) if value}
+    if title:
+        source["query"] = {"text": title}
+    return {"sources": {name_of(table): source}}
+
+
+def index_bench(
+    vectors: Annotated[str, typer.Argument(metavar="VECTORS", help="output of `rzen embed`")],
+    kinds: Annotated[
+        list[Index] | None, typer.Option("--kind", help="kind of index (may be repeated; default: all)")
+    ] = None,
+    num_queries: Annotated[int, typer.Option("--queries", min=1, help="vectors of the corpus that are searched")] = 200,
+    k: Annotated[int, typer.Option(min=1, help="neighbors that must be found")] = 10,
+    as_json: AsJson = False,
+) -> None:
+    """Compare kinds of index on the vectors of a corpus: recall, bytes, build time, time of a query.
+
+    Indices are built in a temporary folder, and the corpus stays as it is. Recall is the share of the k nearest targets
+    that exact search finds. Queries are vectors of the corpus, one at a time.
+    """
+    from dataclasses import asdict
+
+    from rich.table import Table
+
+    from jobs.runtime.progress import console, say
+    from rzen.embedding.corpus import read_corpus
+    from rzen.index.bench import measure
+    from rzen.index.types import INDEX_KINDS
+
+    wanted = [kind for kind in INDEX_KINDS if not kinds or kind in kinds or Index.auto in kinds]
+    tell = (lambda text: None) if as_json else (lambda text: say(f"  {text}", "dim"))
+    scores = measure(read_corpus(vectors).parts, wanted, num_queries=num_queries, k=k, on_progress=tell)
+    if as_json:
+        print_json([asdict(score) for score in scores])
+        return
+    table = Table("index", f"recall@{k}", "MB", "build s", "p50 ms", "p95 ms")
+    for one in scores:
+        row = (one.recall, one.bytes / 1e6, one.build_s, one.p50_ms, one.p95_ms)
+        table.add_row(one.kind, *(f"{value:,.{digits}f}" for value, digits in zip(row, (3, 1, 1, 2, 2), strict=True)))
+    console.print(table)
 
 
 def mine(
@@ -120,6 +227,7 @@ def search(
     vectors: Annotated[
         str | None, typer.Option(help="output of `rzen embed` (default: the newest below runs/)")
     ] = None,
+    text: Annotated[str | None, typer.Option(help="text that goes with each query that is a file")] = None,
     top_k: Annotated[int | None, typer.Option(help="hits per query")] = None,
     task: Annotated[
         str | None,
@@ -129,12 +237,28 @@ def search(
         list[Modality] | None,
         typer.Option("--modality", help="modality that may be found (may be repeated)"),
     ] = None,
+    filters: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--filter",
+            metavar="CONDITION",
+            help="column, operator and values of what may be found: 'source=photos,scans' (may be repeated)",
+        ),
+    ] = None,
+    version: Annotated[str | None, typer.Option(help="earlier version of the vectors (default: the live one)")] = None,
     html: Annotated[str | None, typer.Option(help="HTML file to write")] = None,
     changes: Changes = None,
     as_json: ResultAsJson = False,
 ) -> None:
     """Search an embedded corpus with texts, pictures, PDF pages or videos."""
-    given = {"vectors": vectors, "top_k": top_k, "task": task, "modalities": modalities or None, "html": html}
+    given: dict[str, Any] = {
+        "vectors": vectors,
+        "top_k": top_k,
+        "task": task,
+        "modalities": modalities or None,
+        "html": html,
+    }
+    given |= {"filters": filters or None, "version": version}
     settings: dict[str, Any] = {"queries": queries}
     settings |= {key: value for key, value in given.items() if value is not None}
     run_file(SEARCH_SPEC, changes, settings, as_json=as_json)

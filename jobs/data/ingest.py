@@ -58,7 +58,8 @@ def run(spec: IngestSpec) -> dict[str, Any]:
             before_publish=lease.check,
         )
     _print_report(report)
-    if kept := sum(report.accepted.get(UNCAPTIONED, {}).values()):
+    kept = sum(report.accepted.get(UNCAPTIONED, {}).values())
+    if uncaptioned:  # tables without a query need no advice
         say(
             f"  {kept:,} media and pages without a caption can be searched, but not trained on. To train on them, write"
             f" {Path(spec.input or '').absolute() / LIST_NAME} with lines such as {caption_line(uncaptioned[0])}"
@@ -70,7 +71,16 @@ def _open_tables(spec: IngestSpec) -> list[ListedTable]:
     """Return all tables. Everything that can be wrong with their settings is reported before a task starts."""
     endpoint = resolve_endpoint(spec.endpoint)
     tables = [
-        list_table(open_table(name, source, seed=spec.seed, endpoint=endpoint, follow_links=spec.follow_links))
+        list_table(
+            open_table(
+                name,
+                source,
+                seed=spec.seed,
+                endpoint=endpoint,
+                follow_links=spec.follow_links,
+                keep_uncaptioned=spec.keep_uncaptioned,
+            )
+        )
         for name, source in spec.sources.items()
     ]
     for table in tables:

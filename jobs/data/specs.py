@@ -55,8 +55,8 @@ class IngestSpec(JobConfig):
     """Whether to read links to files outside of `input`, as download caches have. `false` counts them as
     `outside_folder`."""
     keep_uncaptioned: bool = False
-    """Whether to store media without a caption, and pages without text, in the split `uncaptioned`. They are embedded
-    and searched, and never trained on. `false` counts them as `no_caption` and `no_text_layer`."""
+    """Whether to store media without a caption, pages without text, passages of texts, and tables without a `query` in
+    the split `uncaptioned`. They are embedded and searched, and never trained on. `false` counts those of a folder."""
     out: str
     """Directory or s3:// URL of the dataset."""
     endpoint: str | None = None
@@ -158,6 +158,10 @@ def _numbered(setting: str, urls: str | list[str] | None) -> dict[str, str]:
     return {} if urls is None else {setting: urls}
 
 
+def _lacks_query(source: TableSource) -> bool:
+    return source.query is None and source.positive is not None
+
+
 CORPUS = Kind(
     name="corpus",
     spec=CorpusSpec,
@@ -192,7 +196,11 @@ INGEST = Kind(
     gpus=no_gpus,
     places=_places,
     no_effect=(
-        NoEffect("keep_uncaptioned", lambda spec: spec.input is None, "rows of tables have both sides"),
+        NoEffect(
+            "keep_uncaptioned",
+            lambda spec: spec.input is None and not any(map(_lacks_query, spec.sources.values())),
+            "rows of tables have both sides",
+        ),
         NoEffect("media.page_pixels", lambda spec: not spec.materialized, "pages are stored as they are"),
         NoEffect("media.frames", lambda spec: not spec.materialized, "videos are stored as they are"),
         NoEffect("media.fps", lambda spec: not spec.materialized, "videos are stored as they are"),

@@ -1,13 +1,15 @@
 """Job of kind `embed`: the targets of a dataset become vectors in Parquet. It is incremental and resumable.
 
-* `{out}/vectors.json`: parts, model and data. It is written last, and readers trust only this.
+* `{out}/vectors.json`: parts, index, model and data of the live version. One write of it makes a version visible.
+* `{out}/versions/{version}.json`: the same of each version that is kept.
+* `{out}/index/`: what searches the vectors (`rzen/index`).
 * `{out}/parts/{split}-{source}-{start}-{digest}.parquet`: one row a target, with place, title and vector.
 * `{out}/parts/....ids`: ids of the vectors, for the next run.
 * `{out}/listings/`: what the shards hold.
 * `{out}/unfinished/`: vectors of a run that has not ended.
 
-The digest of a part is that of its rows' content. A part without a change keeps its file. The files that the manifest
-names stay until the next manifest is written.
+The digest of a part is that of its rows' content. A part without a change keeps its file. Files of versions that are
+kept stay.
 """
 
 from __future__ import annotations
@@ -32,11 +34,12 @@ from jobs.embedding.engine import BadItems, check_workers, embed_items
 from jobs.embedding.listings import list_shards, samples_of
 from jobs.embedding.settings import embedder_settings
 from jobs.embedding.specs import EmbedSpec
+from jobs.embedding.targets import ingest_targets
 from jobs.embedding.vectors import Ids, VectorCache, VectorIndex, config_digest, ids_path
+from jobs.embedding.versions import commit, delete_old, previous_of, version_of
 from jobs.runtime.cluster import ray_cluster
 from jobs.runtime.lease import Lease, hold_output
 from jobs.runtime.progress import Bars, say
-from jobs.runtime.records import as_json
 from jobs.spec.model import ModelRef
 from pipelines.items.listing import ListedShard, row_item
 from pipelines.items.types import Item, as_ids
@@ -44,8 +47,10 @@ from pipelines.samples import Modality, Rejected
 from pipelines.storage.location import open_store
 from pipelines.storage.store import Store
 from rzen.config import ModelIdentity
-from rzen.embedding.corpus import MANIFEST, read_vectors_file
+from rzen.embedding.corpus import VectorsFile, read_vectors_file
 from rzen.evaluation.vectors import FloatArray
+from rzen.index.build import build_index, default_kind
+from rzen.index.parts import Parts
 
 KIND = "vectors"
 PARTS, LISTINGS, UNFINISHED = "parts", "listings", "unfinished"
@@ -87,8 +92,11 @@ class Part:
 def run(spec: EmbedSpec) -> dict[str, Any]:
     """Embed the target of every sample that has no vector yet, and publish the vectors of all."""
     store = open_store(spec.out, spec.endpoint)
-    with hold_output(store, KIND, "embeds") as lease:
-        return _run(spec, store, lease)
+    with hold_output(store, KIND, "embeds") as lease, ray_cluster():
+        check_workers(spec)
+        unusable = ingest_targets(spec) if spec.input or spec.sources else {}
+        result = _run(spec, store, lease)
+    return result | ({"unusable": unusable} if unusable else {})
 
 
 def _run(spec: EmbedSpec, store: Store, lease: Lease) -> dict[str, Any]:
@@ -105,11 +113,11 @@ def _run(spec: EmbedSpec, store: Store, lease: Lease) -> dict[str, Any]:
         splits=spec.splits,
     )
     config = config_digest(settings.config)
-    old_parts = _published_parts(store, config)
+    old = _live_version(store)
+    old_parts = old["parts"] if old and old["config"] == config else []
     vectors = VectorCache(store.child(UNFINISHED), settings.config)
     vectors.add(store, old_parts)
-    with ray_cluster(), Bars() as bars:
-        check_workers(spec)
+    with Bars() as bars:
         shards = list_shards(spec.data, spec.splits, listings, spec.cpus_per_task)
         num_samples = sum(shard.stop - shard.start for shard in shards)
         say(f"  {num_samples:,} targets of {spec.data.root}, model {spec.model}, {spec.actors} actor(s) -> {store.url}")
@@ -120,9 +128,15 @@ def _run(spec: EmbedSpec, store: Store, lease: Lease) -> dict[str, Any]:
         writer.add(part)
     writer.flush()
     num_embedded = writer.count_missing(store, old_parts)
+    num_vectors = num_samples - writer.skipped.total()
+    version = version_of(config, writer.paths)
+    kind = default_kind(num_vectors) if spec.index == "auto" else spec.index
+    parts = Parts(store, sorted(writer.paths))
+    if kind != "exact":
+        say(f"  index: {kind} of {num_vectors:,} vectors")
     content = {
-        "parts": sorted(writer.paths),
-        "num_vectors": num_samples - writer.skipped.total(),
+        "parts": parts.paths,
+        "num_vectors": num_vectors,
         "num_embedded": num_embedded,
         "skipped": dict(writer.skipped),
         "model": _absolute(spec.model),
@@ -131,10 +145,14 @@ def _run(spec: EmbedSpec, store: Store, lease: Lease) -> dict[str, Any]:
         "dtype": spec.dtype,
         "data": spec.data.model_dump(mode="json", exclude={"trusted"}) | {"root": _absolute(spec.data.root)},
         "fingerprints": settings.fingerprints,
+        "version": version,
+        "previous": previous_of(old, version, spec.keep_versions),
+        "index": build_index(kind, parts, config, version, old.get("index") if old else None),
     }
-    lease.check()
-    store.write(MANIFEST, as_json(content))
-    _delete_all_but(store, [*writer.paths, *(f"{LISTINGS}/{shard.path}" for shard in shards)])
+    kept = commit(store, content, lease)
+    kept_parts = {part for one in kept for part in one["parts"]}
+    _delete_all_but(store, [*kept_parts, *(f"{LISTINGS}/{shard.path}" for shard in shards)])
+    delete_old(store, kept)
     say(f"  {num_embedded:,} targets went through the model; the others had their vector")
     for reason, count in writer.skipped.items():
         say(f"  skipped: {reason} {count:,}", "yellow")
@@ -143,6 +161,8 @@ def _run(spec: EmbedSpec, store: Store, lease: Lease) -> dict[str, Any]:
         "vectors": content["num_vectors"],
         "embedded": num_embedded,
         "skipped": dict(writer.skipped),
+        "version": version,
+        "index": kind,
     }
 
 
@@ -151,13 +171,12 @@ def _absolute(url: str) -> str:
     return str(Path(url).absolute()) if Path(url).exists() else url
 
 
-def _published_parts(store: Store, config: str) -> list[str]:
-    """The parts of an earlier job, if they hold vectors of this model in this configuration."""
+def _live_version(store: Store) -> VectorsFile | None:
+    """The version that an earlier job published, if there is one."""
     try:
-        manifest = read_vectors_file(store)
+        return read_vectors_file(store)
     except FileNotFoundError:
-        return []
-    return manifest["parts"] if manifest["config"] == config else []
+        return None
 
 
 def _items(shards: Iterable[ListedShard], listings: Store) -> Iterator[Item]:

@@ -7,11 +7,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from jobs.spec.job import JobConfig
+from jobs.spec.job import JobConfig, Named
 from jobs.spec.kinds import Kind
 from jobs.spec.no_effect import NoEffect
-from pipelines.config import Config, DataConfig, PositiveFloat, PositiveInt
+from pipelines.config import Config, DataConfig, NonNegativeInt, PositiveFloat, PositiveInt
 from pipelines.samples import StoredSplit
+from pipelines.sources.table_config import TableSource
 
 
 class Workers(Config):
@@ -39,7 +40,13 @@ class EmbedSpec(Workers, JobConfig):
     model: str
     """Exported model: a directory or an s3:// URL. A checkpoint or a hub name works, too."""
     data: DataConfig
-    """`data.split` is ignored: see `splits`."""
+    """Dataset whose targets are embedded. `data.split` is ignored: see `splits`."""
+    input: str | None = None
+    """Folder of images, videos, PDFs and texts to embed, with or without captions. The job first brings the dataset at
+    `data.root` up to date with it. `null` embeds the dataset as it is."""
+    sources: Named[TableSource] = Field(default_factory=dict)
+    """Name of a source -> table whose positives are embedded, as in a job of kind `ingest`. A table needs no `query`:
+    its text is the title of the target."""
     splits: Annotated[list[StoredSplit], Field(min_length=1)] = Field(default=["train", "held_out"])
     """Splits to embed. `uncaptioned` exists in datasets that were ingested with `keep_uncaptioned`."""
     out: str
@@ -50,6 +57,11 @@ class EmbedSpec(Workers, JobConfig):
     """Compute type; that of the export where not given."""
     samples_per_part: PositiveInt = 1024
     """Targets of one Parquet file, at most. A file is kept while its targets are the same."""
+    index: Literal["auto", "exact", "lance", "faiss_sq8", "faiss_rabitq"] = "auto"
+    """What searches the vectors. `exact` compares with each vector. `lance` is a LanceDB table. `faiss_sq8` and
+    `faiss_rabitq` are resident in memory. `auto`: `lance` above 200,000 vectors, else `exact`."""
+    keep_versions: NonNegativeInt = 1
+    """Earlier versions that stay readable, with the files and indices that they need."""
 
 
 def gpus_of_actors(spec: Workers, named: Sequence[JobConfig]) -> float:
@@ -65,8 +77,8 @@ EMBED = Kind(
     name="embed",
     spec=EmbedSpec,
     run="jobs.embedding.embed:run",
-    reads={"model": "exported model", "data": "dataset"},
-    makes={"out": "vectors as Parquet, and vectors.json"},
+    reads={"model": "exported model", "data": "dataset", "input": "folder of files", "sources": "tables"},
+    makes={"out": "vectors as Parquet, their index, and vectors.json"},
     gpus=gpus_of_actors,
     no_effect=(
         NoEffect("data.split", _always, "`splits` decides"),

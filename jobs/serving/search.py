@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from jobs.runtime.progress import console, say
 from jobs.runtime.revision import revision, versions
@@ -13,6 +14,7 @@ from jobs.serving.specs import SearchSpec
 from jobs.serving.targets import Targets
 from jobs.training.runs import METRICS, read_rows
 from pipelines.errors import BadMedia, UserError
+from pipelines.media.files import KINDS, split_page
 from pipelines.samples import DecodedInput
 from pipelines.storage.location import open_store
 from pipelines.stored_json import read_json
@@ -38,11 +40,17 @@ def run(spec: SearchSpec) -> dict[str, Any]:
         check_replaceable(Path(spec.html))
     vectors_url = spec.vectors or _last_vectors()
     task = None if spec.task is None else _named_task(spec, vectors_url, spec.task)
-    corpus = read_corpus(vectors_url, spec.modalities or modalities_of(task), spec.endpoint)
+    corpus = read_corpus(
+        vectors_url,
+        spec.modalities or modalities_of(task),
+        spec.endpoint,
+        filters=spec.filters,
+        version=spec.version,
+    )
     instruction = corpus.instruction_of(task) if task else spec.instruction
     targets = Targets(corpus.manifest)
     # Before the model is loaded, because that takes long.
-    queries = _chosen(corpus, targets) if spec.queries is None else _checked(spec.queries)
+    queries = _chosen(corpus, targets) if spec.queries is None else _checked(spec.queries, spec.text)
     embedder = load(corpus.manifest["model"], dtype=corpus.manifest["dtype"], endpoint=spec.endpoint)
     corpus.check_made_by(embedder.made_by, f"what is there now ({embedder.base})")
     asked = _decoded(corpus, [query for _, query in queries], instruction, spec.endpoint, embedder)
@@ -93,11 +101,24 @@ def _chosen(corpus: Corpus, targets: Targets) -> list[Query]:
     return list(dict(chosen).items())
 
 
-def _checked(queries: Sequence[str]) -> list[Query]:
-    """Return the queries with their names. Raises `UserError` for one that looks like a file and does not exist."""
-    for query in queries:
-        is_file(query)
-    return [(shown_as(query), query) for query in queries]
+def _checked(queries: Sequence[str], text: str | None) -> list[Query]:
+    """Return the queries with their names, files together with the text.
+
+    Raises `UserError` for one that looks like a file and does not exist, and for a text that no file goes with.
+    """
+    are_files = list(map(is_file, queries))
+    if text is None:
+        return [(shown_as(query), query) for query in queries]
+    if not all(are_files):
+        query = queries[are_files.index(False)]
+        raise UserError("text", f"goes with files, and {shown_as(query)} is a text", "write both as one query")
+    return [(f"{shown_as(query)} + {text}", _with_text(query, text)) for query in queries]
+
+
+def _with_text(query: str, text: str) -> Embeddable:
+    name, page = split_page(query)
+    kind = KINDS[Path(urlsplit(name).path if "://" in name else name).suffix.lower()]
+    return {"text": text, kind: name} | ({} if page is None else {"page": page})
 
 
 def _named_task(spec: SearchSpec, vectors_url: str, name: str) -> NamedTask:

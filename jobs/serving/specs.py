@@ -81,6 +81,8 @@ class SearchSpec(JobConfig):
     """Texts, and files or URLs of images, videos and pages of PDFs (`report.pdf#page=2`, from zero). A text with the
     name of such a file is the file. `null` takes a few captions of the corpus, or a few of its media where it has no
     captions."""
+    text: Annotated[str, Field(min_length=1)] | None = None
+    """Text that goes with each query that is a file: picture and text are then one query."""
     vectors: str | None
     """Directory or s3:// URL written by a job of kind `embed`. `null` takes those below `runs` that were written last,
     and prints which."""
@@ -95,6 +97,11 @@ class SearchSpec(JobConfig):
     Leave `instruction` out then."""
     modalities: Annotated[list[Modality], Field(min_length=1)] | None = None
     """Modalities that may be found. `null`: that of `task`, else all."""
+    filters: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
+    """Conditions for all hits: a column, an operator (`=`, `!=`, `<`, `<=`, `>`, `>=`) and values, such as
+    `source=photos,scans`. Columns are split, source, index, modality, title, origin and target_sha256."""
+    version: str | None = None
+    """Earlier version of the vectors that is kept: a name in their folder `versions`. `null`: the live one."""
     top_k: PositiveInt = 12
     """Hits per query."""
     html: str | None = None

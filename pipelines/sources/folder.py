@@ -23,6 +23,7 @@ import posixpath
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated
 
@@ -99,12 +100,12 @@ def read_folder(
     layers of PDFs without captions, which a sandbox reads. Links to files of the folder are followed. Links to other
     files are rejected, unless `follow_links` asks for them, as download caches need. Links to folders are not followed.
     With `keep_uncaptioned`, media and pages without a caption are samples of the split `uncaptioned`, with an empty
-    query. Keys are empty. `origin` is the path in the folder, with `#page=` from zero for PDFs, or
-    `captions.jsonl:line`.
+    query. So are the passages of `.txt` and `.md` files that belong to no medium. Keys are empty. `origin` is the path
+    in the folder, with `#page=` from zero for PDFs, or with `:` and a line for lists and texts.
 
     Raises `UserError` at once for a missing path, a file, and a folder without a usable file. Reasons of `Rejected`:
     no_caption, empty_caption, too_long_text, unsupported_format, unreadable, bad_json, missing_file, outside_folder,
-    empty_file, no_text_layer, and those of `pipelines.media` for PDFs.
+    empty_file, empty_text, no_text_layer, and those of `pipelines.media` for PDFs.
     """
     root = Path(path).absolute()
     if not root.is_dir():
@@ -112,7 +113,8 @@ def read_folder(
         fix = f"name a folder of images, videos or PDFs; of a table, `rzen look {path}` prints the spec that reads it"
         raise UserError(str(path), problem, fix)
     tree = list_folder(root, follow_links=follow_links)
-    if not any(_kind(name) or _is_list(name) for name in tree.sizes):
+    usable = (_kind(name) or _is_list(name) or (keep_uncaptioned and _is_text(name)) for name in tree.sizes)
+    if not any(usable):
         known = " ".join(KINDS)
         fix = f"put files with {known} or a {LIST_NAME} into it; of tables, `rzen look {path}` prints the spec"
         raise UserError(str(path), "holds no usable file", fix)
@@ -134,6 +136,8 @@ def _read(tree: FolderTree, config: MediaConfig, keep_uncaptioned: bool) -> Iter
             if _kind(name):
                 found = _read_medium(tree, name, captions.get(_stem(name), []), name in captioned, config, sandbox)
                 yield from _with_uncaptioned(found, tree) if keep_uncaptioned else found
+            elif keep_uncaptioned and _is_text(name) and _stem(name) not in stems:
+                yield from _read_text(tree, name)
             elif not _is_caption(name):
                 yield _unused(tree, name)
             elif _stem(name) not in stems:
@@ -177,14 +181,38 @@ def _read_medium(
         yield Rejected(name, bad.reason, bad.detail)
 
 
-def _captions(tree: FolderTree, name: str) -> list[str]:
+def _read_text(tree: FolderTree, name: str) -> Iterator[RawSample | Rejected]:
+    """Yield the passages of a text, which are parted by empty lines, with the line where each begins."""
+    try:
+        _check_file(tree, name)
+        lines = _text_lines(tree, name)
+    except BadMedia as bad:
+        yield Rejected(name, bad.reason, bad.detail)
+        return
+    numbered = [(number, line.strip()) for number, line in enumerate(lines, start=1)]
+    found = False
+    for is_text, group in groupby(numbered, key=lambda line: bool(line[1])):
+        if is_text:
+            found = True
+            passage = list(group)
+            text = "\n".join(line for _, line in passage)
+            sample = _sample("text_text", Input(), Input(text), {}, f"{name}:{passage[0][0]}")
+            yield replace(sample, split="uncaptioned")
+    if not found:
+        yield Rejected(name, "empty_text")
+
+
+def _text_lines(tree: FolderTree, name: str) -> list[str]:
     if (tree.sizes[name] or 0) > MAX_TEXT_BYTES:
         raise BadMedia("too_long_text", f"{name}: {tree.sizes[name]} bytes, at most {MAX_TEXT_BYTES}")
     try:
-        lines = lines_of(decode_text(tree.read(name)))
+        return list(lines_of(decode_text(tree.read(name))))
     except UnicodeDecodeError as error:
         raise BadMedia("unreadable", f"{name}: {error}") from error
-    captions = [line.strip() for line in lines if line.strip()]
+
+
+def _captions(tree: FolderTree, name: str) -> list[str]:
+    captions = [line.strip() for line in _text_lines(tree, name) if line.strip()]
     if not captions:
         raise BadMedia("empty_caption", name)
     return captions
@@ -328,6 +356,10 @@ def _is_list(name: str) -> bool:
 
 def _is_caption(name: str) -> bool:
     return posixpath.splitext(name)[1].lower() == ".txt"
+
+
+def _is_text(name: str) -> bool:
+    return posixpath.splitext(name)[1].lower() in (".txt", ".md")
 
 
 def _stem(name: str) -> str:

@@ -50,10 +50,9 @@ class RowMapper:
 
     def _made(self, row: Row) -> Iterator[RawSample]:
         config = self.config
-        assert config.query is not None
         assert config.positive is not None
         assert config.task is not None
-        queries = self._parts(config.query, row, "query")
+        queries = self._parts(config.query, row, "query") if config.query else [Part()]
         positives = self._parts(config.positive, row, "positive")
         negatives = [part for side in config.negatives or () for part in self._parts(side, row, "negatives")]
         source = self._source(row)
@@ -73,7 +72,7 @@ class RowMapper:
                     origin=row.origin,
                     relevance=relevance,
                 )
-                yield RawSample(sample, files, config.split)
+                yield RawSample(sample, files, config.split if config.query else "uncaptioned")
 
     def _is_selected(self, row: Row) -> bool:
         def holds(selector: str, values: Value | list[Value]) -> bool:

@@ -88,9 +88,17 @@ class TableReader:
 
 
 def open_table(
-    name: str, config: TableSource, *, seed: int = 0, endpoint: str | None = None, follow_links: bool = False
+    name: str,
+    config: TableSource,
+    *,
+    seed: int = 0,
+    endpoint: str | None = None,
+    follow_links: bool = False,
+    keep_uncaptioned: bool = False,
 ) -> TableReader:
     """Return the reader of a source. The first rows are read, and nothing else.
+
+    With `keep_uncaptioned`, a source may have no query. Its samples are then of the split `uncaptioned`.
 
     Raises `UserError` for files, columns, presets, media roots and pools that are missing or do not fit: place, value,
     what is there instead, and what to do.
@@ -99,7 +107,7 @@ def open_table(
     files = tuple(find_table(config.table, endpoint, f"{place}.table"))
     columns = [column.name for column in list_columns(files[0], endpoint)]
     rows = _first_rows(files, endpoint)
-    preset, config = _with_preset(place, config, columns, rows)
+    preset, config = _with_preset(place, config, columns, rows, keep_uncaptioned)
     _check_columns(place, selectors_of(config), columns, files[0])
     roots = _roots(place, config.media_root, files, config, endpoint, follow_links)
     pool = _pool(place, config, files, roots, endpoint)
@@ -119,11 +127,15 @@ def _first_rows(files: Iterable[TableFile], endpoint: str | None) -> list[Row]:
     return list(islice((row for row in found if isinstance(row, Row)), _PROBED_ROWS))
 
 
-def _with_preset(place: str, config: TableSource, columns: list[str], rows: list[Row]) -> tuple[str, TableSource]:
+def _with_preset(
+    place: str, config: TableSource, columns: list[str], rows: list[Row], keep_uncaptioned: bool
+) -> tuple[str, TableSource]:
     wanted = config.preset or ("auto" if config.query is None and config.positive is None else None)
     if wanted:
         preset = choose_preset(wanted, columns, rows, place)
         return preset.name, with_settings(preset.settings, config)
+    if keep_uncaptioned and config.query is None and config.positive is not None:
+        return "", config
     missing = "query" if config.query is None else "positive"
     if config.query is None or config.positive is None:
         raise UserError(place, f"has no {missing}", f"write {missing}: {{text: COLUMN}}, or name a preset")
@@ -218,7 +230,8 @@ class _Probe:
             problem = f"has no task, and none of the first {len(self.rejected):,} rows is selected to show it"
             raise UserError(place, problem, "write task: text_image, or another name")
         sample = self.samples[0].sample
-        return "_".join([*self._kinds("q", sample.query.text), *self._kinds("p", sample.positive.text)])
+        query = ["text"] if self.samples[0].split == "uncaptioned" else self._kinds("q", sample.query.text)
+        return "_".join([*query, *self._kinds("p", sample.positive.text)])
 
     def _kinds(self, slot: str, text: str) -> list[str]:
         names = {"image": "image", "video": "video", "document": "page"}

@@ -194,6 +194,14 @@ def read_vectors_file(store: Store) -> VectorsFile:
     return _parsed(store, store.read(MANIFEST))
 
 
+def read_version(store: Store, version: str) -> VectorsFile | None:
+    """Return what a version that is kept was made of; None if it is not there. Raises `UserError` if it is damaged."""
+    try:
+        return _parsed(store, store.read(f"{VERSIONS}/{version}.json"))
+    except FileNotFoundError:
+        return None
+
+
 def read_corpus(
     url: str,
     modalities: Sequence[Modality] | None = None,

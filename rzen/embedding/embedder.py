@@ -169,6 +169,8 @@ class Embedder:
         task: str | None = ...,
         instruction: str | None = ...,
         modalities: Sequence[Modality] | None = ...,
+        filters: Sequence[str] | Mapping[str, Any] = ...,
+        version: str | None = ...,
     ) -> list[CorpusHit]: ...
 
     @overload
@@ -181,6 +183,8 @@ class Embedder:
         task: str | None = ...,
         instruction: str | None = ...,
         modalities: Sequence[Modality] | None = ...,
+        filters: Sequence[str] | Mapping[str, Any] = ...,
+        version: str | None = ...,
     ) -> list[list[CorpusHit]]: ...
 
     def search(
@@ -192,6 +196,8 @@ class Embedder:
         task: str | None = None,
         instruction: str | None = None,
         modalities: Sequence[Modality] | None = None,
+        filters: Sequence[str] | Mapping[str, Any] = (),
+        version: str | None = None,
     ) -> list[CorpusHit] | list[list[CorpusHit]]:
         """Return the best targets for one query, or a list of them for each of several queries.
 
@@ -199,12 +205,18 @@ class Embedder:
         `encode`. `task` is one of `tasks`: it sets the instruction, and the only modality that may be found.
         `instruction` goes with queries without one of their own. By default it is that of a task which fits the query.
         There is none if the targets have none. `modalities` are those that may be found, instead of that of `task`.
-        Vectors are kept in memory until another directory is searched, or until they change.
+        `filters` are conditions for all hits: `["source=photos", "index<100"]` or `{"source": ["photos", "scans"]}`.
+        `version` names an earlier version that is kept. What an index needs stays in memory until another directory is
+        searched, or until the vectors change.
 
         Raises `UserError` for vectors of another model, for an unknown task, and the errors of `encode`.
         """
         named_task = None if task is None else task_of(self.tasks, task, instruction)
-        corpus = self._read_corpus(os.fspath(vectors), modalities or modalities_of(named_task))
+        modalities = modalities or modalities_of(named_task)
+        corpus = read_corpus(
+            os.fspath(vectors), modalities, self._endpoint, self._corpus, filters=filters, version=version
+        )
+        self._corpus = corpus
         corpus.check_made_by(self.made_by, str(self.adapter or self.base))
         several, single = several_of(query)
         words = corpus.instruction_of(named_task) if named_task else instruction
@@ -239,10 +251,6 @@ class Embedder:
                 group, num_tokens = [], 0
         if group:
             yield group
-
-    def _read_corpus(self, url: str, modalities: Sequence[Modality] | None) -> Corpus:
-        self._corpus = read_corpus(url, modalities, self._endpoint, self._corpus)
-        return self._corpus
 
 
 def load(

@@ -24,29 +24,38 @@ def default_kind(num_vectors: int) -> IndexKind:
 
 
 def build_index(
-    kind: IndexKind, parts: Parts, config: str, version: str, old: IndexEntry | None = None
+    kind: IndexKind,
+    parts: Parts,
+    config: str,
+    version: str,
+    old: IndexEntry | None = None,
+    into: Store | None = None,
 ) -> IndexEntry | None:
     """Build the index of a version next to its vectors, and return its entry. Exact search has none.
 
     `config` names how the vectors are made, and `version` their content. `old` is the entry of the last version. What
-    earlier versions use stays as it is. A killed build goes on. Raises `UserError` for a library that is missing.
+    earlier versions use stays as it is. A killed build goes on. `into` is another folder than that of the vectors.
+    Raises `UserError` for a library that is missing.
     """
     if kind == "exact" or not parts.paths:
         return None
+    root = into or parts.store
     if kind == "lance":
-        folder = parts.store.child(f"{INDEX}/lance-{config}")
         path = f"{INDEX}/lance-{config}"
-        entry = sync_table(parts, folder, old if old and old["path"] == path else None)
-        keep_versions(folder, sorted({entry["version"], *([old["version"]] if old and old["path"] == path else [])}))
-        return entry
-    return build_resident(kind, parts, parts.store.child(f"{INDEX}/{kind}-{version}"))
+        return sync_table(parts, root.child(path), old if old and old["path"] == path else None)
+    return build_resident(kind, parts, root.child(f"{INDEX}/{kind}-{version}"))
 
 
-def open_index(entry: IndexEntry | None, parts: Parts, endpoint: str | None = None) -> CorpusIndex:
-    """Open the index of a version; exact search where it has none. Raises `UserError` if it is damaged or gone."""
+def open_index(
+    entry: IndexEntry | None, parts: Parts, endpoint: str | None = None, root: Store | None = None
+) -> CorpusIndex:
+    """Open the index of a version; exact search where it has none. `root` is another folder than that of the vectors.
+
+    Raises `UserError` if it is damaged or gone.
+    """
     if entry is None or entry["kind"] == "exact":
         return ExactIndex(parts)
-    folder = parts.store.child(entry["path"])
+    folder = (root or parts.store).child(entry["path"])
     if entry["kind"] == "lance":
         return LanceIndex.open(folder, entry["version"], parts.place)
     return ResidentIndex.open(entry["kind"], localize(folder.url, cache_dir(), endpoint), parts.place)

@@ -20,7 +20,7 @@ from pipelines.storage.store import LocalStore, Store
 from rzen.evaluation.vectors import FloatArray
 from rzen.index.filters import Condition, check_conditions, sql
 from rzen.index.parts import VECTOR, Parts
-from rzen.index.types import IndexEntry, IndexKind, Row, distinct
+from rzen.index.types import INDEX, IndexEntry, IndexKind, Row, distinct
 
 if TYPE_CHECKING:  # models are loaded without pyarrow
     import pyarrow as pa
@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # models are loaded without pyarrow
 TABLE, PART = "corpus", "part"
 TRAINED_ROWS = 10_000
 """Rows from which the table has an index. Smaller tables are scanned."""
+_TAG = "rzen-"
 _GROWTH = 2  # times the rows that an index was trained on: it is trained again
 _ROWS_AT_ONCE = 50_000
 _PARTS_AT_ONCE = 500
@@ -54,20 +55,18 @@ def sync_table(parts: Parts, folder: Store, old: IndexEntry | None) -> IndexEntr
     for batch in _batches(parts, new):
         table.add(batch)
     trained = _train(table, old.get("trained_rows", 0) if old else 0, changed=bool(gone or new))
-    return {"kind": "lance", "path": f"index/{path}", "version": table.version, "trained_rows": trained}
+    if (name := f"{_TAG}{table.version}") not in table.tags.list():
+        table.tags.create(name, table.version)  # versions with a tag are not removed
+    return {"kind": "lance", "path": f"{INDEX}/{path}", "version": table.version, "trained_rows": trained}
 
 
 def keep_versions(folder: Store, versions: Sequence[int]) -> None:
-    """Protect versions of the table from being removed, and give up those that are protected and not named here."""
+    """Let all versions of the table but these be removed, when LanceDB does that: after a week."""
     table = _open(_connect(folder))
     if table is None:
         return
-    wanted = {f"rzen-{version}": version for version in versions}
-    there = set(table.tags.list())
-    for name in wanted.keys() - there:
-        table.tags.create(name, wanted[name])
-    for name in there - wanted.keys():
-        if name.startswith("rzen-"):
+    for name in table.tags.list().keys() - {f"{_TAG}{version}" for version in versions}:
+        if name.startswith(_TAG):
             table.tags.delete(name)
 
 
@@ -140,7 +139,7 @@ def _train(table: Any, trained_rows: int, *, changed: bool) -> int:
 
 def _num_lists(count: int) -> int:
     """Return the number of lists: about the square root of the rows."""
-    return max(1, round(math.sqrt(count)))
+    return max(1, math.isqrt(count))
 
 
 def _batches(parts: Parts, numbers: Sequence[int]) -> Iterator[pa.Table]:
@@ -177,7 +176,7 @@ def _connect(folder: Store) -> Any:
     lancedb = _lancedb()
     if isinstance(folder, LocalStore):
         return lancedb.connect(folder.url)
-    options = {"aws_s3_express": "false"}
+    options = None
     if endpoint := getattr(folder, "endpoint", None) or os.environ.get("AWS_ENDPOINT_URL"):
         options = {"aws_endpoint": endpoint, "allow_http": str(endpoint.startswith("http://")).lower()}
     return lancedb.connect(folder.url, storage_options=options)

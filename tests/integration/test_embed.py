@@ -25,6 +25,7 @@ from pipelines.samples import DecodedSample
 from pipelines.storage.location import open_store
 from pipelines.storage.publish import MARK
 from rzen.config import ModelIdentity, PromptConfig
+from rzen.embedding.corpus import MANIFEST
 from rzen.export.export import ExportOptions, export_model
 from tests.data import publish
 from tests.kills import run_until_a_part_is_stored
@@ -69,12 +70,13 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def vector_files(folder: Path) -> dict[str, bytes]:
-    """The same without the manifest, which says where the data are."""
-    return {name: data for name, data in files(folder).items() if name != embed.MANIFEST}
+    """The same without the manifests, which say where the data are. The names of their versions stay."""
+    manifests = (MANIFEST, "versions/")
+    return {name: b"" if name.startswith(manifests) else data for name, data in files(folder).items()}
 
 
 def manifest(folder: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((folder / "vectors" / embed.MANIFEST).read_text())
+    content: dict[str, Any] = json.loads((folder / "vectors" / MANIFEST).read_text())
     return content
 
 
@@ -137,7 +139,10 @@ def test_a_second_run_embeds_nothing_and_keeps_every_file(whole: Path, model: st
     assert embed.run(spec_of(whole, model))["embedded"] == 0
     assert {path: path.stat().st_mtime_ns for path in (whole / "vectors").rglob("*.parquet")} == times
     after = files(whole)
-    assert json.loads(after.pop(embed.MANIFEST)) == json.loads(before.pop(embed.MANIFEST)) | {"num_embedded": 0}
+    assert json.loads(after.pop(MANIFEST)) == json.loads(before.pop(MANIFEST)) | {"num_embedded": 0}
+    (version,) = (name for name in after if name.startswith("versions/"))
+    assert version == f"versions/{manifest(whole)['version']}.json"
+    assert json.loads(after.pop(version)) == json.loads(before.pop(version)) | {"num_embedded": 0}
     assert after == before
     assert {name.partition("/")[0] for name in after} == {"parts", "listings", MARK}
 
@@ -154,8 +159,12 @@ def test_a_corpus_that_grew_by_a_tenth_embeds_a_tenth_and_what_has_gone_is_dropp
     whole_parts = [name for name in before if "-000000096-" not in name and name.startswith("parts/")]
     assert len(whole_parts) == 2 * 3
     assert {name: before[name] for name in whole_parts}.items() <= files(tmp_path).items()
+    first, second = (json.loads(before[MANIFEST]), manifest(tmp_path))
+    assert second["previous"] == [first["version"]]
+    old = rzen.load(model).search(tmp_path / "vectors", "red", top_k=200, version=first["version"])
+    assert len(old) == 100, "the version before stays readable"
     make_data(tmp_path, {"red": ("text_image", 40)})
-    assert embed.run(spec_of(tmp_path, model))["embedded"] == 0
+    assert embed.run(spec_of(tmp_path, model, keep_versions=0))["embedded"] == 0
     assert manifest(tmp_path)["num_vectors"] == len(rows(tmp_path)) == 40
     left = {name for name in files(tmp_path) if name.startswith("parts/")}
     assert len(left) == 2 * 2
@@ -196,7 +205,7 @@ def test_a_run_that_stopped_half_way_resumes_to_the_same_bytes(
     parts = sorted((tmp_path / "vectors/unfinished").rglob("*.ids"))
     for path in parts[1:]:  # what actors did ahead: as if the first had been the only one, and the others half written
         path.unlink()
-    assert not (tmp_path / "vectors" / embed.MANIFEST).exists()
+    assert not (tmp_path / "vectors" / MANIFEST).exists()
     monkeypatch.undo()
     result = embed.run(spec_of(tmp_path, model))
     assert result["embedded"] == 140  # those before the stop are counted, too

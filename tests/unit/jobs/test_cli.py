@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from jobs.cli import main
-from jobs.commands import new
+from jobs.commands import models, new
 from jobs.commands.options import as_changes, read_spec
 from jobs.data.specs import IndexSpec
 from jobs.runtime import progress, stop_jobs
@@ -234,12 +234,33 @@ def test_registry_prints_for_people_and_scripts(capsys: pytest.CaptureFixture[st
     assert "parents:\n- base\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [["embed"], ["evaluate"], ["evaluate", "--list"]])
+@pytest.mark.parametrize("arguments", [["evaluate"], ["evaluate", "--list"]])
 def test_commands_of_one_kind_refuse_specs_of_others(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     path = ROOT / "jobs/ingest.yaml"
     assert main([*arguments, str(path)]) == 1
     message = f"error: {path}: kind='ingest' is not a spec of kind {arguments[0]}; use `rzen run {path}`\n"
     assert capsys.readouterr().err == message
+
+
+def test_embed_takes_a_folder_a_table_or_a_dataset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given: list[dict[str, Any]] = []
+    monkeypatch.setattr(models, "run_file", lambda path, changes, settings, **options: given.append(settings))
+    publish(open_store(str(tmp_path / "data")), {"red": ("text_image", 2)})
+    (tmp_path / "photos").mkdir()
+    for targets in (["photos"], ["a b.csv", "--media", "photo", "--title", "name"], ["data", "--index", "lance"]):
+        assert main(["embed", "m", str(tmp_path / targets[0]), "out", *targets[1:]]) == 0
+    folder, table, dataset = given
+    assert folder["input"] == str(tmp_path / "photos")
+    assert folder["data.root"] == table["data.root"] == "out/data"
+    assert folder["splits"] == ["train", "held_out", "uncaptioned"]
+    source = {"table": str(tmp_path / "a b.csv"), "positive": {"media": "photo"}, "query": {"text": "name"}}
+    assert table["sources"] == {"a-b": source}
+    assert (dataset["data.root"], dataset["index"]) == (str(tmp_path / "data"), "lance")
+    assert not {"input", "sources", "splits"} & dataset.keys()
+    assert main(["embed", "m", str(tmp_path / "data"), "out", "--media", "photo"]) == 1
+    assert "is a dataset; leave out --media, --text and --title" in capsys.readouterr().err
 
 
 def test_validate_prints_settings_alone_on_its_output(capsys: pytest.CaptureFixture[str]) -> None:

@@ -213,6 +213,33 @@ def test_queries_get_the_instruction_that_fits_unless_the_targets_have_none(fold
     assert asked(queries) == [""] * 6 + ["Keep it."]
 
 
+@pytest.mark.parametrize("name", ["3.png", "4.pdf#page=0", "2.mp4"])
+def test_a_file_and_a_text_are_one_query(folder: Path, model: rzen.Embedder, name: str) -> None:
+    kind = {"png": "image", "pdf": "document", "mp4": "video"}[name.split("#")[0].rpartition(".")[2]]
+    both: Any = {"text": "in blue", kind: name.split("#")[0]} | ({"page": 0} if kind == "document" else {})
+    (found,) = search.run(spec([name], text="in blue"))["searches"]
+    assert found["query"] == f"{name} + in blue"
+    assert [hit["score"] for hit in found["hits"]] == [
+        pytest.approx(hit.score, abs=1e-6) for hit in model.search("vectors", both, top_k=4)
+    ]
+    with pytest.raises(UserError, match="text: goes with files, and some words is a text"):
+        search.run(spec([name, "some words"], text="in blue"))
+
+
+def test_conditions_limit_what_is_found(folder: Path, model: rzen.Embedder) -> None:
+    result = search.run(spec([WORDS], filters=["modality=image,video", "index<11"], top_k=99))
+    found = [hit["origin"] for hit in result["searches"][0]["hits"]]
+    assert sorted(found) == ["0.mp4", *(f"{number}.png" for number in range(COUNT))]
+    everything = model.search("vectors", WORDS, top_k=99)
+    assert found == [hit.origin for hit in everything if hit.modality in ("image", "video") and hit.index < 11]
+    with pytest.raises(
+        UserError, match=r"filter color: is not a column of .*vectors; use split, source, index, modality"
+    ):
+        model.search("vectors", WORDS, filters={"color": "red"})
+    with pytest.raises(UserError, match="holds no target with source = nobody; ask for others"):
+        model.search("vectors", WORDS, filters=["source=nobody"])
+
+
 @pytest.mark.parametrize(
     ("query", "problem"),
     [

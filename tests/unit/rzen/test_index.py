@@ -171,22 +171,28 @@ def test_a_corpus_that_is_larger_than_the_memory_is_read_in_blocks(store: Store)
     assert kept._kept is not None
 
 
+@pytest.mark.parametrize("place", ["disk", "bucket"])
 @pytest.mark.parametrize("kind", ["lance", "faiss_sq8"])
-def test_a_new_version_follows_the_parts_and_the_old_one_stays(tmp_path: Path, kind: IndexKind) -> None:
-    store = open_store(str(tmp_path))
+def test_a_new_version_follows_the_parts_and_the_old_one_stays(
+    tmp_path: Path, kind: IndexKind, place: str, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RZEN_CACHE", str(tmp_path / "cache"))
+    url = f"s3://index-{kind.replace('_', '-')}/vectors" if place == "bucket" else str(tmp_path / "vectors")
+    store = open_store(url, s3_endpoint)
+    store.ensure_bucket()
     old_parts, new_parts = write(store, [0, 1, 2]), write(store, [1, 2, 3])
     old = build(kind, old_parts, "a")
-    before = open_index(old, old_parts).search(queries(), 5)
+    before = open_index(old, old_parts, s3_endpoint).search(queries(), 5)
     new = build(kind, new_parts, "b", old)
     assert old
     assert new
-    assert recall(open_index(new, new_parts), 5, [], lambda row: True, [1, 2, 3]) >= 0.97
-    assert open_index(old, old_parts).search(queries(), 5) == before
+    assert recall(open_index(new, new_parts, s3_endpoint), 5, [], lambda row: True, [1, 2, 3]) >= 0.97
+    assert open_index(old, old_parts, s3_endpoint).search(queries(), 5) == before
     delete_unused(store, [new])
-    assert recall(open_index(new, new_parts), 5, [], lambda row: True, [1, 2, 3]) >= 0.97
+    assert recall(open_index(new, new_parts, s3_endpoint), 5, [], lambda row: True, [1, 2, 3]) >= 0.97
     if kind == "faiss_sq8":
         with pytest.raises(UserError, match=r"faiss_sq8-a+"):
-            open_index(old, old_parts)
+            open_index(old, old_parts, s3_endpoint)
 
 
 def test_a_table_that_a_killed_job_left_half_way_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
