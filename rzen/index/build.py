@@ -6,6 +6,7 @@ import importlib.util
 import re
 from collections.abc import Iterable
 
+from pipelines.errors import UserError
 from pipelines.storage.location import localize
 from pipelines.storage.store import Store
 from rzen.index.exact import ExactIndex
@@ -58,7 +59,11 @@ def open_index(
     folder = (root or parts.store).child(entry["path"])
     if entry["kind"] == "lance":
         return LanceIndex.open(folder, entry["version"], parts.place)
-    return ResidentIndex.open(entry["kind"], localize(folder.url, cache_dir(), endpoint), parts.place)
+    try:
+        local = localize(folder.url, cache_dir(), endpoint)
+    except FileNotFoundError as error:
+        raise UserError(folder.url, "does not exist", "run `rzen embed` again") from error
+    return ResidentIndex.open(entry["kind"], local, parts.place)
 
 
 def delete_unused(store: Store, kept: Iterable[IndexEntry]) -> None:
