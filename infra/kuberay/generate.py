@@ -144,7 +144,7 @@ JOBS = {
         (
             "model=$RZEN_STORE/model",
             "data.root=$RZEN_STORE/data",
-            "out=$RZEN_STORE/candidates",
+            "out=$RZEN_STORE/negatives",
             "actors=8",
             "autoscaling=true",
         ),
@@ -153,7 +153,7 @@ JOBS = {
     "judge": Job(
         "judge.yaml",
         (
-            "table=$RZEN_STORE/candidates",
+            "table=$RZEN_STORE/negatives/mined",
             "data.root=$RZEN_STORE/data",
             "out=$RZEN_STORE/judged",
             "actors=8",
@@ -162,7 +162,7 @@ JOBS = {
         tasks_write=True,
     ),
     "select": Job("select.yaml", ("table=$RZEN_STORE/judged", "out=$RZEN_STORE/selected")),
-    "cluster": Job("cluster.yaml", ("table=$RZEN_STORE/selected", "out=$RZEN_STORE/clustered")),
+    "cluster": Job("cluster.yaml", ("table=$RZEN_STORE/negatives/mined", "out=$RZEN_STORE/clustered")),
 }
 """Name of a RayJob -> the job."""
 

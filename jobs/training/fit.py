@@ -65,6 +65,9 @@ def prepare(spec: TrainSpec, leases: HeldLeases) -> Prepared | None:
     plan = plan_of(spec, reader)
     plan.check_world_size(spec.cluster.workers)
     spec.objective.check_tasks(reader.tasks(plan))
+    if spec.objective.distills and not reader.has_teacher_scores():
+        fix = "run a job of kind judge, and name its table or one that select made of it"
+        raise UserError(f"data.candidates={spec.data.candidates}", "has no teacher's scores for distillation", fix)
     check_backbone(spec)
     spec, adapter = with_init_adapter(spec)
     check_tracking(spec.run.tracking)

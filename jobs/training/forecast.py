@@ -154,7 +154,10 @@ class Forecaster:
 
     def _plan(self) -> Plan | None:
         found, spec = self.found, self._spec
-        if self._is_to_come("data.root", spec.data.root, spec.data.endpoint):
+        read = {"data.root": spec.data.root, "data.candidates": spec.data.candidates}
+        read |= {f"data.curation.{number}": table for number, table in enumerate(spec.data.curation)}
+        to_come = [self._is_to_come(setting, place, spec.data.endpoint) for setting, place in read.items() if place]
+        if any(to_come):
             return None
         plan = plan_of(spec, self._reader)
         found.steps = plan.num_steps

@@ -64,9 +64,15 @@ class TrainSpec(JobConfig):
             problem = f"data.media.frames={self.data.media.frames} need {groups} tokens of a video at least"
             raise ValueError(f"{problem}, above model.prompt.max_visual_tokens={tokens}")
         for task in ["", *self.objective.tasks]:
-            if not (self.objective.of_task(task).in_batch or self.data.negatives_per_sample):
-                place = f"objective.tasks.{task}" if task else "objective"
+            place = f"objective.tasks.{task}" if task else "objective"
+            objective = self.objective.of_task(task)
+            if not (objective.in_batch or self.data.negatives_per_sample):
                 raise ValueError(f"{place}.in_batch: false leaves no negatives; set data.negatives_per_sample")
+            if objective.distillation and not (self.data.candidates and self.data.negatives_per_sample):
+                raise ValueError(
+                    f"{place}.distillation learns a teacher's scores of candidates; set data.candidates and"
+                    " data.negatives_per_sample"
+                )
         if self.model.quantize and self.optim.zero_stage == 3:
             raise ValueError(f"model.quantize={self.model.quantize} works with optim.zero_stage 1 and 2 only")
         if self.model.quantize and not self.cluster.gpus_per_worker:
@@ -89,7 +95,13 @@ TRAIN = Kind(
     name="train",
     spec=TrainSpec,
     run="jobs.training.train:run",
-    reads={"data": "dataset", "model.backbone": "checkpoint", "init_adapter": "adapter"},
+    reads={
+        "data": "dataset",
+        "data.candidates": "candidate table",
+        "data.curation": "tables of drops",
+        "model.backbone": "checkpoint",
+        "init_adapter": "adapter",
+    },
     makes={"run": "{root}/{name}/ with adapter or model, checkpoints, metrics"},
     gpus=_gpus,
     no_effect=NO_EFFECT,

@@ -24,7 +24,8 @@ from pipelines.storage.location import exists
 from rzen.model.checkpoints import HUB_NAME
 
 _CHECKED_BY_OTHERS = frozenset({"stage", "evaluate", "probe", "jobs"})  # specs, which are read before
-_MAY_BE_ABSENT = frozenset({"registry", "sources"})  # a first model makes the registry; `rzen index` reads the sources
+# A first model makes the registry, `rzen index` reads the sources, and pools and rules may name datasets.
+_MAY_BE_ABSENT = frozenset({"registry", "sources", "pools", "rules"})
 
 
 @dataclass(frozen=True)

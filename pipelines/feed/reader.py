@@ -115,6 +115,11 @@ class Reader:
             found["curation"] = sorted(table.fingerprint for table in self._curation)
         return found
 
+    def has_teacher_scores(self) -> bool:
+        """Return whether the candidate table holds scores of a judge."""
+        table = self._candidate_table
+        return table is not None and "judge" in (table.manifest.stage, *table.manifest.made_from)
+
     def source(self, name: str) -> SourceInfo:
         """Return what the manifest says of a source. Raises `UserError` if the split has no such source."""
         return source_info(self._store, self._manifest, name)

@@ -190,6 +190,11 @@ class ObjectiveConfig(Config):
                 )
         return self
 
+    @property
+    def distills(self) -> bool:
+        """Whether the batches of any task learn a teacher's scores."""
+        return any(some.distillation for some in [self, *map(self.of_task, self.tasks)])
+
     def of_task(self, task: str) -> ObjectiveConfig:
         """Return the settings that hold for a task."""
         if task not in self.tasks:

@@ -116,6 +116,17 @@ def test_a_run_of_an_earlier_version_without_some_settings_is_continued(tmp_path
         make_run(tmp_path, objective={"in_batch": False}, data={"root": "data", "negatives_per_sample": 1}).begin(DATA)
 
 
+@pytest.mark.parametrize(
+    ("objective", "place"),
+    [({"distillation": {}}, "objective"), ({"tasks": {"t": {"distillation": {}}}}, "objective.tasks.t")],
+)
+def test_distillation_needs_candidates(objective: dict[str, Any], place: str, tmp_path: Path) -> None:
+    for data in ({"candidates": "table"}, {"negatives_per_sample": 2}):
+        with pytest.raises(ValueError, match=rf"{place}\.distillation learns .* set data\.candidates and"):
+            make_run(tmp_path, objective=objective, data={"root": "data"} | data)
+    make_run(tmp_path, objective=objective, data={"root": "data", "candidates": "table", "negatives_per_sample": 2})
+
+
 def test_log_keeps_its_lines_in_order(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     run.begin(DATA)

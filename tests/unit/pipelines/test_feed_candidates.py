@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipelines.candidates.table import open_table
 from pipelines.candidates.write import publish_table
 from pipelines.config import DataConfig, MixtureConfig
 from pipelines.errors import UserError
@@ -248,3 +249,14 @@ def test_drops_and_clusters_of_tables_decide_the_batches(tmp_path: Path) -> None
     found = reader.table_fingerprints()
     assert set(found) == {"candidates", "curation"}
     assert plain.table_fingerprints() == {}
+
+
+@pytest.mark.parametrize(("stages", "expected"), [(("mine",), False), (("judge",), True), (("judge", "select"), True)])
+def test_only_judged_tables_have_scores_of_a_teacher(stages: tuple[Any, ...], expected: bool, tmp_path: Path) -> None:
+    published(tmp_path)
+    store = open_store(str(tmp_path / "table"))
+    table = open_table(str(tmp_path / "table"))
+    made_from = dict.fromkeys(stages[:-1], "f")
+    publish_table(store, replace(table.manifest, stage=stages[-1], made_from=made_from))
+    assert reader_of(tmp_path).has_teacher_scores() is expected
+    assert not reader_of(tmp_path, candidates=None).has_teacher_scores()
