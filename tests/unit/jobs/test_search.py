@@ -247,7 +247,7 @@ def test_conditions_limit_what_is_found(folder: Path, model: rzen.Embedder) -> N
         ("my photos/gone.mp4", "my photos/gone.mp4: does not exist"),
         ("4.pdf#page=7", "no_such_page: queries[0]: 4.pdf: page 7 of 1"),
         ("3.png#page=1", "3.png: is a image and has no page 1"),
-        ("gs://a/b.png", "has the scheme 'gs'"),
+        ("ftp://a/b.png", "has the scheme 'ftp'"),
         ("vectors/vectors.json", "is a file with the extension '.json'"),
     ],
 )
