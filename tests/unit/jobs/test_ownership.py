@@ -10,7 +10,7 @@ import pytest
 
 from jobs.cli import main
 from jobs.runtime.lease import Lease, hold_output
-from jobs.spec.kinds import kind_names
+from jobs.spec.kinds import find_kind, kind_names
 from pipelines.errors import UserError
 from pipelines.storage.location import open_store
 from pipelines.storage.publish import claim
@@ -78,8 +78,8 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_every_kind_is_tried() -> None:
-    assert SPECS.keys() == kind_names().keys()
+def test_every_kind_with_an_output_is_tried() -> None:
+    assert set(SPECS) == {name for name in kind_names() if find_kind(name).makes}
 
 
 @pytest.fixture
