@@ -217,9 +217,9 @@ def test_metrics_are_those_of_the_server(server: Server) -> None:
         return sum(map(float, found))
 
     wait_for(lambda: counted() > 0)
-    text = server.ask("/metrics")[1].decode()
-    assert "ray_rzen_serve_batch_s_bucket" in text
-    assert text.count("# TYPE ray_rzen_serve_requests_total") == 1
+    # The processes of gateway and model report at moments of their own.
+    wait_for(lambda: "ray_rzen_serve_batch_s_bucket" in server.ask("/metrics")[1].decode())
+    assert server.ask("/metrics")[1].decode().count("# TYPE ray_rzen_serve_requests_total") == 1
 
 
 def test_metrics_of_nodes_are_merged() -> None:
