@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs.commands.options import AsJson, Changes, ResultAsJson, print_json, run_file
+from jobs.commands.options import AsJson, Changes, ResultAsJson, gpus_here, print_json, run_file
 from jobs.commands.output import print_error, print_text
 from jobs.spec.load import read_document
 from pipelines.errors import UserError
@@ -214,6 +214,7 @@ def curate(
         settings["rules.leakage.custom"] = custom
     if model:
         settings |= {"model": model, "rules.alignment": {"quantile": 0.02}, "rules.semantic": {"cosine": 0.98}}
+        settings |= gpus_here()
     run_file(CURATE_SPEC, changes, settings, as_json=as_json)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from jobs.commands.data import is_table, name_of, suggested
-from jobs.commands.options import AsJson, Changes, ResultAsJson, SpecPath, print_json, read_spec, run_file
+from jobs.commands.options import AsJson, Changes, ResultAsJson, SpecPath, gpus_here, print_json, read_spec, run_file
 from jobs.commands.output import print_text
 from pipelines.errors import UserError
 
@@ -134,9 +133,7 @@ def embed(
         settings |= _table_settings(targets, media, text, title) if is_table(targets) else {"input": targets}
     if index is not None:
         settings["index"] = index.value
-    if not Path("/dev/nvidia0").exists() and "RAY_ADDRESS" not in os.environ:
-        settings["gpus_per_actor"] = 0
-    run_file(EMBED_SPEC, changes, settings, as_json=as_json)
+    run_file(EMBED_SPEC, changes, settings | gpus_here(), as_json=as_json)
 
 
 def _is_dataset(url: str) -> bool:
@@ -209,7 +206,7 @@ def mine(
     settings: dict[str, Any] = {"data.root": data, "model": model, "out": out}
     if negatives is not None:
         settings["select.negatives_per_sample"] = negatives
-    run_file(MINE_SPEC, changes, settings, as_json=as_json)
+    run_file(MINE_SPEC, changes, settings | gpus_here(), as_json=as_json)
 
 
 def judge(spec: SpecPath = JUDGE_SPEC, changes: Changes = None, as_json: ResultAsJson = False) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -42,6 +44,13 @@ Address = Annotated[
         show_default=False,
     ),
 ]
+
+
+def gpus_here() -> dict[str, Any]:
+    """Return the setting by which models run on the CPUs of this machine, if it has no GPU and no cluster is named."""
+    if Path("/dev/nvidia0").exists() or "RAY_ADDRESS" in os.environ:
+        return {}
+    return {"gpus_per_actor": 0}
 
 
 def read_spec(path: str, changes: Sequence[str] | None, kind: str | None = None) -> tuple[JobConfig, Document]:
