@@ -6,8 +6,11 @@ Everything between the model and the loss calls these functions, so that another
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -49,3 +52,19 @@ def zeros(like: Vectors, num_rows: int, per_row: int) -> Tensor:
 def widen(vectors: Vectors) -> Vectors:
     """Return the vectors in fp32, or in their own type where it is wider."""
     return vectors.to(torch.promote_types(vectors.dtype, torch.float32))
+
+
+def to_device(vectors: npt.NDArray[np.float32], device: torch.device) -> Vectors:
+    """Return stored vectors in fp32, without a copy where torch may have the memory: not of a read-only map."""
+    return torch.from_numpy(np.require(vectors, np.float32, ["C", "W"])).to(device)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Multiply in fp32 on GPUs, too. TF32 rounds to 10 bits, and ties would break."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from pipelines.samples import DecodedInput, MediaKind, Visual
-from rzen.config import ModelConfig, PromptConfig, TinyBackbone
+from rzen.config import ModelConfig, ModelIdentity, PromptConfig, TinyBackbone
 from rzen.model.backbone import build_tiny
 from rzen.training import worker
 
@@ -31,6 +31,15 @@ def tiny_checkpoint(folder: Path, config: TinyBackbone = TINY) -> str:
     """Write the backbone into `folder` and return its path. A process builds each backbone once and copies it."""
     shutil.copytree(_built(config.model_dump_json()), folder, dirs_exist_ok=True)
     return str(folder)
+
+
+def tiny_export(folder: Path) -> str:
+    """An exported model below `folder`, in fp32, of few visual tokens."""
+    from rzen.export.export import ExportOptions, export_model  # here, because every process of a test imports this
+
+    identity = ModelIdentity(prompt=PromptConfig(max_visual_tokens=4))
+    export_model(tiny_checkpoint(folder / "base"), None, folder / "model", identity, ExportOptions(dtype="float32"))
+    return str(folder / "model")
 
 
 @functools.cache

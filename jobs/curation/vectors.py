@@ -13,17 +13,15 @@ import numpy.typing as npt
 from jobs.curation.specs import CurateSpec
 from jobs.embedding.engine import embed_items
 from jobs.embedding.listings import list_shards, samples_of
-from jobs.embedding.settings import EmbedderSettings, embedder_settings
+from jobs.embedding.settings import EmbedderSettings, settings_of_job
 from jobs.embedding.vectors import VectorCache
 from jobs.runtime.progress import Bars
-from jobs.spec.model import ModelRef
 from pipelines.curate.samples import POSITIVE, QUERY
 from pipelines.curate.tables import Bools
 from pipelines.items.listing import row_item
 from pipelines.items.types import ID, Item, Role
 from pipelines.samples import Rejected
 from pipelines.storage.store import Store
-from rzen.config import ModelIdentity
 
 _ROLES: tuple[Role, Role] = ("query", "positive")
 _CHUNK = 1 << 14  # pairs whose vectors are in memory at once
@@ -33,17 +31,7 @@ FloatArray = npt.NDArray[np.float32]
 def model_settings(spec: CurateSpec) -> EmbedderSettings:
     """Return how the model of the job embeds."""
     assert spec.model is not None
-    return embedder_settings(
-        "curate",
-        ModelRef(base=spec.model, instructions=spec.data.instructions),
-        ModelIdentity(),
-        endpoint=spec.endpoint,
-        media=spec.data.media,
-        dtype=spec.dtype,
-        chunk_tokens=spec.chunk_tokens,
-        data=spec.data,
-        splits=[spec.data.split],
-    )
+    return settings_of_job("curate", spec, spec.model, [spec.data.split])
 
 
 @dataclass(frozen=True, slots=True)

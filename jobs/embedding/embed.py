@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 
 from jobs.embedding.engine import BadItems, check_workers, embed_items
 from jobs.embedding.listings import list_shards, samples_of
-from jobs.embedding.settings import embedder_settings
+from jobs.embedding.settings import settings_of_job
 from jobs.embedding.specs import EmbedSpec
 from jobs.embedding.targets import ingest_targets
 from jobs.embedding.vectors import Ids, VectorCache, VectorIndex, config_digest, ids_path
@@ -40,13 +40,11 @@ from jobs.embedding.versions import commit, delete_old, previous_of, version_of
 from jobs.runtime.cluster import ray_cluster
 from jobs.runtime.lease import Lease, hold_output
 from jobs.runtime.progress import Bars, say
-from jobs.spec.model import ModelRef
 from pipelines.items.listing import ListedShard, row_item
 from pipelines.items.types import Item, as_ids
 from pipelines.samples import Modality, Rejected
 from pipelines.storage.location import open_store
 from pipelines.storage.store import Store
-from rzen.config import ModelIdentity
 from rzen.embedding.corpus import VectorsFile, read_vectors_file
 from rzen.evaluation.vectors import FloatArray
 from rzen.index.build import build_index, default_kind
@@ -101,17 +99,7 @@ def run(spec: EmbedSpec) -> dict[str, Any]:
 
 def _run(spec: EmbedSpec, store: Store, lease: Lease) -> dict[str, Any]:
     listings = store.child(LISTINGS)
-    settings = embedder_settings(
-        "embed",
-        ModelRef(base=spec.model, instructions=spec.data.instructions),
-        ModelIdentity(),
-        endpoint=spec.endpoint,
-        media=spec.data.media,
-        dtype=spec.dtype,
-        chunk_tokens=spec.chunk_tokens,
-        data=spec.data,
-        splits=spec.splits,
-    )
+    settings = settings_of_job("embed", spec, spec.model, spec.splits)
     config = config_digest(settings.config)
     old = _live_version(store)
     old_parts = old["parts"] if old and old["config"] == config else []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from jobs.runtime.revision import versions
 from jobs.spec.model import ModelRef
@@ -37,6 +37,49 @@ class EmbedderSettings:
     dtype: Dtype | None
     chunk_tokens: int
     config: dict[str, Any]
+
+
+class EmbeddingJob(Protocol):
+    """A spec of a job that embeds items of one dataset with one model."""
+
+    @property
+    def data(self) -> DataConfig:
+        """Dataset of the items."""
+
+    @property
+    def dtype(self) -> Dtype | None:
+        """Compute type; None for that of the export."""
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Tokens embedded at once."""
+
+    @property
+    def endpoint(self) -> str | None:
+        """S3 endpoint of model and output."""
+
+
+def settings_of_job(
+    name: str,
+    spec: EmbeddingJob,
+    model: str,
+    splits: Iterable[str],
+    *,
+    adapter: str | None = None,
+    data: DataConfig | None = None,
+) -> EmbedderSettings:
+    """Return how a job embeds items of its dataset, or of another one that it reads in the same way."""
+    return embedder_settings(
+        name,
+        ModelRef(base=model, adapter=adapter, instructions=spec.data.instructions),
+        ModelIdentity(),
+        endpoint=spec.endpoint,
+        media=spec.data.media,
+        dtype=spec.dtype,
+        chunk_tokens=spec.chunk_tokens,
+        data=data or spec.data,
+        splits=splits,
+    )
 
 
 def embedder_settings(

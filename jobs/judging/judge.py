@@ -32,10 +32,9 @@ from jobs.runtime.cluster import ray_cluster
 from jobs.runtime.lease import Lease, hold_output
 from jobs.runtime.progress import Bars, say
 from pipelines.candidates.files import parse_part, read_checked
-from pipelines.candidates.table import CandidateTable, open_table
+from pipelines.candidates.table import CandidateTable, check_other, open_table
 from pipelines.candidates.types import KIND, CandidateRows, PartInfo, TableData, iter_parts
 from pipelines.candidates.write import PartWriter, Place, publish_table
-from pipelines.errors import UserError
 from pipelines.items.listing import ListedShard, read_listing
 from pipelines.shards.manifest import read_manifest
 from pipelines.storage.location import open_store, resolve_endpoint
@@ -88,8 +87,7 @@ class _Part:
 def run(spec: JudgeSpec) -> dict[str, Any]:
     """Judge every pair that has no score yet, and publish the table with the scores of all."""
     store = open_store(spec.out, spec.endpoint)
-    if repr(store) == repr(open_store(spec.table, spec.endpoint)):
-        raise UserError(f"out={spec.out}", "is the table that is judged", "name another folder")
+    check_other(spec.out, spec.table, spec.endpoint, "judged")
     with hold_output(store, KIND, "judges") as lease:
         return _Job(spec, store, open_table(spec.table, spec.endpoint), lease).run()
 
@@ -236,19 +234,10 @@ class _Job:
         parts = {
             source: tuple(done[source, number] for number in range(len(old))) for source, old in manifest.parts.items()
         }
-        published = publish_table(
-            self.store,
-            replace(
-                manifest,
-                stage="judge",
-                data=TableData(self.spec.data.root, manifest.data.split, manifest.data.sources),
-                parts=parts,
-                settings={"judge": judge.config, "top_k": self.spec.top_k},
-                made_from=manifest.made_from | {manifest.stage: self.table.fingerprint},
-                counts={"pairs": asdict(self.counts)},
-            ),
-            before_publish=self.lease.check,
-        )
+        settings = {"judge": judge.config, "top_k": self.spec.top_k}
+        new = self.table.derived("judge", parts, settings, {"pairs": asdict(self.counts)})
+        data = TableData(self.spec.data.root, manifest.data.split, manifest.data.sources)
+        published = publish_table(self.store, replace(new, data=data), before_publish=self.lease.check)
         say(f"  {self.judged:,} pairs were judged; the others had their score")
         for reason, count in sorted(self.reasons.items()):
             say(f"  without a score: {reason} {count:,}", "yellow")

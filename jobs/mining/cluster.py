@@ -19,7 +19,7 @@ from jobs.runtime.cluster import ray_cluster
 from jobs.runtime.lease import Lease, hold_output
 from jobs.runtime.progress import Bars, say
 from pipelines.candidates.clusters import Preferences, group_clusters, kept_weight, partition, preferred_pairs
-from pipelines.candidates.table import CandidateTable, open_table
+from pipelines.candidates.table import CandidateTable, check_other, open_table
 from pipelines.candidates.types import KIND, NO_CLUSTER, BoolArray, CandidateRows, Int64Array, PartInfo
 from pipelines.candidates.write import PartWriter, publish_table
 from pipelines.config import DataConfig
@@ -36,8 +36,7 @@ T = TypeVar("T")
 def run(spec: ClusterSpec) -> dict[str, Any]:
     """Cluster the samples of a table, and publish the new table."""
     store = open_store(spec.out, spec.endpoint)
-    if store.url == open_store(spec.table, spec.endpoint).url:
-        raise UserError(f"out={spec.out}", "is the table that is read", "name another folder")
+    check_other(spec.out, spec.table, spec.endpoint, "read")
     with hold_output(store, KIND, "clusters") as lease:
         return _run(open_table(spec.table, spec.endpoint), spec, store, lease)
 
@@ -50,7 +49,7 @@ def _run(table: CandidateTable, spec: ClusterSpec, store: Store, lease: Lease) -
     writer = PartWriter.of(store, {"table": table.fingerprint, "settings": settings})
     origins = _origins(table, spec, store) if spec.method == "origin" else {}
     counts: dict[str, Any] = {}
-    parts: dict[str, tuple[PartInfo, ...]] = {}
+    parts: dict[str, list[PartInfo]] = {}
     total = sum(part.num_samples for some in manifest.parts.values() for part in some)
     done = 0
     with Bars() as bars:
@@ -59,18 +58,10 @@ def _run(table: CandidateTable, spec: ClusterSpec, store: Store, lease: Lease) -
                 cluster, counts[source] = _by_origin(table, source, origins[source])
             else:
                 cluster, counts[source] = _by_preference(table, source, spec)
-            parts[source] = tuple(_write(table, source, cluster, writer))
+            parts[source] = [*_write(table, source, cluster, writer)]
             done += sum(part.num_samples for part in old)
             bars.update("cluster", done, total)
-    new = replace(
-        manifest,
-        stage="cluster",
-        parts=parts,
-        plan={},
-        settings=settings,
-        made_from=manifest.made_from | {manifest.stage: table.fingerprint},
-        counts=counts,
-    )
+    new = table.derived("cluster", parts, settings, counts)
     published = publish_table(store, new, before_publish=lease.check)
     for source, some in counts.items():
         kept = "" if "kept_weight" not in some else f"; they keep {some['kept_weight']:.0%} of the preferences"

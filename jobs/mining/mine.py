@@ -20,7 +20,7 @@ import ray.data
 
 from jobs.embedding.engine import check_workers, embed_items
 from jobs.embedding.listings import list_shards
-from jobs.embedding.settings import EmbedderSettings, embedder_settings
+from jobs.embedding.settings import EmbedderSettings, settings_of_job
 from jobs.embedding.vectors import VectorCache, config_digest
 from jobs.mining.approximate import NUM_MEASURED, ListsWork, build_lists
 from jobs.mining.pools import Pool, Positives, SourceSamples, items_of, read_source
@@ -31,7 +31,6 @@ from jobs.mining.specs import MineSpec, PoolConfig, SelectSpec
 from jobs.runtime.cluster import ray_cluster, ray_data
 from jobs.runtime.lease import Lease, hold_output
 from jobs.runtime.progress import Bars, say
-from jobs.spec.model import ModelRef
 from pipelines.candidates.table import CandidateTable, open_table, read_table
 from pipelines.candidates.types import KIND, CandidateManifest, PartInfo, TableData
 from pipelines.candidates.types import Pool as PoolInfo
@@ -42,7 +41,6 @@ from pipelines.feed.reader import Reader
 from pipelines.items.listing import ListedShard
 from pipelines.storage.location import open_store
 from pipelines.storage.store import Store
-from rzen.config import ModelIdentity
 
 VECTORS, LISTINGS, MINED = "vectors", "listings", "mined"
 _VERSION = 1  # of what a part holds for equal samples and vectors
@@ -166,17 +164,8 @@ def _run(spec: MineSpec, store: Store, lease: Lease) -> dict[str, Any]:
 
 def _embedder(mining: Mining, root: str | None) -> EmbedderSettings:
     spec = mining.spec
-    return embedder_settings(
-        "mine",
-        ModelRef(base=spec.model, adapter=spec.adapter, instructions=spec.data.instructions),
-        ModelIdentity(),
-        endpoint=spec.endpoint,
-        media=spec.data.media,
-        dtype=spec.dtype,
-        chunk_tokens=spec.chunk_tokens,
-        data=mining.data_of(root),
-        splits=[split for some, split in mining.splits if some == root],
-    )
+    splits = [split for some, split in mining.splits if some == root]
+    return settings_of_job("mine", spec, spec.model, splits, adapter=spec.adapter, data=mining.data_of(root))
 
 
 def _identity(mining: Mining, config: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from jobs.runtime.lease import Lease, hold_output
 from jobs.runtime.progress import Bars, say
 from pipelines.candidates.config import SelectionConfig
 from pipelines.candidates.selection import PositiveScores, SelectionCounts, select
-from pipelines.candidates.table import CandidateTable, open_table
+from pipelines.candidates.table import CandidateTable, check_other, open_table
 from pipelines.candidates.types import KIND, CandidateRows, PartInfo
 from pipelines.candidates.write import PartWriter, publish_table
 from pipelines.errors import UserError
@@ -52,8 +52,7 @@ class SourceSelection:
 def run(spec: SelectSpec) -> dict[str, Any]:
     """Choose negatives, and publish the table and its report."""
     store = open_store(spec.out, spec.endpoint)
-    if store.url == open_store(spec.table, spec.endpoint).url:
-        raise UserError(f"out={spec.out}", "is the table that is chosen from", "name another folder")
+    check_other(spec.out, spec.table, spec.endpoint, "chosen from")
     with hold_output(store, KIND, "selects") as lease:
         return select_table(open_table(spec.table, spec.endpoint), spec, store, lease)
 
@@ -77,15 +76,7 @@ def select_table(table: CandidateTable, spec: SelectSpec, store: Store, lease: L
                 done += part.num_samples
                 bars.update("select", done, total)
     counts = {source: some.counts.as_json() for source, some in found.items()}
-    new = replace(
-        manifest,
-        stage="select",
-        parts={source: tuple(some.parts) for source, some in found.items()},
-        plan={},
-        settings=settings,
-        made_from=manifest.made_from | {manifest.stage: table.fingerprint},
-        counts=counts,
-    )
+    new = table.derived("select", {source: some.parts for source, some in found.items()}, settings, counts)
     report = _report(table, spec, found)
     lease.check()
     store.write(REPORT, render_selection(report))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from pipelines.candidates.files import parse_part, parse_plan, read_checked
 from pipelines.candidates.types import (
@@ -10,7 +12,9 @@ from pipelines.candidates.types import (
     MANIFEST,
     CandidateManifest,
     CandidateRows,
+    PartInfo,
     PlanRows,
+    Stage,
     fingerprint_of,
 )
 from pipelines.errors import UserError
@@ -48,6 +52,20 @@ class CandidateTable:
                 problem = f"is of another version of {source}: {fingerprint[:_SHOWN]}, the data have {found[:_SHOWN]}"
                 raise UserError(self.store.url, problem, "mine again")
 
+    def derived(
+        self, stage: Stage, parts: Mapping[str, Sequence[PartInfo]], settings: dict[str, Any], counts: dict[str, Any]
+    ) -> CandidateManifest:
+        """Return the manifest of a table with other parts that a later stage makes of this one."""
+        manifest = self.manifest
+        return replace(
+            manifest,
+            stage=stage,
+            parts={source: tuple(some) for source, some in parts.items()},
+            settings=settings,
+            made_from=manifest.made_from | {manifest.stage: self.fingerprint},
+            counts=counts,
+        )
+
     def plan_rows(self, source: str) -> PlanRows:
         """Return the samples of a source that are dropped or in a cluster. None are in a source without a plan file."""
         info = self.manifest.plan.get(source)
@@ -83,6 +101,12 @@ def read_table(store: Store) -> CandidateTable:
         problem = f"format version {manifest.format_version}, this program reads {FORMAT_VERSION}"
         raise UserError(place, problem, "mine again")
     return CandidateTable(store, manifest, fingerprint_of(data))
+
+
+def check_other(out: str, table: str, endpoint: str | None, use: str) -> None:
+    """Raise `UserError` if a job would write its output where the table is that it reads. `use` says what for."""
+    if open_store(out, endpoint).url == open_store(table, endpoint).url:
+        raise UserError(f"out={out}", f"is the table that is {use}", "name another folder")
 
 
 def open_table(url: str, endpoint: str | None = None) -> CandidateTable:

@@ -17,8 +17,7 @@ Shapes: Q queries, N candidates, P pairs of a query and a relevant candidate, D 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +26,7 @@ import torch
 
 from rzen.evaluation.metrics import Relevant
 from rzen.evaluation.vectors import NONE, TIE, FloatArray, IntArray
+from rzen.vectors import full_precision, to_device
 
 _PAIRS = 4096  # relevant rows gathered at once
 
@@ -96,10 +96,10 @@ def rank_candidates(
     above_P, level_P = (torch.zeros(len(score_P), dtype=torch.int64, device=where) for _ in range(2))
     best_QK = torch.full((num_queries, num_top), -torch.inf, device=where)
     rows_QK = torch.full((num_queries, num_top), NONE, device=where)
-    with torch.inference_mode(), _full_precision():
-        asked_QD = _to(queries_QD, where)
+    with torch.inference_mode(), full_precision():
+        asked_QD = to_device(queries_QD, where)
         for first in range(0, num_candidates, block_rows):
-            block_TD = _to(candidates_ND[first : first + block_rows], where)
+            block_TD = to_device(candidates_ND[first : first + block_rows], where)
             for number, start in enumerate(range(0, num_queries, query_rows)):
                 rows, pairs = slice(start, start + query_rows), slice(bounds[number], bounds[number + 1])
                 scores_BT = asked_QD[rows] @ block_TD.T
@@ -245,19 +245,3 @@ def _interleave(
     scores_QK[query_F, place_F] = others_score_QK[query_F, number_F]
     exists_QK = np.isfinite(scores_QK)
     return np.where(exists_QK, rows_QK, NONE), np.where(exists_QK, scores_QK, 0)
-
-
-def _to(vectors: FloatArray, where: torch.device) -> torch.Tensor:
-    """In fp32, without a copy where torch may have the memory: not of a read-only map."""
-    return torch.from_numpy(np.require(vectors, np.float32, ["C", "W"])).to(where)
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """TF32 rounds to 10 bits, far above `TIE`."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before

@@ -13,13 +13,14 @@ Shapes: Q queries, N vectors, D width, K neighbors, B and T rows of a block, C n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from rzen.vectors import full_precision, to_device
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
@@ -73,11 +74,11 @@ def nearest(
     num_first = k + SLACK
     starts = range(0, len(queries_QD), query_rows)
     bounds = np.searchsorted(excluded.query, [*starts, len(queries_QD)])
-    with torch.inference_mode(), _full_precision():
-        asked = [_to(queries_QD[start : start + query_rows], where) for start in starts]
+    with torch.inference_mode(), full_precision():
+        asked = [to_device(queries_QD[start : start + query_rows], where) for start in starts]
         best = [_Best.empty(len(block_BD), num_first, where) for block_BD in asked]
         for first in range(0, len(vectors_ND), block_rows):
-            block_TD = _to(vectors_ND[first : first + block_rows], where)
+            block_TD = to_device(vectors_ND[first : first + block_rows], where)
             for number, queries_BD in enumerate(asked):
                 scores_BT = queries_BD @ block_TD.T
                 pairs = slice(bounds[number], bounds[number + 1])
@@ -186,18 +187,3 @@ def _leave_out(scores_BT: torch.Tensor, query: IntArray, column: IntArray) -> No
     if inside.any():
         rows, columns = (torch.from_numpy(some[inside]).to(scores_BT.device) for some in (query, column))
         scores_BT[rows, columns] = -torch.inf
-
-
-def _to(vectors: FloatArray, where: torch.device) -> torch.Tensor:
-    return torch.from_numpy(np.require(vectors, np.float32, ["C", "W"])).to(where)
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """TF32 rounds to 10 bits."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before

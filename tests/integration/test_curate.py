@@ -20,11 +20,9 @@ from pipelines.config import DataConfig
 from pipelines.feed.reader import Reader
 from pipelines.shards.manifest import read_manifest
 from pipelines.storage.location import open_store
-from rzen.config import ModelIdentity, PromptConfig
-from rzen.export.export import ExportOptions, export_model
 from tests.curation import CHANGES, Pair, edited, encoded, publish, scenes
 from tests.kills import run_until_a_part_is_stored
-from tests.tiny import tiny_checkpoint
+from tests.tiny import tiny_export
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 NUM_SCENES = 96
@@ -170,8 +168,7 @@ def test_a_wrong_option_is_one_error(whole: Path, capsys: pytest.CaptureFixture[
 
 @pytest.mark.slow
 def test_rules_that_need_a_model(whole: Path, tmp_path: Path) -> None:
-    identity = ModelIdentity(prompt=PromptConfig(max_visual_tokens=4))
-    export_model(tiny_checkpoint(tmp_path / "base"), None, tmp_path / "model", identity, ExportOptions(dtype="float32"))
+    tiny_export(tmp_path)
     rules = {"exact": None, "near": None, "leakage": None, "alignment": {"quantile": 0.1}}
     rules |= {"semantic": {"cosine": 0.9999, "cluster_samples": 1000}}
     spec = spec_of(whole, "model", model=str(tmp_path / "model"), rules=rules)

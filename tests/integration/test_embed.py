@@ -24,12 +24,10 @@ from pipelines.feed.reader import Reader
 from pipelines.samples import DecodedSample
 from pipelines.storage.location import open_store
 from pipelines.storage.publish import MARK
-from rzen.config import ModelIdentity, PromptConfig
 from rzen.embedding.corpus import MANIFEST
-from rzen.export.export import ExportOptions, export_model
 from tests.data import publish
 from tests.kills import run_until_a_part_is_stored
-from tests.tiny import tiny_checkpoint
+from tests.tiny import tiny_export
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 COLUMNS = ["split", "source", "index", "modality", "title", "origin", "target_sha256", "vector"]
@@ -39,10 +37,7 @@ BAD = (7, 12)
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    identity = ModelIdentity(prompt=PromptConfig(max_visual_tokens=4))
-    export_model(tiny_checkpoint(folder / "base"), None, folder / "model", identity, ExportOptions(dtype="float32"))
-    return str(folder / "model")
+    return tiny_export(tmp_path_factory.mktemp("model"))
 
 
 def spec_of(folder: Path, model: str, **changes: Any) -> EmbedSpec:

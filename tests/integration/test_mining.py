@@ -21,10 +21,8 @@ from pipelines.config import DataConfig
 from pipelines.feed.reader import Reader
 from pipelines.samples import DecodedSample
 from pipelines.storage.location import open_store
-from rzen.config import ModelIdentity, PromptConfig
-from rzen.export.export import ExportOptions, export_model
 from tests.data import publish
-from tests.tiny import tiny_checkpoint
+from tests.tiny import tiny_export
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 SIZES = {"red": ("text_image", 28), "blue": ("text_image", 11)}
@@ -33,10 +31,7 @@ BAD = (7, 12)
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    identity = ModelIdentity(prompt=PromptConfig(max_visual_tokens=4))
-    export_model(tiny_checkpoint(folder / "base"), None, folder / "model", identity, ExportOptions(dtype="float32"))
-    return str(folder / "model")
+    return tiny_export(tmp_path_factory.mktemp("model"))
 
 
 def make_data(root: Path) -> None:

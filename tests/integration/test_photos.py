@@ -10,10 +10,8 @@ from pathlib import Path
 import pytest
 
 from jobs.cli import main
-from rzen.config import ModelIdentity, PromptConfig
-from rzen.export.export import ExportOptions, export_model
 from tests.paths import ROOT
-from tests.tiny import tiny_checkpoint
+from tests.tiny import tiny_export
 from tests.vectors import clip, document, picture
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
@@ -30,8 +28,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         path = folder / NAME / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
-    identity = ModelIdentity(prompt=PromptConfig(max_visual_tokens=4))
-    export_model(tiny_checkpoint(folder / "base"), None, folder / "model", identity, ExportOptions(dtype="float32"))
+    tiny_export(folder)
     before = Path.cwd()
     os.chdir(folder)
     assert run("photos", folder, f"vars.model={folder}/model", "jobs.embed.set.cpus_per_actor=0.5") == 0

@@ -27,6 +27,17 @@ def as_json(vectors_ND: Vectors, form: VectorFormat) -> list[Any]:
     return numbers
 
 
+def embedding_list(vectors_ND: Vectors, form: VectorFormat, model: str, usage: dict[str, int]) -> dict[str, Any]:
+    """Return the body of an answer as OpenAI and Voyage have it."""
+    rows = as_json(vectors_ND, form)
+    return {
+        "object": "list",
+        "model": model,
+        "data": [{"object": "embedding", "index": index, "embedding": row} for index, row in enumerate(rows)],
+        "usage": usage,
+    }
+
+
 def cut_vectors(vectors_ND: Vectors, dimensions: int | None) -> Vectors:
     """Return the first values of each vector, of length 1 again."""
     if dimensions is None or dimensions == vectors_ND.shape[1]:

@@ -18,7 +18,7 @@ from typing import Any
 from pipelines.samples import MediaKind
 from rzen.serving.dialects.content import joined, media_part, mixed_input, named_input, text_input
 from rzen.serving.dialects.fields import Body, check_fields, choice, flag, items, positive, text
-from rzen.serving.dialects.formats import as_json
+from rzen.serving.dialects.formats import embedding_list
 from rzen.serving.dialects.wishes import WISH_FIELDS, read_wish
 from rzen.serving.types import EmbedRequest, Limits, RequestError, ServedInput, Usage, VectorFormat, Vectors
 
@@ -62,13 +62,8 @@ def parse(body: Any, limits: Limits) -> EmbedRequest:
 
 def answer(request: EmbedRequest, vectors_ND: Vectors, usage: Usage, model: str, request_id: str) -> Any:
     """Return the body of the answer."""
-    rows = as_json(vectors_ND, request.formats[0])
-    return {
-        "object": "list",
-        "model": model,
-        "data": [{"object": "embedding", "index": index, "embedding": row} for index, row in enumerate(rows)],
-        "usage": {"prompt_tokens": usage.tokens, "total_tokens": usage.tokens},
-    }
+    counted = {"prompt_tokens": usage.tokens, "total_tokens": usage.tokens}
+    return embedding_list(vectors_ND, request.formats[0], model, counted)
 
 
 def failure(error: RequestError, request_id: str) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 
 from rzen.serving.dialects.content import mixed_input
 from rzen.serving.dialects.fields import check_fields, choice, flag, items, positive, text
-from rzen.serving.dialects.formats import as_json
+from rzen.serving.dialects.formats import embedding_list
 from rzen.serving.dialects.wishes import read_wish
 from rzen.serving.types import EmbedRequest, Limits, RequestError, Usage, VectorFormat, Vectors
 
@@ -42,18 +42,13 @@ def parse(body: Any, limits: Limits) -> EmbedRequest:
 
 def answer(request: EmbedRequest, vectors_ND: Vectors, usage: Usage, model: str, request_id: str) -> Any:
     """Return the body of the answer."""
-    rows = as_json(vectors_ND, request.formats[0])
-    return {
-        "object": "list",
-        "model": model,
-        "data": [{"object": "embedding", "index": index, "embedding": row} for index, row in enumerate(rows)],
-        "usage": {
-            "text_tokens": usage.tokens - usage.visual_tokens,
-            "image_pixels": usage.image_pixels,
-            "video_pixels": usage.video_pixels,
-            "total_tokens": usage.tokens,
-        },
+    counted = {
+        "text_tokens": usage.tokens - usage.visual_tokens,
+        "image_pixels": usage.image_pixels,
+        "video_pixels": usage.video_pixels,
+        "total_tokens": usage.tokens,
     }
+    return embedding_list(vectors_ND, request.formats[0], model, counted)
 
 
 def failure(error: RequestError, request_id: str) -> Any:

@@ -9,19 +9,14 @@ import pytest
 
 import rzen
 from jobs.cli import main
-from rzen.config import ModelIdentity, PromptConfig
-from rzen.export.export import ExportOptions, export_model
 from tests.inline import without_ray
-from tests.tiny import tiny_checkpoint
+from tests.tiny import tiny_export
 from tests.vectors import document, picture
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    identity = ModelIdentity(prompt=PromptConfig(max_visual_tokens=4))
-    export_model(tiny_checkpoint(folder / "base"), None, folder / "model", identity, ExportOptions(dtype="float32"))
-    return str(folder / "model")
+    return tiny_export(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(autouse=True)
