@@ -14,7 +14,6 @@ import numpy.typing as npt
 
 Hashes = npt.NDArray[np.uint64]
 Ints = npt.NDArray[np.int64]
-NUM_BITS = 64
 _PARTS, _PART_BITS = 4, 16
 _CHUNK_PAIRS = 1 << 22  # 64 MB of places
 

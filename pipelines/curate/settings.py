@@ -156,10 +156,3 @@ class CurationRules(Config):
         filters = self.filters
         looks = filters and (filters.bad_media or filters.min_side_px or filters.max_aspect_ratio)
         return bool(looks or self.near or self.leakage)
-
-    @property
-    def needs_texts(self) -> bool:
-        """Return whether a rule looks at texts."""
-        filters = self.filters
-        reads = filters and (filters.min_text_chars or filters.max_text_chars or filters.languages)
-        return bool(reads or self.near or self.leakage)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,11 +116,6 @@ class TextTable:
             languages=table["language"],
             confidence=table["confidence"].to_numpy(),
         )
-
-    def texts_of(self, places: Sequence[int] | Ints) -> list[str]:
-        """Return some of the texts."""
-        found: list[str] = self.texts.take(pa.array(places, pa.int64())).to_pylist()
-        return found
 
 
 def _joined(tables: Iterable[pa.Table]) -> pa.Table | None:
