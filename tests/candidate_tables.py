@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
+
+import pytest
 
 from pipelines.candidates.table import CandidateTable
-from pipelines.candidates.types import CandidateManifest, CandidateRows, Pool, TableData, content_id, modality_code
+from pipelines.candidates.types import (
+    CandidateManifest,
+    CandidateRows,
+    PartInfo,
+    Pool,
+    TableData,
+    content_id,
+    modality_code,
+)
 from pipelines.candidates.write import PartWriter, publish_table
 from pipelines.config import DataConfig
 from pipelines.feed.reader import Reader
@@ -54,3 +65,26 @@ def publish_candidates(
     sources = {name: source.fingerprint for name, source in manifest.sources.items()}
     table = CandidateManifest("mine", TableData(root, manifest.split, sources), pools=pools)
     return publish_table(store, replace(table, parts=parts))
+
+
+class KilledError(Exception):
+    """Stands for the death of a process."""
+
+
+def killed_at(monkeypatch: pytest.MonkeyPatch, shard: int) -> list[int]:
+    """Let writing this shard's part die, once. Return the list of the parts that are written from then on."""
+    write = PartWriter.write
+    written: list[int] = []
+
+    def dying(
+        self: PartWriter, source: str, number: int, rows: CandidateRows, notes: Mapping[str, Any] | None = None
+    ) -> PartInfo:
+        if number == shard and KilledError not in died:
+            died.append(KilledError)
+            raise KilledError
+        written.append(number)
+        return write(self, source, number, rows, notes)
+
+    died: list[type[KilledError]] = []
+    monkeypatch.setattr(PartWriter, "write", dying)
+    return written

@@ -21,7 +21,7 @@ from pipelines.feed.reader import Reader
 from pipelines.items.listing import ListedShard
 from pipelines.samples import Rejected, Sample
 from pipelines.storage.store import Store
-from rzen.evaluation.tasks import DATASET_METRICS, TASKS
+from rzen.evaluation.tasks import DATASET_METRICS, TASKS, task_of
 
 Entry = tuple[Row, Callable[[], Dataset]]
 DAMAGED = "the shard was damaged after ingest: ingest again"
@@ -51,14 +51,15 @@ def split_bundle(spec: EvaluateSpec, reader: Reader, listings: Store) -> Bundle:
     shards = list_shards(data, [data.split], listings, spec.cpus_per_task, wanted)
     bundle = Bundle(data.media, data)
     for task, names in sources.items():
-        metric = (spec.metrics or TASKS[task].metrics)[0]
+        kind = task_of(task)
+        metric = (spec.metrics or kind.metrics)[0]
         dataset = split_dataset(
             task,
             "train" if data.split == "train" else "held_out",
             _good([shard for shard in shards if shard.source in names], listings),
-            pool_is_source=TASKS[task].pool == "source",
+            pool_is_source=kind.pool == "source",
             metric=DATASET_METRICS.get(metric, metric),
-            modality=TASKS[task].modality,
+            modality=kind.modality,
         )
         if not dataset.queries and not spec.tasks:
             say(f"  {task} is not scored: {', '.join(dataset.notes)}")
@@ -103,18 +104,22 @@ def _same(dataset: Dataset) -> Dataset:
     return dataset
 
 
-def _sources(spec: EvaluateSpec, reader: Reader) -> dict[str, Sequence[str]]:
-    """Task -> its sources in the data, in the order of the tasks."""
+def _sources(spec: EvaluateSpec, reader: Reader) -> dict[str, list[str]]:
+    """Task -> its sources in the data, those of `TASKS` first."""
     place = f"{reader.data.root} {reader.data.split}"
-    sources: dict[str, Sequence[str]] = {}
-    for task in spec.tasks or TASKS:
-        if found := [source for source in reader.sizes() if reader.task_of(source) == task]:
-            sources[task] = found
-        elif spec.tasks:
-            raise UserError(place, f"has no samples of task {task!r}", "leave it out")
-    if not sources:
-        raise UserError(place, f"has no samples of {', '.join(TASKS)}", "hold some out at ingest, or evaluate train")
-    return sources
+    found: dict[str, list[str]] = {task: [] for task in TASKS}
+    for source in reader.sizes():
+        found.setdefault(reader.task_of(source), []).append(source)
+    there = {task: sources for task, sources in found.items() if sources}
+    if not there:
+        raise UserError(place, "has no samples", "hold some out at ingest, or evaluate train")
+    wanted = spec.tasks or [*there]
+    for task in wanted:
+        if task not in there:
+            raise UserError(place, f"has no samples of task {task!r}", f"its tasks: {', '.join(there)}")
+    if other := [task for task in wanted if task not in TASKS]:
+        say(f"  scored as retrieval of any input by any input: {', '.join(other)}")
+    return {task: there[task] for task in wanted}
 
 
 def _good(shards: Sequence[ListedShard], listings: Store) -> Iterator[tuple[ListedShard, int, Sample]]:

@@ -33,7 +33,7 @@ from pipelines.feed.reader import Reader
 from pipelines.storage.location import open_store
 from pipelines.storage.store import Store
 from rzen.evaluation.results import Result, markdown_table, terminal_table, write_results
-from rzen.evaluation.tasks import TASKS, chance, score_queries
+from rzen.evaluation.tasks import chance, score_queries, task_of
 
 LISTINGS, RESULTS = "listings", "results.json"
 
@@ -162,7 +162,7 @@ def _split_scores(spec: EvaluateSpec, data: DataConfig, model: str, results: Sui
     for task, scored in results.scored.items():
         queries = scored.dataset.queries
         sizes = Counter((scored.dataset.pool_size(query), len(query.relevance)) for query in queries)
-        metrics = spec.metrics or TASKS[task].metrics
+        metrics = spec.metrics or task_of(task).metrics
         for metric in metrics:
             values = score_queries(metric, scored.relevant, scored.ranked.rank)
             row = Result(

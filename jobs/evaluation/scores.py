@@ -28,7 +28,9 @@ from pipelines.stored_json import parse_json, stored_file
 if TYPE_CHECKING:
     from rzen.evaluation.results import Result
 
-_VERSION = 3  # of what is scored: since 2, equal queries are one; since 3, the mixed pool counts, too
+_VERSION = 4
+"""What is scored, and how. Since 2, equal queries are one. Since 3, the mixed pool counts, too. Since 4, so do tasks of any
+name."""
 _UNFINISHED = "scores/unfinished"
 """Folder of a model's vectors while it is scored."""
 _NOT_SCIENCE: Any = {"suites": True, "custom": True, "datasets": True, "media": True, "data": {"trusted"}}

@@ -1,14 +1,18 @@
 """Job of kind `cluster`: samples that are hard negatives of each other get a common cluster, which shares a batch.
 
-The new table has the candidates of the old one. It is written to another folder.
+The new table has the candidates of the old one. It is written to another folder. A job that was killed resumes: the
+clusters of a source are kept, and its parts are written once.
 """
 
 from __future__ import annotations
 
+import io
+import json
 import re
-from collections.abc import Callable, Iterator
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,7 +25,7 @@ from jobs.runtime.progress import Bars, say
 from pipelines.candidates.clusters import Preferences, group_clusters, kept_weight, partition, preferred_pairs
 from pipelines.candidates.table import CandidateTable, check_other, open_table
 from pipelines.candidates.types import KIND, NO_CLUSTER, BoolArray, CandidateRows, Int64Array, PartInfo
-from pipelines.candidates.write import PartWriter, publish_table
+from pipelines.candidates.write import PartWriter, Place, publish_table
 from pipelines.config import DataConfig
 from pipelines.errors import UserError
 from pipelines.samples import Rejected
@@ -30,6 +34,7 @@ from pipelines.storage.store import Store
 
 LISTINGS = "listings"
 _THREADS = 4
+_VERSION = 1  # of what a part holds for equal candidates and settings
 T = TypeVar("T")
 
 
@@ -46,19 +51,17 @@ def _run(table: CandidateTable, spec: ClusterSpec, store: Store, lease: Lease) -
     settings = spec.model_dump(
         mode="json", include={"method", "first_rank", "num_ranks", "cluster_size", "seed", "origin"}
     )
-    writer = PartWriter.of(store, {"table": table.fingerprint, "settings": settings})
-    origins = _origins(table, spec, store) if spec.method == "origin" else {}
+    writer = PartWriter.of(store, {"version": _VERSION, "table": table.fingerprint, "settings": settings})
     counts: dict[str, Any] = {}
     parts: dict[str, list[PartInfo]] = {}
     total = sum(part.num_samples for some in manifest.parts.values() for part in some)
     done = 0
+    written = writer.done()
+    clusterer = _Clusterer(table, spec, store, writer)
     with Bars() as bars:
         for source, old in manifest.parts.items():
-            if spec.method == "origin":
-                cluster, counts[source] = _by_origin(table, source, origins[source])
-            else:
-                cluster, counts[source] = _by_preference(table, source, spec)
-            parts[source] = [*_write(table, source, cluster, writer)]
+            cluster, counts[source] = clusterer.clusters(source)
+            parts[source] = [*_write(table, source, cluster, writer, written)]
             done += sum(part.num_samples for part in old)
             bars.update("cluster", done, total)
     new = table.derived("cluster", parts, settings, counts)
@@ -68,6 +71,44 @@ def _run(table: CandidateTable, spec: ClusterSpec, store: Store, lease: Lease) -
         say(f"  {source}: {some['clusters']:,} clusters of {some['samples']:,} samples{kept}")
     say(f"  to train with it: data: {{candidates: {spec.out}}}")
     return {"outputs": [spec.out], "fingerprint": published.fingerprint, "counts": counts}
+
+
+@dataclass(frozen=True, slots=True)
+class _Clusterer:
+    """Finds the clusters of a source, once: they are kept until the table is published."""
+
+    table: CandidateTable
+    spec: ClusterSpec
+    store: Store
+    writer: PartWriter
+    _origins: dict[str, list[str]] = field(default_factory=dict)
+
+    def clusters(self, source: str) -> tuple[Int64Array, dict[str, Any]]:
+        """Return the cluster of each sample, and what the manifest says of them."""
+        name = f"{source}.npz"
+        if (data := self.writer.kept(name)) is not None:
+            return _kept_clusters(data, f"{self.store.url}/{self.writer.kept_path(name)}")
+        cluster, extra = self._find(source)
+        counts = _counts(cluster) | extra
+        sink = io.BytesIO()
+        np.savez(sink, cluster=cluster, counts=json.dumps(counts))
+        self.writer.keep(name, sink.getvalue())
+        return cluster, counts
+
+    def _find(self, source: str) -> tuple[Int64Array, dict[str, Any]]:
+        if self.spec.method == "preferences":
+            return _by_preference(self.table, source, self.spec)
+        if not self._origins:
+            self._origins.update(_origins(self.table, self.spec, self.store))
+        return _by_origin(self.table, source, self._origins[source]), {}
+
+
+def _kept_clusters(data: bytes, place: str) -> tuple[Int64Array, dict[str, Any]]:
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as file:
+            return file["cluster"], json.loads(str(file["counts"]))
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(place, f"cannot be read: {error}", "delete the file") from error
 
 
 def _by_preference(table: CandidateTable, source: str, spec: ClusterSpec) -> tuple[Int64Array, dict[str, Any]]:
@@ -87,13 +128,12 @@ def _by_preference(table: CandidateTable, source: str, spec: ClusterSpec) -> tup
         fix = "mine with pools: own and a larger depth, or set a smaller first_rank"
         raise UserError(f"{table.store.url} source {source}", problem, fix)
     cluster = partition(edges, keep, spec.cluster_size, spec.seed)
-    return cluster, _counts(cluster) | {"kept_weight": round(kept_weight(edges, cluster), 4)}
+    return cluster, {"kept_weight": round(kept_weight(edges, cluster), 4)}
 
 
-def _by_origin(table: CandidateTable, source: str, origins: list[str]) -> tuple[Int64Array, dict[str, Any]]:
+def _by_origin(table: CandidateTable, source: str, origins: list[str]) -> Int64Array:
     keep = [*_each_part(table, source, lambda rows, _: rows.keep)]
-    cluster = group_clusters(origins, np.concatenate([np.zeros(0, np.bool_), *keep]))
-    return cluster, _counts(cluster)
+    return group_clusters(origins, np.concatenate([np.zeros(0, np.bool_), *keep]))
 
 
 def _counts(cluster: Int64Array) -> dict[str, Any]:
@@ -122,20 +162,31 @@ def _starts(table: CandidateTable, source: str) -> list[int]:
     return starts
 
 
-def _write(table: CandidateTable, source: str, cluster: Int64Array, writer: PartWriter) -> Iterator[PartInfo]:
+def _write(
+    table: CandidateTable, source: str, cluster: Int64Array, writer: PartWriter, written: Mapping[Place, PartInfo]
+) -> Iterator[PartInfo]:
+    """Yield the parts of a source. Those that an earlier try has written are not made again."""
     starts = _starts(table, source)
+    missing = [number for number in range(len(starts) - 1) if (source, number) not in written]
 
     def make(rows: CandidateRows, number: int) -> PartInfo:
         mine = cluster[starts[number] : starts[number + 1]]
         return writer.write(source, number, replace(rows, cluster=mine))
 
-    yield from _each_part(table, source, make)
+    made = dict(zip(missing, _each_part(table, source, make, missing), strict=True))
+    for number in range(len(starts) - 1):
+        yield made[number] if number in made else written[source, number]
 
 
-def _each_part(table: CandidateTable, source: str, function: Callable[[CandidateRows, int], T]) -> Iterator[T]:
+def _each_part(
+    table: CandidateTable,
+    source: str,
+    function: Callable[[CandidateRows, int], T],
+    numbers: Sequence[int] | None = None,
+) -> Iterator[T]:
     """Yield what a function returns for the rows of each part, and its number, in order. A few are read ahead."""
-    count = len(table.manifest.parts[source])
+    wanted = range(len(table.manifest.parts[source])) if numbers is None else numbers
     with ThreadPoolExecutor(_THREADS) as pool:
-        for start in range(0, count, _THREADS):
-            numbers = range(start, min(start + _THREADS, count))
-            yield from pool.map(lambda number: function(table.rows(source, number), number), numbers)
+        for start in range(0, len(wanted), _THREADS):
+            some = wanted[start : start + _THREADS]
+            yield from pool.map(lambda number: function(table.rows(source, number), number), some)

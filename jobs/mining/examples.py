@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,17 +15,19 @@ from pipelines.feed.reader import Reader, Role
 from pipelines.samples import MODALITIES, DecodedInput, Modality, Rejected
 from rzen.report.hits import Hit, Search
 
-Examples = list[tuple[str, int, CandidateRows, Selected]]
-"""Source, first sample, candidates and choice of parts to take examples from."""
+Example = tuple[str, int, CandidateRows, Selected]
+"""Source, first sample, candidates and choice of a part to take examples from."""
 _CHOSEN, _LEFT_OUT = 3, 2  # candidates of an example
 
 
-def example_searches(table: CandidateTable, spec: SelectSpec, parts: Examples) -> Iterator[Search]:
-    """Yield `num_examples` samples of these parts, evenly. Raises `UserError` if the data cannot be read."""
+def example_searches(
+    table: CandidateTable, spec: SelectSpec, parts: Iterable[Example], num_parts: int
+) -> Iterator[Search]:
+    """Yield `num_examples` samples of `num_parts` parts, evenly. Raises `UserError` if the data cannot be read."""
     readers = _Readers(table, spec)
     left = spec.num_examples
     for number, (source, start, rows, selected) in enumerate(parts):
-        share = -(-left // (len(parts) - number))
+        share = -(-left // (num_parts - number))
         useful = np.flatnonzero((selected.rows.counts > 0) & ~np.isnan(rows.positive_recall))
         for row in useful[np.linspace(0, len(useful) - 1, min(share, len(useful)), dtype=int)].tolist():
             yield _search(readers, source, start + row, row, rows, selected)

@@ -1,4 +1,4 @@
-"""Job of kind `select`: negatives chosen among the candidates of a table. It takes seconds and needs no cluster.
+"""Job of kind `select`: negatives chosen among the candidates of a table, part by part. It needs no cluster.
 
 * `{out}/candidates.json`, `{out}/parts/`, `{out}/plan/`: the new table.
 * `{out}/report.html`: what each rule removed, histograms of scores, examples with pictures.
@@ -6,22 +6,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
-from jobs.mining.examples import Examples, example_searches
+from jobs.mining.examples import Example, example_searches
 from jobs.mining.specs import SelectSpec
 from jobs.runtime.lease import Lease, hold_output
 from jobs.runtime.progress import Bars, say
 from pipelines.candidates.config import SelectionConfig
-from pipelines.candidates.selection import PositiveScores, SelectionCounts, select
+from pipelines.candidates.selection import PositiveScores, Selected, SelectionCounts, select
 from pipelines.candidates.table import CandidateTable, check_other, open_table
 from pipelines.candidates.types import KIND, CandidateRows, PartInfo
-from pipelines.candidates.write import PartWriter, publish_table
+from pipelines.candidates.write import PartWriter, Place, WrittenPart, publish_table
 from pipelines.errors import UserError
 from pipelines.feed.reader import Reader
 from pipelines.storage.location import open_store
@@ -30,6 +32,37 @@ from rzen.report.selection import Counts, SelectionReport, SelectionRow, histogr
 
 REPORT = "report.html"
 _THREADS = 4
+_VERSION = 1  # of what a part and its notes hold for equal candidates and rules
+_EXAMPLES_OF_PART = 3  # in the report, where there are enough parts
+
+
+@dataclass(frozen=True, slots=True)
+class PartNotes:
+    """What the report needs of a part. It is kept with the part's marker."""
+
+    counts: SelectionCounts
+    histograms: dict[str, Counts]
+
+    @classmethod
+    def of(cls, rows: CandidateRows, selected: Selected) -> PartNotes:
+        """Count what became of the candidates of a part."""
+        scores = {
+            "positives": rows.positive_recall,
+            "candidates": rows.recall,
+            "chosen negatives": selected.rows.recall,
+        }
+        return cls(selected.counts, {kind: histogram(some) for kind, some in scores.items()})
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the notes as plain data."""
+        histograms = {kind: some.tolist() for kind, some in self.histograms.items()}
+        return {"counts": self.counts.as_json(), "histograms": histograms}
+
+    @classmethod
+    def from_json(cls, notes: dict[str, Any]) -> PartNotes:
+        """Return the notes that `as_json` gave."""
+        histograms = {kind: np.array(some, np.int64) for kind, some in notes["histograms"].items()}
+        return cls(SelectionCounts.from_json(notes["counts"]), histograms)
 
 
 @dataclass(slots=True)
@@ -39,14 +72,12 @@ class SourceSelection:
     parts: list[PartInfo] = field(default_factory=list)
     counts: SelectionCounts = field(default_factory=SelectionCounts)
     histograms: dict[str, Counts] = field(default_factory=dict)
-    examples: Examples = field(default_factory=list)
 
-    def add(self, part: PartInfo, counts: SelectionCounts, scores: dict[str, Counts], examples: Examples) -> None:
+    def add(self, part: PartInfo, notes: PartNotes) -> None:
         """Take in the next part."""
         self.parts.append(part)
-        self.counts.add(counts)
-        self.histograms = {kind: some + self.histograms.get(kind, 0) for kind, some in scores.items()}
-        self.examples += examples
+        self.counts.add(notes.counts)
+        self.histograms = {kind: some + self.histograms.get(kind, 0) for kind, some in notes.histograms.items()}
 
 
 def run(spec: SelectSpec) -> dict[str, Any]:
@@ -64,73 +95,81 @@ def select_table(table: CandidateTable, spec: SelectSpec, store: Store, lease: L
         known = ", ".join(manifest.parts)
         raise UserError(f"sources.{unknown[0]}", f"is no source of {table.store.url}", f"its sources: {known}")
     settings = {source: spec.sources.get(source, spec.selection).model_dump(mode="json") for source in manifest.parts}
-    writer = PartWriter.of(store, {"table": table.fingerprint, "settings": settings})
+    writer = PartWriter.of(store, {"version": _VERSION, "table": table.fingerprint, "settings": settings})
     total = sum(part.num_samples for parts in manifest.parts.values() for part in parts)
     found: dict[str, SourceSelection] = {}
+    selectors: list[_SourceSelector] = []
     done = 0
+    written = writer.written()
     with Bars() as bars:
         for source in manifest.parts:
             found[source] = SourceSelection()
-            config = spec.sources.get(source, spec.selection)
-            for part in _select_source(table, source, config, writer, spec.num_examples, found[source]):
+            selectors.append(_SourceSelector(table, source, spec.sources.get(source, spec.selection), writer))
+            for part, notes in selectors[-1].parts(written):
+                found[source].add(part, notes)
                 done += part.num_samples
                 bars.update("select", done, total)
     counts = {source: some.counts.as_json() for source, some in found.items()}
     new = table.derived("select", {source: some.parts for source, some in found.items()}, settings, counts)
-    report = _report(table, spec, found)
+    report = _report(table, spec, found, selectors)
     lease.check()
     store.write(REPORT, render_selection(report))
     published = publish_table(store, new, before_publish=lease.check)
     return _result(spec, published, found)
 
 
-def _select_source(
-    table: CandidateTable,
-    source: str,
-    config: SelectionConfig,
-    writer: PartWriter,
-    num_examples: int,
-    found: SourceSelection,
-) -> Iterator[PartInfo]:
-    """Choose for one source, and yield each part that is written. Few parts are in memory at a time."""
-    parts = table.manifest.parts[source]
-    starts = np.cumsum([0, *(part.num_samples for part in parts)]).tolist()
-    positives = PositiveScores.of(_without_candidates(table, source, config), config)
-    per_part = -(-num_examples // max(1, len(table.manifest.parts) * len(parts)))
+class _SourceSelector:
+    """Chooses for one source. Parts that an earlier try of the job has made are not made again."""
 
-    def make(number: int) -> tuple[PartInfo, SelectionCounts, dict[str, Counts], Examples]:
-        rows = table.rows(source, number)
-        _check_scores(table, rows, source, config)
-        some = positives.part(starts[number], starts[number + 1])
-        selected = select(rows, some, config, source, starts[number])
-        scores = {
-            "positives": histogram(rows.positive_recall),
-            "candidates": histogram(rows.recall),
-            "chosen negatives": histogram(selected.rows.recall),
-        }
-        examples = [(source, starts[number], rows, selected)] if per_part and number < num_examples else []
-        return writer.write(source, number, selected.rows), selected.counts, scores, examples
+    def __init__(self, table: CandidateTable, source: str, config: SelectionConfig, writer: PartWriter) -> None:
+        self._table, self._source, self._config, self._writer = table, source, config, writer
+        self._parts = table.manifest.parts[source]
+        self._starts = np.cumsum([0, *(part.num_samples for part in self._parts)]).tolist()
 
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for start in range(0, len(parts), _THREADS):
-            for made in pool.map(make, range(start, min(start + _THREADS, len(parts)))):
-                found.add(*made)
-                yield made[0]
+    def parts(self, written: Mapping[Place, WrittenPart]) -> Iterator[tuple[PartInfo, PartNotes]]:
+        """Yield each part with its counts, in order. Few parts are in memory at a time."""
 
+        def make(number: int) -> tuple[PartInfo, PartNotes]:
+            done = written.get((self._source, number))
+            return (done.info, PartNotes.from_json(done.notes)) if done else self._write(number)
 
-def _without_candidates(table: CandidateTable, source: str, config: SelectionConfig) -> list[CandidateRows]:
-    """Return the parts of a source as far as the scores of positives need them: 40 bytes a sample.
+        if any((self._source, number) not in written for number in range(len(self._parts))):
+            _ = self._positives  # once, before the threads ask for it
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for start in range(0, len(self._parts), _THREADS):
+                yield from pool.map(make, range(start, min(start + _THREADS, len(self._parts))))
 
-    Candidates only count for the rank of a positive.
-    """
-    needs_rank = config.positives.max_rank is not None
+    def __len__(self) -> int:
+        return len(self._parts)
 
-    def read(number: int) -> CandidateRows:
-        rows = table.rows(source, number)
-        return rows if needs_rank else rows.take(np.zeros(0, np.int64))
+    def examples(self, num_parts: int) -> Iterator[Example]:
+        """Yield candidates and choice of the first parts. They are chosen again, and not written."""
+        for number in range(min(num_parts, len(self))):
+            yield self._source, self._starts[number], *self._select(number)
 
-    with ThreadPoolExecutor(_THREADS) as pool:
-        return [*pool.map(read, range(len(table.manifest.parts[source])))]
+    def _write(self, number: int) -> tuple[PartInfo, PartNotes]:
+        rows, selected = self._select(number)
+        notes = PartNotes.of(rows, selected)
+        return self._writer.write(self._source, number, selected.rows, notes.as_json()), notes
+
+    def _select(self, number: int) -> tuple[CandidateRows, Selected]:
+        rows = self._table.rows(self._source, number)
+        _check_scores(self._table, rows, self._source, self._config)
+        start = self._starts[number]
+        positives = self._positives.part(start, self._starts[number + 1])
+        return rows, select(rows, positives, self._config, self._source, start)
+
+    @cached_property
+    def _positives(self) -> PositiveScores:
+        """Scores of the positives of the whole source: 40 bytes a sample. A rank needs the candidates for a moment."""
+        needs_rank = self._config.positives.max_rank is not None
+
+        def read(number: int) -> CandidateRows:
+            rows = self._table.rows(self._source, number)
+            return rows if needs_rank else rows.take(np.zeros(0, np.int64))
+
+        with ThreadPoolExecutor(_THREADS) as pool:
+            return PositiveScores.of([*pool.map(read, range(len(self._parts)))], self._config)
 
 
 def _check_scores(table: CandidateTable, rows: CandidateRows, source: str, config: SelectionConfig) -> None:
@@ -148,12 +187,17 @@ def _check_scores(table: CandidateTable, rows: CandidateRows, source: str, confi
         raise UserError(place, "has no scores of other queries for max_owner_likeness", fix)
 
 
-def _report(table: CandidateTable, spec: SelectSpec, found: dict[str, SourceSelection]) -> SelectionReport:
+def _report(
+    table: CandidateTable, spec: SelectSpec, found: dict[str, SourceSelection], selectors: Sequence[_SourceSelector]
+) -> SelectionReport:
+    per_source = -(-spec.num_examples // (_EXAMPLES_OF_PART * max(1, len(selectors))))
+    examples = chain.from_iterable(one.examples(per_source) for one in selectors)
+    num_parts = sum(min(per_source, len(one)) for one in selectors)
     data = table.manifest.data
     reader = Reader(spec.data_of(spec.root or data.root, data.split))
     try:
         tasks = {source: reader.task_of(source) for source in found}
-        searches = [*example_searches(table, spec, [some for one in found.values() for some in one.examples])]
+        searches = [*example_searches(table, spec, examples, num_parts)]
     except (UserError, KeyError) as error:  # the table can be chosen from without its data
         say(f"  the report has no examples: {error}", "yellow")
         tasks, searches = dict.fromkeys(found, ""), []

@@ -86,6 +86,14 @@ class SelectionCounts:
         values = {name: getattr(self, name) for name in self.__slots__}
         return {name: dict(value) if isinstance(value, Counter) else value for name, value in values.items()}
 
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """Return the counts that `as_json` gave."""
+        found: dict[str, Any] = dict(values)
+        for name in ("removed", "removed_alone"):
+            found[name] = Counter(values[name])
+        return cls(**found)
+
     def add(self, other: SelectionCounts) -> None:
         """Add the counts of another part."""
         for name in ("samples", "dropped", "without_negatives", "candidates", "chosen"):

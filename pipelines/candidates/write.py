@@ -2,6 +2,7 @@
 
     {table}/parts/{source}-{shard:06d}-{digest}.parquet    a part; the digest is that of its bytes
     {table}/unfinished/{job}/{source}-{shard:06d}.json     says that this part is made; deleted when the table is whole
+    {table}/unfinished/{job}/kept/{name}                   what a job keeps for its next try; deleted, too
     {table}/plan/{source}-{digest}.parquet                 drops and clusters of a source
     {table}/candidates.json                                written last
 
@@ -16,7 +17,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import accumulate
 from typing import Any
 
@@ -34,12 +35,24 @@ from pipelines.candidates.types import (
 from pipelines.storage.store import Store
 from pipelines.stored_json import parse_json
 
-PARTS, PLAN, UNFINISHED = "parts", "plan", "unfinished"
+PARTS, PLAN, UNFINISHED, KEPT = "parts", "plan", "unfinished", "kept"
 DIGEST_CHARS = 12
 _OURS = re.compile(rf"({PARTS}/.+-\d{{6}}|{PLAN}/.+)-[0-9a-f]{{{DIGEST_CHARS}}}\.parquet")
 _THREADS = 16
 Place = tuple[str, int]
 """Source, and ordinal of a shard in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenPart(PartInfo):
+    """What a marker says: a part, and what its job notes of it."""
+
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def info(self) -> PartInfo:
+        """Return the part as a manifest has it."""
+        return PartInfo(*(getattr(self, item.name) for item in fields(PartInfo)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,22 +74,41 @@ class PartWriter:
 
     def done(self) -> dict[Place, PartInfo]:
         """Return the parts that this job has made so far. Those whose file is gone are left out."""
+        return {place: part.info for place, part in self.written().items()}
+
+    def written(self) -> dict[Place, WrittenPart]:
+        """Return the parts of `done` with what was noted of each."""
         there = set(self.store.list(PARTS))
-        paths = self.store.list(self._folder)
+        paths = [path for path in self.store.list(self._folder) if not path.startswith(f"{self._folder}/{KEPT}/")]
         with ThreadPoolExecutor(_THREADS) as pool:
-            infos = pool.map(self._marker, paths)
+            parts = pool.map(self._marker, paths)
         found = {}
-        for path, info in zip(paths, infos, strict=True):
+        for path, part in zip(paths, parts, strict=True):
             source, _, ordinal = path.removeprefix(f"{self._folder}/").removesuffix(".json").rpartition("-")
-            if info.path in there:
-                found[source, int(ordinal)] = info
+            if part.path in there:
+                found[source, int(ordinal)] = part
         return found
 
-    def _marker(self, path: str) -> PartInfo:
-        return parse_json(self.store.read(path), f"{self.store.url}/{path}", PartInfo, "delete the file")
+    def _marker(self, path: str) -> WrittenPart:
+        return parse_json(self.store.read(path), f"{self.store.url}/{path}", WrittenPart, "delete the file")
 
-    def write(self, source: str, shard: int, rows: CandidateRows) -> PartInfo:
-        """Write the candidates of a shard's samples, then its marker."""
+    def kept_path(self, name: str) -> str:
+        """Return the place of what is kept under a name."""
+        return f"{self._folder}/{KEPT}/{name}"
+
+    def keep(self, name: str, data: bytes) -> None:
+        """Keep what this job has computed until its table is published."""
+        self.store.write(self.kept_path(name), data)
+
+    def kept(self, name: str) -> bytes | None:
+        """Return what an earlier try of this job has kept under a name, or None."""
+        try:
+            return self.store.read(self.kept_path(name))
+        except FileNotFoundError:
+            return None
+
+    def write(self, source: str, shard: int, rows: CandidateRows, notes: Mapping[str, Any] | None = None) -> PartInfo:
+        """Write the candidates of a shard's samples, then its marker. `notes` are JSON, for `written`."""
         data = part_bytes(rows)
         sha256 = hashlib.sha256(data).hexdigest()
         plan = PlanRows.of(rows.keep, rows.cluster)
@@ -89,7 +121,8 @@ class PartWriter:
             num_clustered=plan.num_clustered,
         )
         self.store.write(info.path, data)
-        self.store.write(f"{self._folder}/{source}-{shard:06d}.json", (json.dumps(asdict(info)) + "\n").encode())
+        marker = json.dumps(asdict(info) | {"notes": dict(notes or {})}) + "\n"
+        self.store.write(f"{self._folder}/{source}-{shard:06d}.json", marker.encode())
         return info
 
 

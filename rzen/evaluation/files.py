@@ -28,7 +28,7 @@ def write_files(scored: DatasetScores, folder: Path) -> None:
     `folder` is that of one model and one suite: M-BEIR gives its tasks the same names for both pools.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    name = scored.dataset.row.name
+    name = scored.dataset.row.name.replace("/", "-")  # the name of a task is free
     _write_lines(folder / f"{name}_info.jsonl", _info(scored))
     _write_lines(folder / f"{name}_pred.jsonl", _predictions(scored))
     write_json(folder / f"{name}_score.json", score_of(scored))

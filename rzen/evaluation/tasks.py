@@ -12,7 +12,7 @@ import numpy.typing as npt
 from rzen.evaluation.metrics import Relevant, metrics_by_query
 from rzen.evaluation.vectors import IntArray
 
-Form = Literal["text", "image", "page", "video", "image+text", "class"]
+Form = Literal["text", "image", "page", "video", "image+text", "class", "any"]
 Metric = Literal["hit@1", "hit@5", "hit@10", "ndcg@5", "mrr"]
 
 
@@ -46,6 +46,7 @@ _MODALITIES: dict[Form, Literal["image", "video", "visdoc", "mixed"]] = {
     "video": "video",
     "image+text": "image",
     "class": "image",
+    "any": "mixed",
 }
 TASKS: dict[str, Task] = {
     task.name: task
@@ -58,6 +59,12 @@ TASKS: dict[str, Task] = {
         Task("image_class", "Image → class", "image", "class", ("hit@1",), pool="source"),
     )
 }
+"""The tasks of the recipe. Data may have others."""
+
+
+def task_of(name: str) -> Task:
+    """Return a task by its name. One that is not in `TASKS` is scored as retrieval of any input by any input."""
+    return TASKS.get(name) or Task(name, name, "any", "any", ("hit@1", "ndcg@5"))
 
 
 def score_queries(metric: Metric, relevant: Relevant, rank_P: IntArray) -> npt.NDArray[np.float64]:

@@ -17,6 +17,7 @@ from pipelines.errors import UserError
 from pipelines.shards.manifest import read_manifest
 from pipelines.storage.location import open_store
 from pipelines.storage.store import LocalStore
+from tests.candidate_tables import KilledError, killed_at
 from tests.data import publish
 
 COUNT = 20
@@ -68,6 +69,35 @@ def test_samples_that_prefer_each_other_share_a_cluster(mined: Path, tmp_path: P
     assert table.manifest.made_from == {"mine": before.fingerprint}
     again = cluster.run(spec_of(mined, tmp_path / "again"))
     assert again["fingerprint"] == result["fingerprint"]
+
+
+def test_a_killed_job_resumes_with_the_parts_that_are_missing_and_cuts_no_graph_again(
+    mined: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = cluster.run(spec_of(mined, tmp_path / "whole"))
+    written = killed_at(monkeypatch, shard=2)
+    with pytest.raises(KilledError):
+        cluster.run(spec_of(mined, tmp_path / "out"))
+    assert sorted(written) == [0, 1]
+    with monkeypatch.context() as patch:
+        patch.setattr(cluster, "partition", None)
+        assert cluster.run(spec_of(mined, tmp_path / "out")) == whole | {"outputs": [str(tmp_path / "out")]}
+    assert sorted(written) == [0, 1, 2]
+    assert not (tmp_path / "out" / "unfinished").exists()
+    cluster.run(spec_of(mined, tmp_path / "out", seed=1))
+    assert sorted(written) == [0, 0, 1, 1, 2, 2]  # another seed takes nothing over
+
+
+def test_clusters_that_were_kept_and_damaged_are_named(
+    mined: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed_at(monkeypatch, shard=0)
+    with pytest.raises(KilledError):
+        cluster.run(spec_of(mined, tmp_path / "out"))
+    (kept,) = (tmp_path / "out").rglob("*.npz")
+    kept.write_bytes(kept.read_bytes()[:50])
+    with pytest.raises(UserError, match=r"red\.npz: cannot be read: .*; delete the file"):
+        cluster.run(spec_of(mined, tmp_path / "out"))
 
 
 def test_samples_of_one_origin_share_a_cluster(mined: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,22 +2,28 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from jobs.evaluation.datasets import split_bundle
 from jobs.evaluation.evaluate import _split_scores
 from jobs.evaluation.report import SuiteResults
 from jobs.evaluation.specs import EvaluateSpec
 from jobs.spec.model import ModelRef
 from pipelines.benchmarks.split import split_dataset
 from pipelines.config import DataConfig
+from pipelines.errors import UserError
+from pipelines.feed.reader import Reader
 from pipelines.items.listing import ListedShard
 from pipelines.items.types import Item
 from pipelines.samples import Input, Sample
+from pipelines.storage.location import open_store
 from rzen.evaluation.dataset_scores import score_dataset
 from rzen.evaluation.results import Result
 from rzen.evaluation.vectors import Vectors
+from tests.data import publish
 
 SPEC = EvaluateSpec(kind="evaluate", models={"m": ModelRef(base="m")}, data=DataConfig(root="d"), out="o")
 # Five queries in two sources. The last but one lies nearest to a class of the other source, the last to another class.
@@ -141,3 +147,25 @@ def test_chance_counts_each_pool_by_its_queries() -> None:
     targets = np.array([EAST, NORTH, EAST, NORTH, NORTH], np.float32)
     (row,), _ = score("image_class", targets, ids, POOLS, pool_is_source=True)
     assert row.chance == pytest.approx(3 / 5 * 1 / 2 + 2 / 5 * 1)
+
+
+def test_tasks_of_any_name_are_scored_after_those_of_the_recipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`tasks: null` leaves none out: a task that no table has is retrieval among all its targets."""
+    data = DataConfig(root=str(tmp_path / "data"), split="held_out")
+    sources = {"charts": ("chart_qa", 9), "more": ("chart_qa", 3), "photos": ("text_image", 5)}
+    publish(open_store(data.root), sources, split="held_out")
+    spec = SPEC.model_copy(update={"data": data})
+    bundle = split_bundle(spec, Reader(data), open_store(str(tmp_path / "listings")))
+    assert [row.name for row, _ in bundle.entries] == ["text_image", "chart_qa"]
+    charts = bundle.entries[1][1]()
+    assert (len(charts.queries), len(charts.candidates)) == (12, 9)  # pictures of equal numbers are equal
+    assert (charts.row.metric, charts.row.modality, charts.row.pool) == ("hit@1", "mixed", "global")
+    assert "scored as retrieval of any input by any input: chart_qa" in capsys.readouterr().out
+
+    only = spec.model_copy(update={"tasks": ["chart_qa"]})
+    bundle = split_bundle(only, Reader(data), open_store(str(tmp_path / "listings")))
+    assert [row.name for row, _ in bundle.entries] == ["chart_qa"]
+    with pytest.raises(UserError, match="has no samples of task 'text_page'; its tasks: text_image, chart_qa"):
+        split_bundle(spec.model_copy(update={"tasks": ["text_page"]}), Reader(data), open_store(str(tmp_path)))

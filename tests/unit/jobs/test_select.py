@@ -16,6 +16,7 @@ from pipelines.candidates.write import PartWriter, publish_table
 from pipelines.errors import UserError
 from pipelines.storage.location import open_store
 from pipelines.storage.store import LocalStore
+from tests.candidate_tables import KilledError, killed_at
 from tests.data import publish
 
 COUNT, DEPTH = 20, 6
@@ -106,6 +107,41 @@ def test_the_same_settings_write_the_same_bytes_on_a_disk_and_in_an_object_store
     assert local["fingerprint"] == again["fingerprint"] == remote["fingerprint"]
     assert (tmp_path / "out" / MANIFEST).read_bytes() == (tmp_path / "again" / MANIFEST).read_bytes()
     assert (tmp_path / "out" / select.REPORT).read_bytes() == (tmp_path / "again" / select.REPORT).read_bytes()
+
+
+def test_a_killed_job_resumes_with_the_parts_that_are_missing(
+    mined: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rules = {"choice": "random", "negatives_per_sample": 3, "seed": 5}
+    whole = select.run(spec_of(mined, str(tmp_path / "whole"), selection=rules))
+    spec = spec_of(mined, str(tmp_path / "out"), selection=rules)
+    written = killed_at(monkeypatch, shard=1)
+    with pytest.raises(KilledError):
+        select.run(spec)
+    assert sorted(written) == [0, 2]
+    other = spec_of(mined, str(tmp_path / "out"), selection=rules | {"seed": 6}, num_examples=0)
+    selects = counted(monkeypatch)
+    assert select.run(spec)["fingerprint"] == whole["fingerprint"]
+    assert sorted(written) == [0, 1, 2]
+    assert selects.pop(0) == 8  # the missing part; the others only for the report's examples
+    assert len(selects) == 3
+    assert (tmp_path / "out" / select.REPORT).read_bytes() == (tmp_path / "whole" / select.REPORT).read_bytes()
+    assert not (tmp_path / "out" / "unfinished").exists()
+    select.run(other)
+    assert sorted(written) == [0, 0, 1, 1, 2, 2]  # other rules take nothing over
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that gets the first sample of each part for which negatives are chosen."""
+    found: list[int] = []
+    choose = select.select
+
+    def counting(*args: Any) -> Any:
+        found.append(args[-1])
+        return choose(*args)
+
+    monkeypatch.setattr(select, "select", counting)
+    return found
 
 
 def test_a_source_may_have_rules_of_its_own(mined: Path, tmp_path: Path) -> None:
