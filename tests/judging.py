@@ -29,10 +29,10 @@ BAD, DROPPED = 7, ("red", 12)
 PROMPT = {"max_visual_tokens": 4}
 
 
-def make_table(folder: Path) -> None:
-    """Write a dataset and a table of its candidates."""
+def make_table(folder: Path, equal_queries: Sequence[int] = (4,)) -> None:
+    """Write a dataset and a table of its candidates. These samples of red ask what red 1 asks."""
     store = open_store(str(folder / "data"))
-    manifest = publish(store, SIZES, bad={"red": [BAD]}, duplicates={"red": [3]}, equal_queries={"red": [4]})
+    manifest = publish(store, SIZES, bad={"red": [BAD]}, duplicates={"red": [3]}, equal_queries={"red": equal_queries})
     publish_candidates(open_store(str(folder / "table")), str(folder / "data"), manifest, CANDIDATES, [DROPPED])
 
 
@@ -49,14 +49,14 @@ def spec_of(folder: Path, out: Path, judge: dict[str, Any], **changes: Any) -> J
     return JudgeSpec.model_validate(fields | judge | changes)
 
 
-def distinct_pairs() -> set[tuple[str, int]]:
-    """Query and color of each pair that can be judged. Red 4 asks what red 1 asks, red 3 shows what red 0 shows."""
+def distinct_pairs(equal_queries: Sequence[int] = (4,)) -> set[tuple[str, int]]:
+    """Query and color of each pair that can be judged. Red 3 shows what red 0 shows."""
     colors = [0 if number == 3 else number for number in range(20)] + list(range(10))
     found = set()
     for source, count in (("red", 20), ("blue", 10)):
         for index in range(count):
             if (source, index) != DROPPED:
-                query = f"{source} {1 if (source, index) == ('red', 4) else index}"
+                query = f"{source} {1 if source == 'red' and index in equal_queries else index}"
                 own = index if source == "red" else 20 + index
                 numbers = [own, *CANDIDATES.get((source, index), [])]
                 found |= {(query, colors[number]) for number in numbers if number != BAD}

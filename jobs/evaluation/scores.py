@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from rzen.evaluation.results import Result
 
 _VERSION = 4
-"""What is scored, and how. Since 2, equal queries are one. Since 3, the mixed pool counts, too. Since 4, so do tasks of any
-name."""
+"""What is scored, and how. Since 2, equal queries are one. Since 3, the mixed pool counts, too. Since 4, so do tasks of
+any name."""
 _UNFINISHED = "scores/unfinished"
 """Folder of a model's vectors while it is scored."""
 _NOT_SCIENCE: Any = {"suites": True, "custom": True, "datasets": True, "media": True, "data": {"trusted"}}

@@ -9,16 +9,13 @@ Parts are made one after the other, so that the job needs the memory of a few of
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from jobs.embedding.engine import check_workers
 from jobs.embedding.listings import list_shards
@@ -26,7 +23,8 @@ from jobs.embedding.vectors import VectorCache
 from jobs.judging.endpoint import RemoteJudge
 from jobs.judging.inputs import InputPlaces
 from jobs.judging.local import LocalJudge, Work
-from jobs.judging.pairs import Keys, PartPairs, judged_candidates, missing_of, pairs_of
+from jobs.judging.pairs import Int64Array, Keys, PartPairs, judged_candidates, missing_of, pairs_of
+from jobs.judging.scores import KeptScores, Scores, repeated_queries
 from jobs.judging.specs import JudgeSpec
 from jobs.runtime.cluster import ray_cluster
 from jobs.runtime.lease import Lease, hold_output
@@ -101,7 +99,6 @@ class _Job:
     reasons: Counter[str] = field(default_factory=Counter)
     counts: _Counts = field(default_factory=_Counts)
     judged: int = 0
-    _shared: VectorCache | None = None
 
     def run(self) -> dict[str, Any]:
         spec, manifest = self.spec, self.table.manifest
@@ -124,10 +121,11 @@ class _Job:
             say(f"  at most {total:,} pairs of {spec.table}, judge {judge.name} -> {self.store.url}")
             self._bars, self._total = bars, total
             self._seen = sum(self._num_pairs(part) for source, n, part in iter_parts(manifest) if (source, n) in done)
-            for window in self._windows(shards, done, judge.config):
-                self._judge_window(window, judge)
+            kept = KeptScores(self.store.child(SCORES), judge.config, by_shard=self._on_cluster)
+            for window in self._windows(shards, done, kept):
+                self._judge_window(window, judge, kept)
                 for one in window:
-                    done[one.place] = writer.write(*one.place, self._with_scores(one))
+                    done[one.place] = writer.write(*one.place, self._with_scores(one, kept))
         return self._publish(judge, identity, done)
 
     @property
@@ -166,65 +164,58 @@ class _Job:
         return most + part.num_samples - part.num_dropped
 
     def _windows(
-        self, shards: dict[Place, ListedShard], done: dict[Place, PartInfo], config: dict[str, Any]
+        self, shards: dict[Place, ListedShard], done: dict[Place, PartInfo], kept: KeptScores
     ) -> Iterator[list[_Part]]:
         """Yield the parts that are not done, as many at a time as memory allows."""
         window: list[_Part] = []
         room = _PAIRS_AT_ONCE
         listings = self.store.child(LISTINGS)
+        instructions = self.spec.data.instructions
+        repeated: Int64Array | None = None
         for source, number, info in iter_parts(self.table.manifest):
             if (source, number) in done:
                 continue
+            if repeated is None:
+                by_shard = shards.values() if self._on_cluster else ()
+                repeated = repeated_queries(by_shard, listings, instructions=instructions)
             if window and self._num_pairs(info) > room:
                 yield window
                 window, room = [], _PAIRS_AT_ONCE
             shard, rows = shards[source, number], self.table.rows(source, number)
             samples = list(read_listing(shard, listings))
-            pairs = pairs_of(rows, samples, shard, self.table.manifest, self.spec.top_k, self.spec.data.instructions)
-            window.append(_Part((source, number), rows, pairs, self._cache(shard, config)))
+            pairs = pairs_of(rows, samples, shard, self.table.manifest, self.spec.top_k, instructions, repeated)
+            window.append(_Part((source, number), rows, pairs, kept.cache_of(shard)))
             room -= self._num_pairs(info)
         if window:
             yield window
 
-    def _cache(self, shard: ListedShard, config: dict[str, Any]) -> VectorCache:
-        """Return the kept scores of a shard. Answers of an endpoint are all together: none is paid twice."""
-        scores = self.store.child(SCORES)
-        if self._on_cluster:
-            return VectorCache(scores.child(shard.digest), config)
-        if self._shared is None:
-            self._shared = VectorCache(scores, config)
-        return self._shared
-
-    def _judge_window(self, window: list[_Part], judge: Judge) -> None:
+    def _judge_window(self, window: list[_Part], judge: Judge, kept: KeptScores) -> None:
+        repeated = [(part.cache, part.pairs.repeated) for part in window]
+        kept.share(repeated)  # what a job that was killed has kept of one shard, others may need, too
         work: Work = []
-        asked: dict[int, Keys] = {}  # by cache: parts may share one, and pairs of equal content
+        asked: set[bytes] = set()  # the first part asks for a pair that several have
         for part in window:
-            keys = part.pairs.keys
-            missing = keys[part.cache.missing(keys)]
-            before = asked.get(id(part.cache), missing[:0])
-            work += [(part.cache, unit) for unit in missing_of(part.pairs.units, np.setdiff1d(missing, before))]
-            asked[id(part.cache)] = np.union1d(before, missing)
+            missing = kept.missing(part.cache, part.pairs.keys)
+            wanted: Keys = missing[[key not in asked for key in missing.tolist()]]
+            work += [(part.cache, unit) for unit in missing_of(part.pairs.units, wanted)]
+            asked.update(wanted.tolist())
         waiting = sum(len(unit) for _, unit in work)
         self._seen += sum(len(part.pairs.candidate_keys) + len(part.pairs.positive_keys) for part in window) - waiting
         self._show(0)
         self.reasons += judge.score(work, self.spec, self._show)
         self.judged += waiting
-        for part in window:
-            part.cache.refresh()
+        kept.share(repeated)
 
     def _show(self, num_pairs: int) -> None:
         self._seen = min(self._seen + num_pairs, self._total)
         self._bars.update("judge", self._seen, self._total, unit="pairs")
 
-    def _with_scores(self, part: _Part) -> CandidateRows:
-        keys = part.pairs.keys
-        with tempfile.TemporaryDirectory(prefix="rzen-scores-") as scratch:
-            kept = part.cache.load(keys, Path(scratch) / "scores.npy")
-            scores = np.array(kept.rows[:, 0]) if len(kept.ids) else np.empty(0, np.float32)
+    def _with_scores(self, part: _Part, kept: KeptScores) -> CandidateRows:
+        ids, scores = kept.load(part.cache, part.pairs.keys)
         rows = replace(
             part.rows,
-            teacher=_looked_up(kept.ids, scores, part.pairs.candidate_keys),
-            positive_teacher=_looked_up(kept.ids, scores, part.pairs.positive_keys),
+            teacher=_looked_up(ids, scores, part.pairs.candidate_keys),
+            positive_teacher=_looked_up(ids, scores, part.pairs.positive_keys),
         )
         self.counts.add(rows, self.spec.top_k)
         return rows
@@ -250,7 +241,7 @@ class _Job:
         }
 
 
-def _looked_up(ids: Keys, scores: npt.NDArray[np.float32], keys: Keys) -> npt.NDArray[np.float32]:
+def _looked_up(ids: Keys, scores: Scores, keys: Keys) -> Scores:
     """Return the score of each key, NaN where there is none. `ids` are sorted."""
     found = np.full(len(keys), np.nan, np.float32)
     if len(ids):

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.candidates.types import CandidateManifest, CandidateRows, content_id
-from pipelines.items.listing import ListedShard, row_item
+from pipelines.items.listing import ListedShard
 from pipelines.items.types import as_ids
 from pipelines.items.units import COSTS, UNIT_COST
 from pipelines.samples import MODALITIES, Modality, Rejected, Sample
@@ -22,6 +22,7 @@ Int64Array = npt.NDArray[np.int64]
 Keys = npt.NDArray[np.bytes_]
 OWN = -1
 """Pool of the samples of the part itself."""
+_QUERY_DIGITS = 32  # of the hash of a query's text and media, in the keys of its pairs
 MAX_PAIRS = 1024
 """Pairs of a unit, at most."""
 _COST_OF: dict[Modality, int] = {
@@ -56,12 +57,13 @@ class PartPairs:
     """All pairs of a part. Equal contents have equal keys.
 
     `candidate_keys` `[M]` and `positive_keys` `[N]` are those of the candidates and of the samples. They are empty
-    where nothing is judged.
+    where nothing is judged. `repeated` are those of queries that other shards have, too, each once.
     """
 
     candidate_keys: Keys
     positive_keys: Keys
     units: list[Unit]
+    repeated: Keys
 
     @property
     def keys(self) -> Keys:
@@ -78,11 +80,16 @@ def pairs_of(
     table: CandidateManifest,
     top_k: int | None,
     instructions: bool,
+    repeated: Int64Array,
 ) -> PartPairs:
-    """Return the pairs of a part: each kept sample with its first `top_k` candidates and with its own positive."""
+    """Return the pairs of a part: each kept sample with its first `top_k` candidates and with its own positive.
+
+    `repeated` are the numbers of queries that several shards have.
+    """
     asked = np.array([keep and isinstance(sample, Sample) for keep, sample in zip(rows.keep, samples, strict=True)])
     asked = asked.astype(np.bool_)
-    query_ids = [_query_id(shard, i, sample, instructions) if asked[i] else b"" for i, sample in enumerate(samples)]
+    query_ids = [_query_id(one, instructions) if asked[i] else b"" for i, one in enumerate(samples)]
+    numbers = np.array([_number(id) for id in query_ids], np.int64)
     positive_ids = [content_id(one.target_sha256) if isinstance(one, Sample) else 0 for one in samples]
     wanted = np.flatnonzero(asked[rows.sample] & judged_candidates(rows, top_k))
 
@@ -103,7 +110,13 @@ def pairs_of(
     _, first = np.unique(keys, return_index=True)
     query_costs = np.array([_query_cost(sample) for sample in samples], np.int64)
     table_of = _Pairs(shard, sample_of, documents, ids, keys, query_costs, costs)
-    return PartPairs(candidate_keys, positive_keys, table_of.units(first))
+    shared = np.unique(keys[np.isin(numbers[sample_of], repeated)])
+    return PartPairs(candidate_keys, positive_keys, table_of.units(first), shared)
+
+
+def query_number(sample: Sample, instructions: bool) -> int:
+    """Return a number for the content of a query and its instruction."""
+    return _number(_query_id(sample, instructions))
 
 
 def judged_candidates(rows: CandidateRows, top_k: int | None) -> npt.NDArray[np.bool_]:
@@ -175,10 +188,13 @@ def _compact(unit: Unit, left: Int64Array) -> Unit:
     return Unit(unit.source, unit.queries[queries], unit.documents[documents], pairs, unit.keys[left])
 
 
-def _query_id(shard: ListedShard, row: int, sample: Sample | Rejected, instructions: bool) -> bytes:
+def _query_id(sample: Sample | Rejected, instructions: bool) -> bytes:
     assert isinstance(sample, Sample)
-    item = row_item(shard, shard.start + row, sample, "query")
-    return f"{item.content} {item.instruction if instructions else ''}".encode()
+    return f"{sample.query_sha256[:_QUERY_DIGITS]} {sample.instruction if instructions else ''}".encode()
+
+
+def _number(query_id: bytes) -> int:
+    return int.from_bytes(hashlib.sha256(query_id).digest()[:8], signed=True)
 
 
 def _query_cost(sample: Sample | Rejected) -> int:

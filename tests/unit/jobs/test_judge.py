@@ -16,6 +16,7 @@ from pipelines.candidates.types import MANIFEST
 from pipelines.config import DataConfig
 from pipelines.errors import UserError
 from pipelines.feed.reader import Reader
+from pipelines.items.listing import shards_of
 from pipelines.samples import DecodedInput, Rejected
 from pipelines.storage.location import open_store
 from rzen.config import PairPromptConfig
@@ -26,6 +27,7 @@ from tests.judging import (
     PROMPT,
     SIZES,
     by_model,
+    distinct_pairs,
     make_table,
     run_judges_here,
     scores_of,
@@ -125,6 +127,72 @@ def test_other_orders_and_a_stopped_job_write_the_same_bytes(
     run_judges_here(monkeypatch)
     assert 0 < judge.run(spec)["judged"] < 76
     assert table_files(tmp_path / "stopped") == table_files(whole)
+
+
+def test_equal_pairs_of_several_shards_are_judged_once(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Red 1, 9 and 17, one of each shard, ask the same. Red 0 and 3 show the same, and red 7 cannot be read."""
+    monkeypatch.setitem(CANDIDATES, ("red", 1), [2, 3, 22])
+    monkeypatch.setitem(CANDIDATES, ("red", 9), [2, 0, 23])
+    monkeypatch.setitem(CANDIDATES, ("red", 17), [3, 2, 23, 7])
+    asked = (9, 17)
+    make_table(tmp_path, equal_queries=asked)
+    monkeypatch.setattr(judge, "_PAIRS_AT_ONCE", 40)  # a shard at a time, and then all at once
+    spec = spec_of(tmp_path, tmp_path / "out", by_model(model))
+    result = judge.run(spec)
+    bad = result["reasons"]["unsupported_format"]
+    assert result["judged"] == len(distinct_pairs(asked)) + bad
+    scores = scores_of(tmp_path / "out")
+    assert scores["red", 1][1][:2] == [scores["red", 9][1][0], scores["red", 9][1][1]]
+    assert scores["red", 17][1][:3] == [scores["red", 1][1][1], scores["red", 1][1][0], scores["red", 9][1][2]]
+    assert judge.run(spec)["judged"] == bad
+
+    monkeypatch.setattr(judge, "_PAIRS_AT_ONCE", 10**6)
+    at_once = judge.run(spec_of(tmp_path, tmp_path / "at_once", by_model(model)))
+    assert at_once["judged"] == result["judged"]
+    assert table_files(tmp_path / "at_once") == table_files(tmp_path / "out")
+    for stop_after in (1, 3):
+        spec = spec_of(tmp_path, tmp_path / f"stopped {stop_after}", by_model(model))
+        run_judges_here(monkeypatch, stop_after=stop_after)
+        with pytest.raises(KeyboardInterrupt):
+            judge.run(spec)
+        run_judges_here(monkeypatch)
+        assert judge.run(spec)["judged"] < result["judged"]
+        assert table_files(tmp_path / f"stopped {stop_after}") == table_files(tmp_path / "out")
+
+
+def test_scores_of_one_shard_serve_another_that_comes_later(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A query was in one shard when its pairs were judged. Now a second shard has it, too."""
+    monkeypatch.setitem(CANDIDATES, ("red", 9), [2, 8, 24])  # red 1 has 2, 21 and 8
+    make_table(tmp_path, equal_queries=(9,))
+    monkeypatch.setattr(judge, "_PAIRS_AT_ONCE", 40)  # a shard at a time
+    spec = spec_of(tmp_path, tmp_path / "out", by_model(model))
+    with monkeypatch.context() as patch:
+        patch.setattr(judge, "repeated_queries", lambda *_, **__: np.zeros(0, np.int64))
+        apart = judge.run(spec)
+    bad = apart["reasons"]["unsupported_format"]
+    assert apart["judged"] == len(distinct_pairs((9,))) + 2 + bad
+    second = next(one for one in shards_of(Reader(spec.data)) if (one.source, one.start) == ("red", 8))
+    shutil.rmtree(tmp_path / "out" / "scores" / second.digest)
+    later = judge.run(spec)
+    assert later["judged"] == 8 + 8 * 3 - 4 - 2 + bad - 1  # of its 8 samples, one is dropped; two pairs are known
+
+
+def test_a_table_in_an_object_store_has_the_same_bytes(
+    folder: Path, whole: Path, model: str, tmp_path: Path, s3_endpoint: str
+) -> None:
+    spec = spec_of(folder, tmp_path, by_model(model), endpoint=s3_endpoint).model_copy(
+        update={"out": "s3://judged/out"}
+    )
+    first = judge.run(spec)
+    store = open_store("s3://judged/out", s3_endpoint)
+    local = table_files(whole)
+    assert {name: store.read(name) for name in local} == local
+    assert first["fingerprint"] == open_table(str(whole)).fingerprint
+    assert judge.run(spec)["judged"] == 4  # those that cannot be read
 
 
 def test_the_first_candidates_only(folder: Path, whole: Path, model: str, tmp_path: Path) -> None:

@@ -216,7 +216,7 @@ def test_units_have_each_pair_once_and_a_limited_cost(folder: Path, monkeypatch:
     rows = table.rows(source, 0)
     for cost in (40, 1024):
         monkeypatch.setattr(pairs, "UNIT_COST", cost)
-        found = pairs.pairs_of(rows, samples, shard, table.manifest, None, True)
+        found = pairs.pairs_of(rows, samples, shard, table.manifest, None, True, np.zeros(0, np.int64))
         keys = [key for unit in found.units for key in unit.keys.tolist()]
         assert sorted(keys) == found.keys.tolist()
         assert (len(found.units) > 5) == (cost == 40)
