@@ -87,10 +87,8 @@ def by_model(model: str) -> dict[str, Any]:
     return {"model": {"base": model, "prompt": PROMPT}}
 
 
-def run_judges_here(
-    patch: pytest.MonkeyPatch, actors: int = 1, backwards: bool = False, stop_after: int | None = None
-) -> None:
-    """Let jobs run tasks and actors in this process, without Ray. The actors take turns."""
+def through_actors_here(actors: int = 1, backwards: bool = False, stop_after: int | None = None) -> Any:
+    """Return what stands for `through_actors`: tasks and actors in this process. The actors take turns."""
 
     def through(
         rows: Sequence[dict[str, Any]], prepare: Any, prepare_args: Any, actor: Any, actor_args: Any, workers: Any
@@ -101,6 +99,13 @@ def run_judges_here(
                 raise KeyboardInterrupt
             yield made[number % actors](prepare(row, *prepare_args))
 
-    patch.setattr(local, "through_actors", through)
+    return through
+
+
+def run_judges_here(
+    patch: pytest.MonkeyPatch, actors: int = 1, backwards: bool = False, stop_after: int | None = None
+) -> None:
+    """Let jobs run tasks and actors in this process, without Ray."""
+    patch.setattr(local, "through_actors", through_actors_here(actors, backwards, stop_after))
     patch.setattr(judge_job, "ray_cluster", nullcontext)
     patch.setattr(judge_job, "check_workers", lambda workers: None)

@@ -5,6 +5,7 @@
 * `{out}/{suite}/models.md`: all models, and their differences to the first, with intervals.
 * `{out}/{suite}/{model}/{dataset}_score.json` and two more files of each dataset, with the names that benchmarks use.
 * `{out}/{suite}/{model}/leaderboard.json`, `.md`: means, datasets, what is missing, settings.
+* `{out}/{suite}/{model}/rerank.json`: scores before and after re-ranking, if the spec names a re-ranker.
 * `{out}/{suite}/{model}/diagnostics.json`: modality gap, target modality, ties, what instructions change.
 * `{out}/{suite}/{model}/submission.json`: for the MMEB-V2 leaderboard, if the spec asks for it.
 
@@ -22,16 +23,20 @@ from typing import Any
 from jobs.embedding.engine import Models, check_workers
 from jobs.evaluation.datasets import Bundle, files_bundle, split_bundle
 from jobs.evaluation.report import SuiteResults, Suites, write_report, write_suite
+from jobs.evaluation.rerank import Choices, ShortlistScorer, choose_weights
 from jobs.evaluation.score import Problem, Scored, endpoint_of, models_of, score_mixed_pools, score_models
 from jobs.evaluation.specs import EvaluateSpec
 from jobs.runtime.cluster import ray_cluster
 from jobs.runtime.lease import hold_output
 from jobs.runtime.progress import console, say
 from jobs.runtime.revision import revision, versions
+from pipelines.benchmarks.catalog import check_datasets
 from pipelines.config import DataConfig
+from pipelines.errors import UserError
 from pipelines.feed.reader import Reader
 from pipelines.storage.location import open_store
 from pipelines.storage.store import Store
+from rzen.evaluation.rerank_tables import reranked_json
 from rzen.evaluation.results import Result, markdown_table, terminal_table, write_results
 from rzen.evaluation.tasks import chance, score_queries, task_of
 
@@ -51,19 +56,25 @@ class ModelScores:
 def run(spec: EvaluateSpec) -> dict[str, Any]:
     """Score all models, print the tables, and write files, tables and the report.
 
-    Return the places of the outputs, and the `rows` of the split.
+    Return the places of the outputs, the `rows` of the split, and suite -> model -> dataset -> scores before and after
+    re-ranking.
     """
-    if spec.data is not None:
-        Reader(spec.data).sizes()  # refuses a missing dataset before anything is made
+    for data in (spec.data, spec.rerank.tune if spec.rerank else None):
+        if data is not None:
+            Reader(data).sizes()  # refuses a missing dataset before anything is made
+    _check_weights(spec)
     cache = open_store(spec.cache, endpoint_of(spec))
     cache.ensure_bucket()
     suites: Suites = {}
     rows: list[Result] = []
+    reranked: dict[str, dict[str, Any]] = {}
     with hold_output(open_store(spec.out), "evaluation", "evaluates") as lease, ray_cluster():
         check_workers(spec)
         for bundle in _bundles(spec, cache):
             models = models_of(spec, bundle, dict.fromkeys(spec.models, cache))
             found = _score_suites(spec, bundle, models)
+            if spec.rerank is not None:
+                reranked |= _rerank(spec, bundle, models, cache, found)
             lease.check()
             configs = {some.name: some.config for some, _ in models}
             for suite, results in found.items():
@@ -75,7 +86,8 @@ def run(spec: EvaluateSpec) -> dict[str, Any]:
         lease.check()
         report = write_report(spec, suites)
     say(f"  {report}")
-    return {"outputs": [spec.out], "rows": [asdict(row) for row in rows]}
+    told = {"rerank": reranked} if spec.rerank is not None else {}
+    return {"outputs": [spec.out], "rows": [asdict(row) for row in rows], **told}
 
 
 def score(spec: EvaluateSpec, reader: Reader, stores: Mapping[str, Store]) -> dict[str, ModelScores]:
@@ -117,6 +129,35 @@ def _score_suites(spec: EvaluateSpec, bundle: Bundle, models: Models) -> dict[st
     return suites
 
 
+def _rerank(
+    spec: EvaluateSpec, bundle: Bundle, models: Models, cache: Store, found: Mapping[str, Mapping[str, SuiteResults]]
+) -> dict[str, dict[str, Any]]:
+    """Re-rank what was scored, and keep it with the results. Return suite -> model -> dataset -> scores, as JSON."""
+    choices: Choices = {}
+    if bundle.data is not None:
+        choices = choose_weights(spec, [row.name for row, _ in bundle.entries], cache, cache.child(LISTINGS))
+    scorer = ShortlistScorer(spec, bundle, models, cache)
+    for results in found.values():
+        scored = {model: some.scored for model, some in results.items()}
+        for model, reranked in scorer.rerank(scored, choices).items():
+            results[model].reranked = reranked
+    return {
+        suite: {model: reranked_json(some.reranked) for model, some in results.items()}
+        for suite, results in found.items()
+    }
+
+
+def _check_weights(spec: EvaluateSpec) -> None:
+    """Raise `UserError` for a weight of a task or dataset that the spec does not score."""
+    if spec.rerank is None:
+        return
+    suites = check_datasets({suite: Path(root) for suite, root in spec.suites.items()})
+    known = {*(TASKS if spec.data else ()), *spec.custom, *(one.row.name for one in suites)}
+    if unknown := sorted(set(spec.rerank.weights) - known):
+        fix = f"use one of {', '.join(sorted(known))}"
+        raise UserError(f"rerank.weights.{unknown[0]}", "is no task or dataset that is scored", fix)
+
+
 def _scored(spec: EvaluateSpec, bundle: Bundle, models: Models) -> Iterator[Scored | Problem]:
     """Every model on every dataset. What a reader of the log should know of it is printed."""
     described = set[str]()
@@ -149,7 +190,8 @@ def _write_split(
         "revision": revision(),
     }
     path = Path(spec.out) / RESULTS
-    write_results(path, rows, settings)
+    reranked = {name: reranked_json(some.reranked) for name, some in results.items() if some.reranked}
+    write_results(path, rows, settings, reranked)
     path.with_suffix(".md").write_text(markdown_table(rows), encoding="utf-8")
     console.print(terminal_table(rows))
     say(f"  {path}, {path.with_suffix('.md').name}")

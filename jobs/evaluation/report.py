@@ -26,6 +26,8 @@ from rzen.evaluation.dataset_scores import DatasetScores
 from rzen.evaluation.files import score_of, write_files
 from rzen.evaluation.leaderboard import DatasetScore, build_leaderboard, side_by_side, terminal, write_leaderboard
 from rzen.evaluation.mixed_pool import MixedScores, compare_mixed, describe_mixed, mixed_means, mixed_table
+from rzen.evaluation.rerank_tables import rerank_lines, rerank_table, reranked_json, terminal_rerank
+from rzen.evaluation.reranking import RerankedScores
 from rzen.evaluation.results import write_json
 from rzen.evaluation.submission import make_submission, write_submission
 from rzen.report.evaluation import SuiteReport, write_evaluation_report
@@ -45,6 +47,7 @@ class SuiteResults:
     diagnostics: dict[str, dict[str, Any]] = field(default_factory=dict)
     examples: dict[str, list[Search]] = field(default_factory=dict)
     mixed: dict[str, MixedScores] = field(default_factory=dict)
+    reranked: dict[str, RerankedScores] = field(default_factory=dict)
 
     def add(self, found: Scored) -> None:
         """Keep the scores of a dataset and the diagnostics that need its vectors."""
@@ -96,8 +99,14 @@ def write_suite(
         for other, some in mixed.items()
         if other != baseline and baseline in mixed
     }
+    reranked = {model: rerank_lines(some.reranked) for model, some in results.items() if some.reranked}
+    for model, rerank in reranked.items():
+        write_json(_folder(spec, suite, model) / "rerank.json", reranked_json(results[model].reranked))
+        say(f"\n  {model}, {suite}, re-ranked")
+        console.print(terminal_rerank(rerank))
     tables = [
         side_by_side(leaderboards),
+        *(rerank_table(rerank, f"{model}, re-ranked") for model, rerank in reranked.items()),
         *(comparison_table(some, baseline, other) for other, some in differences.items()),
         *([mixed_table(mixed)] if mixed else []),
         *(
@@ -120,6 +129,7 @@ def write_suite(
         {model: mixed_means(some) for model, some in mixed.items()},
         mixed_differences,
         {model: mixed_answers(mixed[model], decoder, _ANSWERS) for model in (*mixed,)[:: max(1, len(mixed) - 1)]},
+        reranked,
     )
 
 
@@ -183,6 +193,9 @@ def _facts(spec: EvaluateSpec) -> dict[str, str]:
         frames = f"{media.frames}" + (f", at most, at {media.fps:g} per second" if media.fps else "")
         facts[f"frames of a video{of}"] = frames
         facts[f"pixels of an image, of a page{of}"] = f"{media.image_pixels:,}, {media.page_pixels:,}"
+    if spec.rerank is not None:
+        model = spec.rerank.model
+        facts["re-ranker"] = f"{model.adapter or model.base}, first {spec.rerank.top_k} candidates"
     return facts | {
         "precision": spec.dtype,
         "tokens at once": f"{spec.chunk_tokens:,}",

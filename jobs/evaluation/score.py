@@ -26,6 +26,9 @@ from rzen.evaluation.dataset_scores import DatasetScores, score_dataset
 from rzen.evaluation.mixed_pool import MixedScores, score_mixed_pool
 from rzen.evaluation.vectors import Vectors
 
+_NUM_TOP = 100
+"""First candidates of each query that files list."""
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -199,7 +202,8 @@ def _score(
     pool, candidates = corpora.candidates(dataset)
     _refuse(dataset, pool, bad, is_ours)
     queries = corpora.queries(dataset)
-    scores = score_dataset(dataset, queries, candidates, pool=pool, collapse_is_error=not is_ours)
+    num_top = max(_NUM_TOP, spec.rerank.top_k if spec.rerank else 0)
+    scores = score_dataset(dataset, queries, candidates, pool=pool, num_top=num_top, collapse_is_error=not is_ours)
     without = None
     if plain := _plain(spec, dataset):
         without = score_dataset(plain, corpora.queries(plain), candidates, pool=pool, collapse_is_error=not is_ours)

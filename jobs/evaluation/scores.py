@@ -33,7 +33,14 @@ _VERSION = 4
 any name."""
 _UNFINISHED = "scores/unfinished"
 """Folder of a model's vectors while it is scored."""
-_NOT_SCIENCE: Any = {"suites": True, "custom": True, "datasets": True, "media": True, "data": {"trusted"}}
+_NOT_SCIENCE: Any = {
+    "suites": True,
+    "custom": True,
+    "datasets": True,
+    "rerank": True,
+    "media": True,
+    "data": {"trusted"},
+}
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,33 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from jobs.embedding.specs import Workers, gpus_of_actors
+from jobs.judging.specs import ModelJudge
 from jobs.spec.job import JobConfig, Named
 from jobs.spec.kinds import Kind
 from jobs.spec.model import ModelRef
 from jobs.spec.no_effect import NoEffect
-from pipelines.config import DataConfig, MediaConfig, NonNegativeInt
+from pipelines.config import Config, DataConfig, MediaConfig, NonNegativeInt, PositiveInt
 from rzen.config import ModelCard, ModelIdentity, PromptConfig, ReadoutConfig
 from rzen.evaluation.tasks import Metric
+
+
+class RerankConfig(Config):
+    """A re-ranker that orders the first candidates of each query again."""
+
+    model: ModelJudge
+    """Re-ranker, or any checkpoint of a supported family with its language-model head."""
+    top_k: PositiveInt = 100
+    """First candidates of each query that are scored. The others keep their rank."""
+    weights: Named[Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    """Task or dataset -> w of the fused score cos + w z, with z the log-odds of the re-ranker. U-MARVEL gives other
+    tasks other weights, because re-ranking makes some of them worse."""
+    tune: DataConfig | None = None
+    """Split on which w is chosen for each task of `data` that `weights` does not name, by the metric that counts. It
+    must be data that neither model was trained on, and not `data` itself. `null`: only `weights` are used."""
+    tune_queries: PositiveInt = 500
+    """Queries of each task of `tune` that w is chosen on, at most."""
+    instructions: bool = True
+    """Whether the re-ranker reads the instruction of a query."""
 
 
 class EvaluateSpec(Workers, ModelIdentity, JobConfig):
@@ -41,6 +61,9 @@ class EvaluateSpec(Workers, ModelIdentity, JobConfig):
     (`pipelines/benchmarks/custom.py`)."""
     datasets: Annotated[list[str], Field(min_length=1)] | None = None
     """Datasets of the suites to score. `null` scores all. The others are scored as 0 in the official mean."""
+    rerank: RerankConfig | None = None
+    """Re-ranker for the first candidates of each query. The job then reports scores before and after re-ranking, the
+    best that is possible with these candidates, and how well the probabilities of the re-ranker are calibrated."""
     prompt: PromptConfig = PromptConfig()
     """Prompt of models that do not name theirs in `rzen.json`."""
     readout: ReadoutConfig = ReadoutConfig()
@@ -74,7 +97,17 @@ class EvaluateSpec(Workers, ModelIdentity, JobConfig):
             raise ValueError(f"baseline names {self.baseline!r}, which is none of {', '.join(self.models)}")
         if unknown := sorted(set(self.submission) - set(self.models)):
             raise ValueError(f"submission names {unknown[0]!r}, which is none of {', '.join(self.models)}")
+        tune = self.rerank.tune if self.rerank else None
+        if tune and self.data and (tune.root.rstrip("/"), tune.split) == (self.data.root.rstrip("/"), self.data.split):
+            raise ValueError(
+                f"rerank.tune is the split that is scored ({tune.root} {tune.split}): a weight that is chosen on the"
+                " test makes its score too good; name other held-out data"
+            )
         return self
+
+
+def _tunes(spec: EvaluateSpec) -> bool:
+    return spec.rerank is not None and spec.rerank.tune is not None
 
 
 def _has_data(spec: EvaluateSpec) -> bool:
@@ -106,6 +139,16 @@ EVALUATE = Kind(
         NoEffect("data.negatives_per_sample", _has_data, "mined negatives are not scored"),
         NoEffect("data.max_bad_fraction", _has_data, "a bad sample is an error"),
         NoEffect("data.instructions", _has_data, "`instructions` of each model decides"),
+        NoEffect(
+            "rerank.tune",
+            lambda spec: spec.data is None,
+            "data is not set: give suites and custom datasets their weights",
+        ),
+        NoEffect("rerank.tune_queries", lambda spec: not _tunes(spec), "rerank.tune is not set"),
+        NoEffect("rerank.tune.mixture", _tunes, "queries of the split are scored"),
+        NoEffect("rerank.tune.negatives_per_sample", _tunes, "mined negatives are not scored"),
+        NoEffect("rerank.tune.max_bad_fraction", _tunes, "a bad sample is an error"),
+        NoEffect("rerank.tune.instructions", _tunes, "`instructions` of each model decides"),
     ),
     not_science=frozenset(_HOW_FAST | _WHERE | _ONLY_SHOWN),
 )

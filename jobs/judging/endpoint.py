@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from jobs.embedding.vectors import VectorCache, write_part
-from jobs.judging.inputs import InputPlaces, UnitReader, reasons_of
+from jobs.judging.inputs import PairPlaces, reasons_of
 from jobs.judging.local import Work
 from jobs.judging.specs import ApiJudge, JudgeSpec
 from jobs.runtime.progress import say
@@ -56,24 +56,23 @@ class RemoteJudge:
     """An endpoint that judges. `config` has content only: the model's name stands for its weights."""
 
     judge: ApiJudge
-    places: InputPlaces
+    places: PairPlaces
     config: dict[str, Any]
     used: Counter[str] = field(default_factory=Counter)
 
     @classmethod
-    def of(cls, judge: ApiJudge, places: InputPlaces) -> RemoteJudge:
+    def of(cls, judge: ApiJudge, places: PairPlaces) -> RemoteJudge:
         """Raise `UserError` if the library is missing."""
         _import_openai()
-        media = places.data.media.for_model(judge.max_image_pixels)
-        places = InputPlaces(places.data.model_copy(update={"media": media}), places.pools, places.fingerprints)
+        places = places.for_model(judge.max_image_pixels)
         config = {
             "by": "endpoint",
             "model": judge.model,
             "template": judge.template,
             "max_text_chars": judge.max_text_chars,
             "max_image_pixels": judge.max_image_pixels,
-            "instructions": places.data.instructions,
-            "media": media.model_dump(mode="json"),
+            "instructions": places.instructions,
+            "media": places.media.model_dump(mode="json"),
         }
         return cls(judge, places, config)
 
@@ -104,7 +103,7 @@ class RemoteJudge:
 
     def _questions(self, work: Work, reasons: Counter[str], on_pairs: Callable[[int], None]) -> Iterator[_Question]:
         """Yield each pair with its decoded inputs. Those with a bad input are counted."""
-        reader = UnitReader(self.places)
+        reader = self.places.reader()
         for cache, unit in work:
             queries, documents = reader.read(unit)
             bad = reasons_of(unit, queries, documents)

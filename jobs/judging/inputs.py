@@ -3,18 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, Self
 
 import numpy as np
 
-from jobs.judging.pairs import OWN, Int64Array, Unit
+from jobs.judging.pairs import OWN, Int64Array, PairUnit, Unit
 from pipelines.candidates.types import Pool
-from pipelines.config import DataConfig
+from pipelines.config import DataConfig, MediaConfig
 from pipelines.errors import UserError
 from pipelines.feed.reader import Reader
 from pipelines.samples import DecodedInput, Rejected
 
 Decoded = list[DecodedInput | Rejected]
+
+
+class PairReader(Protocol):
+    """Decodes units in one process."""
+
+    def read(self, unit: Any) -> tuple[Decoded, Decoded]:
+        """Return the queries and the documents of a unit, in its order. Those that cannot be decoded are `Rejected`."""
+
+
+class PairPlaces(Protocol):
+    """Where the inputs of pairs are. Pickles."""
+
+    @property
+    def media(self) -> MediaConfig:
+        """How files become pixels."""
+
+    @property
+    def instructions(self) -> bool:
+        """Whether queries bring their instruction."""
+
+    def for_model(self, visual_pixels: int) -> Self:
+        """Return the same for a model that takes in at most `visual_pixels` of a visual."""
+
+    def reader(self) -> PairReader:
+        """Return a reader for one process."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +51,25 @@ class InputPlaces:
     pools: tuple[Pool, ...]
     fingerprints: dict[str, str]
     """Source of the table -> its fingerprint."""
+
+    @property
+    def media(self) -> MediaConfig:
+        """Return how files become pixels."""
+        return self.data.media
+
+    @property
+    def instructions(self) -> bool:
+        """Return whether queries bring their instruction."""
+        return self.data.instructions
+
+    def for_model(self, visual_pixels: int) -> InputPlaces:
+        """Return the same for a model that takes in at most `visual_pixels` of a visual."""
+        media = self.data.media.for_model(visual_pixels)
+        return replace(self, data=self.data.model_copy(update={"media": media}))
+
+    def reader(self) -> UnitReader:
+        """Return a reader for one process."""
+        return UnitReader(self)
 
     def of_pool(self, number: int) -> DataConfig:
         """Return where the samples of a pool are. Files of other datasets are not trusted."""
@@ -76,7 +121,7 @@ class UnitReader:
         return reader
 
 
-def reasons_of(unit: Unit, queries: Sequence[object], documents: Sequence[object]) -> list[str]:
+def reasons_of(unit: PairUnit, queries: Sequence[object], documents: Sequence[object]) -> list[str]:
     """Return why each pair of a unit has no score, or "" if it has one: the reason of its bad query, else document."""
     reasons = [[one.reason if isinstance(one, Rejected) else "" for one in inputs] for inputs in (queries, documents)]
     return [reasons[0][query] or reasons[1][document] for query, document in unit.pairs.tolist()]

@@ -23,7 +23,7 @@ from jobs.embedding.vectors import VectorCache
 from jobs.judging.endpoint import RemoteJudge
 from jobs.judging.inputs import InputPlaces
 from jobs.judging.local import LocalJudge, Work
-from jobs.judging.pairs import Int64Array, Keys, PartPairs, judged_candidates, missing_of, pairs_of
+from jobs.judging.pairs import Int64Array, Keys, PartPairs, Unit, judged_candidates, missing_of, pairs_of
 from jobs.judging.scores import KeptScores, Scores, repeated_queries
 from jobs.judging.specs import JudgeSpec
 from jobs.runtime.cluster import ray_cluster
@@ -192,7 +192,7 @@ class _Job:
     def _judge_window(self, window: list[_Part], judge: Judge, kept: KeptScores) -> None:
         repeated = [(part.cache, part.pairs.repeated) for part in window]
         kept.share(repeated)  # what a job that was killed has kept of one shard, others may need, too
-        work: Work = []
+        work: list[tuple[VectorCache, Unit]] = []
         asked: set[bytes] = set()  # the first part asks for a pair that several have
         for part in window:
             missing = kept.missing(part.cache, part.pairs.keys)

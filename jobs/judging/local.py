@@ -1,4 +1,4 @@
-"""Pairs judged by a checkpoint: a Ray Data job that decodes on any node and scores in actors with the model.
+"""Pairs scored by a checkpoint: a Ray Data job that decodes on any node and scores in actors with the model.
 
 What is scored together decides the last bits of a score. It depends only on the unit, and on which of its pairs have no
 score yet. So any number of actors gives the same bytes, and so does a job that was killed.
@@ -12,15 +12,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from jobs.embedding.engine import through_actors
 from jobs.embedding.specs import Workers
 from jobs.embedding.vectors import VectorCache, write_part
-from jobs.judging.inputs import InputPlaces, UnitReader, reasons_of
-from jobs.judging.pairs import Unit
+from jobs.judging.inputs import PairPlaces, PairReader, reasons_of
+from jobs.judging.pairs import PairUnit
 from jobs.judging.specs import ModelJudge
 from jobs.runtime.revision import versions
 from pipelines.errors import BadMedia
@@ -34,8 +34,10 @@ from rzen.reranking.encoder import EncodedSide, JointBatch, JointEncoder
 if TYPE_CHECKING:
     from rzen.reranking.reranker import Reranker
 
-Work = list[tuple[VectorCache, Unit]]
+Work = Sequence[tuple[VectorCache, PairUnit]]
 """Units, and where the scores of each are kept."""
+Answer = Literal["probability", "log_odds"]
+"""What is kept of a pair: the probability of yes, or z, which does not saturate."""
 
 
 @dataclass(frozen=True)
@@ -43,31 +45,40 @@ class LocalJudge:
     """A model that judges. Pickles. `config` has content only: equal ones give equal scores, but for rounding."""
 
     judge: ModelJudge
-    places: InputPlaces
+    places: PairPlaces
     endpoint: str | None
     chunk_tokens: int
     config: dict[str, Any]
+    answer: Answer
 
     @classmethod
-    def of(cls, judge: ModelJudge, places: InputPlaces, endpoint: str | None, chunk_tokens: int) -> LocalJudge:
+    def of(
+        cls,
+        judge: ModelJudge,
+        places: PairPlaces,
+        endpoint: str | None,
+        chunk_tokens: int,
+        answer: Answer = "probability",
+    ) -> LocalJudge:
         """Read the files of the model, with the hash of its weights."""
         base = Path(checkpoint_folder(judge.base, endpoint))
         adapter = Path(local_folder(judge.adapter, endpoint)) if judge.adapter else None
         encoder = JointEncoder(str(base), judge.prompt)
         _ = encoder.answer_ids  # a tokenizer that has none is an error now, and not in a task
-        media = places.data.media.for_model(encoder.visual_pixels)
-        places = InputPlaces(places.data.model_copy(update={"media": media}), places.pools, places.fingerprints)
+        places = places.for_model(encoder.visual_pixels)
         config = {
             "by": "model",
             "base": checkpoint_sha256(base),
             "adapter": checkpoint_sha256(adapter) if adapter else None,
             "prompt": judge.prompt.model_dump(mode="json"),
             "dtype": judge.dtype or stored_dtype(base),
-            "instructions": places.data.instructions,
-            "media": media.model_dump(mode="json"),
+            "instructions": places.instructions,
+            "media": places.media.model_dump(mode="json"),
             "versions": versions(),
         }
-        return cls(judge, places, endpoint, chunk_tokens, config)
+        if answer != "probability":  # the configuration of probabilities never named them
+            config["answer"] = answer
+        return cls(judge, places, endpoint, chunk_tokens, config, answer)
 
     @property
     def name(self) -> str:
@@ -87,7 +98,7 @@ class LocalJudge:
 
 def _prepare(row: dict[str, Any], judge: LocalJudge) -> dict[str, Any]:
     """Decode and encode a unit. Pairs with a bad input are left out, and counted by reason."""
-    unit: Unit = pickle.loads(row["unit"])
+    unit: PairUnit = pickle.loads(row["unit"])
     encoder = _encoder(judge.judge.base, judge.judge.prompt, judge.endpoint)
     queries, documents = (
         [_side(encoder, one) for one in side] for side in _unit_reader(pickle.dumps(judge.places)).read(unit)
@@ -121,14 +132,14 @@ def _encoder(base: str, prompt: PairPromptConfig, endpoint: str | None) -> Joint
     return JointEncoder(checkpoint_folder(base, endpoint), prompt)
 
 
-_unit_readers: dict[bytes, UnitReader] = {}
+_unit_readers: dict[bytes, PairReader] = {}
 
 
-def _unit_reader(places: bytes) -> UnitReader:
+def _unit_reader(places: bytes) -> PairReader:
     """Return one in a process, with its manifests and indices."""
     if places not in _unit_readers:
         _unit_readers.clear()
-        _unit_readers[places] = UnitReader(pickle.loads(places))
+        _unit_readers[places] = pickle.loads(places).reader()
     return _unit_readers[places]
 
 
@@ -136,14 +147,15 @@ class ScorePairs:
     """An actor that holds the model, scores units and keeps their scores."""
 
     def __init__(self, judge: LocalJudge, stores: Sequence[Any]) -> None:
-        self._stores = stores
+        self._stores, self._answer = stores, judge.answer
         self._reranker = _load(judge)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Return how many pairs there were, and why some have no score."""
         batch: JointBatch | None = pickle.loads(row["batch"])
         if batch is not None:
-            scores = self._reranker.probabilities(batch)
+            score = self._reranker.log_odds if self._answer == "log_odds" else self._reranker.probabilities
+            scores = score(batch)
             write_part(self._stores[int(row["number"])], list(row["keys"]), scores[:, None])
         return {"num_pairs": row["num_pairs"], "reasons": row["reasons"]}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -34,9 +35,30 @@ _COST_OF: dict[Modality, int] = {
 _CODE_COSTS = np.array([*(_COST_OF[modality] for modality in MODALITIES), COSTS["image"]])  # the last one: unknown
 
 
+class PairUnit(Protocol):
+    """Pairs that are decoded and scored together. Pickles."""
+
+    @property
+    def pairs(self) -> Int64Array:
+        """Places of query and document among those of the unit, `[P, 2]`."""
+
+    @property
+    def keys(self) -> Keys:
+        """Identity of the contents of each pair, `[P]`."""
+
+    def __len__(self) -> int:
+        """Return the number of pairs."""
+
+    def only(self, left: Int64Array) -> Self:
+        """Return a unit of these pairs of it."""
+
+
+AnyUnit = TypeVar("AnyUnit", bound=PairUnit)
+
+
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Pairs that are judged together. It pickles.
+    """Pairs of a table that are judged together. It pickles.
 
     `queries` `[Q]` are samples of the part's source. `documents` `[D, 2]` are pool and index of targets. `pairs`
     `[P, 2]` are places in both. `keys` identify the contents of each pair.
@@ -50,6 +72,11 @@ class Unit:
 
     def __len__(self) -> int:
         return len(self.pairs)
+
+    def only(self, left: Int64Array) -> Unit:
+        """Return a unit of these pairs of it."""
+        queries, documents, pairs = compact(self.pairs[left])
+        return Unit(self.source, self.queries[queries], self.documents[documents], pairs, self.keys[left])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -126,14 +153,45 @@ def judged_candidates(rows: CandidateRows, top_k: int | None) -> npt.NDArray[np.
     return chosen
 
 
-def missing_of(units: Sequence[Unit], missing: Keys) -> list[Unit]:
+def missing_of(units: Sequence[AnyUnit], missing: Keys) -> list[AnyUnit]:
     """Return the units with only those pairs whose keys are in `missing`. Empty ones are left out."""
     found = []
     for unit in units:
         left = np.flatnonzero(np.isin(unit.keys, missing))
         if len(left):
-            found.append(_compact(unit, left))
+            found.append(unit.only(left))
     return found
+
+
+def compact(pairs: Int64Array) -> tuple[Int64Array, Int64Array, Int64Array]:
+    """Return the distinct queries and the distinct documents of pairs `[P, 2]`, and the pairs by places in these."""
+    queries, query = np.unique(pairs[:, 0], return_inverse=True)
+    documents, document = np.unique(pairs[:, 1], return_inverse=True)
+    return queries, documents, np.stack([query, document], axis=1)
+
+
+def divide_pairs(pairs: Int64Array, costs: Int64Array) -> list[Int64Array]:
+    """Return places of pairs `[P, 2]` in units of limited cost, in an order that depends on the pairs only.
+
+    `pairs` are numbers of the query and of the document. `costs` `[P, 2]` are what it takes to decode them, the same
+    for equal numbers. Pairs that share the dearer input follow each other.
+    """
+    if not len(pairs):
+        return []
+    query, document = costs.mean(axis=0)
+    order = np.lexsort((pairs[:, 0], pairs[:, 1]) if document >= query else (pairs[:, 1], pairs[:, 0]))
+    units: list[list[int]] = []
+    room = 0
+    seen: set[tuple[int, int]] = set()
+    for place in order.tolist():
+        inputs = dict(zip(enumerate(pairs[place].tolist()), costs[place].tolist(), strict=True))
+        if not units or len(units[-1]) == MAX_PAIRS or sum(c for i, c in inputs.items() if i not in seen) > room:
+            units.append([])
+            room, seen = UNIT_COST, set()
+        units[-1].append(place)
+        room -= sum(cost for given, cost in inputs.items() if given not in seen)
+        seen |= inputs.keys()
+    return [np.array(unit) for unit in units]
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,24 +208,9 @@ class _Pairs:
 
     def units(self, chosen: Int64Array) -> list[Unit]:
         """Divide the chosen pairs into units of limited cost, in an order that depends on the pairs only."""
-        if not len(chosen):
-            return []
-        by_document = self.document_costs[chosen].mean() >= self.query_costs[self.sample[chosen]].mean()
-        sides = (self.sample[chosen], self.ids[chosen])
-        order = chosen[np.lexsort(sides if by_document else sides[::-1])]
-        units: list[list[int]] = []
-        room = 0
-        seen: set[tuple[int, int]] = set()
-        for pair in order.tolist():
-            inputs = {(0, int(self.sample[pair])): int(self.query_costs[self.sample[pair]])}
-            inputs[1, int(self.ids[pair])] = int(self.document_costs[pair])
-            if not units or len(units[-1]) == MAX_PAIRS or sum(c for i, c in inputs.items() if i not in seen) > room:
-                units.append([])
-                room, seen = UNIT_COST, set()
-            units[-1].append(pair)
-            room -= sum(cost for given, cost in inputs.items() if given not in seen)
-            seen |= inputs.keys()
-        return [self._unit(np.array(unit)) for unit in units]
+        pairs = np.stack([self.sample, self.ids], axis=1)[chosen]
+        costs = np.stack([self.query_costs[self.sample], self.document_costs], axis=1)[chosen]
+        return [self._unit(chosen[places]) for places in divide_pairs(pairs, costs)]
 
     def _unit(self, chosen: Int64Array) -> Unit:
         samples, query = np.unique(self.sample[chosen], return_inverse=True)
@@ -179,13 +222,6 @@ class _Pairs:
             np.stack([query, document], axis=1),
             self.keys[chosen],
         )
-
-
-def _compact(unit: Unit, left: Int64Array) -> Unit:
-    queries, query = np.unique(unit.pairs[left, 0], return_inverse=True)
-    documents, document = np.unique(unit.pairs[left, 1], return_inverse=True)
-    pairs = np.stack([query, document], axis=1)
-    return Unit(unit.source, unit.queries[queries], unit.documents[documents], pairs, unit.keys[left])
 
 
 def _query_id(sample: Sample | Rejected, instructions: bool) -> bytes:

@@ -165,7 +165,8 @@ def _scores(spec: ExportSpec, base: Path, adapter: Path | None) -> dict[str, Any
         raise UserError(
             f"scores {path}", problem, f"it has {', '.join(scored)}: evaluate this one, or set scores: null"
         )
-    return {"rows": rows, "settings": results["settings"]}
+    reranked = next((some for name, some in results.get("rerank", {}).items() if name in mine), {})
+    return {"rows": rows, "settings": results["settings"], "rerank": reranked}
 
 
 def _named_alike(spec: ExportSpec, settings: dict[str, Any], path: Path) -> tuple[dict[str, Any], set[str]]:

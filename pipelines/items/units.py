@@ -23,7 +23,7 @@ def units(items: Sequence[Item]) -> list[list[Item]]:
     """
     found: list[list[Item]] = []
     room = 0
-    for item in sorted(items, key=_sort_key):
+    for item in sorted(items, key=sort_key):
         if not found or room < item_cost(item):
             found.append([])
             room = UNIT_COST
@@ -52,7 +52,8 @@ def item_cost(item: Item) -> int:
     return sum(COSTS[media.kind] for media in item.input.media) or 1
 
 
-def _sort_key(item: Item) -> _SortKey:
+def sort_key(item: Item) -> _SortKey:
+    """Return the order in which items are decoded: like ones next to each other, rows of shards by position."""
     row = item.row
     if row is None:
         return (item_cost(item), item.modality, "", len(item.input.text), item.id)

@@ -116,7 +116,7 @@ def rank_candidates(
                 level_P[pairs] -= _count(scores_BT, query_p, most_P[pairs])
                 best_QK[rows], rows_QK[rows] = _merge(best_QK[rows], rows_QK[rows], scores_BT, first)
     above = above_P.cpu().numpy()
-    rank_P = _settle(relevant, score_P, above)
+    rank_P = settle(relevant, score_P, above)
     first_QK, cosine_QK = _interleave(relevant, rank_P, score_P, rows_QK.cpu().numpy(), best_QK.cpu().numpy())
     return Ranked(rank_P, above + level_P.cpu().numpy(), first_QK, cosine_QK)
 
@@ -212,8 +212,8 @@ def _merge(
     return all_B.gather(1, order_B), rows_B.gather(1, order_B)
 
 
-def _settle(relevant: Relevant, score_P: FloatArray, above_P: IntArray) -> IntArray:
-    """Ranks from the number of others above each: those of one query follow each other, worst of a tie first."""
+def settle(relevant: Relevant, score_P: FloatArray, above_P: IntArray) -> IntArray:
+    """Return ranks `[P]` from scores and the numbers of others above. Ranks of a query differ, worst of a tie first."""
     order_P = np.lexsort((relevant.row, -score_P, relevant.query))
     query_P, falling_P = relevant.query[order_P], score_P[order_P]
     starts_P = np.ones(len(order_P), dtype=bool)

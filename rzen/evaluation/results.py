@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -51,6 +51,8 @@ class ResultsFile(TypedDict):
 
     settings: dict[str, Any]
     rows: list[Result]
+    rerank: NotRequired[dict[str, dict[str, Any]]]
+    """Model -> task -> scores before and after re-ranking (`rerank_tables.reranked_json`)."""
 
 
 MIXED_POOL = "mixed pool"
@@ -59,9 +61,15 @@ Column = tuple[str, str, str]
 _MARKED = 30  # points of a curve, below which each of them is marked
 
 
-def write_results(path: Path, rows: Sequence[Result], settings: Mapping[str, Any]) -> None:
-    """Write `{"settings": ..., "rows": [...]}`, atomically. `settings` is whatever makes the numbers repeatable."""
-    write_json(path, {"settings": settings, "rows": [asdict(row) for row in rows]})
+def write_results(
+    path: Path, rows: Sequence[Result], settings: Mapping[str, Any], reranked: Mapping[str, Any] | None = None
+) -> None:
+    """Write `{"settings": ..., "rows": [...]}`, atomically. `settings` is whatever makes the numbers repeatable.
+
+    `reranked` is written as `rerank`, if there is any.
+    """
+    content = {"settings": settings, "rows": [asdict(row) for row in rows]}
+    write_json(path, content | ({"rerank": reranked} if reranked else {}))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

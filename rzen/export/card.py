@@ -189,9 +189,37 @@ def _scores(scores: Mapping[str, Any]) -> str:
         for row in scores["rows"]
     ]
     data = scores["settings"].get("data", "unknown")
-    return "\n".join(
-        [head, *rows, "", f"Measured by `rzen evaluate` on the data with fingerprint {code_span(str(data))}."]
-    )
+    measured = f"Measured by `rzen evaluate` on the data with fingerprint {code_span(str(data))}."
+    return "\n".join([head, *rows, "", measured, *_reranked(scores)])
+
+
+def _reranked(scores: Mapping[str, Any]) -> list[str]:
+    """Return a table of what a re-ranker makes of the first candidates, if there was one."""
+    found: Mapping[str, Any] = scores.get("rerank", {})
+    if not found:
+        return []
+    spec = scores["settings"].get("spec", {}).get("rerank", {}).get("model", {})
+    model = code_span(redact_text(str(spec.get("adapter") or spec.get("base") or "not recorded")))
+    lines = [
+        f"| {escape_markdown(task)} | {escape_markdown(one['metric'])} | {one['top_k']} |"
+        f" {_percent(one, 'before')} | {_percent(one, 'reranked')} | {_percent(one, 'fused')} |"
+        f" {one['weight']['weight'] if one['weight'] else '–'} | {_percent(one, 'ceiling')} |"
+        for task, one in found.items()
+    ]
+    return [
+        "",
+        f"With the re-ranker {model} on the first candidates. `fused` is the order by cos + w z, with z its log-odds."
+        " The ceiling is the best order of the same candidates.",
+        "",
+        "| task | metric | candidates | before % | re-ranked % | fused % | w | ceiling % |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+        *lines,
+    ]
+
+
+def _percent(scores: Mapping[str, Any], stage: str) -> str:
+    """Return the metric that counts at a stage of re-ranking."""
+    return f"{100 * scores[stage][scores['metric']]:.1f}" if stage in scores else "–"
 
 
 def _pool(row: Mapping[str, Any]) -> str:

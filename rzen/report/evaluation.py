@@ -9,6 +9,7 @@ from typing import Any
 
 from rzen.evaluation.comparison import Difference
 from rzen.evaluation.leaderboard import DatasetScore, Mean, means, plot_means
+from rzen.evaluation.rerank_tables import RerankLine
 from rzen.report.hits import Search
 from rzen.report.render import Card, make_card, make_query_card, write_html
 from rzen.report.thumbnails import ThumbnailPool
@@ -21,7 +22,8 @@ class SuiteReport:
     `target_modality_accuracy`, `remarks`, optional `changed_by_instruction`. `examples`: model -> dataset -> what it
     answered wrongly. `mixed`: model -> dataset or `mean` -> metric -> its score among the candidates of all datasets.
     `mixed_comparisons`: model -> metric -> dataset -> the difference of these. `mixed_answers`: first and last model ->
-    what the same queries find there.
+    what the same queries find there. `reranked`: model -> a line for each dataset and metric, of models that were
+    re-ranked.
     """
 
     suite: str
@@ -33,6 +35,7 @@ class SuiteReport:
     mixed: Mapping[str, Mapping[str, Mapping[str, float]]]
     mixed_comparisons: Mapping[str, Mapping[str, Mapping[str, Difference]]]
     mixed_answers: Mapping[str, Sequence[Search]]
+    reranked: Mapping[str, Sequence[RerankLine]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -272,10 +272,14 @@ def test_a_card_tells_recipe_data_scores_and_limits(base: str, tmp_path: Path) -
     ref = {"base": base, "adapter": str(runs / "soup/adapter")}
     row = {"task": "text_image", "metric": "hit@1", "value": 0.25, "chance": 0.01, "split": "held_out"}
     row |= {"num_queries": 400, "num_candidates": 100}
-    results = {
+    results: dict[str, Any] = {
         "settings": {"spec": {"models": {"soup": ref, "before": ref | {"adapter": None}}}, "data": "beef"},
         "rows": [row | {"model": "soup"}, row | {"model": "before", "value": 0.125}],
     }
+    results["settings"]["spec"]["rerank"] = {"model": {"base": "judge", "adapter": None}}
+    reranked = {"metric": "hit@1", "top_k": 50, "before": {"hit@1": 0.25}, "ceiling": {"hit@1": 0.75}, "weight": None}
+    reranked |= {"reranked": {"hit@1": 0.375}}
+    results["rerank"] = {"soup": {"text_image": reranked}, "before": {}}
     (tmp_path / "results.json").write_text(json.dumps(results))
     spec = {"kind": "export", "model": ref, "out": str(tmp_path / "fine model"), "dtype": "float32"}
     spec |= {
@@ -326,7 +330,7 @@ def test_a_card_tells_recipe_data_scores_and_limits(base: str, tmp_path: Path) -
         ["en", "de"],
         "fine model",
     )
-    assert len(on_hub.content.splitlines()) < 120
+    assert len(on_hub.content.splitlines()) < 130
     assert card.index("## Scores") < card.index("## How to load it")
     for told in (
         "# fine model",
@@ -336,6 +340,8 @@ def test_a_card_tells_recipe_data_scores_and_limits(base: str, tmp_path: Path) -
         '"lr": 0.0002',
         "| text_image | hit@1 | 25.0 | 1.0 | 400 | 100 | held_out |",
         "fingerprint `beef`",
+        "With the re-ranker `judge` on the first candidates.",
+        "| text_image | hit@1 | 50 | 25.0 | 37.5 | – | – | 75.0 |",
         "give 6 frames to a video",
         f"* base: `{base}`",
         "vLLM has not been run",

@@ -1,0 +1,263 @@
+"""The first candidates of each query scored by a re-ranker: pairs of all models and datasets, each scored once.
+
+Scores are kept in the cache of the evaluation, by the contents of the pair and the identity of the re-ranker. So a job
+that was killed resumes, and two embedders that find the same candidate share its score.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from jobs.embedding.engine import Models
+from jobs.embedding.vectors import VectorCache
+from jobs.evaluation.datasets import DAMAGED, Bundle, split_bundle
+from jobs.evaluation.item_pairs import ItemPlaces, asked_item, pair_key, units_of
+from jobs.evaluation.score import Problem, models_of, score_models
+from jobs.evaluation.specs import EvaluateSpec, RerankConfig
+from jobs.judging.local import LocalJudge
+from jobs.judging.pairs import Keys, missing_of
+from jobs.runtime.progress import Bars, say
+from pipelines.benchmarks.types import Dataset
+from pipelines.config import DataConfig
+from pipelines.errors import UserError
+from pipelines.feed.reader import Reader
+from pipelines.items.types import Item
+from pipelines.storage.store import Store
+from rzen.evaluation.dataset_scores import DatasetScores
+from rzen.evaluation.reranking import RerankedScores, Shortlist, WeightChoice, choose_weight, score_reranked
+from rzen.evaluation.vectors import NONE
+
+PAIRS_AT_ONCE = 200_000
+"""Pairs of one Ray job. More would cost the driver too much memory, fewer would load the model more often."""
+ByModel = Mapping[str, Mapping[str, DatasetScores]]
+"""Model -> dataset -> its scores."""
+Choices = dict[str, dict[str, WeightChoice]]
+"""Model -> dataset -> w."""
+
+
+class ShortlistScorer:
+    """The re-ranker of an evaluation, on the datasets of one bundle. Reads all of its weights, to identify them."""
+
+    def __init__(self, spec: EvaluateSpec, bundle: Bundle, models: Models, cache: Store) -> None:
+        assert spec.rerank is not None
+        self._spec, self._settings, self._bundle = spec, spec.rerank, bundle
+        one = models[0][0]  # where the data are is the same for all
+        places = ItemPlaces(bundle.media, one.data, one.fingerprints, spec.rerank.instructions)
+        self.judge = LocalJudge.of(spec.rerank.model, places, one.endpoint, spec.chunk_tokens, answer="log_odds")
+        self._cache = VectorCache(cache, self.judge.config)
+
+    def rerank(self, scored: ByModel, choices: Choices) -> dict[str, dict[str, RerankedScores]]:
+        """Return model -> dataset -> scores before and after re-ranking. Needs Ray.
+
+        `choices` are the weights that were chosen. Those that the spec gives come before them. A dataset of files with
+        a pair that cannot be scored is reported and left out. For a split it is a `UserError`.
+        """
+        given = {name: WeightChoice(weight, "given") for name, weight in self._settings.weights.items()}
+        found: dict[str, dict[str, RerankedScores]] = {model: {} for model in scored}
+        for model, shortlist in self.shortlists(scored):
+            name = shortlist.scores.dataset.row.name
+            found[model][name] = score_reranked(shortlist, given.get(name) or choices.get(model, {}).get(name))
+        return found
+
+    def shortlists(self, scored: ByModel) -> Iterator[tuple[str, Shortlist]]:
+        """Yield model and shortlist of each scored dataset, dataset by dataset. Errors are those of `rerank`."""
+        parts: dict[tuple[str, str], list[npt.NDArray[np.float32]]] = {}
+        with Bars() as bars, tempfile.TemporaryDirectory(prefix="rzen-pairs-", dir=self._spec.scratch) as scratch:
+            total = sum(_num_pairs(one, self._settings.top_k) for some in scored.values() for one in some.values())
+            show = _Progress(bars, total, self.judge.name)
+            for window in _windows(_pieces(scored, self._settings.top_k)):
+                self._score(window, show)
+                for piece in window:
+                    found = parts.setdefault((piece.model, piece.name), [])
+                    found.append(self._log_odds(piece, Path(scratch)))
+                    if sum(map(len, found)) == len(piece.scores.dataset.queries):
+                        log_odds = np.concatenate(parts.pop((piece.model, piece.name)))
+                        if self._is_whole(piece, log_odds):
+                            yield piece.model, Shortlist(piece.scores, log_odds)
+
+    def _score(self, window: Sequence[_Piece], show: _Progress) -> None:
+        """Score the pairs of a window that have no score yet."""
+        named: dict[str, tuple[Item, Item]] = {}
+        for piece in window:
+            piece.keys(self._settings.instructions, named)
+        keys = np.array(sorted(named), dtype="S32")
+        missing = keys[self._cache.missing(keys)]
+        if len(missing):
+            whole = units_of((key, *pair) for key, pair in named.items())  # what is missing does not decide the units
+            work = [(self._cache, unit) for unit in missing_of(whole, missing)]
+            reasons = self.judge.score(work, self._spec, show)
+            self._cache.refresh()
+            for reason, count in sorted(reasons.items()):
+                say(f"  without a score: {reason} {count:,}", "yellow")
+        show.finish(sum(piece.num_pairs for piece in window))
+
+    def _log_odds(self, piece: _Piece, scratch: Path) -> npt.NDArray[np.float32]:
+        """Return z of a piece, `[q, K]`, NaN where there is no candidate or no score."""
+        keys_QK = piece.keys(self._settings.instructions)
+        scored_QK = (keys_QK != b"") & ~self._cache.missing(keys_QK)
+        log_odds = np.full(keys_QK.shape, np.nan, np.float32)
+        if scored_QK.any():
+            log_odds[scored_QK] = self._cache.load(keys_QK[scored_QK], scratch / "log_odds.npy").rows[:, 0]
+        return log_odds
+
+    def _is_whole(self, piece: _Piece, log_odds: npt.NDArray[np.float32]) -> bool:
+        """Return whether each pair of a dataset has a finite score. Without it the order is another."""
+        num_pairs = _num_pairs(piece.scores, piece.top_k)
+        lacking = num_pairs - int(np.isfinite(log_odds).sum())
+        if lacking:
+            ours = self._bundle.data is not None
+            problem = f"{lacking} of {num_pairs} pairs have no finite score of {self.judge.name}"
+            error = UserError(piece.name, problem, DAMAGED if ours else "fetch its files again, or check the model")
+            if ours:
+                raise error
+            say(f"  {piece.model}: not re-ranked: {error}", "yellow")
+        return not lacking
+
+
+class _Progress:
+    """Counts pairs: those that are scored as they come, all others of a window when it is done."""
+
+    def __init__(self, bars: Bars, total: int, name: str) -> None:
+        self._bars, self._total, self._name = bars, total, name
+        self._done = self._ahead = 0
+
+    def __call__(self, num_pairs: int) -> None:
+        self._ahead += num_pairs
+        self._show(self._done + self._ahead)
+
+    def finish(self, num_pairs: int) -> None:
+        self._done, self._ahead = self._done + num_pairs, 0
+        self._show(self._done)
+
+    def _show(self, done: int) -> None:
+        self._bars.update("rerank", min(done, self._total), self._total, unit="pairs", note=self._name)
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """The shortlists of some queries of a dataset: those from `first` to `last`, without the last.
+
+    The rows of `scores` must be those of the dataset's candidates in their order.
+    """
+
+    model: str
+    name: str
+    scores: DatasetScores
+    first: int
+    last: int
+    top_k: int
+
+    @property
+    def num_pairs(self) -> int:
+        """Return how many candidates there are."""
+        return int((self._rows != NONE).sum())
+
+    @property
+    def _rows(self) -> npt.NDArray[np.int64]:
+        return self.scores.ranked.rows[self.first : self.last, : self.top_k]
+
+    def keys(self, instructions: bool, named: dict[str, tuple[Item, Item]] | None = None) -> Keys:
+        """Return the key of each pair, `[q, K]`, empty where there is no candidate. `named` gets their items."""
+        rows_QK = self._rows
+        items = self.scores.dataset.pick(row for row in np.unique(rows_QK).tolist() if row != NONE)
+        keys_QK = np.zeros(rows_QK.shape, "S32")
+        for query, row in zip(*(some.tolist() for some in np.nonzero(rows_QK != NONE)), strict=True):
+            asked = asked_item(self.scores.dataset.queries[self.first + query].item, instructions=instructions)
+            document = items[int(rows_QK[query, row])]
+            key = pair_key(asked, document)
+            keys_QK[query, row] = key
+            if named is not None:
+                named.setdefault(key, (asked, document))
+        return keys_QK
+
+
+def _pieces(scored: ByModel, top_k: int) -> Iterator[_Piece]:
+    """Yield the pieces of a dataset of all models next to each other: they share pairs."""
+    names = dict.fromkeys(name for some in scored.values() for name in some)
+    step = max(1, PAIRS_AT_ONCE // top_k)
+    for name in names:
+        mine = {model: some[name] for model, some in scored.items() if name in some}
+        num_queries = max(len(one.dataset.queries) for one in mine.values())
+        for first in range(0, num_queries, step):
+            for model, one in mine.items():
+                yield _Piece(model, name, one, first, min(first + step, len(one.dataset.queries)), top_k)
+
+
+def _windows(pieces: Iterator[_Piece]) -> Iterator[list[_Piece]]:
+    window: list[_Piece] = []
+    room = PAIRS_AT_ONCE
+    for piece in pieces:
+        if window and piece.num_pairs > room:
+            yield window
+            window, room = [], PAIRS_AT_ONCE
+        window.append(piece)
+        room -= piece.num_pairs
+    if window:
+        yield window
+
+
+def _num_pairs(scores: DatasetScores, top_k: int) -> int:
+    return int((scores.ranked.rows[:, :top_k] != NONE).sum())
+
+
+def choose_weights(spec: EvaluateSpec, tasks: Sequence[str], cache: Store, listings: Store) -> Choices:
+    """Return w of each model and task, chosen on the split `rerank.tune`. Needs Ray.
+
+    Tasks that the split has no samples of, or that the spec gives a weight for, are left out.
+    """
+    settings = spec.rerank
+    assert settings is not None
+    if settings.tune is None:
+        return {}
+    wanted = [task for task in tasks if task not in settings.weights]
+    if not wanted:
+        return {}
+    tune = spec.model_copy(update={"tasks": None, "data": settings.tune, "instruction_sensitivity": False})
+    bundle = _few_queries(_of_tasks(tune, settings.tune, wanted, listings), settings.tune_queries)
+    models = models_of(tune, bundle, dict.fromkeys(spec.models, cache))
+    scored: dict[str, dict[str, DatasetScores]] = {some.name: {} for some, _ in models}
+    for one in score_models(tune, bundle, models):
+        assert not isinstance(one, Problem), "those of a split are errors"
+        scored[one.model][one.scores.dataset.row.name] = one.scores
+    choices: Choices = {}
+    for model, shortlist in ShortlistScorer(tune, bundle, models, cache).shortlists(scored):
+        name = shortlist.scores.dataset.row.name
+        choice = choices.setdefault(model, {})[name] = choose_weight(shortlist)
+        say(f"  {model}, {name}: w = {choice.weight:g}, chosen on {choice.num_queries:,} queries of {_place(settings)}")
+    return choices
+
+
+def _of_tasks(spec: EvaluateSpec, data: DataConfig, tasks: Sequence[str], listings: Store) -> Bundle:
+    """Return the tasks of the split that weights are chosen on. Raises `UserError` if it has none of them."""
+    reader = Reader(data)
+    there = {reader.task_of(source) for source in reader.sizes()}
+    if not (both := [task for task in tasks if task in there]):
+        problem = f"has no samples of {', '.join(tasks)}"
+        raise UserError(f"rerank.tune {data.root} {data.split}", problem, "name another split, or set rerank.weights")
+    for task in tasks:
+        if task not in there:
+            say(f"  {task}: no fused scores, because {data.root} {data.split} has no samples of it", "yellow")
+    return split_bundle(spec.model_copy(update={"tasks": both}), reader, listings)
+
+
+def _few_queries(bundle: Bundle, most: int) -> Bundle:
+    """Return the datasets with at most so many queries: those with the first ids, which are digests."""
+
+    def few(opened: Callable[[], Dataset]) -> Dataset:
+        dataset = opened()
+        chosen = sorted(range(len(dataset.queries)), key=lambda place: dataset.queries[place].item.id)[:most]
+        return replace(dataset, queries=[dataset.queries[place] for place in sorted(chosen)])
+
+    return replace(bundle, entries=[(row, partial(few, opened)) for row, opened in bundle.entries])
+
+
+def _place(settings: RerankConfig) -> str:
+    assert settings.tune is not None
+    return f"{settings.tune.root} {settings.tune.split}"
