@@ -152,7 +152,10 @@ def _check_weights(spec: EvaluateSpec) -> None:
     if spec.rerank is None:
         return
     suites = check_datasets({suite: Path(root) for suite, root in spec.suites.items()})
-    known = {*(TASKS if spec.data else ()), *spec.custom, *(one.row.name for one in suites)}
+    known = {*spec.custom, *(one.row.name for one in suites)}
+    if spec.data is not None:
+        reader = Reader(spec.data)
+        known |= {reader.task_of(source) for source in reader.sizes()}
     if unknown := sorted(set(spec.rerank.weights) - known):
         fix = f"use one of {', '.join(sorted(known))}"
         raise UserError(f"rerank.weights.{unknown[0]}", "is no task or dataset that is scored", fix)
