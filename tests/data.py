@@ -89,6 +89,8 @@ def store_shard(
 class ColourEncoder:
     """A sample is its source, its number and the red of its picture; `refused` numbers are bad media."""
 
+    held_out_group = 1
+
     def __init__(self, refused: Collection[int] = ()) -> None:
         self.refused = refused
 
@@ -101,6 +103,9 @@ class ColourEncoder:
     def collate(self, samples: list[tuple[str, int, int]]) -> np.ndarray:
         """int64 [B, 2]: number and red."""
         return np.array([sample[1:] for sample in samples])
+
+    def held_out(self, groups: Sequence[Sequence[tuple[str, int, int]]]) -> np.ndarray:
+        return self.collate([sample for group in groups for sample in group])
 
 
 def publish_candidates(

@@ -21,8 +21,25 @@ _LIMITS = {
 
 
 def properties(node: Node, schema: Node) -> dict[str, Node]:
-    """Return the settings inside of a node by their names. Empty for one that is a value."""
-    return {name: child for option in _options(node, schema) for name, child in option.get("properties", {}).items()}
+    """Return the settings inside of a node by their names. Empty for one that is a value.
+
+    A setting that several alternatives have, each in its own way, has their alternatives, and the text of the first.
+    """
+    found: dict[str, Node] = {}
+    for option in _options(node, schema):
+        for name, child in option.get("properties", {}).items():
+            first = found.setdefault(name, child)
+            if first != child:
+                found[name] = {**first, "anyOf": [first, child]}
+    return found
+
+
+def alternative(node: Node, tag: str, schema: Node) -> Node | None:
+    """Return the alternative of a node that has a setting with only this value. None if there is none."""
+    for option in _options(node, schema):
+        if any(child.get("const") == tag for child in option.get("properties", {}).values()):
+            return option
+    return None
 
 
 def inner(node: Node, part: str | int, schema: Node) -> Node | None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from jobs.spec.fields import Node, inner, properties
+from jobs.spec.fields import Node, alternative, inner, properties
 from jobs.spec.job import JobConfig
 from jobs.spec.kinds import find_kind, kind_names
 from jobs.spec.nearest import did_you_mean, nearest
@@ -282,6 +282,6 @@ def _fields(model: type[BaseModel], loc: Sequence[Any]) -> list[str]:
     schema: Node = model.model_json_schema()
     here = schema
     for part in loc:
-        entry = inner(here, part, schema)
+        entry = inner(here, part, schema) or alternative(here, part, schema)
         here = here if entry is None else entry
     return list(properties(here, schema))

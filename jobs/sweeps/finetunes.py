@@ -20,6 +20,7 @@ from jobs.training.runs import DONE, Run
 from jobs.training.specs import TrainSpec
 from pipelines.errors import UserError
 from pipelines.storage.location import open_store
+from rzen.config import ObjectiveConfig
 
 
 def resolve(spec: FinetunesSpec, document: Document) -> dict[str, TrainSpec]:
@@ -62,10 +63,13 @@ def stage_document(stage: str, changes: Mapping[str, Any], document: Document) -
 
 
 def check_train(document: Document) -> TrainSpec:
-    """Return the spec of one run. Raise `UserError` if it is of another kind."""
+    """Return the spec of one run. Raise `UserError` if it is of another kind, or if it trains a re-ranker."""
     train = check(document)
     if not isinstance(train, TrainSpec):
         raise UserError(document.place(("kind",)), f"kind={train.kind!r} does not train", "use kind: train")
+    if not isinstance(train.objective, ObjectiveConfig):
+        problem = f"objective.kind={train.objective.kind} trains no embedder, and this job compares embedders"
+        raise UserError(document.place(("objective",)), problem, "run the spec itself, with kind: train")
     return train
 
 

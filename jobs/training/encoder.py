@@ -9,10 +9,12 @@ from typing import Any
 from jobs.training.runs import Run
 from pipelines.feed.batch import Candidate
 from pipelines.samples import DecodedInput, DecodedSample
-from rzen.config import PromptConfig, TinyBackbone
-from rzen.inputs.pairs import EncodedPairs, PairEncoder
-from rzen.inputs.processor import EncodedBatch, Processor
+from rzen.config import PairPromptConfig, PromptConfig, TinyBackbone
+from rzen.inputs.pairs import PairEncoder
+from rzen.inputs.processor import Processor
 from rzen.model.locate import checkpoint_folder
+from rzen.reranking.encoder import JointEncoder
+from rzen.reranking.lists import ListEncoder
 
 BACKBONE = "backbone"
 
@@ -24,47 +26,62 @@ def backbone_url(run: Run) -> str:
 
 
 class LocalEncoder:
-    """A `PairEncoder` for tasks on any node. It finds the backbone's files when it encodes its first sample."""
+    """A `PairEncoder`, or the `ListEncoder` of a re-ranker, for tasks on any node.
 
-    def __init__(self, backbone: str, endpoint: str | None, prompt: PromptConfig) -> None:
+    It finds the backbone's files when it encodes its first sample.
+    """
+
+    def __init__(self, backbone: str, endpoint: str | None, prompt: PromptConfig | PairPromptConfig) -> None:
         self._arguments = (backbone, endpoint, prompt)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return LocalEncoder, self._arguments
 
     @cached_property
-    def _encoder(self) -> PairEncoder:
+    def _encoder(self) -> Any:
         backbone, endpoint, prompt = self._arguments
-        return PairEncoder(Processor(checkpoint_folder(backbone, endpoint), prompt))
+        folder = checkpoint_folder(backbone, endpoint)
+        if isinstance(prompt, PairPromptConfig):
+            return ListEncoder(JointEncoder(folder, prompt))
+        return PairEncoder(Processor(folder, prompt))
 
-    def sample(self, decoded: DecodedSample) -> EncodedPairs:
+    def sample(self, decoded: DecodedSample) -> Any:
         """Encode one sample, as `PairEncoder.sample`."""
         return self._encoder.sample(decoded)
 
     @property
     def visual_pixels(self) -> int:
         """Pixels of an image or page that the model takes in at most."""
-        return self._encoder.visual_pixels
+        pixels: int = self._encoder.visual_pixels
+        return pixels
 
-    def candidate(self, decoded: DecodedInput) -> EncodedBatch:
+    @property
+    def held_out_group(self) -> int:
+        """Held-out samples that are scored together."""
+        size: int = self._encoder.held_out_group
+        return size
+
+    def candidate(self, decoded: DecodedInput) -> Any:
         """Encode a candidate, as `PairEncoder.candidate`."""
         return self._encoder.candidate(decoded)
 
-    def positive_of(self, encoded: EncodedPairs) -> EncodedBatch:
+    def positive_of(self, encoded: Any) -> Any:
         """Return the target of a pair, as `PairEncoder.positive_of`."""
         return self._encoder.positive_of(encoded)
 
-    def with_candidates(
-        self, encoded: EncodedPairs, candidates: Sequence[Candidate], positive_teacher: float
-    ) -> EncodedPairs:
+    def with_candidates(self, encoded: Any, candidates: Sequence[Candidate], positive_teacher: float) -> Any:
         """Add negatives to a pair, as `PairEncoder.with_candidates`."""
         return self._encoder.with_candidates(encoded, candidates, positive_teacher)
 
-    def collate(self, pairs: list[EncodedPairs]) -> EncodedPairs:
-        """Join pairs, as `PairEncoder.collate`."""
-        return self._encoder.collate(pairs)
+    def collate(self, samples: list[Any]) -> Any:
+        """Join samples, as `PairEncoder.collate`."""
+        return self._encoder.collate(samples)
+
+    def held_out(self, groups: Sequence[Sequence[Any]]) -> Any:
+        """Join held-out samples, as `PairEncoder.held_out`."""
+        return self._encoder.held_out(groups)
 
 
 def encoder_of(run: Run) -> LocalEncoder:
-    """Return the encoder of the pairs that this run trains on."""
-    return LocalEncoder(backbone_url(run), run.endpoint, run.spec.model.prompt)
+    """Return the encoder of the samples that this run trains on."""
+    return LocalEncoder(backbone_url(run), run.endpoint, run.spec.prompt)

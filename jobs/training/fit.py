@@ -26,7 +26,7 @@ from jobs.training.encoder import BACKBONE, encoder_of
 from jobs.training.held_out import HeldOutSamples, choose_samples
 from jobs.training.runs import FAILED, FAILURE, KIND, STARTS, UNTRACKED, DoneFile, HeldOutSummary, Run, read_done
 from jobs.training.specs import TrainSpec
-from jobs.training.start import check_backbone, data_of, describe_start, plan_of, with_init_adapter
+from jobs.training.start import check_backbone, check_lists, data_of, describe_start, plan_of, with_init_adapter
 from jobs.training.tracking import check_tracking
 from jobs.training.worker import train_worker
 from pipelines.errors import UserError
@@ -68,6 +68,7 @@ def prepare(spec: TrainSpec, leases: HeldLeases) -> Prepared | None:
     if spec.objective.distills and not reader.has_teacher_scores():
         fix = "run a job of kind judge, and name its table or one that select made of it"
         raise UserError(f"data.candidates={spec.data.candidates}", "has no teacher's scores for distillation", fix)
+    check_lists(spec, reader, plan)
     check_backbone(spec)
     spec, adapter = with_init_adapter(spec)
     check_tracking(spec.run.tracking)
@@ -104,7 +105,7 @@ def build_backbone(prepared: Prepared) -> None:
             texts += [sample.query.text, sample.positive.text, sample.instruction, sample.target_instruction]
     with tempfile.TemporaryDirectory(prefix="rzen-backbone-") as scratch:
         build_tiny(Path(scratch), config, [text for text in texts if text])
-        write_identity(Path(scratch), run.spec.model.identity, "float32", {"base": "random weights"})
+        write_identity(Path(scratch), run.spec.identity, "float32", {"base": "random weights"})
         publish_folder(Path(scratch), run.store.child(BACKBONE))
 
 

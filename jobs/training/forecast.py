@@ -15,12 +15,13 @@ from jobs.spec.job import JobConfig
 from jobs.training.memory import GIB, forecast_memory, memory_limit, read_backbone_config
 from jobs.training.runs import METRICS, SPEC, Run, read_rows, read_spec
 from jobs.training.specs import TrainSpec
-from jobs.training.start import check_backbone, data_of, plan_of, with_init_adapter
+from jobs.training.start import check_backbone, check_lists, data_of, plan_of, with_init_adapter
 from jobs.training.tracking import check_tracking
 from pipelines.errors import UserError
 from pipelines.feed.reader import Reader
 from pipelines.plan.plan import Plan
 from pipelines.storage.location import exists, open_store
+from rzen.config import ObjectiveConfig
 
 _NOT_COUNTED = 3  # first steps of a run, which are slower
 
@@ -165,6 +166,7 @@ class Forecaster:
             epochs = steps * source.step_samples / source.num_samples
             found.sources[source.name] = SourceForecast(source.num_samples, steps, epochs)
         plan.check_world_size(spec.cluster.workers)
+        check_lists(spec, self._reader, plan)
         return plan
 
     def _samples(self, plan: Plan | None, num_steps: int) -> float:
@@ -191,7 +193,8 @@ class Forecaster:
         spec = spec.model_copy(update={"model": spec.model.model_copy(update={"backbone": backbone})})
         check_backbone(spec)
         config = read_backbone_config(spec)
-        Objective(spec.objective, ["any"]).widths(config.get_text_config().hidden_size)
+        if isinstance(spec.objective, ObjectiveConfig):
+            Objective(spec.objective, ["any"]).widths(config.get_text_config().hidden_size)
         limit_bytes = limit_bytes or memory_limit(spec)
         memory = forecast_memory(spec, config, self._reader, plan, limit_bytes)
         found.memory_bytes, found.largest_input_tokens = memory.worker.as_json(), memory.largest_input_tokens

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from jobs.training.specs import TrainSpec
 from pipelines.config import DataConfig
@@ -19,6 +19,17 @@ if TYPE_CHECKING:
     from rzen.training.held_out import HeldOutShare
 
 
+class HeldOutEncoder(Encoder, Protocol):
+    """An encoder that makes what is scored on held-out samples."""
+
+    @property
+    def held_out_group(self) -> int:
+        """Samples that are scored together, so that one worker reads them."""
+
+    def held_out(self, groups: Sequence[Sequence[Any]]) -> Any:
+        """Return encoded samples, group after group, as they are scored. At least one is needed."""
+
+
 @dataclass(frozen=True)
 class HeldOutSamples:
     """The samples of a run: their split, and their rows in each source. `every_steps` they are scored. Picklable."""
@@ -31,16 +42,19 @@ class HeldOutSamples:
         count = sum(map(len, self.rows.values()))
         return f"{count:,} held-out samples of {len(self.rows)} sources, every {self.every_steps} steps"
 
-    def read(self, encoder: Encoder, rank: int, world_size: int) -> dict[str, HeldOutShare]:
-        """Return the share of a worker, encoded. Samples that cannot be used are left out."""
+    def read(self, encoder: HeldOutEncoder, rank: int, world_size: int) -> dict[str, HeldOutShare]:
+        """Return the share of a worker, encoded: groups of samples. Samples that cannot be used are left out."""
         from rzen.training.held_out import HeldOutShare
 
         reader = Reader(self.data, encoder)
         shares = {}
         for source, rows in self.rows.items():
-            found = _encoded(reader, encoder, source, rows[rank::world_size])
-            pairs = encoder.collate(list(found.values())) if found else None
-            shares[source] = HeldOutShare(tuple(found), pairs)
+            size = encoder.held_out_group
+            groups = [rows[start : start + size] for start in range(0, len(rows), size)][rank::world_size]
+            found = _encoded(reader, encoder, source, [row for group in groups for row in group])
+            good = [[found[row] for row in group if row in found] for group in groups]
+            samples = encoder.held_out(good) if found else None
+            shares[source] = HeldOutShare(tuple(found), samples)
         return shares
 
 

@@ -20,7 +20,7 @@ from pipelines.plan.sources import PlanSource
 from pipelines.samples import Input
 from pipelines.storage.location import open_store, resolve_endpoint
 from pipelines.storage.publish import read_published
-from rzen.config import PromptConfig, TinyBackbone
+from rzen.config import ObjectiveConfig, PairPromptConfig, PromptConfig, TinyBackbone
 from rzen.inputs.prompts import TEMPLATES
 from rzen.model.checkpoints import HUB_NAME, MODEL_CONFIG, checkpoint_dir, weight_files
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 _PEEKED = 32  # samples of a source that stand for all of it
-_PROMPT_TOKENS = 64  # of the longest template, with the marks around a visual
+_PROMPT_TOKENS = 64  # of the longest template, with the marks around a visual; a pair has them twice
 _BYTES_PER_TOKEN = 3  # of a text; Qwen's tokenizer has about 4 in English
 _ROUND_TOKENS = 64  # so that sources of about the same length are counted once
 _UNKNOWN_TEXT_BYTES = 512  # where there are no data to look at
@@ -117,7 +117,7 @@ def memory_limit(spec: TrainSpec) -> int | None:
 
 
 def shares_of(spec: TrainSpec, reader: Reader, plan: Plan | None) -> list[WorkerShare]:
-    """Return what a worker has in a step at most, for each kind of source.
+    """Return what a worker has in a step at most, for each kind of source. A re-ranker reads pairs as one input.
 
     Every image, page and video counts with `max_visual_tokens`, and texts with the longest of a few samples. Without a
     plan, short texts are contrasted with such images.
@@ -128,11 +128,15 @@ def shares_of(spec: TrainSpec, reader: Reader, plan: Plan | None) -> list[Worker
     pairs, negatives = spec.global_batch // spec.cluster.workers, spec.data.negatives_per_sample
     num_tasks = len(reader.tasks(plan)) if plan else 1
     if plan is None:
-        shapes = {_unknown_inputs(spec.model.prompt)}
+        shapes = {_unknown_inputs(spec.prompt)}
     else:
         shapes = {_inputs_of(spec, reader, source) for source in plan.sources}
     shares = []
     for query, target in sorted(shapes):
+        if not isinstance(spec.objective, ObjectiveConfig):
+            joint = ChunkInputs(pairs * (1 + negatives), query[0] + target[0], query[1] + target[1])
+            shares.append(WorkerShare(spec.cluster.workers, pairs, (joint,), negatives, num_tasks))
+            continue
         inputs = [ChunkInputs(pairs, *query), ChunkInputs(pairs, *target)]
         if negatives:
             inputs.append(ChunkInputs(pairs * negatives, *target))
@@ -144,7 +148,7 @@ _Shape = tuple[int, int]
 """Tokens of an input, and visual tokens among them."""
 
 
-def _unknown_inputs(prompt: PromptConfig) -> tuple[_Shape, _Shape]:
+def _unknown_inputs(prompt: PromptConfig | PairPromptConfig) -> tuple[_Shape, _Shape]:
     return _shape(prompt, _UNKNOWN_TEXT_BYTES, 0), _shape(prompt, 0, prompt.max_visual_tokens)
 
 
@@ -167,8 +171,8 @@ def _inputs_of(spec: TrainSpec, reader: Reader, source: PlanSource) -> tuple[_Sh
 
 
 def _shape_of(spec: TrainSpec, given: Input, instruction: str) -> _Shape:
-    prompt = spec.model.prompt
-    frame_tokens = TEMPLATES[prompt.template].frame_tokens
+    prompt = spec.prompt
+    frame_tokens = TEMPLATES[prompt.template].frame_tokens if isinstance(prompt, PromptConfig) else None
     visual_tokens = 0
     for media in given.media:
         is_frames = media.kind == "video" and frame_tokens is not None
@@ -178,7 +182,7 @@ def _shape_of(spec: TrainSpec, given: Input, instruction: str) -> _Shape:
     return _shape(prompt, len(given.text.encode()) + len(instruction.encode()), visual_tokens)
 
 
-def _shape(prompt: PromptConfig, text_bytes: int, visual_tokens: int) -> _Shape:
+def _shape(prompt: PromptConfig | PairPromptConfig, text_bytes: int, visual_tokens: int) -> _Shape:
     text_tokens = min(prompt.max_text_tokens, ceil(text_bytes / _BYTES_PER_TOKEN))
     tokens = _PROMPT_TOKENS + ceil(text_tokens / _ROUND_TOKENS) * _ROUND_TOKENS + visual_tokens
     return tokens, visual_tokens

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from jobs.spec.no_effect import NoEffect
+from rzen.config import ObjectiveConfig, RerankObjectiveConfig
 
 if TYPE_CHECKING:
     from jobs.training.specs import TrainSpec
 
 
 def _never_drops(spec: TrainSpec) -> bool:
-    rule = spec.objective.false_negatives
+    rule = spec.objective.false_negatives if isinstance(spec.objective, ObjectiveConfig) else None
     return rule is not None and spec.steps is not None and rule.warmup_steps >= spec.steps
 
 
@@ -34,11 +35,20 @@ def _blocks_are_whole(spec: TrainSpec) -> bool:
 
 
 def _fixed(spec: TrainSpec) -> bool:
-    return not spec.objective.temperature.learnable
+    return isinstance(spec.objective, ObjectiveConfig) and not spec.objective.temperature.learnable
 
 
 def _only_reverse(spec: TrainSpec) -> bool:
-    return spec.objective.symmetric == 1 and not spec.objective.tasks
+    objective = spec.objective
+    return isinstance(objective, ObjectiveConfig) and objective.symmetric == 1 and not objective.tasks
+
+
+def _is_pointwise(spec: TrainSpec) -> bool:
+    return isinstance(spec.objective, RerankObjectiveConfig) and spec.objective.loss == "bce"
+
+
+def _is_listwise(spec: TrainSpec) -> bool:
+    return isinstance(spec.objective, RerankObjectiveConfig) and spec.objective.loss == "listwise"
 
 
 def _no_sandbox(spec: TrainSpec) -> bool:
@@ -76,6 +86,8 @@ NO_EFFECT = (
     NoEffect("objective.temperature.lr_scale", _fixed, "temperature.learnable is false"),
     NoEffect("objective.temperature.minimum", _fixed, "temperature.learnable is false"),
     NoEffect("objective.temperature.maximum", _fixed, "temperature.learnable is false"),
+    NoEffect("objective.list_temperature", _is_pointwise, "loss: bce has no softmax over a list"),
+    NoEffect("objective.positive_weight", _is_listwise, "loss: listwise has one positive in each list"),
     NoEffect("data.mixture.resample", _never_resamples, "every_steps is not below steps"),
     NoEffect("data.mixture.resample", _has_one_source, "data.mixture.weights names one source"),
     NoEffect("data.mixture.blocks", _blocks_are_whole, "each block is a whole global batch, as without blocks"),

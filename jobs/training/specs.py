@@ -12,7 +12,17 @@ from jobs.spec.kinds import Kind
 from jobs.spec.run import CheckpointConfig, ClusterConfig, EvalConfig, RunConfig
 from jobs.training.no_effect import NO_EFFECT
 from pipelines.config import DataConfig, FeedConfig, NonNegativeInt, PositiveFloat, PositiveInt
-from rzen.config import ModelConfig, ObjectiveConfig, OptimConfig
+from rzen.config import (
+    AnyObjectiveConfig,
+    ModelConfig,
+    ModelIdentity,
+    ObjectiveConfig,
+    OptimConfig,
+    PairPromptConfig,
+    PromptConfig,
+    RerankerIdentity,
+    identity_of,
+)
 
 
 class TrainSpec(JobConfig):
@@ -33,12 +43,13 @@ class TrainSpec(JobConfig):
     init_adapter: str | None = None
     """Adapter to continue from (directory or s3:// URL), such as that of stage 1. Its rank, alpha, dropout and modules
     hold, and it must have been trained on this backbone. `null` starts a new adapter."""
-    objective: ObjectiveConfig = ObjectiveConfig()
-    """Loss."""
+    objective: AnyObjectiveConfig = ObjectiveConfig()
+    """What is trained, and its loss: an embedder (`kind: contrastive`, the default) or a re-ranker (`kind: rerank`)."""
     optim: OptimConfig = OptimConfig()
     """Optimizer and learning rate schedule."""
     global_batch: Annotated[int, Field(ge=2)] = 768
-    """Samples of one optimizer step over all workers. Each is contrasted with all others (paper: 768)."""
+    """Samples of one optimizer step over all workers. An embedder contrasts each with all others (paper: 768). A
+    re-ranker reads each with its negatives."""
     steps: PositiveInt | None = None
     """Number of optimizer steps. `null` derives it from `epochs`."""
     epochs: PositiveFloat = 1.0
@@ -59,13 +70,50 @@ class TrainSpec(JobConfig):
     def _possible(self) -> TrainSpec:
         if self.init_adapter is not None and self.model.tune != "lora":
             raise ValueError("init_adapter needs model.tune: lora")
-        groups, tokens = -(-self.data.media.frames // 2), self.model.prompt.max_visual_tokens
-        if groups > tokens and self.model.prompt.template != "rzen_release":
+        self._check_frames()
+        if isinstance(self.objective, ObjectiveConfig):
+            self._check_contrast(self.objective)
+        else:
+            self._check_rerank()
+        if self.model.quantize and self.optim.zero_stage == 3:
+            raise ValueError(f"model.quantize={self.model.quantize} works with optim.zero_stage 1 and 2 only")
+        if self.model.quantize and not self.cluster.gpus_per_worker:
+            raise ValueError(f"model.quantize={self.model.quantize} needs a CUDA GPU; set cluster.gpus_per_worker")
+        return self
+
+    @property
+    def identity(self) -> ModelIdentity | RerankerIdentity:
+        """What the trained model is saved with: prompt and readout of an embedder, or the prompt of a re-ranker."""
+        return identity_of(self.model, self.objective)
+
+    @property
+    def prompt(self) -> PromptConfig | PairPromptConfig:
+        """How samples become token sequences: by the prompt of an embedder, or of a re-ranker."""
+        return self.model.prompt if isinstance(self.objective, ObjectiveConfig) else self.objective.prompt
+
+    def _check_frames(self) -> None:
+        groups, tokens = -(-self.data.media.frames // 2), self.prompt.max_visual_tokens
+        place = "model" if isinstance(self.objective, ObjectiveConfig) else "objective"
+        if groups > tokens and self.prompt.template != "rzen_release":
             problem = f"data.media.frames={self.data.media.frames} need {groups} tokens of a video at least"
-            raise ValueError(f"{problem}, above model.prompt.max_visual_tokens={tokens}")
-        for task in ["", *self.objective.tasks]:
+            raise ValueError(f"{problem}, above {place}.prompt.max_visual_tokens={tokens}")
+
+    def _check_rerank(self) -> None:
+        if not self.data.negatives_per_sample:
+            raise ValueError(
+                "objective.kind: rerank needs negatives for each query; set data.negatives_per_sample, and"
+                " data.candidates for those of a candidate table"
+            )
+        if self.model.identity != ModelIdentity():
+            raise ValueError(
+                "model.prompt and model.readout are those of embedders; a re-ranker has objective.prompt, and answers"
+                " at its last token"
+            )
+
+    def _check_contrast(self, all_tasks: ObjectiveConfig) -> None:
+        for task in ["", *all_tasks.tasks]:
             place = f"objective.tasks.{task}" if task else "objective"
-            objective = self.objective.of_task(task)
+            objective = all_tasks.of_task(task)
             if not (objective.in_batch or self.data.negatives_per_sample):
                 raise ValueError(f"{place}.in_batch: false leaves no negatives; set data.negatives_per_sample")
             if objective.distillation and not (self.data.candidates and self.data.negatives_per_sample):
@@ -73,11 +121,6 @@ class TrainSpec(JobConfig):
                     f"{place}.distillation learns a teacher's scores of candidates; set data.candidates and"
                     " data.negatives_per_sample"
                 )
-        if self.model.quantize and self.optim.zero_stage == 3:
-            raise ValueError(f"model.quantize={self.model.quantize} works with optim.zero_stage 1 and 2 only")
-        if self.model.quantize and not self.cluster.gpus_per_worker:
-            raise ValueError(f"model.quantize={self.model.quantize} needs a CUDA GPU; set cluster.gpus_per_worker")
-        return self
 
 
 def _cannot_share(spec: TrainSpec) -> str | None:

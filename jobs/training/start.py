@@ -14,15 +14,26 @@ from pipelines.errors import UserError
 from pipelines.feed.reader import Reader
 from pipelines.plan.build import build_plan
 from pipelines.plan.plan import Plan
+from pipelines.samples import Rejected
 from pipelines.storage.location import open_store, resolve_endpoint
-from rzen.config import TinyBackbone
+from rzen.config import ModelIdentity, ObjectiveConfig, RerankerIdentity, TemperatureConfig, TinyBackbone
 from rzen.families import FAMILIES, read_family
 from rzen.inputs.processor import VisionLayout
-from rzen.model.checkpoints import HUB_NAME, check_base, checkpoint_dir, checkpoint_sha256, read_identity
+from rzen.model.checkpoints import (
+    HUB_NAME,
+    check_base,
+    checkpoint_dir,
+    checkpoint_sha256,
+    read_identity,
+    read_pair_prompt,
+)
 from rzen.model.locate import local_folder
 
 if TYPE_CHECKING:
     from rzen.training.init_adapter import InitAdapter
+
+
+_PEEKED = 32  # samples of a source that stand for all of it
 
 
 def plan_of(spec: TrainSpec, reader: Reader) -> Plan:
@@ -35,6 +46,21 @@ def plan_of(spec: TrainSpec, reader: Reader) -> Plan:
         epochs=spec.epochs,
         seed=spec.seed,
     )
+
+
+def check_lists(spec: TrainSpec, reader: Reader, plan: Plan) -> None:
+    """Raise `UserError` for a source of the plan that has nothing to train a re-ranker on, by its first samples."""
+    if isinstance(spec.objective, ObjectiveConfig):
+        return
+    for source in plan.members:
+        peeked = list(reader.records(source, range(min(_PEEKED, reader.sizes()[source]))))
+        samples = [sample for sample in peeked if not isinstance(sample, Rejected)]
+        fix = "leave it out of data.mixture.weights"
+        if any(sample.relevance is not None for sample in samples):
+            raise UserError(f"source {source}", "has graded pairs, and a re-ranker learns right and wrong answers", fix)
+        if not (reader.has_candidates(source) or any(sample.negatives for sample in samples)):
+            problem = f"has no negatives: none in its first {len(peeked)} samples, and no candidates in data.candidates"
+            raise UserError(f"source {source}", problem, f"run a job of kind mine, and name its table; or {fix}")
 
 
 def data_of(spec: TrainSpec, reader: Reader, plan: Plan) -> dict[str, Any]:
@@ -118,16 +144,27 @@ def describe_start(spec: TrainSpec, adapter: InitAdapter | None) -> None:
         _describe_budget(spec, token_px)
     if spec.init_adapter is not None:
         say(f"    continues from {spec.init_adapter}", "dim")
-        before = read_identity(_adapter_folder(spec, spec.init_adapter), spec.model.identity)
-        for change in differences(before.model_dump(), spec.model.identity.model_dump()):
+        before = _trained_as(_adapter_folder(spec, spec.init_adapter), spec.identity)
+        for change in differences(before, spec.identity.model_dump()):
             say(f"    init_adapter was trained with another setting: {change}", "yellow")
-    if spec.objective.temperature.carried:
-        _describe_temperatures(spec)
+    if isinstance(spec.objective, ObjectiveConfig) and spec.objective.temperature.carried:
+        _describe_temperatures(spec, spec.objective.temperature)
+
+
+def _trained_as(adapter: Path, ours: ModelIdentity | RerankerIdentity) -> dict[str, Any]:
+    """Return what an adapter says that it was trained with, by the settings of a run; as the run where it is silent.
+
+    A re-ranker may continue from an embedder, whose prompt is of another kind.
+    """
+    if isinstance(ours, ModelIdentity):
+        return read_identity(adapter, ours).model_dump()
+    prompt = read_pair_prompt(adapter)
+    return {"pair_prompt": prompt.model_dump()} if prompt else ours.model_dump()
 
 
 def _describe_budget(spec: TrainSpec, token_px: int) -> None:
     """Print how many tokens an image has at most, and which settings leave some of them unused."""
-    tokens = spec.model.prompt.max_visual_tokens
+    tokens = spec.prompt.max_visual_tokens
     budget = tokens * token_px**2
     say(f"    images and pages of up to {tokens} tokens of {token_px} x {token_px} pixels", "dim")
     media = spec.data.media.for_model(budget)
@@ -146,7 +183,7 @@ def _token_px(spec: TrainSpec) -> int | None:
     return VisionLayout.read(backbone).factor_px if Path(backbone).is_dir() else None
 
 
-def _describe_temperatures(spec: TrainSpec) -> None:
+def _describe_temperatures(spec: TrainSpec, config: TemperatureConfig) -> None:
     from rzen.training.temperatures import SETTING, carried_temperatures
 
     backbone = spec.model.backbone
@@ -158,7 +195,7 @@ def _describe_temperatures(spec: TrainSpec) -> None:
         folder = Path(backbone)
     else:
         return  # the workers read them
-    found = carried_temperatures(spec.objective.temperature, folder)
+    found = carried_temperatures(config, folder)
     listed = ", ".join(f"{task} {value:.4g}" for task, value in sorted(found.items()))
     say(f"    temperatures carried over: {listed}", "dim")
 

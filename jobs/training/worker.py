@@ -39,7 +39,7 @@ def train_worker(config: dict[str, Any]) -> None:
     blocks = start_reading(ray.train.get_dataset_shard(SHARD), spec.feed.prefetch_tasks)
     with without_garbage_collection(), without_modules(*NOT_FOR_MODELS):
         from rzen.training.held_out import HeldOut
-        from rzen.training.telemetry import HELD_OUT, HELD_OUT_METRIC, METRICS, REJECTED, RUN_METRICS
+        from rzen.training.telemetry import HELD_OUT, HELD_OUT_METRIC, REJECTED, RUN_METRICS, metrics_of
         from rzen.training.worker import Stage, train_stage
 
     context = ray.train.get_context()
@@ -53,7 +53,8 @@ def train_worker(config: dict[str, Any]) -> None:
     checkpoints = Checkpoints(run, ray.train.get_dataset_shard(RESUME), note)
     trackers: list[Tracker] = []
     gauges = {
-        name: Gauge(f"rzen_{name}", metric.description, ("run", "source", "task")) for name, metric in METRICS.items()
+        name: Gauge(f"rzen_{name}", metric.description, ("run", "source", "task"))
+        for name, metric in metrics_of(spec.objective).items()
     }
     run_gauges = {name: Gauge(f"rzen_{name}", metric.description, ("run",)) for name, metric in RUN_METRICS.items()}
     held_out_gauge = Gauge(f"rzen_{HELD_OUT}", HELD_OUT_METRIC.description, ("run", "source"))
@@ -94,7 +95,7 @@ def train_worker(config: dict[str, Any]) -> None:
 
     def on_chunk(tokens: int) -> None:
         run.record_chunk(tokens)
-        note(f"embeds chunks of {tokens:,} tokens")
+        note(f"reads chunks of {tokens:,} tokens")
 
     held_out = prepared.held_out and HeldOut(
         prepared.held_out.every_steps, lambda: prepared.held_out.read(encoder_of(run), rank, world_size)
@@ -157,7 +158,7 @@ def _figures(row: Row, scores: Sequence[HeldOutRow]) -> dict[str, str]:
         "loss": f"{row['loss']:.3f}",
         **({"held-out": f"{scores[-1]['hit']:.0%}"} if scores else {}),
         "in batch": f"{row['accuracy']:.0%}",
-        "tau": f"{row['temperature']:.3f}",
+        **({"tau": f"{row['temperature']:.3f}"} if "temperature" in row else {}),
         "samples/s": f"{row['samples_per_s']:.0f}",
         "waiting": f"{row['feed_wait_fraction']:.0%}",
         "source": str(row["source"]),

@@ -32,6 +32,7 @@ from pipelines.errors import UserError
 from pipelines.feed.reader import Reader
 from pipelines.storage.location import open_store, resolve_endpoint
 from pipelines.storage.publish import is_published, publish_folder
+from rzen.config import ObjectiveConfig
 from rzen.model.locate import local_folder
 
 WORK, SCORES = "work", "scores"
@@ -248,7 +249,8 @@ def _train_spec(spec: RetrainSpec, document: Document, name: str, parent: ModelR
         stage = replace(stage, data=stage.data | {"model": model})
         stage = stage.overlaid({"model": {"backbone": parent.base}, "init_adapter": parent.adapter}, place)
     train = check_train(stage)
-    if spec.start == "champion" and parent is None and train.objective.temperature.carried:
+    is_first = spec.start == "champion" and parent is None
+    if is_first and isinstance(train.objective, ObjectiveConfig) and train.objective.temperature.carried:
         # The first model has no champion to take temperatures from.
         first = stage.overlaid({"objective": {"temperature": {"carried": False}}}, place)
         train = check_train(first)

@@ -120,6 +120,10 @@ class Reader:
         table = self._candidate_table
         return table is not None and "judge" in (table.manifest.stage, *table.manifest.made_from)
 
+    def has_candidates(self, source: str) -> bool:
+        """Return whether the candidate table has rows of a source."""
+        return self._candidate_table is not None and self._candidate_table.has_rows(source)
+
     def source(self, name: str) -> SourceInfo:
         """Return what the manifest says of a source. Raises `UserError` if the split has no such source."""
         return source_info(self._store, self._manifest, name)

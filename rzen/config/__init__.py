@@ -27,7 +27,14 @@ from rzen.config.objective import (
     TemperatureConfig,
 )
 from rzen.config.optim import OptimConfig
-from rzen.config.rerank import PairPromptConfig, PairTemplateName
+from rzen.config.rerank import (
+    AnyObjectiveConfig,
+    PairPromptConfig,
+    PairTemplateName,
+    RerankerIdentity,
+    RerankObjectiveConfig,
+    identity_of,
+)
 from rzen.config.soup import (
     DareSoup,
     GreedySoup,
@@ -40,6 +47,7 @@ from rzen.config.soup import (
 )
 
 __all__ = [
+    "AnyObjectiveConfig",
     "BackboneFamily",
     "DareSoup",
     "DistillationConfig",
@@ -62,6 +70,8 @@ __all__ = [
     "PromptConfig",
     "PromptName",
     "ReadoutConfig",
+    "RerankObjectiveConfig",
+    "RerankerIdentity",
     "SearchedSoup",
     "SlerpSoup",
     "SoupConfig",
@@ -70,4 +80,5 @@ __all__ = [
     "TiesSoup",
     "TinyBackbone",
     "WeightedSoup",
+    "identity_of",
 ]

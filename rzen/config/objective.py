@@ -131,6 +131,8 @@ class ObjectiveConfig(Config):
     Pairs with a `relevance` are trained on its order (CoSENT). Only the temperature and `matryoshka` apply to them.
     """
 
+    kind: Literal["contrastive"] = "contrastive"
+    """`contrastive`, the default, trains an embedder. `rerank` trains a re-ranker."""
     in_batch: bool = True
     """Whether other targets of the batch are negatives. `false`: only mined negatives, which all samples then need."""
     hardness: HardnessConfig | None = HardnessConfig()

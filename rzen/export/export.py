@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from pipelines.errors import UserError
 from pipelines.imports import NOT_FOR_SAVING, without_modules
 from pipelines.stored_json import read_json
-from rzen.config import Dtype, ModelConfig, ModelIdentity
+from rzen.config import Dtype, ModelConfig, ModelIdentity, RerankerIdentity
 from rzen.embedding.embedder import load
 from rzen.embedding.tasks import TASKS, named_tasks
 from rzen.export import release, sentence_transformers
@@ -119,30 +120,34 @@ def write_model(
     model: PreTrainedModel,
     base: Path,
     out_dir: Path,
-    identity: ModelIdentity,
+    identity: ModelIdentity | RerankerIdentity,
     dtype: Dtype,
     lineage: dict[str, str],
     temperatures: Mapping[str, float] | None = None,
+    *,
+    head: Tensor | None = None,
 ) -> None:
     """Write a full model, rounded once to `dtype` in place, with the tokenizer and preprocessor of its `base`.
 
-    `lineage` says what it was made from, and `temperatures` are those of its tasks. `out_dir` appears complete or not
-    at all.
+    `lineage` says what it was made from, and `temperatures` are those of its tasks. `head` is a language-model head
+    that is not tied to the embeddings; without one, it is tied. `out_dir` appears complete or not at all.
     """
     with atomic_directory(out_dir) as folder:
-        _write_weights(model, base, folder, dtype)
+        _write_weights(model, base, folder, dtype, head)
         write_identity(folder, identity, dtype, lineage, temperatures)
 
 
 def write_identity(
     folder: Path,
-    identity: ModelIdentity,
+    identity: ModelIdentity | RerankerIdentity,
     dtype: Dtype,
     lineage: dict[str, str],
     temperatures: Mapping[str, float] | None = None,
 ) -> None:
     """Write `rzen.json` into a checkpoint directory, for `load_encoder` to open it."""
-    content = identity.model_dump() | {"normalize": True, "dtype": dtype, "lineage": lineage}
+    content = identity.model_dump() | {"dtype": dtype, "lineage": lineage}
+    if isinstance(identity, ModelIdentity):
+        content["normalize"] = True
     write_json(folder / IDENTITY, content | _with_temperatures(temperatures or {}))
 
 
@@ -174,16 +179,18 @@ def load_encoder(model_dir: str, dtype: Dtype | None = None) -> tuple[Processor,
     return embedder.processor, embedder.model
 
 
-def _write_weights(model: PreTrainedModel, base: Path, folder: Path, dtype: Dtype) -> None:
+def _write_weights(model: PreTrainedModel, base: Path, folder: Path, dtype: Dtype, head: Tensor | None = None) -> None:
     """Write the weights under the names and the architecture that checkpoints of the family have on the hub.
 
-    AutoModel finds its own names in them. vLLM and transformers 4 know no others. There is no head: it is tied to the
+    AutoModel finds its own names in them. vLLM and transformers 4 know no others. Without a `head`, it is tied to the
     embeddings, so that a library that makes one misses nothing.
     """
-    config = type(model.config).from_dict(model.config.to_dict() | {"tie_word_embeddings": True})
+    config = type(model.config).from_dict(model.config.to_dict() | {"tie_word_embeddings": head is None})
     with torch.device("meta"):
         whole = AutoModelForImageTextToText.from_config(config)
     whole.model = model.to(getattr(torch, dtype))
+    if head is not None:
+        whole.lm_head.weight = torch.nn.Parameter(head.to(getattr(torch, dtype)), requires_grad=False)
     whole.tie_weights()
     with without_modules(*NOT_FOR_SAVING):
         whole.save_pretrained(folder)

@@ -72,6 +72,8 @@ class PairEncoder:
     """Encodes decoded samples for one checkpoint and prompt. Pickles as the processor does, without its files."""
 
     processor: Processor
+    held_out_group = 1
+    """Held-out samples that are scored together, so that one worker reads them: each query searches all targets."""
 
     @property
     def visual_pixels(self) -> int:
@@ -151,6 +153,10 @@ class PairEncoder:
             teacher_scores=np.concatenate([pair.teacher_scores for pair in pairs]),
             negative_teacher_scores=np.concatenate([pair.negative_teacher_scores for pair in pairs]),
         )
+
+    def held_out(self, groups: Sequence[Sequence[EncodedPairs]]) -> EncodedPairs:
+        """Return all held-out pairs in order as one batch. At least one is needed."""
+        return self.collate([pair for group in groups for pair in group])
 
 
 def _ids(sha256: Sequence[str]) -> npt.NDArray[np.int64]:

@@ -21,7 +21,7 @@ from pipelines.config import PositiveInt
 from pipelines.errors import UserError
 from pipelines.redaction import redacted
 from pipelines.stored_json import explain, read_json, stored_file
-from rzen.config import ModelIdentity
+from rzen.config import ModelIdentity, PairPromptConfig
 from rzen.families import read_family
 
 IDENTITY, TEMPERATURES = "rzen.json", "temperatures"
@@ -44,10 +44,11 @@ _PREPROCESSING = ("preprocessor_config.json", "tokenizer.json")
 
 @stored_file
 class IdentityFile(TypedDict, total=False):
-    """What `rzen.json` of a model or adapter may say, in addition to `ModelIdentity`."""
+    """What `rzen.json` of a model or adapter may say, in addition to `ModelIdentity` or `RerankerIdentity`."""
 
     prompt: dict[str, Any]
     readout: dict[str, Any]
+    pair_prompt: dict[str, Any]
     dtype: str | None
     lineage: dict[str, str]
     temperatures: dict[str, float]
@@ -95,15 +96,30 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def read_identity(folder: Path, default: ModelIdentity) -> ModelIdentity:
     """Return how a model or adapter is to be read, as it says itself; `default` where it says nothing.
 
-    One that names a prompt and no readout is read by the defaults of `ReadoutConfig`.
+    One that names a prompt and no readout is read by the defaults of `ReadoutConfig`. Raises `UserError` for a
+    re-ranker, which has no vectors.
     """
     saved = read_identity_file(folder)
+    if "pair_prompt" in saved:
+        fix = "open it with rzen.load_reranker, or name it in `model` of a job of kind judge"
+        raise UserError(str(folder / IDENTITY), "is that of a re-ranker, which has no vectors", fix)
     if not saved.get("prompt"):
         return default
     try:
         return ModelIdentity.model_validate({name: saved[name] for name in ModelIdentity.model_fields if name in saved})  # type: ignore[literal-required]
     except ValidationError as error:
         raise UserError(str(folder / IDENTITY), explain(error), "export the model again") from error
+
+
+def read_pair_prompt(folder: Path) -> PairPromptConfig | None:
+    """Return how a trained re-ranker asks about a pair. None for a model or adapter that does not say."""
+    saved = read_identity_file(folder)
+    if "pair_prompt" not in saved:
+        return None
+    try:
+        return PairPromptConfig.model_validate(saved["pair_prompt"])
+    except ValidationError as error:
+        raise UserError(str(folder / IDENTITY), explain(error), "copy the model again") from error
 
 
 def read_temperatures(folder: Path) -> dict[str, float]:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from pipelines.errors import UserError
 from pipelines.stored_json import read_json
-from rzen.config import LoraConfig, LoraScope, ModelIdentity
+from rzen.config import LoraConfig, LoraScope, ModelIdentity, RerankerIdentity
 from rzen.model.checkpoints import ADAPTER_CONFIG, IDENTITY, TEMPERATURES, write_json
 
 _VISUAL = r"(.*\.)?visual\..*"
@@ -47,7 +47,7 @@ def save_adapter(
     model: peft.PeftModel,
     folder: Path,
     *,
-    identity: ModelIdentity,
+    identity: ModelIdentity | RerankerIdentity,
     base: str,
     base_sha256: str,
     temperatures: Mapping[str, float] | None = None,

@@ -38,6 +38,14 @@ class JointBatch:
     def __len__(self) -> int:
         return len(self.sequences)
 
+    def take(self, pairs: Sequence[int] | npt.NDArray[np.int64]) -> JointBatch:
+        """Return some pairs, at least one, with the media that they show."""
+        ends = np.cumsum(self.sequences.visual_counts)
+        starts = ends - self.sequences.visual_counts
+        shown = tuple(key for pair in pairs for key in self.shown[starts[pair] : ends[pair]])
+        sequences = EncodedBatch.concat([self.sequences.slice(int(pair), int(pair) + 1) for pair in pairs])
+        return JointBatch(sequences, shown, {key: self.media[key] for key in shown})
+
 
 @dataclass(frozen=True)
 class EncodedSide:

@@ -23,11 +23,16 @@ def answer_direction(folder: Path, backbone: nn.Module, answers: tuple[int, int]
     Tied heads are the token embeddings (2B models). Others are read from the checkpoint (7B models), two rows of it.
     Raises `UserError` for a checkpoint that has neither.
     """
-    rows = (_tied(backbone, answers) if _is_tied(folder) else _stored(folder, answers)).float()
+    rows = (_tied(backbone, answers) if is_tied(folder) else _stored(folder, answers)).float()
     return rows[0] - rows[1]
 
 
-def _is_tied(folder: Path) -> bool:
+def untied_head(folder: Path) -> Tensor | None:
+    """Return the whole head `[vocabulary, D]` of a checkpoint, as it is stored. None where it is tied."""
+    return None if is_tied(folder) else _stored(folder, None)
+
+
+def is_tied(folder: Path) -> bool:
     """Return whether head and embeddings are one. Older checkpoints say so in their `text_config`."""
     config = json.loads((folder / "config.json").read_text())
     inner = config.get("text_config")
@@ -39,12 +44,16 @@ def _tied(backbone: nn.Module, answers: tuple[int, int]) -> Tensor:
     return weight.detach()[list(answers)].cpu()
 
 
-def _stored(folder: Path, answers: tuple[int, int]) -> Tensor:
+def _stored(folder: Path, answers: tuple[int, int] | None) -> Tensor:
+    """Return the rows of the head for two answers, or all of it."""
     for path in weight_files(folder):
         if path.suffix != ".safetensors":
             raise UserError(str(path), "is not in safetensors", "save the checkpoint again with safe_serialization")
         with safe_open(path, framework="pt") as file:
             if HEAD in file.keys():  # noqa: SIM118  # it is no mapping
+                if answers is None:
+                    head: Tensor = file.get_tensor(HEAD)
+                    return head
                 rows = file.get_slice(HEAD)
                 return torch.cat([rows[answer : answer + 1] for answer in answers])
     problem = f"has no {HEAD}, and its head is not tied to the embeddings"

@@ -33,12 +33,25 @@ class MediumFeatures:
 
 
 class ScoringModel(SequenceModel):
-    """One number for each pair. `direction` is that of `answer_direction`, and is moved with the model."""
+    """One number for each pair. `direction` is that of `answer_direction`, and is moved with the model.
+
+    `trained_answers` are the tokens of yes and no where the head is tied to token embeddings that are trained. The
+    direction is then that of the embeddings as they are, with their gradient.
+    """
 
     direction: Tensor
 
-    def __init__(self, backbone: nn.Module, layout: VisionLayout, direction: Tensor, packing: Packing = "auto") -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        layout: VisionLayout,
+        direction: Tensor,
+        packing: Packing = "auto",
+        *,
+        trained_answers: tuple[int, int] | None = None,
+    ) -> None:
         super().__init__(backbone, layout, packing=packing)
+        self.trained_answers = trained_answers
         self.register_buffer("direction", direction, persistent=False)
 
     def features(self, media: Sequence[EncodedBatch]) -> list[MediumFeatures]:
@@ -70,7 +83,15 @@ class ScoringModel(SequenceModel):
         hidden, rows_N = self.hidden(sequences, **({"mm_encoder_outputs": outputs} if outputs else {}))
         last_B = torch.tensor(np.cumsum(sequences.lengths) - 1, device=hidden.device)
         # One product for each pair: a product of matrices may add up in another order for another number of rows.
-        return (hidden[rows_N[last_B]].float() * self.direction).sum(dim=1)
+        return (hidden[rows_N[last_B]].float() * self._direction()).sum(dim=1)
+
+    def _direction(self) -> Tensor:
+        if self.trained_answers is None:
+            return self.direction
+        # By the module, and not by its weight, of which ZeRO stage 3 holds a piece only.
+        embed = part_of(self.backbone, "language_model.embed_tokens")
+        rows: Tensor = embed(torch.tensor(self.trained_answers, device=self.direction.device)).float()
+        return rows[0] - rows[1]
 
     def score(self, batch: JointBatch) -> Tensor:
         """Return z of all pairs of a batch at once."""

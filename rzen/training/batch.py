@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence, Sized
 from typing import Protocol
 
-from rzen.inputs.pairs import EncodedPairs
+from rzen.training.learner import OwnBatch
 
 
 class FeedBlockProtocol(Protocol):
@@ -36,8 +36,8 @@ class FeedBatchProtocol(Protocol):
         """Blocks of the batch, usually one."""
 
     @property
-    def batch(self) -> EncodedPairs:
-        """Own pairs, block after block."""
+    def batch(self) -> OwnBatch:
+        """Own samples, block after block."""
 
     @property
     def rejected(self) -> Sized:

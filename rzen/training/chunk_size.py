@@ -12,15 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from pipelines.errors import UserError
-from rzen.config import ModelConfig, ObjectiveConfig, OptimConfig
-from rzen.inputs.processor import GRID_KINDS, EncodedBatch
+from rzen.config import AnyObjectiveConfig, ModelConfig, OptimConfig
 from rzen.model.activations import ChunkInputs, read_config
-from rzen.model.embedding_model import EmbeddingModel
+from rzen.training.learner import Learner
 from rzen.training.memory import MemoryModel, WorkerShare, loss_bytes
 
 _USED = 0.9  # of the memory; the rest is for the allocator, and for inputs that are packed less well
@@ -48,23 +46,24 @@ class AutoChunk:
 
 def settle_chunk(
     auto: AutoChunk,
-    embedder: EmbeddingModel,
+    learner: Learner,
     backbone_dir: str,
     model: ModelConfig,
-    objective: ObjectiveConfig,
+    objective: AnyObjectiveConfig,
     optim: OptimConfig,
 ) -> int:
     """Return the tokens of a chunk, equal on all ranks: a number of the longest inputs. A collective.
 
     Raises `UserError` on all ranks where not even one input fits on one of them.
     """
-    on_gpu = embedder.image_mean.is_cuda and optim.zero_stage < 3
+    device = learner.model.image_mean.device
+    on_gpu = device.type == "cuda" and optim.zero_stage < 3
     fits = (
-        _fits_by_trial(auto, embedder, objective)
+        _fits_by_trial(auto, learner, objective)
         if on_gpu
         else fits_by_estimate(auto, MemoryModel(read_config(backbone_dir), model), objective, optim)
     )
-    count = torch.tensor(largest_count(fits, auto.most), device=embedder.image_mean.device)
+    count = torch.tensor(largest_count(fits, auto.most), device=device)
     if dist.is_initialized():
         dist.all_reduce(count, dist.ReduceOp.MIN)
     if not int(count):
@@ -88,7 +87,7 @@ def largest_count(fits: Callable[[int], bool], most: int) -> int:
 
 
 def fits_by_estimate(
-    auto: AutoChunk, memory: MemoryModel, objective: ObjectiveConfig, optim: OptimConfig
+    auto: AutoChunk, memory: MemoryModel, objective: AnyObjectiveConfig, optim: OptimConfig
 ) -> Callable[[int], bool]:
     """Return whether chunks of a number of the longest inputs fit, by what their memory is counted to be."""
     limit = _USED * (auto.memory_bytes or _free_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -101,7 +100,11 @@ def fits_by_estimate(
 
 
 def fits_by_trial(
-    auto: AutoChunk, objective: ObjectiveConfig, width: int, peak_bytes: Callable[[ChunkInputs], int], memory_bytes: int
+    auto: AutoChunk,
+    objective: AnyObjectiveConfig,
+    width: int,
+    peak_bytes: Callable[[ChunkInputs], int],
+    memory_bytes: int,
 ) -> Callable[[int], bool]:
     """Return whether chunks of a number of the longest inputs fit, by embedding them.
 
@@ -121,46 +124,22 @@ def fits_by_trial(
     return fits
 
 
-def embed_example(embedder: EmbeddingModel, inputs: ChunkInputs) -> None:
-    """Embed a chunk of empty inputs, with a backward pass that leaves the gradients of parameters as they are."""
-    backbone: Any = embedder.backbone
-    vectors = embedder(example_batch(backbone.config, inputs))
-    trained = [parameter for parameter in embedder.parameters() if parameter.requires_grad]
+def run_example(learner: Learner, inputs: ChunkInputs) -> None:
+    """Run a chunk of empty inputs, with a backward pass that leaves the gradients of parameters as they are."""
+    made = learner.example(inputs)
+    trained = [parameter for parameter in learner.model.parameters() if parameter.requires_grad]
     # Not `backward`, which would start the communication of DeepSpeed.
-    torch.autograd.grad(vectors.sum(), trained, allow_unused=True)
+    torch.autograd.grad(made.sum(), trained, allow_unused=True)
 
 
-def example_batch(config: Any, inputs: ChunkInputs) -> EncodedBatch:
-    """Return inputs of this shape without content, for a backbone of this configuration."""
-    vision, count, tokens = config.vision_config, inputs.count, inputs.visual_tokens
-    visual = (
-        [config.vision_start_token_id, *[config.image_token_id] * tokens, config.vision_end_token_id] if tokens else []
-    )
-    ids = [0] * (inputs.tokens - len(visual)) + visual
-    edge = vision.spatial_merge_size
-    frame_values = vision.in_channels * vision.patch_size**2
-    num_visuals = count if tokens else 0
-    return EncodedBatch(
-        input_ids=np.array(ids * count, np.int32),
-        instruction=np.zeros(len(ids) * count, np.bool_),
-        lengths=np.full(count, len(ids), np.int32),
-        visual_counts=np.full(count, int(tokens > 0), np.int32),
-        patches=np.zeros((num_visuals * tokens * edge**2, frame_values), np.uint8),
-        patch_frames=np.ones(num_visuals, np.uint8),
-        grids=np.array([[1, edge, edge * tokens]] * num_visuals, np.int32).reshape(-1, 3),
-        grid_kinds=np.full(num_visuals, GRID_KINDS["image"], np.uint8),
-        grid_seconds=np.zeros(num_visuals, np.float32),
-    )
-
-
-def _fits_by_trial(auto: AutoChunk, embedder: EmbeddingModel, objective: ObjectiveConfig) -> Callable[[int], bool]:
-    device = embedder.image_mean.device
-    backbone: Any = embedder.backbone
+def _fits_by_trial(auto: AutoChunk, learner: Learner, objective: AnyObjectiveConfig) -> Callable[[int], bool]:
+    device = learner.model.image_mean.device
+    backbone: Any = learner.model.backbone
 
     def peak_bytes(inputs: ChunkInputs) -> int:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-        embed_example(embedder, inputs)
+        run_example(learner, inputs)
         return torch.cuda.max_memory_allocated(device)
 
     memory_bytes = auto.memory_bytes or torch.cuda.get_device_properties(device).total_memory

@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,18 +28,23 @@ from rzen.inputs.pairs import EncodedPairs
 from rzen.inputs.processor import EncodedBatch
 from rzen.model.chunks import chunks_of
 from rzen.training.held_out_scores import HeldOutRow, SourceScore
-from rzen.training.step import Learner
 
-# Tokens that are embedded at once where the run has no `chunk_tokens`. Without gradients that is little memory.
-_CHUNK_TOKENS = 8192
+if TYPE_CHECKING:
+    from rzen.training.step import EmbeddingLearner
+
+# Tokens that are read at once where the run has no `chunk_tokens`. Without gradients that is little memory.
+CHUNK_TOKENS = 8192
 
 
 @dataclass(frozen=True)
 class HeldOutShare:
-    """One rank's samples of a source, with their rows in the split. `pairs` is None if it has none."""
+    """One rank's samples of a source, with their rows in the split, as `held_out` of the encoder makes them.
+
+    `samples` is None if it has none.
+    """
 
     rows: Sequence[int]
-    pairs: EncodedPairs | None
+    samples: Any
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ class HeldOutScorer:
         if self._shares is None:
             self._shares = self._held_out.read()
         self._engine.eval()
-        sources = score(self._engine.module, self._shares)
+        sources = self._engine.module.score(self._shares)
         self._engine.train()
         if sources:
             hit = float(np.mean([source["hit"] for source in sources.values()]))
@@ -80,7 +85,7 @@ class HeldOutScorer:
             )
 
 
-def score(learner: Learner, shares: Mapping[str, HeldOutShare]) -> dict[str, SourceScore]:
+def score(learner: EmbeddingLearner, shares: Mapping[str, HeldOutShare]) -> dict[str, SourceScore]:
     """Return the score of each source that has samples. Ranks other than 0 return nothing. A collective."""
     own = dict(zip(shares, _own_samples(learner, shares), strict=True))
     parts: list[dict[str, _Samples]] = [own]
@@ -106,14 +111,15 @@ class _Samples:
     """Vectors, `[S, D]`."""
 
 
-def _own_samples(learner: Learner, shares: Mapping[str, HeldOutShare]) -> Iterator[_Samples]:
+def _own_samples(learner: EmbeddingLearner, shares: Mapping[str, HeldOutShare]) -> Iterator[_Samples]:
     batches = [
-        batch for share in shares.values() if share.pairs for batch in (share.pairs.queries, share.pairs.targets)
+        batch for share in shares.values() if share.samples for batch in (share.samples.queries, share.samples.targets)
     ]
     vectors = _embed(learner, batches)
     start = 0
     for share in shares.values():
-        size, pairs = len(share.rows), share.pairs
+        pairs: EncodedPairs | None = share.samples
+        size = len(share.rows)
         ids = np.zeros((0, 3), np.int64)
         if pairs is not None:
             ids = np.stack([pairs.query_ids, pairs.instruction_ids, pairs.target_ids], axis=1)
@@ -123,13 +129,13 @@ def _own_samples(learner: Learner, shares: Mapping[str, HeldOutShare]) -> Iterat
 
 
 @torch.no_grad()
-def _embed(learner: Learner, batches: Sequence[EncodedBatch]) -> FloatArray:
+def _embed(learner: EmbeddingLearner, batches: Sequence[EncodedBatch]) -> FloatArray:
     """Return the vectors of all inputs in order, fp32. All ranks call the model equally often where they must."""
     if not batches and not learner.blanks:
         return np.zeros((0, 0), np.float32)
     lengths = np.concatenate([np.zeros(0, np.int32), *(batch.lengths for batch in batches)])
     inputs = [single for batch in batches for single in batch.split()]
-    chunks = chunks_of(lengths, learner.chunk_tokens or _CHUNK_TOKENS, packed=learner.embedder.packs)
+    chunks = chunks_of(lengths, learner.chunk_tokens or CHUNK_TOKENS, packed=learner.embedder.packs)
     vectors: FloatArray = learner.embed(inputs, chunks).float().cpu().numpy()
     # Vectors that are not finite would tie with nothing, and rank first. Zeros tie with everything, and rank last.
     return np.nan_to_num(vectors, nan=0.0, posinf=0.0, neginf=0.0)
@@ -146,7 +152,7 @@ def _join(parts: Sequence[_Samples]) -> _Samples:
     return _Samples(*(joined(name) for name in ("rows", "asked", "target_ids", "queries", "targets")))
 
 
-def _search(samples: _Samples, learner: Learner) -> SourceScore:
+def _search(samples: _Samples, learner: EmbeddingLearner) -> SourceScore:
     """Search each distinct query among the distinct targets. A target that shows what the query shows is excluded."""
     _, candidate_rows, candidate_S = np.unique(samples.target_ids, return_index=True, return_inverse=True)
     asked_Q2, query_rows, query_S = np.unique(samples.asked, axis=0, return_index=True, return_inverse=True)

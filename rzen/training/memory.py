@@ -14,7 +14,7 @@ from math import ceil
 from torch import nn
 from transformers import PreTrainedConfig
 
-from rzen.config import ModelConfig, ObjectiveConfig, OptimConfig
+from rzen.config import AnyObjectiveConfig, ModelConfig, ObjectiveConfig, OptimConfig
 from rzen.model.activations import ChunkInputs, PassBytes, count_pass, meta_backbone
 
 # Gradients sent at once: DeepSpeed's 500 million would be buffers larger than an adapter. In ZeRO stage 3 also weights
@@ -68,7 +68,7 @@ class WorkerShare:
     workers: int
     pairs: int
     inputs: tuple[ChunkInputs, ...]
-    """All queries, all targets, and all mined negatives, at their largest."""
+    """All queries, all targets, and all mined negatives, at their largest. Of a re-ranker, all pairs."""
     negatives_per_pair: int
     num_tasks: int
 
@@ -84,10 +84,11 @@ class MemoryModel:
         self._passes: dict[ChunkInputs, PassBytes] = {}
 
     def worker(
-        self, share: WorkerShare, objective: ObjectiveConfig, optim: OptimConfig, chunk_tokens: int | None
+        self, share: WorkerShare, objective: AnyObjectiveConfig, optim: OptimConfig, chunk_tokens: int | None
     ) -> WorkerMemory:
         """Return the memory of a worker with these settings."""
-        groups = self._trained_groups(share.num_tasks if objective.temperature.learnable else 0)
+        has_temperatures = isinstance(objective, ObjectiveConfig) and objective.temperature.learnable
+        groups = self._trained_groups(share.num_tasks if has_temperatures else 0)
         num_trained = sum(map(sum, groups))
         own_elements = _elements_of_rank(groups, share.workers, optim.zero_stage)
         return WorkerMemory(
@@ -159,8 +160,13 @@ def _elements_of_rank(groups: Sequence[Sequence[int]], workers: int, zero_stage:
     return sum(_aligned(sum(group), workers) // workers for group in groups)
 
 
-def loss_bytes(share: WorkerShare, objective: ObjectiveConfig, width: int) -> int:
-    """Return the bytes of the loss: vectors of this width that are gathered, and the scores of a tile."""
+def loss_bytes(share: WorkerShare, objective: AnyObjectiveConfig, width: int) -> int:
+    """Return the bytes of the loss: vectors of this width that are gathered, and the scores of a tile.
+
+    A re-ranker has one number a pair, which counts for nothing.
+    """
+    if not isinstance(objective, ObjectiveConfig):
+        return 0
     all_pairs = share.workers * share.pairs
     objectives = [objective, *map(objective.of_task, objective.tasks)]  # the task that needs the most
     gathers_queries = any(some.symmetric or "queries" in some.same_side for some in objectives)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from rzen.config import OptimConfig
-from rzen.training.step import Learner
+from rzen.training.learner import Learner
 
 
 def lr_at(step: int, num_steps: int, config: OptimConfig) -> float:
@@ -45,9 +45,7 @@ def parameter_groups(learner: Learner, config: OptimConfig) -> list[dict[str, An
     `lr_scale` multiplies the rate of a group; temperatures have their own. `bounds` (None or low, high) clamp a group.
     Empty groups are left out.
     """
-    trained = [p for p in learner.embedder.parameters() if p.requires_grad]
-    theta = [p for p in learner.objective.parameters() if p.requires_grad]
-    lr_scale = learner.objective.config.temperature.lr_scale
+    trained = [p for p in learner.model.parameters() if p.requires_grad]
 
     def group(name: str, params: list[nn.Parameter], decay: float, scale: float, bounds: Any) -> dict[str, Any]:
         return {"name": name, "params": params, "weight_decay": decay, "lr_scale": scale, "bounds": bounds}
@@ -55,8 +53,11 @@ def parameter_groups(learner: Learner, config: OptimConfig) -> list[dict[str, An
     groups = [
         group("matrices", [p for p in trained if p.ndim >= 2], config.weight_decay, 1.0, None),
         group("vectors", [p for p in trained if p.ndim < 2], 0.0, 1.0, None),
-        group("temperatures", theta, 0.0, lr_scale, learner.objective.bounds),
     ]
+    if (objective := learner.objective) is not None:
+        theta = [p for p in objective.parameters() if p.requires_grad]
+        lr_scale = objective.config.temperature.lr_scale
+        groups.append(group("temperatures", theta, 0.0, lr_scale, objective.bounds))
     return [group for group in groups if group["params"]]
 
 

@@ -1,47 +1,56 @@
-"""The forward pass of a training step: embed queries and targets, and contrast them across ranks."""
+"""What a step of an embedder does: embed queries and targets, and contrast them across ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rzen.inputs.pairs import EncodedPairs
 from rzen.inputs.processor import EncodedBatch
+from rzen.model.activations import ChunkInputs
 from rzen.model.chunks import Indices, chunks_of, embed, padding_fraction
 from rzen.model.embedding_model import EmbeddingModel
 from rzen.objective.loss import Objective
+from rzen.training import held_out
 from rzen.training.contrasted import OwnVectors, contrasted_batches
+from rzen.training.example import example_batch
+from rzen.training.held_out_scores import SourceScore
+from rzen.training.learner import Blocks, Learner
 from rzen.training.lockstep import align_chunk_counts, dummy_input
-from rzen.training.zero_grads import with_zero_grads_for_unused
 from rzen.vectors import Vectors
 
 
-class Learner(nn.Module):
-    """Model and objective as one module, as data parallelism needs it.
+class EmbeddingLearner(Learner):
+    """An embedder and its objective.
 
-    With gradients averaged over ranks, W ranks of B pairs equal one process with W * B pairs. This holds for parameters
-    and temperatures (tests/parity/test_training_step.py).
+    W ranks equal one process in the gradients of parameters and temperatures (tests/parity/test_training_step.py).
     """
+
+    objective: Objective
 
     def __init__(
         self, embedder: EmbeddingModel, objective: Objective, chunk_tokens: int | None = None, *, lockstep: bool = False
     ) -> None:
-        super().__init__()
+        backbone: Any = embedder.backbone
+        super().__init__(chunk_tokens, [dummy_input(backbone)] if lockstep else [])
         self.embedder = embedder
         self.objective = objective
-        self.chunk_tokens = chunk_tokens
-        backbone: Any = embedder.backbone
-        self.blanks = [dummy_input(backbone)] if lockstep else []
-        """Inputs that are embedded with every chunk, for ZeRO stage 3."""
         objective.widths(backbone.config.get_text_config().hidden_size)  # refuses a wider one before the first batch
 
-    def forward(
-        self, pairs: EncodedPairs, blocks: Sequence[tuple[str, int]], step: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    @property
+    def model(self) -> EmbeddingModel:
+        """The embedder."""
+        return self.embedder
+
+    def parts(self, batch: EncodedPairs) -> Iterator[EncodedPairs]:
+        """Yield the batch: every pair is contrasted with all others."""
+        yield batch
+
+    def forward(self, pairs: EncodedPairs, blocks: Blocks, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean loss of the own queries, 0-dim fp32, and the objective's detached statistics.
 
         `blocks` are (task, own pairs) in the order of the pairs. The pairs of a block are contrasted with each other
@@ -71,11 +80,30 @@ class Learner(nn.Module):
         twice = self.chunk_tokens is not None and len(called) > 1
         return embed(self.embedder, [*inputs, *self.blanks], called, twice=twice)[: len(inputs)]
 
-    def _with_zero_grads(self, loss: Tensor) -> Tensor:
-        # With `blanks` every parameter is used; and parameters in pieces have other shapes than their gradients.
-        return with_zero_grads_for_unused(
-            loss, [] if self.blanks else [p for p in self.parameters() if p.requires_grad]
-        )
+    def statistics(self, batch: EncodedPairs, outputs: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Return the statistics of the only part."""
+        (stats,) = outputs
+        return stats
+
+    def score(self, shares: Mapping[str, held_out.HeldOutShare]) -> dict[str, SourceScore]:
+        """Search the queries of each source among its targets (`rzen.training.held_out`)."""
+        return held_out.score(self, shares)
+
+    def not_finite(self, batch: EncodedPairs) -> list[str]:
+        """Return the keys of the pairs that have a vector which is not finite."""
+        broken = []
+        for key, inputs in zip(batch.keys, _inputs(batch), strict=True):
+            # Blanks are embedded too, because ZeRO stage 3 needs them, and then left out.
+            vectors = self.embedder(EncodedBatch.concat([*inputs, *self.blanks]))[: len(inputs)]
+            if not vectors.isfinite().all():
+                broken.append(key)
+        return broken
+
+    def example(self, inputs: ChunkInputs) -> Vectors:
+        """Return the vectors of a chunk of empty inputs."""
+        backbone: Any = self.embedder.backbone
+        vectors: Vectors = self.embedder(example_batch(backbone.config, inputs))
+        return vectors
 
     def _vectors(self, pairs: EncodedPairs) -> tuple[OwnVectors, dict[str, Tensor]]:
         """Return the vectors of queries, targets and mined negatives, and counts of tokens.
@@ -95,6 +123,17 @@ class Learner(nn.Module):
         counts = {"tokens": torch.tensor(lengths.sum()), "padding_fraction": torch.tensor(padding)}
         queries, targets, *mined = torch.split(vectors, sizes)
         return OwnVectors(queries, targets, mined[0] if mined else None), counts
+
+
+def _inputs(pairs: EncodedPairs) -> Iterator[list[EncodedBatch]]:
+    """Yield query, target and mined negatives of each pair."""
+    start = 0
+    for index, count in enumerate(pairs.negative_counts.tolist()):
+        inputs = [role.slice(index, index + 1) for role in (pairs.queries, pairs.targets)]
+        if pairs.negatives is not None:
+            inputs.append(pairs.negatives.slice(start, start + count))
+        start += count
+        yield inputs
 
 
 def _mean(values: Sequence[Tensor], shares: Tensor) -> Tensor:

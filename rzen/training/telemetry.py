@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rzen.config import AnyObjectiveConfig, ObjectiveConfig
 from rzen.training.batch import FeedBatchProtocol
 
 Row = dict[str, float | int | str]
@@ -22,21 +23,27 @@ class Metric:
     unit: str = ""
 
 
-METRICS = {
-    "loss": Metric("value of the objective, mean over ranks; not comparable across its options"),
-    "accuracy": Metric("queries whose positive beats every kept negative; of graded pairs, those in order", "fraction"),
+_EMBEDDER_METRICS = {
     "temperature": Metric("tau of the step's task"),
     "dropped_fraction": Metric("negatives dropped as duplicates, false negatives or by the margin", "fraction"),
     "effective_fraction": Metric("kept negatives that weigh in, by their hardness weights (Kish)", "fraction"),
     "positive_similarity": Metric("mean cosine of query and positive"),
     "negative_similarity": Metric("mean cosine of query and negatives, dropped ones included"),
+}
+_RERANKER_METRICS = {
+    "positive_probability": Metric("mean probability of yes of the positives"),
+    "negative_probability": Metric("mean probability of yes of the negatives"),
+}
+_STEP_METRICS = {
+    "loss": Metric("value of the objective, mean over ranks; not comparable across its options"),
+    "accuracy": Metric("queries whose positive beats every kept negative; of graded pairs, those in order", "fraction"),
     "grad_norm": Metric("norm of the averaged gradient, before clipping"),
     "lr": Metric("learning rate, temperatures apart"),
     "skipped": Metric("1 if the step was skipped, because its loss or gradient was not finite"),
     "feed_wait_s": Metric("time spent waiting for the batch, mean over ranks", "s"),
     "feed_wait_fraction": Metric("share of the step that was spent waiting for the batch", "fraction"),
     "step_s": Metric("the whole step, waiting included, mean over ranks", "s"),
-    "samples_per_s": Metric("pairs of all ranks per second", "1/s"),
+    "samples_per_s": Metric("samples of all ranks per second", "1/s"),
     "tokens": Metric("tokens of all inputs and ranks, visual tokens included, padding not"),
     "tokens_per_s": Metric("tokens per second", "1/s"),
     "padding_fraction": Metric("padding among the tokens that were computed, mean over ranks", "fraction"),
@@ -44,7 +51,14 @@ METRICS = {
     "bad_samples": Metric("samples of the step, over all ranks, that could not be decoded and were replaced"),
     "bad_candidates": Metric("candidates of a table, over all ranks, that could not be decoded and were left out"),
 }
-"""The metrics of a row. A row also has its `step`, `source` and `task`. Names of several blocks are joined by `+`."""
+METRICS = _STEP_METRICS | _EMBEDDER_METRICS | _RERANKER_METRICS
+"""All metrics of rows. A row also has its `step`, `source` and `task`. Names of several blocks are joined by `+`."""
+
+
+def metrics_of(objective: AnyObjectiveConfig) -> dict[str, Metric]:
+    """Return the metrics that the rows of a run with this objective have."""
+    return _STEP_METRICS | (_EMBEDDER_METRICS if isinstance(objective, ObjectiveConfig) else _RERANKER_METRICS)
+
 
 RUN_METRICS = {
     "progress": Metric("share of the steps that are done", "fraction"),

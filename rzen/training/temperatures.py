@@ -36,6 +36,6 @@ def use_fp32_temperatures(engine: Any) -> None:
     In bf16, DeepSpeed rounds the parameter: 0.012 would be 0.01183. Call it whenever the optimizer's copy has changed.
     """
     objective = engine.module.objective
-    if objective.config.temperature.learnable:
+    if objective is not None and objective.config.temperature.learnable:
         theta_T = checkpoint.full_fp32(objective.theta_T)
         objective.exact_theta_T.copy_(theta_T)

@@ -1,7 +1,9 @@
 """One rank of a training run: build the learner, resume, run the steps, write the model. Knows DeepSpeed, not Ray.
 
-resume -> for each step:  batch -> seed -> lr -> forward -> backward -> update or skip -> row -> score -> checkpoint
-       -> model
+resume -> for each step:  batch -> seed -> lr -> parts: forward -> backward -> update or skip -> row -> score
+       -> checkpoint -> model
+
+What a step computes is the `Learner`'s: that of an embedder, or of a re-ranker.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import count
@@ -22,7 +24,15 @@ from torch import Tensor
 
 from pipelines.errors import UserError
 from pipelines.imports import without_garbage_collection, without_modules
-from rzen.config import ModelConfig, ObjectiveConfig, OptimConfig
+from rzen.config import (
+    AnyObjectiveConfig,
+    ModelConfig,
+    ModelIdentity,
+    OptimConfig,
+    RerankerIdentity,
+    RerankObjectiveConfig,
+    identity_of,
+)
 from rzen.export.export import write_model
 from rzen.inputs.processor import VisionLayout
 from rzen.model.backbone import load_backbone
@@ -30,6 +40,9 @@ from rzen.model.checkpoints import check_base, checkpoint_dir, checkpoint_sha256
 from rzen.model.embedding_model import EmbeddingModel
 from rzen.model.lora import add_lora, load_adapter, save_adapter
 from rzen.objective.loss import Objective
+from rzen.reranking.encoder import JointEncoder
+from rzen.reranking.head import answer_direction, is_tied, untied_head
+from rzen.reranking.model import ScoringModel
 from rzen.training import checkpoint
 from rzen.training.batch import FeedBatchProtocol
 from rzen.training.checkpoint_manager import ASK_S, CheckpointManager, CheckpointStore
@@ -39,9 +52,11 @@ from rzen.training.divergence import divergence_error
 from rzen.training.held_out import HeldOut, HeldOutScorer
 from rzen.training.held_out_scores import HeldOutRow
 from rzen.training.init_adapter import read_init_adapter
+from rzen.training.learner import Learner
 from rzen.training.memory import BUCKET_ELEMENTS, WHOLE_ELEMENTS
 from rzen.training.optim import build_optimizer, lr_at, set_lr
-from rzen.training.step import Learner
+from rzen.training.rerank import RerankLearner
+from rzen.training.step import EmbeddingLearner
 from rzen.training.telemetry import Row, step_row
 from rzen.training.temperatures import carried_temperatures, use_fp32_temperatures
 
@@ -51,7 +66,7 @@ class Stage:
     """Everything that decides the weights, except the data and the number of workers."""
 
     model: ModelConfig
-    objective: ObjectiveConfig
+    objective: AnyObjectiveConfig
     optim: OptimConfig
     num_steps: int
     seed: int
@@ -68,6 +83,11 @@ class Stage:
     """Id of the run, for its checkpoints."""
     settings_sha256: str = ""
     """Hash of the settings and data that decide the weights, for its checkpoints."""
+
+    @property
+    def identity(self) -> ModelIdentity | RerankerIdentity:
+        """What decides the vectors, or the scores, of the trained model next to its weights."""
+        return identity_of(self.model, self.objective)
 
 
 def train_stage(
@@ -108,7 +128,7 @@ def train_stage(
     engine.train()
     if isinstance(stage.chunk_tokens, AutoChunk):
         learner.chunk_tokens = settle_chunk(
-            stage.chunk_tokens, learner.embedder, backbone_dir, stage.model, stage.objective, stage.optim
+            stage.chunk_tokens, learner, backbone_dir, stage.model, stage.objective, stage.optim
         )
         if dist.get_rank() == 0:
             on_chunk(learner.chunk_tokens)
@@ -184,8 +204,9 @@ def _run_steps(
         seed_step(stage.seed, step)
         lr = lr_at(step, stage.num_steps, stage.optim)
         set_lr(optimizer, lr)
-        loss, stats = engine(fed.batch, [(block.task, block.num_samples) for block in fed.blocks], step)
-        skipped = not update(engine, loss)
+        outputs: list[Any] = []
+        skipped = not update(engine, _losses(engine, fed, outputs))
+        stats = engine.module.statistics(fed.batch, outputs)
 
         row = step_row(
             fed,
@@ -204,6 +225,15 @@ def _run_steps(
             raise divergence_error(engine.module, fed, row, skipped_in_a_row)
         scorer.after(step + 1)  # before the checkpoint, which keeps the score
         checkpoint_manager.after(row, is_last=step + 1 == steps.stop)
+
+
+def _losses(engine: Any, fed: FeedBatchProtocol, outputs: list[Any]) -> Iterator[Tensor]:
+    """Yield the losses of a batch, part after part, so that one part's activations are gone before the next."""
+    blocks = [(block.task, block.num_samples) for block in fed.blocks]
+    for part in engine.module.parts(fed.batch):
+        loss, output = engine(part, blocks, fed.step)
+        outputs.append(output)
+        yield loss
 
 
 def ensure_process_group() -> None:
@@ -231,11 +261,25 @@ def build_learner(stage: Stage, backbone_dir: str, init_adapter: Path | None, ta
     elif model.tune == "lora":
         backbone = add_lora(backbone, model.lora, stage.seed)
     layout = VisionLayout.read(str(base))
-    embedder = EmbeddingModel(backbone, layout, model.readout, model.packing)
-    first = carried_temperatures(stage.objective.temperature, init_adapter or base)
     lockstep = stage.optim.zero_stage == 3
     chunk_tokens = None if isinstance(stage.chunk_tokens, AutoChunk) else stage.chunk_tokens
-    return Learner(embedder, Objective(stage.objective, tasks, first=first), chunk_tokens, lockstep=lockstep)
+    objective = stage.objective
+    if isinstance(objective, RerankObjectiveConfig):
+        scorer = _build_scorer(stage, objective, backbone, base, layout)
+        return RerankLearner(scorer, objective, chunk_tokens, lockstep=lockstep)
+    embedder = EmbeddingModel(backbone, layout, model.readout, model.packing)
+    first = carried_temperatures(objective.temperature, init_adapter or base)
+    return EmbeddingLearner(embedder, Objective(objective, tasks, first=first), chunk_tokens, lockstep=lockstep)
+
+
+def _build_scorer(
+    stage: Stage, objective: RerankObjectiveConfig, backbone: Any, base: Path, layout: VisionLayout
+) -> ScoringModel:
+    """Return the model of a re-ranker. Its head is frozen, unless it is tied to embeddings that are trained."""
+    answers = JointEncoder(str(base), objective.prompt).answer_ids
+    direction = answer_direction(base, backbone, answers)
+    trained = answers if stage.model.tune == "full" and is_tied(base) else None
+    return ScoringModel(backbone, layout, direction, stage.model.packing, trained_answers=trained)
 
 
 def build_engine(learner: Learner, stage: Stage) -> tuple[Any, torch.optim.Optimizer]:
@@ -288,15 +332,19 @@ def build_engine(learner: Learner, stage: Stage) -> tuple[Any, torch.optim.Optim
     return engine, optimizer
 
 
-def update(engine: Any, loss: Tensor) -> bool:
-    """Run the backward pass and the optimizer step. Return False if a gradient was not finite.
+def update(engine: Any, losses: Iterable[Tensor]) -> bool:
+    """Run the backward pass of each loss, then one step for their sum. Return False if a gradient was not finite.
 
-    All ranks then skip the step. Gradients are averaged after the backward pass, in the order of the parameters. By
-    default DeepSpeed sends them in the order in which they are ready. That order differs on a rank without visuals, and
-    DeepSpeed would silently add up gradients of different parameters (tests/parity/test_deepspeed.py).
+    The next loss is asked for after the backward pass of the one before. Where a gradient is not finite, all ranks skip
+    the step.
+
+    Gradients are averaged after the last backward pass, in the order of the parameters. By default DeepSpeed sends them
+    in the order in which they are ready. That order differs on a rank without visuals, and DeepSpeed would silently add
+    up gradients of different parameters (tests/parity/test_deepspeed.py).
     """
     with engine.coalesce_grad_reduction():
-        engine.backward(loss)
+        for loss in losses:
+            engine.backward(loss)
     engine.step()
     use_fp32_temperatures(engine)
     return bool(engine.was_step_applied())
@@ -321,20 +369,21 @@ def save_model(stage: Stage, engine: Any, weights: Mapping[str, Tensor], backbon
     base, model = checkpoint_dir(backbone_dir), stage.model
     name = model.backbone if isinstance(model.backbone, str) else backbone_dir
     base_sha256 = checkpoint_sha256(base)
-    backbone: Any = engine.module.embedder.backbone
-    temperatures = engine.module.objective.temperatures()
+    backbone: Any = engine.module.model.backbone
+    temperatures, identity = engine.module.temperatures(), stage.identity
     if model.tune == "lora":
         save_adapter(
             backbone,
             output,
-            identity=model.identity,
+            identity=identity,
             base=name,
             base_sha256=base_sha256,
             temperatures=temperatures,
         )
     else:
         lineage = {"base": name, "base_sha256": base_sha256}
-        write_model(backbone, base, output, model.identity, model.dtype, lineage, temperatures)
+        head = untied_head(base) if isinstance(stage.objective, RerankObjectiveConfig) else None
+        write_model(backbone, base, output, identity, model.dtype, lineage, temperatures, head=head)
 
 
 def _now_s(device: torch.device) -> float:

@@ -48,7 +48,7 @@ from rzen.model.embedding_model import EmbeddingModel
 from rzen.model.vision import use_fast_vision
 from rzen.objective.loss import Objective
 from rzen.training.optim import build_optimizer
-from rzen.training.step import Learner
+from rzen.training.step import EmbeddingLearner
 from tests.benchmarks import flops, plain, synthetic
 from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.turns import say, seconds_of, show, spread
@@ -78,7 +78,7 @@ class Bench:
         self.shape, self.device, self.attention, self.chunk_tokens = shape, device, attention, chunk_tokens
         self.model: Any = synthetic.build(shape, device, attention)
         embedder = EmbeddingModel(self.model, synthetic.LAYOUT)
-        self.learner = Learner(embedder, Objective(ObjectiveConfig(), ["t"])).to(device).train()
+        self.learner = EmbeddingLearner(embedder, Objective(ObjectiveConfig(), ["t"])).to(device).train()
         self.optimizer = build_optimizer(self.learner, OptimConfig())
 
     def batch(self, case: str, num_pairs: int) -> list[EncodedPairs]:

@@ -16,7 +16,7 @@ from rzen.inputs.processor import EncodedBatch
 from rzen.model.chunks import Indices, chunks_of
 from rzen.model.embedding_model import EmbeddingModel
 from rzen.objective.loss import Objective
-from rzen.training.step import Learner
+from rzen.training.step import EmbeddingLearner
 from tests.benchmarks import contenders, demo, flops, padding, plain, soup, synthetic, vision
 from tests.benchmarks.turns import ROOT
 
@@ -73,7 +73,7 @@ def test_operations_are_those_that_torch_counts(chunk_tokens: int | None, checkp
     if not checkpointing:
         model.gradient_checkpointing_disable()
     embedder = EmbeddingModel(model, synthetic.LAYOUT, ReadoutConfig(direction="bidirectional"))
-    learner = Learner(embedder, Objective(ObjectiveConfig(), ["t"]), chunk_tokens)
+    learner = EmbeddingLearner(embedder, Objective(ObjectiveConfig(), ["t"]), chunk_tokens)
     pairs = pairs_of(model)
     inputs = EncodedBatch.concat([pairs.queries, pairs.targets])
     chunks: list[Indices] = np.split(np.arange(len(inputs)), 2)

@@ -212,7 +212,7 @@ def temperatures(_rank: int, _world_size: int, base: str, first: Path, root: Pat
         for step in range(2):
             fed = next(feed)
             loss, _ = engine(fed.batch, [(block.task, block.num_samples) for block in fed.blocks], step)
-            update(engine, loss)
+            update(engine, [loss])
         masters = checkpoint.full_parameters(engine)["objective.theta_T"].exp()
         found[f"learned {zero_stage}"] = (engine.module.objective.temperatures(), masters.tolist())
         save_model(learned, engine, checkpoint.full_parameters(engine), base, root / f"model {zero_stage}")

@@ -158,7 +158,7 @@ def test_the_largest_chunk_that_fits_is_found_once_and_kept(tmp_path: Path, ray_
     spec = make_spec(tmp_path, "auto", data={"root": str(tmp_path / "data")}, steps=2, cluster=limited)
     train.run(spec)
     assert Run(spec).chunk_tokens() == 256  # two of a worker's four inputs
-    assert Run(spec).store.read(LOG).count(b"embeds chunks of 256 tokens") == 1
+    assert Run(spec).store.read(LOG).count(b"reads chunks of 256 tokens") == 1
 
 
 @pytest.mark.long

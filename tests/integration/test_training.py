@@ -25,7 +25,7 @@ from rzen.export.export import load_encoder
 from rzen.inputs.pairs import EncodedPairs, PairEncoder
 from rzen.inputs.processor import Processor
 from rzen.training.held_out import HeldOut, HeldOutShare
-from rzen.training.telemetry import METRICS
+from rzen.training.telemetry import metrics_of
 from rzen.training.worker import Stage, build_learner, train_stage
 from tests.gloo import run_processes, run_workers
 from tests.tiny import PROMPT, TEXTS, noise, small_pieces, tiny_checkpoint, tiny_model
@@ -323,7 +323,7 @@ def test_temperatures_stop_at_their_bounds(runs: Runs) -> None:
 
 def test_rows_name_every_metric_and_count_over_ranks(runs: Runs) -> None:
     for rows in runs.straight.values():
-        assert all(set(row) == {"step", "source", "task", *METRICS} for row in rows)
+        assert all(set(row) == {"step", "source", "task", *metrics_of(ObjectiveConfig())} for row in rows)
         assert [row["bad_samples"] for row in rows[:3]] == [0, 2, 0]  # one on each rank
         assert [row["task"] for row in rows[:3]] == ["a", "b", "a"]
         assert all(row["samples_per_s"] == pytest.approx(GLOBAL_BATCH / row["step_s"]) for row in rows)

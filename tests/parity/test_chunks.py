@@ -21,7 +21,7 @@ from rzen.model.chunks import chunks_of
 from rzen.model.embedding_model import EmbeddingModel
 from rzen.model.lora import add_lora
 from rzen.objective.loss import Objective
-from rzen.training.step import Learner
+from rzen.training.step import EmbeddingLearner
 from tests.parity.test_training_step import pairs_by_rank
 from tests.tiny import PROMPT, tiny_checkpoint, tiny_model
 
@@ -41,13 +41,15 @@ def pairs(model_dir: str) -> EncodedPairs:
     return encoder.collate([pair for share in pairs_by_rank(model_dir) for pair in share])
 
 
-def learner_of(model_dir: str, chunk_tokens: int | None, dropout: float = 0.0, checkpointing: bool = False) -> Learner:
+def learner_of(
+    model_dir: str, chunk_tokens: int | None, dropout: float = 0.0, checkpointing: bool = False
+) -> EmbeddingLearner:
     config = tiny_model(model_dir).model_copy(update={"gradient_checkpointing": checkpointing})
     backbone: Any = load_backbone(model_dir, config)
     if dropout:
         backbone = add_lora(backbone, LoraConfig(rank=3, dropout=dropout), seed=0)
         shake_lora(backbone)
-    learner = Learner(
+    learner = EmbeddingLearner(
         EmbeddingModel(backbone, Processor(model_dir, PROMPT).layout), Objective(ObjectiveConfig(), ["a"])
     )
     learner.chunk_tokens = chunk_tokens
@@ -62,7 +64,7 @@ def shake_lora(backbone: nn.Module) -> None:
             parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
 
 
-def outcome(learner: Learner, pairs: EncodedPairs) -> dict[str, Tensor]:
+def outcome(learner: EmbeddingLearner, pairs: EncodedPairs) -> dict[str, Tensor]:
     """Loss and every gradient; `tokens` and `padding_fraction` too."""
     torch.manual_seed(0)
     loss, stats = learner(pairs, [("a", len(pairs))], step=0)

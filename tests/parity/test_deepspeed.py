@@ -56,7 +56,7 @@ def engines(rank: int, world_size: int, model_dir: str) -> dict[str, tuple[float
                 set_lr(optimizer, lr_at(step, STEPS, stage.optim))
                 pairs = share_of(model_dir, rank, world_size, step)
                 loss, _ = engine(pairs, [(TASKS[step % 2], len(pairs))], step)
-                update(engine, loss)
+                update(engine, [loss])
                 norms.append(float(engine.get_global_grad_norm()))
             if zero_stage == 3:  # between steps a rank holds its pieces alone
                 assert not any(parameter.numel() for parameter in engine.module.parameters())

@@ -39,7 +39,7 @@ from rzen.model.embedding_model import EmbeddingModel
 from rzen.model.lora import add_lora
 from rzen.objective.loss import Objective
 from rzen.training.optim import build_optimizer, lr_at, parameter_groups, set_lr
-from rzen.training.step import Learner
+from rzen.training.step import EmbeddingLearner
 from tests.gloo import run_workers
 from tests.tiny import PROMPT, TEXTS, TINY, noise, tiny_checkpoint, tiny_model
 
@@ -64,11 +64,13 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
-def learner_of(model_dir: str, lora: LoraConfig | None = None, config: ObjectiveConfig = CONFIG) -> Learner:
+def learner_of(model_dir: str, lora: LoraConfig | None = None, config: ObjectiveConfig = CONFIG) -> EmbeddingLearner:
     backbone: Any = load_backbone(model_dir, tiny_model(model_dir))
     if lora is not None:
         backbone = add_lora(backbone, lora, seed=0)
-    return Learner(EmbeddingModel(backbone, Processor(model_dir, PROMPT).layout), Objective(config, ["b", "a"]))
+    return EmbeddingLearner(
+        EmbeddingModel(backbone, Processor(model_dir, PROMPT).layout), Objective(config, ["b", "a"])
+    )
 
 
 def decoded(query: DecodedInput, target: DecodedInput, sha256: str, *negatives: DecodedInput) -> DecodedSample:
@@ -118,7 +120,7 @@ def with_teacher(pair: EncodedPairs, scores: Iterator[np.float32]) -> EncodedPai
 
 
 def one_step(
-    learner: Learner, model_dir: str, pairs: list[EncodedPairs], blocks: list[tuple[str, int]]
+    learner: EmbeddingLearner, model_dir: str, pairs: list[EncodedPairs], blocks: list[tuple[str, int]]
 ) -> dict[str, Tensor]:
     """Loss, dropped fraction and the gradient of every trained parameter."""
     loss, stats = learner(PairEncoder(Processor(model_dir, PROMPT)).collate(pairs), blocks, step=0)

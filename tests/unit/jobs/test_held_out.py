@@ -65,10 +65,10 @@ def test_workers_share_the_samples_and_bad_ones_are_left_out(data: Path) -> None
         [0, 1, 2],
     ]
     alone = samples.read(encoder, 0, 1)
-    pairs: Any = alone["red"].pairs
+    pairs: Any = alone["red"].samples
     assert (list(alone["red"].rows), len(pairs)) == ([0, 2, 9], 3)
     many = samples.read(encoder, 3, 4)
-    assert (many["blue"].rows, many["blue"].pairs) == ((), None)
+    assert (many["blue"].rows, many["blue"].samples) == ((), None)
 
 
 @pytest.mark.parametrize("changes", [{"eval": None}, {"data": {"split": "held_out"}}, {}])

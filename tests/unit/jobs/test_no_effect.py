@@ -25,7 +25,6 @@ from pipelines.plan.types import SourceTable
 from rzen.objective.batch import Batch, Mined
 from rzen.objective.loss import Objective
 from rzen.training.optim import lr_at, parameter_groups
-from rzen.training.step import Learner
 from rzen.training.worker import Stage, build_learner
 from rzen.vectors import unit_vectors
 from tests.paths import ROOT
@@ -138,7 +137,7 @@ def loss_of(spec: TrainSpec) -> Any:
     return [objective(batch, step)[0].item() for step in range(spec.steps or 40)]
 
 
-def learner_of(spec: TrainSpec, folder: Path) -> Learner:
+def learner_of(spec: TrainSpec, folder: Path) -> Any:
     base = tiny_checkpoint(folder, TINY)
     stage = Stage(spec.model, spec.objective, spec.optim, spec.steps or 3, spec.seed, 3, "p")
     return build_learner(stage, base, None, ["t"])

@@ -17,16 +17,18 @@ from rzen.model.activations import AllocationTracker, ChunkInputs, read_config
 from rzen.model.backbone import load_backbone
 from rzen.model.embedding_model import EmbeddingModel
 from rzen.model.lora import add_lora
+from rzen.objective.loss import Objective
 from rzen.training.chunk_size import (
     AutoChunk,
-    embed_example,
-    example_batch,
     fits_by_estimate,
     fits_by_trial,
     largest_count,
+    run_example,
     settle_chunk,
 )
+from rzen.training.example import example_batch
 from rzen.training.memory import MemoryModel, WorkerShare
+from rzen.training.step import EmbeddingLearner
 from tests.gloo import run_workers
 from tests.tiny import tiny_checkpoint
 
@@ -47,10 +49,11 @@ def test_the_search_finds_the_largest_that_fits(most: int) -> None:
         assert len(asked) == len(set(asked)) <= 2 * most.bit_length()
 
 
-def embedder_of(folder: str) -> EmbeddingModel:
+def learner_of(folder: str) -> EmbeddingLearner:
     model = model_of(folder)
     backbone: Any = add_lora(load_backbone(folder, model), model.lora, seed=0)
-    return EmbeddingModel(backbone, VisionLayout.read(folder)).train()
+    embedder = EmbeddingModel(backbone, VisionLayout.read(folder))
+    return EmbeddingLearner(embedder, Objective(ObjectiveConfig(), ["a"])).train()
 
 
 def model_of(folder: str) -> ModelConfig:
@@ -60,13 +63,13 @@ def model_of(folder: str) -> ModelConfig:
 def test_real_passes_stop_at_a_planted_limit_of_memory(tmp_path: Path) -> None:
     """The limit stands for a GPU's. Passes are real, and the one that is too large runs out of memory."""
     folder = tiny_checkpoint(tmp_path, TinyBackbone(vocabulary=640))
-    embedder, auto, objective = embedder_of(folder), AutoChunk([SHARE], None), ObjectiveConfig()
+    learner, auto, objective = learner_of(folder), AutoChunk([SHARE], None), ObjectiveConfig()
     limit = 20 << 20
     peaks: dict[ChunkInputs, int] = {}
 
     def peak_bytes(inputs: ChunkInputs) -> int:
-        with AllocationTracker(embedder) as tracker:
-            embed_example(embedder, inputs)
+        with AllocationTracker(learner) as tracker:
+            run_example(learner, inputs)
         peaks[inputs] = tracker.peak
         if tracker.peak > limit:
             raise torch.OutOfMemoryError
@@ -79,7 +82,7 @@ def test_real_passes_stop_at_a_planted_limit_of_memory(tmp_path: Path) -> None:
     assert max(peaks[some] for some in fitting) <= 0.9 * limit
     assert max(peaks.get(some, 0) for some in larger) > 0.9 * limit  # the larger of both shapes is tried first
     assert any(peak > limit for peak in peaks.values())
-    assert all(parameter.grad is None for parameter in embedder.parameters())
+    assert all(parameter.grad is None for parameter in learner.parameters())
     memory = MemoryModel(read_config(folder), model_of(folder))
     estimate = fits_by_estimate(
         AutoChunk([SHARE], limit + memory_without_activations(memory)), memory, objective, OptimConfig()
@@ -111,7 +114,7 @@ def settled(rank: int, world_size: int, folder: str) -> tuple[int, int]:
     auto = AutoChunk([SHARE], ((20 << 20) >> rank) + memory_without_activations(memory))
     own = largest_count(fits_by_estimate(auto, memory, objective, optim), auto.most) * auto.longest
     assert dist.get_world_size() == world_size
-    return own, settle_chunk(auto, embedder_of(folder), folder, model_of(folder), objective, optim)
+    return own, settle_chunk(auto, learner_of(folder), folder, model_of(folder), objective, optim)
 
 
 @pytest.mark.slow
@@ -126,4 +129,4 @@ def test_where_not_even_one_input_fits_the_run_ends(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path, TinyBackbone(vocabulary=640))
     auto = AutoChunk([SHARE], 1000)
     with pytest.raises(UserError, match=r"not even one input of 100 tokens fits; lower model\.prompt"):
-        settle_chunk(auto, embedder_of(folder), folder, model_of(folder), ObjectiveConfig(), OptimConfig())
+        settle_chunk(auto, learner_of(folder), folder, model_of(folder), ObjectiveConfig(), OptimConfig())

@@ -1,0 +1,254 @@
+"""What a step of a re-ranker does: score each query with its candidates, part after part, without gradient caching.
+
+The loss is a sum over pairs (`bce`) or lists (`listwise`). So each part has its own backward pass, and its activations
+are gone before the next part. Shapes: B queries, P pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from rzen.config import RerankObjectiveConfig
+from rzen.inputs.processor import EncodedBatch
+from rzen.model.activations import ChunkInputs
+from rzen.model.chunks import Indices, padding_fraction
+from rzen.reranking.encoder import JointBatch
+from rzen.reranking.lists import RerankBatch
+from rzen.reranking.loss import listwise_loss, pair_weights, pointwise_loss
+from rzen.reranking.model import ScoringModel
+from rzen.training import rerank_held_out
+from rzen.training.example import example_batch
+from rzen.training.held_out import HeldOutShare
+from rzen.training.held_out_scores import SourceScore
+from rzen.training.learner import Blocks, Learner
+from rzen.training.lockstep import align_chunk_counts, dummy_input
+
+_BLANK = b"blank"
+"""Start of the keys of media that have no content."""
+
+
+@dataclass(frozen=True)
+class RerankPart:
+    """Pairs that are read together, and what their loss needs to know of the batch."""
+
+    pairs: Indices
+    """[p], their numbers in the batch."""
+    joint: JointBatch
+    """The same, and behind them the blanks of ZeRO stage 3, which have no loss."""
+    is_positive: Tensor
+    """[p], bool."""
+    weights: Tensor
+    """[p], fp32: share of each pair in the loss of the batch."""
+    counts: tuple[int, ...]
+    """Pairs of each list, where lists are whole."""
+    num_queries: int
+    """Queries of the batch."""
+
+
+class RerankLearner(Learner):
+    """A re-ranker and its loss.
+
+    Gradients are those of transformers' whole model, for any parts and any number of ranks
+    (tests/parity/test_rerank_training.py).
+    """
+
+    makes = "score"
+
+    def __init__(
+        self,
+        scorer: ScoringModel,
+        config: RerankObjectiveConfig,
+        chunk_tokens: int | None = None,
+        *,
+        lockstep: bool = False,
+    ) -> None:
+        super().__init__(chunk_tokens, [dummy_input(scorer.backbone)] if lockstep else [])
+        self.scorer = scorer
+        self.config = config
+        self.objective = None
+
+    @property
+    def model(self) -> ScoringModel:
+        """The scoring model."""
+        return self.scorer
+
+    def parts(self, batch: RerankBatch) -> Iterator[RerankPart]:
+        """Yield pairs that are read together. Lists stay whole where the loss needs them, or where they fit."""
+        device = self.scorer.image_mean.device
+        is_positive_P = torch.tensor(batch.is_positive)
+        weights_P = pair_weights(torch.tensor(batch.counts), is_positive_P, self.config.positive_weight)
+        for pairs in self._chunks(batch):
+            # A part of whole lists has each of them from its positive on.
+            starts = np.flatnonzero(batch.is_positive[pairs])
+            yield RerankPart(
+                pairs,
+                self._with_blanks(batch.joint, pairs),
+                is_positive_P[pairs].to(device),
+                weights_P[pairs].to(device),
+                tuple(np.diff([*starts, len(pairs)]).tolist()) if self.config.loss == "listwise" else (),
+                len(batch),
+            )
+
+    def forward(self, part: RerankPart, blocks: Blocks, step: int) -> tuple[Tensor, tuple[Indices, Tensor]]:
+        """Return the part's share of the mean loss of the own queries, and its pairs with their z, detached.
+
+        Nothing is sent between ranks.
+        """
+        z_P = self.scorer.score(part.joint)[: len(part.weights)]
+        if self.config.loss == "bce":
+            loss = pointwise_loss(z_P, part.is_positive, part.weights)
+        else:
+            loss = listwise_loss(z_P, part.counts, self.config.list_temperature) / part.num_queries
+        return self._with_zero_grads(loss), (part.pairs, z_P.detach())
+
+    def statistics(self, batch: RerankBatch, outputs: Sequence[tuple[Indices, Tensor]]) -> dict[str, Tensor]:
+        """Return loss, accuracy, mean probabilities of yes, and counts of tokens."""
+        chunks = [pairs for pairs, _ in outputs]
+        order = torch.from_numpy(np.argsort(np.concatenate(chunks)))
+        z_P = torch.cat([z for _, z in outputs]).cpu()[order]
+        is_positive_P = torch.tensor(batch.is_positive)
+        counts_B = torch.tensor(batch.counts)
+        if self.config.loss == "bce":
+            weights_P = pair_weights(counts_B, is_positive_P, self.config.positive_weight)
+            loss = pointwise_loss(z_P, is_positive_P, weights_P)
+        else:
+            loss = listwise_loss(z_P, batch.counts.tolist(), self.config.list_temperature) / len(batch)
+        of_queries = torch.split(z_P, batch.counts.tolist())
+        wins_B = [bool((z[0] > z[1:]).all()) for z in of_queries]
+        probability_P = z_P.sigmoid()
+        negatives = probability_P[~is_positive_P]
+        lengths = batch.joint.sequences.lengths
+        filled = [chunk for chunk in chunks if len(chunk)]
+        padding = padding_fraction(lengths, filled, packed=self.scorer.packs)
+        return {
+            "loss": loss,
+            "accuracy": torch.tensor(float(np.mean(wins_B))),
+            "positive_probability": probability_P[is_positive_P].mean(),
+            "negative_probability": negatives.mean() if len(negatives) else torch.tensor(0.0),
+            "tokens": torch.tensor(lengths.sum()),
+            "padding_fraction": torch.tensor(padding),
+        }
+
+    def score(self, shares: Mapping[str, HeldOutShare]) -> dict[str, SourceScore]:
+        """Rank the targets of small groups for each of their queries (`rzen.training.rerank_held_out`)."""
+        return rerank_held_out.score(self, shares)
+
+    def log_odds(self, joint: JointBatch | None, chunks: Sequence[Indices]) -> Tensor:
+        """Return z of all pairs in their order, fp32 on the CPU. None: there are none on this rank.
+
+        A collective where there are `blanks`.
+        """
+        z_P = torch.empty(0 if joint is None else len(joint))
+        for chunk in self._aligned(chunks):
+            z_P[chunk] = self.scorer.score(self._with_blanks(joint, chunk))[: len(chunk)].cpu()
+        return z_P
+
+    def not_finite(self, batch: RerankBatch) -> list[str]:
+        """Return the keys of the samples with a pair whose score is not finite."""
+        ends = np.cumsum(batch.counts)
+        broken = []
+        for key, start, end in zip(batch.keys, ends - batch.counts, ends, strict=True):
+            z = [self.scorer.score(self._with_blanks(batch.joint, np.array([pair])))[0] for pair in range(start, end)]
+            if not torch.stack(z).isfinite().all():
+                broken.append(key)
+        return broken
+
+    def example(self, inputs: ChunkInputs) -> Tensor:
+        """Return z of pairs without content, each with a medium of its own."""
+        backbone: Any = self.scorer.backbone
+        return self.scorer.score(_as_pairs(example_batch(backbone.config, inputs)))
+
+    def _chunks(self, batch: RerankBatch) -> list[Indices]:
+        """Return which pairs are read together, in order. All at once where `chunk_tokens` is None."""
+        lengths = batch.joint.sequences.lengths
+        chunks = [np.arange(len(lengths))]
+        if self.chunk_tokens is not None:
+            whole = self.config.loss == "listwise"
+            chunks = list_chunks(lengths, batch.counts, self.chunk_tokens, packed=self.scorer.packs, whole=whole)
+        return self._aligned(chunks)
+
+    def _aligned(self, chunks: Sequence[Indices]) -> list[Indices]:
+        """Return equally many chunks on every rank in ZeRO stage 3, with empty ones at the end."""
+        if not self.blanks:
+            return list(chunks)
+        none = -1  # the blank is no pair of the batch
+        return [chunk[chunk != none] for chunk in align_chunk_counts(chunks, none, self.scorer.image_mean.device)]
+
+    def _with_blanks(self, joint: JointBatch | None, pairs: Indices) -> JointBatch:
+        some = [joint.take(pairs)] if joint is not None and len(pairs) else []
+        return _joined([*some, *(_as_pairs(blank) for blank in self.blanks)])
+
+
+def list_chunks(
+    lengths: npt.NDArray[np.int32], counts: Indices, max_tokens: int, *, packed: bool, whole: bool
+) -> list[Indices]:
+    """Return which pairs are read together: at most `max_tokens` tokens, padding included unless `packed`.
+
+    Pairs of a list lie one after the other, `counts` of each. They share the media of their query, so that they stay
+    together where they fit. The longest lists come first. A longer pair is a chunk of its own. With `whole`, a list is
+    never divided, however long it is.
+    """
+    ends = np.cumsum(counts)
+    units = [np.arange(start, end) for start, end in zip(ends - counts, ends, strict=True)]
+    if not whole:
+        units = [run for unit in units for run in _runs(unit, lengths, max_tokens, packed)]
+    units.sort(key=lambda unit: -int(lengths[unit].max()))  # stable: equal lengths stay in their order
+    chunks: list[list[Indices]] = []
+    for unit in units:
+        together = np.concatenate([*chunks[-1], unit]) if chunks else unit
+        if chunks and _cost(lengths[together], packed) <= max_tokens:
+            chunks[-1].append(unit)
+        else:
+            chunks.append([unit])
+    return [np.concatenate(chunk) for chunk in chunks]
+
+
+def _runs(unit: Indices, lengths: npt.NDArray[np.int32], max_tokens: int, packed: bool) -> Iterator[Indices]:
+    """Yield a list in pieces that fit, one pair at least."""
+    start = 0
+    for end in range(1, len(unit) + 1):
+        if end - start > 1 and _cost(lengths[unit[start:end]], packed) > max_tokens:
+            yield unit[start : end - 1]
+            start = end - 1
+    yield unit[start:]
+
+
+def _cost(lengths: npt.NDArray[np.int32], packed: bool) -> int:
+    return int(lengths.sum()) if packed else len(lengths) * int(lengths.max())
+
+
+def _as_pairs(inputs: EncodedBatch) -> JointBatch:
+    """Return inputs with visuals as pairs that show the same. Each visual is a medium of its own."""
+    bare = replace(inputs, patches=inputs.patches[:0], patch_frames=np.zeros_like(inputs.patch_frames))
+    sizes = inputs.grids.prod(axis=1) * inputs.patch_frames
+    ends = np.cumsum(sizes)
+    media = {
+        _BLANK + bytes([number >> 8 & 255, number & 255]): EncodedBatch(
+            input_ids=inputs.input_ids[:0],
+            instruction=inputs.instruction[:0],
+            lengths=np.zeros(1, np.int32),
+            visual_counts=np.ones(1, np.int32),
+            patches=inputs.patches[ends[number] - sizes[number] : ends[number]],
+            patch_frames=inputs.patch_frames[number : number + 1],
+            grids=inputs.grids[number : number + 1],
+            grid_kinds=inputs.grid_kinds[number : number + 1],
+            grid_seconds=inputs.grid_seconds[number : number + 1],
+        )
+        for number in range(len(sizes))
+    }
+    return JointBatch(bare, tuple(media), media)
+
+
+def _joined(batches: Sequence[JointBatch]) -> JointBatch:
+    media: dict[bytes, EncodedBatch] = {}
+    for batch in batches:
+        media |= batch.media
+    sequences = EncodedBatch.concat([batch.sequences for batch in batches])
+    return JointBatch(sequences, tuple(key for batch in batches for key in batch.shown), media)
