@@ -102,10 +102,7 @@ class RerankLearner(Learner):
         Nothing is sent between ranks.
         """
         z_P = self.scorer.score(part.joint)[: len(part.weights)]
-        if self.config.loss == "bce":
-            loss = pointwise_loss(z_P, part.is_positive, part.weights)
-        else:
-            loss = listwise_loss(z_P, part.counts, self.config.list_temperature) / part.num_queries
+        loss = loss_of(self.config, z_P, part.is_positive, part.weights, part.counts, part.num_queries)
         return self._with_zero_grads(loss), (part.pairs, z_P.detach())
 
     def statistics(self, batch: RerankBatch, outputs: Sequence[tuple[Indices, Tensor]]) -> dict[str, Tensor]:
@@ -114,13 +111,10 @@ class RerankLearner(Learner):
         order = torch.from_numpy(np.argsort(np.concatenate(chunks)))
         z_P = torch.cat([z for _, z in outputs]).cpu()[order]
         is_positive_P = torch.tensor(batch.is_positive)
-        counts_B = torch.tensor(batch.counts)
-        if self.config.loss == "bce":
-            weights_P = pair_weights(counts_B, is_positive_P, self.config.positive_weight)
-            loss = pointwise_loss(z_P, is_positive_P, weights_P)
-        else:
-            loss = listwise_loss(z_P, batch.counts.tolist(), self.config.list_temperature) / len(batch)
-        of_queries = torch.split(z_P, batch.counts.tolist())
+        counts = batch.counts.tolist()
+        weights_P = pair_weights(torch.tensor(batch.counts), is_positive_P, self.config.positive_weight)
+        loss = loss_of(self.config, z_P, is_positive_P, weights_P, counts, len(batch))
+        of_queries = torch.split(z_P, counts)
         wins_B = [bool((z[0] > z[1:]).all()) for z in of_queries]
         probability_P = z_P.sigmoid()
         negatives = probability_P[~is_positive_P]
@@ -184,6 +178,23 @@ class RerankLearner(Learner):
     def _with_blanks(self, joint: JointBatch | None, pairs: Indices) -> JointBatch:
         some = [joint.take(pairs)] if joint is not None and len(pairs) else []
         return _joined([*some, *(_as_pairs(blank) for blank in self.blanks)])
+
+
+def loss_of(
+    config: RerankObjectiveConfig,
+    z_P: Tensor,
+    is_positive_P: Tensor,
+    weights_P: Tensor,
+    counts: Sequence[int],
+    num_queries: int,
+) -> Tensor:
+    """Return the share of these pairs in the mean loss of `num_queries` queries, 0-dim fp32.
+
+    `weights_P` are those of `pair_weights`, for `bce`. `counts` are the pairs of each list, for `listwise`.
+    """
+    if config.loss == "bce":
+        return pointwise_loss(z_P, is_positive_P, weights_P)
+    return listwise_loss(z_P, counts, config.list_temperature) / num_queries
 
 
 def list_chunks(

@@ -22,8 +22,11 @@ from pipelines.media.decode import Decoder
 from pipelines.plan.build import build_plan
 from pipelines.plan.resample import next_mixture_change
 from pipelines.plan.types import SourceTable
+from rzen.config import RerankObjectiveConfig
 from rzen.objective.batch import Batch, Mined
 from rzen.objective.loss import Objective
+from rzen.reranking.loss import pair_weights
+from rzen.training import rerank
 from rzen.training.optim import lr_at, parameter_groups
 from rzen.training.worker import Stage, build_learner
 from rzen.vectors import unit_vectors
@@ -137,6 +140,14 @@ def loss_of(spec: TrainSpec) -> Any:
     return [objective(batch, step)[0].item() for step in range(spec.steps or 40)]
 
 
+def rerank_loss_of(spec: TrainSpec) -> Any:
+    """The loss of a re-ranker for two queries with three pairs each."""
+    assert isinstance(spec.objective, RerankObjectiveConfig)
+    z, is_positive = torch.arange(6.0), torch.tensor([True, False, False] * 2)
+    weights = pair_weights(torch.tensor([3, 3]), is_positive, spec.objective.positive_weight)
+    return rerank.loss_of(spec.objective, z, is_positive, weights, [3, 3], 2).item()
+
+
 def learner_of(spec: TrainSpec, folder: Path) -> Any:
     base = tiny_checkpoint(folder, TINY)
     stage = Stage(spec.model, spec.objective, spec.optim, spec.steps or 3, spec.seed, 3, "p")
@@ -182,7 +193,27 @@ def source(kind: type) -> str:
 
 LORA, MINED, TEMPERATURE = "model.lora", "objective.mined", "objective.temperature"
 STEPS20 = ("steps=20",)
+RERANK = ("objective={kind: rerank}", "data.negatives_per_sample=2")
+LISTWISE = ("objective={kind: rerank, loss: listwise}", "data.negatives_per_sample=2")
 TRAINING = [
+    Case(
+        "train",
+        "objective.list_temperature",
+        "no softmax over a list",
+        "objective.list_temperature=2.0",
+        RERANK,
+        LISTWISE,
+        rerank_loss_of,
+    ),
+    Case(
+        "train",
+        "objective.positive_weight",
+        "one positive in each list",
+        "objective.positive_weight=2.0",
+        LISTWISE,
+        RERANK,
+        rerank_loss_of,
+    ),
     Case("train", "epochs", "steps", "epochs=3.0", STEPS20, outcome=plan_of),
     Case("train", LORA, "trains every weight", "model.lora.rank=8", ("model.tune=full",), outcome=trained_of),
     Case("train", LORA, "init_adapter decides", "model.lora.dropout=0.1", ("init_adapter=a",)),
@@ -494,6 +525,12 @@ def test_shipped_specs_have_no_setting_without_effect(capsys: pytest.CaptureFixt
         (["optim.betas=[0.9, 1.0]"], "optim.betas.1=1.0: input should be less than 1"),
         (["model.quantize=nf4"], "model.quantize=nf4 needs a CUDA GPU; set cluster.gpus_per_worker"),
         (["data.split=valid"], "data.split='valid': input should be 'train' or 'held_out'"),
+        (["objective={kind: rerank}"], "objective.kind: rerank needs negatives for each query"),
+        ([*RERANK, "objective.matryoshka=[8]"], "objective.matryoshka is not a setting; known here: kind, loss,"),
+        ([*RERANK, "objective.lists=1"], "objective.lists is not a setting; did you mean 'loss'"),
+        ([*RERANK, "model.prompt.template=plain"], "model.prompt and model.readout are those of embedders"),
+        ([*RERANK, "objective.prompt.max_visual_tokens=4", "data.media.frames=12"], "objective.prompt.max_visual_toke"),
+        (["objective.kind=ranking"], "must be a mapping, whose `kind` is `contrastive`"),
         (["global_batch=770", "cluster.workers=3"], "global_batch=770 cannot be shared evenly by 3 workers"),
     ],
 )

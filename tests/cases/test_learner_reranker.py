@@ -1,0 +1,203 @@
+"""A re-ranker that trains on a candidate table: any number of ranks, pauses, ZeRO stages, and what opens the result.
+
+The batches come from the reader without Ray, encoded as in a run. Lists have unequal numbers of candidates.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import rzen
+from jobs.training.held_out import HeldOutSamples
+from pipelines.config import DataConfig, MixtureConfig
+from pipelines.errors import UserError
+from pipelines.feed.batch import FeedBatch
+from pipelines.feed.reader import Reader
+from pipelines.plan.build import build_plan
+from pipelines.storage.location import open_store
+from rzen.config import LoraConfig, OptimConfig, PairPromptConfig, RerankObjectiveConfig, TinyBackbone
+from rzen.reranking.encoder import JointEncoder
+from rzen.reranking.lists import ListEncoder
+from rzen.training.held_out import HeldOut
+from rzen.training.telemetry import metrics_of
+from rzen.training.worker import Stage, build_learner, train_stage
+from tests.data import publish, publish_candidates
+from tests.gloo import run_workers
+from tests.integration.test_training import Folders
+from tests.tiny import small_pieces, tiny_checkpoint, tiny_model
+
+pytestmark = pytest.mark.slow
+STEPS, PAUSE, CHUNK_TOKENS = 4, 2, 700
+PROMPT = PairPromptConfig(template="lamra", max_visual_tokens=4)
+BACKBONE = TinyBackbone(vocabulary=640, layers=1, vision_depth=1)
+OBJECTIVES = {
+    "bce": RerankObjectiveConfig(kind="rerank", prompt=PROMPT, positive_weight=3.0),
+    "listwise": RerankObjectiveConfig(kind="rerank", prompt=PROMPT, loss="listwise"),
+}
+
+
+def stage_of(root: Path, loss: str, zero_stage: int = 1, **changes: Any) -> Stage:
+    model = tiny_model(str(root / "base")).model_copy(update={"lora": LoraConfig(rank=2)})
+    optim = OptimConfig.model_validate({"lr": 1e-3, "zero_stage": zero_stage})
+    return Stage(model, OBJECTIVES[loss], optim, STEPS, 0, PAUSE, "plan", **({"chunk_tokens": CHUNK_TOKENS} | changes))
+
+
+def run_stage(root: Path, rank: int, world_size: int, name: str, stage: Stage, start_from: Path | None = None) -> Any:
+    """Rows and held-out scores of a run, from a new reader."""
+    rows: list[Any] = []
+    scores: list[Any] = []
+    data = DataConfig(
+        root=str(root / "data"),
+        candidates=str(root / "table"),
+        negatives_per_sample=4,
+        negatives_draw="random",
+        mixture=MixtureConfig(run_length=2),
+    )
+    encoder = ListEncoder(JointEncoder(str(root / "base"), PROMPT))
+    reader = Reader(data, encoder)
+    plan = build_plan(reader.tables(), data.mixture, global_batch=6, steps=STEPS)
+    worker = pickle.loads(pickle.dumps(reader))
+
+    def batches(start: int) -> Iterator[FeedBatch]:
+        return (worker.batch(plan, step, rank, world_size) for step in range(start, STEPS))
+
+    searched = data.model_copy(update={"split": "held_out", "negatives_per_sample": 0, "candidates": None})
+    held_out = HeldOutSamples(searched, {"red": tuple(range(13))}, PAUSE)
+    (root / name).mkdir(exist_ok=True)
+    train_stage(
+        stage,
+        backbone_dir=str(root / "base"),
+        init_adapter=None,
+        tasks=["a"],
+        batches=batches,
+        checkpoints=Folders(root / name, start_from),
+        output=root / name / "adapter",
+        on_metrics=rows.append,
+        held_out=HeldOut(PAUSE, lambda: held_out.read(encoder, rank, world_size)),
+        on_scores=scores.append,
+    )
+    return rows, scores
+
+
+def two_ranks(rank: int, world_size: int, root: Path) -> dict[str, Any]:
+    """Each loss without a pause and with one, then ZeRO stage 3, and all pairs at once."""
+    found = {}
+    for loss in OBJECTIVES:
+        found[loss] = run_stage(root, rank, world_size, loss, stage_of(root, loss))
+        paused = f"{loss}-paused"
+        found[paused] = run_stage(root, rank, world_size, paused, stage_of(root, loss, stop=PAUSE))
+        resumed = run_stage(root, rank, world_size, paused, stage_of(root, loss), root / paused / f"step-{PAUSE:06d}")
+        found[paused] = found[paused][0] + resumed[0], found[paused][1] + resumed[1]
+    found["whole"] = run_stage(root, rank, world_size, "whole", stage_of(root, "bce", chunk_tokens=None))
+    small_pieces()
+    found["zero-3"] = run_stage(root, rank, world_size, "zero-3", stage_of(root, "listwise", zero_stage=3))
+    return found
+
+
+def one_rank(rank: int, world_size: int, root: Path) -> dict[str, Any]:
+    return {
+        f"{loss}-alone": run_stage(root, rank, world_size, f"{loss}-alone", stage_of(root, loss)) for loss in OBJECTIVES
+    }
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("reranker")
+    tiny_checkpoint(root / "base", BACKBONE)
+    stored = open_store(str(root / "data"))
+    manifest = publish(stored, {"red": ("a", 24)}, bad={"red": [7]})
+    publish(stored, {"red": ("a", 13)}, bad={"red": [4]}, duplicates={"red": [9]}, split="held_out")
+    publish_candidates(
+        open_store(str(root / "table")),
+        stored,
+        manifest,
+        {"red": {n: [n, *((n + 1 + some) % 24 for some in range(1 + n % 5))] for n in range(24)}},  # the positive, too
+        dropped={"red": [5]},
+    )
+    return root
+
+
+@pytest.fixture(scope="module")
+def runs(root: Path) -> dict[str, Any]:
+    return run_workers(two_ranks, 2, root)[0] | run_workers(one_rank, 1, root)[0]
+
+
+def weights(root: Path, name: str) -> dict[str, torch.Tensor]:
+    return load_file(root / name / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("loss", OBJECTIVES)
+def test_a_run_that_is_paused_ends_with_the_same_bytes(runs: dict[str, Any], root: Path, loss: str) -> None:
+    (rows, scores), (paused_rows, paused_scores) = runs[loss], runs[f"{loss}-paused"]
+    assert [row["loss"] for row in rows] == [row["loss"] for row in paused_rows]
+    assert [score["sources"] for score in scores] == [score["sources"] for score in paused_scores]
+    one, other = (root / name / "adapter" / "adapter_model.safetensors" for name in (loss, f"{loss}-paused"))
+    assert one.read_bytes() == other.read_bytes()
+    assert all(set(row) == {"step", "source", "task", *metrics_of(OBJECTIVES[loss])} for row in rows)
+    assert sum(row["bad_candidates"] for row in rows) > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [("bce", "bce-alone"), ("listwise", "listwise-alone"), ("bce", "whole"), ("listwise", "zero-3")],
+)
+def test_ranks_chunks_and_zero_stages_train_the_same(runs: dict[str, Any], root: Path, name: str, other: str) -> None:
+    (rows, scores), (other_rows, other_scores) = runs[name], runs[other]
+    for row, again in zip(rows, other_rows, strict=True):
+        assert again["loss"] == pytest.approx(row["loss"], rel=1e-4)
+        assert again["grad_norm"] == pytest.approx(row["grad_norm"], rel=1e-4)
+        assert again["accuracy"] == row["accuracy"]
+        assert again["tokens"] == row["tokens"]
+    assert [one["sources"] for one in scores] == [one["sources"] for one in other_scores]
+    found, expected = weights(root, other), weights(root, name)
+    moved = max(float(value.abs().max()) for value in expected.values())
+    assert max(float((found[key] - value).abs().max()) for key, value in expected.items()) < 1e-3 * moved
+
+
+def test_held_out_queries_rank_the_targets_of_their_group(runs: dict[str, Any]) -> None:
+    _, scores = runs["bce"]
+    assert [one["step"] for one in scores] == [0, 2, 4]
+    (source,) = {one["sources"]["red"]["candidates"]: one["sources"]["red"] for one in scores}.values()
+    assert source["queries"] == [0, 1, 2, 3, 5, 6, 7, 8, 9, 10, 11, 12]  # 4 cannot be decoded
+    assert source["candidates"] == 7
+    ranks = np.array(source["ranks"])
+    assert ranks[:7].max() <= 7
+    assert ranks[7:].max() <= 5
+    assert source["hit"] == np.mean(ranks == 1)
+    for query, found, rank in zip(source["queries"], source["found"], ranks, strict=True):
+        assert (query < 8) == (found < 8)
+        assert rank > 1 or found == query
+
+
+def test_the_adapter_opens_as_a_reranker_with_its_prompt(runs: dict[str, Any], root: Path) -> None:
+    adapter = root / "bce" / "adapter"
+    saved = json.loads((adapter / "rzen.json").read_text())
+    assert saved["pair_prompt"] == PROMPT.model_dump()
+    assert "temperatures" not in saved
+    reranker = rzen.load_reranker(root / "base", adapter)
+    assert reranker.encoder.prompt == PROMPT
+    base = rzen.load_reranker(root / "base", prompt=PROMPT)
+    pairs = [("red 3", f"a text {number}") for number in range(3)]
+    assert np.abs(reranker.predict(pairs) - base.predict(pairs)).max() > 1e-4
+    learner = build_learner(stage_of(root, "bce"), str(root / "base"), adapter, ["a"]).eval()
+    batch = reranker.encoder.encode(*reranker_inputs(), np.array([[0, 0], [0, 1]]))
+    with torch.no_grad():
+        z = learner.log_odds(batch, [np.arange(2)])  # type: ignore[attr-defined]
+    assert np.abs(z.numpy() - reranker.log_odds(batch)).max() < 1e-5
+    with pytest.raises(UserError, match=r"is that of a re-ranker, which has no vectors; open it with rzen\.load"):
+        rzen.load(root / "base", adapter)
+
+
+def reranker_inputs() -> Any:
+    from pipelines.samples import DecodedInput
+
+    return [DecodedInput("red 3")], [DecodedInput("red 4"), DecodedInput("another")]
