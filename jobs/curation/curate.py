@@ -153,4 +153,7 @@ class _Judge:
             verdicts.add(find_misaligned(samples, verdicts.keep, cosines, rules.alignment))
         if rules.semantic:
             targets = vectors.targets(verdicts.keep)
-            verdicts.add(find_semantic(samples, verdicts.keep, targets, rules.semantic, rules.within, rules.seed))
+            drops, verdicts.weight = find_semantic(
+                samples, verdicts.keep, targets, rules.semantic, rules.within, rules.seed
+            )
+            verdicts.add(drops)

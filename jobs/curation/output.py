@@ -17,7 +17,7 @@ from jobs.curation.examples import drop_examples
 from jobs.curation.specs import CurateSpec
 from jobs.runtime.progress import console, say
 from jobs.runtime.records import as_json, leaves
-from pipelines.candidates.types import CandidateManifest, PlanRows, TableData
+from pipelines.candidates.types import NO_CLUSTER, CandidateManifest, PlanRows, TableData
 from pipelines.candidates.write import publish_table
 from pipelines.curate.features import FeatureSettings
 from pipelines.curate.samples import Samples, Verdicts
@@ -52,20 +52,22 @@ def publish_drops(
     reader = Reader(spec.data)
     counts = verdicts.counts(samples)
     num_kept = int(verdicts.keep.sum())
+    weighted = {source: some._asdict() for source, some in verdicts.weighted(samples).items()}
+    kept = {"kept": num_kept} | ({"weighted": weighted} if weighted else {})
     files = _write_drops(samples, verdicts, store)
     manifest = CandidateManifest(
         "curate",
         TableData(spec.data.root, spec.data.split, {name: reader.source(name).fingerprint for name in samples.sources}),
         settings=spec.rules.model_dump(mode="json"),
         made_from=dict(made_from),
-        counts={"samples": len(samples), "kept": num_kept, "dropped": counts},
+        counts={"samples": len(samples), **kept, "dropped": counts},
     )
     table = publish_table(store, manifest, _plan(samples, verdicts), before_publish)
     sizes = dict(zip(samples.sources, np.diff(samples.starts).tolist(), strict=True))
     content = {
         "table": table.fingerprint,
         "samples": sizes,
-        "kept": num_kept,
+        **kept,
         "dropped": counts,
         "compared_with": {some.name: some.num_inputs for some in sets},
         "rules": spec.rules.model_dump(mode="json"),
@@ -88,9 +90,11 @@ def publish_drops(
         console.print(counts_table(report))
     share = 100 * (1 - num_kept / len(samples))
     say(f"  {num_kept:,} of {len(samples):,} samples are kept, {share:.1f}% are left out")
+    for source, some in weighted.items():
+        say(f"  {source}: {some['samples']:,} samples have a weight; an epoch takes {int(some['total']):,} of them")
     say(f"  {store.url}/{PAGE} shows examples; use it in training with data.curation: [{store.url}]")
     dropped = {reason: sum(by_source.values()) for reason, by_source in counts.items()}
-    return {"outputs": [spec.out], "samples": len(samples), "kept": num_kept, "dropped": dropped}
+    return {"outputs": [spec.out], "samples": len(samples), **kept, "dropped": dropped}
 
 
 def _write_drops(samples: Samples, verdicts: Verdicts, store: Store) -> dict[str, str]:
@@ -113,6 +117,7 @@ def _write_drops(samples: Samples, verdicts: Verdicts, store: Store) -> dict[str
 def _plan(samples: Samples, verdicts: Verdicts) -> dict[str, PlanRows]:
     plan = {}
     for place, source in enumerate(samples.sources):
-        keep = verdicts.keep[int(samples.starts[place]) : int(samples.starts[place + 1])]
-        plan[source] = PlanRows.of(keep, np.full(len(keep), -1, np.int64))
+        mine = slice(int(samples.starts[place]), int(samples.starts[place + 1]))
+        keep = verdicts.keep[mine]
+        plan[source] = PlanRows.of(keep, np.full(len(keep), NO_CLUSTER), weight=verdicts.weight[mine])
     return plan

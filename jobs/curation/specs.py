@@ -53,6 +53,10 @@ def _no_model(spec: CurateSpec) -> bool:
     return not spec.rules.needs_model
 
 
+def _no_cap(spec: CurateSpec) -> bool:
+    return spec.rules.semantic is not None and spec.rules.semantic.max_per_cluster is None
+
+
 _NO_VECTORS = "rules.alignment and rules.semantic are null"
 _HOW = {*Workers.model_fields, "submit", "out", "cache", "num_examples"}
 CURATE = Kind(
@@ -71,6 +75,7 @@ CURATE = Kind(
         NoEffect("dtype", _no_model, _NO_VECTORS),
         NoEffect("actors", _no_model, _NO_VECTORS),
         NoEffect("gpus_per_actor", _no_model, _NO_VECTORS),
+        NoEffect("rules.semantic.full_clusters", _no_cap, "rules.semantic.max_per_cluster is null"),
         NoEffect("data.mixture", _always, "every sample of the split is judged"),
         NoEffect("data.negatives_per_sample", _always, "mined negatives are not judged"),
         NoEffect("data.max_bad_fraction", _always, "bad media are a rule of their own"),

@@ -31,6 +31,7 @@ _TYPES = {
     "cluster": pa.int64(),
 }
 _PLAN_SCHEMA = pa.schema([("sample", pa.int64()), ("keep", pa.bool_()), ("cluster", pa.int64())])
+_WEIGHT = pa.field("weight", pa.float32())
 
 
 def part_bytes(rows: CandidateRows) -> bytes:
@@ -58,19 +59,25 @@ def parse_part(data: bytes, place: str) -> CandidateRows:
 
 
 def plan_bytes(rows: PlanRows) -> bytes:
-    """Return the file that a plan reads."""
-    return _written(pa.table([rows.sample, rows.keep, rows.cluster], schema=_PLAN_SCHEMA))
+    """Return the file that a plan reads. It has a column of weights if some weight is not 1."""
+    table = pa.table([rows.sample, rows.keep, rows.cluster], schema=_PLAN_SCHEMA)
+    return _written(table.append_column(_WEIGHT, [rows.weight]) if (rows.weight != 1).any() else table)
 
 
 def parse_plan(data: bytes, place: str) -> PlanRows:
     """Return the rows of a plan file. Raises `UserError` at `place` for another file."""
     table = _parsed(data, place)
     try:
-        rows = PlanRows(*(_values(table[name].combine_chunks()) for name in _PLAN_SCHEMA.names))
+        sample, keep, cluster = (_values(table[name].combine_chunks()) for name in _PLAN_SCHEMA.names)
+        has_weights = _WEIGHT.name in table.column_names
+        weight = _values(table[_WEIGHT.name].combine_chunks()) if has_weights else np.ones(len(table), np.float32)
+        rows = PlanRows(sample, keep, cluster, weight)
     except KeyError as error:
         raise UserError(place, f"is not a plan file: {error}", _FIX) from error
     if (np.diff(rows.sample) <= 0).any():
         raise UserError(place, "its samples are not ascending", _FIX)
+    if not ((rows.weight > 0) & (rows.weight <= 1)).all():
+        raise UserError(place, "its weights are not all above 0 and at most 1", _FIX)
     return rows
 
 

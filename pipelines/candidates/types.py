@@ -236,22 +236,27 @@ assert {item.name for item in fields(CandidateRows)} == {"key", "bounds", *SAMPL
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlanRows:
-    """Samples of a source that are dropped (`keep` is false) or in a cluster, ascending. All arrays are `[P]`."""
+    """Samples of a source that are dropped (`keep` is false), in a cluster or weighted, ascending. Arrays are `[P]`.
+
+    `weight` is the share of the epochs that take a sample, above 0. It is 1 for most.
+    """
 
     sample: Int64Array
     keep: BoolArray
     cluster: Int64Array
+    weight: FloatArray
 
     @classmethod
-    def of(cls, keep: BoolArray, cluster: Int64Array, start: int = 0) -> Self:
+    def of(cls, keep: BoolArray, cluster: Int64Array, start: int = 0, weight: FloatArray | None = None) -> Self:
         """Return what a plan needs of adjacent samples of a source. The first is sample `start` of it."""
-        sample = np.flatnonzero(~keep | (cluster != NO_CLUSTER))
-        return cls(sample + start, keep[sample], cluster[sample])
+        weight = np.ones(len(keep), np.float32) if weight is None else weight
+        sample = np.flatnonzero(~keep | (cluster != NO_CLUSTER) | (weight < 1))
+        return cls(sample + start, keep[sample], cluster[sample], weight[sample])
 
     @classmethod
     def join(cls, parts: Sequence[PlanRows]) -> Self:
         """Return the rows of several stretches of a source, which are in order."""
-        empty = PlanRows(np.zeros(0, np.int64), np.zeros(0, np.bool_), np.zeros(0, np.int64))
+        empty = cls(np.zeros(0, np.int64), np.zeros(0, np.bool_), np.zeros(0, np.int64), np.zeros(0, np.float32))
         return cls(*(np.concatenate([getattr(part, item.name) for part in (empty, *parts)]) for item in fields(cls)))
 
     def __len__(self) -> int:

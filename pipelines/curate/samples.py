@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -69,17 +70,28 @@ class Samples:
         return Drop(sample, reason, value, self.name(of), of)
 
 
+class Weighted(NamedTuple):
+    """Samples of a source with a weight below 1, and the sum of their weights: how many of them an epoch takes."""
+
+    samples: int
+    total: float
+
+
 @dataclass(slots=True)
 class Verdicts:
-    """What has become of N samples so far. Each has the first reason for which it is left out."""
+    """What has become of N samples so far. Each has the first reason for which it is left out.
+
+    `weight` `[N]` is the share of the epochs that take a sample that is kept.
+    """
 
     keep: Bools
+    weight: npt.NDArray[np.float32]
     drops: list[Drop] = field(default_factory=list)
 
     @classmethod
     def of(cls, num_samples: int) -> Verdicts:
         """Return verdicts that keep all samples."""
-        return cls(np.ones(num_samples, np.bool_))
+        return cls(np.ones(num_samples, np.bool_), np.ones(num_samples, np.float32))
 
     def add(self, drops: Sequence[Drop]) -> None:
         """Leave samples out. Those that are left out already keep their reason."""
@@ -87,6 +99,16 @@ class Verdicts:
             if self.keep[drop.sample]:
                 self.keep[drop.sample] = False
                 self.drops.append(drop)
+
+    def weighted(self, samples: Samples) -> dict[str, Weighted]:
+        """Return source -> samples with a weight, and the sum of their weights. Sources without any are left out."""
+        found = {}
+        for place, source in enumerate(samples.sources):
+            mine = slice(int(samples.starts[place]), int(samples.starts[place + 1]))
+            weights = self.weight[mine][self.keep[mine] & (self.weight[mine] < 1)]
+            if len(weights):
+                found[source] = Weighted(len(weights), round(float(weights.sum(dtype=np.float64)), 3))
+        return found
 
     def counts(self, samples: Samples) -> dict[str, dict[str, int]]:
         """Return reason -> source -> number of samples, by the order of the rules and sources."""

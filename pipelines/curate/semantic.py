@@ -40,11 +40,12 @@ def find_misaligned(samples: Samples, keep: Bools, cosines_N: FloatArray, rule: 
 
 def find_semantic(
     samples: Samples, keep: Bools, vectors_ND: FloatArray, rule: SemanticRule, within: str, seed: int
-) -> list[Drop]:
-    """Return semantic duplicates, and the samples of clusters that are too large.
+) -> tuple[list[Drop], FloatArray]:
+    """Return semantic duplicates and the samples that are too many in a cluster, and the weight of each sample `[N]`.
 
     `vectors_ND` are unit vectors of the targets. Samples whose vector is zero stay.
     """
+    weight_N = np.ones(len(keep), np.float32)
     known = keep & (np.einsum("nd,nd->n", vectors_ND, vectors_ND) > 0)
     source_of = samples.source_of if within == "source" else np.zeros(len(samples), np.int64)
     drops: list[Drop] = []
@@ -54,8 +55,15 @@ def find_semantic(
         cluster, centrality = cluster_vectors(vectors_ND[members], num_clusters, seed)
         for number in range(num_clusters):
             mine = cluster == number
-            drops += _of_cluster(samples, members[mine], vectors_ND, centrality[mine], rule, seed)
-    return drops
+            duplicates, left = _duplicates(samples, members[mine], vectors_ND, centrality[mine], rule)
+            drops += duplicates
+            if rule.max_per_cluster is None or len(left) <= rule.max_per_cluster:
+                continue
+            if rule.full_clusters == "weigh":
+                weight_N[left] = rule.max_per_cluster / len(left)
+            else:
+                drops += _too_many(samples, left, rule.max_per_cluster, seed)
+    return drops, weight_N
 
 
 def cluster_vectors(vectors_ND: FloatArray, num_clusters: int, seed: int) -> tuple[Ints, FloatArray]:
@@ -76,9 +84,10 @@ def cluster_vectors(vectors_ND: FloatArray, num_clusters: int, seed: int) -> tup
     return cluster[:, 0].astype(np.int64), centrality[:, 0]
 
 
-def _of_cluster(
-    samples: Samples, members: Ints, vectors_ND: FloatArray, centrality: FloatArray, rule: SemanticRule, seed: int
-) -> list[Drop]:
+def _duplicates(
+    samples: Samples, members: Ints, vectors_ND: FloatArray, centrality: FloatArray, rule: SemanticRule
+) -> tuple[list[Drop], Ints]:
+    """Return the duplicates in a cluster, and the samples that are left."""
     order = np.argsort(centrality if rule.keep == "farthest" else -centrality, kind="stable")
     members = members[order]
     drops: list[Drop] = []
@@ -89,10 +98,12 @@ def _of_cluster(
             other = int(members[nearest[place]])
             drops.append(samples.duplicate(int(members[place]), other, DUPLICATE, float(cosine[place])))
             stays[place] = False
-    if rule.max_per_cluster is not None:
-        left = sorted(members[stays].tolist(), key=lambda sample: _lot(samples, sample, seed))
-        drops += [Drop(sample, FULL, float(len(left))) for sample in left[rule.max_per_cluster :]]
-    return drops
+    return drops, members[stays]
+
+
+def _too_many(samples: Samples, members: Ints, most: int, seed: int) -> list[Drop]:
+    drawn = sorted(members.tolist(), key=lambda sample: _lot(samples, sample, seed))
+    return [Drop(sample, FULL, float(len(drawn))) for sample in drawn[most:]]
 
 
 def nearest_before(vectors_ND: FloatArray) -> tuple[Ints, FloatArray]:

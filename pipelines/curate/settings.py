@@ -123,6 +123,9 @@ class SemanticRule(Config):
     """Samples of a cluster of k-means in the mean. The time of the comparison grows with it."""
     max_per_cluster: PositiveInt | None = None
     """At most this many samples of a cluster stay, by a hash of their content and the seed."""
+    full_clusters: Literal["drop", "weigh"] = "drop"
+    """`weigh` keeps all samples of a cluster of n > `max_per_cluster`. Their weight is `max_per_cluster` / n, and each
+    epoch draws others of them: about `max_per_cluster` of each cluster."""
 
 
 class CurationRules(Config):

@@ -19,7 +19,7 @@ from pipelines.candidates.types import CandidateRows, Int64Array, Pool, content_
 from pipelines.errors import BadMedia, UserError
 from pipelines.feed.rows import RowReader, StoredSample
 from pipelines.plan.subset import seed_of_name
-from pipelines.plan.types import CANDIDATE_STREAM, Row, SourceTable
+from pipelines.plan.types import CANDIDATE_STREAM, NO_SAMPLES, Row, SourceTable
 from pipelines.shards.manifest import Manifest, read_manifest
 from pipelines.storage.location import open_store
 from pipelines.storage.store import Store
@@ -34,12 +34,24 @@ _FIX = "mine again"
 def with_plan_rows(
     table: SourceTable, source: str, candidates: CandidateTable | None, curation: Sequence[CandidateTable]
 ) -> SourceTable:
-    """Return what a plan has to know of a source, with the clusters of a table and the drops of all tables."""
+    """Return what a plan has to know of a source: the clusters of a table, and the drops and weights of all tables.
+
+    Weights of several tables are multiplied.
+    """
     tables = [*([candidates] if candidates else []), *curation]
     plans = [some.plan_rows(source) for some in tables]
     dropped = [rows.sample[~rows.keep] for rows in plans]
     if dropped:
         table = replace(table, dropped=np.unique(np.concatenate(dropped)))
+    weighted = np.unique(np.concatenate([NO_SAMPLES, *(rows.sample[rows.weight < 1] for rows in plans)]))
+    weighted = np.setdiff1d(weighted, table.dropped)
+    if len(weighted):
+        weights = np.ones(len(weighted))
+        for rows in plans:
+            places = np.searchsorted(weighted, rows.sample)
+            known = np.append(weighted, -1)[places] == rows.sample
+            weights[places[known]] *= rows.weight[known]
+        table = replace(table, weighted=weighted, weights=weights)
     if candidates:
         is_clustered = plans[0].cluster >= 0
         table = replace(table, clustered=plans[0].sample[is_clustered], clusters=plans[0].cluster[is_clustered])

@@ -4,6 +4,7 @@ Nothing here depends on the number of workers, on files or on time. A run resume
 gets the batches that the uninterrupted run would have got.
 
     schedule.py    step -> (source, n-th batch of that source)    exact shares, spread evenly; new shares in each phase
+    weights.py     epoch -> which samples with a weight it takes  as many in every epoch
     subset.py      source -> its samples that are used            at most so many, in runs of adjacent samples
     placement.py   constrained samples -> their batches           duplicates apart, clusters together (packing.py)
     epoch.py       n-th batch -> its samples                      placed ones, then permuted runs of the rest
@@ -110,7 +111,7 @@ class Plan:
             epoch, position = divmod(nth, source.batches_per_epoch)
             share = source.batch // world_size
             numbers = self._epoch(ordinal, epoch).numbers(position, rank * share, (rank + 1) * share)
-            blocks.append(Block(source.name, epoch, source.rows(numbers)))
+            blocks.append(Block(source.name, epoch, source.rows(numbers, epoch)))
         return GlobalBatch(step, tuple(blocks))
 
     def reserves(self, step: int, position: int, count: int) -> list[Row]:
@@ -119,12 +120,14 @@ class Plan:
         A pure function of seed, step and position, so that every number of workers takes the same. No two rows of a
         batch share one, unless the member is too small.
         """
-        rows = self.batch(step).rows
+        blocks = self.batch(step).blocks
+        rows = [row for block in blocks for row in block.rows]
+        epochs = [block.epoch for block in blocks for _ in block.rows]
         member = rows[position][0]
         used = np.array([index for name, index in rows if name == member])
         rng = np.random.default_rng([self.seed, RESERVE_STREAM, step])
         source = next(source for source in self.sources if member in source.members)
-        return source.reserves(rng, member, used, position, count)
+        return source.reserves(rng, member, epochs[position], used, position, count)
 
     def _epoch(self, ordinal: int, epoch: int) -> Epoch:
         key = (ordinal, epoch)

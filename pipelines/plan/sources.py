@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,8 +13,10 @@ from pipelines.plan.epoch import Epoch
 from pipelines.plan.placement import ConstrainedSamples
 from pipelines.plan.subset import SourceSubset
 from pipelines.plan.types import Int64Array, Row, SourceTable
+from pipelines.plan.weights import table_of_epoch
 
 _FEW = 0.01  # a share of the samples that is left out without a note
+_EPOCHS_KEPT = 3  # tasks run ahead, and look back for reserves
 
 
 class PlanSource:
@@ -31,14 +34,18 @@ class PlanSource:
         self.batch = batch
         self.blocks = blocks
         self.run_length = mixture.run_length
-        self._subsets = [SourceSubset.choose(table, mixture, seed, member) for member, table in tables.items()]
-        self.sizes = tuple(subset.size for subset in self._subsets)
-        self._starts = np.concatenate([[0], np.cumsum(self.sizes)]).astype(np.int64)
-        self.num_samples = int(self._starts[-1])
+        self._tables, self._mixture, self._seed = dict(tables), mixture, seed
+        self._epochs: dict[int, _Members] = {}  # of sources with weights, the last few; else one for all epochs
+        subsets = self._members(0).subsets
+        self.sizes = tuple(subset.size for subset in subsets)  # the same in every epoch
+        self.num_samples = sum(self.sizes)
         self.num_stored = sum(table.num_samples for table in tables.values())
-        self.num_kept = sum(table.num_kept for table in tables.values())
-        self._constrained = ConstrainedSamples.find(list(tables.values()), self._subsets, self._starts)
+        self.num_dropped = sum(len(table.dropped) for table in tables.values())
+        self.num_weighted = sum(len(table.weighted) for table in tables.values())
+        self.num_drawn = sum(table.num_drawn for table in tables.values())
         self.tables_fingerprint = _fingerprint(tables)
+        if not self.num_weighted:
+            self._tables = {}  # a plan is sent to every task
 
     @property
     def batches_per_epoch(self) -> int:
@@ -52,23 +59,27 @@ class PlanSource:
 
     def draw_epoch(self, seed: int, epoch: int) -> Epoch:
         """Return the order of one epoch."""
-        return Epoch.draw(self._constrained, self.num_samples, self.batch, self.run_length, seed, self.name, epoch)
+        constrained = self._members(epoch).constrained
+        return Epoch.draw(constrained, self.num_samples, self.batch, self.run_length, seed, self.name, epoch)
 
-    def rows(self, numbers: Int64Array) -> tuple[Row, ...]:
-        """Return the samples with these numbers."""
-        member_R = np.searchsorted(self._starts, numbers, side="right") - 1
-        index_R = numbers - self._starts[member_R]
+    def rows(self, numbers: Int64Array, epoch: int) -> tuple[Row, ...]:
+        """Return the samples with these numbers in an epoch."""
+        some = self._members(epoch)
+        member_R = np.searchsorted(some.starts, numbers, side="right") - 1
+        index_R = numbers - some.starts[member_R]
         for ordinal in np.unique(member_R):
             of_member = member_R == ordinal
-            index_R[of_member] = self._subsets[ordinal].samples(index_R[of_member])
+            index_R[of_member] = some.subsets[ordinal].samples(index_R[of_member])
         return tuple((self.members[m], i) for m, i in zip(member_R.tolist(), index_R.tolist(), strict=True))
 
-    def reserves(self, rng: np.random.Generator, member: str, used: Int64Array, position: int, count: int) -> list[Row]:
-        """Return up to `count` random samples of a member that are not `used`.
+    def reserves(
+        self, rng: np.random.Generator, member: str, epoch: int, used: Int64Array, position: int, count: int
+    ) -> list[Row]:
+        """Return up to `count` random samples of a member that are not `used`, of those that the epoch takes.
 
         Rows of one global batch get different reserves as long as the member has enough samples.
         """
-        subset = self._subsets[self.members.index(member)]
+        subset = self._members(epoch).subsets[self.members.index(member)]
         num_rows = self.batch * self.blocks
         drawn = rng.choice(subset.size, min(subset.size, len(used) + count * num_rows), replace=False)
         samples = subset.samples(drawn)
@@ -82,18 +93,45 @@ class PlanSource:
         """Describe, one line each, what the order of an epoch cannot meet."""
         left = self.num_samples % self.batch
         lines = []
-        if self.num_kept < self.num_stored:
+        if self.num_dropped:
+            lines.append(f"{self.num_dropped} of {self.num_stored} samples are dropped by candidate tables")
+        if self.num_weighted:
+            lines.append(f"{self.num_weighted} samples have a weight, and each epoch takes {self.num_drawn} of them")
+        num_kept = self.num_stored - self.num_dropped - self.num_weighted + self.num_drawn
+        if self.num_samples < num_kept:
+            same = "" if self.num_weighted else ", the same in every epoch"
             lines.append(
-                f"{self.num_stored - self.num_kept} of {self.num_stored} samples are dropped by candidate tables"
+                f"{self.num_samples} of {num_kept} samples are used{same}: data.mixture.max_samples_per_source"
             )
-        if self.num_samples < self.num_kept:
-            cut = f"{self.num_samples} of {self.num_kept} samples are used, the same in every epoch"
-            lines.append(f"{cut}: data.mixture.max_samples_per_source")
         if left > _FEW * self.num_samples:
             lines.append(
                 f"each epoch leaves out {left} of {self.num_samples} samples, others each time: no whole batch"
             )
-        return lines + self._constrained.notes(self.batches_per_epoch, self.batch)
+        return lines + self._members(0).constrained.notes(self.batches_per_epoch, self.batch)
+
+    def _members(self, epoch: int) -> _Members:
+        """Return the samples that an epoch takes."""
+        key = epoch if any(len(table.weighted) for table in self._tables.values()) else 0
+        if key not in self._epochs:
+            tables = [table_of_epoch(table, name, self._seed, key) for name, table in self._tables.items()]
+            subsets = [
+                SourceSubset.choose(table, self._mixture, self._seed, name)
+                for name, table in zip(self.members, tables, strict=True)
+            ]
+            starts = np.concatenate([[0], np.cumsum([subset.size for subset in subsets])]).astype(np.int64)
+            self._epochs[key] = _Members(subsets, starts, ConstrainedSamples.find(tables, subsets, starts))
+            if len(self._epochs) > _EPOCHS_KEPT:
+                del self._epochs[next(iter(self._epochs))]  # the one that was found first
+        return self._epochs[key]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Members:
+    """The samples of an epoch. Member m numbers its samples from `starts[m]` on."""
+
+    subsets: list[SourceSubset]
+    starts: Int64Array
+    constrained: ConstrainedSamples
 
 
 def _fingerprint(tables: Mapping[str, SourceTable]) -> str:
@@ -102,7 +140,13 @@ def _fingerprint(tables: Mapping[str, SourceTable]) -> str:
         digest.update(f"{name} {table.num_samples} ".encode())
         for array in (table.duplicates, table.targets, table.queries):
             digest.update(np.ascontiguousarray(array).tobytes())
-        for kind in ("clustered", "clusters", "dropped"):  # a table without them has the hash that it had before
+        for kind in (
+            "clustered",
+            "clusters",
+            "dropped",
+            "weighted",
+            "weights",
+        ):  # a table without them has the hash that it had before
             if len(array := getattr(table, kind)):
                 digest.update(f" {kind} {len(array)} ".encode() + np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()[:16]

@@ -14,9 +14,10 @@ Int64Array = npt.NDArray[np.int64]
 
 # Each kind of random choice has its own stream of the seed, so that a change of one does not move the others. The
 # numbers are part of every plan: other numbers give other batches.
-LANE_STREAM, EPOCH_STREAM, RESERVE_STREAM, SUBSET_STREAM, SOURCE_STREAM, CANDIDATE_STREAM = range(6)
+LANE_STREAM, EPOCH_STREAM, RESERVE_STREAM, SUBSET_STREAM, SOURCE_STREAM, CANDIDATE_STREAM, WEIGHT_STREAM = range(7)
 
 NO_SAMPLES: Int64Array = np.zeros(0, np.int64)
+_ROUNDING = 1e-6  # of a sum of weights: ten tenths are one sample
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,7 +28,8 @@ class SourceTable:
     `queries` `[D]` are equal for equal targets and queries, also between sources. `queries` is empty if they are
     unknown. `clustered` `[K]` are the samples, ascending, that have to share a batch with others, such as clips of one
     video. `clusters` `[K]` are equal, and at least 0, for those of one cluster. `dropped` are the samples, ascending,
-    that no batch takes.
+    that no batch takes. `weighted` `[P]` are kept samples, ascending, that an epoch takes with the probability in
+    `weights` `[P]`, above 0 and below 1.
     """
 
     num_samples: int
@@ -37,11 +39,18 @@ class SourceTable:
     clustered: Int64Array = field(default_factory=lambda: NO_SAMPLES)
     clusters: Int64Array = field(default_factory=lambda: NO_SAMPLES)
     dropped: Int64Array = field(default_factory=lambda: NO_SAMPLES)
+    weighted: Int64Array = field(default_factory=lambda: NO_SAMPLES)
+    weights: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+
+    @property
+    def num_drawn(self) -> int:
+        """Return how many of the samples with a weight an epoch takes: the sum of the weights, rounded down."""
+        return int(self.weights.sum() + _ROUNDING)
 
     @property
     def num_kept(self) -> int:
-        """Return the number of samples without the dropped ones."""
-        return self.num_samples - len(self.dropped)
+        """Return the number of samples of an epoch: all without the dropped ones and those that it does not take."""
+        return self.num_samples - len(self.dropped) - len(self.weighted) + self.num_drawn
 
 
 @dataclass(frozen=True, slots=True)

@@ -193,7 +193,9 @@ def test_damage_is_one_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         parse_part(b"PAR1", "x")
     with pytest.raises(UserError, match="not ascending"):
-        parse_plan(plan_bytes(PlanRows(np.array([2, 1]), np.zeros(2, bool), np.full(2, -1))), "x")
+        parse_plan(plan_bytes(PlanRows(np.array([2, 1]), np.zeros(2, bool), np.full(2, -1), np.ones(2))), "x")
+    with pytest.raises(UserError, match="weights are not all above 0"):
+        parse_plan(plan_bytes(PlanRows.of(np.array([True]), np.array([-1]), weight=np.zeros(1, np.float32))), "x")
     content = json.loads((tmp_path / MANIFEST).read_text())
     (tmp_path / MANIFEST).write_text(json.dumps(content | {"format_version": 9}))
     with pytest.raises(UserError, match="format version 9, this program reads 1"):
