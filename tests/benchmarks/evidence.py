@@ -290,7 +290,7 @@ def report(results: Results) -> str:
         f"**Registered before the first run of a test seed:** {len(core())} cells at temperature {PUBLISHED} and at the"
         f" best of {', '.join(map(str, TEMPERATURES))} on seeds {TUNING_SEEDS[0]} and {TUNING_SEEDS[1]}, which ask for"
         f" other tones than the tests; {len(CONTRASTS)} contrasts; {len(extras())} further cells; seeds 0 to"
-        f" {SEEDS - 1}. This report has {results.seeds} seeds. A seed draws held-out tones, captions, weights and order.",
+        f" {SEEDS - 1}. This report has {results.seeds}. A seed draws held-out tones, captions, weights, order.",
         "",
         f"**Power.** With {results.seeds} seeds of 304 queries, the 95% intervals of the first three contrasts reach"
         f" {100 * min(widths):.1f} to {100 * max(widths):.1f} points to each side. Smaller effects are not seen.",
