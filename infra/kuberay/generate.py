@@ -1,4 +1,4 @@
-"""Generates manifests: RayJobs from the specs in jobs/, the PrometheusRule from the alert rules.
+"""Generates manifests: RayJobs and the RayService from the specs in jobs/, the PrometheusRule from the alert rules.
 
     python -m infra.kuberay.generate            writes the files
     python -m infra.kuberay.generate --check    exit status 1 if one of them is not what would be written
@@ -15,6 +15,9 @@ end of the job: 30 s later, the operator deletes the cluster of a job that still
 When the head's pod is replaced, the operator submits the job to the new head (kuberay#4824). Later versions may fail
 the RayJob, and then `backoffLimit` starts it again (kuberay#4984). In both cases, the job waits for the lease that the
 lost driver held, and resumes.
+
+The RayService has a group of its own, with one GPU a node, because a replica needs no more. No shell reads its
+settings: the server itself fills in $RZEN_STORE.
 """
 
 from __future__ import annotations
@@ -23,14 +26,16 @@ import argparse
 import copy
 import math
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
+from infra.kuberay.shipped import JOBS, KEYS, READER, RETRAIN, SERVE, WORKER, Job
 from jobs.runtime import lease
 from jobs.runtime.dispatch import named_specs
+from jobs.serving.serve import serve_config
+from jobs.serving.specs import ServeSpec
 from jobs.spec.job import JobConfig
 from jobs.spec.kinds import gpus_of, local_places
 from jobs.spec.load import check, override, read_document
@@ -40,148 +45,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CLUSTER = HERE / "base" / "raycluster.yaml"
 RULES = HERE.parent / "monitoring" / "rules.yaml"
-READER, WORKER = "rzen-reader", "rzen-worker"
 _GPU = "nvidia.com/gpu"
 _STORE = "s3://store"  # stands for $RZEN_STORE, which the head knows, where specs are checked
-
-_ADAPTER = "$RZEN_STORE/runs/{}/adapter"
-_SOUP = "$RZEN_STORE/runs/soups/uniform/adapter"
-
-
-@dataclass(frozen=True)
-class Job:
-    """A shipped spec on a cluster that starts without workers, with all that it reads and writes below RZEN_STORE."""
-
-    spec: str
-    """File in jobs/."""
-    set: tuple[str, ...] = ()
-    """What is changed in it; the shell of the head's pod fills in $RZEN_STORE."""
-    account: str = "rzen-head"
-    """Service account of the driver."""
-    deadline_s: int = 7 * 86400
-    """After so long an attempt of the job is ended."""
-    tasks_write: bool = False
-    """Its tasks on nodes without GPU write to the store: shards, indexes, or listings of what is embedded."""
-
-
-JOBS = {
-    "ingest": Job(
-        "tables.yaml",
-        (
-            "sources.products.table=$RZEN_STORE/tables/products.csv",
-            "sources.products.media_root=$RZEN_STORE/tables",
-            "out=$RZEN_STORE/data",
-        ),
-        tasks_write=True,
-    ),
-    "index": Job("index.yaml", ("out=$RZEN_STORE/data", "sources.pairs.urls=[$RZEN_STORE/shards]"), tasks_write=True),
-    "export-data": Job("export_data.yaml", ("data=$RZEN_STORE/data", "out=$RZEN_STORE/exported"), tasks_write=True),
-    "curate": Job(
-        "curate.yaml",
-        ("data.root=$RZEN_STORE/data", "out=$RZEN_STORE/curation", "cache=$RZEN_STORE/curation-cache"),
-        tasks_write=True,
-    ),
-    "stage1": Job(
-        "stage1.yaml", ("data.root=$RZEN_STORE/data", "run.root=$RZEN_STORE/runs", "cluster.autoscaling=true")
-    ),
-    "stage2": Job(
-        "stage2.yaml",
-        (
-            "data.root=$RZEN_STORE/data",
-            "run.root=$RZEN_STORE/runs",
-            f"init_adapter={_ADAPTER.format('stage1')}",
-            "cluster.autoscaling=true",
-        ),
-    ),
-    "finetunes": Job(
-        "finetunes.yaml",
-        (
-            "set.data.root=$RZEN_STORE/data",
-            "set.run.root=$RZEN_STORE/runs",
-            f"set.init_adapter={_ADAPTER.format('stage1')}",
-            "set.cluster.autoscaling=true",
-            "out=$RZEN_STORE/runs/soups",
-        ),
-    ),
-    "soup": Job(
-        "soup.yaml",
-        (
-            *(f"models.{name}.adapter={_ADAPTER.format(name)}" for name in ("balanced", "images", "documents")),
-            "out=$RZEN_STORE/soups",
-        ),
-    ),
-    "evaluate": Job(
-        "evaluate.yaml",
-        (
-            *(
-                f"models.{name}.adapter={_ADAPTER.format(name)}"
-                for name in ("stage1", "balanced", "images", "documents")
-            ),
-            f"models.soup.adapter={_SOUP}",
-            "data.root=$RZEN_STORE/data",
-            "actors=6",
-            "gpus_per_actor=1",
-            "autoscaling=true",
-            "cache=$RZEN_STORE/vector-cache",
-            "out=/tmp/evaluation",  # on the head, and gone with it 12 hours later; the table is in the log
-        ),
-        tasks_write=True,
-    ),
-    "export": Job("export.yaml", (f"model.adapter={_SOUP}", "out=$RZEN_STORE/model")),
-    "embed": Job(
-        "embed.yaml",
-        (
-            "model=$RZEN_STORE/model",
-            "data.root=$RZEN_STORE/data",
-            "out=$RZEN_STORE/vectors",
-            "actors=8",
-            "autoscaling=true",
-        ),
-        tasks_write=True,
-    ),
-    "mine": Job(
-        "mine.yaml",
-        (
-            "model=$RZEN_STORE/model",
-            "data.root=$RZEN_STORE/data",
-            "out=$RZEN_STORE/negatives",
-            "actors=8",
-            "autoscaling=true",
-        ),
-        tasks_write=True,
-    ),
-    "judge": Job(
-        "judge.yaml",
-        (
-            "table=$RZEN_STORE/negatives/mined",
-            "data.root=$RZEN_STORE/data",
-            "out=$RZEN_STORE/judged",
-            "actors=8",
-            "autoscaling=true",
-        ),
-        tasks_write=True,
-    ),
-    "select": Job("select.yaml", ("table=$RZEN_STORE/judged", "out=$RZEN_STORE/selected")),
-    "cluster": Job("cluster.yaml", ("table=$RZEN_STORE/negatives/mined", "out=$RZEN_STORE/clustered")),
-}
-"""Name of a RayJob -> the job."""
-
-RETRAIN = Job(
-    "retrain.yaml",
-    (
-        "set.data.root=$RZEN_STORE/data",
-        "set.run.root=$RZEN_STORE/runs",
-        "set.cluster.autoscaling=true",
-        "evaluate.set.data.root=$RZEN_STORE/frozen",
-        "evaluate.set.gpus_per_actor=1",
-        "evaluate.set.autoscaling=true",
-        "registry=$RZEN_STORE/registry",
-    ),
-    account="rzen-promoter",
-    deadline_s=3 * 86400,
-    tasks_write=True,
-)
-"""The job of retrain/cronjob.yaml."""
 
 
 def files() -> dict[Path, str]:
@@ -195,6 +60,7 @@ def files() -> dict[Path, str]:
         }
     )
     written[HERE / "retrain" / "rayjob.yaml"] = _yaml(rayjob("retrain", RETRAIN))
+    written[HERE / "serve" / "rayservice.yaml"] = _yaml(rayservice("rzen-serve", SERVE))
     written[HERE / "base" / "prometheusrule.yaml"] = _yaml(
         {
             "apiVersion": "monitoring.coreos.com/v1",
@@ -244,6 +110,63 @@ def rayjob(name: str, job: Job) -> dict[str, Any]:
     }
 
 
+def rayservice(name: str, job: Job) -> dict[str, Any]:
+    """The manifest of a server."""
+    spec = served_spec(job)
+    cluster = copy.deepcopy(yaml.safe_load(CLUSTER.read_text())["spec"])
+    head = cluster["headGroupSpec"]["template"]["spec"]
+    head["serviceAccountName"] = job.account
+    _read_only(head)
+    (on_demand,) = (group for group in cluster["workerGroupSpecs"] if group["groupName"] == "train")
+    most = (spec.max_replicas or spec.replicas) * spec.gpus_per_replica
+    cluster["workerGroupSpecs"] = [_serving(on_demand, math.ceil(most))]
+    for pod in (head, on_demand["template"]["spec"]):
+        # Where the operator and its Service look for the proxy of Ray Serve.
+        pod["containers"][0]["ports"].append({"name": "serve", "containerPort": spec.port})
+    return {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayService",
+        "metadata": {"name": name},
+        "spec": {
+            # Applied, it does nothing; started, it makes its cluster.
+            "suspend": True,
+            # A change of this text alone is applied in place. Any other makes a new cluster, and for a while twice the
+            # nodes. Requests go to the old one until the new one answers.
+            "serveConfigV2": yaml.dump(serve_config(spec), sort_keys=False, width=120),
+            "upgradeStrategy": {"type": "NewCluster"},
+            # Requests that have begun on the old cluster are answered.
+            "rayClusterDeletionDelaySeconds": 120,
+            # The head takes no replica, and its proxy would be one more hop.
+            "excludeHeadPodFromServeSvc": True,
+            "rayClusterConfig": cluster,
+        },
+    }
+
+
+def served_spec(job: Job) -> ServeSpec:
+    """Return the checked spec of a server, with $RZEN_STORE where it reads the store."""
+    document = override(read_document(ROOT / "jobs" / job.spec), list(job.set))
+    spec = check(document)
+    assert isinstance(spec, ServeSpec)
+    return spec
+
+
+def _serving(group: dict[str, Any], nodes: int) -> dict[str, Any]:
+    """Return a group of so many nodes with one GPU each, made of one of larger nodes."""
+    pod = group["template"]["spec"]
+    pod["serviceAccountName"] = READER
+    _read_only(pod)
+    (container,) = pod["containers"]
+    for kind in ("requests", "limits"):
+        container["resources"][kind] = {"cpu": "8", "memory": "64Gi", "ephemeral-storage": "122Gi", _GPU: "1"}
+    # Shared memory for Ray's object store, 30 % of the memory. On disk, what it may spill, and models.
+    sizes = {"shm": {"medium": "Memory", "sizeLimit": "20Gi"}, "scratch": {"sizeLimit": "120Gi"}}
+    pod["volumes"] = [{"name": volume, "emptyDir": size} for volume, size in sizes.items()]
+    pod["volumes"].append({"name": "api-keys", "secret": {"secretName": "rzen-api-keys"}})
+    container["volumeMounts"].append({"name": "api-keys", "mountPath": KEYS, "readOnly": True})
+    return group | {"groupName": "serve", "maxReplicas": nodes}
+
+
 def command(job: Job) -> str:
     """Return the entrypoint. The head's shell reads it, and fills in RZEN_STORE."""
     words = ["rzen", "run", f"jobs/{job.spec}"]
@@ -279,16 +202,31 @@ def _let_write(pod: dict[str, Any]) -> None:
     """Give a decoding pod the account of workers, and the Secret of that name instead of the one that only reads."""
     if pod["serviceAccountName"] == READER:
         pod["serviceAccountName"] = WORKER
-        (container,) = pod["containers"]
-        (secret,) = [entry["secretRef"] for entry in container["envFrom"] if "secretRef" in entry]
-        secret["name"] = WORKER
+        _secret(pod)["name"] = WORKER
+
+
+def _read_only(pod: dict[str, Any]) -> None:
+    """Give a pod the Secret with keys that only read."""
+    _secret(pod)["name"] = READER
+
+
+def _secret(pod: dict[str, Any]) -> dict[str, Any]:
+    (container,) = pod["containers"]
+    (secret,) = [entry["secretRef"] for entry in container["envFrom"] if "secretRef" in entry]
+    return cast(dict[str, Any], secret)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Without anchors: what stands for something stands there."""
+    """Without anchors: what stands for something stands there. A text of several lines is a block."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style="|" if "\n" in data else None)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 
 def _yaml(content: dict[str, Any]) -> str:

@@ -262,7 +262,12 @@ def search(
 
 
 def serve(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="exported model: directory, s3:// URL or hub name")],
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="exported model: directory, s3:// URL or hub name")
+    ] = None,
+    registry: Annotated[
+        str | None, typer.Option(help="registry of retraining: serve the model and corpus that are promoted there")
+    ] = None,
     corpus: Annotated[str | None, typer.Option(help="output of `rzen embed` with this model, for /v1/search")] = None,
     adapter: Annotated[str | None, typer.Option(help="LoRA adapter on top of the model")] = None,
     reranker: Annotated[str | None, typer.Option(help="re-ranker for /rerank and /score")] = None,
@@ -279,10 +284,11 @@ def serve(
 ) -> None:
     """Answer requests for vectors and searches over HTTP, until Ctrl-C.
 
-    Clients of OpenAI, Cohere, Voyage, Jina, vLLM, infinity and text-embeddings-inference work with it.
+    Clients of OpenAI, Cohere, Voyage, Jina, vLLM, infinity and text-embeddings-inference work with it. Name a MODEL,
+    or a registry that is followed.
     """
     given: dict[str, Any] = {"corpus": corpus, "adapter": adapter, "host": host, "port": port, "api_keys": api_keys}
     given |= {"reranker": reranker, "replicas": replicas, "allow_urls": allow_urls.split(",") if allow_urls else None}
-    settings: dict[str, Any] = {"model": model}
+    settings: dict[str, Any] = {"model": model, "registry": registry}
     settings |= {key: value for key, value in given.items() if value is not None}
     run_file(SERVE_SPEC, changes, settings, as_json=as_json)

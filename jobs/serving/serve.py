@@ -15,7 +15,7 @@ from pipelines.storage.location import resolve_endpoint
 from rzen.serving.guards import ApiKeys
 
 APP = "rzen"
-_PLACE = ("model", "adapter", "corpus", "reranker", "endpoint", "dtype", "dimensions")
+_PLACE = ("registry", "model", "adapter", "corpus", "reranker", "endpoint", "dtype", "dimensions")
 _POLL_S = 0.2
 _START_S = 900.0
 _WATCH_S = 2.0
@@ -31,7 +31,7 @@ def run(spec: ServeSpec) -> dict[str, Any]:
     except ImportError as error:
         raise UserError("serve", f"Ray Serve cannot be imported: {error}", "pip install 'rzen[serve]'") from error
     with ray_cluster():
-        say(f"  loading {spec.model}")
+        say(f"  loading {spec.model or spec.registry}")
         url = deploy(spec)
         _print_usage(spec, url, keys.are_needed)
         if spec.detach:
@@ -54,25 +54,21 @@ def deploy(spec: ServeSpec) -> str:
     from ray.serve.context import _get_global_client
     from ray.serve.schema import ServeDeploySchema
 
-    http = {"host": spec.host, "port": spec.port}
-    ray.serve.start(http_options=http, logging_config={"log_level": "WARNING"})
+    config = serve_config(_on_this_machine(spec))
+    ray.serve.start(http_options=config["http_options"], logging_config={"log_level": "WARNING"})
     client = _get_global_client()
     # `serve.run` would make a new version of everything. This changes what differs.
-    client.deploy_apps(ServeDeploySchema.model_validate(_config(spec, http)))
+    client.deploy_apps(ServeDeploySchema.model_validate(config))
     _wait_until_it_runs()
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(spec.host, spec.host)
     return f"http://{host}:{spec.port}"
 
 
-def _config(spec: ServeSpec, http: dict[str, Any]) -> dict[str, Any]:
-    """Return the application for Ray Serve. The place of the model is apart: it changes without new replicas."""
-    settings = spec.model_dump(mode="json")
-    for name in ("model", "adapter", "corpus", "reranker", "api_keys"):
-        settings[name] = _absolute(settings[name])
-    settings["endpoint"] = resolve_endpoint(spec.endpoint)  # replicas may not have the variables
-    place = {name: settings[name] for name in _PLACE}
-    settings |= {"model": "", "name": spec.name or model_name(spec.model), "detach": False}
-    settings |= dict.fromkeys(_PLACE[1:])
+def serve_config(spec: ServeSpec) -> dict[str, Any]:
+    """Return the config of Ray Serve. The place of the model is apart: it changes without new replicas."""
+    settings = spec.model_dump(mode="json", exclude_defaults=True, exclude={"detach", "submit"})
+    place = {name: settings.pop(name) for name in _PLACE if name in settings}
+    settings["name"] = client_name(spec)
     application = {
         "name": APP,
         "route_prefix": "/",
@@ -80,17 +76,27 @@ def _config(spec: ServeSpec, http: dict[str, Any]) -> dict[str, Any]:
         "args": settings,
         "deployments": [{"name": "ModelReplica", "user_config": place}],
     }
-    return {"http_options": http, "applications": [application]}
+    return {"http_options": {"host": spec.host, "port": spec.port}, "applications": [application]}
+
+
+def client_name(spec: ServeSpec) -> str:
+    """Return the name of the model for clients."""
+    return spec.name or (spec.model or "").rstrip("/").rpartition("/")[2] or "rzen"
+
+
+def _on_this_machine(spec: ServeSpec) -> ServeSpec:
+    """Return the spec with absolute paths and the endpoint of this process: replicas may have other folders and
+    variables.
+    """
+    names = ("model", "registry", "adapter", "corpus", "reranker", "api_keys")
+    places: dict[str, Any] = {name: _absolute(getattr(spec, name)) for name in names}
+    if spec.canary is not None:
+        places["canary"] = spec.canary.model_copy(update={"held_out": _absolute(spec.canary.held_out)})
+    return spec.model_copy(update=places | {"endpoint": resolve_endpoint(spec.endpoint)})
 
 
 def _absolute(url: str | None) -> str | None:
-    """Return a local path as an absolute one, because replicas may run in another folder."""
     return str(Path(url).expanduser().absolute()) if url and Path(url).expanduser().exists() else url
-
-
-def model_name(url: str) -> str:
-    """Return the name of a model for clients: the last part of its path."""
-    return url.rstrip("/").rpartition("/")[2] or "rzen"
 
 
 def _wait_until_it_runs() -> None:
@@ -123,8 +129,8 @@ def _wait() -> None:
 
 def _print_usage(spec: ServeSpec, url: str, needs_key: bool) -> None:
     key = ' -H "Authorization: Bearer $KEY"' if needs_key else ""
-    say(f"  {url} answers as {spec.name or model_name(spec.model)}; Ctrl-C ends it")
+    say(f"  {url} answers as {client_name(spec)}; Ctrl-C ends it")
     say(f"""  curl {url}/v1/embeddings{key} -H "Content-Type: application/json" -d '{{"input": "a red square"}}'""")
-    if spec.corpus is not None:
+    if spec.corpus or spec.registry:
         query = '{"query": "a red square", "top_k": 3}'
         say(f"""  curl {url}/v1/search{key} -H "Content-Type: application/json" -d '{query}'""")

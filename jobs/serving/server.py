@@ -20,9 +20,9 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.util.metrics import Counter, Gauge, Histogram
 
+from jobs.serving.pairs import find_place
 from jobs.serving.scraping import scrape
 from jobs.serving.specs import ServeSpec
-from pipelines.errors import UserError
 from rzen.serving.guards import ApiKeys
 from rzen.serving.types import EmbedRequest, Limits, RequestError, ScoreRequest, SearchRequest
 
@@ -37,7 +37,7 @@ def build(settings: dict[str, Any]) -> serve.Application:
     """Return the application for the settings of a `ServeSpec`, without the place of the model."""
     spec = ServeSpec.model_validate(settings)
     replica = _MODEL_REPLICA.options(
-        num_replicas=spec.replicas,
+        **_scale(spec),
         max_ongoing_requests=spec.max_requests,
         max_queued_requests=spec.max_requests,
         ray_actor_options={"num_cpus": spec.cpus_per_replica, "num_gpus": spec.gpus_per_replica},
@@ -50,64 +50,52 @@ def build(settings: dict[str, Any]) -> serve.Application:
     return gateway.bind(settings, replica.bind(settings))
 
 
+def _scale(spec: ServeSpec) -> dict[str, Any]:
+    """Return how many model replicas there are: a number, or a range in which Ray Serve follows the load."""
+    if spec.max_replicas is None:
+        return {"num_replicas": spec.replicas}
+    limits = {"min_replicas": spec.replicas, "max_replicas": spec.max_replicas}
+    return {"autoscaling_config": limits | {"target_ongoing_requests": spec.target_requests}}
+
+
 class ModelReplica:
-    """Holds the engine. It looks from time to time whether model or corpus were replaced."""
+    """Holds the engine. It looks from time to time whether model or corpus were replaced, or others were promoted."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         from rzen.serving.engine import Engine, EngineSettings
+        from rzen.serving.follower import Follower
 
         spec = ServeSpec.model_validate(settings)
         self._metrics = _ReplicaMetrics()
         threads = max(1, round(spec.cpus_per_replica))
         engine_settings = EngineSettings(spec.chunk_tokens, spec.max_waiting_tokens, threads, spec.media)
-        self._engine = Engine(engine_settings, self._metrics.record)
+        self._engine = Engine(engine_settings, self._metrics.record, self._metrics.count_answer)
+        self._follower = Follower(self._engine, self._where, spec.canary, self._metrics.count_reload)
         self._reload_s = spec.reload_s
-        self._tag: str | None = None
-        self._place: Any = None
-        self._lock = asyncio.Lock()
+        self._place: dict[str, Any] | None = None
         self._picture_thread = ThreadPoolExecutor(1, thread_name_prefix="picture")
         self._targets: Any = None
         self._tasks: set[asyncio.Task[None]] = set()
 
+    def _where(self) -> Any:
+        assert self._place is not None
+        return find_place(self._place)
+
     async def reconfigure(self, place: dict[str, Any]) -> None:
         """Load the model at a place: the first one now, later ones in the background."""
-        from rzen.serving.served import Place
-
-        if place["dimensions"] is not None:
-            place = place | {"dimensions": tuple(place["dimensions"])}
         is_first = self._place is None
-        self._place = Place(**place)
-        if is_first:
-            self._tag = await asyncio.to_thread(self._place.tag)
-            await self._engine.reload(self._place)
-            if self._reload_s is not None:
-                self._start(self._watch(self._reload_s))
-        else:  # a replica gets no requests until this function returns
-            self._start(self._refresh())
+        self._place = place
+        if not is_first:  # a replica gets no requests until this function returns
+            self._start(self._follower.refresh())
+            return
+        await self._follower.start()
+        if self._reload_s is not None:
+            self._start(self._follower.watch(self._reload_s))
 
     def _start(self, work: Awaitable[None]) -> None:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    async def _watch(self, every_s: float) -> None:
-        while True:
-            await asyncio.sleep(every_s)
-            await self._refresh()
-
-    async def _refresh(self) -> None:
-        """Load what is at the place, if it has changed since it was loaded or tried last."""
-        async with self._lock:
-            try:
-                tag = await asyncio.to_thread(self._place.tag)
-                if tag == self._tag:
-                    return
-                self._tag = tag
-                await self._engine.reload(self._place)
-                self._metrics.count_reload("ok")
-            except (UserError, OSError) as error:
-                self._metrics.count_reload("failed")
-                _log.error("the model was not replaced, and the one before still answers: %s", error)
 
     async def embed(self, request: EmbedRequest) -> Any:
         """Return an `Answered`, or the `RequestError`: Ray would wrap what is raised."""
@@ -150,7 +138,7 @@ class ModelReplica:
 
     async def describe(self) -> dict[str, Any]:
         """Return what `/v1/models` lists."""
-        self._metrics.set_waiting(self._engine.promised_tokens)
+        self._report()
         served = self._engine.served
         embedder, corpus = served.embedder, served.corpus
         return {
@@ -158,13 +146,18 @@ class ModelReplica:
             "dimensions": list(served.dimensions),
             "max_text_tokens": embedder.processor.prompt.max_text_tokens,
             "tasks": {name: dict(task) for name, task in embedder.tasks.items()},
-            "reranker": self._place.reranker,
+            "reranker": served.place.reranker,
             "corpus": None if corpus is None else {"url": corpus.url, "targets": corpus.manifest["num_vectors"]},
         }
 
+    def _report(self) -> None:
+        """Set the gauges. Ray drops one that was not set for some seconds."""
+        self._metrics.set_waiting(self._engine.promised_tokens)
+        self._metrics.set_version(self._engine.served)
+
     async def check_health(self) -> None:
         """Raise if the model gives no right vectors any more, so that Ray replaces the replica."""
-        self._metrics.set_waiting(self._engine.promised_tokens)
+        self._report()
         if self._engine.may_be_broken:
             await self._engine.check()
 
@@ -186,6 +179,9 @@ class _ReplicaMetrics:
         self._batch_s = Histogram("rzen_serve_batch_s", "Seconds of a batch in the model.", boundaries=_SECONDS)
         self._waiting = Gauge("rzen_serve_waiting_tokens", "Tokens of requests that are not answered yet.")
         self._reloads = Counter("rzen_serve_reloads", "Exchanges of the model.", tag_keys=("result",))
+        self._answers = Counter("rzen_serve_answers", "Requests of a version.", tag_keys=("version", "result"))
+        tags = ("version", "model", "corpus")
+        self._version = Gauge("rzen_serve_version", "1 for the model and corpus that answer.", tag_keys=tags)
 
     def record(self, stats: Any) -> None:
         """Count a batch."""
@@ -195,8 +191,17 @@ class _ReplicaMetrics:
         self._batch_s.observe(stats.seconds)
 
     def count_reload(self, result: str) -> None:
-        """Count an exchange of the model, `ok` or `failed`."""
+        """Count an exchange of the model: `ok`, `failed`, or `given_up` after its trial."""
         self._reloads.inc(1, {"result": result})
+
+    def count_answer(self, version: str, ok: bool) -> None:
+        """Count a request that a model answered, or on which it failed."""
+        self._answers.inc(1, {"version": version, "result": "ok" if ok else "failed"})
+
+    def set_version(self, served: Any) -> None:
+        """Set the model and the corpus that answer."""
+        corpus = "" if served.corpus is None else served.corpus.manifest.get("version", served.corpus.key[:16])
+        self._version.set(1, {"version": served.version, "model": served.place.model, "corpus": corpus})
 
     def set_waiting(self, tokens: int) -> None:
         """Set the tokens that wait."""

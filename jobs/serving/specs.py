@@ -14,6 +14,7 @@ from jobs.spec.no_effect import NoEffect
 from pipelines.config import DataConfig, MediaConfig, PositiveFloat, PositiveInt
 from pipelines.samples import Modality
 from rzen.config import ModelIdentity, PromptConfig, ReadoutConfig
+from rzen.serving.canary import CanaryConfig
 
 
 class ExportSpec(ModelIdentity, JobConfig):
@@ -117,8 +118,11 @@ class ServeSpec(JobConfig):
 
     kind: Literal["serve"]
     """Must be `serve`."""
-    model: str
-    """Exported model: a directory or an s3:// URL. A checkpoint or a hub name works, too."""
+    model: str | None = None
+    """Exported model: a directory or an s3:// URL. A checkpoint or a hub name works, too. `null` with a `registry`."""
+    registry: str | None = None
+    """Registry of a job of kind `retrain` with `corpus`. The server answers with the model and the corpus that are
+    promoted there, and follows promotions and rollbacks. Leave `model`, `adapter` and `corpus` out then."""
     adapter: str | None = None
     """LoRA adapter on top of the model."""
     corpus: str | None = None
@@ -126,9 +130,9 @@ class ServeSpec(JobConfig):
     reranker: str | None = None
     """Re-ranker for `/rerank` and `/score`: a directory, an s3:// URL or a hub name. It answers in the same process."""
     name: Name | None = None
-    """Name of the model for clients. `null`: the last part of `model`."""
+    """Name of the model for clients. `null`: the last part of `model`, `rzen` with a registry."""
     endpoint: str | None = None
-    """S3 endpoint of the model and the corpus. `null` uses AWS_ENDPOINT_URL from the environment."""
+    """S3 endpoint of the registry, the model and the corpus. `null` uses AWS_ENDPOINT_URL from the environment."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Compute type. `null`: that of the export, else float32 on a CPU and bfloat16 on a GPU."""
     dimensions: list[PositiveInt] | None = None
@@ -137,6 +141,8 @@ class ServeSpec(JobConfig):
     reload_s: PositiveFloat | None = 30.0
     """How often the server looks whether model or corpus were replaced. It then loads them while it answers. A pair
     that does not belong together is not used. `null` never looks."""
+    canary: CanaryConfig | None = None
+    """Trial of a new model and corpus in each replica. `null` uses them at once."""
     host: str = "127.0.0.1"
     """Address to listen on. Others than loopback need keys, or `anonymous: true`."""
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
@@ -150,7 +156,12 @@ class ServeSpec(JobConfig):
     """Hosts that files may be fetched from: `cdn.example.com`, `.example.com` for all below, `*` for every public host,
     `10.0.0.7:9000` for one address of your network. Other private addresses are refused. Empty: URLs are refused."""
     replicas: PositiveInt = 1
-    """Number of model replicas."""
+    """Number of model replicas, at least."""
+    max_replicas: PositiveInt | None = None
+    """Most model replicas. Their number follows the load: it grows after 30 s of more, and shrinks after 10 minutes of
+    less. `null` keeps `replicas`."""
+    target_requests: PositiveFloat = 16.0
+    """Requests at once, waiting ones included, that each replica should have if `max_replicas` is set. Our choice."""
     gateways: PositiveInt = 1
     """Number of processes that read and answer requests."""
     cpus_per_replica: PositiveFloat = 1.0
@@ -181,6 +192,13 @@ class ServeSpec(JobConfig):
 
 
 def _impossible_server(spec: ServeSpec) -> str | None:
+    named = [name for name in ("model", "adapter", "corpus") if getattr(spec, name) is not None]
+    if spec.registry is not None and named:
+        return f"{named[0]} and registry exclude each other: the registry names model and corpus"
+    if spec.registry is None and spec.model is None:
+        return "neither model nor registry is set: name one of them"
+    if spec.max_replicas is not None and spec.max_replicas < spec.replicas:
+        return f"max_replicas={spec.max_replicas} is less than replicas={spec.replicas}: use at least as many, or null"
     if is_loopback(spec.host) or spec.api_keys or spec.anonymous or os.environ.get("RZEN_API_KEYS"):
         return None
     return f"host={spec.host} lets other machines ask without a key: set api_keys, or anonymous: true"
@@ -235,12 +253,19 @@ SERVE = Kind(
     name="serve",
     spec=ServeSpec,
     run="jobs.serving.serve:run",
-    reads={"model": "exported model", "corpus": "vectors of a corpus", "reranker": "re-ranker"},
+    reads={
+        "model": "exported model",
+        "registry": "promoted model and corpus",
+        "corpus": "vectors of a corpus",
+        "reranker": "re-ranker",
+    },
     makes={},
-    local="runs until it is stopped, and a RayJob ends",
+    local="runs until it is stopped, and a RayJob ends: it has a RayService",
     resumes=False,
     impossible=_impossible_server,
     no_effect=(
+        NoEffect("canary", lambda spec: spec.reload_s is None, "reload_s is null, and nothing is replaced"),
+        NoEffect("target_requests", lambda spec: spec.max_replicas is None, "max_replicas is not set"),
         NoEffect("anonymous", lambda spec: is_loopback(spec.host), "only this machine reaches a loopback address"),
     ),
 )

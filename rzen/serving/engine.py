@@ -12,29 +12,34 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
 
 from pipelines.config import MediaConfig
-from pipelines.errors import BadMedia, UserError
-from pipelines.media.signatures import sniff
-from pipelines.samples import DecodedInput, Visual
+from pipelines.errors import UserError
+from pipelines.samples import DecodedInput
 from rzen.embedding.corpus import Corpus, CorpusHit
 from rzen.embedding.tasks import modalities_of
 from rzen.index.filters import parse_conditions
-from rzen.inputs.processor import EncodedBatch, Processor
 from rzen.reranking.encoder import JointBatch
+from rzen.serving.canary import Outcomes, Trial
 from rzen.serving.dialects.formats import cut_vectors
-from rzen.serving.dialects.wishes import instruction_for
+from rzen.serving.preparation import (
+    PreparedInput,
+    decode_input,
+    estimate_tokens,
+    named_errors,
+    prepare_input,
+    total_usage,
+)
 from rzen.serving.queue import BatchStats, TokenQueue
 from rzen.serving.served import CANARY, Decoders, EncodedPair, Place, Served, load_served
 from rzen.serving.types import (
     Answered,
     EmbedRequest,
     Found,
-    MediaPart,
     RequestError,
     Scored,
     ScoreRequest,
@@ -46,10 +51,9 @@ from rzen.serving.types import (
 )
 
 _log = logging.getLogger(__name__)
-_BYTES_PER_TOKEN = 3  # of text, to estimate a request before it is encoded
 _LEAST_COSINE = 0.999
 _SUSPICIOUS_BATCHES = 3
-_UNSUPPORTED = "unsupported_format"
+_FAILED = 500
 T = TypeVar("T")
 Result = TypeVar("Result")
 
@@ -66,25 +70,26 @@ class EngineSettings:
     media: MediaConfig = field(default_factory=MediaConfig)
 
 
-@dataclass(frozen=True, slots=True)
-class _Prepared:
-    encoded: EncodedBatch
-    usage: Usage
-
-
 class Engine:
     """Answers requests with the model at a place. `load` and `reload` load or exchange it.
 
-    Use it from one event loop. `on_batch` is called after each batch of the model.
+    Use it from one event loop. `on_batch` is called after each batch of the model. `on_answer` gets the version of
+    each answer, and whether it was one. Errors of clients do not count.
     """
 
-    def __init__(self, settings: EngineSettings, on_batch: Callable[[BatchStats], None] = lambda stats: None) -> None:
+    def __init__(
+        self,
+        settings: EngineSettings,
+        on_batch: Callable[[BatchStats], None] = lambda stats: None,
+        on_answer: Callable[[str, bool], None] = lambda version, ok: None,
+    ) -> None:
         self._settings = settings
-        self._on_batch = on_batch
+        self._on_batch, self._on_answer = on_batch, on_answer
         self._model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._threads = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="load")
         self._served: Served | None = None
+        self._tried: tuple[Served, Trial] | None = None
         self._queue: TokenQueue[Any, Any] | None = None
 
     @property
@@ -109,7 +114,16 @@ class Engine:
 
         Raises `UserError`. The model that was there stays then.
         """
-        served = load_served(place, self._settings.media, self._settings.chunk_tokens)
+        self.use(load_served(place, self._settings.media, self._settings.chunk_tokens))
+
+    async def prepare(self, place: Place) -> Served:
+        """Load a model in a thread, while requests are answered. It gets none before `use` or `try_out`."""
+        media, chunk_tokens = self._settings.media, self._settings.chunk_tokens
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._loader, load_served, place, media, chunk_tokens)
+
+    def use(self, served: Served) -> None:
+        """Let new requests use a model. A trial ends."""
         if self._queue is None:
             self._queue = TokenQueue(
                 _run,
@@ -119,14 +133,21 @@ class Engine:
                 packed=served.embedder.model.packs,
                 on_batch=self._on_batch,
             )
+        if self._tried is not None and self._tried[0] is not served:
+            self._tried[0].close()
+        self._tried = None
         before, self._served = self._served, served
-        _log.info("serving %s, version %s", place.model, served.version)
-        if before is not None:
+        _log.info("serving %s, version %s", served.place.model, served.version)
+        if before is not None and before is not served:
             before.close()
+
+    def try_out(self, served: Served, trial: Trial) -> None:
+        """Let a trial decide which new requests use another model. `use` ends it, with that model or the one before."""
+        self._tried = (served, trial)
 
     async def reload(self, place: Place) -> None:
         """Do what `load` does in a thread, while requests are answered."""
-        await asyncio.get_running_loop().run_in_executor(self._loader, self.load, place)
+        self.use(await self.prepare(place))
 
     async def check(self) -> None:
         """Raise `RequestError` 503 unless the model gives the vector that it gave when it was loaded."""
@@ -143,7 +164,44 @@ class Engine:
 
     async def embed(self, request: EmbedRequest) -> Answered:
         """Return one vector for each input. Raises `RequestError`, with the index of a bad input."""
-        served = self.served  # the same to the end, whatever is loaded meanwhile
+        with self._begun() as served:
+            return await self._embed_request(served, request)
+
+    async def search(self, request: SearchRequest) -> Found:
+        """Return the best targets of the corpus. Raises `RequestError`, 404 where the server has no corpus."""
+        with self._begun() as served:
+            return await self.search_with(served, request)
+
+    async def score(self, request: ScoreRequest) -> Scored:
+        """Return the probability of each pair. Raises `RequestError`, 404 where the server has no re-ranker."""
+        with self._begun() as served:
+            return await self._score_request(served, request)
+
+    @contextmanager
+    def _begun(self) -> Iterator[Served]:
+        """Give the model of a request, the same to its end, whatever is loaded meanwhile. Count how it ends."""
+        served, outcomes = self.served, None
+        if self._tried is not None:
+            tried, trial = self._tried
+            is_tried = trial.takes_next()
+            served, outcomes = (tried, trial.new) if is_tried else (served, trial.old)
+        try:
+            yield served
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            if not isinstance(error, RequestError) or error.status == _FAILED:
+                self._count(served, outcomes, False)
+            raise
+        self._count(served, outcomes, True)
+
+    def _count(self, served: Served, outcomes: Outcomes | None, ok: bool) -> None:
+        self._on_answer(served.version, ok)
+        if outcomes is not None:
+            outcomes.answered += ok
+            outcomes.failed += not ok
+
+    async def _embed_request(self, served: Served, request: EmbedRequest) -> Answered:
         if request.dimensions is not None and request.dimensions not in served.dimensions:
             widths = ", ".join(map(str, served.dimensions))
             problem = f"dimensions={request.dimensions} is not supported; the model was trained for {widths}"
@@ -151,9 +209,8 @@ class Engine:
         answered = await self._embed(served, request.inputs, request.wish, served.decoders, request.truncate)
         return replace(answered, vectors=cut_vectors(answered.vectors, request.dimensions))
 
-    async def search(self, request: SearchRequest) -> Found:
-        """Return the best targets of the corpus. Raises `RequestError`, 404 where the server has no corpus."""
-        served = self.served
+    async def search_with(self, served: Served, request: SearchRequest) -> Found:
+        """Do what `search` does with a model that was prepared."""
         corpus = served.corpus
         if corpus is None:
             raise RequestError(404, "the server has no corpus; start it with --corpus", reason="no_corpus")
@@ -173,9 +230,7 @@ class Engine:
             raise RequestError(400, str(error), "filters", reason="bad_filter") from error
         return Found([asdict(hit) for hit in hits], served.version)
 
-    async def score(self, request: ScoreRequest) -> Scored:
-        """Return the probability of each pair. Raises `RequestError`, 404 where the server has no re-ranker."""
-        served = self.served
+    async def _score_request(self, served: Served, request: ScoreRequest) -> Scored:
         if served.reranker is None:
             raise RequestError(404, "the server has no re-ranker; start it with --reranker", reason="no_reranker")
         assert self._queue is not None
@@ -185,14 +240,14 @@ class Engine:
 
         def decode(number: int) -> DecodedInput:
             name, index = ("query", number) if number < count else ("document", number - count)
-            return _decode_input(encoder.processor, decoders, inputs[number], name, index)
+            return decode_input(encoder.processor, decoders, inputs[number], name, index)
 
         def encode(decoded: list[DecodedInput]) -> JointBatch:
             queries = [replace(one, instruction=request.instruction or "") for one in decoded[:count]]
-            with _named_errors("pair", None):
+            with named_errors("pair", None):
                 return encoder.encode(queries, decoded[count:], np.array(request.pairs, np.int64))
 
-        tokens = [_estimate(served, one) for one in inputs]
+        tokens = [estimate_tokens(served, one) for one in inputs]
         total = sum(tokens[query] + tokens[count + document] for query, document in request.pairs)
         with self._queue.promise(total):
             decoded = await self._in_threads(decode, range(len(inputs)))
@@ -208,8 +263,8 @@ class Engine:
         """End threads and child processes."""
         for pool in (self._model_thread, self._threads, self._loader):
             pool.shutdown(wait=False, cancel_futures=True)
-        if self._served is not None:
-            self._served.close()
+        for served in filter(None, (self._served, self._tried and self._tried[0])):
+            served.close()
 
     async def _embed(
         self,
@@ -222,15 +277,15 @@ class Engine:
     ) -> Answered:
         assert self._queue is not None
 
-        def prepare(index: int) -> _Prepared:
-            return _prepare(served, decoders, inputs[index], index, wish, truncate, searched)
+        def prepare(index: int) -> PreparedInput:
+            return prepare_input(served, decoders, inputs[index], index, wish, truncate, searched)
 
-        with self._queue.promise(sum(_estimate(served, one) for one in inputs)):
+        with self._queue.promise(sum(estimate_tokens(served, one) for one in inputs)):
             prepared = await self._in_threads(prepare, range(len(inputs)))
             encoded = [one.encoded for one in prepared]
             results = await self._queue.put(served.embed, encoded, [int(one.lengths[0]) for one in encoded])
         vectors: list[Vectors] = _all_or_error(results)
-        return Answered(np.stack(vectors), _total([one.usage for one in prepared]), served.version)
+        return Answered(np.stack(vectors), total_usage([one.usage for one in prepared]), served.version)
 
     async def _in_threads(self, work: Callable[[T], Result], given: Iterable[T]) -> list[Result]:
         """Return `work` of each, done by the threads that decode. The first error ends those that wait."""
@@ -255,98 +310,3 @@ def _all_or_error(results: Sequence[Any]) -> list[Any]:
 
 def _run(answer: Callable[[Sequence[Any]], Sequence[Any]], payloads: Sequence[Any]) -> Sequence[Any]:
     return answer(payloads)
-
-
-def _estimate(served: Served, given: ServedInput) -> int:
-    """Return about how many tokens an input has, before it is decoded."""
-    prompt = served.embedder.processor.prompt
-    text = min(prompt.max_text_tokens, len(given.text) // _BYTES_PER_TOKEN + len(given.token_ids))
-    return 1 + text + len(given.media) * prompt.max_visual_tokens
-
-
-def _prepare(
-    served: Served,
-    decoders: Decoders,
-    given: ServedInput,
-    index: int,
-    wish: Wish,
-    truncate: bool,
-    searched: Corpus | None,
-) -> _Prepared:
-    """Decode and encode an input. Raises `RequestError` with its index."""
-    processor = served.embedder.processor
-    decoded = _decode_input(processor, decoders, given, "input", index)
-    decoded = replace(decoded, instruction=_instruction(served, given, decoded, wish, searched))
-    if not truncate and (count := processor.num_text_tokens(decoded)) > processor.prompt.max_text_tokens:
-        problem = f"input {index} has {count} tokens of text; the model takes {processor.prompt.max_text_tokens}"
-        raise RequestError(400, problem, f"input[{index}]", index, "too_many_tokens")
-    with _named_errors("input", index):
-        encoded = processor.encode([decoded])
-    merged = processor.layout.merge_patches**2
-    visual_tokens = int(encoded.grids.prod(axis=1).sum()) // merged
-    pixels = [(visual.kind == "video", visual.frames.size // visual.frames.shape[-1]) for visual in decoded.visuals]
-    usage = Usage(
-        int(encoded.lengths[0]),
-        visual_tokens,
-        len(decoded.visuals),
-        image_pixels=sum(count for is_video, count in pixels if not is_video),
-        video_pixels=sum(count for is_video, count in pixels if is_video),
-    )
-    return _Prepared(encoded, usage)
-
-
-def _decode_input(processor: Processor, decoders: Decoders, given: ServedInput, name: str, index: int) -> DecodedInput:
-    """Return an input with pixels, without its instruction. Raises `RequestError` with its index."""
-    with _named_errors(name, index):
-        text = processor.text_of(given.token_ids) if given.token_ids else given.text
-        return DecodedInput(text, tuple(_decoded(decoders, part) for part in given.media))
-
-
-@contextmanager
-def _named_errors(name: str, index: int | None) -> Iterator[None]:
-    """Raise what an input does wrong as a `RequestError` that names it."""
-    place, param = (name, None) if index is None else (f"{name} {index}", f"{name}[{index}]")
-    try:
-        yield
-    except BadMedia as error:
-        status = 413 if error.reason == "too_many_bytes" else 415 if error.reason == _UNSUPPORTED else 422
-        raise RequestError(status, f"{place}: {error}", param, index, error.reason) from error
-    except UserError as error:
-        raise RequestError(422, f"{place}: {error}", param, index, "bad_input") from error
-    except ValueError as error:
-        raise RequestError(400, f"{place}: {error}", param, index) from error
-
-
-def _instruction(served: Served, given: ServedInput, decoded: DecodedInput, wish: Wish, searched: Corpus | None) -> str:
-    """Return the instruction of an input. A query of a corpus gets what `Embedder.search` would give it."""
-    asked = instruction_for(given, decoded, wish, served.embedder.tasks)
-    if searched is None or given.instruction is not None or wish.instruction is not None:
-        return asked
-    if wish.task is not None:
-        return searched.instruction_of(served.embedder.tasks[wish.task])
-    return searched.fitting_instruction(decoded)
-
-
-def _decoded(decoders: Decoders, part: MediaPart) -> Visual:
-    """Return the pixels of a file. Its first bytes decide what it is, and must agree with what the client says."""
-    found = sniff(part.data)
-    if found is None:
-        raise BadMedia(_UNSUPPORTED, "the first bytes are those of no image, video or PDF")
-    kind, extension = found
-    with decoders.borrow() as decoder:
-        if part.kind == "document" and kind == "image":  # the picture of a page
-            return replace(decoder.member("image", part.data), kind="document")
-        if part.kind is not None and part.kind != kind:
-            is_animation = part.kind == "video" and extension in (".gif", ".webp")
-            hint = "; animated images are not read as videos" if is_animation else ""
-            raise BadMedia("other_kind", f"is a {kind} and not a {part.kind}{hint}")
-        if kind == "document" and part.page is None and (count := decoder.num_pages(part.data)) > 1:
-            raise BadMedia("several_pages", f"has {count} pages; an input is one page: give page=0 to page={count - 1}")
-        if kind != "document" and part.page is not None:
-            raise BadMedia("no_such_page", f"is a {kind} and has no pages")
-        return decoder.member(kind, part.data, part.page)
-
-
-def _total(parts: Sequence[Usage]) -> Usage:
-    names = [one.name for one in fields(Usage)]
-    return Usage(**{name: sum(getattr(part, name) for part in parts) for name in names})

@@ -19,7 +19,7 @@ from pipelines.media.decode import Decoder
 from pipelines.storage.location import open_store
 from pipelines.stored_json import read_json, stored_file
 from rzen.config import Dtype
-from rzen.embedding.corpus import MANIFEST, Corpus, read_corpus
+from rzen.embedding.corpus import MANIFEST, VERSIONS, Corpus, read_corpus
 from rzen.embedding.embedder import Embedder, load
 from rzen.inputs.processor import EncodedBatch
 from rzen.model.checkpoints import checkpoint_sha256
@@ -38,6 +38,8 @@ class Place:
     model: str
     adapter: str | None = None
     corpus: str | None = None
+    corpus_version: str | None = None
+    """Version of the corpus. None takes the live one, and follows it."""
     reranker: str | None = None
     endpoint: str | None = None
     dtype: Dtype | None = None
@@ -51,7 +53,8 @@ class Place:
             if "://" in url or Path(url).expanduser().is_dir():  # a hub name does not change
                 parts.append(json.dumps(open_store(url, self.endpoint).tags()))
         if self.corpus is not None:
-            parts.append(open_store(self.corpus, self.endpoint).tag(MANIFEST))
+            path = MANIFEST if self.corpus_version is None else f"{VERSIONS}/{self.corpus_version}.json"
+            parts.append(open_store(self.corpus, self.endpoint).tag(path))
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -108,6 +111,7 @@ class Served:
     `version` names the pair. `dimensions` are the widths that clients may ask for, the full one last.
     """
 
+    place: Place
     embedder: Embedder
     corpus: Corpus | None
     version: str
@@ -159,8 +163,9 @@ def load_served(place: Place, media: MediaConfig, chunk_tokens: int) -> Served:
         media=media,
         endpoint=place.endpoint,
     )
-    corpus = None if place.corpus is None else read_corpus(place.corpus, endpoint=place.endpoint)
-    if corpus is not None:
+    corpus = None
+    if place.corpus is not None:
+        corpus = read_corpus(place.corpus, endpoint=place.endpoint, version=place.corpus_version)
         corpus.check_made_by(embedder.made_by, place.model)
     made_by = embedder.made_by | {"identity": embedder.made_by["identity"].model_dump(mode="json")}
     reranker = None
@@ -175,6 +180,7 @@ def load_served(place: Place, media: MediaConfig, chunk_tokens: int) -> Served:
         corpus.manifest["data"].media.for_model(embedder.processor.visual_pixels) if corpus else embedder.media
     )
     return Served(
+        place,
         embedder,
         corpus,
         hashlib.sha256(name.encode()).hexdigest()[:16],

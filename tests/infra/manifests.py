@@ -2,9 +2,9 @@
 
     python -m tests.infra.manifests     checks every file of infra/kuberay and both overlays; `make check` runs it
 
-The schemas of KubeRay are not part of this repository: RZEN_KUBERAY_CRDS names a folder with its custom resource
-definitions (rayclusters.yaml, rayjobs.yaml; helm-chart/kuberay-operator/crds of its repository), v1.7. Without it,
-build/kuberay-crds is looked for.
+The schemas of KubeRay are not part of this repository. RZEN_KUBERAY_CRDS names a folder with its custom resource
+definitions, v1.7: rayclusters.yaml, rayjobs.yaml and rayservices.yaml of helm-chart/kuberay-operator/crds in its
+repository. Without it, build/kuberay-crds is looked for.
 """
 
 import copy
@@ -20,27 +20,30 @@ from typing import Any
 
 import jsonschema
 import yaml
+from ray.serve.schema import ServeDeploySchema
 
-from infra.kuberay import generate
+from infra.kuberay import generate, shipped
 from jobs.runtime.lease import PATIENCE
+from jobs.serving.specs import SERVE, ServeSpec
 from jobs.training.launch import SAVE_S
 from tests.paths import ROOT
 
 Manifest = dict[str, Any]
 FOLDER = ROOT / "infra" / "kuberay"
 OVERLAYS = ("dev", "prod")
-RAY_KINDS = ("RayCluster", "RayJob")
+RAY_KINDS = ("RayCluster", "RayJob", "RayService")
 WITHOUT_CRDS = (
     "KubeRay's schemas are not at hand, and the manifests are not checked against them: copy the folder"
     " helm-chart/kuberay-operator/crds of github.com/ray-project/kuberay v1.7 to build/kuberay-crds"
 )
 _DEFAULT_CRDS = ROOT / "build" / "kuberay-crds"
 CRDS = os.environ.get("RZEN_KUBERAY_CRDS") or (str(_DEFAULT_CRDS) if _DEFAULT_CRDS.is_dir() else None)
-_FILES = {"RayCluster": "rayclusters.yaml", "RayJob": "rayjobs.yaml"}
+_FILES = {"RayCluster": "rayclusters.yaml", "RayJob": "rayjobs.yaml", "RayService": "rayservices.yaml"}
 _START_RESOURCES = ("num-cpus", "num-gpus", "memory", "resources")
 _UNITS = {"Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 _OBJECT_STORE = 0.3  # of a node's memory; Ray's default
 _DRAIN_S = 30  # Ray's own, after SIGTERM
+_GATEWAY_CPUS = 0.2
 _DIGEST = re.compile(r"@sha256:([0-9a-f]{64}|DIGEST_OF_[A-Z_]+)$")
 
 
@@ -62,7 +65,7 @@ def read(path: Path) -> list[Manifest]:
 
 
 def schema_problems(manifest: Manifest) -> list[str]:
-    """What the API server would refuse in a RayCluster or RayJob, unknown fields included."""
+    """What the API server would refuse in a RayCluster, RayJob or RayService, unknown fields included."""
     schema = _schema(manifest["kind"])
     filled = _with_defaults(schema, copy.deepcopy(manifest))
     return [
@@ -114,6 +117,13 @@ def _with_defaults(schema: Manifest, value: Any) -> Any:
     return value
 
 
+def cluster_of(manifest: Manifest) -> Manifest:
+    """Return the cluster that a RayCluster, RayJob or RayService describes."""
+    spec: Manifest = manifest["spec"]
+    cluster: Manifest = spec.get("rayClusterSpec") or spec.get("rayClusterConfig") or spec
+    return cluster
+
+
 def operator_problems(manifest: Manifest) -> list[str]:
     """What KubeRay's operator refuses although the schema allows it (its controllers/ray/utils/validation.go)."""
     kind, spec, name = manifest["kind"], manifest["spec"], manifest["metadata"]["name"]
@@ -127,7 +137,23 @@ def operator_problems(manifest: Manifest) -> list[str]:
         problems += _job_problems(spec)
         cluster = spec.get("rayClusterSpec")
         return problems + (_cluster_problems(cluster) if cluster else [])
-    return problems + _cluster_problems(spec)
+    if kind == "RayService":
+        problems += _service_problems(spec)
+    return problems + _cluster_problems(cluster_of(manifest))
+
+
+def _service_problems(spec: Manifest) -> list[str]:
+    problems = []
+    strategy = spec.get("upgradeStrategy", {})
+    if strategy.get("type", "NewCluster") not in ("NewCluster", "NewClusterWithIncrementalUpgrade", "None"):
+        problems.append(f"upgradeStrategy.type: {strategy['type']} is none that there is")
+    if strategy.get("type") == "NewClusterWithIncrementalUpgrade" and "clusterUpgradeOptions" not in strategy:
+        problems.append("upgradeStrategy: an incremental upgrade needs clusterUpgradeOptions")
+    if spec.get("rayClusterDeletionDelaySeconds", 0) < 0:
+        problems.append("rayClusterDeletionDelaySeconds must not be negative")
+    if spec["rayClusterConfig"]["headGroupSpec"].get("headService", {}).get("metadata", {}).get("name"):
+        problems.append("headGroupSpec.headService.metadata.name must not be set")
+    return problems
 
 
 def _job_problems(spec: Manifest) -> list[str]:
@@ -174,8 +200,8 @@ def _cluster_problems(spec: Manifest) -> list[str]:
 
 
 def house_problems(manifest: Manifest) -> list[str]:
-    """What nobody refuses and we do not want, in a RayCluster or RayJob."""
-    spec = manifest["spec"].get("rayClusterSpec", manifest["spec"])
+    """What nobody refuses and we do not want, in a RayCluster, RayJob or RayService."""
+    spec = cluster_of(manifest)
     problems = _stop_problems(spec["headGroupSpec"]["template"]["spec"])
     if manifest["kind"] == "RayJob":
         if manifest["spec"].get("submissionMode") != "HTTPMode":
@@ -185,6 +211,8 @@ def house_problems(manifest: Manifest) -> list[str]:
         head = spec["headGroupSpec"]["template"]["spec"]
         if float(_env(head["containers"][0]).get(PATIENCE, "0")) <= head.get("terminationGracePeriodSeconds", 30):
             problems.append("fails while a pod of its last attempt still holds a lease")
+    if manifest["kind"] == "RayService":
+        problems += _server_problems(manifest["spec"])
     if spec.get("authOptions", {}).get("mode") != "token":
         problems.append("the job server asks for no token")
     if spec["headGroupSpec"]["rayStartParams"].get("num-cpus") != "0":
@@ -211,6 +239,51 @@ def house_problems(manifest: Manifest) -> list[str]:
     return problems
 
 
+def _server_problems(service: Manifest) -> list[str]:
+    """What is wrong with the server of a RayService, or with its nodes for it."""
+    config = ServeDeploySchema.model_validate(yaml.safe_load(service["serveConfigV2"]))
+    (application,) = config.applications
+    (replica,) = application.deployments
+    document = {**application.args, **dict(replica.user_config or {})}
+    server = ServeSpec.model_validate(document)
+    problems = [problem] if (problem := SERVE.impossible and SERVE.impossible(server)) else []
+    if not service.get("suspend"):
+        problems.append("starts when it is applied")
+    if not service.get("excludeHeadPodFromServeSvc"):
+        problems.append("requests go through the head")
+    http = dict(config.http_options)
+    if http["host"] != "0.0.0.0":
+        problems.append("other pods cannot reach the server")
+    if server.registry is None and (server.model is None or server.corpus is None):
+        problems.append("serves no pair of model and corpus")
+    cluster = service["rayClusterConfig"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        name, pod = group.get("groupName", "head"), group["template"]["spec"]
+        (container,) = pod["containers"]
+        if {"name": "serve", "containerPort": http["port"]} not in container["ports"]:
+            problems.append(f"{name}: the operator looks for the server on another port")
+        if "rzen-credentials" in str(container["envFrom"]):
+            problems.append(f"{name}: what answers users holds secrets that write")
+        if name != "head":
+            problems += [f"{name}: {problem}" for problem in _replica_problems(server, group, pod, container)]
+    return problems
+
+
+def _replica_problems(server: ServeSpec, group: Manifest, pod: Manifest, container: Manifest) -> Iterator[str]:
+    limits = container["resources"]["limits"]
+    most = server.max_replicas or server.replicas
+    if pod["serviceAccountName"] != shipped.READER:
+        yield "what answers users may do more than read"
+    cpus = server.cpus_per_replica + _GATEWAY_CPUS * server.gateways
+    if cpus > float(limits["cpu"]) or server.gpus_per_replica > float(limits.get("nvidia.com/gpu", 0)):
+        yield "no replica fits into a node"
+    elif group["maxReplicas"] * float(limits["nvidia.com/gpu"]) < most * server.gpus_per_replica:
+        yield f"has too few nodes for {most} replicas"
+    mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
+    if str(Path(server.api_keys or "/").parent) not in mounts:
+        yield "no volume brings the file of keys"
+
+
 def _stop_problems(pod: Manifest) -> list[str]:
     """What takes a job the time for its last checkpoint when the head goes, or when the job is stopped."""
     (container,) = pod["containers"]
@@ -230,8 +303,8 @@ def _stop_problems(pod: Manifest) -> list[str]:
 
 def _disk_problems(pod: Manifest, container: Manifest) -> list[str]:
     problems = []
-    volumes = {volume["name"]: volume.get("emptyDir", {}) for volume in pod["volumes"]}
-    mounts = {mount["mountPath"]: volumes[mount["name"]] for mount in container["volumeMounts"]}
+    volumes = {volume["name"]: volume["emptyDir"] for volume in pod["volumes"] if "emptyDir" in volume}
+    mounts = {mount["mountPath"]: volumes.get(mount["name"], {}) for mount in container["volumeMounts"]}
     limits, requests = container["resources"]["limits"], container["resources"]["requests"]
     spilled = _OBJECT_STORE * quantity(limits["memory"])
     if mounts.get("/dev/shm", {}).get("medium") != "Memory":
@@ -302,7 +375,7 @@ def _worker_problems(name: str, group: Manifest, pod: Manifest, container: Manif
         secrets = {entry["secretRef"]["name"] for entry in container["envFrom"] if "secretRef" in entry}
         if secrets != {pod["serviceAccountName"]}:
             problems.append(f"{name}: decoders of untrusted files hold secrets of others")
-        if pod["serviceAccountName"] not in (generate.READER, generate.WORKER):
+        if pod["serviceAccountName"] not in (shipped.READER, shipped.WORKER):
             problems.append(f"{name}: decoders of untrusted files may do more than workers")
     drain = container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", [""])[-1]
     pause = re.search(r"--deadline-remaining-seconds (\d+) && sleep (\d+)$", drain)

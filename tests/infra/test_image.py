@@ -52,6 +52,13 @@ def test_images_are_locked_and_not_root() -> None:
     assert problems(FILE.read_text()) == []
 
 
+def test_images_hold_what_the_server_needs() -> None:
+    installs = [rest for word, rest in instructions(FILE.read_text()) if word == "RUN" and "pip install" in rest]
+    extras = [set(found[1].split(",")) for rest in installs if (found := re.search(r"/source\[([^]]+)\]", rest))]
+    assert len(extras) == 2
+    assert all({"serve", "index"} <= some for some in extras)
+
+
 def test_a_base_image_may_have_the_digest_of_the_day() -> None:
     image = "python:3.11-slim-bookworm"
     text = FILE.read_text()

@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 import yaml
 
-from infra.kuberay import generate
+from infra.kuberay import generate, shipped
 from jobs.spec.kinds import find_kind, kind_names
 from pipelines.errors import UserError
 from tests.infra import manifests
@@ -43,7 +43,7 @@ def test_generated_files_are_those_of_the_generator() -> None:
 
 
 def test_every_kind_of_job_has_a_rayjob_or_a_reason_for_having_none() -> None:
-    kinds = {generate.specs(job)[0].kind for job in (*generate.JOBS.values(), generate.RETRAIN)}
+    kinds = {generate.specs(job)[0].kind for job in (*shipped.JOBS.values(), shipped.RETRAIN)}
     local = {name for name in kind_names() if find_kind(name).local}
     assert not kinds & local
     assert set(kind_names()) == kinds | local
@@ -61,7 +61,7 @@ def test_every_kind_of_job_has_a_rayjob_or_a_reason_for_having_none() -> None:
     ],
 )
 def test_an_ingest_of_local_files_has_no_rayjob(change: str, place: str) -> None:
-    ingest = generate.JOBS["ingest"]
+    ingest = shipped.JOBS["ingest"]
     with pytest.raises(UserError) as raised:
         generate.rayjob("ingest", replace(ingest, set=(*ingest.set, change)))
     assert str(raised.value) == (
@@ -97,8 +97,8 @@ def _stand_in(path: Path, script: str) -> None:
     path.chmod(0o755)
 
 
-@pytest.mark.parametrize("job", [*generate.JOBS.values(), generate.RETRAIN], ids=lambda job: job.spec)
-def test_commands_pass_the_shell_of_the_head(job: generate.Job, tmp_path: Path) -> None:
+@pytest.mark.parametrize("job", [*shipped.JOBS.values(), shipped.RETRAIN], ids=lambda job: job.spec)
+def test_commands_pass_the_shell_of_the_head(job: shipped.Job, tmp_path: Path) -> None:
     settings = [setting.replace("$RZEN_STORE", "s3://bucket/some where") for setting in job.set]
     expected = ["run", f"jobs/{job.spec}", *(word for setting in settings for word in ("--set", setting))]
     assert heard(generate.command(job), tmp_path) == expected
@@ -113,7 +113,7 @@ def test_a_pod_that_goes_tells_ray_and_waits_for_as_long_as_ray_accepts(tmp_path
     commands = {
         tuple(group["template"]["spec"]["containers"][0]["lifecycle"]["preStop"]["exec"]["command"])
         for document in ray_documents()
-        for group in document["spec"].get("rayClusterSpec", document["spec"])["workerGroupSpecs"]
+        for group in manifests.cluster_of(document)["workerGroupSpecs"]
     }
     (command,) = commands
     _stand_in(tmp_path / "sleep", f'echo sleep "$@" >> {tmp_path}/calls')
@@ -265,6 +265,86 @@ def test_rules_of_the_house_find_planted_faults(change: Change, told: str) -> No
     assert told in "\n".join(manifests.house_problems(_broken(change)))
 
 
+def _served(change: Change) -> Manifest:
+    document = copy.deepcopy(next(some for some in ray_documents() if some["kind"] == "RayService"))
+    change(document)
+    return document
+
+
+def _configured(document: Manifest, change: Callable[[Any], Any]) -> None:
+    config = yaml.safe_load(document["spec"]["serveConfigV2"])
+    change(config)
+    document["spec"]["serveConfigV2"] = yaml.safe_dump(config)
+
+
+def _node(document: Manifest) -> Manifest:
+    (group,) = document["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    return cast(Manifest, group)
+
+
+def _of_node(document: Manifest) -> Manifest:
+    return cast(Manifest, _node(document)["template"]["spec"]["containers"][0])
+
+
+SERVER_FAULTS: list[tuple[Change, str]] = [
+    (lambda d: d["spec"].update(suspend=False), "starts when it is applied"),
+    (lambda d: d["spec"].pop("excludeHeadPodFromServeSvc"), "requests go through the head"),
+    (lambda d: _configured(d, lambda c: c["http_options"].update(host="127.0.0.1")), "cannot reach the server"),
+    (lambda d: _configured(d, lambda c: c["http_options"].update(port=8001)), "head: the operator looks for"),
+    (lambda d: _configured(d, lambda c: c["applications"][0]["args"].pop("api_keys")), "ask without a key"),
+    (
+        lambda d: _configured(
+            d, lambda c: c["applications"][0]["deployments"][0].update(user_config={"model": "s3://b/m"})
+        ),
+        "serves no pair",
+    ),
+    (lambda d: _of_node(d)["ports"].pop(), "serve: the operator looks for the server on another port"),
+    (lambda d: _of_node(d)["volumeMounts"].pop(), "no volume brings the file of keys"),
+    (lambda d: _of_node(d)["envFrom"][1]["secretRef"].update(name="rzen-credentials"), "holds secrets that write"),
+    (lambda d: _of_node(d)["resources"]["limits"].update(cpu="4"), "no replica fits into a node"),
+    (lambda d: _node(d).update(maxReplicas=7), "too few nodes for 8 replicas"),
+    (lambda d: _node(d)["template"]["spec"].update(serviceAccountName="rzen-worker"), "may do more than read"),
+]
+
+
+@pytest.mark.parametrize(("change", "told"), SERVER_FAULTS)
+def test_rules_of_the_server_find_planted_faults(change: Change, told: str) -> None:
+    assert told in "\n".join(manifests.house_problems(_served(change)))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda d: d["metadata"].update(name="a" * 48), "48 characters"),
+        (lambda d: d["spec"].update(upgradeStrategy={"type": "Rolling"}), "upgradeStrategy.type: Rolling"),
+        (lambda d: d["spec"]["upgradeStrategy"].update(type="NewClusterWithIncrementalUpgrade"), "needs cluster"),
+        (lambda d: d["spec"].update(rayClusterDeletionDelaySeconds=-1), "rayClusterDeletionDelaySeconds"),
+    ],
+)
+def test_rules_of_the_operator_for_a_server_find_planted_faults(change: Change, told: str) -> None:
+    assert told in "\n".join(manifests.operator_problems(_served(change)))
+
+
+@NEEDS_CRDS
+@pytest.mark.parametrize("name", ["serveConfig", "rayClusterSpec", "excludeHeadPod"])
+def test_schema_knows_the_fields_of_a_server(name: str) -> None:
+    assert name in "\n".join(manifests.schema_problems(_served(lambda d: d["spec"].update({name: {}}))))
+
+
+def test_the_server_follows_its_load() -> None:
+    """The application of the manifest, as Ray Serve builds it."""
+    from jobs.serving.server import build
+
+    (service,) = [document for document in ray_documents() if document["kind"] == "RayService"]
+    (application,) = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
+    gateway = build(application["args"])
+    replica = gateway._bound_deployment.init_args[1]._bound_deployment
+    scaling = replica._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (1, 8, 16.0)
+    assert replica._deployment_config.max_ongoing_requests > scaling.target_ongoing_requests
+    assert replica.ray_actor_options == {"num_cpus": 6.0, "num_gpus": 1.0}
+
+
 def core_documents() -> list[Manifest]:
     return [
         document for document in documents() if document["kind"] not in (*RAY_KINDS, "PodMonitor", "PrometheusRule")
@@ -295,8 +375,7 @@ def test_versions_are_those_of_the_lock() -> None:
     lock = (ROOT / "requirements.lock").read_text()
     (ray,) = re.findall(r"^ray==(\S+)$", lock, re.MULTILINE)
     for document in ray_documents():
-        spec = document["spec"].get("rayClusterSpec", document["spec"])
-        assert spec["rayVersion"] == ray
+        assert manifests.cluster_of(document)["rayVersion"] == ray
 
 
 def test_accounts_network_and_monitoring_name_what_there_is() -> None:
@@ -304,7 +383,7 @@ def test_accounts_network_and_monitoring_name_what_there_is() -> None:
     pods = [
         group["template"]["spec"]
         for document in ray_documents()
-        for spec in [document["spec"].get("rayClusterSpec", document["spec"])]
+        for spec in [manifests.cluster_of(document)]
         for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])
     ]
     assert {pod["serviceAccountName"] for pod in pods} | {"rzen-retrain-run"} == accounts
@@ -318,7 +397,7 @@ def test_accounts_network_and_monitoring_name_what_there_is() -> None:
     scraped = {ports[endpoint["port"]] for endpoint in monitor["spec"]["podMetricsEndpoints"]}
     (policy,) = [document for document in documents() if document["metadata"]["name"] == "rzen-ray"]
     opened = {port["port"] for rule in policy["spec"]["ingress"] for port in rule.get("ports", [])}
-    assert opened == scraped | {ports["dashboard"]}
+    assert opened == scraped | {ports["dashboard"], ports["serve"]}
     (submits,) = [
         rule["from"] for rule in policy["spec"]["ingress"] if {"protocol": "TCP", "port": 8265} in rule.get("ports", [])
     ]
@@ -329,7 +408,7 @@ def test_only_jobs_whose_tasks_write_give_decoders_an_account_that_may() -> None
     accounts = {
         document["metadata"]["name"]: group["template"]["spec"]["serviceAccountName"]
         for document in ray_documents()
-        for group in document["spec"].get("rayClusterSpec", document["spec"])["workerGroupSpecs"]
+        for group in manifests.cluster_of(document)["workerGroupSpecs"]
         if group["groupName"] == "decode"
     }
     writers = {name for name, account in accounts.items() if account == "rzen-worker"}
@@ -347,7 +426,8 @@ def test_overlays_reach_every_image_and_name(overlays: dict[str, list[Manifest]]
             if document["kind"] in RAY_KINDS:
                 assert manifests.operator_problems(document) + manifests.house_problems(document) == []
     kinds = [document["kind"] for document in overlays["prod"]]
-    assert kinds.count("RayJob") == len(generate.JOBS) + 1
+    assert kinds.count("RayJob") == len(shipped.JOBS) + 1
+    assert kinds.count("RayService") == 1
     assert "RayJob" not in [document["kind"] for document in overlays["dev"]]
     binding = next(document for document in overlays["prod"] if document["kind"] == "RoleBinding")
     assert binding["subjects"][0]["namespace"] == "rzen"

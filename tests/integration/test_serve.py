@@ -236,7 +236,14 @@ def test_the_command_starts_and_ends_a_server(models: Path) -> None:
     command = [sys.executable, "-m", "rzen", "serve", str(models / "a"), "--port", str(port)]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # A shell starts what it puts in the background with SIGINT ignored, and its children would ignore it, too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
         assert process.stdout is not None

@@ -454,6 +454,8 @@ OTHERS = [
     Case("ablation", "set.seed", "seeds", "set.seed=3", (), None),
     Case("ablation", "variants.*.name", "names its runs", "variants.b.name=x", (), None),
     Case("ablation", "variants.*.seed", "seeds", "variants.b.seed=3", (), None),
+    Case("serve", "canary", "nothing is replaced", "canary={fraction: 0.5}", ("reload_s=null",)),
+    Case("serve", "target_requests", "max_replicas", "target_requests=4", (), ("max_replicas=2",)),
     Case("serve", "anonymous", "loopback address", "anonymous=true", (), ("host=0.0.0.0",)),
     Case("retrain", "set.name", "names its runs", "set.name=x", (), None),
     Case("retrain", "evaluate.set.models", "job sets it", "evaluate.set.models={}", (), None),
