@@ -139,6 +139,7 @@ RETRAIN = Job(
         "evaluate.set.data.root=$RZEN_STORE/frozen",
         "evaluate.set.gpus_per_actor=1",
         "evaluate.set.autoscaling=true",
+        "corpus={spec: embed.yaml, set: {data: {root: $RZEN_STORE/data}, actors: 8, autoscaling: true}}",
         "registry=$RZEN_STORE/registry",
     ),
     account="rzen-promoter",

@@ -62,6 +62,8 @@ def list_models(context: typer.Context, as_json: AsJson = False) -> None:
         replaced = f" instead of {promotion['previous']}" if promotion["previous"] else ""
         text = f"{promotion['model']}{replaced}: {promotion['reason']} ({promotion['by']})"
         print_text(f"promotion {promotion['generation']}  {promotion['at'][:19]}  {text}")
+        if pair := promotion.get("pair"):
+            print_text(f"    servers load {pair['model']} with {pair['corpus']}, version {pair['corpus_version']}")
     for retraining in retrainings:
         print_text(f"retraining {retraining['id']}  {retraining['at'][:19]}  {retraining['outcome']}")
     if champion is None:
@@ -92,14 +94,18 @@ def diff(context: typer.Context, model: Model, other: ModelOrChampion = None, as
 
 
 def promote(context: typer.Context, model: Model, reason: Reason, as_json: AsJson = False) -> None:
-    """Make a model the champion, whatever the gate decided."""
+    """Make a model the champion, whatever the gate decided.
+
+    Servers that follow the registry load it with the live version of its corpus, if retraining embedded one.
+    """
     registry = _open(context)
-    promoted = registry.promote(model, reason=reason, instead_of=registry.champion())
+    champion = registry.champion()
+    promoted = registry.promote(model, reason=reason, instead_of=champion, pair=registry.pair(model))
     _print_promoted(promoted, as_json)
 
 
 def rollback(context: typer.Context, reason: Reason, as_json: AsJson = False) -> None:
-    """Promote the champion before the present one again."""
+    """Promote the champion before the present one again, and the corpus that it had."""
     _print_promoted(_open(context).rollback(reason), as_json)
 
 

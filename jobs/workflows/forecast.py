@@ -23,7 +23,7 @@ from pipelines.feed.reader import Reader
 from pipelines.storage.location import exists
 from rzen.model.checkpoints import HUB_NAME
 
-_CHECKED_BY_OTHERS = frozenset({"stage", "evaluate", "probe", "jobs"})  # specs, which are read before
+_CHECKED_BY_OTHERS = frozenset({"stage", "evaluate", "corpus", "probe", "jobs"})  # specs, which are read before
 # A first model makes the registry, `rzen index` reads the sources, and pools and rules may name datasets.
 _MAY_BE_ABSENT = frozenset({"registry", "sources", "pools", "rules"})
 

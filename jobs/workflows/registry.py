@@ -1,7 +1,10 @@
 """The model registry in a store: published models, the champion, and the history of promotions.
 
     models/{id}/            adapter or model, and lineage.json, which is written last; never changed
-    promotions/000003.json  third promotion: model, the champion before it, reason and gate report; never changed
+    exports/{id}/           the same with its base, for servers, if retraining embeds a corpus
+    corpora/{id}/           vectors of that corpus by the model
+    promotions/000003.json  third promotion: model, the champion before it, reason and gate report, and the pair that
+                            servers load: the export, and a version of the vectors; never changed
     champion.json           copy of the newest promotion for whoever serves the model; at most one promotion behind
     retrainings/{id}.json   what a scheduled retraining run did
     lease.json              who retrains at present, and until when
@@ -23,27 +26,20 @@ from typing_extensions import TypedDict
 
 from jobs.runtime.lease import Lease, hold_lease
 from jobs.runtime.records import as_json, signature
+from jobs.serving.pairs import CHAMPION, FIX, PairFile, read_champion
 from pipelines.config import PositiveInt
 from pipelines.errors import UserError
-from pipelines.storage.publish import claim, publish_folder
+from pipelines.storage.location import open_store
+from pipelines.storage.publish import claim, is_published, publish_folder
 from pipelines.storage.store import Store
 from pipelines.stored_json import parse_json, stored_file
 
 KIND = "registry"
-CHAMPION, LINEAGE = "champion.json", "lineage.json"
+LINEAGE = "lineage.json"
 MODELS, PROMOTIONS, RETRAININGS = "models", "promotions", "retrainings"
-
+EXPORTS, CORPORA = "exports", "corpora"
 
 T = TypeVar("T")
-_FIX = "restore the file from a backup of the registry"
-
-
-@stored_file
-class ChampionFile(TypedDict):
-    """`champion.json`."""
-
-    generation: PositiveInt
-    model: str
 
 
 @stored_file
@@ -57,6 +53,7 @@ class PromotionFile(TypedDict):
     at: str
     by: str
     report: dict[str, Any] | None
+    pair: NotRequired[PairFile | None]
 
 
 @stored_file
@@ -147,19 +144,50 @@ class Registry:
                 "generation": newest,
                 "model": promotion["model"],
                 "url": self.url(promotion["model"]),
+                "pair": promotion.get("pair"),
                 **signature(),
             }
             self.store.write_if(CHAMPION, as_json(content), tag)  # if it fails, another process has done it
         return Champion(newest, str(promotion["model"]))
 
-    def promote(
-        self, model: str, *, reason: str, instead_of: Champion | None, report: Mapping[str, Any] | None = None
-    ) -> Champion:
-        """Make a model the champion. `instead_of` is the champion that it was compared with.
+    def pair(self, model: str) -> PairFile | None:
+        """Return what servers load of a model: its export, and the live vectors of its corpus. None without both."""
+        from rzen.embedding.corpus import read_vectors_file
 
-        Raise `UserError` if the champion is another one by now, or if there is no such model.
+        export, corpus = self.exports(model), self.corpora(model)
+        if not is_published(export):
+            return None
+        try:
+            version = read_vectors_file(corpus).get("version")
+        except FileNotFoundError:
+            return None
+        return (version and PairFile(model=export.url, corpus=corpus.url, corpus_version=version)) or None
+
+    def exports(self, model: str) -> Store:
+        """Return the folder of a model with its base, for servers."""
+        return self.store.child(EXPORTS).child(model)
+
+    def corpora(self, model: str) -> Store:
+        """Return the folder of the corpus that a model embedded."""
+        return self.store.child(CORPORA).child(model)
+
+    def promote(
+        self,
+        model: str,
+        *,
+        reason: str,
+        instead_of: Champion | None,
+        report: Mapping[str, Any] | None = None,
+        pair: PairFile | None = None,
+    ) -> Champion:
+        """Make a model the champion, and `pair` what servers load. `instead_of` is the champion it was compared with.
+
+        Raise `UserError` if the champion is another one by now, if there is no such model, or no such version of the
+        corpus.
         """
         self.lineage(model)
+        if pair is not None:
+            self._check_version(pair)
         generation = (instead_of.generation if instead_of else 0) + 1
         content = {
             "generation": generation,
@@ -167,6 +195,7 @@ class Registry:
             "previous": instead_of.model if instead_of else None,
             "reason": reason,
             "report": report,
+            "pair": pair,
             **signature(),
         }
         if self._newest() >= generation or not self.store.write_if(_path(generation), as_json(content), None):
@@ -178,12 +207,25 @@ class Registry:
         return promoted
 
     def rollback(self, reason: str) -> Champion:
-        """Promote the champion before the present one again. Raise `UserError` if there was none."""
+        """Promote the champion before the present one again, with the pair that servers loaded then.
+
+        Raise `UserError` if there was none, or if its version of the corpus is gone.
+        """
         now = self.champion()
         previous = _read(self.store, _path(now.generation), PromotionFile)["previous"] if now else None
-        if previous is None:
+        if now is None or previous is None:
             raise UserError(self.store.url, "has no champion before the present one", "rzen registry promote MODEL")
-        return self.promote(str(previous), reason=reason, instead_of=now)
+        before = [one for one in self.promotions()[: now.generation - 1] if one["model"] == previous]
+        return self.promote(previous, reason=reason, instead_of=now, pair=before[-1].get("pair") if before else None)
+
+    def _check_version(self, pair: PairFile) -> None:
+        from rzen.embedding.corpus import read_version
+
+        store = open_store(pair["corpus"], getattr(self.store, "endpoint", None))
+        if read_version(store, pair["corpus_version"]) is None:
+            problem = f"has no version {pair['corpus_version']} any more"
+            fix = "embed the corpus again with the model, and give `rzen registry promote MODEL`"
+            raise UserError(pair["corpus"], problem, fix)
 
     def promotions(self) -> list[dict[str, Any]]:
         """Return all promotions, oldest first."""
@@ -220,7 +262,7 @@ class Registry:
         if not self.store.exists(CHAMPION):
             return 0, None
         data, tag = self.store.read_tagged(CHAMPION)
-        return parse_json(data, f"{self.store.url}/{CHAMPION}", ChampionFile, _FIX)["generation"], tag
+        return read_champion(data, self.store)["generation"], tag
 
 
 def _path(generation: int) -> str:
@@ -228,4 +270,4 @@ def _path(generation: int) -> str:
 
 
 def _read(store: Store, path: str, kind: type[T]) -> T:
-    return parse_json(store.read(path), f"{store.url}/{path}", kind, _FIX)
+    return parse_json(store.read(path), f"{store.url}/{path}", kind, FIX)

@@ -1,6 +1,7 @@
 """Job of kind `retrain`: one run of scheduled retraining. The same command resumes it, or does nothing.
 
-lease -> new data? -> train from the champion -> soup with it -> score both -> publish -> gate -> promote or refuse
+lease -> new data? -> train from the champion -> soup with it -> score both -> publish -> gate -> refuse, or
+export -> embed the corpus -> promote the two as a pair
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from jobs.embedding.specs import EmbedSpec
 from jobs.evaluation.scores import Model, Scorer, evaluation
 from jobs.runtime.lease import Lease
 from jobs.runtime.progress import say
 from jobs.runtime.records import differences
 from jobs.runtime.revision import revision, versions
-from jobs.spec.job import JobConfig
-from jobs.spec.load import Document
+from jobs.serving.pairs import PairFile
+from jobs.serving.specs import ExportSpec
+from jobs.spec.job import FileChanges, JobConfig
+from jobs.spec.load import Document, check, read_document
 from jobs.spec.model import ModelRef
 from jobs.sweeps.finetunes import check_train, stage_document
 from jobs.training.encoder import backbone_url
@@ -39,8 +43,9 @@ WORK, SCORES = "work", "scores"
 
 
 def named(spec: RetrainSpec, document: Document) -> list[JobConfig]:
-    """Return the specs of the first training and of the evaluation."""
-    return [_train_spec(spec, document, "first", None), evaluation(spec.evaluate, document, "evaluate")]
+    """Return the specs of the first training, of the evaluation and of the corpus."""
+    embed = [] if spec.corpus is None else [_embed_spec(spec.corpus, document, {"model": "model", "out": "vectors"})]
+    return [_train_spec(spec, document, "first", None), evaluation(spec.evaluate, document, "evaluate"), *embed]
 
 
 def run(spec: RetrainSpec, document: Document) -> dict[str, Any]:
@@ -144,7 +149,8 @@ class _RetrainRun:
         lease.check()
         reason = "; ".join(verdict["reasons"])
         if verdict["promote"]:
-            self._registry.promote(self.id, reason=reason, instead_of=self._champion, report=verdict)
+            pair = self._make_pair(lease)
+            self._registry.promote(self.id, reason=reason, instead_of=self._champion, report=verdict, pair=pair)
         lease.check()
         outcome = f"{'promoted' if verdict['promote'] else 'refused'} {self.id}: {reason}"
         self._registry.record(self.id, {"outcome": outcome, "data": self._data})
@@ -169,6 +175,22 @@ class _RetrainRun:
             lease.check()
             self._registry.publish(self.id, folder, self._lineage(run, base, soup) | scores)
             work.delete_tree("")
+
+    def _make_pair(self, lease: Lease) -> PairFile | None:
+        """Export the model and embed the corpus with it, or what is missing of both. Return what servers load."""
+        from jobs.embedding.embed import run as embed
+        from jobs.serving.export import run as export
+
+        if self._spec.corpus is None:
+            return None
+        model, corpus = self._registry.exports(self.id), self._registry.corpora(self.id)
+        if not is_published(model):
+            ref = _ref(self._registry.lineage(self.id), self._registry.url(self.id))
+            export(ExportSpec(kind="export", model=ref, out=model.url, endpoint=self._endpoint))
+        places = {"model": model.url, "out": corpus.url, "endpoint": self._endpoint}
+        embed(_embed_spec(self._spec.corpus, self._document, places))
+        lease.check()
+        return self._registry.pair(self.id)
 
     def _soup_with_champion(self, trained: Path, place: str, out: Path) -> tuple[Path, dict[str, Any]]:
         from rzen.soup.make import make_soup
@@ -238,6 +260,17 @@ def _ref(lineage: Mapping[str, Any], url: str) -> ModelRef:
     if lineage["tune"] == "lora":
         return ModelRef(base=lineage["base"], adapter=url, instructions=lineage["instructions"])
     return ModelRef(base=url, instructions=lineage["instructions"])
+
+
+def _embed_spec(changes: FileChanges, document: Document, places: Mapping[str, str | None]) -> EmbedSpec:
+    """Return the checked spec of the corpus, with model and output of the job."""
+    named = read_document(changes.spec, document.folder)
+    changed = named.overlaid(changes.set, document.place_under("corpus", "set"))
+    embed = check(changed.overlaid(dict(places), document.place_under("corpus")))
+    if not isinstance(embed, EmbedSpec):
+        problem = f"kind={embed.kind!r} embeds no corpus"
+        raise UserError(document.place(("corpus", "spec")), problem, "use kind: embed")
+    return embed
 
 
 def _train_spec(spec: RetrainSpec, document: Document, name: str, parent: ModelRef | None) -> TrainSpec:

@@ -48,6 +48,10 @@ class RetrainSpec(JobConfig):
     """Spec of kind `evaluate` on a dataset that never changes. Its `models` and `out` are ignored."""
     gate: GateConfig = GateConfig()
     """When the new model is promoted."""
+    corpus: FileChanges | None = None
+    """Spec of kind `embed`. A new model embeds the corpus before it is promoted. Servers that follow the registry
+    (`rzen serve --registry`) load both at once. Its `model`, `out` and `endpoint` are ignored. `null`: no server can
+    follow the registry."""
     min_new_samples: PositiveInt = 1
     """With fewer new samples, the job does nothing."""
     registry: str
@@ -93,14 +97,21 @@ RETRAIN = Kind(
     name="retrain",
     spec=RetrainSpec,
     run="jobs.workflows.retrain:run",
-    reads={"stage": "spec of the training", "evaluate": "spec of the scores", "registry": "champion"},
-    makes={"registry": "model with its lineage; a promotion if it is better"},
+    reads={
+        "stage": "spec of the training",
+        "evaluate": "spec of the scores",
+        "corpus": "spec of the corpus",
+        "registry": "champion",
+    },
+    makes={"registry": "model with its lineage; a promotion if it is better, with its corpus"},
     named="jobs.workflows.retrain:named",
     gpus=_gpus_of_retrain,
     no_effect=(
         NoEffect("set.name", _always, "the job names its runs"),
         NoEffect("evaluate.set.models", _always, "the job sets it"),
         NoEffect("evaluate.set.out", _always, "the job sets it"),
+        NoEffect("corpus.set.model", _always, "the job sets it"),
+        NoEffect("corpus.set.out", _always, "the job sets it"),
     ),
 )
 PIPELINE = Kind(

@@ -12,6 +12,7 @@ from pydantic import Field
 from pipelines.config import Config, PositiveFloat, PositiveInt
 
 Verdict = Literal["wait", "adopt", "give up"]
+_ROUNDING = 1e-6
 _ENOUGH_FAILURES = 3
 """With fewer, one unlucky request would end a trial."""
 
@@ -63,9 +64,14 @@ class Trial:
         self.old, self.new = Outcomes(), Outcomes()
 
     def takes_next(self) -> bool:
-        """Return whether the next request is one of the new pair. Of any n in a row, it gets n times its fraction."""
+        """Return whether the next request is one of the new pair. Of any n in a row, it gets n times its fraction.
+
+        It gets none once it is to be given up.
+        """
+        if self.verdict() == "give up":
+            return False
         self._due += self._config.fraction
-        if self._due < 1:
+        if self._due < 1 - _ROUNDING:
             return False
         self._due -= 1
         return True

@@ -189,6 +189,11 @@ PLACES = {
     # Vectors of a model that is being scored, by the workers that make them.
     "rzen/registry/scores/a/scores/unfinished/0.npy": (BOTH, BOTH),
     "rzen/registry/scores/a/scores/b.json": (HEAD, ()),
+    # A corpus and an export, which belong to a promotion. Its vectors are made by workers.
+    "rzen/registry/corpora/a/unfinished/0.npy": (BOTH, BOTH),
+    "rzen/registry/corpora/a/listings/0.parquet": (BOTH, BOTH),
+    "rzen/registry/corpora/a/vectors.json": (HEAD, HEAD),
+    "rzen/registry/exports/a/config.json": (HEAD, HEAD),
     "rzen/vector-cache/0.npy": (BOTH, BOTH),
     "other/secret": ((), ()),
 }

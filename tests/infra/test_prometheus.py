@@ -38,14 +38,19 @@ def rules() -> list[dict[str, Any]]:
     return [rule for group in yaml.safe_load((FOLDER / "rules.yaml").read_text())["groups"] for rule in group["rules"]]
 
 
-def dashboard_queries() -> dict[str, str]:
-    """Title of the panel and legend -> query, as Grafana would ask it for all runs and tasks."""
-    board = json.loads((FOLDER / "grafana" / "rzen.json").read_text())
-    return {
-        f"{panel['title']}: {target['legendFormat']}": target["expr"].replace("$run", ".*").replace("$task", ".*")
-        for panel in board["panels"]
-        for target in panel.get("targets", [])
-    }
+def dashboard_queries(name: str = "rzen") -> dict[str, str]:
+    """Title of the panel and legend -> query, as Grafana would ask it for all runs, tasks and routes."""
+    found = {}
+    for panel in dashboard(name)["panels"]:
+        for target in panel.get("targets", []):
+            query = re.sub(r"\$(run|task|route)\b", ".*", target["expr"])
+            found[f"{panel['title']}: {target['legendFormat']}"] = query
+    return found
+
+
+def dashboard(name: str) -> dict[str, Any]:
+    board: dict[str, Any] = json.loads((FOLDER / "grafana" / f"{name}.json").read_text())
+    return board
 
 
 def series_of(query: str) -> set[str]:
@@ -103,6 +108,15 @@ FAULTS = [
     ("RzenSpilling", '{Location="SPILLED"}', ""),
     ("RzenSpilling", '{Name="object_store_memory"}', '{State="USED"}'),
     ("RzenMemoryFull", "> 0.92", "> 92"),
+    ("RzenServeErrors", '"5.."', '"4..|5.."'),  # clients would wake somebody up
+    ("RzenServeErrors", "> 0.01", "> 0.1"),
+    ("RzenServeFull", 'status="429"', 'status=~"4.."'),
+    ("RzenServeSlow", '{route!~"/|/healthz|/readyz|/metrics|/v1/models|other"}', ""),  # probes would hide the others
+    ("RzenServeSlow", "> 2", "> 20"),
+    ("RzenServeNotReplaced", 'result!="ok"', 'result=~".*"'),
+    ("RzenServeNotReplaced", "unless ray_rzen_serve_reloads_total offset 30m", "unless ray_rzen_serve_reloads_total"),
+    ("RzenServeNotReplaced", " - ray_rzen_serve_reloads_total offset 30m", ""),
+    ("RzenServeVersionsDiffer", "count by (version)", "count by (corpus, version, WorkerId)"),
 ]
 
 
@@ -121,7 +135,8 @@ def test_rule_tests_find_planted_faults(alert: str, right: str, wrong: str, tmp_
 
 @NEEDS_PROMETHEUS
 def test_every_query_of_the_dashboard_is_a_query(tmp_path: Path) -> None:
-    queries = [query.replace("$__rate_interval", "1m") for query in dashboard_queries().values()]
+    both = [*dashboard_queries().values(), *dashboard_queries("serving").values()]
+    queries = [query.replace("$__rate_interval", "1m") for query in both]
     recorded = [{"record": f"q:{number}", "expr": query} for number, query in enumerate(queries)]
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": [{"name": "q", "rules": recorded}]}))
     done = promtool("check", "rules", tmp_path / "rules.yaml")
@@ -138,13 +153,27 @@ def test_dashboard_shows_every_number_of_runs_and_no_other() -> None:
     exported = {f"ray_rzen_{name}" for name in (*METRICS, *RUN_METRICS, HELD_OUT, f"{REJECTED}_total", *by_name)}
     shown = {name for query in dashboard_queries().values() for name in series_of(query)}
     assert {name for name in shown if name.startswith("ray_rzen_")} == exported
-    asked = {name for rule in rules() for name in series_of(rule["expr"])}
+    asked = {name for rule in rules() for name in series_of(rule["expr"]) if "_serve_" not in name}
     assert {name for name in asked if name.startswith("ray_rzen_")} <= exported
 
 
-def test_the_dashboard_fits_together() -> None:
-    board = json.loads((FOLDER / "grafana" / "rzen.json").read_text())
-    panels = board["panels"]
+def test_the_servers_dashboard_shows_every_number_of_the_server_and_no_other() -> None:
+    declared = re.findall(
+        r'(Gauge|Counter|Histogram)\(\s*"(rzen_serve_\w+)"', (ROOT / "jobs/serving/server.py").read_text()
+    )
+    endings = {"Gauge": "", "Counter": "_total", "Histogram": "_bucket"}
+    exported = {f"ray_{name}{endings[kind]}" for kind, name in declared}
+    assert len(exported) == 10
+    shown = {name for query in dashboard_queries("serving").values() for name in series_of(query)}
+    assert {name for name in shown if name.startswith("ray_rzen_")} == exported
+    asked = {name for rule in rules() for name in series_of(rule["expr"]) if "_serve_" in name}
+    assert asked
+    assert asked <= exported
+
+
+@pytest.mark.parametrize("name", ["rzen", "serving"])
+def test_the_dashboard_fits_together(name: str) -> None:
+    panels = dashboard(name)["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
     cells = [
         (x, y)
@@ -210,7 +239,7 @@ def ask(url: str, query: str) -> list[Any]:
 def test_every_query_names_series_of_a_running_ray(prometheus: str) -> None:
     queries = dashboard_queries()
     queries.pop("GPUs: {{State}}", None)  # the series is that of the CPUs, with another Name
-    queries |= {name: name for rule in rules() for name in series_of(rule["expr"])}
+    queries |= {name: name for rule in rules() for name in series_of(rule["expr"]) if "_serve_" not in name}
     missing = {title: query for title, query in queries.items() if not series_of(query) & set(NOT_ON_THIS_MACHINE)}
     deadline = time.monotonic() + 120  # Ray drops a gauge that was not set for some seconds, as on a crowded machine
     while missing and time.monotonic() < deadline:

@@ -29,6 +29,7 @@ from jobs.serving.serve import deploy
 from jobs.serving.specs import ServeSpec
 from rzen.config import ModelIdentity, PromptConfig
 from rzen.export.export import ExportOptions, export_model
+from tests.infra.test_prometheus import dashboard_queries, series_of
 from tests.paths import ROOT
 from tests.serving import send_raw
 from tests.tiny import TEXTS, TINY, tiny_checkpoint
@@ -220,6 +221,20 @@ def test_metrics_are_those_of_the_server(server: Server) -> None:
     # The processes of gateway and model report at moments of their own.
     wait_for(lambda: "ray_rzen_serve_batch_s_bucket" in server.ask("/metrics")[1].decode())
     assert server.ask("/metrics")[1].decode().count("# TYPE ray_rzen_serve_requests_total") == 1
+
+
+def test_the_dashboard_asks_for_what_the_server_exports(server: Server) -> None:
+    names = {name for query in dashboard_queries("serving").values() for name in series_of(query)}
+    # Autoscaling is off on this server.
+    names.remove("ray_serve_autoscaling_target_replicas")
+
+    def missing() -> set[str]:
+        text = server.ask("/metrics")[1].decode()
+        return {name for name in names if f"\n{name}{{" not in text}
+
+    wait_for(lambda: not missing())
+    version = server.version()
+    assert re.search(rf'^ray_rzen_serve_version{{.*version="{version}".*}} 1', server.ask("/metrics")[1].decode(), re.M)
 
 
 def test_metrics_of_nodes_are_merged() -> None:

@@ -460,6 +460,8 @@ OTHERS = [
     Case("retrain", "set.name", "names its runs", "set.name=x", (), None),
     Case("retrain", "evaluate.set.models", "job sets it", "evaluate.set.models={}", (), None),
     Case("retrain", "evaluate.set.out", "job sets it", "evaluate.set.out=x", (), None),
+    Case("retrain", "corpus.set.model", "job sets it", "corpus={spec: e, set: {model: x}}", (), None),
+    Case("retrain", "corpus.set.out", "job sets it", "corpus={spec: e, set: {out: x}}", (), None),
 ]
 ALL = [*TRAINING, *OTHERS]
 

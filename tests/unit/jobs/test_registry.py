@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -9,10 +10,15 @@ from typing import Any
 
 import pytest
 
-from jobs.workflows.registry import CHAMPION, Champion, Registry
+from jobs.runtime.records import as_json
+from jobs.serving.pairs import CHAMPION, PairFile, find_place, read_pair
+from jobs.workflows.registry import Champion, Registry
 from pipelines.errors import UserError
 from pipelines.storage.location import open_store
+from pipelines.storage.publish import publish_folder
 from pipelines.storage.store import Store
+from rzen.embedding.corpus import MANIFEST, VERSIONS
+from rzen.serving.served import Place
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -69,6 +75,73 @@ def test_promotions_and_rollbacks_are_one_history(registry: Registry) -> None:
         (4, "b", "a", "it was not b"),
     ]
     assert json.loads(registry.store.read(CHAMPION))["model"] == "b"
+
+
+def embedded(registry: Registry, model: str, version: str) -> PairFile:
+    """Publish the export of a model and a version of its corpus, as retraining does."""
+    folder = Path(tempfile.mkdtemp())
+    (folder / "config.json").write_text(model)
+    if registry.pair(model) is None:
+        publish_folder(folder, registry.exports(model))
+    content = {
+        "parts": [],
+        "num_vectors": 0,
+        "model": model,
+        "config": "c",
+        "dtype": "float32",
+        "data": {"root": "data"},
+        "version": version,
+    }
+    registry.corpora(model).write(f"{VERSIONS}/{version}.json", as_json(content))
+    registry.corpora(model).write(MANIFEST, as_json(content))
+    pair = registry.pair(model)
+    assert pair is not None
+    return pair
+
+
+def test_a_promotion_publishes_model_and_corpus_at_once_and_a_rollback_those_before(registry: Registry) -> None:
+    assert registry.pair("a") is None
+    first = registry.promote("a", reason="the first", instead_of=None, pair=embedded(registry, "a", "v1"))
+    assert read_pair(registry.store) == {
+        "model": registry.exports("a").url,
+        "corpus": registry.corpora("a").url,
+        "corpus_version": "v1",
+    }
+    grown = embedded(registry, "a", "v2")
+    assert read_pair(registry.store)["corpus_version"] == "v1"  # what is not promoted is not served
+    second = registry.promote("a", reason="the corpus has grown", instead_of=first, pair=grown)
+    registry.promote("b", reason="better", instead_of=second, pair=embedded(registry, "b", "w1"))
+    assert read_pair(registry.store)["model"] == registry.exports("b").url
+    registry.rollback("complaints")
+    assert read_pair(registry.store) == grown
+    registry.corpora("b").delete(f"{VERSIONS}/w1.json")
+    with pytest.raises(UserError, match="corpora/b: has no version w1 any more"):
+        registry.rollback("it was not b")
+    assert read_pair(registry.store) == grown
+
+
+def test_servers_need_a_promotion_with_a_corpus(registry: Registry) -> None:
+    with pytest.raises(UserError, match="has no champion yet"):
+        read_pair(registry.store)
+    registry.promote("a", reason="the first", instead_of=None)
+    with pytest.raises(UserError, match="promoted a without vectors of a corpus; set `corpus` in the spec"):
+        read_pair(registry.store)
+
+
+def test_places_are_those_of_the_registry_or_of_the_settings(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = embedded(registry, "a", "v1")
+    registry.promote("a", reason="the first", instead_of=None, pair=pair)
+    endpoint = getattr(registry.store, "endpoint", None)
+    root, _, name = registry.store.url.rpartition("/")
+    monkeypatch.setenv("RZEN_STORE", root)
+    place = find_place({"registry": f"$RZEN_STORE/{name}", "endpoint": endpoint, "dimensions": [16]})
+    assert place == Place(**pair, endpoint=endpoint, dimensions=(16,))
+    assert find_place({"model": "$RZEN_STORE/model"}) == Place(f"{root}/model")
+    monkeypatch.delenv("RZEN_STORE")
+    with pytest.raises(UserError, match="RZEN_STORE is not set"):
+        find_place({"model": "$RZEN_STORE/model"})
 
 
 def test_a_decision_about_another_champion_is_not_carried_out(registry: Registry) -> None:
