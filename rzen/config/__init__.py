@@ -19,6 +19,7 @@ from rzen.config.model import (
 )
 from rzen.config.objective import (
     DistillationConfig,
+    EmbeddingDistillationConfig,
     FalseNegativeConfig,
     HardnessConfig,
     MinedConfig,
@@ -51,6 +52,7 @@ __all__ = [
     "BackboneFamily",
     "DareSoup",
     "DistillationConfig",
+    "EmbeddingDistillationConfig",
     "Dtype",
     "FalseNegativeConfig",
     "GreedySoup",

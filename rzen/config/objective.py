@@ -76,13 +76,9 @@ class MinedConfig(Config):
     """Weights of mined negatives, separate from those of in-batch negatives. `null`: all 1."""
 
 
-class DistillationConfig(Config):
-    """Learn from a teacher's scores of each query's positive and candidates, which a judged candidate table holds."""
+class TeacherConfig(Config):
+    """What both kinds of distillation have in common."""
 
-    loss: Literal["kl", "cross_entropy", "symmetric_kl", "margin_mse"] = "kl"
-    """`kl`: KL(teacher || student) of the softmax over the candidates (U-MARVEL). `cross_entropy`: the same gradient,
-    plus the teacher's entropy in the value. `symmetric_kl`: mean of both directions (UniME-V2 has their sum).
-    `margin_mse`: squared difference of the positive's lead over each candidate, without temperatures."""
     weight: PositiveFloat = 1.0
     """Factor of this loss."""
     contrastive_weight: NonNegativeFloat = 1.0
@@ -90,9 +86,42 @@ class DistillationConfig(Config):
     teacher_temperature: PositiveFloat | Literal["student"] = 0.05
     """Divides the teacher's scores. `student` takes the student's temperature as a constant (U-MARVEL), which must not
     be learned: a larger one lowers the loss while no score changes. The default is our choice."""
+
+
+class DistillationConfig(TeacherConfig):
+    """Learn from a teacher's scores of each query's positive and candidates, which a judged candidate table holds."""
+
+    loss: Literal["kl", "cross_entropy", "symmetric_kl", "margin_mse"] = "kl"
+    """`kl`: KL(teacher || student) of the softmax over the candidates (U-MARVEL). `cross_entropy`: the same gradient,
+    plus the teacher's entropy in the value. `symmetric_kl`: mean of both directions (UniME-V2 has their sum).
+    `margin_mse`: squared difference of the positive's lead over each candidate, without temperatures."""
     only_if_right: bool = False
     """`true` leaves out queries for which the teacher scores a candidate higher than the positive. A re-ranker makes
     some tasks worse, such as captions of images. Our choice."""
+
+
+class EmbeddingDistillationConfig(TeacherConfig):
+    """Learn the cosines that a larger model gives the queries and targets of the batch, from its stored vectors.
+
+    The teacher may have vectors of any width. `data.teacher_vectors` names them (NeMo AutoModel has the same losses).
+    """
+
+    loss: Literal["kl", "cross_entropy", "symmetric_kl", "mse"] = "kl"
+    """`kl`: KL(teacher || student) of the softmax over the targets of the batch. `cross_entropy`: the same gradient,
+    plus the teacher's entropy in the value. `symmetric_kl`: mean of both directions. `mse`: mean squared difference of
+    the cosines, without temperatures."""
+
+
+class QuantizedConfig(Config):
+    """Train for vectors that are stored in few bits: the loss is also that of rounded vectors (straight-through).
+
+    Exports and servers are the same as without it: the model returns unrounded vectors, and an index rounds them.
+    """
+
+    types: Annotated[list[Literal["int8", "binary"]], Field(min_length=1)] = Field(default=["int8"])
+    """`int8`: 255 steps of a learned size (LSQ, arXiv 1902.08153). `binary`: the sign of each value."""
+    weight: PositiveFloat = 1.0
+    """Factor of the loss of each type. It is added to that of the unrounded vectors. Our choice."""
 
 
 Inherit = Literal["inherit"]
@@ -123,6 +152,8 @@ class TaskObjectiveConfig(Config):
     """Other queries and other targets as negatives."""
     distillation: DistillationConfig | Inherit | None = "inherit"
     """Learn from a teacher's scores of candidates. `null`: not for this task."""
+    embedding_distillation: EmbeddingDistillationConfig | Inherit | None = "inherit"
+    """Learn a larger model's cosines. `null`: not for this task."""
 
 
 class ObjectiveConfig(Config):
@@ -145,6 +176,8 @@ class ObjectiveConfig(Config):
     """Mined hard negatives."""
     distillation: DistillationConfig | None = None
     """Learn from a teacher's scores of mined negatives. `null`: only from the pairs."""
+    embedding_distillation: EmbeddingDistillationConfig | None = None
+    """Learn the cosines that a larger model gives the pairs of a batch. `null`: only from the pairs."""
     duplicates: Literal["drop", "positive"] = "drop"
     """Other targets of the batch that are right answers: those with the content of the positive, and the targets of
     equal queries. `drop` leaves them out. `positive` makes them positives too, and the loss of a query is the mean
@@ -161,6 +194,8 @@ class ObjectiveConfig(Config):
     matryoshka: list[PositiveInt] = Field(default=[])
     """Smaller widths of the vector that are trained too: its first values are a vector of their own. The loss is the
     mean over these and the full width (Kusupati et al., arXiv 2205.13147)."""
+    quantized: QuantizedConfig | None = None
+    """Train for vectors in 8 bits or 1 bit. `null`: only for unrounded ones."""
     tasks: dict[str, TaskObjectiveConfig] = Field(default={})
     """Task -> settings that hold for its batches instead. A group of sources with several tasks has its own name."""
     tile_rows: PositiveInt | None = 512
@@ -169,12 +204,18 @@ class ObjectiveConfig(Config):
 
     @model_validator(mode="after")
     def _compatible(self) -> ObjectiveConfig:
-        if len(set(self.same_side)) < len(self.same_side) or len(set(self.matryoshka)) < len(self.matryoshka):
-            raise ValueError("same_side and matryoshka must not name anything twice")
+        types = self.quantized.types if self.quantized else []
+        for name, values in (
+            ("same_side", self.same_side),
+            ("matryoshka", self.matryoshka),
+            ("quantized.types", types),
+        ):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} must not name anything twice")
         if any(map(_follows_student, [self, *map(self.of_task, self.tasks)])) and self.temperature.learnable:
             raise ValueError(
-                "distillation.teacher_temperature: student needs a fixed temperature, because a larger one lowers the"
-                " loss by itself; set temperature.learnable: false, or a number"
+                "teacher_temperature: student needs a fixed temperature, because a larger one lowers the loss by"
+                " itself; set temperature.learnable: false, or a number"
             )
         for place, some in [("", self), *((f"tasks.{task}: ", self.of_task(task)) for task in self.tasks)]:
             if some.symmetric == 1 and some.same_side:
@@ -185,6 +226,13 @@ class ObjectiveConfig(Config):
                 raise ValueError(
                     f"{place}distillation needs query -> targets, of which symmetric: 1 leaves nothing; lower symmetric"
                 )
+            if some.distillation and some.embedding_distillation:
+                weights = some.distillation.contrastive_weight, some.embedding_distillation.contrastive_weight
+                if weights[0] != weights[1]:
+                    raise ValueError(
+                        f"{place}distillation and embedding_distillation have contrastive_weight {weights[0]:g} and"
+                        f" {weights[1]:g}, and there is one contrastive loss; set both to the same"
+                    )
             if not some.in_batch and (some.symmetric or some.same_side):
                 raise ValueError(
                     f"{place}in_batch: false leaves symmetric and same_side without negatives; set symmetric: 0 and"
@@ -196,6 +244,11 @@ class ObjectiveConfig(Config):
     def distills(self) -> bool:
         """Whether the batches of any task learn a teacher's scores."""
         return any(some.distillation for some in [self, *map(self.of_task, self.tasks)])
+
+    @property
+    def distills_vectors(self) -> bool:
+        """Whether the batches of any task learn from a teacher's vectors."""
+        return any(some.embedding_distillation for some in [self, *map(self.of_task, self.tasks)])
 
     def of_task(self, task: str) -> ObjectiveConfig:
         """Return the settings that hold for a task."""
@@ -213,4 +266,5 @@ class ObjectiveConfig(Config):
 
 
 def _follows_student(config: ObjectiveConfig) -> bool:
-    return config.distillation is not None and config.distillation.teacher_temperature == "student"
+    teachers = (config.distillation, config.embedding_distillation)
+    return any(teacher is not None and teacher.teacher_temperature == "student" for teacher in teachers)

@@ -36,6 +36,20 @@ class Mined:
 
 
 @dataclass(frozen=True)
+class TeacherVectors:
+    """Vectors that a larger model gives the pairs of all ranks, of its own width, NaN where unknown. Without gradient."""
+
+    queries: Vectors
+    """`[N, Dt]`."""
+    targets: Vectors
+    """`[N, Dt]`."""
+
+    def widened(self) -> TeacherVectors:
+        """Return the vectors in fp32 or wider."""
+        return TeacherVectors(widen(self.queries), widen(self.targets))
+
+
+@dataclass(frozen=True)
 class Batch:
     """One rank's share of a batch, with the targets of all ranks."""
 
@@ -63,6 +77,8 @@ class Batch:
     """`[N]`, grade of each pair of all ranks; NaN for pairs without one. Graded pairs are trained on their order."""
     teacher_scores: Tensor | None = None
     """`[B]`, score that a teacher gives each own positive; NaN where unknown. Read by terms that distill."""
+    teacher_vectors: TeacherVectors | None = None
+    """Vectors that a teacher gives the pairs of all ranks."""
 
     def __post_init__(self) -> None:
         assert 0 <= self.positive_offset <= len(self.targets) - len(self.queries), "positives lie outside the targets"
@@ -94,8 +110,14 @@ class Batch:
     def widened(self) -> Batch:
         """Return the batch with all vectors in fp32 or wider. The 0.95 threshold and the softmax need it."""
         mined = self.mined and replace(self.mined, vectors=widen(self.mined.vectors))
-        queries = None if self.all_queries is None else widen(self.all_queries)
-        return replace(self, queries=widen(self.queries), targets=widen(self.targets), all_queries=queries, mined=mined)
+        return replace(
+            self,
+            queries=widen(self.queries),
+            targets=widen(self.targets),
+            all_queries=None if self.all_queries is None else widen(self.all_queries),
+            mined=mined,
+            teacher_vectors=self.teacher_vectors and self.teacher_vectors.widened(),
+        )
 
 
 def queries_of(batch: Batch) -> Vectors:

@@ -1,4 +1,4 @@
-"""Losses of the student's scores against a teacher's, over the candidates that the teacher has scored.
+"""Losses of the student's scores against a teacher's, over the columns that the teacher has scored.
 
 Shapes: R rows, C columns.
 """
@@ -8,11 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rzen.config import DistillationConfig
+from rzen.config import DistillationConfig, EmbeddingDistillationConfig
 
 
 def distillation_loss(
-    scores_RC: Tensor, teacher_RC: Tensor, positives_R: Tensor, tau: Tensor, config: DistillationConfig
+    scores_RC: Tensor,
+    teacher_RC: Tensor,
+    positives_R: Tensor,
+    tau: Tensor,
+    config: DistillationConfig | EmbeddingDistillationConfig,
 ) -> Tensor:
     """Return the unweighted loss of each row, `[R]`; zero for rows where the teacher has scored fewer than two columns.
 
@@ -24,6 +28,9 @@ def distillation_loss(
     if config.loss == "margin_mse":
         is_used_R &= is_known_RC.gather(1, positives_R[:, None])[:, 0]
         loss_R = _margin_error(scores_RC, teacher_RC, positives_R)
+    elif config.loss == "mse":
+        errors_RC = torch.where(is_known_RC, scores_RC - teacher_RC.nan_to_num(), 0.0).square()
+        loss_R = errors_RC.sum(dim=1) / is_known_RC.sum(dim=1).clamp(min=1)
     else:
         teacher_tau = tau.detach() if config.teacher_temperature == "student" else config.teacher_temperature
         loss_R = _divergence(teacher_RC / teacher_tau, scores_RC / tau, is_known_RC, config.loss)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -110,6 +111,20 @@ class Tile:
         """Mark the columns of the first pool that form a pair with the row in the batch, bool."""
         identity = self.direction.batch.identity
         return (identity.askers if self.direction.is_reverse else identity.answers)(self.positives)
+
+    @cached_property
+    def teacher_cosines(self) -> Tensor | None:
+        """What the teacher's vectors give the row and the columns of the first pool, NaN where one is unknown.
+
+        `[R, N]`; None where the batch brings no such vectors.
+        """
+        teacher = self.direction.batch.teacher_vectors
+        if teacher is None:
+            return None
+        rows, columns = teacher.queries, teacher.targets
+        if self.direction.is_reverse:
+            rows, columns = columns, rows
+        return self.direction.similarity.scores(take(rows, self.positives), columns)
 
     def teacher_scores(self) -> Tensor | None:
         """Return what the teacher gives the positive and the row's own mined negatives, `[R, C]`, NaN elsewhere.

@@ -14,7 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rzen.config import DistillationConfig, FalseNegativeConfig, MinedConfig, ObjectiveConfig
+from rzen.config import (
+    DistillationConfig,
+    EmbeddingDistillationConfig,
+    FalseNegativeConfig,
+    MinedConfig,
+    ObjectiveConfig,
+)
 from rzen.objective.batch import Batch, queries_of
 from rzen.objective.distillation import distillation_loss
 from rzen.objective.pools import Pool, Tile, join_columns
@@ -253,10 +259,39 @@ class Distillation(Term):
 
 
 @dataclass(frozen=True)
+class EmbeddingDistillation(Term):
+    """Learn the teacher's cosines with the columns of the first pool, in each direction that the loss has.
+
+    Duplicates of the positive stay: teacher and student both give them the positive's score.
+    """
+
+    config: EmbeddingDistillationConfig
+    reweighs: bool
+    """Whether this term weighs the contrastive loss. Not where `Distillation` does."""
+
+    def reweigh(self, loss_R: Tensor) -> Tensor:
+        """Return the contrastive loss with its weight."""
+        return loss_R * self.config.contrastive_weight if self.reweighs else loss_R
+
+    def loss(self, tile: Tile, scores_RC: Tensor, tau: Tensor) -> Tensor | None:
+        """Return the weighted loss against the teacher; None where the batch has no vectors of one."""
+        teacher_RN = tile.teacher_cosines
+        if teacher_RN is None:
+            return None
+        scores_RN = tile.split(scores_RC)[0]
+        return self.config.weight * distillation_loss(scores_RN, teacher_RN, tile.positives, tau, self.config)
+
+
+@dataclass(frozen=True)
 class Matryoshka(Term):
     """Score the first values of a vector as a vector, too (Kusupati et al., arXiv 2205.13147)."""
 
     widths: tuple[int, ...]
+
+
+def _embedding_distillation(config: ObjectiveConfig) -> list[Term]:
+    teacher = config.embedding_distillation
+    return [EmbeddingDistillation(teacher, reweighs=config.distillation is None)] if teacher else []
 
 
 def _same_side(config: ObjectiveConfig) -> list[Term]:
@@ -273,6 +308,7 @@ TERMS: Mapping[str, Callable[[ObjectiveConfig], list[Term]]] = {
     "margin": lambda config: [] if config.margin is None else [Margin(config.margin)],
     "focal_gamma": lambda config: [] if config.focal_gamma is None else [FocalWeights(config.focal_gamma)],
     "distillation": lambda config: [Distillation(config.distillation)] if config.distillation else [],
+    "embedding_distillation": _embedding_distillation,
     "symmetric": lambda config: [Symmetric(config.symmetric)] if config.symmetric else [],
     "matryoshka": lambda config: [Matryoshka(tuple(config.matryoshka))] if config.matryoshka else [],
 }
