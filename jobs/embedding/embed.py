@@ -4,7 +4,8 @@
 * `{out}/versions/{version}.json`: the same of each version that is kept.
 * `{out}/index/`: what searches the vectors (`rzen/index`).
 * `{out}/parts/{split}-{source}-{start}-{digest}.parquet`: one row a target, with place, title and vector.
-* `{out}/parts/....ids`: ids of the vectors, for the next run.
+* `{out}/queries/`: the same of the queries, with `queries: true`. A search does not read them.
+* `{out}/parts/....ids`: ids of the vectors, for the next run and for a student that learns from them.
 * `{out}/listings/`: what the shards hold.
 * `{out}/unfinished/`: vectors of a run that has not ended.
 
@@ -35,30 +36,35 @@ from jobs.embedding.listings import list_shards, samples_of
 from jobs.embedding.settings import settings_of_job
 from jobs.embedding.specs import EmbedSpec
 from jobs.embedding.targets import ingest_targets
-from jobs.embedding.vectors import Ids, VectorCache, VectorIndex, config_digest, ids_path
+from jobs.embedding.vectors import VectorCache, config_digest
 from jobs.embedding.versions import commit, delete_old, previous_of, version_of
 from jobs.runtime.cluster import ray_cluster
 from jobs.runtime.lease import Lease, hold_output
 from jobs.runtime.progress import Bars, say
 from pipelines.items.listing import ListedShard, row_item
-from pipelines.items.types import Item, as_ids
-from pipelines.samples import Modality, Rejected
+from pipelines.items.types import Item, Role, as_ids
+from pipelines.samples import Modality, Rejected, Sample
 from pipelines.storage.location import open_store
 from pipelines.storage.store import Store
-from rzen.embedding.corpus import VectorsFile, read_vectors_file
+from rzen.embedding.corpus import VectorsFile, all_parts, read_vectors_file
 from rzen.evaluation.vectors import FloatArray
 from rzen.index.build import build_index, default_kind
+from rzen.index.by_id import Ids, VectorIndex, ids_path
 from rzen.index.parts import Parts
 
 KIND = "vectors"
-PARTS, LISTINGS, UNFINISHED = "parts", "listings", "unfinished"
-_OURS = re.compile(rf"{PARTS}/.+-\d{{9}}-[0-9a-f]{{16}}\.(parquet|ids)|{LISTINGS}/[0-9a-f]{{32}}\.parquet")
+PARTS, QUERIES, LISTINGS, UNFINISHED = "parts", "queries", "listings", "unfinished"
+_OURS = re.compile(rf"({PARTS}|{QUERIES})/.+-\d{{9}}-[0-9a-f]{{16}}\.(parquet|ids)|{LISTINGS}/[0-9a-f]{{32}}\.parquet")
+_FOLDERS: dict[Role, str] = {"positive": PARTS, "query": QUERIES}
 _ROWS_AT_ONCE = 500_000  # of new parts: their vectors lie in a temporary file, the rest in memory
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
-    """A row of a part, but for its vector; `id` is that of the vector."""
+class PartRow:
+    """A row of a part, but for its vector; `id` is that of the vector.
+
+    `modality` and `title` are those of the input. The other columns are those of its sample.
+    """
 
     id: str
     split: str
@@ -72,19 +78,20 @@ class Target:
 
 @dataclass(slots=True)
 class Part:
-    """Adjacent targets of a source, and how many were skipped, by reason."""
+    """Adjacent targets or queries of a source, and how many were skipped, by reason."""
 
+    role: Role
     split: str
     source: str
     start: int
-    targets: list[Target] = field(default_factory=list)
+    rows: list[PartRow] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
 
     def path(self, config: str) -> str:
         """Return the place of its rows, which names all that is in them but the last bits of the vectors."""
-        content = json.dumps([config, [asdict(target) for target in self.targets]], ensure_ascii=False)
+        content = json.dumps([config, [asdict(row) for row in self.rows]], ensure_ascii=False)
         digest = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-        return f"{PARTS}/{self.split}-{self.source}-{self.start:09d}-{digest}.parquet"
+        return f"{_FOLDERS[self.role]}/{self.split}-{self.source}-{self.start:09d}-{digest}.parquet"
 
 
 def run(spec: EmbedSpec) -> dict[str, Any]:
@@ -102,31 +109,36 @@ def _run(spec: EmbedSpec, store: Store, lease: Lease) -> dict[str, Any]:
     settings = settings_of_job("embed", spec, spec.model, spec.splits)
     config = config_digest(settings.config)
     old = _live_version(store)
-    old_parts = old["parts"] if old and old["config"] == config else []
+    old_parts = all_parts(old) if old and old["config"] == config else []
+    roles: list[Role] = ["positive", "query"] if spec.queries else ["positive"]
     vectors = VectorCache(store.child(UNFINISHED), settings.config)
     vectors.add(store, old_parts)
     with Bars() as bars:
         shards = list_shards(spec.data, spec.splits, listings, spec.cpus_per_task)
         num_samples = sum(shard.stop - shard.start for shard in shards)
-        say(f"  {num_samples:,} targets of {spec.data.root}, model {spec.model}, {spec.actors} actor(s) -> {store.url}")
-        on_progress = partial(bars.update, "embed", unit="targets")
-        (bad,) = embed_items(_items(shards, listings), [(settings, vectors)], spec, on_progress)
+        inputs, unit = ("pairs", "inputs") if spec.queries else ("targets", "targets")
+        made_by = f"model {spec.model}, {spec.actors} actor(s)"
+        say(f"  {num_samples:,} {inputs} of {spec.data.root}, {made_by} -> {store.url}")
+        on_progress = partial(bars.update, "embed", unit=unit)
+        (bad,) = embed_items(_items(shards, listings, roles), [(settings, vectors)], spec, on_progress)
     writer = _PartWriter(store, vectors, config)
-    for part in _parts(shards, listings, bad, spec.samples_per_part):
-        writer.add(part)
+    for role in roles:
+        for part in _parts(shards, listings, role, bad, spec.samples_per_part):
+            writer.add(part)
     writer.flush()
     num_embedded = writer.count_missing(store, old_parts)
-    num_vectors = num_samples - writer.skipped.total()
-    version = version_of(config, writer.paths)
+    num_vectors = num_samples - writer.skipped["positive"].total()
+    version = version_of(config, [path for paths in writer.paths.values() for path in paths])
     kind = default_kind(num_vectors) if spec.index == "auto" else spec.index
-    parts = Parts(store, sorted(writer.paths))
+    parts = Parts(store, sorted(writer.paths["positive"]))
     if kind != "exact":
         say(f"  index: {kind} of {num_vectors:,} vectors")
     content = {
         "parts": parts.paths,
         "num_vectors": num_vectors,
         "num_embedded": num_embedded,
-        "skipped": dict(writer.skipped),
+        "skipped": dict(writer.skipped["positive"]),
+        **({"query_parts": sorted(writer.paths["query"])} if spec.queries else {}),
         "model": _absolute(spec.model),
         "config": config,
         "made_by": {name: settings.config[name] for name in ("base", "adapter", "identity")},
@@ -138,17 +150,18 @@ def _run(spec: EmbedSpec, store: Store, lease: Lease) -> dict[str, Any]:
         "index": build_index(kind, parts, config, version, old.get("index") if old else None),
     }
     kept = commit(store, content, lease)
-    kept_parts = {part for one in kept for part in one["parts"]}
+    kept_parts = {part for one in kept for part in all_parts(one)}
     _delete_all_but(store, [*kept_parts, *(f"{LISTINGS}/{shard.path}" for shard in shards)])
     delete_old(store, kept)
-    say(f"  {num_embedded:,} targets went through the model; the others had their vector")
-    for reason, count in writer.skipped.items():
-        say(f"  skipped: {reason} {count:,}", "yellow")
+    say(f"  {num_embedded:,} {unit} went through the model; the others had their vector")
+    for role in roles:
+        for reason, count in writer.skipped[role].items():
+            say(f"  skipped{' queries' if role == 'query' else ''}: {reason} {count:,}", "yellow")
     return {
         "outputs": [spec.out],
         "vectors": content["num_vectors"],
         "embedded": num_embedded,
-        "skipped": dict(writer.skipped),
+        "skipped": dict(writer.skipped["positive"]),
         "version": version,
         "index": kind,
     }
@@ -167,38 +180,49 @@ def _live_version(store: Store) -> VectorsFile | None:
         return None
 
 
-def _items(shards: Iterable[ListedShard], listings: Store) -> Iterator[Item]:
+def _items(shards: Iterable[ListedShard], listings: Store, roles: Sequence[Role]) -> Iterator[Item]:
     for shard, index, sample in samples_of(shards, listings):
         if not isinstance(sample, Rejected):
-            yield row_item(shard, index, sample, "positive")
+            for role in roles:
+                if role == "positive" or _asks(sample):
+                    yield row_item(shard, index, sample, role)
 
 
-def _parts(shards: Sequence[ListedShard], listings: Store, bad: BadItems, samples_per_part: int) -> Iterator[Part]:
+def _asks(sample: Sample) -> bool:
+    """Return whether the sample has a query. An uncaptioned medium has none."""
+    return bool(sample.query.text or sample.query.media)
+
+
+def _parts(
+    shards: Sequence[ListedShard], listings: Store, role: Role, bad: BadItems, samples_per_part: int
+) -> Iterator[Part]:
     part: Part | None = None
     for shard, index, sample in samples_of(shards, listings):
         start = index - index % samples_per_part
         if part is None or (part.split, part.source, part.start) != (shard.split, shard.source, start):
             if part is not None:
                 yield part
-            part = Part(shard.split, shard.source, start)
+            part = Part(role, shard.split, shard.source, start)
         if isinstance(sample, Rejected):
             part.skipped[sample.reason] += 1
             continue
-        item = row_item(shard, index, sample, "positive")
+        if role == "query" and not _asks(sample):
+            continue
+        item = row_item(shard, index, sample, role)
         if item.id in bad:
             part.skipped[bad[item.id].reason] += 1
             continue
-        target = Target(
+        row = PartRow(
             id=item.id,
             split=shard.split,
             source=shard.source,
             index=index,
-            modality=sample.positive.modality,
-            title=sample.query.text if sample.positive.media else sample.positive.text,
+            modality=item.input.modality,
+            title=item.input.text if role == "query" or not item.input.media else sample.query.text,
             origin=sample.origin,
             target_sha256=sample.target_sha256,
         )
-        part.targets.append(target)
+        part.rows.append(row)
     if part is not None:
         yield part
 
@@ -208,41 +232,41 @@ class _PartWriter:
 
     def __init__(self, store: Store, vectors: VectorIndex, config: str) -> None:
         self._store, self._vectors, self._config = store, vectors, config
-        self._there = set(store.list(PARTS))
+        self._there = {path for folder in _FOLDERS.values() for path in store.list(folder)}
         self._waiting: list[tuple[str, Part]] = []
         self._ids: list[Ids] = []
-        self.paths: list[str] = []
-        self.skipped: Counter[str] = Counter()
+        self.paths: dict[Role, list[str]] = {"positive": [], "query": []}
+        self.skipped: dict[Role, Counter[str]] = {"positive": Counter(), "query": Counter()}
 
     def add(self, part: Part) -> None:
         """Take the next part; one of which nothing is left has no file."""
-        self.skipped += part.skipped
-        if not part.targets:
+        self.skipped[part.role] += part.skipped
+        if not part.rows:
             return
         path = part.path(self._config)
-        self.paths.append(path)
-        self._ids.append(as_ids(target.id for target in part.targets))
+        self.paths[part.role].append(path)
+        self._ids.append(as_ids(row.id for row in part.rows))
         # The ids are written last: a part is whole if they are there.
         if ids_path(path) not in self._there or path not in self._there:
             self._waiting.append((path, part))
-        if sum(len(part.targets) for _, part in self._waiting) >= _ROWS_AT_ONCE:
+        if sum(len(part.rows) for _, part in self._waiting) >= _ROWS_AT_ONCE:
             self.flush()
 
     def flush(self) -> None:
         """Write the parts that wait."""
         waiting, self._waiting = self._waiting, []
-        wanted = [target.id for _, part in waiting for target in part.targets]
+        wanted = [row.id for _, part in waiting for row in part.rows]
         if not wanted:
             return
         ids = np.unique(as_ids(wanted))
         with tempfile.TemporaryDirectory(prefix="rzen-vectors-") as scratch:
             loaded = self._vectors.load(ids, Path(scratch) / "vectors.npy")
             for path, part in waiting:
-                mine = as_ids(target.id for target in part.targets)
+                mine = as_ids(row.id for row in part.rows)
                 self._write(path, part, mine, loaded.rows[np.searchsorted(ids, mine)])
 
     def _write(self, path: str, part: Part, ids: Ids, vectors_ND: FloatArray) -> None:
-        rows = [asdict(target) | {"vector": vector} for target, vector in zip(part.targets, vectors_ND, strict=True)]
+        rows = [asdict(row) | {"vector": vector} for row, vector in zip(part.rows, vectors_ND, strict=True)]
         for row in rows:
             del row["id"]
         sink = io.BytesIO()
@@ -260,7 +284,7 @@ class _PartWriter:
 def _delete_all_but(store: Store, kept: Iterable[str]) -> None:
     wanted = set(kept)
     wanted |= {ids_path(path) for path in wanted}
-    for folder in (PARTS, LISTINGS):
+    for folder in (*_FOLDERS.values(), LISTINGS):
         for path in store.list(folder):
             if path not in wanted and _OURS.fullmatch(path):
                 store.delete(path)

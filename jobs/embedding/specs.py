@@ -49,6 +49,9 @@ class EmbedSpec(Workers, JobConfig):
     its text is the title of the target."""
     splits: Annotated[list[StoredSplit], Field(min_length=1)] = Field(default=["train", "held_out"])
     """Splits to embed. `uncaptioned` exists in datasets that were ingested with `keep_uncaptioned`."""
+    queries: bool = False
+    """`true` embeds the queries, too, each with its instruction: what `data.teacher_vectors` of a training run needs.
+    They are stored apart from the targets, and no search finds them."""
     out: str
     """Directory or s3:// URL of the vectors (Parquet) and `vectors.json`. A second run embeds only what is new."""
     endpoint: str | None = None

@@ -11,13 +11,13 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from jobs.embedding.vectors import Ids, VectorIndex
 from jobs.mining.pools import NO_ITEM, Pool
 from jobs.mining.scratch import Scratch
 from jobs.mining.search import PoolVectors, SearchSettings, fetched, index_path
 from jobs.mining.specs import InvertedListsConfig
 from pipelines.ingest.tasks import run_tasks
 from pipelines.stored_json import parse_json, stored_file
+from rzen.index.by_id import Ids, VectorIndex
 from rzen.neighbors.exact import nearest
 from rzen.neighbors.inverted_lists import InvertedLists, recall
 

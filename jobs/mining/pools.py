@@ -12,12 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from jobs.embedding.listings import samples_of
-from jobs.embedding.vectors import Ids, VectorIndex
 from pipelines.candidates.types import UNKNOWN, BoolArray, Int8Array, Int64Array, content_id, modality_code
 from pipelines.items.listing import ListedShard, row_item
 from pipelines.items.types import Item, as_ids
 from pipelines.samples import Rejected, Sample
 from pipelines.storage.store import Store
+from rzen.index.by_id import Ids, VectorIndex
 
 NO_ITEM = b""
 """Item of an input that there is not, such as the query of an uncaptioned medium."""

@@ -15,7 +15,6 @@ import numpy as np
 import ray
 
 from jobs.embedding.listings import samples_of
-from jobs.embedding.vectors import Ids, VectorIndex
 from jobs.mining.pools import NO_ITEM, Pool, Positives, SourceSamples, unique_ids
 from jobs.mining.scratch import Scratch
 from pipelines.candidates.types import CandidateRows, Int64Array
@@ -23,6 +22,7 @@ from pipelines.candidates.write import PartWriter
 from pipelines.items.listing import ListedShard
 from pipelines.samples import Rejected, Sample
 from pipelines.storage.store import Store
+from rzen.index.by_id import Ids, VectorIndex
 from rzen.neighbors.exact import NONE, Excluded, FloatArray, Neighbors, nearest, pair_scores
 from rzen.neighbors.inverted_lists import InvertedLists
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 from jobs.training.runs import Run
+from jobs.training.teacher import Teacher
 from pipelines.feed.batch import Candidate
 from pipelines.samples import DecodedInput, DecodedSample
 from rzen.config import PairPromptConfig, PromptConfig, TinyBackbone
@@ -28,18 +30,24 @@ def backbone_url(run: Run) -> str:
 class LocalEncoder:
     """A `PairEncoder`, or the `ListEncoder` of a re-ranker, for tasks on any node.
 
-    It finds the backbone's files when it encodes its first sample.
+    It finds the backbone's files when it encodes its first sample. With a teacher, pairs get its vectors.
     """
 
-    def __init__(self, backbone: str, endpoint: str | None, prompt: PromptConfig | PairPromptConfig) -> None:
-        self._arguments = (backbone, endpoint, prompt)
+    def __init__(
+        self,
+        backbone: str,
+        endpoint: str | None,
+        prompt: PromptConfig | PairPromptConfig,
+        teacher: Teacher | None = None,
+    ) -> None:
+        self._arguments = (backbone, endpoint, prompt, teacher)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return LocalEncoder, self._arguments
 
     @cached_property
     def _encoder(self) -> Any:
-        backbone, endpoint, prompt = self._arguments
+        backbone, endpoint, prompt, _ = self._arguments
         folder = checkpoint_folder(backbone, endpoint)
         if isinstance(prompt, PairPromptConfig):
             return ListEncoder(JointEncoder(folder, prompt))
@@ -74,14 +82,16 @@ class LocalEncoder:
         return self._encoder.with_candidates(encoded, candidates, positive_teacher)
 
     def collate(self, samples: list[Any]) -> Any:
-        """Join samples, as `PairEncoder.collate`."""
-        return self._encoder.collate(samples)
+        """Join samples, as `PairEncoder.collate`, and add the vectors of the teacher."""
+        batch = self._encoder.collate(samples)
+        teacher = self._arguments[-1]
+        return batch if teacher is None else replace(batch, teacher_vectors=teacher.vectors(batch.vector_ids))
 
     def held_out(self, groups: Sequence[Sequence[Any]]) -> Any:
         """Join held-out samples, as `PairEncoder.held_out`."""
         return self._encoder.held_out(groups)
 
 
-def encoder_of(run: Run) -> LocalEncoder:
-    """Return the encoder of the samples that this run trains on."""
-    return LocalEncoder(backbone_url(run), run.endpoint, run.spec.prompt)
+def encoder_of(run: Run, teacher: Teacher | None = None) -> LocalEncoder:
+    """Return the encoder of the samples of this run, with the vectors of a teacher where one is given."""
+    return LocalEncoder(backbone_url(run), run.endpoint, run.spec.prompt, teacher)

@@ -27,6 +27,7 @@ from jobs.training.held_out import HeldOutSamples, choose_samples
 from jobs.training.runs import FAILED, FAILURE, KIND, STARTS, UNTRACKED, DoneFile, HeldOutSummary, Run, read_done
 from jobs.training.specs import TrainSpec
 from jobs.training.start import check_backbone, check_lists, data_of, describe_start, plan_of, with_init_adapter
+from jobs.training.teacher import Teacher
 from jobs.training.tracking import check_tracking
 from jobs.training.worker import train_worker
 from pipelines.errors import UserError
@@ -54,6 +55,8 @@ class Prepared:
     tasks: tuple[str, ...]
     held_out: HeldOutSamples | None
     """What the run is scored on while it trains."""
+    teacher: Teacher | None
+    """Stored vectors that the run learns from."""
 
 
 def prepare(spec: TrainSpec, leases: HeldLeases) -> Prepared | None:
@@ -72,6 +75,8 @@ def prepare(spec: TrainSpec, leases: HeldLeases) -> Prepared | None:
     check_backbone(spec)
     spec, adapter = with_init_adapter(spec)
     check_tracking(spec.run.tracking)
+    teacher = Teacher.of(spec)
+    warnings = reader.warnings(plan) + (teacher.check(reader, plan) if teacher else [])
     run = Run(spec)
     data = data_of(spec, reader, plan)
     if run.state(data) is not False:
@@ -81,9 +86,11 @@ def prepare(spec: TrainSpec, leases: HeldLeases) -> Prepared | None:
         return None
     held_out = choose_samples(spec, plan)
     _summarize(run, plan, adapter, held_out)
-    for text in reader.warnings(plan):
+    if teacher is not None:
+        say(f"    {teacher.describe()}", "dim")
+    for text in warnings:
         say(f"    {text}", "yellow")
-    return Prepared(run, plan, reader.tasks(plan), held_out)
+    return Prepared(run, plan, reader.tasks(plan), held_out, teacher)
 
 
 def build_backbone(prepared: Prepared) -> None:
@@ -257,7 +264,8 @@ def _trainer(prepared: Prepared, stop: int, board: Any) -> Any:
     resources = {"CPU": cluster.cpus_per_worker}
     if cluster.gpus_per_worker:
         resources["GPU"] = cluster.gpus_per_worker
-    feed = PlannedFeed(prepared.plan.until(stop), Reader(spec.data, encoder_of(run)), run.resume_point, spec.feed)
+    reader = Reader(spec.data, encoder_of(run, prepared.teacher))
+    feed = PlannedFeed(prepared.plan.until(stop), reader, run.resume_point, spec.feed)
     filesystem, path = run.store.child("ray").arrow_filesystem()
     return DataParallelTrainer(
         train_worker,

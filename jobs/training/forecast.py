@@ -16,6 +16,7 @@ from jobs.training.memory import GIB, forecast_memory, memory_limit, read_backbo
 from jobs.training.runs import METRICS, SPEC, Run, read_rows, read_spec
 from jobs.training.specs import TrainSpec
 from jobs.training.start import check_backbone, check_lists, data_of, plan_of, with_init_adapter
+from jobs.training.teacher import Teacher
 from jobs.training.tracking import check_tracking
 from pipelines.errors import UserError
 from pipelines.feed.reader import Reader
@@ -125,6 +126,8 @@ class Forecaster:
         with self._collected():
             check_tracking(spec.run.tracking)
         with self._collected():
+            self._check_teacher(plan)
+        with self._collected():
             self._read_init_adapter()
         with self._collected():
             self._memory(plan, memory_limit_bytes)
@@ -179,6 +182,13 @@ class Forecaster:
         adapter = self._spec.init_adapter
         if adapter is not None and not self._is_to_come("init_adapter", adapter, self._spec.run.endpoint):
             self._spec, _ = with_init_adapter(self._spec)
+
+    def _check_teacher(self, plan: Plan | None) -> None:
+        vectors = self._spec.data.teacher_vectors
+        if vectors is not None and self._is_to_come("data.teacher_vectors", vectors, self._spec.data.endpoint):
+            return
+        if plan is not None and (teacher := Teacher.of(self._spec)):
+            teacher.check(self._reader, plan)
 
     def _memory(self, plan: Plan | None, limit_bytes: int | None) -> None:
         from rzen.objective.loss import Objective

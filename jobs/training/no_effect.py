@@ -51,6 +51,11 @@ def _is_listwise(spec: TrainSpec) -> bool:
     return isinstance(spec.objective, RerankObjectiveConfig) and spec.objective.loss == "listwise"
 
 
+def _has_no_teacher_temperature(spec: TrainSpec) -> bool:
+    teacher = spec.objective.embedding_distillation if isinstance(spec.objective, ObjectiveConfig) else None
+    return teacher is not None and teacher.loss == "mse"
+
+
 def _no_sandbox(spec: TrainSpec) -> bool:
     return spec.data.trusted and spec.data.media.video_backend != "decord"
 
@@ -82,6 +87,16 @@ NO_EFFECT = (
         _never_drops,
         "it is not below steps, so that no false negative is ever dropped",
         also_default=True,
+    ),
+    NoEffect(
+        "data.teacher_vectors",
+        lambda spec: not spec.objective.distills_vectors,
+        "objective.embedding_distillation is not set",
+    ),
+    NoEffect(
+        "objective.embedding_distillation.teacher_temperature",
+        _has_no_teacher_temperature,
+        "loss: mse has no temperatures",
     ),
     NoEffect("objective.temperature.lr_scale", _fixed, "temperature.learnable is false"),
     NoEffect("objective.temperature.minimum", _fixed, "temperature.learnable is false"),

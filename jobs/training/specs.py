@@ -121,6 +121,10 @@ class TrainSpec(JobConfig):
                     f"{place}.distillation learns a teacher's scores of candidates; set data.candidates and"
                     " data.negatives_per_sample"
                 )
+            if objective.embedding_distillation and self.data.teacher_vectors is None:
+                raise ValueError(
+                    f"{place}.embedding_distillation learns from a teacher's vectors; set data.teacher_vectors"
+                )
 
 
 def _cannot_share(spec: TrainSpec) -> str | None:
@@ -142,6 +146,7 @@ TRAIN = Kind(
         "data": "dataset",
         "data.candidates": "candidate table",
         "data.curation": "tables of drops",
+        "data.teacher_vectors": "vectors of a larger model",
         "model.backbone": "checkpoint",
         "init_adapter": "adapter",
     },
@@ -152,7 +157,7 @@ TRAIN = Kind(
     # Where and how fast a run goes. Datasets are identified by their fingerprints, wherever they are stored.
     not_science=frozenset(
         {"run", "feed", "checkpoint", "eval", "cluster", "submit", "data.root", "data.endpoint", "data.trusted"}
-        | {"data.candidates", "data.curation"}
+        | {"data.candidates", "data.curation", "data.teacher_vectors"}
         | {"optim.zero_stage"}
     ),
 )

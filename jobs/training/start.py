@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from jobs.runtime.progress import say
 from jobs.runtime.records import differences
 from jobs.training.specs import TrainSpec
+from jobs.training.teacher import Teacher
 from pipelines.errors import UserError
 from pipelines.feed.reader import Reader
 from pipelines.plan.build import build_plan
@@ -65,8 +66,12 @@ def check_lists(spec: TrainSpec, reader: Reader, plan: Plan) -> None:
 
 def data_of(spec: TrainSpec, reader: Reader, plan: Plan) -> dict[str, Any]:
     """Return what makes two runs the same, next to their settings: data, batches and first weights. Plain JSON."""
-    tables = {"tables": found} if (found := reader.table_fingerprints()) else {}
-    return {"data": reader.fingerprints(plan), "weights": weights_of(spec)} | tables | plan.describe()
+    found: dict[str, Any] = {"data": reader.fingerprints(plan), "weights": weights_of(spec)}
+    if tables := reader.table_fingerprints():
+        found["tables"] = tables
+    if teacher := Teacher.of(spec):
+        found["teacher_vectors"] = teacher.version
+    return found | plan.describe()
 
 
 def check_backbone(spec: TrainSpec) -> None:

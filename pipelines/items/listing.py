@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from pipelines.config import DataConfig
 from pipelines.errors import UserError
 from pipelines.feed.reader import Reader
-from pipelines.items.types import Item, Role, ShardRow, content_id
+from pipelines.items.types import Item, Role, ShardRow, content_id, query_id, target_id
 from pipelines.samples import Rejected, Sample
 from pipelines.storage.store import Store
 
@@ -97,10 +97,7 @@ def row_item(shard: ListedShard, index: int, sample: Sample, role: Role) -> Item
     row = ShardRow(shard.split, shard.source, index, role)
     name = f"{shard.source}/{sample.key}"
     if role == "query":
-        kinds = [media.kind for media in sample.query.media]
-        id = content_id(["query", sample.query_sha256, kinds, sample.instruction])
-        return Item(id, name, sample.query, sample.query_sha256[:_CONTENT_DIGITS], sample.instruction, row=row)
-    kinds = [media.kind for media in sample.positive.media]
-    id = content_id(["target", sample.target_sha256, kinds, sample.target_instruction])
+        content = sample.query_sha256[:_CONTENT_DIGITS]
+        return Item(query_id(sample), name, sample.query, content, sample.instruction, row=row)
     content = sample.target_sha256[:_CONTENT_DIGITS]
-    return Item(id, name, sample.positive, content, sample.target_instruction, row=row)
+    return Item(target_id(sample), name, sample.positive, content, sample.target_instruction, row=row)

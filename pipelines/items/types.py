@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.samples import FileRef, Input
+from pipelines.samples import FileRef, Input, Sample
 
 Role = Literal["query", "positive"]
 ID = "S32"
@@ -58,6 +58,18 @@ def content_id(content: object) -> str:
     """Return 32 hex digits for any content that JSON can hold."""
     text = json.dumps(content, ensure_ascii=False, sort_keys=True)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def query_id(sample: Sample) -> str:
+    """Return the id of a sample's query: equal for equal content and instruction, wherever it is."""
+    kinds = [media.kind for media in sample.query.media]
+    return content_id(["query", sample.query_sha256, kinds, sample.instruction])
+
+
+def target_id(sample: Sample) -> str:
+    """Return the id of a sample's target, as `query_id` does that of its query."""
+    kinds = [media.kind for media in sample.positive.media]
+    return content_id(["target", sample.target_sha256, kinds, sample.target_instruction])
 
 
 def as_ids(ids: Iterable[str]) -> npt.NDArray[np.bytes_]:

@@ -112,18 +112,6 @@ class EmbeddingDistillationConfig(TeacherConfig):
     the cosines, without temperatures."""
 
 
-class QuantizedConfig(Config):
-    """Train for vectors that are stored in few bits: the loss is also that of rounded vectors (straight-through).
-
-    Exports and servers are the same as without it: the model returns unrounded vectors, and an index rounds them.
-    """
-
-    types: Annotated[list[Literal["int8", "binary"]], Field(min_length=1)] = Field(default=["int8"])
-    """`int8`: 255 steps of a learned size (LSQ, arXiv 1902.08153). `binary`: the sign of each value."""
-    weight: PositiveFloat = 1.0
-    """Factor of the loss of each type. It is added to that of the unrounded vectors. Our choice."""
-
-
 Inherit = Literal["inherit"]
 Margin = Annotated[float, Field(ge=0, lt=2)]
 FocalGamma = Annotated[float, Field(ge=1)]
@@ -194,8 +182,6 @@ class ObjectiveConfig(Config):
     matryoshka: list[PositiveInt] = Field(default=[])
     """Smaller widths of the vector that are trained too: its first values are a vector of their own. The loss is the
     mean over these and the full width (Kusupati et al., arXiv 2205.13147)."""
-    quantized: QuantizedConfig | None = None
-    """Train for vectors in 8 bits or 1 bit. `null`: only for unrounded ones."""
     tasks: dict[str, TaskObjectiveConfig] = Field(default={})
     """Task -> settings that hold for its batches instead. A group of sources with several tasks has its own name."""
     tile_rows: PositiveInt | None = 512
@@ -204,14 +190,8 @@ class ObjectiveConfig(Config):
 
     @model_validator(mode="after")
     def _compatible(self) -> ObjectiveConfig:
-        types = self.quantized.types if self.quantized else []
-        for name, values in (
-            ("same_side", self.same_side),
-            ("matryoshka", self.matryoshka),
-            ("quantized.types", types),
-        ):
-            if len(set(values)) < len(values):
-                raise ValueError(f"{name} must not name anything twice")
+        if len(set(self.same_side)) < len(self.same_side) or len(set(self.matryoshka)) < len(self.matryoshka):
+            raise ValueError("same_side and matryoshka must not name anything twice")
         if any(map(_follows_student, [self, *map(self.of_task, self.tasks)])) and self.temperature.learnable:
             raise ValueError(
                 "teacher_temperature: student needs a fixed temperature, because a larger one lowers the loss by"

@@ -71,6 +71,11 @@ class RerankObjectiveConfig(Config):
         """Whether a teacher's scores are learned. They are not."""
         return False
 
+    @property
+    def distills_vectors(self) -> bool:
+        """Whether a teacher's vectors are learned. They are not."""
+        return False
+
     def check_tasks(self, tasks: Collection[str]) -> None:
         """Accept all tasks: they share all settings."""
 

@@ -47,6 +47,8 @@ class VectorsFile(TypedDict):
     """`vectors.json`: the parts of a dataset's vectors, and what they were made of."""
 
     parts: list[str]
+    query_parts: NotRequired[list[str]]
+    """Parts of the vectors of queries, which no search finds. A student learns from them."""
     num_vectors: NonNegativeInt
     model: str
     config: str
@@ -187,6 +189,11 @@ class Corpus:
         if not query.visuals:
             return INSTRUCTIONS["text_image"][0]
         return INSTRUCTIONS["image_text_image"][0] if query.text else INSTRUCTIONS[_TASKS[query.visuals[0].kind]][1]
+
+
+def all_parts(manifest: VectorsFile) -> list[str]:
+    """Return the parts of targets and of queries."""
+    return [*manifest["parts"], *manifest.get("query_parts", [])]
 
 
 def read_vectors_file(store: Store) -> VectorsFile:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.errors import UserError
+from pipelines.items.types import as_ids, query_id, target_id
 from pipelines.samples import DecodedInput, DecodedSample
 from rzen.inputs.processor import EncodedBatch, Processor
 
@@ -46,6 +47,17 @@ class EncodedPairs:
     """[B], score that a teacher gives each target for its query. NaN where unknown."""
     negative_teacher_scores: npt.NDArray[np.float32]
     """The same of each mined negative."""
+    vector_ids: npt.NDArray[np.bytes_]
+    """[B, 2], ids by which stored vectors of query and target are found (`pipelines.items`)."""
+    teacher_vectors: npt.NDArray[np.float32] | None = None
+    """[B, 2, D], vectors that a teacher gives query and target. NaN where unknown. None without a teacher."""
+
+    @property
+    def num_without_teacher(self) -> int:
+        """Pairs for which the teacher has no vector of the query or of the target. 0 without a teacher."""
+        if self.teacher_vectors is None:
+            return 0
+        return int(np.isnan(self.teacher_vectors[..., 0]).any(axis=1).sum())
 
     def __len__(self) -> int:
         return len(self.target_ids)
@@ -110,6 +122,7 @@ class PairEncoder:
             relevance=np.array([sample.relevance], np.float64),  # None becomes NaN
             teacher_scores=np.full(1, np.nan, np.float32),
             negative_teacher_scores=np.full(len(negatives), np.nan, np.float32),
+            vector_ids=as_ids([query_id(sample), target_id(sample)]).reshape(1, 2),
         )
 
     def candidate(self, decoded: DecodedInput) -> EncodedBatch:
@@ -152,11 +165,20 @@ class PairEncoder:
             relevance=np.concatenate([pair.relevance for pair in pairs]),
             teacher_scores=np.concatenate([pair.teacher_scores for pair in pairs]),
             negative_teacher_scores=np.concatenate([pair.negative_teacher_scores for pair in pairs]),
+            vector_ids=np.concatenate([pair.vector_ids for pair in pairs]),
+            teacher_vectors=_joined_vectors(pairs),
         )
 
     def held_out(self, groups: Sequence[Sequence[EncodedPairs]]) -> EncodedPairs:
         """Return all held-out pairs in order as one batch. At least one is needed."""
         return self.collate([pair for group in groups for pair in group])
+
+
+def _joined_vectors(pairs: Sequence[EncodedPairs]) -> npt.NDArray[np.float32] | None:
+    """Return the teacher's vectors of all pairs. Either all pairs have such rows, or none has."""
+    known = [pair.teacher_vectors for pair in pairs if pair.teacher_vectors is not None]
+    assert len(known) in (0, len(pairs)), "pairs with and without a teacher"
+    return np.concatenate(known) if known else None
 
 
 def _ids(sha256: Sequence[str]) -> npt.NDArray[np.int64]:

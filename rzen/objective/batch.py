@@ -37,7 +37,7 @@ class Mined:
 
 @dataclass(frozen=True)
 class TeacherVectors:
-    """Vectors that a larger model gives the pairs of all ranks, of its own width, NaN where unknown. Without gradient."""
+    """Vectors that a larger model gives the pairs of all ranks, of its own width. NaN where unknown, no gradient."""
 
     queries: Vectors
     """`[N, Dt]`."""

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rzen.inputs.pairs import EncodedPairs
-from rzen.objective.batch import Batch, Mined
+from rzen.objective.batch import Batch, Mined, TeacherVectors
 from rzen.objective.gather import gather_ids, gather_with_gradient
 from rzen.vectors import Vectors, take, zeros
 
@@ -39,6 +39,8 @@ class _AllRanks:
     """`[N, 3]`: ids of targets, queries and instructions."""
     queries: Vectors | None
     relevance: Tensor | None
+    teacher_vectors: Tensor | None
+    """`[N, 2, Dt]`: those of queries and targets."""
 
 
 def contrasted_batches(
@@ -84,6 +86,9 @@ def contrasted_batches(
             instruction_ids=instruction_ids,
             relevance=None if gathered.relevance is None else of_block(gathered.relevance),
             teacher_scores=torch.tensor(pairs.teacher_scores[rows], device=own.targets.device),
+            teacher_vectors=None
+            if gathered.teacher_vectors is None
+            else TeacherVectors(*of_block(gathered.teacher_vectors).unbind(dim=1)),
         )
         start += size
 
@@ -93,11 +98,13 @@ def _gather(own: OwnVectors, pairs: EncodedPairs, needs_queries: bool) -> _AllRa
     ids = np.stack([pairs.target_ids, pairs.query_ids, pairs.instruction_ids], axis=1)
     relevance_N = gather_ids(torch.tensor(pairs.relevance, device=device))
     is_graded = not bool(relevance_N.isnan().all())
+    teacher = pairs.teacher_vectors
     return _AllRanks(
         targets=gather_with_gradient(own.targets),
         ids=gather_ids(torch.tensor(ids, device=device)),
         queries=gather_with_gradient(own.queries) if is_graded or needs_queries else None,
         relevance=relevance_N if is_graded else None,
+        teacher_vectors=None if teacher is None else gather_ids(torch.tensor(teacher, device=device)),
     )
 
 

@@ -120,7 +120,11 @@ class EmbeddingLearner(Learner):
             chunks = chunks_of(lengths, self.chunk_tokens, packed=self.embedder.packs)
         vectors = self.embed([single for role in roles for single in role.split()], chunks)
         padding = padding_fraction(lengths, chunks, packed=self.embedder.packs)
-        counts = {"tokens": torch.tensor(lengths.sum()), "padding_fraction": torch.tensor(padding)}
+        counts = {
+            "tokens": torch.tensor(lengths.sum()),
+            "padding_fraction": torch.tensor(padding),
+            "no_teacher_fraction": torch.tensor(pairs.num_without_teacher / len(pairs)),
+        }
         queries, targets, *mined = torch.split(vectors, sizes)
         return OwnVectors(queries, targets, mined[0] if mined else None), counts
 

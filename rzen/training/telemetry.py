@@ -29,6 +29,7 @@ _EMBEDDER_METRICS = {
     "effective_fraction": Metric("kept negatives that weigh in, by their hardness weights (Kish)", "fraction"),
     "positive_similarity": Metric("mean cosine of query and positive"),
     "negative_similarity": Metric("mean cosine of query and negatives, dropped ones included"),
+    "no_teacher_fraction": Metric("pairs for which `data.teacher_vectors` lacks the query or the target", "fraction"),
 }
 _RERANKER_METRICS = {
     "positive_probability": Metric("mean probability of yes of the positives"),

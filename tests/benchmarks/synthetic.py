@@ -146,6 +146,7 @@ def encode(pairs: Sequence[Pair], config: Any) -> list[EncodedPairs]:
             relevance=np.full(1, np.nan),
             teacher_scores=np.full(1, np.nan, np.float32),
             negative_teacher_scores=np.zeros(0, np.float32),
+            vector_ids=np.zeros((1, 2), "S32"),
         )
         for number, (query, target) in enumerate(pairs)
     ]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch.distributed as dist
 from torch import Tensor
@@ -23,6 +24,7 @@ from pipelines.feed.batch import Candidate
 from pipelines.samples import DecodedInput, DecodedSample, Input, Sample
 from rzen.config import (
     DistillationConfig,
+    EmbeddingDistillationConfig,
     FalseNegativeConfig,
     HardnessConfig,
     LoraConfig,
@@ -43,6 +45,7 @@ from rzen.training.step import EmbeddingLearner
 from tests.gloo import run_workers
 from tests.tiny import PROMPT, TEXTS, TINY, noise, tiny_checkpoint, tiny_model
 
+NAN = math.nan
 CONFIG = ObjectiveConfig(
     false_negatives=FalseNegativeConfig(threshold=0.5, warmup_steps=0, max_dropped_fraction=0.25),
     temperature=TemperatureConfig(initial=0.1),
@@ -106,16 +109,26 @@ def pairs_by_rank(model_dir: str) -> list[list[EncodedPairs]]:
     ]
     ranks = [[encoder.sample(sample) for sample in samples] for samples in (text, mixed)]
     scores = iter(np.linspace(0.1, 0.9, 9, dtype=np.float32))
-    return [[with_teacher(pair, scores) for pair in pairs] for pairs in ranks]
+    vectors = iter(teacher_vectors())
+    return [[with_teacher(pair, scores, next(vectors)) for pair in pairs] for pairs in ranks]
 
 
-def with_teacher(pair: EncodedPairs, scores: Iterator[np.float32]) -> EncodedPairs:
-    """Scores of the target and the negatives of a pair."""
+def teacher_vectors() -> npt.NDArray[np.float32]:
+    """Vectors of the six pairs, not of the model's width. Pair 1 has none of its query, pair 3 of its target."""
+    vectors = np.random.default_rng(3).normal(size=(6, 2, 9)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=2, keepdims=True)
+    vectors[1, 0] = vectors[3, 1] = NAN
+    return vectors
+
+
+def with_teacher(pair: EncodedPairs, scores: Iterator[np.float32], vectors: npt.NDArray[np.float32]) -> EncodedPairs:
+    """Scores of the target and the negatives of a pair, and vectors of its query and target."""
     target, *negatives = [next(scores) for _ in range(1 + int(pair.negative_counts[0]))]
     return replace(
         pair,
         teacher_scores=np.array([target], np.float32),
         negative_teacher_scores=np.array(negatives, np.float32),
+        teacher_vectors=vectors[None],
     )
 
 
@@ -151,7 +164,6 @@ def with_relevance(ranks: list[list[EncodedPairs]], relevance: list[list[float]]
     ]
 
 
-NAN = math.nan
 RELEVANCE = {
     "contrasted": [[NAN, NAN, NAN], [NAN, NAN, NAN]],
     "graded": [[1.0, 3.0, 2.0], [5.0, 2.0, 0.5]],
@@ -164,6 +176,9 @@ APART = {"in_batch": False, "margin": 1.5, "false_negatives": None, "hardness": 
 A_OWN = CONFIG.model_copy(update={"tasks": {"a": TaskObjectiveConfig(mined=OWN)}})
 B_OWN = CONFIG.model_copy(update={"tasks": {"b": TaskObjectiveConfig(mined=OWN, **APART)}})
 DISTILLED = CONFIG.model_copy(update={"distillation": DistillationConfig(weight=3.0)})
+TEACHER = CONFIG.model_copy(
+    update={"embedding_distillation": EmbeddingDistillationConfig(weight=3.0), "symmetric": 0.3, "tile_rows": 2}
+)
 DISTILLED_OWN = DISTILLED.model_copy(update={"mined": OWN})
 CASES: list[tuple[ObjectiveConfig, list[tuple[str, int]], str]] = [
     (CONFIG, [("b", 3)], "contrasted"),
@@ -174,6 +189,8 @@ CASES: list[tuple[ObjectiveConfig, list[tuple[str, int]], str]] = [
     (B_OWN, [("a", 2), ("b", 1)], "contrasted"),
     (DISTILLED, [("b", 3)], "contrasted"),
     (DISTILLED_OWN, [("b", 3)], "contrasted"),
+    (TEACHER, [("b", 3)], "contrasted"),
+    (TEACHER, [("a", 1), ("b", 2)], "contrasted"),
     (CONFIG, [("b", 3)], "graded"),
     (CONFIG, [("a", 1), ("b", 2)], "graded"),
     (CONFIG, [("a", 1), ("b", 2)], "second block graded"),

@@ -23,7 +23,7 @@ from pipelines.plan.build import build_plan
 from pipelines.plan.resample import next_mixture_change
 from pipelines.plan.types import SourceTable
 from rzen.config import RerankObjectiveConfig
-from rzen.objective.batch import Batch, Mined
+from rzen.objective.batch import Batch, Mined, TeacherVectors
 from rzen.objective.loss import Objective
 from rzen.reranking.loss import pair_weights
 from rzen.training import rerank
@@ -136,7 +136,9 @@ def loss_of(spec: TrainSpec) -> Any:
         places = torch.arange(8).view(2, 4).T
         brought = Mined(mined[places], brought.owners[places])
     objective = Objective(spec.objective, ["t"])
-    batch = Batch(queries, targets, "t", all_queries=queries, mined=brought if spec.data.negatives_per_sample else None)
+    teacher = TeacherVectors(targets, queries) if spec.data.teacher_vectors else None
+    mined = brought if spec.data.negatives_per_sample else None
+    batch = Batch(queries, targets, "t", all_queries=queries, mined=mined, teacher_vectors=teacher)
     return [objective(batch, step)[0].item() for step in range(spec.steps or 40)]
 
 
@@ -274,6 +276,23 @@ TRAINING = [
         "objective.false_negatives={threshold: 0.5, warmup_steps: 20}",
         STEPS20,
         ("steps=40",),
+        loss_of,
+    ),
+    Case(
+        "train",
+        "data.teacher_vectors",
+        "embedding_distillation is not set",
+        "data.teacher_vectors=v",
+        (),
+        ("objective.embedding_distillation={}", "data.teacher_vectors=w"),
+    ),
+    Case(
+        "train",
+        "objective.embedding_distillation.teacher_temperature",
+        "mse has no temperatures",
+        "objective.embedding_distillation.teacher_temperature=0.3",
+        ("objective.embedding_distillation.loss=mse", "data.teacher_vectors=v"),
+        ("objective.embedding_distillation.loss=kl", "data.teacher_vectors=v"),
         loss_of,
     ),
     *(
