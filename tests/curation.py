@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from random import Random
 
+import numpy as np
+import pyarrow as pa
 from PIL import Image
 
 from pipelines.config import DataConfig, MediaConfig
@@ -20,7 +22,9 @@ from pipelines.curate.features import (
     write_features,
 )
 from pipelines.curate.load import load_samples
+from pipelines.curate.pictures import GRID_BYTES
 from pipelines.curate.samples import Samples
+from pipelines.curate.texts import NUM_PERMUTATIONS
 from pipelines.samples import Input, Media, MediaKind, Members, Sample, Split
 from pipelines.shards.duplicates import with_duplicates
 from pipelines.shards.index import with_hashes
@@ -105,3 +109,41 @@ def loaded(folder: Path, **sources: Sequence[Pair]) -> Samples:
     inputs = publish(folder, sources)
     featured(folder, inputs)
     return load_samples(inputs, FAMILIES, SETTINGS, open_store(str(folder / "cache")))
+
+
+def random_features(num_inputs: int, seed: int) -> tuple[pa.Table, pa.Table]:
+    """Features of texts and of media as the cache has them, of a random picture and a text of 40 words for each."""
+    rng = np.random.default_rng(seed)
+
+    def fixed(width: int) -> pa.Array:
+        return pa.array([row.tobytes() for row in rng.integers(0, 256, (num_inputs, width), np.uint8)])
+
+    numbers = rng.integers(0, 1 << 62, (num_inputs, 34), np.uint64)
+    texts = {
+        "key": [f"{seed}-{n}" for n in range(num_inputs)],
+        "content": fixed(16).cast(pa.binary(16)),
+        "graded": [False] * num_inputs,
+        "num_media": pa.array(np.ones(num_inputs, np.int32)),
+        "text": [" ".join(map(str, row)) for row in (numbers % 100_000).tolist()],
+        "num_chars": pa.array(np.full(num_inputs, 200, np.int32)),
+        "min_hash": fixed(4 * NUM_PERMUTATIONS).cast(pa.binary(4 * NUM_PERMUTATIONS)),
+        "ngrams": pa.array(list(numbers), pa.list_(pa.uint64())),
+        "language": [""] * num_inputs,
+        "confidence": pa.array(np.zeros(num_inputs, np.float32)),
+    }
+    media = {
+        "kinds": ["i"] * num_inputs,
+        "content": pa.array(numbers[:, 0]),
+        "width": pa.array(np.full(num_inputs, 300, np.int32)),
+        "height": pa.array(np.full(num_inputs, 200, np.int32)),
+        "hashes": pa.array(list(numbers[:, 1:2]), pa.list_(pa.uint64())),
+        "grids": fixed(GRID_BYTES),
+        "reason": [""] * num_inputs,
+    }
+    return pa.table(texts), pa.table(media)
+
+
+def anonymous_mb() -> float:
+    """Memory of this process that is not of a file."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1e3

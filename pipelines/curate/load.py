@@ -57,7 +57,9 @@ def _groups(inputs: Iterable[Inputs]) -> Iterator[list[Inputs]]:
         yield group
 
 
-def _read(family: Family, inputs: Sequence[Inputs], settings: FeatureSettings, cache: Store) -> list[pa.Table]:
+def _read(family: Family, inputs: Sequence[Inputs], settings: FeatureSettings, cache: Store) -> Iterator[pa.Table]:
+    """Yield the features of each of the inputs in order. A few are read ahead."""
     read = partial(read_features, family, settings=settings, cache=cache)
     with ThreadPoolExecutor(_READERS) as pool:
-        return [*pool.map(read, inputs)]
+        for start in range(0, len(inputs), _READERS):
+            yield from pool.map(read, inputs[start : start + _READERS])

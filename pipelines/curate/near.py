@@ -124,11 +124,11 @@ class _Comparer:
 
 def _text_pairs(samples: Samples, leaders: Ints) -> Iterator[tuple[Ints, Ints]]:
     """Yield pairs of samples with an equal band of MinHash values, each once."""
-    min_hash = samples.texts.min_hash
-    both = np.minimum(min_hash[2 * leaders + QUERY], min_hash[2 * leaders + POSITIVE])
     found = np.zeros(0, np.int64)
     for band in range(NUM_BANDS):
-        found = np.union1d(found, _band_pairs(both[:, band * BAND_ROWS : (band + 1) * BAND_ROWS]))
+        min_hash = samples.texts.min_hash[:, band * BAND_ROWS : (band + 1) * BAND_ROWS]
+        both = np.minimum(min_hash[2 * leaders + QUERY], min_hash[2 * leaders + POSITIVE])
+        found = np.union1d(found, _band_pairs(both))
     yield found // len(leaders), found % len(leaders)
 
 

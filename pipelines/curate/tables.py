@@ -1,4 +1,7 @@
-"""The features of many inputs as arrays. M inputs have F frames of media in all."""
+"""The features of many inputs as arrays. M inputs have F frames of media in all.
+
+Large columns are in memory-mapped files (`columns.py`), so that a table of millions of inputs needs little memory.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pipelines.curate.columns import Column, ListColumn, TextColumns
 from pipelines.curate.hamming import Hashes, Ints
 from pipelines.curate.pictures import GRID_BYTES, Grids
 from pipelines.curate.texts import NUM_PERMUTATIONS, MinHashes
@@ -39,20 +43,30 @@ class MediaTable:
 
     @classmethod
     def of(cls, tables: Iterable[pa.Table]) -> MediaTable:
-        """Return the features of several files together."""
-        table = _joined(tables)
-        if table is None:
-            return cls.unknown(0)
-        hashes_list = table["hashes"].combine_chunks()
+        """Return the features of several files together. Each is read when the one before has been taken in."""
+        columns = {name: Column() for name in ("kinds", "content", "width", "height", "grids")}
+        frames, reasons, num_inputs = ListColumn(), dict[int, str](), 0
+        for table in tables:
+            kinds = table["kinds"].to_pylist()
+            columns["kinds"].append(np.array(kinds, _KINDS_TYPE))
+            columns["content"].append(table["content"].to_numpy())
+            columns["width"].append(table["width"].to_numpy().astype(np.int64))
+            columns["height"].append(table["height"].to_numpy().astype(np.int64))
+            columns["grids"].append(_bytes_of(table["grids"]))
+            frames.append(*_lists_of(table["hashes"]))
+            texts = enumerate(table["reason"].to_pylist(), start=num_inputs)
+            reasons |= {place: reason for place, reason in texts if reason}
+            num_inputs += len(table)
+        bounds, hashes = frames.arrays(np.uint64)
         return cls(
-            kinds=np.array(table["kinds"].to_pylist(), _KINDS_TYPE),
-            content=table["content"].to_numpy(),
-            width=table["width"].to_numpy().astype(np.int64),
-            height=table["height"].to_numpy().astype(np.int64),
-            bounds=hashes_list.offsets.to_numpy().astype(np.int64),
-            hashes=hashes_list.flatten().to_numpy(),
-            grids=_bytes_of(table["grids"]).reshape(-1, GRID_BYTES),
-            reasons={place: reason for place, reason in enumerate(table["reason"].to_pylist()) if reason},
+            kinds=columns["kinds"].array(_KINDS_TYPE),
+            content=columns["content"].array(np.uint64),
+            width=columns["width"].array(np.int64),
+            height=columns["height"].array(np.int64),
+            bounds=bounds,
+            hashes=hashes,
+            grids=columns["grids"].array(np.uint8).reshape(-1, GRID_BYTES),
+            reasons=reasons,
         )
 
     @classmethod
@@ -99,52 +113,49 @@ class TextTable:
 
     @classmethod
     def of(cls, tables: Iterable[pa.Table]) -> TextTable:
-        """Return the features of several files together."""
-        table = _joined(tables)
-        assert table is not None, "an empty split has no rules"
-        ngrams = table["ngrams"].combine_chunks()
+        """Return the features of several files together. Each is read when the one before has been taken in."""
+        columns = {name: Column() for name in ("content", "graded", "num_media", "num_chars", "min_hash", "confidence")}
+        ngrams, texts = ListColumn(), TextColumns("key", "text", "language")
+        for table in tables:
+            columns["content"].append(_bytes_of(table["content"]))
+            columns["graded"].append(table["graded"].to_numpy(zero_copy_only=False))
+            columns["num_media"].append(table["num_media"].to_numpy().astype(np.int64))
+            columns["num_chars"].append(table["num_chars"].to_numpy().astype(np.int64))
+            columns["min_hash"].append(_bytes_of(table["min_hash"]))
+            columns["confidence"].append(table["confidence"].to_numpy())
+            ngrams.append(*_lists_of(table["ngrams"]))
+            texts.append(table)
+        keys, shown, languages = texts.arrays()
+        bounds, values = ngrams.arrays(np.uint64)
         return cls(
-            keys=table["key"],
-            content=_bytes_of(table["content"]).view("S16"),
-            graded=table["graded"].to_numpy(zero_copy_only=False),
-            num_media=table["num_media"].to_numpy().astype(np.int64),
-            texts=table["text"],
-            num_chars=table["num_chars"].to_numpy().astype(np.int64),
-            min_hash=_bytes_of(table["min_hash"]).view(np.uint32).reshape(-1, NUM_PERMUTATIONS),
-            bounds=ngrams.offsets.to_numpy().astype(np.int64),
-            ngrams=ngrams.flatten().to_numpy(),
-            languages=table["language"],
-            confidence=table["confidence"].to_numpy(),
+            keys=keys,
+            content=columns["content"].array("S16"),
+            graded=columns["graded"].array(np.bool_),
+            num_media=columns["num_media"].array(np.int64),
+            texts=shown,
+            num_chars=columns["num_chars"].array(np.int64),
+            min_hash=columns["min_hash"].array(np.uint32).reshape(-1, NUM_PERMUTATIONS),
+            bounds=bounds,
+            ngrams=values,
+            languages=languages,
+            confidence=columns["confidence"].array(np.float32),
         )
 
 
-def _joined(tables: Iterable[pa.Table]) -> pa.Table | None:
-    some = list(tables)
-    if not some:
-        return None
-    # Lists and bytes of many files together may pass 2 GB, which the small types cannot address.
-    wide = pa.schema([field.with_type(_WIDE.get(field.type, field.type)) for field in some[0].schema])
-    return pa.concat_tables(table.cast(wide) for table in some).combine_chunks()
-
-
-_WIDE = {
-    pa.string(): pa.large_string(),
-    pa.binary(): pa.large_binary(),
-    pa.list_(pa.uint64()): pa.large_list(pa.uint64()),
-}
+def _lists_of(column: pa.ChunkedArray) -> tuple[Ints, npt.NDArray[Any]]:
+    """Return the length of each list, and the values of all."""
+    lists = column.combine_chunks()
+    return np.diff(lists.offsets.to_numpy().astype(np.int64)), lists.flatten().to_numpy()
 
 
 def _bytes_of(column: pa.ChunkedArray) -> npt.NDArray[Any]:
     """Return the bytes of all values, one after the other, uint8."""
     array = column.combine_chunks()
-    if isinstance(array, pa.ChunkedArray):
-        array = array.chunk(0) if array.num_chunks else pa.array([], column.type)
     data = array.buffers()[-1]
-    if data is None:
+    if data is None or not len(array):
         return np.zeros(0, np.uint8)
     if pa.types.is_fixed_size_binary(array.type):
         width = array.type.byte_width
         return np.frombuffer(data, np.uint8)[array.offset * width : (array.offset + len(array)) * width]
-    offsets = array[0:].buffers()[1]
-    ends = np.frombuffer(offsets, np.int64)[array.offset : array.offset + len(array) + 1]
+    ends = np.frombuffer(array.buffers()[1], np.int32)[array.offset : array.offset + len(array) + 1]
     return np.frombuffer(data, np.uint8)[int(ends[0]) : int(ends[-1])]
