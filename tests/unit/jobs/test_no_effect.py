@@ -364,7 +364,7 @@ CARD = (
     "{model_name: m, model_backbone: b, model_size: 2B, embedding_dimension: 8, max_length_tokens: 8,"
     " model_release_date: 2026-01-01, url: 'https://a.b'}"
 )
-RERANK, TUNE, TUNED = "rerank.model={base: r}", "rerank.tune={root: t}", "rerank.tune"
+RERANKED, TUNE, TUNED = "rerank.model={base: r}", "rerank.tune={root: t}", "rerank.tune"
 PROBE, CHOOSE = "probe={spec: p}", ("soups={g: {method: greedy}}",)
 OTHERS = [
     Case("evaluate", "datasets", "suites is empty", "datasets=[x]", (), SUITES),
@@ -377,15 +377,25 @@ OTHERS = [
     Case("evaluate", "data.max_bad_fraction", "error", "data.max_bad_fraction=0.5", (), None),
     Case("evaluate", "data.instructions", "decides", "data.instructions=false", (), None),
     Case(
-        "evaluate", "rerank.tune", "data is not set", "rerank.tune={root: t}", (RERANK, "data=null", *SUITES), (RERANK,)
+        "evaluate",
+        "rerank.tune",
+        "data is not set",
+        "rerank.tune={root: t}",
+        (RERANKED, "data=null", *SUITES),
+        (RERANKED,),
     ),
-    Case("evaluate", "rerank.tune_queries", "not set", "rerank.tune_queries=9", (RERANK,), (RERANK, TUNE)),
-    Case("evaluate", "rerank.tune.mixture", "scored", "rerank.tune.mixture.run_length=4", (RERANK, TUNE), None),
+    Case("evaluate", "rerank.tune_queries", "not set", "rerank.tune_queries=9", (RERANKED,), (RERANKED, TUNE)),
+    Case("evaluate", "rerank.tune.mixture", "scored", "rerank.tune.mixture.run_length=4", (RERANKED, TUNE), None),
     Case(
-        "evaluate", "rerank.tune.negatives_per_sample", "mined", f"{TUNED}.negatives_per_sample=2", (RERANK, TUNE), None
+        "evaluate",
+        "rerank.tune.negatives_per_sample",
+        "mined",
+        f"{TUNED}.negatives_per_sample=2",
+        (RERANKED, TUNE),
+        None,
     ),
-    Case("evaluate", "rerank.tune.max_bad_fraction", "error", f"{TUNED}.max_bad_fraction=0.5", (RERANK, TUNE), None),
-    Case("evaluate", "rerank.tune.instructions", "decides", f"{TUNED}.instructions=false", (RERANK, TUNE), None),
+    Case("evaluate", "rerank.tune.max_bad_fraction", "error", f"{TUNED}.max_bad_fraction=0.5", (RERANKED, TUNE), None),
+    Case("evaluate", "rerank.tune.instructions", "decides", f"{TUNED}.instructions=false", (RERANKED, TUNE), None),
     Case("mine", "data.mixture", "`sources` decides", "data.mixture.merge_small=true", (), None),
     Case("mine", "data.negatives_per_sample", "embedded", "data.negatives_per_sample=2", (), None),
     Case("mine", "data.max_bad_fraction", "no candidates", "data.max_bad_fraction=0.5", (), None),
