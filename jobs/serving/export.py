@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NotRequired
@@ -33,9 +34,15 @@ class _Data(TypedDict):
 
 
 @stored_file
+class _Objective(TypedDict):
+    matryoshka: NotRequired[list[int]]
+
+
+@stored_file
 class _Spec(TypedDict):
     global_batch: int
     data: _Data
+    objective: NotRequired[_Objective]
 
 
 @stored_file
@@ -89,7 +96,10 @@ def _export(spec: ExportSpec, base: Path, adapter: Path | None, out: Store, leas
         datasets=spec.datasets,
         versions=versions() | {"revision": revision()},
     )
-    options = ExportOptions(spec.format, spec.dtype, spec.frames or _frames(recipes), dict(spec.instructions), facts)
+    dimensions = tuple(spec.dimensions if spec.dimensions is not None else trained_dimensions(recipes, weights))
+    options = ExportOptions(
+        spec.format, spec.dtype, spec.frames or _frames(recipes), dict(spec.instructions), dimensions, facts
+    )
     identity = read_identity(adapter or base, spec.identity)
     with disk_errors(tempfile.gettempdir()), tempfile.TemporaryDirectory(prefix="rzen-export-") as folder:
         local = Path(folder, "model")
@@ -140,6 +150,14 @@ def _frames(recipes: dict[str, Any]) -> int:
     """Most of any run, made even."""
     frames = [recipe["spec"]["data"]["media"]["frames"] for recipe in recipes.values()]
     return (max(frames, default=FRAMES) + 1) // 2 * 2
+
+
+def trained_dimensions(recipes: Mapping[str, Any], parents: Iterable[str]) -> list[int]:
+    """Return the smaller widths of the last training: of all parents of a soup, else of the last run that is known."""
+    names = [_run_name(url) for url in parents] or list(recipes)[-1:]
+    trained = [set(recipes[name]["spec"].get("objective", {}).get("matryoshka", [])) if name in recipes else set()
+               for name in names]  # fmt: skip
+    return sorted(set.intersection(*trained)) if trained else []
 
 
 def _scores(spec: ExportSpec, base: Path, adapter: Path | None) -> dict[str, Any]:

@@ -40,6 +40,9 @@ class ExportSpec(ModelIdentity, JobConfig):
     instructions: Named[str] = Field(default_factory=dict)
     """Name -> instruction, for `task` of rzen's own search and for `encode(..., prompt_name=...)` of
     sentence-transformers. The name of a task of rzen replaces its instruction of queries."""
+    dimensions: list[PositiveInt] | None = None
+    """Smaller widths for `dimensions` of requests to vLLM and `rzen serve`. `null` takes `objective.matryoshka` of the
+    training if its settings are next to the weights. Of a soup, it takes those that all parents were trained for."""
     scores: str | None = None
     """Local results.json of an evaluation of these weights, for the model card."""
     license: str | None = None
@@ -219,6 +222,7 @@ EXPORT = Kind(
     no_effect=(
         NoEffect("frames", lambda spec: spec.format != "model", "only format: model has files for other libraries"),
         NoEffect("instructions", lambda spec: spec.format != "model", "only format: model has files for them"),
+        NoEffect("dimensions", lambda spec: spec.format == "adapter", "an adapter has no config.json"),
         NoEffect("dtype", lambda spec: spec.format == "adapter", "an adapter keeps its type"),
     ),
 )

@@ -185,8 +185,17 @@ class _RetrainRun:
             return None
         model, corpus = self._registry.exports(self.id), self._registry.corpora(self.id)
         if not is_published(model):
-            ref = _ref(self._registry.lineage(self.id), self._registry.url(self.id))
-            export(ExportSpec(kind="export", model=ref, out=model.url, endpoint=self._endpoint))
+            lineage = self._registry.lineage(self.id)
+            trained = lineage["spec"]
+            spec = {
+                "kind": "export",
+                "model": _ref(lineage, self._registry.url(self.id)).model_dump(),
+                "dimensions": trained["objective"]["matryoshka"],
+                "frames": (trained["data"]["media"]["frames"] + 1) // 2 * 2,
+                "out": model.url,
+                "endpoint": self._endpoint,
+            }
+            export(ExportSpec.model_validate(spec))
         places = {"model": model.url, "out": corpus.url, "endpoint": self._endpoint}
         embed(_embed_spec(self._spec.corpus, self._document, places))
         lease.check()

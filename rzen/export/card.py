@@ -108,8 +108,10 @@ def _loading(folder: Path, identity: ModelIdentity, format: str, unsupported_rea
             'model.encode("a red circle", prompt="Find an image that matches the given caption:")',
             'model.encode([image, {"text": "the same at night", "image": image}])',
         ),
-        'vLLM reads the same files: `LLM("PATH", runner="pooling")`, inputs as messages, the instruction as system'
-        " message.",
+        "vLLM reads the same files with `vllm serve PATH --runner pooling`. Send each input as `messages`, with the"
+        " instruction as system message. Do not send plain `input`: vLLM puts no chat template around it, and the"
+        " vector is another one. That holds for `texts` of its Cohere interface, and for its `/rerank` and `/score`.",
+        *_dimensions(folder),
         "transformers 5, where the last state of the last token, divided by its length, is the vector:",
         _code(
             "from transformers import AutoModel, AutoProcessor",
@@ -124,6 +126,14 @@ def _loading(folder: Path, identity: ModelIdentity, format: str, unsupported_rea
         else "",
         *_MTEB,
     ]
+
+
+def _dimensions(folder: Path) -> list[str]:
+    widths = read_json(folder / "config.json", dict[str, Any]).get("matryoshka_dimensions", [])
+    if not widths:
+        return []
+    names = ", ".join(map(str, widths))
+    return [f"The first values of a vector, divided by their length, are a vector too. Trained widths: {names}."]
 
 
 def _reading(identity: ModelIdentity) -> str:
@@ -246,7 +256,7 @@ def _limits(
             f" processing_kwargs={{'text': {{'truncation': True, 'max_length': {limit}}}}})`.",
             f"Other libraries give {frames} frames to a video, sampled by their own rule, and refuse shorter ones;"
             " frames are resized by torchvision, which rounds otherwise than Pillow.",
-            "vLLM has not been run.",
+            "In vLLM, plain `input` gives other vectors than `messages`, without an error.",
             "In other libraries, `<|im_end|>` and the like within a text are marks, not text.",
         ]
         if read_family(folder).timestamps:

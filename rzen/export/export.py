@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -61,6 +61,8 @@ class ExportOptions:
     """Frames of a video, for libraries that sample frames and size them by a fixed number. Even."""
     instructions: dict[str, str] = field(default_factory=dict)
     """Name -> instruction, for `task` of rzen and `prompt_name` of sentence-transformers."""
+    dimensions: tuple[int, ...] = ()
+    """Smaller widths that the model was trained for."""
     facts: ModelCardData = field(default_factory=ModelCardData)
     """Contents of the model card."""
 
@@ -105,6 +107,7 @@ def export_model(
             write_json(folder / IDENTITY, content | _with_temperatures(temperatures))
         else:
             _write_weights(model, base, folder, options.dtype)
+            _add_dimensions(folder / "config.json", options.dimensions)
             write_identity(folder, identity, options.dtype, lineage, temperatures)
             _add_origin(folder / IDENTITY, options)
         if options.format == "rzen_release":
@@ -161,6 +164,20 @@ def _add_origin(path: Path, options: ExportOptions) -> None:
         "training_data": sorted(sources),
     }
     write_json(path, read_json(path, dict[str, Any]) | {name: value for name, value in known.items() if value})
+
+
+def _add_dimensions(path: Path, dimensions: Sequence[int]) -> None:
+    """Add the widths of a vector that may be asked for, the full one included: vLLM and `rzen serve` accept no others.
+
+    Without smaller ones, vLLM accepts none. Raises `UserError` for one above the full width.
+    """
+    if not dimensions:
+        return
+    config = read_json(path, dict[str, Any])
+    full = config.get("text_config", config)["hidden_size"]
+    if wrong := [width for width in dimensions if width > full]:
+        raise UserError("dimensions", f"has {wrong[0]}, and the vectors have {full} values", "name smaller widths")
+    write_json(path, config | {"is_matryoshka": True, "matryoshka_dimensions": sorted({*dimensions, full})})
 
 
 def _with_temperatures(temperatures: Mapping[str, float]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 from pipelines.samples import DecodedInput
 from pipelines.stored_json import read_json
 from rzen.config import ModelIdentity, PromptConfig
+from rzen.embedding.tasks import named_tasks
 from rzen.export.chat_template import FILE, chat_template
 from rzen.families import read_family
 from rzen.inputs.processor import Processor
@@ -37,6 +38,7 @@ def write_files(folder: Path, identity: ModelIdentity, frames: int, instructions
     """Add the files to an exported model. `unsupported_reason` of its identity must be None.
 
     The `frames` of a video share `max_visual_tokens`. `instructions` have names, for `encode(..., prompt_name=...)`.
+    So have the tasks of rzen, but for a mean over all tokens, into which their tokens would enter.
     """
     config = read_json(folder / "config.json", dict[str, Any])
     width = config.get("text_config", config)["hidden_size"]
@@ -52,7 +54,7 @@ def write_files(folder: Path, identity: ModelIdentity, frames: int, instructions
     _write(folder / "1_Pooling/config.json", {"word_embedding_dimension": width} | pooling | {"include_prompt": True})
     _write(folder / "2_Normalize/config.json", {})
     _write(folder / "sentence_bert_config.json", _transformer())
-    _write(folder / "config_sentence_transformers.json", _prompts(instructions))
+    _write(folder / "config_sentence_transformers.json", _prompts(identity, instructions))
     _write_processors(folder, identity.prompt, frames)
     _write_template(folder, identity)
 
@@ -80,10 +82,18 @@ def _transformer() -> dict[str, Any]:
     }
 
 
-def _prompts(instructions: Mapping[str, str]) -> dict[str, Any]:
+def _prompts(identity: ModelIdentity, instructions: Mapping[str, str]) -> dict[str, Any]:
+    """Return the named prompts. An instruction is a system message, so it does not end in a space.
+
+    vLLM refuses an `input_type` that is no name. The ones of Cohere stand for no instruction.
+    """
+    names = ("query", "document", "search_query", "search_document")
+    tasks = {} if identity.readout.pooling == "mean" else named_tasks(instructions)
     return {
         "model_type": "SentenceTransformer",
-        "prompts": {"query": "", "document": ""} | dict(instructions),
+        "prompts": dict.fromkeys(names, "")
+        | {name: task["instruction"] for name, task in tasks.items()}
+        | dict(instructions),
         "default_prompt_name": None,
         "similarity_fn_name": "cosine",
     }

@@ -436,6 +436,7 @@ OTHERS = [
     Case("embed", "data.max_bad_fraction", "skipped", "data.max_bad_fraction=0.5", (), None),
     Case("export", "frames", "format: model", "frames=4", ("format=rzen_release",)),
     Case("export", "instructions", "format: model", "instructions={a: b}", ("format=adapter",)),
+    Case("export", "dimensions", "no config.json", "dimensions=[8]", ("format=adapter",)),
     Case("export", "dtype", "keeps its type", "dtype=float32", ("format=adapter",)),
     Case("check", "data.mixture", "first samples", "data.mixture.merge_small=true", (), None),
     Case("check", "data.negatives_per_sample", "queries and targets only", "data.negatives_per_sample=2", (), None),

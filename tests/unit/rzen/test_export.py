@@ -21,8 +21,10 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 import rzen
 from jobs.serving.export import run as run_export
+from jobs.serving.export import trained_dimensions
 from jobs.serving.specs import ExportSpec
 from pipelines.errors import UserError
+from pipelines.instructions import INSTRUCTIONS
 from pipelines.samples import DecodedInput, MediaKind, Visual
 from rzen.config import LoraConfig, MeanSoup, ModelIdentity, PromptConfig, ReadoutConfig, TinyBackbone
 from rzen.embedding.tasks import read_tasks
@@ -215,7 +217,7 @@ def test_what_breaks_leaves_nothing_behind(base: str, tmp_path: Path, monkeypatc
 
 def test_other_libraries_are_told_how_it_was_trained(base: str, tmp_path: Path) -> None:
     """The files as vLLM's pooling runner and sentence-transformers read them, which vLLM has not been run on."""
-    options = ExportOptions(dtype="float32", frames=6, instructions={"query": "Find it."})
+    options = ExportOptions(dtype="float32", frames=6, instructions={"query": "Find it."}, dimensions=(32, 16))
     assert export_model(base, None, tmp_path / "model", IDENTITY, options) is None
     found = {
         str(path.relative_to(tmp_path / "model")): json.loads(path.read_text())
@@ -234,13 +236,28 @@ def test_other_libraries_are_told_how_it_was_trained(base: str, tmp_path: Path) 
     assert next(name for name, value in pooling.items() if value is True) == "pooling_mode_lasttoken"
     assert [name for name, value in pooling.items() if value is True] == ["pooling_mode_lasttoken", "include_prompt"]
     assert pooling["word_embedding_dimension"] == 64
-    assert found["config_sentence_transformers.json"]["prompts"] == {"query": "Find it.", "document": ""}
+    prompts = found["config_sentence_transformers.json"]["prompts"]
+    assert [prompts[name] for name in ("query", "document", "search_query")] == ["Find it.", "", ""]
+    assert prompts["text_image"] == INSTRUCTIONS["text_image"][0]
+    # vLLM accepts these as `dimensions` of a request, and no others; so does `rzen serve`.
+    assert (found["config.json"]["is_matryoshka"], found["config.json"]["matryoshka_dimensions"]) == (
+        True,
+        [16, 32, 64],
+    )
+    assert AutoModel.from_pretrained(tmp_path / "model").config.matryoshka_dimensions == [16, 32, 64]
+    assert "Trained widths: 16, 32, 64." in (tmp_path / "model/README.md").read_text()
     assert found["preprocessor_config.json"]["size"] == {"shortest_edge": 4 * 28**2, "longest_edge": 24 * 28**2}
     assert found["preprocessor_config.json"]["max_pixels"] == 24 * 28**2
     video = found["video_preprocessor_config.json"]  # 24 tokens for three pairs of frames
     assert (video["num_frames"], video["size"]) == (6, {"shortest_edge": 4 * 28**2, "longest_edge": 8 * 28**2})
     assert "max_model_len" not in found["config.json"]
     assert found["tokenizer_config.json"].get("chat_template") is None
+
+
+def test_wider_vectors_than_there_are_cannot_be_exported(base: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="dimensions: has 65, and the vectors have 64 values"):
+        export_model(base, None, tmp_path / "model", IDENTITY, replace(FP32, dimensions=(16, 65)))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_readouts_that_other_libraries_do_not_know_have_no_files(base: str, tmp_path: Path) -> None:
@@ -257,12 +274,33 @@ def test_readouts_that_other_libraries_do_not_know_have_no_files(base: str, tmp_
         assert load_encoder(str(out))[1].readout == readout
 
 
+@pytest.mark.parametrize(
+    ("runs", "parents", "dimensions"),
+    [
+        ({"stage1": [8], "stage2": [16, 32]}, (), [16, 32]),  # the last training decides
+        ({"stage1": [8]}, (), [8]),
+        ({}, (), []),
+        ({"a": [8, 16, 32], "b": [32, 8]}, ("runs/a/adapter", "runs/b/adapter"), [8, 32]),
+        ({"a": [8]}, ("runs/a/adapter", "runs/unknown/adapter"), []),
+    ],
+)
+def test_widths_of_an_export_are_those_of_its_training(
+    runs: dict[str, list[int]], parents: tuple[str, ...], dimensions: list[int]
+) -> None:
+    recipes = {name: {"spec": {"objective": {"matryoshka": widths}}} for name, widths in runs.items()}
+    assert trained_dimensions(recipes, parents) == dimensions
+
+
 def test_a_card_tells_recipe_data_scores_and_limits(base: str, tmp_path: Path) -> None:
     """Through the job, which finds them."""
     runs = tmp_path / "runs"
     adapters = [trained_adapter(base, runs / name / "adapter", seed) for seed, name in enumerate(("first", "second"))]
     recipe = {
-        "spec": {"global_batch": 48, "data": {"media": {"frames": 5}}, "optim": {"lr": 2e-4}},
+        "spec": {
+            "global_batch": 48,
+            "data": {"media": {"frames": 5}},
+            "optim": {"lr": 2e-4},
+        },
         "data": {"data": {"photos": "f00d"}, "steps": 70},
         "revision": "abc123",
     }
@@ -287,6 +325,7 @@ def test_a_card_tells_recipe_data_scores_and_limits(base: str, tmp_path: Path) -
         "license": "apache-2.0",
         "languages": ["en", "de"],
         "datasets": ["me/photos"],
+        "dimensions": [8, 16],
     }
     assert run_export(ExportSpec.model_validate(spec | {"format": "adapter"})) == {"outputs": [spec["out"]]}
     assert (tmp_path / "fine model/adapter_config.json").is_file()
@@ -344,7 +383,8 @@ def test_a_card_tells_recipe_data_scores_and_limits(base: str, tmp_path: Path) -
         "| text_image | hit@1 | 50 | 25.0 | 37.5 | – | – | 75.0 |",
         "give 6 frames to a video",
         f"* base: `{base}`",
-        "vLLM has not been run",
+        "Do not send plain `input`",
+        "Trained widths: 8, 16, 64.",
         "* versions: deepspeed ",
         ", revision ",
     ):
