@@ -71,7 +71,7 @@ class LineageFile(TypedDict):
     id: str
     at: str
     by: str
-    base: NotRequired[str]
+    base: NotRequired[str | None]
     data: NotRequired[dict[str, Any]]
     verdict: NotRequired[Verdict]
 

@@ -38,7 +38,7 @@ def registry(store: Store, tmp_path: Path) -> Registry:
         (tmp_path / "model" / name).write_text(f"of {name}")
     registry = Registry(store)
     for model in ("a", "b", "c"):
-        registry.publish(model, tmp_path / "model", {"parents": [model]})
+        registry.publish(model, tmp_path / "model", {"parents": [model], "base": None})  # as a full fine-tune has it
     return registry
 
 
