@@ -125,6 +125,15 @@ JOBS = {
         ),
         tasks_write=True,
     ),
+    "reranker": Job(
+        "reranker.yaml",
+        (
+            "data.root=$RZEN_STORE/data",
+            "data.candidates=$RZEN_STORE/negatives/mined",
+            "run.root=$RZEN_STORE/runs",
+            "cluster.autoscaling=true",
+        ),
+    ),
     "select": Job("select.yaml", ("table=$RZEN_STORE/judged", "out=$RZEN_STORE/selected")),
     "cluster": Job("cluster.yaml", ("table=$RZEN_STORE/negatives/mined", "out=$RZEN_STORE/clustered")),
 }

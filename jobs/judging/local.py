@@ -27,7 +27,7 @@ from pipelines.errors import BadMedia
 from pipelines.imports import NOT_FOR_MODELS, without_garbage_collection, without_modules
 from pipelines.samples import DecodedInput, Rejected
 from rzen.config import PairPromptConfig
-from rzen.model.checkpoints import checkpoint_sha256, stored_dtype
+from rzen.model.checkpoints import checkpoint_sha256, stored_dtype, trained_pair_prompt
 from rzen.model.locate import checkpoint_folder, local_folder
 from rzen.reranking.encoder import EncodedSide, JointBatch, JointEncoder
 
@@ -50,6 +50,7 @@ class LocalJudge:
     chunk_tokens: int
     config: dict[str, Any]
     answer: Answer
+    prompt: PairPromptConfig
 
     @classmethod
     def of(
@@ -63,14 +64,15 @@ class LocalJudge:
         """Read the files of the model, with the hash of its weights."""
         base = Path(checkpoint_folder(judge.base, endpoint))
         adapter = Path(local_folder(judge.adapter, endpoint)) if judge.adapter else None
-        encoder = JointEncoder(str(base), judge.prompt)
+        prompt = judge.prompt or trained_pair_prompt(base, adapter)
+        encoder = JointEncoder(str(base), prompt)
         _ = encoder.answer_ids  # a tokenizer that has none is an error now, and not in a task
         places = places.for_model(encoder.visual_pixels)
         config = {
             "by": "model",
             "base": checkpoint_sha256(base),
             "adapter": checkpoint_sha256(adapter) if adapter else None,
-            "prompt": judge.prompt.model_dump(mode="json"),
+            "prompt": prompt.model_dump(mode="json"),
             "dtype": judge.dtype or stored_dtype(base),
             "instructions": places.instructions,
             "media": places.media.model_dump(mode="json"),
@@ -78,7 +80,7 @@ class LocalJudge:
         }
         if answer != "probability":  # the configuration of probabilities never named them
             config["answer"] = answer
-        return cls(judge, places, endpoint, chunk_tokens, config, answer)
+        return cls(judge, places, endpoint, chunk_tokens, config, answer, prompt)
 
     @property
     def name(self) -> str:
@@ -99,7 +101,7 @@ class LocalJudge:
 def _prepare(row: dict[str, Any], judge: LocalJudge) -> dict[str, Any]:
     """Decode and encode a unit. Pairs with a bad input are left out, and counted by reason."""
     unit: PairUnit = pickle.loads(row["unit"])
-    encoder = _encoder(judge.judge.base, judge.judge.prompt, judge.endpoint)
+    encoder = _encoder(judge.judge.base, judge.prompt, judge.endpoint)
     queries, documents = (
         [_side(encoder, one) for one in side] for side in _unit_reader(pickle.dumps(judge.places)).read(unit)
     )
@@ -168,7 +170,7 @@ def _load(judge: LocalJudge) -> Reranker:
     return load_reranker(
         model.base,
         model.adapter,
-        prompt=model.prompt,
+        prompt=judge.prompt,
         dtype=model.dtype,
         chunk_tokens=judge.chunk_tokens,
         endpoint=judge.endpoint,

@@ -24,8 +24,8 @@ class ModelJudge(Config):
     """Checkpoint: a directory, an s3:// URL or a hub name."""
     adapter: str | None = None
     """Adapter: a directory or an s3:// URL."""
-    prompt: PairPromptConfig = PairPromptConfig()
-    """How a pair is asked about."""
+    prompt: PairPromptConfig | None = None
+    """How a pair is asked about. `null`: as the model was trained, and as Qwen3-VL-Reranker where it does not say."""
     dtype: Dtype | None = None
     """Compute type; that of the export where not given."""
 

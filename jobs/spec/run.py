@@ -22,9 +22,9 @@ class ClusterConfig(Config):
     """CPU threads that torch uses within a worker."""
     chunk_tokens: PositiveInt | Literal["auto"] | None = None
     """Gradient caching: the number of tokens that a worker embeds at once, visual tokens and padding included. A worker
-    embeds every chunk twice unless there is only one. Memory is then that of a chunk for any batch size, and results do
-    not change. `null` embeds all inputs at once. `auto` finds the largest chunk that fits before the first step. It is
-    kept in `chunk.json` of the run, so that a resumed run has the same."""
+    embeds every chunk twice unless there is only one, and a re-ranker reads every chunk once. Memory is then that of a
+    chunk for any batch size, and results do not change. `null` embeds all inputs at once. `auto` finds the largest
+    chunk that fits before the first step. It is kept in `chunk.json` of the run, so that a resumed run has the same."""
     memory_gib: PositiveFloat | None = None
     """Memory of a worker in GiB, for `chunk_tokens: auto` and `rzen plan`. `null` is all of a worker's GPU, or its
     share of the free memory of its machine."""

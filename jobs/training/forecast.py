@@ -211,5 +211,6 @@ class Forecaster:
         found.chunk_tokens = memory.chunk_tokens
         if limit_bytes is not None and memory.worker.total > limit_bytes:
             problem = f"a worker needs {memory.worker.total / GIB:.1f} GiB, more than {limit_bytes / GIB:.1f} GiB"
-            fix = "lower cluster.chunk_tokens or model.prompt.max_visual_tokens, or set model.gradient_checkpointing"
+            prompt = "model.prompt" if isinstance(spec.objective, ObjectiveConfig) else "objective.prompt"
+            fix = f"lower cluster.chunk_tokens or {prompt}.max_visual_tokens, or set model.gradient_checkpointing"
             raise UserError(spec.name, problem, fix)

@@ -134,7 +134,12 @@ def shares_of(spec: TrainSpec, reader: Reader, plan: Plan | None) -> list[Worker
     shares = []
     for query, target in sorted(shapes):
         if not isinstance(spec.objective, ObjectiveConfig):
-            joint = ChunkInputs(pairs * (1 + negatives), query[0] + target[0], query[1] + target[1])
+            # A list that is never divided counts as one long input.
+            together = 1 + negatives if spec.objective.loss == "listwise" else 1
+            tokens, visual_tokens = (
+                together * (of_query + of_target) for of_query, of_target in zip(query, target, strict=True)
+            )
+            joint = ChunkInputs(pairs * (1 + negatives) // together, tokens, visual_tokens)
             shares.append(WorkerShare(spec.cluster.workers, pairs, (joint,), negatives, num_tasks))
             continue
         inputs = [ChunkInputs(pairs, *query), ChunkInputs(pairs, *target)]

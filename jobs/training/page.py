@@ -25,6 +25,7 @@ from jobs.training.runs import LOG, METRICS, PAGE, TENSORBOARD, Run, read_held_o
 from jobs.training.specs import TRAIN
 from pipelines.redaction import redacted
 from pipelines.storage.faults import brief_patience
+from rzen.config import ObjectiveConfig
 
 if TYPE_CHECKING:
     from rzen.report.hits import Search
@@ -210,6 +211,7 @@ def _plots(rows: Sequence[Mapping[str, Any]], scores: Sequence[HeldOutRow]) -> d
         "Temperature of each task": ("temperature", _curves(rows, "temperature", "task")),
         "Throughput": ("samples per second", _curves(rows, "samples_per_s")),
         "Waiting for data": ("share of a step, %", _curves(rows, "feed_wait_fraction", scale=100)),
+        "Mean probability of yes": ("probability", _probability_curves(rows)),
         "Negatives dropped as duplicates, false negatives or by the margin": (
             "share, %",
             _curves(rows, "dropped_fraction", scale=100),
@@ -225,12 +227,20 @@ def _plots(rows: Sequence[Mapping[str, Any]], scores: Sequence[HeldOutRow]) -> d
 def _curves(
     rows: Sequence[Mapping[str, Any]], name: str, by: str | None = None, scale: float = 1
 ) -> dict[str, list[tuple[int, float]]]:
-    """Return (step, value) by source or task, without steps that have no finite value."""
+    """Return (step, value) by source or task, without steps that have no finite value.
+
+    Embedders and re-rankers have different metrics: there are no curves of those that a run lacks.
+    """
     curves: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
-        if not row["skipped"] and math.isfinite(row[name]):
+        if not row["skipped"] and math.isfinite(row.get(name, math.nan)):
             curves.setdefault(str(row[by]) if by else name, []).append((int(row["step"]) + 1, scale * row[name]))
     return {key: _thinned(curve) for key, curve in curves.items()}
+
+
+def _probability_curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """Return what a re-ranker gives to positives and to negatives."""
+    return _curves(rows, "positive_probability") | _curves(rows, "negative_probability")
 
 
 def _thinned(curve: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
@@ -253,6 +263,8 @@ def _held_out_curves(scores: Sequence[HeldOutRow]) -> dict[str, list[tuple[int, 
 def _changes(run: Run) -> tuple[str, list[tuple[str, str, str]]]:
     """Return the nearest stage of the recipe, and the settings that decide the weights and differ from it."""
     recipe = "jobs/stage2.yaml" if run.spec.data.instructions else "jobs/stage1.yaml"
+    if not isinstance(run.spec.objective, ObjectiveConfig):
+        recipe = "jobs/reranker.yaml"
     before, after = (
         TRAIN.science(redacted(spec.model_dump(mode="json"))) for spec in (check(read_document(recipe)), run.spec)
     )
@@ -268,8 +280,13 @@ def _commands(run: Run, summary: RunSummary) -> dict[str, str]:
     if run.spec.run.tracking.tensorboard:
         commands["Show the metrics"] = f"tensorboard --logdir {folder}/{TENSORBOARD}"
     if summary.state == "finished":
-        adapter = f" --adapter {run.result_url}" if run.result == "adapter" else ""
-        base = backbone_url(run) if run.result == "adapter" else run.result_url
-        commands["Make one model of it"] = f"rzen export {base} {folder}-model{adapter}"
+        is_adapter = run.result == "adapter"
+        base = backbone_url(run) if is_adapter else run.result_url
+        if isinstance(run.spec.objective, ObjectiveConfig):
+            adapter = f" --adapter {run.result_url}" if is_adapter else ""
+            commands["Make one model of it"] = f"rzen export {base} {folder}-model{adapter}"
+        else:
+            adapter = f" --set model.adapter={run.result_url}" if is_adapter else ""
+            commands["Score candidates with it"] = f"rzen judge --set model.base={base}{adapter}"
     commands["List all runs"] = f"rzen runs {run.spec.run.root}"
     return commands

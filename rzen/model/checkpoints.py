@@ -122,6 +122,11 @@ def read_pair_prompt(folder: Path) -> PairPromptConfig | None:
         raise UserError(str(folder / IDENTITY), explain(error), "copy the model again") from error
 
 
+def trained_pair_prompt(base: Path, adapter: Path | None) -> PairPromptConfig:
+    """Return the prompt that a re-ranker was trained with, and the default one of a model that does not say."""
+    return (adapter and read_pair_prompt(adapter)) or read_pair_prompt(base) or PairPromptConfig()
+
+
 def read_temperatures(folder: Path) -> dict[str, float]:
     """Return task -> temperature that a model or adapter was trained with; empty if it does not say."""
     return read_identity_file(folder).get("temperatures", {})

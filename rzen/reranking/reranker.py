@@ -20,7 +20,7 @@ from rzen.embedding.embedder import CHUNK_TOKENS, default_dtype
 from rzen.embedding.inputs import Embeddable, InputReader, named
 from rzen.inputs.processor import EncodedBatch, VisionLayout
 from rzen.model.backbone import load_backbone
-from rzen.model.checkpoints import check_base, read_pair_prompt
+from rzen.model.checkpoints import check_base, trained_pair_prompt
 from rzen.model.chunks import chunks_of
 from rzen.model.locate import checkpoint_folder, local_folder
 from rzen.model.lora import load_adapter
@@ -200,14 +200,9 @@ def load_reranker(
     config = ModelConfig(
         backbone=str(base), dtype=dtype or default_dtype(base, where), gradient_checkpointing=False, tune="full"
     )
-    encoder = JointEncoder(str(base), prompt or trained_prompt(base, tuned))
+    encoder = JointEncoder(str(base), prompt or trained_pair_prompt(base, tuned))
     backbone = load_backbone(str(base), config)
     direction = answer_direction(base, backbone, encoder.answer_ids)
     tuned_backbone = load_adapter(backbone, tuned) if tuned else backbone
     model = ScoringModel(tuned_backbone, encoder.processor.layout, direction)
     return Reranker(encoder, model.requires_grad_(False).eval().to(where), chunk_tokens, media, endpoint)
-
-
-def trained_prompt(base: Path, adapter: Path | None) -> PairPromptConfig:
-    """Return the prompt that a re-ranker was trained with, and the default one of a model that does not say."""
-    return (adapter and read_pair_prompt(adapter)) or read_pair_prompt(base) or PairPromptConfig()
