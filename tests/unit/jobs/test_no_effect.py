@@ -195,7 +195,7 @@ def source(kind: type) -> str:
 
 LORA, MINED, TEMPERATURE = "model.lora", "objective.mined", "objective.temperature"
 STEPS20 = ("steps=20",)
-RERANK = ("objective={kind: rerank}", "data.negatives_per_sample=2")
+POINTWISE = ("objective={kind: rerank}", "data.negatives_per_sample=2")
 LISTWISE = ("objective={kind: rerank, loss: listwise}", "data.negatives_per_sample=2")
 TRAINING = [
     Case(
@@ -203,7 +203,7 @@ TRAINING = [
         "objective.list_temperature",
         "no softmax over a list",
         "objective.list_temperature=2.0",
-        RERANK,
+        POINTWISE,
         LISTWISE,
         rerank_loss_of,
     ),
@@ -213,7 +213,7 @@ TRAINING = [
         "one positive in each list",
         "objective.positive_weight=2.0",
         LISTWISE,
-        RERANK,
+        POINTWISE,
         rerank_loss_of,
     ),
     Case("train", "epochs", "steps", "epochs=3.0", STEPS20, outcome=plan_of),
@@ -568,10 +568,13 @@ def test_shipped_specs_have_no_setting_without_effect(capsys: pytest.CaptureFixt
         (["model.quantize=nf4"], "model.quantize=nf4 needs a CUDA GPU; set cluster.gpus_per_worker"),
         (["data.split=valid"], "data.split='valid': input should be 'train' or 'held_out'"),
         (["objective={kind: rerank}"], "objective.kind: rerank needs negatives for each query"),
-        ([*RERANK, "objective.matryoshka=[8]"], "objective.matryoshka is not a setting; known here: kind, loss,"),
-        ([*RERANK, "objective.lists=1"], "objective.lists is not a setting; did you mean 'loss'"),
-        ([*RERANK, "model.prompt.template=plain"], "model.prompt and model.readout are those of embedders"),
-        ([*RERANK, "objective.prompt.max_visual_tokens=4", "data.media.frames=12"], "objective.prompt.max_visual_toke"),
+        ([*POINTWISE, "objective.matryoshka=[8]"], "objective.matryoshka is not a setting; known here: kind, loss,"),
+        ([*POINTWISE, "objective.lists=1"], "objective.lists is not a setting; did you mean 'loss'"),
+        ([*POINTWISE, "model.prompt.template=plain"], "model.prompt and model.readout are those of embedders"),
+        (
+            [*POINTWISE, "objective.prompt.max_visual_tokens=4", "data.media.frames=12"],
+            "objective.prompt.max_visual_toke",
+        ),
         (["objective.kind=ranking"], "must be a mapping, whose `kind` is `contrastive`"),
         (["global_batch=770", "cluster.workers=3"], "global_batch=770 cannot be shared evenly by 3 workers"),
     ],
