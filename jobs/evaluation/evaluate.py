@@ -73,8 +73,11 @@ def run(spec: EvaluateSpec) -> dict[str, Any]:
         for bundle in _bundles(spec, cache):
             models = models_of(spec, bundle, dict.fromkeys(spec.models, cache))
             found = _score_suites(spec, bundle, models)
+            reranker = None
             if spec.rerank is not None:
-                reranked |= _rerank(spec, bundle, models, cache, found)
+                scorer = ShortlistScorer(spec, bundle, models, cache)
+                reranker = [scorer.judge.config["base"], scorer.judge.config["adapter"]]
+                reranked |= _rerank(spec, bundle, scorer, cache, found)
             lease.check()
             configs = {some.name: some.config for some, _ in models}
             for suite, results in found.items():
@@ -82,7 +85,7 @@ def run(spec: EvaluateSpec) -> dict[str, Any]:
             if bundle.data is not None:
                 (results,) = found.values()
                 weights = {name: [config["base"], config["adapter"]] for name, config in configs.items()}
-                rows = _write_split(spec, bundle.data, results, weights)
+                rows = _write_split(spec, bundle.data, results, weights, reranker)
         lease.check()
         report = write_report(spec, suites)
     say(f"  {report}")
@@ -130,13 +133,16 @@ def _score_suites(spec: EvaluateSpec, bundle: Bundle, models: Models) -> dict[st
 
 
 def _rerank(
-    spec: EvaluateSpec, bundle: Bundle, models: Models, cache: Store, found: Mapping[str, Mapping[str, SuiteResults]]
+    spec: EvaluateSpec,
+    bundle: Bundle,
+    scorer: ShortlistScorer,
+    cache: Store,
+    found: Mapping[str, Mapping[str, SuiteResults]],
 ) -> dict[str, dict[str, Any]]:
     """Re-rank what was scored, and keep it with the results. Return suite -> model -> dataset -> scores, as JSON."""
     choices: Choices = {}
     if bundle.data is not None:
         choices = choose_weights(spec, [row.name for row, _ in bundle.entries], cache, cache.child(LISTINGS))
-    scorer = ShortlistScorer(spec, bundle, models, cache)
     for results in found.values():
         scored = {model: some.scored for model, some in results.items()}
         for model, reranked in scorer.rerank(scored, choices).items():
@@ -178,17 +184,23 @@ def _scored(spec: EvaluateSpec, bundle: Bundle, models: Models) -> Iterator[Scor
 
 
 def _write_split(
-    spec: EvaluateSpec, data: DataConfig, results: Mapping[str, SuiteResults], weights: Mapping[str, list[str | None]]
+    spec: EvaluateSpec,
+    data: DataConfig,
+    results: Mapping[str, SuiteResults],
+    weights: Mapping[str, list[str | None]],
+    reranker: list[str | None] | None,
 ) -> list[Result]:
     """Write the rows of all models as JSON and Markdown, print and return them.
 
-    `weights` are the hashes of base and adapter of each model, by which an export finds its scores.
+    `weights` are the hashes of base and adapter of each model, by which an export finds its scores. `reranker` are
+    those of the re-ranker, if there is one.
     """
     rows = [row for name, some in results.items() for row in _split_scores(spec, data, name, some).rows]
     settings = {
         "data": Reader(data).fingerprint,
         "spec": spec.model_dump(mode="json"),
         "weights": weights,
+        **({"reranker": reranker} if reranker else {}),
         "versions": versions(),
         "revision": revision(),
     }

@@ -77,7 +77,8 @@ def run(spec: ExportSpec) -> dict[str, Any]:
 def _export(spec: ExportSpec, base: Path, adapter: Path | None, out: Store, lease: Lease) -> None:
     from rzen.export.card_metadata import ModelCardData
     from rzen.export.export import ExportOptions, export_model
-    from rzen.model.checkpoints import read_identity
+    from rzen.export.reranker import export_reranker
+    from rzen.model.checkpoints import read_identity, read_pair_prompt
 
     scores = _scores(spec, base, adapter)
     soup = _soup(adapter or base)
@@ -100,13 +101,20 @@ def _export(spec: ExportSpec, base: Path, adapter: Path | None, out: Store, leas
     options = ExportOptions(
         spec.format, spec.dtype, spec.frames or _frames(recipes), dict(spec.instructions), dimensions, facts
     )
-    identity = read_identity(adapter or base, spec.identity)
+    unsupported_reason = None
     with disk_errors(tempfile.gettempdir()), tempfile.TemporaryDirectory(prefix="rzen-export-") as folder:
         local = Path(folder, "model")
-        unsupported_reason = export_model(str(base), adapter, local, identity, options)
+        if spec.format == "reranker":
+            pair_prompt = (adapter and read_pair_prompt(adapter)) or read_pair_prompt(base) or spec.pair_prompt
+            export_reranker(str(base), adapter, local, pair_prompt, options)
+            template: str = pair_prompt.template
+        else:
+            identity = read_identity(adapter or base, spec.identity)
+            unsupported_reason = export_model(str(base), adapter, local, identity, options)
+            template = identity.prompt.template
         lease.check()
         publish_folder(local, out)
-    say(f"  {spec.out}: {_TARGETS[spec.format]} ({spec.dtype}), prompt {identity.prompt.template}")
+    say(f"  {spec.out}: {_TARGETS[spec.format]} ({spec.dtype}), prompt {template}")
     if spec.format == "model":
         say(
             f"    no files for sentence-transformers and vLLM: {unsupported_reason}; rzen and mteb read it as trained"
@@ -120,6 +128,7 @@ _TARGETS = {
     "model": "a checkpoint for AutoModel",
     "adapter": "an adapter for PEFT",
     "rzen_release": "a checkpoint for the released script",
+    "reranker": "a re-ranker for transformers, sentence-transformers and vLLM",
 }
 
 
@@ -171,20 +180,28 @@ def _scores(spec: ExportSpec, base: Path, adapter: Path | None) -> dict[str, Any
     if not path.is_file():
         raise UserError(f"scores {path}", "does not exist", "evaluate the model first, or set scores: null")
     results = read_json(path, ResultsFile, "evaluate again, or set scores: null")
-    scored = results["settings"].get("weights")
+    settings, reranked = results["settings"], results.get("rerank", {})
+    exported = [checkpoint_sha256(base), checkpoint_sha256(adapter) if adapter else None]
+    if spec.format == "reranker":
+        tables = {f"{model}, {task}": one for model, some in reranked.items() for task, one in some.items()}
+        if settings.get("reranker") != exported or not tables:
+            raise _no_scores(spec, path, "evaluate with `rerank`")
+        return {"rows": [], "settings": settings, "rerank": tables}
+    scored = settings.get("weights")
     if isinstance(scored, dict):
-        exported = [checkpoint_sha256(base), checkpoint_sha256(adapter) if adapter else None]
         mine = {name for name, weights in scored.items() if weights == exported}
     else:  # of an evaluation that did not record them: by name
-        scored, mine = _named_alike(spec, results["settings"], path)
+        scored, mine = _named_alike(spec, settings, path)
     rows = [asdict(row) for row in results["rows"] if row.model in mine]
     if not rows:
-        problem = f"has no score of the weights of base {spec.model.base} with adapter {spec.model.adapter}"
-        raise UserError(
-            f"scores {path}", problem, f"it has {', '.join(scored)}: evaluate this one, or set scores: null"
-        )
-    reranked = next((some for name, some in results.get("rerank", {}).items() if name in mine), {})
-    return {"rows": rows, "settings": results["settings"], "rerank": reranked}
+        raise _no_scores(spec, path, f"it has {', '.join(scored)}: evaluate this one")
+    own = next((some for name, some in reranked.items() if name in mine), {})
+    return {"rows": rows, "settings": settings, "rerank": own}
+
+
+def _no_scores(spec: ExportSpec, path: Path, fix: str) -> UserError:
+    problem = f"has no score of the weights of base {spec.model.base} with adapter {spec.model.adapter}"
+    return UserError(f"scores {path}", problem, f"{fix}, or set scores: null")
 
 
 def _named_alike(spec: ExportSpec, settings: dict[str, Any], path: Path) -> tuple[dict[str, Any], set[str]]:

@@ -13,7 +13,7 @@ from jobs.spec.model import ModelRef
 from jobs.spec.no_effect import NoEffect
 from pipelines.config import DataConfig, MediaConfig, PositiveFloat, PositiveInt
 from pipelines.samples import Modality
-from rzen.config import ModelIdentity, PromptConfig, ReadoutConfig
+from rzen.config import ModelIdentity, PairPromptConfig, PromptConfig, ReadoutConfig
 from rzen.serving.canary import CanaryConfig
 
 
@@ -30,10 +30,13 @@ class ExportSpec(ModelIdentity, JobConfig):
     """Readout of a model whose files do not record how its vectors are made."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the stored weights. Base and adapter are added in fp32 and rounded once. An adapter keeps its type."""
-    format: Literal["model", "adapter", "rzen_release"] = "model"
+    format: Literal["model", "adapter", "rzen_release", "reranker"] = "model"
     """`model`: base and adapter merged, for AutoModel, sentence-transformers, vLLM and mteb. `adapter`: for PEFT.
     `rzen_release`: merged, for the script released with RzenEmbed, which reads Qwen2-VL with the prompt `rzen_release`
-    and positions `1d` only."""
+    and positions `1d` only. `reranker`: a re-ranker, merged, with its language-model head, for
+    AutoModelForImageTextToText, CrossEncoder of sentence-transformers, and vLLM."""
+    pair_prompt: PairPromptConfig = PairPromptConfig()
+    """How a re-ranker asks about a pair, if its files do not record it."""
     frames: Annotated[int, Field(ge=2, multiple_of=2)] | None = None
     """Frames of a video in libraries that fix their number and derive the frame size from it. `null` takes
     `data.media.frames` of the training if its settings are next to the weights, and 8 otherwise."""
@@ -220,7 +223,10 @@ EXPORT = Kind(
     makes={"out": "model for other libraries, with a model card"},
     gpus=no_gpus,
     no_effect=(
-        NoEffect("frames", lambda spec: spec.format != "model", "only format: model has files for other libraries"),
+        NoEffect("frames", lambda spec: spec.format in ("adapter", "rzen_release"), "the format has no video settings"),
+        NoEffect("pair_prompt", lambda spec: spec.format != "reranker", "only format: reranker asks about pairs"),
+        NoEffect("prompt", lambda spec: spec.format == "reranker", "a re-ranker has a pair_prompt"),
+        NoEffect("readout", lambda spec: spec.format == "reranker", "a re-ranker has no vectors"),
         NoEffect("instructions", lambda spec: spec.format != "model", "only format: model has files for them"),
         NoEffect("dimensions", lambda spec: spec.format == "adapter", "an adapter has no config.json"),
         NoEffect("dtype", lambda spec: spec.format == "adapter", "an adapter keeps its type"),

@@ -41,15 +41,15 @@ def model_card(
         "Text, images, document pages, videos and any mix of them become vectors of length 1 in one space; the inner"
         " product of two is their similarity.",
         "## Scores",
-        _scores(facts.scores),
+        scores_section(facts.scores),
         "## How to load it",
         *_loading(folder, identity, format, unsupported_reason),
         "## How it reads an input",
         _reading(identity),
         "## How it was made",
-        *_making(folder, facts),
+        *making(folder, facts),
         "## Limits",
-        _bullets(_limits(folder, identity, format, unsupported_reason, frames)),
+        bullets(_limits(folder, identity, format, unsupported_reason, frames)),
     ]
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
@@ -59,7 +59,7 @@ def _loading(folder: Path, identity: ModelIdentity, format: str, unsupported_rea
         base = read_json(folder / "adapter_config.json", AdapterFile).get("base_model_name_or_path")
         return [
             "An adapter for PEFT. Prompt and reading of its base are in `rzen.json`; `rzen` folds it into its base.",
-            _code(
+            code(
                 "from peft import PeftModel",
                 "from transformers import AutoModel",
                 "",
@@ -69,7 +69,7 @@ def _loading(folder: Path, identity: ModelIdentity, format: str, unsupported_rea
         ]
     blocks = [
         "rzen, every kind of input (text, image, page, video, any mix):",
-        _code(
+        code(
             "import rzen",
             "",
             'model = rzen.load("PATH")',
@@ -81,7 +81,7 @@ def _loading(folder: Path, identity: ModelIdentity, format: str, unsupported_rea
         return [
             *blocks,
             "The inference script released with RzenEmbed, under transformers 4.51:",
-            _code(
+            code(
                 "from rzen_embed_inference import RzenEmbed",
                 "",
                 f'model = RzenEmbed("PATH", min_image_tokens={low}, max_image_tokens={high})',
@@ -99,7 +99,7 @@ def _loading(folder: Path, identity: ModelIdentity, format: str, unsupported_rea
         *blocks,
         "sentence-transformers 6, the instruction as `prompt`. It needs `torchvision`, or for texts and images"
         " `rzen.export.opening`. Videos given as files also need a decoder.",
-        _code(
+        code(
             "from PIL import Image",
             "from sentence_transformers import SentenceTransformer",
             "",
@@ -113,7 +113,7 @@ def _loading(folder: Path, identity: ModelIdentity, format: str, unsupported_rea
         " vector is another one. That holds for `texts` of its Cohere interface, and for its `/rerank` and `/score`.",
         *_dimensions(folder),
         "transformers 5, where the last state of the last token, divided by its length, is the vector:",
-        _code(
+        code(
             "from transformers import AutoModel, AutoProcessor",
             "",
             'model = AutoModel.from_pretrained("PATH")',
@@ -138,7 +138,7 @@ def _dimensions(folder: Path) -> list[str]:
 
 def _reading(identity: ModelIdentity) -> str:
     readout, prompt = identity.readout, identity.prompt
-    return _bullets(
+    return bullets(
         [
             f"prompt `{prompt.template}`, written by `chat_template.jinja` where there is one:"
             f" system prompt {TEMPLATES[prompt.template].system!r}, visuals, instruction, text",
@@ -149,10 +149,11 @@ def _reading(identity: ModelIdentity) -> str:
     )
 
 
-def _making(folder: Path, facts: ModelCardData) -> list[str]:
+def making(folder: Path, facts: ModelCardData) -> list[str]:
+    """Return what the weights were made from: lineage, versions, soup, and the settings of the runs."""
     lineage = read_identity_file(folder).get("lineage", {})
     parts = [
-        _bullets(
+        bullets(
             [
                 f"{escape_markdown(name.replace('_', ' '))}: {code_span(redact_text(value))}"
                 for name, value in lineage.items()
@@ -170,7 +171,7 @@ def _making(folder: Path, facts: ModelCardData) -> list[str]:
     lines = [f"{json.dumps(name)}: {json.dumps(spec, sort_keys=True)}" for name, spec in settings.items()]
     return [
         *parts,
-        _bullets([_run(name, recipe) for name, recipe in facts.recipes.items()]),
+        bullets([_run(name, recipe) for name, recipe in facts.recipes.items()]),
         "<details><summary>Settings of the runs</summary>",
         "```json\n{" + ",\n".join(lines) + "}\n```",
         "</details>",
@@ -188,7 +189,8 @@ def _run(name: str, recipe: Mapping[str, Any]) -> str:
     return f"run {escape_markdown(name)}: {length}, code revision {revision}, data {', '.join(data) or 'not recorded'}"
 
 
-def _scores(scores: Mapping[str, Any]) -> str:
+def scores_section(scores: Mapping[str, Any]) -> str:
+    """Return the tables of an evaluation."""
     if not scores:
         return "None were given."
     head = "| task | metric | % | chance % | queries | candidates | split |\n|---|---|---:|---:|---:|---:|---|"
@@ -200,10 +202,10 @@ def _scores(scores: Mapping[str, Any]) -> str:
     ]
     data = scores["settings"].get("data", "unknown")
     measured = f"Measured by `rzen evaluate` on the data with fingerprint {code_span(str(data))}."
-    return "\n".join([head, *rows, "", measured, *_reranked(scores)])
+    return "\n".join([head, *rows, "", measured, *rerank_section(scores)])
 
 
-def _reranked(scores: Mapping[str, Any]) -> list[str]:
+def rerank_section(scores: Mapping[str, Any]) -> list[str]:
     """Return a table of what a re-ranker makes of the first candidates, if there was one."""
     found: Mapping[str, Any] = scores.get("rerank", {})
     if not found:
@@ -270,11 +272,13 @@ def _limits(
     return limits
 
 
-def _bullets(lines: list[str]) -> str:
+def bullets(lines: list[str]) -> str:
+    """Return a list in Markdown."""
     return "\n".join(f"* {line}" for line in lines)
 
 
-def _code(*lines: str) -> str:
+def code(*lines: str) -> str:
+    """Return a block of Python in Markdown."""
     return "\n".join(["```python", *lines, "```"])
 
 

@@ -14,7 +14,8 @@ from pipelines.stored_json import read_json
 from rzen.families import BackboneFile
 from rzen.model.checkpoints import HUB_NAME
 
-_TASK = "feature-extraction"
+_TASK, _RERANKING = "feature-extraction", "text-ranking"
+"""What the hub calls embedding and re-ranking."""
 
 
 @dataclass(frozen=True)
@@ -46,19 +47,20 @@ class ModelCardData:
 def front_matter(folder: Path, format: str, unsupported_reason: str | None, facts: ModelCardData) -> str:
     """Return the YAML block between lines of `---`. What is not known is left out."""
     library = "peft" if format == "adapter" else "transformers"
-    if format == "model" and unsupported_reason is None:
+    if format in ("model", "reranker") and unsupported_reason is None:
         library = "sentence-transformers"
     config = folder / "config.json"
-    tags = [_TASK, "multimodal-embeddings", "rzen"]
+    task, kind = (_RERANKING, "multimodal-reranker") if format == "reranker" else (_TASK, "multimodal-embeddings")
+    tags = [task, kind, "rzen"]
     if config.is_file():
         tags.append(read_json(config, BackboneFile)["model_type"])
-    fields: dict[str, Any] = {"library_name": library, "pipeline_tag": _TASK, "tags": tags}
+    fields: dict[str, Any] = {"library_name": library, "pipeline_tag": task, "tags": tags}
     if facts.base and HUB_NAME.fullmatch(facts.base) and not Path(facts.base).exists():
         relation = "adapter" if format == "adapter" else "finetune"
         fields |= {"base_model": facts.base, "base_model_relation": relation}
     known = {"license": facts.license, "language": facts.languages, "datasets": facts.datasets}
     fields |= {name: value for name, value in known.items() if value}
-    if facts.scores:
+    if facts.scores.get("rows"):
         fields["model-index"] = [{"name": facts.title, "results": _results(facts.scores)}]
     text = yaml.dump(fields, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=1000)
     return f"---\n{text}---"

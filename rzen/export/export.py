@@ -4,6 +4,7 @@
                    rzen/export sentence-transformers and vLLM, where they can read the model as it was trained
     adapter        the adapter as it was trained, for PEFT
     rzen_release   weights for the inference script released with RzenEmbed
+    reranker       a re-ranker with its language-model head (rzen/export/reranker.py)
 
 `rzen.json` in each holds what a transformers checkpoint does not, prompt, readout and descent; README.md is its card.
 """
@@ -16,12 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pipelines.errors import UserError
-from pipelines.imports import NOT_FOR_SAVING, without_modules
 from pipelines.stored_json import read_json
 from rzen.config import Dtype, ModelConfig, ModelIdentity, RerankerIdentity
 from rzen.embedding.embedder import load
@@ -29,6 +28,7 @@ from rzen.embedding.tasks import TASKS, named_tasks
 from rzen.export import release, sentence_transformers
 from rzen.export.card import CARD, model_card
 from rzen.export.card_metadata import ModelCardData
+from rzen.export.weights import write_backbone
 from rzen.inputs.processor import Processor
 from rzen.model.backbone import load_backbone
 from rzen.model.checkpoints import (
@@ -47,8 +47,7 @@ from rzen.model.embedding_model import EmbeddingModel
 from rzen.model.lora import CONFIG, WEIGHTS, load_adapter
 from rzen.soup.parents import LINEAGE
 
-Format = Literal["model", "adapter", "rzen_release"]
-COMPANIONS = ("*.txt", "*.jinja", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
+Format = Literal["model", "adapter", "rzen_release", "reranker"]
 
 
 @dataclass(frozen=True)
@@ -106,10 +105,10 @@ def export_model(
             content = identity.model_dump() | {"base_sha256": base_sha256, "lineage": lineage}
             write_json(folder / IDENTITY, content | _with_temperatures(temperatures))
         else:
-            _write_weights(model, base, folder, options.dtype)
+            write_backbone(model, base, folder, options.dtype)
             _add_dimensions(folder / "config.json", options.dimensions)
             write_identity(folder, identity, options.dtype, lineage, temperatures)
-            _add_origin(folder / IDENTITY, options)
+            add_origin(folder / IDENTITY, options)
         if options.format == "rzen_release":
             release.write_files(folder, identity)
         elif options.format == "model" and unsupported_reason is None:
@@ -136,7 +135,7 @@ def write_model(
     that is not tied to the embeddings; without one, it is tied. `out_dir` appears complete or not at all.
     """
     with atomic_directory(out_dir) as folder:
-        _write_weights(model, base, folder, dtype, head)
+        write_backbone(model, base, folder, dtype, head)
         write_identity(folder, identity, dtype, lineage, temperatures)
 
 
@@ -154,7 +153,7 @@ def write_identity(
     write_json(folder / IDENTITY, content | _with_temperatures(temperatures or {}))
 
 
-def _add_origin(path: Path, options: ExportOptions) -> None:
+def add_origin(path: Path, options: ExportOptions) -> None:
     """Add the tasks, and license and training data where they are known. Other programs read them there."""
     facts = options.facts
     sources = {source for recipe in facts.recipes.values() for source in recipe["data"].get("data", {})}
@@ -194,27 +193,6 @@ def load_encoder(model_dir: str, dtype: Dtype | None = None) -> tuple[Processor,
         raise UserError(str(path), "is missing, or an adapter's", "name a directory with a model, written by export")
     embedder = load(model_dir, device="cpu", dtype=dtype)
     return embedder.processor, embedder.model
-
-
-def _write_weights(model: PreTrainedModel, base: Path, folder: Path, dtype: Dtype, head: Tensor | None = None) -> None:
-    """Write the weights under the names and the architecture that checkpoints of the family have on the hub.
-
-    AutoModel finds its own names in them. vLLM and transformers 4 know no others. Without a `head`, it is tied to the
-    embeddings, so that a library that makes one misses nothing.
-    """
-    config = type(model.config).from_dict(model.config.to_dict() | {"tie_word_embeddings": head is None})
-    with torch.device("meta"):
-        whole = AutoModelForImageTextToText.from_config(config)
-    whole.model = model.to(getattr(torch, dtype))
-    if head is not None:
-        whole.lm_head.weight = torch.nn.Parameter(head.to(getattr(torch, dtype)), requires_grad=False)
-    whole.tie_weights()
-    with without_modules(*NOT_FOR_SAVING):
-        whole.save_pretrained(folder)
-    (folder / "generation_config.json").unlink(missing_ok=True)  # it generates nothing
-    for pattern in (*COMPANIONS, "*preprocessor_config.json"):
-        for path in base.glob(pattern):
-            shutil.copyfile(path, folder / path.name)
 
 
 def _copy_adapter(adapter_dir: Path, folder: Path, lineage: dict[str, str]) -> None:

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pipelines.samples import DecodedInput
 from pipelines.stored_json import read_json
@@ -23,6 +23,8 @@ from rzen.inputs.processor import Processor
 POOLINGS = {"last_token": "lasttoken", "mean": "mean"}
 _MODES = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
 _MODULES = ("", "1_Pooling", "2_Normalize")
+_OUTPUTS = {"feature-extraction": ("last_hidden_state", "token_embeddings"), "any-to-any": ("logits", "causal_logits")}
+"""Task -> output of the model, and the library's name for it."""
 
 
 def unsupported_reason(identity: ModelIdentity) -> str | None:
@@ -50,13 +52,15 @@ def write_files(folder: Path, identity: ModelIdentity, frames: int, instructions
     ]
     for path in _MODULES[1:]:
         (folder / path).mkdir()
-    _write(folder / "modules.json", modules)
-    _write(folder / "1_Pooling/config.json", {"word_embedding_dimension": width} | pooling | {"include_prompt": True})
-    _write(folder / "2_Normalize/config.json", {})
-    _write(folder / "sentence_bert_config.json", _transformer())
-    _write(folder / "config_sentence_transformers.json", _prompts(identity, instructions))
-    _write_processors(folder, identity.prompt, frames)
-    _write_template(folder, identity)
+    write_settings(folder / "modules.json", modules)
+    write_settings(
+        folder / "1_Pooling/config.json", {"word_embedding_dimension": width} | pooling | {"include_prompt": True}
+    )
+    write_settings(folder / "2_Normalize/config.json", {})
+    write_settings(folder / "sentence_bert_config.json", transformer_settings("feature-extraction"))
+    write_settings(folder / "config_sentence_transformers.json", _prompts(identity, instructions))
+    write_processors(folder, identity.prompt, frames)
+    write_template(folder, chat_template(identity, read_family(folder)))
 
 
 def text_limit(folder: Path, prompt: PromptConfig) -> int:
@@ -65,17 +69,18 @@ def text_limit(folder: Path, prompt: PromptConfig) -> int:
     return len(processor.encode([DecodedInput(text="a")]).input_ids) - 1 + prompt.max_text_tokens
 
 
-def _transformer() -> dict[str, Any]:
-    """Return settings that send whole inputs through the chat template.
+def transformer_settings(task: Literal["feature-extraction", "any-to-any"]) -> dict[str, Any]:
+    """Return settings that send whole inputs through the chat template, to the last hidden states or to the logits.
 
-    If it were cut, an input with visuals would lose the token that is pooled.
+    If it were cut, an input with visuals would lose the token that is read.
     """
-    output = {"method": "forward", "method_output_name": "last_hidden_state"}
+    output_name, feature = _OUTPUTS[task]
+    output = {"method": "forward", "method_output_name": output_name}
     modalities = dict.fromkeys(("text", "image", "video"), output)
     return {
-        "transformer_task": "feature-extraction",
+        "transformer_task": task,
         "modality_config": modalities | {"message": output | {"format": "structured"}},
-        "module_output_name": "token_embeddings",
+        "module_output_name": feature,
         "processing_kwargs": {"text": {"truncation": False}},
         "processor_kwargs": {"use_fast": False},  # Pillow's resize, with which it was trained; torchvision's is another
         "unpad_inputs": False,  # it knows no M-RoPE
@@ -99,14 +104,14 @@ def _prompts(identity: ModelIdentity, instructions: Mapping[str, str]) -> dict[s
     }
 
 
-def _write_processors(folder: Path, prompt: PromptConfig, frames: int) -> None:
+def write_processors(folder: Path, prompt: PromptConfig, frames: int) -> None:
     """Write the sizes of images and of videos of `frames` frames, under the names of transformers 4 and 5."""
     path = folder / "preprocessor_config.json"
     settings = read_json(path, dict[str, Any])
     layout = Processor(str(folder), prompt).layout
     token_pixels = layout.factor_px**2
     low, high = prompt.min_visual_tokens, prompt.max_visual_tokens
-    _write(path, settings | _sizes(low * token_pixels, high * token_pixels))
+    write_settings(path, settings | _sizes(low * token_pixels, high * token_pixels))
     share = max(1, high // math.ceil(frames / layout.temporal_patch_frames))
     # Qwen3-VL's processor counts the pixels of all frames, those of the others the pixels of one.
     family = read_family(folder)
@@ -125,7 +130,7 @@ def _write_processors(folder: Path, prompt: PromptConfig, frames: int) -> None:
         "fps": None,
         "cap_pixels_per_frame": False,
     }
-    _write(folder / "video_preprocessor_config.json", video)
+    write_settings(folder / "video_preprocessor_config.json", video)
 
 
 def _sizes(min_pixels: int, max_pixels: int) -> dict[str, Any]:
@@ -133,15 +138,16 @@ def _sizes(min_pixels: int, max_pixels: int) -> dict[str, Any]:
     return {"size": size, "min_pixels": min_pixels, "max_pixels": max_pixels}
 
 
-def _write_template(folder: Path, identity: ModelIdentity) -> None:
-    """Write the chat template as a file, and remove that of the base from the other files."""
+def write_template(folder: Path, template: str) -> None:
+    """Write a chat template as a file, and remove that of the base from the other files."""
     for path in (folder / "tokenizer_config.json", folder / "processor_config.json"):
         if path.is_file():
             settings = read_json(path, dict[str, Any])
             settings.pop("chat_template", None)
-            _write(path, settings)
-    (folder / FILE).write_text(chat_template(identity, read_family(folder)))
+            write_settings(path, settings)
+    (folder / FILE).write_text(template)
 
 
-def _write(path: Path, content: Any) -> None:
+def write_settings(path: Path, content: Any) -> None:
+    """Write a JSON file of the library."""
     path.write_text(json.dumps(content, indent=2) + "\n")

@@ -365,6 +365,7 @@ CARD = (
     " model_release_date: 2026-01-01, url: 'https://a.b'}"
 )
 RERANKED, TUNE, TUNED = "rerank.model={base: r}", "rerank.tune={root: t}", "rerank.tune"
+LAMRA = "prompt.template=lamra"
 PROBE, CHOOSE = "probe={spec: p}", ("soups={g: {method: greedy}}",)
 OTHERS = [
     Case("evaluate", "datasets", "suites is empty", "datasets=[x]", (), SUITES),
@@ -434,7 +435,10 @@ OTHERS = [
     Case("embed", "data.mixture", "embedded", "data.mixture.merge_small=true", (), None),
     Case("embed", "data.negatives_per_sample", "targets only", "data.negatives_per_sample=2", (), None),
     Case("embed", "data.max_bad_fraction", "skipped", "data.max_bad_fraction=0.5", (), None),
-    Case("export", "frames", "format: model", "frames=4", ("format=rzen_release",)),
+    Case("export", "frames", "video settings", "frames=4", ("format=rzen_release",), ("format=reranker",)),
+    Case("export", "pair_prompt", "format: reranker", f"pair_{LAMRA}", (), ("format=reranker",)),
+    Case("export", "prompt", "pair_prompt", "prompt.max_visual_tokens=9", ("format=reranker",), None),
+    Case("export", "readout", "no vectors", "readout.pooling=mean", ("format=reranker",), None),
     Case("export", "instructions", "format: model", "instructions={a: b}", ("format=adapter",)),
     Case("export", "dimensions", "no config.json", "dimensions=[8]", ("format=adapter",)),
     Case("export", "dtype", "keeps its type", "dtype=float32", ("format=adapter",)),
