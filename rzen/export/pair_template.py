@@ -1,8 +1,8 @@
 """A re-ranker's prompt as a Jinja chat template, for libraries that render a pair as a conversation.
 
-A conversation is one pair: a message of the role `query`, one of the role `document`, and at most one of the role
-`system`, whose text is the instruction. sentence-transformers and vLLM name the roles so. Visuals come before the text
-of their query or document, whatever their place in the message.
+A conversation is one pair. It has a message of the role `query` and one of the role `document`. A message of the role
+`system` is the instruction. sentence-transformers and vLLM name the roles so. Visuals come before the text of their
+message, whatever their place in it.
 """
 
 from __future__ import annotations
