@@ -214,8 +214,9 @@ def _plots(rows: Sequence[Mapping[str, Any]], scores: Sequence[HeldOutRow]) -> d
         "Mean probability of yes": ("probability", _probability_curves(rows)),
         "Negatives dropped as duplicates, false negatives or by the margin": (
             "share, %",
-            _curves(rows, "dropped_fraction", scale=100),
+            _curves(rows, "dropped_fraction", scale=100) | _curves(rows, "duplicate_fraction", scale=100),
         ),
+        "Lead of the positive over the hardest negative": ("cosine", _curves(rows, "margin", "source")),
     }
     return {
         caption: plot_curves(curves, label, caption)

@@ -55,7 +55,7 @@ def tile_loss(
                 loss_R = loss_R + own_R
         losses.append(loss_R)
     with torch.no_grad():
-        sums = tile_sums(scores_RC, weights_RC, tile.positives, tile.excluded, dropped_RC)
+        sums = tile_sums(scores_RC, weights_RC, tile.positives, tile.excluded, tile.related, dropped_RC)
     return torch.stack(losses).mean(dim=0).sum(), sums
 
 

@@ -134,6 +134,7 @@ class Objective(nn.Module):
         pairs of all ranks, equal on each of them. Raises `UserError` where some pairs have a relevance and some none.
         """
         tau = self.temperature(batch.tasks)
+        sharpest = tau.detach()
         # The 0.95 threshold and the softmax need fp32, whatever the model computes in.
         with torch.autocast(batch.queries.device.type, enabled=False):
             batch = batch.widened()
@@ -142,7 +143,10 @@ class Objective(nn.Module):
                 loss, stats = graded_loss(batch, self.similarity, widths, tau, self.config.tile_rows)
             else:
                 loss, stats = self._contrast(batch, step, tau)
-        return loss, {"loss": loss.detach(), "temperature": tau.detach().mean(), **stats}
+                if hardness := self.configs[self._task_of(batch.tasks)].hardness:
+                    sharpest = sharpest / (1 + hardness.alpha * sharpest)
+        taus = {"temperature": tau.detach().mean(), "effective_temperature": sharpest.mean()}
+        return loss, {"loss": loss.detach(), **taus, **stats}
 
     def _of(self, task: str, settings: Mapping[str, T]) -> T:
         """Return the settings of a task. Raises `UserError` for an unknown one."""

@@ -25,11 +25,16 @@ class Metric:
 
 _EMBEDDER_METRICS = {
     "temperature": Metric("tau of the step's task"),
+    "effective_temperature": Metric(
+        "temperature of the softmax among negatives, with the weights: 1 / (1/tau + alpha)"
+    ),
     "dropped_fraction": Metric("negatives dropped as duplicates, false negatives or by the margin", "fraction"),
+    "duplicate_fraction": Metric("negatives dropped because ids show that they are right answers", "fraction"),
     "effective_fraction": Metric("kept negatives that weigh in, by their hardness weights (Kish)", "fraction"),
     "positive_similarity": Metric("mean cosine of query and positive"),
     "negative_similarity": Metric("mean cosine of query and negatives, dropped ones included"),
     "no_teacher_fraction": Metric("pairs for which `data.teacher_vectors` lacks the query or the target", "fraction"),
+    "margin": Metric("mean lead of the positive's cosine over the hardest kept negative"),
 }
 _RERANKER_METRICS = {
     "positive_probability": Metric("mean probability of yes of the positives"),

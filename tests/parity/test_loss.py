@@ -709,10 +709,13 @@ def test_hand_written_case() -> None:
     assert {name: round(float(value), 4) for name, value in stats.items()} == {
         "loss": 0.913,
         "temperature": 0.5,
+        "effective_temperature": 0.25,
         "dropped_fraction": 0.0,
+        "duplicate_fraction": 0.0,
         "effective_fraction": 1.0,
         "positive_similarity": 1.0,
         "negative_similarity": 0.6,
+        "margin": 0.4,
         "accuracy": 1.0,
     }
 
@@ -725,6 +728,22 @@ def test_statistics_count_drops_and_ties_against_the_query() -> None:
     _, aware = objective(Batch(queries, targets, "t", target_ids=torch.tensor([7, 8, 7])), step=0)
     assert (float(plain["accuracy"]), float(plain["dropped_fraction"])) == (0.5, 0.0)
     assert (float(aware["accuracy"]), float(aware["dropped_fraction"])) == (1.0, 0.25)
+    assert (float(plain["duplicate_fraction"]), float(aware["duplicate_fraction"])) == (0.0, 0.25)
+    # The first query has a duplicate of its positive, at the same score. The other one leads by 1.
+    assert (float(plain["margin"]), float(aware["margin"])) == (0.5, 1.0)
+    assert float(plain["effective_temperature"]) == pytest.approx(1 / (1 / 0.1 + 9))
+
+
+def test_what_the_rule_drops_is_not_counted_as_duplicates() -> None:
+    targets = torch.nn.functional.normalize(torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [1.0, 0.0]]), dim=1)
+    rule = FalseNegativeConfig(threshold=0.9, warmup_steps=0, max_dropped_fraction=1.0)
+    ids = torch.tensor([1, 2, 3, 1])
+    _, stats = Objective(config(rule=rule), ["t"])(Batch(targets[:1], targets, "t", target_ids=ids), step=0)
+    assert float(stats["dropped_fraction"]) == pytest.approx(2 / 3)
+    assert float(stats["duplicate_fraction"]) == pytest.approx(1 / 3)
+    assert float(stats["margin"]) == 1.0
+    _, stats = Objective(config(rule=rule), ["t"])(Batch(targets[:1], targets[:2], "t"), step=0)
+    assert float(stats["margin"]) == 0.0  # nothing is left to lead
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e-4, 0.01], ids=["identical", "nearly identical", "anisotropic"])
