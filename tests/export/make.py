@@ -46,10 +46,13 @@ def trained_adapter(base: str, folder: Path, identity: ModelIdentity) -> Path:
     return folder
 
 
-def export(out: Path, base: str, identity: ModelIdentity, format: Format) -> None:
+def export(
+    out: Path, base: str, identity: ModelIdentity, format: Format = "model", dimensions: tuple[int, ...] = ()
+) -> None:
     """A directory `out` in fp32, and `out.npz` with the vector of every input."""
     adapter = trained_adapter(base, out.with_name(f"{out.name}-adapter"), identity)
-    export_model(base, adapter, out, identity, ExportOptions(format=format, dtype="float32", frames=FRAMES))
+    options = ExportOptions(format=format, dtype="float32", frames=FRAMES, dimensions=dimensions)
+    export_model(base, adapter, out, identity, options)
     processor, embedder = load_encoder(str(out))
     inputs = make_inputs(processor.layout.factor_px)
     vectors = {name: embedder(processor.encode([decoded(input)]))[0].numpy() for name, input in inputs.items()}
@@ -60,9 +63,12 @@ def main(out: Path) -> None:
     """Writes everything into a new folder."""
     for family in FAMILIES:
         base = tiny_checkpoint(out / f"{family}-base", TinyBackbone(vocabulary=640, family=family))
-        export(out / family, base, ModelIdentity(prompt=PROMPT), "model")
+        export(out / family, base, ModelIdentity(prompt=PROMPT))
         if family == "qwen2_vl":
             export(out / "rzen_release", base, RELEASE, "rzen_release")
+    # vLLM's attention on CPUs takes no smaller heads.
+    wide = TinyBackbone(vocabulary=640, hidden=256, heads=4, vision_width=256)
+    export(out / "vllm", tiny_checkpoint(out / "vllm-base", wide), ModelIdentity(prompt=PROMPT), dimensions=(64,))
 
 
 if __name__ == "__main__":
