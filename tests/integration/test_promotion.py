@@ -7,7 +7,7 @@ import shutil
 import threading
 import time
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +83,7 @@ class Load:
         self.versions: dict[str, set[str]] = {}
         """Version in the header -> pairs whose hits it came with."""
         self.answers: list[str] = []
+        self.clients: list[Future[None]] = []
 
     def ask(self, number: int) -> None:
         while not self._done.is_set():
@@ -100,9 +101,12 @@ class Load:
         self.answers.append(near[0])
 
     def wait_for(self, name: str, count: int = 12) -> None:
-        """Wait until so many answers in a row are those of a pair."""
+        """Wait until so many answers in a row are those of a pair. Raises the error of a client."""
         deadline_s = time.monotonic() + 90
         while set(self.answers[-count:]) != {name} or len(self.answers) < count:
+            for client in self.clients:
+                if client.done():
+                    client.result()
             assert time.monotonic() < deadline_s, self.answers[-count:]
             time.sleep(0.05)
 
@@ -126,7 +130,7 @@ def test_promotions_and_rollbacks_under_load_answer_with_one_pair(ray_cluster: N
     }
     load = Load(deploy(ServeSpec.model_validate(spec)), promoted.expected)
     with ThreadPoolExecutor(3) as pool:
-        asking = [pool.submit(load.ask, number) for number in range(3)]
+        load.clients = [pool.submit(load.ask, number) for number in range(3)]
         try:
             load.wait_for("a")
             promoted.promote("b", promoted.pairs["b"])
@@ -144,6 +148,6 @@ def test_promotions_and_rollbacks_under_load_answer_with_one_pair(ray_cluster: N
         finally:
             load.stop()
     serve.shutdown()
-    for one in asking:
-        one.result()  # an error of a client is raised here
+    for client in load.clients:
+        client.result()
     assert sorted(map(sorted, load.versions.values())) == [["a"], ["b"]]

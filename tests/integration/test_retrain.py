@@ -13,9 +13,13 @@ import pytest
 from jobs.cli import main
 from jobs.evaluation.scores import Model, Scorer
 from jobs.runtime.lease import LEASE
+from jobs.serving.pairs import find_place, read_pair
 from jobs.workflows.registry import Registry
+from pipelines.config import MediaConfig
 from pipelines.storage.location import open_store
 from pipelines.storage.store import Store
+from rzen.embedding.corpus import read_manifest
+from rzen.serving.served import load_served
 from tests.data import publish
 from tests.specs import evaluate, stage
 
@@ -24,6 +28,7 @@ RETRAIN = """\
 kind: retrain
 stage: stage.yaml
 evaluate: {{spec: evaluate.yaml}}
+corpus: {{spec: embed.yaml}}
 gate: {{min_queries: 24}}
 min_new_samples: 4
 registry: "{0}/registry"
@@ -38,6 +43,9 @@ def bucket(tmp_path: Path, s3_endpoint: str, ray_cluster: None, monkeypatch: pyt
     run = {"root": f"{url}/runs", "tracking": {"tensorboard": False}}
     (tmp_path / "stage.yaml").write_text(stage(url, run=run, steps=3))
     (tmp_path / "evaluate.yaml").write_text(evaluate(f"{url}/frozen"))
+    (tmp_path / "embed.yaml").write_text(
+        f"kind: embed\nmodel: x\ndata: {{root: '{url}/data'}}\nsplits: [train]\nout: x\ncpus_per_task: 0.5\n"
+    )
     (tmp_path / "retrain.yaml").write_text(RETRAIN.format(url))
     bucket = open_store(url)
     publish(bucket.child("data"), {"red": ("text_image", 16)})
@@ -79,6 +87,10 @@ def test_retraining_promotes_refuses_and_does_nothing(
     assert first.generation == 1
     lineage = registry.lineage(first.model)
     assert (lineage["parent"], lineage["soup"], lineage["data"]["samples"]) == (None, None, {"red": 16})
+    served = read_pair(registry.store)
+    assert served == registry.pair(first.model)
+    assert read_manifest(served["corpus"])["num_vectors"] == 16
+    load_served(find_place({"registry": registry.store.url}), MediaConfig(), 1024).close()  # they belong together
 
     assert main(run) == 0
     assert f"nothing new: the data are those of the champion, {first.model}" in capsys.readouterr().out
@@ -110,6 +122,7 @@ def test_retraining_promotes_refuses_and_does_nothing(
     second = registry.champion()
     assert second is not None
     assert second.generation == 2
+    assert read_manifest(read_pair(registry.store)["corpus"])["num_vectors"] == 24
     lineage = registry.lineage(second.model)
     assert lineage["parent"] == first.model
     assert {parent["name"]: parent["weight"] for parent in lineage["soup"]["parents"]} == {
@@ -126,6 +139,7 @@ def test_retraining_promotes_refuses_and_does_nothing(
     rolled_back = registry.champion()
     assert rolled_back is not None
     assert (rolled_back.generation, rolled_back.model) == (3, first.model)
+    assert read_pair(registry.store) == served
     history = [(one["model"], one["previous"], one["reason"]) for one in registry.promotions()]
     assert [model for model, _, _ in history] == [first.model, second.model, first.model]
     assert history[-1] == (first.model, second.model, "complaints")
@@ -134,6 +148,7 @@ def test_retraining_promotes_refuses_and_does_nothing(
     out = capsys.readouterr().out
     assert f"* {first.model}" in out
     assert "complaints" in out
+    assert f"servers load {served['model']} with {served['corpus']}, version {served['corpus_version']}" in out
     assert main(["registry", "--registry", "s3://retrain/registry", "show", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["id"] == first.model
     assert main(["registry", "--registry", "s3://retrain/registry", "diff", second.model]) == 0
