@@ -24,6 +24,7 @@ from rzen.config.objective import (
     HardnessConfig,
     MinedConfig,
     ObjectiveConfig,
+    QuantizedConfig,
     TaskObjectiveConfig,
     TemperatureConfig,
 )
@@ -70,6 +71,7 @@ __all__ = [
     "PairPromptConfig",
     "PairTemplateName",
     "PromptConfig",
+    "QuantizedConfig",
     "PromptName",
     "ReadoutConfig",
     "RerankObjectiveConfig",

@@ -112,6 +112,24 @@ class EmbeddingDistillationConfig(TeacherConfig):
     the cosines, without temperatures."""
 
 
+class QuantizedConfig(Config):
+    """Train for vectors that are stored in few bits: the loss is also that of rounded vectors (straight-through).
+
+    Exports and servers are the same as without it: the model returns unrounded vectors, and an index rounds them.
+    """
+
+    types: Annotated[list[Literal["int8", "binary"]], Field(min_length=1)] = Field(default=["int8"])
+    """`int8`: 255 steps of a learned size (LSQ, arXiv 1902.08153). `binary`: the sign of each value."""
+    weight: PositiveFloat = 1.0
+    """Factor of the loss of each type. It is added to that of the unrounded vectors. Our choice."""
+
+    @model_validator(mode="after")
+    def _distinct(self) -> QuantizedConfig:
+        if len(set(self.types)) < len(self.types):
+            raise ValueError("types must not name anything twice")
+        return self
+
+
 Inherit = Literal["inherit"]
 Margin = Annotated[float, Field(ge=0, lt=2)]
 FocalGamma = Annotated[float, Field(ge=1)]
@@ -182,6 +200,8 @@ class ObjectiveConfig(Config):
     matryoshka: list[PositiveInt] = Field(default=[])
     """Smaller widths of the vector that are trained too: its first values are a vector of their own. The loss is the
     mean over these and the full width (Kusupati et al., arXiv 2205.13147)."""
+    quantized: QuantizedConfig | None = None
+    """Train for vectors in 8 bits or 1 bit. `null`: only for unrounded ones."""
     tasks: dict[str, TaskObjectiveConfig] = Field(default={})
     """Task -> settings that hold for its batches instead. A group of sources with several tasks has its own name."""
     tile_rows: PositiveInt | None = 512

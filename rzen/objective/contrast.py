@@ -22,11 +22,12 @@ from rzen.objective.terms import Term
 
 
 def tile_loss(
-    tile: Tile, terms: Sequence[Term], scores_by_width: Sequence[Tensor], tau: Tensor
+    tile: Tile, terms: Sequence[Term], scores_by_view: Sequence[Tensor], weights: Sequence[float], tau: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the sum of the rows' losses (0-dim), and the sums of their statistics.
 
-    `scores_by_width` are `[R, C]` each, the full width last. `tau` is 0-dim, or `[R, 1]`.
+    `scores_by_view` are `[R, C]` each, those of whole and unrounded vectors last. `weights` are the share of each view
+    in the loss. `tau` is 0-dim, or `[R, 1]`.
     """
     with torch.no_grad():
         not_negative_RC = tile.excluded | tile.related
@@ -36,7 +37,7 @@ def tile_loss(
                 not_negative_RC |= marks_RC
         row_P, column_P = _positives(tile, terms)
     losses: list[Tensor] = []
-    for scores_RC in scores_by_width:
+    for scores_RC, weight in zip(scores_by_view, weights, strict=True):
         dropped_RC = _with_drops_by_score(tile, terms, scores_RC.detach(), not_negative_RC)
         weights_RC = _log_weights(tile, terms, scores_RC, dropped_RC)
         logits_RC = scores_RC / tau
@@ -53,10 +54,10 @@ def tile_loss(
             own_R = term.loss(tile, scores_RC, tau)
             if own_R is not None:
                 loss_R = loss_R + own_R
-        losses.append(loss_R)
+        losses.append(weight * loss_R.sum())
     with torch.no_grad():
         sums = tile_sums(scores_RC, weights_RC, tile.positives, tile.excluded, tile.related, dropped_RC)
-    return torch.stack(losses).mean(dim=0).sum(), sums
+    return torch.stack(losses).sum(), sums
 
 
 def _positives(tile: Tile, terms: Sequence[Term]) -> tuple[Tensor, Tensor]:
@@ -70,7 +71,7 @@ def _positives(tile: Tile, terms: Sequence[Term]) -> tuple[Tensor, Tensor]:
 
 
 def _with_drops_by_score(tile: Tile, terms: Sequence[Term], scores_RC: Tensor, not_negative_RC: Tensor) -> Tensor:
-    """Return the marks with those that depend on the scores of one width. Leaves `not_negative_RC` as it is."""
+    """Return the marks with those that depend on the scores of one view. Leaves `not_negative_RC` as it is."""
     for term in terms:
         dropped_RC = term.drops_by_score(tile, scores_RC)
         if dropped_RC is not None:

@@ -10,7 +10,8 @@ Shapes: B own queries, N pairs of all ranks, T tasks.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -21,11 +22,12 @@ from rzen.config import ObjectiveConfig
 from rzen.objective.batch import Batch, queries_of
 from rzen.objective.graded import graded_loss, is_graded
 from rzen.objective.pools import Direction, Pool
+from rzen.objective.quantized import FIRST_STEP, fake_binary, fake_int8
 from rzen.objective.similarity import Cosine, Similarity
 from rzen.objective.statistics import batch_means
-from rzen.objective.terms import Term, terms_of
-from rzen.objective.tiles import Work, tiled_loss
-from rzen.vectors import width
+from rzen.objective.terms import Rounding, Term, terms_of
+from rzen.objective.tiles import View, Work, tiled_loss
+from rzen.vectors import Vectors, width
 
 T = TypeVar("T")
 
@@ -50,6 +52,8 @@ class Objective(nn.Module):
     """
 
     exact_theta_T: Tensor  # noqa: N815  a shape, as in `theta_T`
+    log_step: nn.Parameter | None
+    """Logarithm of the step of int8, `[1]`, which is learned. None where none is."""
 
     def __init__(
         self,
@@ -75,6 +79,9 @@ class Objective(nn.Module):
         self.theta_T = nn.Parameter(theta_T, requires_grad=temperature.learnable)
         # A buffer, because DeepSpeed rounds parameters to bf16, and no buffers.
         self.register_buffer("exact_theta_T", theta_T.clone(), persistent=False)
+        self.log_step = None
+        if config.quantized and "int8" in config.quantized.types:
+            self.log_step = nn.Parameter(torch.tensor([math.log(FIRST_STEP)]))
 
     @property
     def needs_queries(self) -> bool:
@@ -92,6 +99,24 @@ class Objective(nn.Module):
             problem = f"{widest} is not below {full}, the width of the model's vectors"
             raise UserError("objective.matryoshka", problem, f"name widths from 1 to {full - 1}")
         return (*below, full)
+
+    def views(self, full: int) -> list[View]:
+        """Return how vectors are scored: at each width, rounded in each way and not. The full one is last."""
+        widths, terms = self.widths(full), self.terms[self.tasks[0]]
+        rounded = [(self._rounding(name), term.rounded_weight) for term in terms for name in term.roundings]
+        return [
+            View(dims, rounding, weight / len(widths))
+            for dims in widths
+            for rounding, weight in (*rounded, (None, 1.0))
+        ]
+
+    def _rounding(self, name: Rounding) -> Callable[[Vectors], Vectors]:
+        if name == "binary":
+            return fake_binary
+        assert self.log_step is not None
+        # In fp32: a model in bf16 has its parameters in bf16.
+        step = self.log_step[0].to(torch.promote_types(self.log_step.dtype, torch.float32)).exp()
+        return partial(fake_int8, step=step)
 
     def temperature(self, tasks: str | Sequence[str]) -> Tensor:
         """Return tau = exp(theta) within its bounds, with gradient: 0-dim for one task, `[B]` for one task a row.
@@ -187,5 +212,5 @@ class Objective(nn.Module):
         return loss, batch_means(sums, forward.num_rows)
 
     def _tiled(self, direction: Direction, terms: Sequence[Term], tau: Tensor) -> tuple[Tensor, Tensor]:
-        widths = self.widths(width(direction.pools[0].rows))
-        return tiled_loss(Work(direction, terms, widths, self.config.tile_rows), tau)
+        views = self.views(width(direction.pools[0].rows))
+        return tiled_loss(Work(direction, terms, views, self.config.tile_rows), tau)

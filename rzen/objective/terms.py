@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,12 +26,18 @@ from rzen.objective.batch import Batch, queries_of
 from rzen.objective.distillation import distillation_loss
 from rzen.objective.pools import Pool, Tile, join_columns
 
+Rounding = Literal["int8", "binary"]
+
 
 class Term:
     """One option of the objective. Every hook here changes nothing; a term overrides those that it needs."""
 
     widths: tuple[int, ...] = ()
     """Widths below the full one at which vectors are scored as well. The loss is the mean over all widths."""
+    roundings: tuple[Rounding, ...] = ()
+    """How vectors of each width are rounded and scored as well."""
+    rounded_weight: float = 0.0
+    """Factor of the loss of rounded vectors, which is added."""
     reverse_share: float = 0.0
     """Share of the reverse direction, targets against queries, in the loss."""
     needs_queries: bool = False
@@ -289,6 +296,14 @@ class Matryoshka(Term):
     widths: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Quantized(Term):
+    """Score the rounded vectors, too (`rzen.objective.quantized`)."""
+
+    roundings: tuple[Rounding, ...]
+    rounded_weight: float
+
+
 def _embedding_distillation(config: ObjectiveConfig) -> list[Term]:
     teacher = config.embedding_distillation
     return [EmbeddingDistillation(teacher, reweighs=config.distillation is None)] if teacher else []
@@ -311,6 +326,9 @@ TERMS: Mapping[str, Callable[[ObjectiveConfig], list[Term]]] = {
     "embedding_distillation": _embedding_distillation,
     "symmetric": lambda config: [Symmetric(config.symmetric)] if config.symmetric else [],
     "matryoshka": lambda config: [Matryoshka(tuple(config.matryoshka))] if config.matryoshka else [],
+    "quantized": lambda config: (
+        [Quantized(tuple(config.quantized.types), config.quantized.weight)] if config.quantized else []
+    ),
 }
 """Field of `ObjectiveConfig` -> the terms that it makes. The order is that in which pools are laid and hooks called."""
 

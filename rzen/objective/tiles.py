@@ -7,7 +7,7 @@ differentiates the loss by the scores; the similarity does the rest. Shapes: R r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,13 +22,27 @@ from rzen.vectors import Vectors, cut
 
 
 @dataclass(frozen=True)
+class View:
+    """One way in which vectors are scored: their first values, rounded or not. `weight` is its share of the loss."""
+
+    dims: int
+    rounded: Callable[[Vectors], Vectors] | None
+    weight: float
+
+    def of(self, vectors: Vectors) -> Vectors:
+        """Return vectors of length 1, with gradient."""
+        part = cut(vectors, self.dims)
+        return part if self.rounded is None else self.rounded(part)
+
+
+@dataclass(frozen=True)
 class Work:
     """What is the same for all tiles of a direction."""
 
     direction: Direction
     terms: Sequence[Term]
-    widths: Sequence[int]
-    """Widths at which vectors are scored, the full one last."""
+    views: Sequence[View]
+    """How vectors are scored. Whole and unrounded vectors come last, and give the statistics."""
     tile_rows: int | None
     """Rows of a tile; None: all rows at once."""
 
@@ -40,9 +54,9 @@ def tiled_loss(work: Work, tau: Tensor) -> tuple[Tensor, Tensor]:
     changes rounding only (tests/parity/test_loss.py).
     """
     vectors: list[Vectors] = []
-    for dims in work.widths:
+    for view in work.views:
         for pool in work.direction.pools:
-            vectors += [cut(pool.rows, dims), cut(pool.columns, dims)]
+            vectors += [view.of(pool.rows), view.of(pool.columns)]
     loss, sums = _Tiles.apply(work, torch.is_grad_enabled(), tau, *vectors)  # type: ignore[no-untyped-call]
     return loss, sums
 
@@ -50,7 +64,7 @@ def tiled_loss(work: Work, tau: Tensor) -> tuple[Tensor, Tensor]:
 class _Tiles(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, work: Work, with_gradient: bool, tau: Tensor, *vectors: Vectors) -> tuple[Tensor, Tensor]:
-        """`vectors` are the rows and columns of each pool, width after width."""
+        """`vectors` are the rows and columns of each pool, view after view."""
         num_rows = work.direction.num_rows
         step = work.tile_rows or num_rows
         gradients: list[Tensor | None] = []
@@ -83,26 +97,27 @@ def _tile(
     by_tau, *by_vectors = gradients
     wanted = any(gradient is not None for gradient in gradients)
     scored = list(_scored(work, vectors, by_vectors))
-    scores = [join_columns([part.scores(similarity, rows) for part in scored_at_width]) for scored_at_width in scored]
+    scores = [join_columns([part.scores(similarity, rows) for part in scored_in_view]) for scored_in_view in scored]
     # Leaves of a graph of their own, which ends with this tile.
     own_tau = (tau if tau.ndim == 0 else tau[rows, None]).detach().requires_grad_(wanted)
     scores = [scores_RC.requires_grad_(wanted) for scores_RC in scores]
     with torch.set_grad_enabled(wanted):
-        loss, sums = tile_loss(tile_of(direction, rows), work.terms, scores, own_tau)
+        weights = [view.weight for view in work.views]
+        loss, sums = tile_loss(tile_of(direction, rows), work.terms, scores, weights, own_tau)
         loss = loss / direction.num_rows
     if wanted:
         *by_scores, by_own_tau = torch.autograd.grad(loss, (*scores, own_tau))
         if by_tau is not None:
             (by_tau if tau.ndim == 0 else by_tau[rows, None]).add_(by_own_tau)
-        for scored_at_width, by_scores_RC in zip(scored, by_scores, strict=True):
-            for part, by_part_RC in zip(scored_at_width, direction.split(by_scores_RC), strict=True):
+        for scored_in_view, by_scores_RC in zip(scored, by_scores, strict=True):
+            for part, by_part_RC in zip(scored_in_view, direction.split(by_scores_RC), strict=True):
                 part.add_gradients(similarity, rows, by_part_RC)
     return loss.detach(), sums
 
 
 @dataclass(frozen=True)
 class _Scored:
-    """Rows and columns of one pool at one width, and where their gradients go."""
+    """Rows and columns of one pool in one view, and where their gradients go."""
 
     per_row: bool
     rows: Vectors
@@ -127,7 +142,7 @@ class _Scored:
 
 
 def _scored(work: Work, vectors: Sequence[Vectors], by_vectors: Sequence[Tensor | None]) -> Iterator[list[_Scored]]:
-    """Yield the pools of each width."""
+    """Yield the pools of each view."""
     num_parts = 2 * len(work.direction.pools)
     for first in range(0, len(vectors), num_parts):
         starts = range(first, first + num_parts, 2)

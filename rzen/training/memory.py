@@ -87,8 +87,11 @@ class MemoryModel:
         self, share: WorkerShare, objective: AnyObjectiveConfig, optim: OptimConfig, chunk_tokens: int | None
     ) -> WorkerMemory:
         """Return the memory of a worker with these settings."""
-        has_temperatures = isinstance(objective, ObjectiveConfig) and objective.temperature.learnable
-        groups = self._trained_groups(share.num_tasks if has_temperatures else 0)
+        num_temperatures = num_steps = 0
+        if isinstance(objective, ObjectiveConfig):
+            num_temperatures = share.num_tasks if objective.temperature.learnable else 0
+            num_steps = int(objective.quantized is not None and "int8" in objective.quantized.types)
+        groups = self._trained_groups(num_temperatures, num_steps)
         num_trained = sum(map(sum, groups))
         own_elements = _elements_of_rank(groups, share.workers, optim.zero_stage)
         return WorkerMemory(
@@ -113,11 +116,11 @@ class MemoryModel:
             self._passes[inputs] = count_pass(self._backbone, inputs)
         return self._passes[inputs]
 
-    def _trained_groups(self, num_temperatures: int) -> list[list[int]]:
+    def _trained_groups(self, num_temperatures: int, num_steps: int) -> list[list[int]]:
         """Return the sizes of the trained parameters in each group of the optimizer (`parameter_groups`)."""
         trained = [parameter for parameter in self._backbone.parameters() if parameter.requires_grad]
         matrices = [parameter.numel() for parameter in trained if parameter.ndim >= 2]
-        vectors = [parameter.numel() for parameter in trained if parameter.ndim < 2]
+        vectors = [parameter.numel() for parameter in trained if parameter.ndim < 2] + [1] * num_steps
         temperatures = [num_temperatures] if num_temperatures else []
         return [group for group in (matrices, vectors, temperatures) if group]
 
@@ -176,5 +179,7 @@ def loss_bytes(share: WorkerShare, objective: AnyObjectiveConfig, width: int) ->
     columns = all_pairs * (1 + max(len(some.same_side) for some in objectives)) + mined_columns
     vectors = share.pairs + all_pairs * (1 + gathers_queries) + mined
     rows = min(share.pairs, objective.tile_rows or share.pairs)
-    copies = _TILE_COPIES + _COPIES_PER_WIDTH * len(objective.matryoshka)
+    num_roundings = len(objective.quantized.types) if objective.quantized else 0
+    num_views = (1 + len(objective.matryoshka)) * (1 + num_roundings)
+    copies = _TILE_COPIES + _COPIES_PER_WIDTH * (num_views - 1)
     return round(_FP32 * (_VECTOR_COPIES * vectors * width + copies * rows * columns))

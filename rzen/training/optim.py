@@ -40,7 +40,7 @@ def build_optimizer(learner: Learner, config: OptimConfig) -> AdamW:
 
 
 def parameter_groups(learner: Learner, config: OptimConfig) -> list[dict[str, Any]]:
-    """Return the groups of parameters. Matrices decay; norms, biases and temperatures do not.
+    """Return the groups of parameters. Matrices decay; norms, biases, temperatures and the step of int8 do not.
 
     `lr_scale` multiplies the rate of a group; temperatures have their own. `bounds` (None or low, high) clamp a group.
     Empty groups are left out.
@@ -50,14 +50,15 @@ def parameter_groups(learner: Learner, config: OptimConfig) -> list[dict[str, An
     def group(name: str, params: list[nn.Parameter], decay: float, scale: float, bounds: Any) -> dict[str, Any]:
         return {"name": name, "params": params, "weight_decay": decay, "lr_scale": scale, "bounds": bounds}
 
+    objective = learner.objective
+    steps = [] if objective is None or objective.log_step is None else [objective.log_step]
     groups = [
         group("matrices", [p for p in trained if p.ndim >= 2], config.weight_decay, 1.0, None),
-        group("vectors", [p for p in trained if p.ndim < 2], 0.0, 1.0, None),
+        group("vectors", [p for p in trained if p.ndim < 2] + steps, 0.0, 1.0, None),
     ]
-    if (objective := learner.objective) is not None:
-        theta = [p for p in objective.parameters() if p.requires_grad]
+    if objective is not None and objective.theta_T.requires_grad:
         lr_scale = objective.config.temperature.lr_scale
-        groups.append(group("temperatures", theta, 0.0, lr_scale, objective.bounds))
+        groups.append(group("temperatures", [objective.theta_T], 0.0, lr_scale, objective.bounds))
     return [group for group in groups if group["params"]]
 
 

@@ -195,4 +195,4 @@ def test_queries_that_the_teacher_gets_wrong_can_be_left_out() -> None:
 
 
 def test_every_option_is_a_term_or_part_of_the_engine() -> None:
-    assert set(ObjectiveConfig.model_fields) == {*terms.TERMS, "temperature", "tile_rows", "in_batch", "tasks"}
+    assert set(ObjectiveConfig.model_fields) == {*terms.TERMS, "kind", "temperature", "tile_rows", "in_batch", "tasks"}

@@ -31,6 +31,7 @@ from rzen.config import (
     MinedConfig,
     ObjectiveConfig,
     OptimConfig,
+    QuantizedConfig,
     TaskObjectiveConfig,
     TemperatureConfig,
 )
@@ -179,6 +180,9 @@ DISTILLED = CONFIG.model_copy(update={"distillation": DistillationConfig(weight=
 TEACHER = CONFIG.model_copy(
     update={"embedding_distillation": EmbeddingDistillationConfig(weight=3.0), "symmetric": 0.3, "tile_rows": 2}
 )
+QUANTIZED = CONFIG.model_copy(
+    update={"quantized": QuantizedConfig(types=["binary", "int8"]), "symmetric": 0.3, "matryoshka": [8], "tile_rows": 2}
+)
 DISTILLED_OWN = DISTILLED.model_copy(update={"mined": OWN})
 CASES: list[tuple[ObjectiveConfig, list[tuple[str, int]], str]] = [
     (CONFIG, [("b", 3)], "contrasted"),
@@ -191,6 +195,8 @@ CASES: list[tuple[ObjectiveConfig, list[tuple[str, int]], str]] = [
     (DISTILLED_OWN, [("b", 3)], "contrasted"),
     (TEACHER, [("b", 3)], "contrasted"),
     (TEACHER, [("a", 1), ("b", 2)], "contrasted"),
+    (QUANTIZED, [("b", 3)], "contrasted"),
+    (QUANTIZED, [("b", 3)], "graded"),
     (CONFIG, [("b", 3)], "graded"),
     (CONFIG, [("a", 1), ("b", 2)], "graded"),
     (CONFIG, [("a", 1), ("b", 2)], "second block graded"),
