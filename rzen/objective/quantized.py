@@ -12,7 +12,7 @@ import torch
 from rzen.vectors import Vectors, unit_vectors, width
 
 INT8_LEVELS = 127
-"""Steps from zero to the largest value: -127 to 127, so that rounding keeps the symmetry of a vector and its negative."""
+"""Steps from zero to the largest value: -127 to 127, the same in both directions."""
 FIRST_STEP = 2 * math.sqrt(2 / math.pi) / math.sqrt(INT8_LEVELS)
 """First size of a step, relative to the root mean square of the values: 2 E|x| / sqrt(127) of LSQ, for normal values.
 
