@@ -229,6 +229,7 @@ EXPORT = Kind(
         NoEffect("readout", lambda spec: spec.format == "reranker", "a re-ranker has no vectors"),
         NoEffect("instructions", lambda spec: spec.format != "model", "only format: model has files for them"),
         NoEffect("dimensions", lambda spec: spec.format == "adapter", "an adapter has no config.json"),
+        NoEffect("dimensions", lambda spec: spec.format == "reranker", "scores have no width"),
         NoEffect("dtype", lambda spec: spec.format == "adapter", "an adapter keeps its type"),
     ),
 )

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from rzen.config import ObjectiveConfig, ReadoutConfig
+from rzen.config import ObjectiveConfig, PairPromptConfig, ReadoutConfig
 from rzen.inputs.processor import EncodedBatch
 from rzen.model.chunks import Indices, chunks_of
 from rzen.model.embedding_model import EmbeddingModel
 from rzen.objective.loss import Objective
 from rzen.training.step import EmbeddingLearner
-from tests.benchmarks import contenders, demo, flops, padding, plain, soup, synthetic, vision
+from tests.benchmarks import contenders, demo, flops, padding, plain, rerank, soup, synthetic, vision
 from tests.benchmarks.turns import ROOT
 
 TINY = synthetic.SHAPES["tiny"]
@@ -96,6 +96,20 @@ def test_the_padding_benchmark_runs() -> None:
     assert "| whole | all | 2 | 51.1% |" in found
     assert "| packed | 4,096 | 171 | 0.0% |" in found
     assert found.count("| grouped | ") == 5
+
+
+def test_the_rerank_benchmark_runs_and_compares_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = rerank.arguments(["--queries", "3", "--candidates", "2", "--top-k", "2", "--turns", "1"])
+    monkeypatch.setattr(rerank, "PROMPT", PairPromptConfig(max_visual_tokens=4))
+    found = rerank.report(options)  # which compares the scores of all ways
+    assert [line.split(" | ")[0] for line in found.splitlines()[-3:]] == [f"| {way}" for way in WAYS]
+    assert "an image is in 3.0 pairs in the mean" in found
+    monkeypatch.setattr(rerank, "TOLERANCE", {"cpu": 0.0})
+    with pytest.raises(AssertionError, match="sentence-transformers"):
+        rerank.report(options)
+
+
+WAYS = ("ungrouped", "grouped", "sentence-transformers")
 
 
 @pytest.mark.slow

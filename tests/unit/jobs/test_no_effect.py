@@ -436,6 +436,7 @@ OTHERS = [
     Case("embed", "data.negatives_per_sample", "targets only", "data.negatives_per_sample=2", (), None),
     Case("embed", "data.max_bad_fraction", "skipped", "data.max_bad_fraction=0.5", (), None),
     Case("export", "frames", "video settings", "frames=4", ("format=rzen_release",), ("format=reranker",)),
+    Case("export", "dimensions", "no width", "dimensions=[8]", ("format=reranker",)),
     Case("export", "pair_prompt", "format: reranker", f"pair_{LAMRA}", (), ("format=reranker",)),
     Case("export", "prompt", "pair_prompt", "prompt.max_visual_tokens=9", ("format=reranker",), None),
     Case("export", "readout", "no vectors", "readout.pooling=mean", ("format=reranker",), None),
