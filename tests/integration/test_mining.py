@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,19 @@ import pytest
 
 import rzen
 from jobs.cli import main
-from jobs.mining import mine
-from jobs.mining.specs import MineSpec
+from jobs.mining import mine, select
+from jobs.mining.specs import MineSpec, SelectSpec
 from pipelines.candidates.table import CandidateTable, open_table
 from pipelines.candidates.types import MANIFEST
-from pipelines.config import DataConfig
+from pipelines.config import DataConfig, MixtureConfig
 from pipelines.feed.reader import Reader
-from pipelines.samples import DecodedSample
+from pipelines.plan.build import build_plan
+from pipelines.samples import DecodedSample, Input
+from pipelines.shards.duplicates import with_duplicates
+from pipelines.shards.index import with_hashes
+from pipelines.shards.manifest import Manifest, SourceInfo, publish_manifest
 from pipelines.storage.location import open_store
-from tests.data import publish
+from tests.data import make_sample, publish, store_shard
 from tests.tiny import tiny_export
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -205,3 +210,59 @@ def test_one_command_mines_and_selects(
     assert chosen.manifest.pools == mined.manifest.pools
     assert [row[0] for row in candidates(chosen, "red")] == [row[0][:2] for row in candidates(mined, "red")]
     assert "<article>" in (tmp_path / "negatives/report.html").read_text()
+
+
+def publish_uncaptioned(root: Path, colors: list[int]) -> None:
+    """Pictures without a query, one of each color."""
+    store = open_store(str(root))
+    samples = []
+    for number, color in enumerate(colors):
+        sample, members = make_sample("photos", "text_image", number, False, color)
+        samples.append((with_hashes(replace(sample, query=Input(), negatives=()), members), members))
+    shards = (store_shard(store, "uncaptioned", "photos", 0, samples),)
+    publish_manifest(
+        store, with_duplicates(store, Manifest("uncaptioned", {"photos": SourceInfo("text_image", 4, shards)}))
+    )
+
+
+def test_pictures_without_a_query_are_candidates(whole: Path, tmp_path: Path, model: str) -> None:
+    """A pool of train and of the split `uncaptioned`, one of whose pictures is also in train."""
+    shutil.copytree(whole / "data", tmp_path / "data")
+    publish_uncaptioned(tmp_path / "data", [100, 2, 101, 102])
+    pools = [{"sources": ["blue"]}, {"split": "uncaptioned"}]
+    changes = {"sources": ["blue"], "pools": pools, "depth": 13, "vectors": str(whole / "mined/vectors")}
+    mine.run(spec_of(tmp_path, model, **changes))
+    table = open_table(str(tmp_path / "mined"))
+    assert [(pool.split, pool.source) for pool in table.manifest.pools] == [
+        ("train", "blue"),
+        ("uncaptioned", "photos"),
+    ]
+    rows = [table.rows("blue", shard) for shard in range(2)]
+    numbers = [some.candidate[some.span(row)].tolist() for some in rows for row in range(len(some))]
+    # Eleven of blue, then the four pictures, of which the second shows what blue 2 shows.
+    everything = {*range(11), 11, 13, 14}
+    assert [set(found) for found in numbers] == [everything - {index} for index in range(11)]
+    is_photo = np.concatenate([some.candidate for some in rows]) >= 11
+    assert (np.isnan(np.concatenate([some.owner for some in rows])) == is_photo).all()
+    assert not np.isnan(np.concatenate([some.recall for some in rows])).any()
+
+    selecting = {"negatives": {"margin": None}, "choice": "spread", "negatives_per_sample": 13}
+    select.run(
+        SelectSpec.model_validate(
+            {
+                "kind": "select",
+                "table": str(tmp_path / "mined"),
+                "out": str(tmp_path / "chosen"),
+                "selection": selecting,
+                "trusted": True,
+            }
+        )
+    )
+    assert "<article>" in (tmp_path / "chosen/report.html").read_text()
+    mixture = MixtureConfig(weights={"blue": 1.0})
+    chosen = {"candidates": str(tmp_path / "chosen"), "negatives_per_sample": 15}
+    reader = Reader(DataConfig(root=str(tmp_path / "data"), mixture=mixture, **chosen))
+    batch = reader.batch(build_plan(reader.tables(), mixture, global_batch=8), 0, 0, 1)
+    for sample in batch.batch:
+        shown = [int(one.visuals[0].frames[0, 0, 0, 0]) for one in sample.negatives if one.visuals]
+        assert sorted(shown) == sorted({*range(11), 100, 101, 102} - {int(sample.sample.key)})
