@@ -8,6 +8,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -193,3 +194,15 @@ def test_rules_that_need_a_model(whole: Path, tmp_path: Path) -> None:
     again = curate.run(spec.model_copy(update={"out": str(whole / "again"), "actors": 2}))
     assert again["dropped"] == result["dropped"]
     assert files(whole / "again") == files(whole / "model")
+
+    # The pictures are one cluster of more than 20 samples, and so are the texts.
+    full = {"cosine": None, "cluster_samples": 1000, "max_per_cluster": 20, "full_clusters": "weigh"}
+    some = rules | {"alignment": None, "semantic": full, "within": "source"}
+    weighted = curate.run(spec_of(whole, "weighted", model=str(tmp_path / "model"), rules=some))
+    assert weighted["dropped"] == {"bad_media": 1}
+    assert {name: one["samples"] for name, one in weighted["weighted"].items()} == {"pictures": 102, "texts": 31}
+    assert all(one["total"] == pytest.approx(20, abs=1e-3) for one in weighted["weighted"].values())
+    data = DataConfig(root=str(whole / "data"), curation=[str(whole / "weighted")])
+    table = Reader(data).tables()["texts"]
+    assert (len(table.weighted), table.num_kept) == (31, 20)
+    assert table.weights == pytest.approx(np.full(31, 20 / 31))
