@@ -64,6 +64,7 @@ def _run(table: CandidateTable, spec: ClusterSpec, store: Store, lease: Lease) -
             parts[source] = [*_write(table, source, cluster, writer, written)]
             done += sum(part.num_samples for part in old)
             bars.update("cluster", done, total)
+    _check_clusters(table, spec, counts)
     new = table.derived("cluster", parts, settings, counts)
     published = publish_table(store, new, before_publish=lease.check)
     for source, some in counts.items():
@@ -71,6 +72,21 @@ def _run(table: CandidateTable, spec: ClusterSpec, store: Store, lease: Lease) -
         say(f"  {source}: {some['clusters']:,} clusters of {some['samples']:,} samples{kept}")
     say(f"  to train with it: data: {{candidates: {spec.out}}}")
     return {"outputs": [spec.out], "fingerprint": published.fingerprint, "counts": counts}
+
+
+def _check_clusters(table: CandidateTable, spec: ClusterSpec, counts: dict[str, Any]) -> None:
+    """Name the sources without candidates of their own. Raises `UserError` if there are no others."""
+    if spec.method != "preferences":
+        return
+    problem = (
+        f"has no candidates of their own source at ranks {spec.first_rank} to {spec.first_rank + spec.num_ranks - 1}"
+    )
+    if not any(some["clusters"] for some in counts.values()):
+        fix = "mine with pools: own and a larger depth, or set a smaller first_rank"
+        raise UserError(table.store.url, problem, fix)
+    for source, some in counts.items():
+        if not some["clusters"]:
+            say(f"  {source} {problem}: it has no clusters", "yellow")
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,11 +138,7 @@ def _by_preference(table: CandidateTable, source: str, spec: ClusterSpec) -> tup
     keep = np.concatenate([np.zeros(0, np.bool_), *(some for some, _ in found)])
     edges = Preferences.of(np.concatenate([np.zeros((0, 2), np.int64), *(pairs for _, pairs in found)]))
     if not len(edges.one):
-        problem = (
-            f"has no candidates of their own source at ranks {spec.first_rank} to {spec.first_rank + spec.num_ranks}"
-        )
-        fix = "mine with pools: own and a larger depth, or set a smaller first_rank"
-        raise UserError(f"{table.store.url} source {source}", problem, fix)
+        return np.full(len(keep), NO_CLUSTER), {"kept_weight": 0.0}
     cluster = partition(edges, keep, spec.cluster_size, spec.seed)
     return cluster, {"kept_weight": round(kept_weight(edges, cluster), 4)}
 

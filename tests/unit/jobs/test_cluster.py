@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,28 @@ def test_samples_of_one_origin_share_a_cluster(mined: Path, tmp_path: Path, monk
     assert clusters(tmp_path / "tens") == [-1] * 10 + [0] * 10
 
 
+def test_a_source_without_candidates_has_no_clusters_and_is_named(
+    mined: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two sources of one table. Blue has candidates of red only."""
+    before = open_table(str(mined / "mined")).manifest
+    writer = PartWriter.of(LocalStore(tmp_path / "mined"), {})
+    parts = {
+        "red": tuple(
+            writer.write("red", shard, open_table(str(mined / "mined")).rows("red", shard)) for shard in range(3)
+        ),
+        "blue": (writer.write("blue", 0, CandidateRows.of(["a", "b"], [6, 6], candidate=np.arange(12))),),
+    }
+    data = replace(before.data, sources=before.data.sources | {"blue": "0" * 64})
+    pools = (*before.pools, Pool("train", "blue", "0" * 64, 2))
+    publish_table(LocalStore(tmp_path / "mined"), replace(before, data=data, pools=pools, parts=parts, plan={}))
+    result = cluster.run(spec_of(tmp_path, tmp_path / "out"))
+    assert result["counts"]["red"]["clusters"] == 2
+    assert result["counts"]["blue"] == {"clusters": 0, "samples": 0, "smallest": 0, "largest": 0, "kept_weight": 0.0}
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "blue has no candidates of their own source at ranks 2 to 71: it has no clusters" in shown
+
+
 class _nothing:  # noqa: N801  as few shards are listed without Ray
     def __enter__(self) -> None:
         pass
@@ -117,7 +140,7 @@ class _nothing:  # noqa: N801  as few shards are listed without Ray
 
 
 def test_mistakes_are_named(mined: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="has no candidates of their own source at ranks 40 to"):
+    with pytest.raises(UserError, match="has no candidates of their own source at ranks 40 to 109; mine with pools"):
         cluster.run(spec_of(mined, tmp_path / "out", first_rank=40))
     with pytest.raises(UserError, match="is the table that is read"):
         cluster.run(spec_of(mined, mined / "mined"))
