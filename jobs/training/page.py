@@ -283,11 +283,13 @@ def _commands(run: Run, summary: RunSummary) -> dict[str, str]:
     if summary.state == "finished":
         is_adapter = run.result == "adapter"
         base = backbone_url(run) if is_adapter else run.result_url
+        adapter = f" --adapter {run.result_url}" if is_adapter else ""
+        export = f"rzen export {base} {folder}-model{adapter}"
         if isinstance(run.spec.objective, ObjectiveConfig):
-            adapter = f" --adapter {run.result_url}" if is_adapter else ""
-            commands["Make one model of it"] = f"rzen export {base} {folder}-model{adapter}"
+            commands["Make one model of it"] = export
         else:
             adapter = f" --set model.adapter={run.result_url}" if is_adapter else ""
+            commands["Make one model of it"] = f"{export} --set format=reranker"
             commands["Score candidates with it"] = f"rzen judge --set model.base={base}{adapter}"
     commands["List all runs"] = f"rzen runs {run.spec.run.root}"
     return commands

@@ -140,6 +140,7 @@ def _check_alike(parents: Sequence[Parent]) -> None:
     if all(parent.base_sha256 is None for parent in parents):
         _check_same(parents, "base model", lambda parent: parent.config.get("base_model_name_or_path"))
     _check_same(parents, "prompt", lambda parent: parent.identity.get("prompt"))
+    _check_same(parents, "pair_prompt", lambda parent: parent.identity.get("pair_prompt"))
     _check_same(parents, "readout", lambda parent: parent.identity.get("readout", ReadoutConfig().model_dump()))
 
 

@@ -1,5 +1,6 @@
 """A re-ranker that trains on a candidate table: any number of ranks, pauses, ZeRO stages, and what opens the result.
 
+One loss trains an adapter, the other every weight, with the tied head in ZeRO stage 3.
 The batches come from the reader without Ray, encoded as in a run. Lists have unequal numbers of candidates.
 """
 
@@ -29,6 +30,7 @@ from pipelines.plan.build import build_plan
 from pipelines.samples import DecodedInput
 from pipelines.storage.location import open_store
 from rzen.config import LoraConfig, OptimConfig, PairPromptConfig, RerankObjectiveConfig, TinyBackbone
+from rzen.families import part_of
 from rzen.report.scores import hit_interval
 from rzen.reranking.encoder import JointEncoder
 from rzen.reranking.lists import EncodedList, ListEncoder, RerankBatch
@@ -51,7 +53,8 @@ OBJECTIVES = {
 
 
 def stage_of(root: Path, loss: str, zero_stage: int = 1, **changes: Any) -> Stage:
-    model = tiny_model(str(root / "base")).model_copy(update={"lora": LoraConfig(rank=2)})
+    trained = {"lora": LoraConfig(rank=2)} if loss == "bce" else {"tune": "full"}
+    model = tiny_model(str(root / "base")).model_copy(update=trained)
     optim = OptimConfig.model_validate({"lr": 1e-3, "zero_stage": zero_stage})
     return Stage(model, OBJECTIVES[loss], optim, STEPS, 0, PAUSE, "plan", **({"chunk_tokens": CHUNK_TOKENS} | changes))
 
@@ -85,7 +88,7 @@ def run_stage(root: Path, rank: int, world_size: int, name: str, stage: Stage, s
         tasks=["a"],
         batches=batches,
         checkpoints=Folders(root / name, start_from),
-        output=root / name / "adapter",
+        output=root / name / "result",
         on_metrics=rows.append,
         held_out=HeldOut(PAUSE, lambda: held_out.read(encoder, rank, world_size)),
         on_scores=scores.append,
@@ -135,14 +138,15 @@ def runs(root: Path) -> dict[str, Any]:
 
 
 def weights(root: Path, name: str) -> dict[str, torch.Tensor]:
-    return load_file(root / name / "adapter" / "adapter_model.safetensors")
+    (path,) = (root / name / "result").glob("*.safetensors")
+    return load_file(path)
 
 
 def test_a_run_that_is_paused_ends_with_the_same_bytes(runs: dict[str, Any], root: Path) -> None:
     (rows, scores), (paused_rows, paused_scores) = runs["bce"], runs["paused"]
     assert [row["loss"] for row in rows] == [row["loss"] for row in paused_rows]
     assert [score["sources"] for score in scores] == [score["sources"] for score in paused_scores]
-    one, other = (root / name / "adapter" / "adapter_model.safetensors" for name in ("bce", "paused"))
+    one, other = (root / name / "result" / "adapter_model.safetensors" for name in ("bce", "paused"))
     assert one.read_bytes() == other.read_bytes()
     assert all(set(row) == {"step", "source", "task", *metrics_of(OBJECTIVES["bce"])} for row in rows)
     assert sum(row["bad_candidates"] for row in rows) > 0
@@ -158,8 +162,11 @@ def test_ranks_chunks_and_zero_stages_train_the_same(runs: dict[str, Any], root:
         assert again["tokens"] == row["tokens"]
     assert [one["sources"] for one in scores] == [one["sources"] for one in other_scores]
     found, expected = weights(root, f"{loss}-alone"), weights(root, loss)
-    moved = max(float(value.abs().max()) for value in expected.values())
-    assert max(float((found[key] - value).abs().max()) for key, value in expected.items()) < 1e-3 * moved
+    assert set(found) == set(expected)
+    for key, value in expected.items():
+        # Softmax does not see these biases. Their gradients are rounding, of which Adam makes whole steps of 1e-3.
+        if not key.endswith(("k_proj.bias", "attn.qkv.bias")):
+            assert float((found[key] - value).square().mean().sqrt()) < 5e-6, key
 
 
 def test_held_out_queries_rank_the_targets_of_their_group(runs: dict[str, Any]) -> None:
@@ -177,8 +184,23 @@ def test_held_out_queries_rank_the_targets_of_their_group(runs: dict[str, Any]) 
         assert rank > 1 or found == query
 
 
+def test_a_model_opens_as_a_reranker_with_what_its_head_has_learned(runs: dict[str, Any], root: Path) -> None:
+    folder = root / "listwise" / "result"
+    assert json.loads((folder / "rzen.json").read_text())["pair_prompt"] == PROMPT.model_dump()
+    reranker = rzen.load_reranker(folder)
+    assert reranker.encoder.prompt == PROMPT
+    yes, no = reranker.encoder.answer_ids
+    before, after = (
+        rzen.load_reranker(some, prompt=PROMPT).model.direction
+        for some in (root / "base", root / "listwise" / "result")
+    )
+    assert float((after - before).abs().max()) > 1e-4
+    embeddings = part_of(reranker.model.backbone, "language_model.embed_tokens").weight
+    assert torch.equal(after, embeddings[yes] - embeddings[no])
+
+
 def test_the_adapter_opens_as_a_reranker_with_its_prompt(runs: dict[str, Any], root: Path) -> None:
-    adapter = root / "bce" / "adapter"
+    adapter = root / "bce" / "result"
     saved = json.loads((adapter / "rzen.json").read_text())
     assert saved["pair_prompt"] == PROMPT.model_dump()
     assert "temperatures" not in saved

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,9 @@ from rzen.model.backbone import build_tiny
 from rzen.reranking.encoder import JointEncoder
 from rzen.reranking.lists import EncodedList, ListEncoder, RerankBatch
 from rzen.reranking.loss import listwise_loss, pair_weights, pointwise_loss
+from rzen.reranking.reranker import load_reranker
 from rzen.training.rerank import RerankLearner, list_chunks
-from rzen.training.worker import Stage, build_learner
+from rzen.training.worker import Stage, build_learner, ensure_process_group, save_model
 from tests.parity.test_reranker import DOCUMENTS, QUERIES, library_arguments, small_prompt
 from tests.tiny import TEXTS, TINY, tiny_model
 
@@ -211,6 +213,20 @@ def test_a_list_does_not_depend_on_its_batch_mates(checkpoint: Path) -> None:
         for name, value in alone.items():
             sums[name] = sums.get(name, torch.zeros(())) + value / len(LISTS)
     assert differ(together, sums) < 1e-5
+
+
+def test_a_model_is_saved_with_its_head(checkpoint: Path, tmp_path: Path) -> None:
+    ensure_process_group()
+    stage = stage_of(checkpoint, objective_of())
+    learner = learner_of(checkpoint, objective_of())
+    trained = {name: value.detach() * 1.5 for name, value in learner.named_parameters() if value.requires_grad}
+    save_model(stage, SimpleNamespace(module=learner), trained, str(checkpoint), tmp_path / "model")
+    reranker = load_reranker(tmp_path / "model")
+    assert reranker.encoder.prompt == small_prompt("lamra")
+    batch = batch_of(checkpoint).joint
+    with torch.no_grad():
+        expected = learner.log_odds(batch, [np.arange(len(batch))]).numpy()
+    assert np.abs(reranker.log_odds(batch) - expected).max() < 1e-5 * max(1, np.abs(expected).max())
 
 
 def test_statistics_count_queries_and_tokens(checkpoint: Path) -> None:
