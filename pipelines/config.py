@@ -145,7 +145,8 @@ class DataConfig(Config):
     negatives_draw: Literal["first", "random"] = "first"
     """Which candidates of the table a sample takes: the `first`, or `random` ones, other ones in each epoch."""
     curation: list[str] = Field(default=[])
-    """Tables of `curate` (directories or s3:// URLs). A sample that any of them drops is not trained on."""
+    """Tables of `curate` (directories or s3:// URLs). A sample that any of them drops is not trained on. A weight
+    is the share of the epochs that take the sample; weights of several tables are multiplied."""
     teacher_vectors: str | None = None
     """Vectors of a larger model (directory or s3:// URL), from a job of kind `embed` with `queries: true`. A pair finds
     them by its content. `objective.embedding_distillation` learns from them."""
