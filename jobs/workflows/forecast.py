@@ -25,6 +25,7 @@ from rzen.model.checkpoints import HUB_NAME
 
 _CHECKED_BY_OTHERS = frozenset({"stage", "evaluate", "corpus", "probe", "jobs"})  # specs, which are read before
 # A first model makes the registry, `rzen index` reads the sources, and pools and rules may name datasets.
+_PLACES = ("base", "adapter")  # of a model; its other settings are names and numbers
 _MAY_BE_ABSENT = frozenset({"registry", "sources", "pools", "rules"})
 
 
@@ -111,4 +112,4 @@ def _places(value: Any) -> Iterator[str]:
         for inner in value.values():
             yield from _places(inner)
     elif isinstance(value, BaseModel):
-        yield from (inner for name in type(value).model_fields if isinstance(inner := getattr(value, name), str))
+        yield from (inner for name in _PLACES if isinstance(inner := getattr(value, name, None), str))
