@@ -17,6 +17,8 @@ TEST_ARGS ?=
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Python compiles a module when it is first imported. Compiling all modules of all packages takes a minute of CPU.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
 # What `make demo` runs. Each spec has an output folder of its own below runs/.
 DEMO := $(if $(MEDIA),$(if $(MODEL),photos,folder),$(CORPUS))
@@ -42,8 +44,8 @@ setup: $(READY) ## make the environment
 $(READY): pyproject.toml requirements.lock
 	@command -v $(PYTHON) > /dev/null || { echo "error: $(PYTHON) not found; install Python 3.11, or name it: make $(MAKECMDGOALS) PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(if $(HASHES),$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r infra/image/requirements.hashes)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c requirements.lock -e '.[dev]'
+	$(if $(HASHES),$(INSTALL) --require-hashes --no-deps -r infra/image/requirements.hashes)
+	$(INSTALL) $(PIP_ARGS) -c requirements.lock -e '.[dev]'
 	@touch $@
 
 demo: setup ## run the whole pipeline on a synthetic corpus; CORPUS=emoji, MEDIA=folder [MODEL=model], STORE=s3 or s3://bucket/folder
