@@ -3,7 +3,7 @@
     python -m tests.benchmarks.corpora --write           fetches 0.4 GB; minutes; writes corpora.md
     python -m tests.benchmarks.corpora --only pages      one of them
 
-    stamps     stamps of Tux Paint (GPL-2): pictures with descriptions in 77 languages, a source for each language
+    stamps     stamps of Tux Paint (GPL-2): pictures with descriptions in 78 languages, a source for each language
     clipart    Open Clip Art Library (public domain): pictures with titles and keywords
     pages      manuals of TeX Live: PDFs, whose text layer is the caption of each page
 
@@ -32,7 +32,7 @@ from tests.benchmarks.turns import ROOT, say, show
 
 SCRATCH = Path("runs/corpora")
 _SHOWN = 6  # sources of a corpus, and reasons, in the table
-_LANGUAGE = re.compile(r"^([a-z]{2,3}(?:_[A-Z]{2})?)(?:@\w+)?\.utf8=(.+)$")
+_LANGUAGE = re.compile(r"^([a-z]{2,3}(?:_[A-Z]{2})?(?:@\w+)?)\.utf8=(.+)$")
 _TITLE = re.compile(r"<dc:title>(?:\s*<[^>]+>)*([^<]+)")
 _KEYWORDS = re.compile(r"<dc:subject>(.*?)</dc:subject>", re.DOTALL)
 _ITEM = re.compile(r"<rdf:li[^>]*>([^<]+)</rdf:li>")
@@ -61,7 +61,7 @@ def stamps(files: Path, out: Path) -> dict[str, Any]:
             first, *others = path.read_text("utf-8", "replace").splitlines()
             yield {"image": image, "caption": first.strip(), "language": "en"}
             for language, caption in (found.groups() for found in map(_LANGUAGE.match, others) if found):
-                yield {"image": image, "caption": caption.strip(), "language": language}
+                yield {"image": image, "caption": caption.strip(), "language": language.replace("@", "-")}
 
     source = {"query": {"text": "caption"}, "positive": {"media": "image"}, "split_by": "language"}
     return {"sources": {"stamps": source | _table(out / "stamps.jsonl", rows(), root)}}
