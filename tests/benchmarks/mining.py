@@ -67,6 +67,7 @@ def pipeline(out: Path, seeds: int, steps: int | None, size: float) -> dict[str,
         "seeds": seeds,
         "max_parallel": 2,  # steps are timed, so that no more run than there are cores
         "notes": [],
+        "out": "${out}/ablation",
     }
     jobs["ablation"] = {"spec": "variants.yaml", "set": runs}
     for job in jobs.values():
@@ -121,7 +122,7 @@ def tables(out: Path) -> str:
 
 def report(out: Path, seeds: int) -> str:
     """Return the report of the results that the jobs have left."""
-    content = json.loads((out / "ablation.json").read_text())
+    content = json.loads((out / "ablation/ablation.json").read_text())
     found = [Effect(**one) for one in content["effects"]]
     return f"""# Mined negatives and clusters, on a toy
 
