@@ -91,6 +91,21 @@ JOBS = {
         ),
         tasks_write=True,
     ),
+    "evaluate-reranker": Job(
+        "evaluate_reranker.yaml",
+        (
+            f"models.soup.adapter={_SOUP}",
+            f"rerank.model.adapter={_ADAPTER.format('reranker')}",
+            "data.root=$RZEN_STORE/data",
+            "rerank.tune.root=$RZEN_STORE/validation",
+            "actors=8",
+            "gpus_per_actor=1",
+            "autoscaling=true",
+            "cache=$RZEN_STORE/vector-cache",
+            "out=/tmp/evaluation",  # as that of `evaluate`
+        ),
+        tasks_write=True,
+    ),
     "export": Job("export.yaml", (f"model.adapter={_SOUP}", "out=$RZEN_STORE/model")),
     "embed": Job(
         "embed.yaml",

@@ -20,7 +20,7 @@ from jobs.embedding.vectors import VectorCache
 from jobs.evaluation.datasets import DAMAGED, Bundle, split_bundle
 from jobs.evaluation.item_pairs import ItemPlaces, asked_item, pair_key, units_of
 from jobs.evaluation.score import Problem, models_of, score_models
-from jobs.evaluation.specs import EvaluateSpec, RerankConfig
+from jobs.evaluation.specs import EvaluateSpec
 from jobs.judging.local import LocalJudge
 from jobs.judging.pairs import Keys, missing_of
 from jobs.runtime.progress import Bars, say
@@ -214,13 +214,15 @@ def choose_weights(spec: EvaluateSpec, tasks: Sequence[str], cache: Store, listi
     """
     settings = spec.rerank
     assert settings is not None
+    assert spec.data is not None
     if settings.tune is None:
         return {}
+    data = settings.tune.model_copy(update={"media": spec.data.media})
     wanted = [task for task in tasks if task not in settings.weights]
     if not wanted:
         return {}
-    tune = spec.model_copy(update={"tasks": None, "data": settings.tune, "instruction_sensitivity": False})
-    bundle = _few_queries(_of_tasks(tune, settings.tune, wanted, listings), settings.tune_queries)
+    tune = spec.model_copy(update={"tasks": None, "data": data, "instruction_sensitivity": False})
+    bundle = _few_queries(_of_tasks(tune, data, wanted, listings), settings.tune_queries)
     models = models_of(tune, bundle, dict.fromkeys(spec.models, cache))
     scored: dict[str, dict[str, DatasetScores]] = {some.name: {} for some, _ in models}
     for one in score_models(tune, bundle, models):
@@ -230,7 +232,8 @@ def choose_weights(spec: EvaluateSpec, tasks: Sequence[str], cache: Store, listi
     for model, shortlist in ShortlistScorer(tune, bundle, models, cache).shortlists(scored):
         name = shortlist.scores.dataset.row.name
         choice = choices.setdefault(model, {})[name] = choose_weight(shortlist)
-        say(f"  {model}, {name}: w = {choice.weight:g}, chosen on {choice.num_queries:,} queries of {_place(settings)}")
+        place = f"{data.root} {data.split}"
+        say(f"  {model}, {name}: w = {choice.weight:g}, chosen on {choice.num_queries:,} queries of {place}")
     return choices
 
 
@@ -256,8 +259,3 @@ def _few_queries(bundle: Bundle, most: int) -> Bundle:
         return replace(dataset, queries=[dataset.queries[place] for place in sorted(chosen)])
 
     return replace(bundle, entries=[(row, partial(few, opened)) for row, opened in bundle.entries])
-
-
-def _place(settings: RerankConfig) -> str:
-    assert settings.tune is not None
-    return f"{settings.tune.root} {settings.tune.split}"

@@ -29,7 +29,8 @@ class RerankConfig(Config):
     tasks other weights, because re-ranking makes some of them worse."""
     tune: DataConfig | None = None
     """Split on which w is chosen for each task of `data` that `weights` does not name, by the metric that counts. It
-    must be data that neither model was trained on, and not `data` itself. `null`: only `weights` are used."""
+    must be data that neither model was trained on, and not `data` itself. It is decoded as `data` is. `null`: only
+    `weights` are used."""
     tune_queries: PositiveInt = 500
     """Queries of each task of `tune` that w is chosen on, at most."""
     instructions: bool = True
@@ -123,6 +124,8 @@ EVALUATE = Kind(
     run="jobs.evaluation.evaluate:run",
     reads={
         "models": "checkpoints and adapters",
+        "rerank.model": "re-ranker",
+        "rerank.tune": "split that weights are chosen on",
         "data": "held-out split of a dataset",
         "suites": "public benchmarks",
         "custom": "custom datasets",
@@ -145,6 +148,7 @@ EVALUATE = Kind(
             "data is not set: give suites and custom datasets their weights",
         ),
         NoEffect("rerank.tune_queries", lambda spec: not _tunes(spec), "rerank.tune is not set"),
+        NoEffect("rerank.tune.media", _tunes, "`data.media` decides"),
         NoEffect("rerank.tune.mixture", _tunes, "queries of the split are scored"),
         NoEffect("rerank.tune.negatives_per_sample", _tunes, "mined negatives are not scored"),
         NoEffect("rerank.tune.max_bad_fraction", _tunes, "a bad sample is an error"),

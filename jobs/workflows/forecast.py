@@ -95,12 +95,17 @@ def _check_data(data: DataConfig) -> None:
 
 
 def _is_hub_name(key: str, place: str) -> bool:
-    return key in ("model", "models") and bool(HUB_NAME.fullmatch(place)) and not Path(place.split("/")[0]).is_dir()
+    return (
+        key in ("model", "models", "rerank.model")
+        and bool(HUB_NAME.fullmatch(place))
+        and not Path(place.split("/")[0]).is_dir()
+    )
 
 
 def _value(spec: Any, key: str) -> Any:
+    """Return a setting by its dotted key. None where a part of the spec is not there."""
     for part in key.split("."):
-        spec = getattr(spec, part)
+        spec = getattr(spec, part, None)
     return spec
 
 

@@ -412,7 +412,18 @@ def test_only_jobs_whose_tasks_write_give_decoders_an_account_that_may() -> None
         if group["groupName"] == "decode"
     }
     writers = {name for name, account in accounts.items() if account == "rzen-worker"}
-    assert writers == {"curate", "export-data", "index", "ingest", "embed", "evaluate", "judge", "mine", "retrain"}
+    assert writers == {
+        "curate",
+        "export-data",
+        "index",
+        "ingest",
+        "embed",
+        "evaluate",
+        "evaluate-reranker",
+        "judge",
+        "mine",
+        "retrain",
+    }
     assert {account for name, account in accounts.items() if name not in writers} == {"rzen-reader"}
 
 

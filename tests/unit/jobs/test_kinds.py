@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from pydantic import BaseModel
@@ -32,8 +33,8 @@ def has_field(model: type[BaseModel], key: str) -> bool:
     field = model.model_fields.get(first)
     if field is None or not rest:
         return field is not None
-    inner = field.annotation
-    return isinstance(inner, type) and issubclass(inner, BaseModel) and has_field(inner, rest)
+    annotations = get_args(field.annotation) or (field.annotation,)
+    return any(isinstance(one, type) and issubclass(one, BaseModel) and has_field(one, rest) for one in annotations)
 
 
 @pytest.mark.parametrize("name", sorted(kind_names()))

@@ -135,10 +135,14 @@ def test_a_run_of_other_settings_is_a_mistake(root: Path, capsys: pytest.Capture
 
 def test_an_empty_split_and_missing_models_are_mistakes(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     publish_manifest(open_store("empty"), Manifest("train", {}))
-    Path("evaluate.yaml").write_text(evaluate("empty"))
+    reranker = {"rerank": {"model": {"base": "no/reranker/here", "dtype": "float32"}, "tune": {"root": "empty_too"}}}
+    publish_manifest(open_store("empty_too"), Manifest("train", {}))
+    Path("evaluate.yaml").write_text(evaluate("empty") + yaml.safe_dump(reranker))
     found = planned(capsys, "evaluate.yaml", status=1)
     assert found["mistakes"] == [
         "evaluate: models nowhere: does not exist; check the path, or run the job that makes it",
+        "evaluate: rerank.model no/reranker/here: does not exist; check the path, or run the job that makes it",
+        "evaluate: empty_too train: has no samples; ingest with held_out_fraction above 0, or name another split",
         "evaluate: empty train: has no samples; ingest with held_out_fraction above 0, or name another split",
     ]
 
