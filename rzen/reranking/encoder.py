@@ -40,11 +40,15 @@ class JointBatch:
 
     def take(self, pairs: Sequence[int] | npt.NDArray[np.int64]) -> JointBatch:
         """Return some pairs, at least one, with the media that they show."""
-        ends = np.cumsum(self.sequences.visual_counts)
-        starts = ends - self.sequences.visual_counts
-        shown = tuple(key for pair in pairs for key in self.shown[starts[pair] : ends[pair]])
+        shown = self.shown_by(pairs)
         sequences = EncodedBatch.concat([self.sequences.slice(int(pair), int(pair) + 1) for pair in pairs])
         return JointBatch(sequences, shown, {key: self.media[key] for key in shown})
+
+    def shown_by(self, pairs: Sequence[int] | npt.NDArray[np.int64]) -> tuple[MediumKey, ...]:
+        """Return the medium of each visual of some pairs."""
+        ends = np.cumsum(self.sequences.visual_counts)
+        starts = ends - self.sequences.visual_counts
+        return tuple(key for pair in pairs for key in self.shown[starts[pair] : ends[pair]])
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """What a step of a re-ranker does: score each query with its candidates, part after part, without gradient caching.
 
 The loss is a sum over pairs (`bce`) or lists (`listwise`). So each part has its own backward pass, and its activations
-are gone before the next part. Shapes: B queries, P pairs.
+are gone before the next part. A tower that is not trained reads each medium of a batch once.
+
+Shapes: B queries, P pairs.
 """
 
 from __future__ import annotations
@@ -16,13 +18,14 @@ import torch
 from torch import Tensor
 
 from rzen.config import RerankObjectiveConfig
+from rzen.families import part_of
 from rzen.inputs.processor import EncodedBatch
 from rzen.model.activations import ChunkInputs
 from rzen.model.chunks import Indices, padding_fraction
-from rzen.reranking.encoder import JointBatch
+from rzen.reranking.encoder import JointBatch, MediumKey
 from rzen.reranking.lists import RerankBatch
 from rzen.reranking.loss import listwise_loss, pair_weights, pointwise_loss
-from rzen.reranking.model import ScoringModel
+from rzen.reranking.model import MediumFeatures, ScoringModel
 from rzen.training import rerank_held_out
 from rzen.training.example import example_batch
 from rzen.training.held_out import HeldOutShare
@@ -50,6 +53,10 @@ class RerankPart:
     """Pairs of each list, where lists are whole."""
     num_queries: int
     """Queries of the batch."""
+    features: dict[MediumKey, MediumFeatures]
+    """What the tower made of media for earlier parts, if it is not trained. All parts of a batch have the same."""
+    needed_later: frozenset[MediumKey]
+    """Media that later parts show."""
 
 
 class RerankLearner(Learner):
@@ -73,6 +80,9 @@ class RerankLearner(Learner):
         self.scorer = scorer
         self.config = config
         self.objective = None
+        tower = part_of(scorer.backbone, "visual")
+        # In ZeRO stage 3, all ranks must call the tower equally often, whatever they have read before.
+        self.reads_media_once = not lockstep and not any(weight.requires_grad for weight in tower.parameters())
 
     @property
     def model(self) -> ScoringModel:
@@ -84,7 +94,10 @@ class RerankLearner(Learner):
         device = self.scorer.image_mean.device
         is_positive_P = torch.tensor(batch.is_positive)
         weights_P = pair_weights(torch.tensor(batch.counts), is_positive_P, self.config.positive_weight)
-        for pairs in self._chunks(batch):
+        chunks = self._chunks(batch)
+        last = {key: number for number, pairs in enumerate(chunks) for key in batch.joint.shown_by(pairs)}
+        features: dict[MediumKey, MediumFeatures] = {}
+        for number, pairs in enumerate(chunks):
             # A part of whole lists has each of them from its positive on.
             starts = np.flatnonzero(batch.is_positive[pairs])
             yield RerankPart(
@@ -94,6 +107,8 @@ class RerankLearner(Learner):
                 weights_P[pairs].to(device),
                 tuple(np.diff([*starts, len(pairs)]).tolist()) if self.config.loss == "listwise" else (),
                 len(batch),
+                features,
+                frozenset(key for key, part in last.items() if part > number),
             )
 
     def forward(self, part: RerankPart, blocks: Blocks, step: int) -> tuple[Tensor, tuple[Indices, Tensor]]:
@@ -101,9 +116,19 @@ class RerankLearner(Learner):
 
         Nothing is sent between ranks.
         """
-        z_P = self.scorer.score(part.joint)[: len(part.weights)]
+        z_P = self._score(part)[: len(part.weights)]
         loss = loss_of(self.config, z_P, part.is_positive, part.weights, part.counts, part.num_queries)
         return self._with_zero_grads(loss), (part.pairs, z_P.detach())
+
+    def _score(self, part: RerankPart) -> Tensor:
+        if not self.reads_media_once:
+            return self.scorer.score(part.joint)
+        new = {key: medium for key, medium in part.joint.media.items() if key not in part.features}
+        part.features.update(zip(new, self.scorer.features(list(new.values())), strict=True))
+        z_P: Tensor = self.scorer(part.joint.sequences, [part.features[key] for key in part.joint.shown])
+        for key in part.features.keys() - part.needed_later:
+            del part.features[key]
+        return z_P
 
     def statistics(self, batch: RerankBatch, outputs: Sequence[tuple[Indices, Tensor]]) -> dict[str, Tensor]:
         """Return loss, accuracy, mean probabilities of yes, and counts of tokens."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,12 +14,15 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
-from rzen.config import OptimConfig, RerankObjectiveConfig
+from rzen.config import LoraConfig, OptimConfig, RerankObjectiveConfig
+from rzen.model.activations import ChunkInputs
 from rzen.model.backbone import build_tiny
-from rzen.reranking.encoder import JointEncoder
+from rzen.reranking.encoder import JointBatch, JointEncoder
 from rzen.reranking.lists import EncodedList, ListEncoder, RerankBatch
 from rzen.reranking.loss import listwise_loss, pair_weights, pointwise_loss
+from rzen.reranking.model import ScoringModel
 from rzen.reranking.reranker import load_reranker
+from rzen.training.chunk_size import run_example
 from rzen.training.rerank import RerankLearner, list_chunks
 from rzen.training.worker import Stage, build_learner, ensure_process_group, save_model
 from tests.parity.test_reranker import DOCUMENTS, QUERIES, library_arguments, small_prompt
@@ -213,6 +217,61 @@ def test_a_list_does_not_depend_on_its_batch_mates(checkpoint: Path) -> None:
         for name, value in alone.items():
             sums[name] = sums.get(name, torch.zeros(())) + value / len(LISTS)
     assert differ(together, sums) < 1e-5
+
+
+def frozen_tower(checkpoint: Path, chunk_tokens: int | None) -> RerankLearner:
+    """An adapter on the language model only. Its B is not zero, so that all of it has gradients."""
+    model = tiny_model(str(checkpoint)).model_copy(update={"lora": LoraConfig(rank=2, scope="language_model")})
+    stage = replace(stage_of(checkpoint, objective_of(), chunk_tokens), model=model)
+    learner = build_learner(stage, str(checkpoint), None, ["t"])
+    assert isinstance(learner, RerankLearner)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in learner.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1, generator=generator)
+    return learner.train()
+
+
+def test_a_frozen_tower_reads_each_medium_once(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = batch_of(checkpoint)
+    learners = [frozen_tower(checkpoint, chunk_tokens) for chunk_tokens in (None, 1, 420)]
+    assert all(learner.reads_media_once for learner in learners)
+    learners[0].reads_media_once = False
+    (_, expected), *others = [step_of(learner, batch) for learner in learners]
+    for _, found in others:
+        assert differ(found, expected) < 1e-5
+    read: list[int] = []
+    features = ScoringModel.features
+    monkeypatch.setattr(ScoringModel, "features", lambda self, media: read.append(len(media)) or features(self, media))
+    kept = []
+    for part in learners[1].parts(batch):
+        learners[1](part, [("t", len(batch))], 0)
+        kept.append(len(part.features))
+    assert sum(read) == len(batch.joint.media) == 3
+    assert kept[-1] == 0 < max(kept)
+    assert not learner_of(checkpoint, objective_of()).reads_media_once
+
+
+def test_samples_whose_scores_are_not_finite_are_named(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    learner, batch = learner_of(checkpoint, objective_of()), batch_of(checkpoint)
+    score = ScoringModel.score
+    clip = max(batch.joint.media.values(), key=lambda medium: int(medium.grids[0, 0]))
+
+    def poisoned(self: ScoringModel, joint: JointBatch) -> Tensor:
+        shows_clip = any(np.array_equal(medium.patches, clip.patches) for medium in joint.media.values())
+        return score(self, joint) * (math.nan if shows_clip else 1)
+
+    monkeypatch.setattr(ScoringModel, "score", poisoned)
+    with torch.no_grad():
+        assert learner.not_finite(batch) == ["s/1", "s/3"]  # document 2 is in both
+
+
+def test_an_example_is_scored_with_a_backward_pass(checkpoint: Path) -> None:
+    learner = learner_of(checkpoint, objective_of())
+    run_example(learner, ChunkInputs(3, 50, 12))
+    run_example(learner, ChunkInputs(2, 9, 0))
+    assert all(parameter.grad is None for parameter in learner.parameters())
 
 
 def test_a_model_is_saved_with_its_head(checkpoint: Path, tmp_path: Path) -> None:
