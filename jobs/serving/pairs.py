@@ -77,6 +77,8 @@ def find_place(settings: Mapping[str, Any]) -> Place:
     }
     if (registry := found.pop("registry", None)) is not None:
         found |= read_pair(open_store(registry, found.get("endpoint")))
+    if "adapters" in found:
+        found["adapters"] = tuple((name, _in_store(url)) for name, url in found["adapters"].items())
     if "dimensions" in found:
         found["dimensions"] = tuple(found["dimensions"])
     return Place(**found)

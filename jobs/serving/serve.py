@@ -15,7 +15,7 @@ from pipelines.storage.location import resolve_endpoint
 from rzen.serving.guards import ApiKeys
 
 APP = "rzen"
-_PLACE = ("registry", "model", "adapter", "corpus", "reranker", "endpoint", "dtype", "dimensions")
+_PLACE = ("registry", "model", "adapter", "adapters", "corpus", "reranker", "endpoint", "dtype", "dimensions")
 _POLL_S = 0.2
 _START_S = 900.0
 _WATCH_S = 2.0
@@ -69,6 +69,7 @@ def serve_config(spec: ServeSpec) -> dict[str, Any]:
     settings = spec.model_dump(mode="json", exclude_defaults=True, exclude={"detach", "submit"})
     place = {name: settings.pop(name) for name in _PLACE if name in settings}
     settings["name"] = client_name(spec)
+    settings["adapters"] = dict.fromkeys(spec.adapters, "")  # gateways know the names
     application = {
         "name": APP,
         "route_prefix": "/",
@@ -90,6 +91,7 @@ def _on_this_machine(spec: ServeSpec) -> ServeSpec:
     """
     names = ("model", "registry", "adapter", "corpus", "reranker", "api_keys")
     places: dict[str, Any] = {name: _absolute(getattr(spec, name)) for name in names}
+    places["adapters"] = {name: _absolute(url) for name, url in spec.adapters.items()}
     if spec.canary is not None:
         places["canary"] = spec.canary.model_copy(update={"held_out": _absolute(spec.canary.held_out)})
     return spec.model_copy(update=places | {"endpoint": resolve_endpoint(spec.endpoint)})

@@ -279,7 +279,14 @@ class Gateway:
         limits = Limits(
             max_inputs=spec.max_inputs, max_image_bytes=spec.max_image_bytes, max_video_bytes=spec.max_video_bytes
         )
-        settings = GatewaySettings(spec.name, limits, tuple(spec.allow_urls), spec.max_body_bytes, spec.body_timeout_s)
+        settings = GatewaySettings(
+            spec.name,
+            tuple(spec.adapters),
+            limits,
+            tuple(spec.allow_urls),
+            spec.max_body_bytes,
+            spec.body_timeout_s,
+        )
         return build_app(_Replicas(self._replicas), settings, ApiKeys(spec.api_keys), self._record)
 
     def _record(self, route: str, status: int, seconds: float) -> None:

@@ -131,6 +131,9 @@ class ServeSpec(JobConfig):
     promoted there, and follows promotions and rollbacks. Leave `model`, `adapter` and `corpus` out then."""
     adapter: str | None = None
     """LoRA adapter on top of the model."""
+    adapters: Named[str] = Field(default_factory=dict)
+    """Name -> LoRA adapter of this model. Clients ask for `model:name`, and for `model` without one. Its weights are in
+    memory once. Adapters embed, and do not search."""
     corpus: str | None = None
     """Directory or s3:// URL written by a job of kind `embed` with this model, for `/v1/search`."""
     reranker: str | None = None
@@ -201,6 +204,8 @@ def _impossible_server(spec: ServeSpec) -> str | None:
     named = [name for name in ("model", "adapter", "corpus") if getattr(spec, name) is not None]
     if spec.registry is not None and named:
         return f"{named[0]} and registry exclude each other: the registry names model and corpus"
+    if spec.adapters and (spec.adapter or spec.registry):
+        return "adapters needs a model that stays the same, without an adapter of its own: set model, and no registry"
     if spec.registry is None and spec.model is None:
         return "neither model nor registry is set: name one of them"
     if spec.max_replicas is not None and spec.max_replicas < spec.replicas:
@@ -267,6 +272,7 @@ SERVE = Kind(
     reads={
         "model": "exported model",
         "registry": "promoted model and corpus",
+        "adapters": "adapters of the model",
         "corpus": "vectors of a corpus",
         "reranker": "re-ranker",
     },

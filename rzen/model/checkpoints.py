@@ -28,8 +28,15 @@ IDENTITY, TEMPERATURES = "rzen.json", "temperatures"
 MODEL_CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
-WRITERS_NOTES = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
-"""Entries of a `config.json` that say who wrote it and how. They change no vector."""
+WRITERS_NOTES = (
+    "_name_or_path",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "is_matryoshka",
+    "matryoshka_dimensions",
+)
+"""Entries of a `config.json` that say who wrote it, how, and which widths may be asked for. They change no vector."""
 # The first of these that a folder has is what transformers, or PEFT, reads. An index names further files.
 _MODEL_WEIGHTS = (
     "model.safetensors",

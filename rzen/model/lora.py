@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,25 +69,59 @@ def save_adapter(
     write_json(folder / IDENTITY, identity.model_dump() | trained)
 
 
-def load_adapter(backbone: PreTrainedModel, folder: Path, *, trainable: bool = False) -> peft.PeftModel:
+def load_adapter(
+    backbone: PreTrainedModel | peft.PeftModel, folder: Path, *, trainable: bool = False, name: str = "default"
+) -> peft.PeftModel:
     """Put a saved adapter (of `save_adapter`, PEFT or a soup) on the backbone, in place.
 
-    Raises `UserError` where the directory holds no adapter or one of another backbone. PEFT would only warn.
+    A backbone that has adapters already gets one more, under another `name`. Raises `UserError` where the directory
+    holds no adapter or one of another backbone. PEFT would only warn.
     """
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise UserError(str(folder), f"has no {name}", "name the directory of a PEFT adapter")
+    for file_name in (CONFIG, WEIGHTS):
+        if not (folder / file_name).is_file():
+            raise UserError(str(folder), f"has no {file_name}", "name the directory of a PEFT adapter")
     try:
-        model = peft.PeftModel.from_pretrained(backbone, str(folder), is_trainable=trainable)
+        if isinstance(backbone, peft.PeftModel):
+            model = backbone
+            model.load_adapter(str(folder), name, is_trainable=trainable)
+        else:
+            model = peft.PeftModel.from_pretrained(backbone, str(folder), name, is_trainable=trainable)
     except (ValueError, RuntimeError) as error:
         first = " ".join(str(error).splitlines()[:2])  # torch lists every tensor
         raise UserError(str(folder), f"does not fit the backbone ({first})", "name the base of its training") from error
     with safe_open(folder / WEIGHTS, framework="pt") as file:
-        unmatched = set(file.keys()) ^ set(_adapter_state(model))
+        unmatched = set(file.keys()) ^ set(_adapter_state(model, name))
     if unmatched:
         problem = f"does not fit the backbone: {len(unmatched)} tensors without a partner, such as {min(unmatched)}"
         raise UserError(str(folder), problem, "name the base of its training")
     return model
+
+
+class AdapterBank:
+    """Adapters on one backbone, whose weights are there once. One of them is active at a time, or none."""
+
+    def __init__(self, backbone: PreTrainedModel) -> None:
+        self._backbone = backbone
+        self._model: peft.PeftModel | None = None
+
+    def add(self, name: str, folder: Path) -> None:
+        """Put a saved adapter on the backbone, in place. Raises the errors of `load_adapter`."""
+        if self._model is None:
+            self._model = load_adapter(self._backbone, folder, name=name)
+        else:
+            load_adapter(self._model, folder, name=name)
+
+    @contextmanager
+    def active(self, name: str | None) -> Iterator[None]:
+        """Compute with an adapter while the block runs, or with the backbone alone. Not for several threads at once."""
+        if self._model is None:
+            yield
+        elif name is None:
+            with self._model.disable_adapter():
+                yield
+        else:
+            self._model.set_adapter(name, inference_mode=True)
+            yield
 
 
 def scope_of(modules: Iterable[str]) -> LoraScope:
@@ -94,7 +129,7 @@ def scope_of(modules: Iterable[str]) -> LoraScope:
     return "all" if any(re.fullmatch(_VISUAL, module) for module in modules) else "language_model"
 
 
-def _adapter_state(model: peft.PeftModel) -> dict[str, Tensor]:
+def _adapter_state(model: peft.PeftModel, name: str = "default") -> dict[str, Tensor]:
     """Tensors by their names in a file. Left to itself, PEFT asks the hub whether the vocabulary has changed."""
-    state: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    state: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     return state

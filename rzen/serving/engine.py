@@ -164,27 +164,31 @@ class Engine:
 
     async def embed(self, request: EmbedRequest) -> Answered:
         """Return one vector for each input. Raises `RequestError`, with the index of a bad input."""
-        with self._begun() as served:
+        with self._begun(request.model) as served:
             return await self._embed_request(served, request)
 
     async def search(self, request: SearchRequest) -> Found:
         """Return the best targets of the corpus. Raises `RequestError`, 404 where the server has no corpus."""
-        with self._begun() as served:
+        with self._begun(request.model) as served:
             return await self.search_with(served, request)
 
     async def score(self, request: ScoreRequest) -> Scored:
         """Return the probability of each pair. Raises `RequestError`, 404 where the server has no re-ranker."""
-        with self._begun() as served:
+        with self._begun(request.model) as served:
             return await self._score_request(served, request)
 
     @contextmanager
-    def _begun(self) -> Iterator[Served]:
-        """Give the model of a request, the same to its end, whatever is loaded meanwhile. Count how it ends."""
+    def _begun(self, model: str | None) -> Iterator[Served]:
+        """Give the model of a request, the same to its end, whatever is loaded meanwhile. Count how it ends.
+
+        `model` is what the client names. Raises `RequestError` 404 for an adapter that is not there.
+        """
         served, outcomes = self.served, None
         if self._tried is not None:
             tried, trial = self._tried
             is_tried = trial.takes_next()
             served, outcomes = (tried, trial.new) if is_tried else (served, trial.old)
+        served = served.of(model)
         try:
             yield served
         except asyncio.CancelledError:
@@ -213,7 +217,9 @@ class Engine:
         """Do what `search` does with a model that was prepared."""
         corpus = served.corpus
         if corpus is None:
-            raise RequestError(404, "the server has no corpus; start it with --corpus", reason="no_corpus")
+            raise RequestError(
+                404, "there is no corpus of this model; start the server with --corpus", reason="no_corpus"
+            )
         answered = await self._embed(served, (request.query,), request.wish, served.query_decoders, True, corpus)
         modalities = request.modalities or modalities_of(served.embedder.tasks.get(request.wish.task or "")) or ()
 

@@ -66,6 +66,8 @@ class GatewaySettings:
 
     name: str
     """Name of the model for clients."""
+    adapters: tuple[str, ...] = ()
+    """Names of adapters on it. Clients ask for `name:adapter`."""
     limits: Limits = field(default_factory=Limits)
     allow_urls: tuple[str, ...] = ()
     max_body_bytes: int = 64 << 20
@@ -116,7 +118,7 @@ class _Routes:
             self._check_name(asked.model)
             inputs = await self._fetched(asked.inputs)
             answered = await self._backend.embed(replace(asked, inputs=inputs))
-            name, request_id = self._settings.name, request.state.request_id
+            name, request_id = asked.model or self._settings.name, request.state.request_id
             content = dialect.answer(asked, answered.vectors, answered.usage, name, request_id)
             return _json(content, answered.version)
 
@@ -129,7 +131,7 @@ class _Routes:
             self._check_name(asked.model)
             queries, documents = await self._fetched(asked.queries), await self._fetched(asked.documents)
             scored = await self._backend.score(replace(asked, queries=queries, documents=documents))
-            name, request_id = self._settings.name, request.state.request_id
+            name, request_id = asked.model or self._settings.name, request.state.request_id
             return _json(dialect.answer(body, request.url.path, scored, name, request_id), scored.version)
 
         return handle
@@ -147,11 +149,15 @@ class _Routes:
         return Response(data, media_type="image/webp", headers={"Cache-Control": "private, max-age=3600"})
 
     async def models(self, request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [await self._described()]})
+        described = await self._described()
+        adapted = [self._described_adapter(name) for name in self._names if name != self._settings.name]
+        return JSONResponse({"object": "list", "data": [described, *adapted]})
 
     async def model(self, request: Request) -> Response:
-        self._check_name(request.path_params["name"])
-        return JSONResponse(await self._described())
+        name = request.path_params["name"]
+        self._check_name(name)
+        is_base = name == self._settings.name
+        return JSONResponse(await self._described() if is_base else self._described_adapter(name))
 
     async def health(self, request: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -167,9 +173,18 @@ class _Routes:
         described = await self._backend.describe()
         return {"id": self._settings.name, "object": "model", "created": 0, "owned_by": "rzen", **described}
 
+    def _described_adapter(self, name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": 0, "owned_by": "rzen", "parent": self._settings.name}
+
+    @property
+    def _names(self) -> list[str]:
+        settings = self._settings
+        return [settings.name, *(f"{settings.name}:{adapter}" for adapter in settings.adapters)]
+
     def _check_name(self, name: str | None) -> None:
-        if name not in (None, self._settings.name):
-            problem = f"the model {name!r} is not served here; use {self._settings.name!r}, or leave it out"
+        if name is not None and name not in self._names:
+            names = " or ".join(map(repr, self._names))
+            problem = f"the model {name!r} is not served here; use {names}, or leave it out"
             raise RequestError(404, problem, "model", reason="model_not_found")
 
     async def _fetched(self, inputs: Any) -> Any:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +21,12 @@ from pipelines.stored_json import read_json, stored_file
 from rzen.config import Dtype
 from rzen.embedding.corpus import MANIFEST, VERSIONS, Corpus, read_corpus
 from rzen.embedding.embedder import Embedder, load
+from rzen.embedding.shared import share
 from rzen.inputs.processor import EncodedBatch
 from rzen.model.checkpoints import checkpoint_sha256
 from rzen.reranking.encoder import JointBatch, MediumKey
 from rzen.reranking.reranker import Reranker, load_reranker
-from rzen.serving.types import Vectors
+from rzen.serving.types import RequestError, Vectors
 
 CANARY = "a red circle left of a blue square"
 """Text whose vector is computed when a model is loaded, and compared when somebody asks whether the server is ready."""
@@ -37,6 +38,8 @@ class Place:
 
     model: str
     adapter: str | None = None
+    adapters: tuple[tuple[str, str], ...] = ()
+    """Name and URL of adapters that share the model, in addition to the model itself."""
     corpus: str | None = None
     corpus_version: str | None = None
     """Version of the corpus. None takes the live one, and follows it."""
@@ -49,7 +52,7 @@ class Place:
     def tag(self) -> str:
         """Return what changes when model or corpus are replaced: the tags of their files, without reading them."""
         parts = [repr(self)]
-        for url in filter(None, (self.model, self.adapter, self.reranker)):
+        for url in filter(None, (self.model, self.adapter, self.reranker, *dict(self.adapters).values())):
             if "://" in url or Path(url).expanduser().is_dir():  # a hub name does not change
                 parts.append(json.dumps(open_store(url, self.endpoint).tags()))
         if self.corpus is not None:
@@ -123,6 +126,20 @@ class Served:
     reranker: Reranker | None
     pair_decoders: Decoders
     """Decode for the re-ranker."""
+    adapters: Mapping[str, Served] = field(default_factory=dict)
+    """Name -> the model with an adapter on it. They have no corpus."""
+
+    def of(self, model: str | None) -> Served:
+        """Return what answers for a model that a client names: `base:adapter`, or the base itself.
+
+        Raises `RequestError` 404 for an adapter that is not there.
+        """
+        _, _, name = (model or "").partition(":")
+        if not name:
+            return self
+        if name not in self.adapters:
+            raise RequestError(404, f"the adapter {name!r} is not served", "model", reason="model_not_found")
+        return self.adapters[name]
 
     def embed(self, inputs: Sequence[EncodedBatch]) -> list[Vectors | Exception]:
         """Return a vector for each input, and an error for one that is not finite."""
@@ -163,27 +180,27 @@ def load_served(place: Place, media: MediaConfig, chunk_tokens: int) -> Served:
         media=media,
         endpoint=place.endpoint,
     )
+    adapted = share(embedder, dict(place.adapters), place.endpoint) if place.adapters else {}
+    embedder = adapted.pop(None, embedder)
     corpus = None
     if place.corpus is not None:
         corpus = read_corpus(place.corpus, endpoint=place.endpoint, version=place.corpus_version)
         corpus.check_made_by(embedder.made_by, place.model)
-    made_by = embedder.made_by | {"identity": embedder.made_by["identity"].model_dump(mode="json")}
     reranker = None
     if place.reranker is not None:
         reranker = load_reranker(
             place.reranker, dtype=place.dtype, chunk_tokens=chunk_tokens, media=media, endpoint=place.endpoint
         )
     weights = checkpoint_sha256(Path(reranker.encoder.processor.model_dir)) if reranker else None
-    name = json.dumps([made_by, corpus.key if corpus else None, weights], sort_keys=True)
     decoders = Decoders(embedder.media)
     query_media = (
         corpus.manifest["data"].media.for_model(embedder.processor.visual_pixels) if corpus else embedder.media
     )
-    return Served(
+    base = Served(
         place,
         embedder,
         corpus,
-        hashlib.sha256(name.encode()).hexdigest()[:16],
+        _version(embedder, corpus.key if corpus else None, weights),
         _widths(embedder, place.dimensions),
         embedder.encode({"text": CANARY}),
         decoders,
@@ -191,6 +208,24 @@ def load_served(place: Place, media: MediaConfig, chunk_tokens: int) -> Served:
         reranker,
         decoders if reranker is None or reranker.media == embedder.media else Decoders(reranker.media),
     )
+    return replace(base, adapters={str(name): _with_adapter(base, one) for name, one in adapted.items()})
+
+
+def _with_adapter(base: Served, embedder: Embedder) -> Served:
+    """Return the model with an adapter. Decoders are those of the base, which closes them."""
+    return replace(
+        base,
+        embedder=embedder,
+        corpus=None,
+        version=_version(embedder, None, None),
+        canary=embedder.encode({"text": CANARY}),
+        query_decoders=base.decoders,
+    )
+
+
+def _version(embedder: Embedder, corpus: str | None, reranker: str | None) -> str:
+    made_by = embedder.made_by | {"identity": embedder.made_by["identity"].model_dump(mode="json")}
+    return hashlib.sha256(json.dumps([made_by, corpus, reranker], sort_keys=True).encode()).hexdigest()[:16]
 
 
 @stored_file

@@ -2,8 +2,10 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from jobs.spec.load import check, override, read_document, substitute
 from jobs.sweeps.specs import FinetunesSpec
@@ -206,3 +208,24 @@ def test_settings_of_named_entries_and_lists_are_listed(tmp_path: Path, mapping:
     with pytest.raises(UserError) as caught:
         check(read_document(str(spec)))
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, "neither model nor registry is set"),
+        ({"model": "m", "registry": "r"}, "model and registry exclude each other"),
+        ({"registry": "r", "corpus": "c"}, "corpus and registry exclude each other"),
+        ({"registry": "r", "adapters": {"a": "b"}}, "adapters needs a model that stays the same"),
+        ({"model": "m", "adapter": "a", "adapters": {"a": "b"}}, "adapters needs a model"),
+        ({"model": "m", "replicas": 3, "max_replicas": 2}, "max_replicas=2 is less than replicas=3"),
+        ({"model": "m", "host": "0.0.0.0"}, "host=0.0.0.0 lets other machines ask without a key"),
+    ],
+)
+def test_servers_that_cannot_work_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], told: str
+) -> None:
+    monkeypatch.delenv("RZEN_API_KEYS", raising=False)
+    path = written(tmp_path, yaml.safe_dump({"kind": "serve"} | changes))
+    with pytest.raises(UserError, match=told):
+        check(read_document(path))

@@ -139,6 +139,8 @@ def test_places_are_those_of_the_registry_or_of_the_settings(
     place = find_place({"registry": f"$RZEN_STORE/{name}", "endpoint": endpoint, "dimensions": [16]})
     assert place == Place(**pair, endpoint=endpoint, dimensions=(16,))
     assert find_place({"model": "$RZEN_STORE/model"}) == Place(f"{root}/model")
+    adapted = find_place({"model": "m", "adapters": {"a": "$RZEN_STORE/a", "b": "b"}})
+    assert adapted == Place("m", adapters=(("a", f"{root}/a"), ("b", "b")))
     monkeypatch.delenv("RZEN_STORE")
     with pytest.raises(UserError, match="RZEN_STORE is not set"):
         find_place({"model": "$RZEN_STORE/model"})

@@ -254,6 +254,13 @@ def test_other_libraries_are_told_how_it_was_trained(base: str, tmp_path: Path) 
     assert found["tokenizer_config.json"].get("chat_template") is None
 
 
+def test_widths_that_may_be_asked_for_are_no_part_of_a_models_identity(base: str, tmp_path: Path) -> None:
+    """A corpus stays that of the model when the model is exported again with widths."""
+    for name, dimensions in (("without", ()), ("with", (16,))):
+        export_model(base, None, tmp_path / name, IDENTITY, replace(FP32, dimensions=dimensions))
+    assert checkpoint_sha256(tmp_path / "without") == checkpoint_sha256(tmp_path / "with")
+
+
 def test_wider_vectors_than_there_are_cannot_be_exported(base: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="dimensions: has 65, and the vectors have 64 values"):
         export_model(base, None, tmp_path / "model", IDENTITY, replace(FP32, dimensions=(16, 65)))
