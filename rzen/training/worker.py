@@ -22,7 +22,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipelines.errors import UserError
 from pipelines.imports import without_garbage_collection, without_modules
 from rzen.config import (
     AnyObjectiveConfig,
@@ -34,31 +33,23 @@ from rzen.config import (
     identity_of,
 )
 from rzen.export.export import write_model
-from rzen.inputs.processor import VisionLayout
-from rzen.model.backbone import load_backbone
-from rzen.model.checkpoints import check_base, checkpoint_dir, checkpoint_sha256
-from rzen.model.embedding_model import EmbeddingModel
-from rzen.model.lora import add_lora, load_adapter, save_adapter
-from rzen.objective.loss import Objective
-from rzen.reranking.encoder import JointEncoder
-from rzen.reranking.head import answer_direction, is_tied, untied_head
-from rzen.reranking.model import ScoringModel
+from rzen.model.checkpoints import checkpoint_dir, checkpoint_sha256
+from rzen.model.lora import save_adapter
+from rzen.reranking.head import untied_head
 from rzen.training import checkpoint
 from rzen.training.batch import FeedBatchProtocol
+from rzen.training.build import build_learner
 from rzen.training.checkpoint_manager import ASK_S, CheckpointManager, CheckpointStore
 from rzen.training.checkpoint_state import Origin
 from rzen.training.chunk_size import AutoChunk, settle_chunk
 from rzen.training.divergence import divergence_error
 from rzen.training.held_out import HeldOut, HeldOutScorer
 from rzen.training.held_out_scores import HeldOutRow
-from rzen.training.init_adapter import read_init_adapter
 from rzen.training.learner import Learner
 from rzen.training.memory import BUCKET_ELEMENTS, WHOLE_ELEMENTS
 from rzen.training.optim import build_optimizer, lr_at, set_lr
-from rzen.training.rerank import RerankLearner
-from rzen.training.step import EmbeddingLearner
 from rzen.training.telemetry import Row, step_row
-from rzen.training.temperatures import carried_temperatures, use_fp32_temperatures
+from rzen.training.temperatures import use_fp32_temperatures
 
 
 @dataclass(frozen=True)
@@ -241,45 +232,6 @@ def ensure_process_group() -> None:
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-
-
-def build_learner(stage: Stage, backbone_dir: str, init_adapter: Path | None, tasks: Sequence[str]) -> Learner:
-    """Return backbone, new or given adapter, and one temperature per task, on the CPU. Equal on all ranks.
-
-    Raises `UserError` for a directory that is no checkpoint, for an adapter that does not fit or has another base than
-    the backbone, and for settings that contradict it.
-    """
-    model, base = stage.model, checkpoint_dir(backbone_dir)
-    if init_adapter is not None:
-        if model.tune != "lora":
-            raise UserError("init_adapter", "needs tune=lora", "export base and adapter, and train the result")
-        read_init_adapter(init_adapter, model.lora)
-        check_base(init_adapter, base)
-    backbone = load_backbone(backbone_dir, model)
-    if init_adapter is not None:
-        backbone = load_adapter(backbone, init_adapter, trainable=True)
-    elif model.tune == "lora":
-        backbone = add_lora(backbone, model.lora, stage.seed)
-    layout = VisionLayout.read(str(base))
-    lockstep = stage.optim.zero_stage == 3
-    chunk_tokens = None if isinstance(stage.chunk_tokens, AutoChunk) else stage.chunk_tokens
-    objective = stage.objective
-    if isinstance(objective, RerankObjectiveConfig):
-        scorer = _build_scorer(stage, objective, backbone, base, layout)
-        return RerankLearner(scorer, objective, chunk_tokens, lockstep=lockstep)
-    embedder = EmbeddingModel(backbone, layout, model.readout, model.packing)
-    first = carried_temperatures(objective.temperature, init_adapter or base)
-    return EmbeddingLearner(embedder, Objective(objective, tasks, first=first), chunk_tokens, lockstep=lockstep)
-
-
-def _build_scorer(
-    stage: Stage, objective: RerankObjectiveConfig, backbone: Any, base: Path, layout: VisionLayout
-) -> ScoringModel:
-    """Return the model of a re-ranker. Its head is frozen, unless it is tied to embeddings that are trained."""
-    answers = JointEncoder(str(base), objective.prompt).answer_ids
-    direction = answer_direction(base, backbone, answers)
-    trained = answers if stage.model.tune == "full" and is_tied(base) else None
-    return ScoringModel(backbone, layout, direction, stage.model.packing, trained_answers=trained)
 
 
 def build_engine(learner: Learner, stage: Stage) -> tuple[Any, torch.optim.Optimizer]:

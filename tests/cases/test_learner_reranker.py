@@ -34,9 +34,10 @@ from rzen.families import part_of
 from rzen.report.scores import hit_interval
 from rzen.reranking.encoder import JointEncoder
 from rzen.reranking.lists import EncodedList, ListEncoder, RerankBatch
+from rzen.training.build import build_learner
 from rzen.training.held_out import HeldOut
 from rzen.training.telemetry import metrics_of
-from rzen.training.worker import Stage, build_learner, train_stage
+from rzen.training.worker import Stage, train_stage
 from tests.data import publish, publish_candidates
 from tests.gloo import run_workers
 from tests.integration.test_training import Folders

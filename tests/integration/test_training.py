@@ -24,9 +24,10 @@ from rzen.config import LoraConfig, ModelConfig, ObjectiveConfig, OptimConfig, T
 from rzen.export.export import load_encoder
 from rzen.inputs.pairs import EncodedPairs, PairEncoder
 from rzen.inputs.processor import Processor
+from rzen.training.build import build_learner
 from rzen.training.held_out import HeldOut, HeldOutShare
 from rzen.training.telemetry import metrics_of
-from rzen.training.worker import Stage, build_learner, train_stage
+from rzen.training.worker import Stage, train_stage
 from tests.gloo import run_processes, run_workers
 from tests.tiny import PROMPT, TEXTS, noise, small_pieces, tiny_checkpoint, tiny_model
 

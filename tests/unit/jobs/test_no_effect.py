@@ -27,8 +27,9 @@ from rzen.objective.batch import Batch, Mined, TeacherVectors
 from rzen.objective.loss import Objective
 from rzen.reranking.loss import pair_weights
 from rzen.training import rerank
+from rzen.training.build import build_learner
 from rzen.training.optim import lr_at, parameter_groups
-from rzen.training.worker import Stage, build_learner
+from rzen.training.worker import Stage
 from rzen.vectors import unit_vectors
 from tests.paths import ROOT
 from tests.tiny import TINY, tiny_checkpoint

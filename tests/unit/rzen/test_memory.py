@@ -20,8 +20,9 @@ from rzen.model.lora import add_lora
 from rzen.objective.batch import Batch
 from rzen.objective.loss import Objective
 from rzen.training import memory
+from rzen.training.build import build_learner
 from rzen.training.memory import MemoryModel, WorkerShare, loss_bytes
-from rzen.training.worker import build_engine, build_learner
+from rzen.training.worker import build_engine
 from tests.benchmarks import synthetic
 from tests.gloo import run_workers
 from tests.parity.test_deepspeed import TASKS, share_of, stage_of
