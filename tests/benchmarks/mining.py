@@ -55,7 +55,14 @@ def pipeline(out: Path, seeds: int, steps: int | None, size: float) -> dict[str,
     jobs["export"] = {"spec": "export.yaml", "set": export | {"out": "${store}/model"}}
     mine = {"model": "${store}/model", "data": data, "depth": DEPTH, "select": None, "out": MINED}
     jobs["mine"] = {"spec": "mine.yaml", "set": mine | _SMALL}
-    select = {"table": MINED, "out": CHOSEN, "selection": {"negatives_per_sample": CANDIDATES}, "num_examples": 10}
+    # Every sample stays, so that the runs differ in nothing else.
+    rules = {
+        "positives": {"max_rank": None, "min_score": None},
+        "negatives": {"margin": 0.05, "max_above_mean": None},
+        "modality": "any",
+        "negatives_per_sample": CANDIDATES,
+    }
+    select = {"table": MINED, "out": CHOSEN, "selection": rules, "sources": {}, "num_examples": 10}
     jobs["select"] = {"spec": "select.yaml", "set": select}
     # What `select` leaves out is no edge. A batch has four clusters.
     cluster = {"table": CHOSEN, "first_rank": 1, "num_ranks": CANDIDATES, "cluster_size": 16, "out": CLUSTERED}
