@@ -1,4 +1,4 @@
-"""From the settings of a stage to the learner that a step trains: an embedder, or a re-ranker."""
+"""Builds the learner of a stage, an embedder or a re-ranker, by its settings."""
 
 from __future__ import annotations
 
