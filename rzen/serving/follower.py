@@ -2,7 +2,7 @@
 
     new files -> load -> held-out queries -> a share of the requests -> all requests, or the pair before
 
-A pair that is given up is not tried again until the place has another one.
+A pair that is given up, or wrong, is not tried again until the place has another one. One that could not be read is.
 """
 
 from __future__ import annotations
@@ -84,6 +84,8 @@ class Follower:
                 outcome = await self._exchange(place, tag)
             except Exception as error:  # noqa: BLE001 such as no memory for both: nothing may end the watching
                 outcome = "failed"
+                if isinstance(error, OSError):  # the store may answer the next time
+                    self._seen = ""
                 _log.error("the model was not replaced, and the one before still answers: %s", error)
             self._on_exchange(outcome)
 

@@ -229,6 +229,23 @@ def test_a_pair_that_does_not_belong_together_is_not_used(root: Path, follow: Ca
     assert (found.served, found.outcomes) == ("a", ["failed"])
 
 
+def test_a_pair_that_could_not_be_read_is_tried_again(
+    root: Path, follow: Callable[..., Following], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def unreachable(place: Place) -> Served:
+        raise OSError("the store does not answer")
+
+    async def test(following: Following) -> None:
+        with monkeypatch.context() as down:
+            down.setattr(following.engine, "prepare", unreachable)
+            await following.move(pair(root, "b"))
+        assert following.served == "a"
+        await following.follower.refresh()
+
+    found = follow(test, None)
+    assert (found.served, found.outcomes) == ("b", ["failed", "ok"])
+
+
 def test_mistakes_in_held_out_queries_name_the_line(tmp_path: Path) -> None:
     path = tmp_path / "q.jsonl"
     path.write_text('{"query": "x", "source": "photos", "index": 3}\n{"query": "x", "source": "photos"}\n')
