@@ -1,6 +1,6 @@
 """Real corpora from Debian's packages, ingested: what becomes of every sample, and how long it takes.
 
-    python -m tests.benchmarks.corpora --write           fetches 0.4 GB; minutes; writes corpora.md
+    python -m tests.benchmarks.corpora --write           fetches 0.4 GB; half an hour; writes corpora.md
     python -m tests.benchmarks.corpora --only pages      one of them
 
     stamps     stamps of Tux Paint (GPL-2): pictures with descriptions in 78 languages, a source for each language
