@@ -34,12 +34,11 @@ def jobs_of(name: str, *changes: str) -> dict[str, JobConfig]:
 
 
 def places_read(job: JobConfig) -> Iterator[str]:
-    """Paths in what the kind says it reads, and the models of a re-ranking."""
-    keys = [*find_kind(job.kind).reads, *(["rerank"] if isinstance(job, EvaluateSpec) and job.rerank else [])]
-    for key in keys:
+    """Paths in what the kind says it reads."""
+    for key in find_kind(job.kind).reads:
         value: Any = job.model_dump()
         for part in key.split("."):
-            value = value[part]
+            value = value and value[part]
         yield from paths_in(value)
 
 
