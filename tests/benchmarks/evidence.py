@@ -23,7 +23,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 
+from rzen.evaluation.figures import COLORS, FAINT, INK, plot_panels
 from tests.benchmarks.evidence_bed import TUNING, Bed, Cell, read_bed, train, with_temperature
 from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.turns import say
@@ -389,30 +391,19 @@ def report(results: Results) -> str:
 
 def plot(results: Results) -> str:
     """Return a forest plot of the contrasts at the published temperature, as SVG."""
-    import io
 
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
-    FigureCanvasSVG(figure)
-    panels = figure.subplots(1, len(BEDS), sharey=True)
-    titles = [contrast.title for contrast in CONTRASTS]
-    for axes, bed in zip(panels, BEDS, strict=True):
-        axes.axvline(0, color="#999", linewidth=0.8)
+    def draw(axes: Axes, bed: str) -> None:
+        axes.axvline(0, color=FAINT)
         for height, contrast in enumerate(CONTRASTS):
             if found := results.contrast(contrast, bed, tuned=False):
                 mean, low, high = (100 * value for value in found)
-                axes.plot([low, high], [height, height], color="#1f6feb", linewidth=2)
-                axes.plot([mean], [height], "o", color="#1f6feb", markersize=4)
-        axes.set_title(bed, fontsize=10)
-        axes.set_yticks(range(len(titles)), titles, fontsize=8)
-        axes.tick_params(axis="x", labelsize=8)
-    panels[0].invert_yaxis()
-    figure.supxlabel("points of hit@1, 95% intervals", fontsize=9)
-    written = io.StringIO()
-    figure.savefig(written, format="svg", metadata={"Date": None})
-    return written.getvalue()
+                axes.plot([low, high], [height, height], color=COLORS[0])
+                axes.plot([mean], [height], "o", color=COLORS[0], markersize=4)
+        axes.set_title(bed, loc="left", fontsize=9, color=INK)
+
+    titles = [contrast.title for contrast in CONTRASTS]
+    label = "points of hit@1, with 95% intervals"
+    return plot_panels(list(BEDS), titles, draw, f"Contrasts at temperature {PUBLISHED} in {label}", label)
 
 
 def main() -> None:
