@@ -2,8 +2,9 @@
 
 Each batch holds the item whose turn it is, and of the next ones those whose lengths are nearest, so that little is
 padding. An item's turn comes after the tokens before it in its own request, counted from the turn of the queue when it
-came (start-time fair queueing, Goyal et al. 1996). So a small request does not wait for all of a large one, and no item
-waits indefinitely: whatever comes later has a later turn.
+came (start-time fair queueing, Goyal et al. 1996). A batch moves the turn of the queue by its tokens, divided among the
+requests that wait, as if each was served a little all the time. So a small request does not wait for all of a large
+one, and the last item of a large one does not wait for small ones that came later.
 
 The queue holds a limited number of tokens. A request that comes when it is full is refused with the time to wait.
 """
@@ -42,6 +43,7 @@ class BatchStats:
 class _Ticket(Generic[Payload, Result]):
     turn: int
     number: int
+    request: int = field(compare=False)
     group: Hashable = field(compare=False)
     payload: Payload = field(compare=False)
     num_tokens: int = field(compare=False)
@@ -98,7 +100,7 @@ class TokenQueue(Generic[Payload, Result]):
         self._max_batch_tokens, self._max_waiting_tokens = max_batch_tokens, max_waiting_tokens
         self._packed, self._window = packed, window
         self._waiting: list[_Ticket[Payload, Result]] = []
-        self._turn = self._number = self._promised = 0
+        self._turn = self._number = self._request = self._promised = 0
         self._tokens_per_s = 0.0
         self._worker: asyncio.Task[None] | None = None
         self.failed_batches = 0
@@ -133,9 +135,11 @@ class TokenQueue(Generic[Payload, Result]):
         futures: list[asyncio.Future[Result]] = []
         for payload, num_tokens in zip(payloads, lengths, strict=True):
             futures.append(loop.create_future())
-            insort(self._waiting, _Ticket(turn, self._number, group, payload, num_tokens, futures[-1]))
+            ticket = _Ticket(turn, self._number, self._request, group, payload, num_tokens, futures[-1])
+            insort(self._waiting, ticket)
             turn += max(1, num_tokens)
             self._number += 1
+        self._request += 1
         if self._waiting and (self._worker is None or self._worker.done()):
             self._worker = loop.create_task(self._work())
         return await asyncio.gather(*futures, return_exceptions=True)
@@ -163,10 +167,12 @@ class TokenQueue(Generic[Payload, Result]):
         if not self._waiting:
             return []
         head = self._waiting[0]
-        self._turn = max(self._turn, head.turn + 1)
         window = [ticket for ticket in self._waiting[: self._window] if ticket.group == head.group]
         lengths = [ticket.num_tokens for ticket in window]
         batch = [window[item] for item in choose(lengths, self._max_batch_tokens, packed=self._packed)]
+        num_requests = len({ticket.request for ticket in self._waiting})
+        share = sum(ticket.num_tokens for ticket in batch) // num_requests
+        self._turn = max(self._turn, head.turn) + max(1, share)
         taken = {ticket.number for ticket in batch}
         self._waiting = [ticket for ticket in self._waiting if ticket.number not in taken]
         return batch

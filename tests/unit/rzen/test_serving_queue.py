@@ -101,6 +101,28 @@ def test_a_large_request_is_not_starved_by_small_ones() -> None:
     assert served.count("small") > 0
 
 
+def test_the_last_item_of_a_large_request_does_not_wait_for_requests_that_come_and_go() -> None:
+    """Three clients ask for one long item again and again, which leaves room for no other in a batch."""
+    batches: Batches = []
+
+    def run(group: Any, payloads: Sequence[Any]) -> Sequence[Any]:
+        batches.append(list(payloads))
+        return payloads
+
+    async def work(queue: TokenQueue[Any, Any]) -> None:
+        large = asyncio.ensure_future(queue.put("m", [("large", n) for n in range(4)], [60] * 4))
+
+        async def ask(client: int) -> None:
+            while not large.done() and len(batches) < 300:
+                await queue.put("m", [("small", client)], [60])
+
+        await asyncio.gather(large, *map(ask, range(3)))
+
+    run_queue(work, run)
+    # Four requests share the model. Four items of one of them take four rounds of four batches, and some to begin with.
+    assert batches.index([("large", 3)]) < 24
+
+
 def test_one_bad_item_fails_alone() -> None:
     calls: Batches = []
 
