@@ -12,19 +12,16 @@ resumes.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from jobs.cli import main as rzen
 from jobs.spec.load import read_document
 from rzen.evaluation.ablation import Effect, difference_table, score_table
 from tests.benchmarks.machine import describe_machine
-from tests.benchmarks.turns import ROOT, show
+from tests.benchmarks.pipeline import run_pipeline
+from tests.paths import ROOT
 
 OUT = Path("runs/mining")
 MINED, CHOSEN, CLUSTERED = "${store}/mined", "${store}/chosen", "${store}/clustered"
@@ -160,24 +157,5 @@ Two runs at a time on two cores. Medians over steps, then over seeds.
 """
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=6)
-    parser.add_argument("--steps", type=int, help="of stage 1 and of each run, in place of the ablation's")
-    parser.add_argument("--size", type=float, default=1.0, help="of the corpus, in place of the ablation's")
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--write", action="store_true", help="keep the report as mining.md")
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    job = options.out / "job.yaml"
-    job.write_text(
-        yaml.safe_dump(pipeline(options.out.resolve(), options.seeds, options.steps, options.size), sort_keys=False)
-    )
-    if status := rzen(["run", str(job)]):
-        raise SystemExit(status)
-    show(report(options.out, options.seeds), __file__, write=options.write)
-
-
 if __name__ == "__main__":
-    main()
+    run_pipeline(__doc__, __file__, pipeline, report, out=OUT, seeds=6, original="jobs/ablation.yaml")

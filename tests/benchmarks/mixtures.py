@@ -10,20 +10,17 @@ corpus of which nothing was trained on; all are scored on the demo's held-out pa
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from jobs.cli import main as rzen
 from jobs.spec.load import read_document
 from rzen.evaluation.ablation import difference_table, effects, score_table
 from tests.benchmarks.machine import describe_machine
-from tests.benchmarks.turns import ROOT, show
+from tests.benchmarks.pipeline import run_pipeline
+from tests.paths import ROOT
 
 OUT = Path("runs/mixtures")
 PROBE = {"num_images": 240, "num_composed": 200, "num_documents": 26, "num_clips": 180, "num_texts": 0}
@@ -108,24 +105,5 @@ Weights that were chosen on the probe:
 """
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, help="of stage 1 and of each fine-tune, in place of the demo's")
-    parser.add_argument("--size", type=float, default=1.0, help="of the corpora, in place of the demo's")
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--write", action="store_true", help="keep the report as mixtures.md")
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    job = options.out / "job.yaml"
-    job.write_text(
-        yaml.safe_dump(pipeline(options.out.resolve(), options.seeds, options.steps, options.size), sort_keys=False)
-    )
-    if status := rzen(["run", str(job)]):
-        raise SystemExit(status)
-    show(report(options.out, options.seeds), __file__, write=options.write)
-
-
 if __name__ == "__main__":
-    main()
+    run_pipeline(__doc__, __file__, pipeline, report, out=OUT, seeds=3, original="jobs/demo.yaml")
