@@ -26,9 +26,9 @@ import torch
 from matplotlib.axes import Axes
 
 from rzen.evaluation.figures import COLORS, FAINT, INK, plot_panels
-from tests.benchmarks.evidence_bed import TUNING, Bed, Cell, read_bed, train, with_temperature
+from tests.benchmarks.evidence_bed import NUM_EMOJI, TUNING, Bed, Cell, read_bed, train
 from tests.benchmarks.machine import describe_machine
-from tests.benchmarks.turns import say
+from tests.benchmarks.turns import say, show
 
 OUT = Path("runs/evidence")
 SEEDS = 6
@@ -129,7 +129,7 @@ def best_temperatures(runs: Mapping[tuple[str, int], dict[str, Any]]) -> dict[tu
     for place, cell in core().items():
         hits = {
             temperature: sum(
-                _hits(runs[with_temperature(cell, temperature).key(), seed]).mean() for seed in TUNING_SEEDS
+                _hits(runs[replace(cell, temperature=temperature).key(), seed]).mean() for seed in TUNING_SEEDS
             )
             for temperature in TEMPERATURES
         }
@@ -140,7 +140,7 @@ def best_temperatures(runs: Mapping[tuple[str, int], dict[str, Any]]) -> dict[tu
 def to_tune() -> list[tuple[Cell, int]]:
     """Return the runs that choose temperatures."""
     return [
-        (with_temperature(cell, temperature), seed)
+        (replace(cell, temperature=temperature), seed)
         for seed in TUNING_SEEDS
         for cell in core().values()
         for temperature in TEMPERATURES
@@ -153,7 +153,7 @@ def to_test(best: Mapping[tuple[str, str, float], float], seeds: int) -> list[tu
     for place, cell in core().items():
         temperatures = {PUBLISHED, best[place]} | (set(TEMPERATURES[:3]) if place[1] == "nothing" else set())
         for temperature in sorted(temperatures):
-            some = with_temperature(cell, temperature)
+            some = replace(cell, temperature=temperature)
             cells[some.key()] = some
     for cell in extras().values():
         cells[cell.key()] = cell
@@ -174,14 +174,18 @@ def _run(folder: Path, cell: Cell, seed: int) -> dict[str, Any]:
     return {"cell": cell.key(), "seed": seed, "cpu_s": round(time.process_time() - begun_s, 2), **outcome}
 
 
-def do(out: Path, wanted: Sequence[tuple[Cell, int]]) -> dict[tuple[str, int], dict[str, Any]]:
-    """Do what is missing. Return all runs by cell and seed."""
+def do(
+    out: Path, wanted: Sequence[tuple[Cell, int]], *, only_read: bool = False
+) -> dict[tuple[str, int], dict[str, Any]]:
+    """Do what is missing. Return all runs by cell and seed. Exits if a run is missing, and `only_read`."""
     path = out / "runs.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     whole = [json.loads(line) for line in lines if line.endswith("\n")]  # a killed command leaves half a line
     runs = {(run["cell"], run["seed"]): run for run in whole}
     missing = [(cell, seed) for cell, seed in wanted if (cell.key(), seed) not in runs]
     say(f"{len(wanted)} runs, {len(missing)} to do")
+    if missing and only_read:
+        raise SystemExit(f"{path}: {len(missing)} of {len(wanted)} runs are missing; leave out --report to do them")
     if missing:
         _bed(out / "packages")  # fetched before several processes ask for it
         path.write_text("".join(json.dumps(run) + "\n" for run in whole))
@@ -200,7 +204,7 @@ def do(out: Path, wanted: Sequence[tuple[Cell, int]]) -> dict[tuple[str, int], d
 def _hits(run: Mapping[str, Any]) -> np.ndarray[Any, Any]:
     """Return `[E]`, 1 where the test's first answer was right."""
     bits = np.unpackbits(np.frombuffer(bytes.fromhex(run["hits"]), np.uint8))
-    return bits[:304].astype(float)
+    return bits[:NUM_EMOJI].astype(float)
 
 
 def interval(values_SQ: np.ndarray[Any, Any]) -> tuple[float, float, float]:
@@ -238,14 +242,14 @@ class Results:
         cells = core()
         if any((bed, *part) not in cells for part in contrast.parts):
             return None
-        total = np.zeros((self.seeds, 304))
+        total = np.zeros((self.seeds, NUM_EMOJI))
         for part, weight in contrast.parts.items():
             total += weight * self.hits(self.cell(bed, *part, tuned=tuned))
         return interval(total)
 
     def cell(self, bed: str, arm: str, alpha: float, tuned: bool) -> Cell:
         place = (bed, arm, alpha)
-        return with_temperature(core()[place], self.best[place] if tuned else PUBLISHED)
+        return replace(core()[place], temperature=self.best[place] if tuned else PUBLISHED)
 
 
 def _points(found: tuple[float, float, float] | None) -> str:
@@ -296,8 +300,8 @@ def report(results: Results) -> str:
         f" {SEEDS - 1}. This report has {results.seeds} of these seeds. A seed draws the held-out tones, the captions,"
         " the weights and the order.",
         "",
-        f"**Power.** With {results.seeds} seeds of 304 queries, the 95% intervals of the first three contrasts reach"
-        f" {100 * min(widths):.1f} to {100 * max(widths):.1f} points to each side. Smaller effects are not seen.",
+        f"**Power.** With {results.seeds} seeds of {NUM_EMOJI} queries, the 95% intervals of the first three contrasts"
+        f" reach {100 * min(widths):.1f} to {100 * max(widths):.1f} points to each side. Smaller effects are not seen.",
         "",
         f"{describe_machine()}. {len(used):,} runs, {cpu_s / 60:.0f} CPU minutes.",
         "",
@@ -333,8 +337,8 @@ def report(results: Results) -> str:
         for temperature in TEMPERATURES[1:3]:
             row = [f"{temperature} instead of {PUBLISHED}, alpha {alpha:g}"]
             for bed in BEDS:
-                first = with_temperature(core()[bed, "nothing", alpha], temperature)
-                second = with_temperature(core()[bed, "nothing", alpha], PUBLISHED)
+                first = replace(core()[bed, "nothing", alpha], temperature=temperature)
+                second = replace(core()[bed, "nothing", alpha], temperature=PUBLISHED)
                 row.append(_points(interval(results.hits(first) - results.hits(second))))
             rows.append(row)
     lines += _table(["without ids and rule", *BEDS], rows)
@@ -415,14 +419,12 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write evidence.md and evidence.svg next to this file")
     arguments = parser.parse_args()
     say("registered: " + "; ".join(contrast.title for contrast in CONTRASTS))
-    best = best_temperatures(do(arguments.out, [] if arguments.report else to_tune()))
-    runs = do(arguments.out, [] if arguments.report else to_test(best, arguments.seeds))
+    best = best_temperatures(do(arguments.out, to_tune(), only_read=arguments.report))
+    runs = do(arguments.out, to_test(best, arguments.seeds), only_read=arguments.report)
     results = Results(runs, best, arguments.seeds)
-    text, drawn = report(results), plot(results)
-    folder = Path(__file__).parent if arguments.write else arguments.out
-    (folder / "evidence.md").write_text(text, encoding="utf-8")
-    (folder / "evidence.svg").write_text(drawn, encoding="utf-8")
-    print(text)
+    show(report(results), __file__, write=arguments.write)
+    if arguments.write:
+        Path(__file__).with_suffix(".svg").write_text(plot(results), encoding="utf-8")
 
 
 if __name__ == "__main__":

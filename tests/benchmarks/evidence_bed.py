@@ -20,7 +20,7 @@ import re
 import statistics
 import tarfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,15 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from rzen.config import FalseNegativeConfig, HardnessConfig, ObjectiveConfig, TemperatureConfig
+from rzen.evaluation.metrics import Relevant, metrics_by_query
+from rzen.evaluation.ranking import rank_candidates
 from rzen.objective.batch import Batch
 from rzen.objective.loss import Objective
 from rzen.objective.terms import false_negatives
 
 TONES = 5
+NUM_EMOJI = 304
+"""Emoji of the packages that have a picture in each tone."""
 TUNING = 100
 """Seeds from here on choose settings. They hold out other tones than the seeds below, which test."""
 _PIXELS, _COMPONENTS = 32, 128
@@ -142,6 +146,7 @@ def load_bed(pictures: bytes, names: bytes) -> Bed:
             continue
         pixels += [_pixels(images[file]) for file in files]
         captions += [*(skins[tone]["label"] for tone in sorted(skins)), entry["label"]]
+    assert len(pixels) == TONES * NUM_EMOJI, "the packages are pinned"
     return Bed(_components(np.stack(pixels)), _words(captions))
 
 
@@ -291,41 +296,29 @@ def _test(bed: Bed, towers: Towers, held: Tensor, cell: Cell) -> tuple[dict[str,
     """Score the held-out tones: captions against all pictures, and pictures against all names."""
     every = torch.arange(bed.num_emoji)
     pictures, texts = towers.pictures(bed.pictures), towers.texts(bed.texts)
-    names = texts[6 * every + TONES]
-    toned = texts[6 * every + held] @ pictures.T
-    asked = TONES * every + held
-    emoji_of = torch.arange(len(pictures)) // TONES
-    spec = _first_is(toned, asked)
-    classes = _first_is(pictures[asked] @ names.T, every)
-    by_name = names @ pictures.T
-    is_same = emoji_of == every[:, None]
-    grades = is_same.float() + (torch.arange(len(pictures)) == asked[:, None]).float()
-    scores = {
-        "spec": float(spec.float().mean()),
-        "map": _average_precision(by_name, is_same),
-        "ndcg": _ndcg(toned, grades),
-        "classes": float(classes.float().mean()),
+    names, toned = texts[6 * every + TONES], texts[6 * every + held]
+    asked = (TONES * every + held)[:, None]
+    tones = TONES * every[:, None] + torch.arange(TONES)
+    spec = _scored(toned, pictures, asked)["hit@1"]
+    classes = _scored(pictures[asked[:, 0]], names, every[:, None])["hit@1"]
+    by_query = {
+        "spec": spec,
+        "map": _scored(names, pictures, tones)[f"map@{len(pictures)}"],
+        "ndcg": _scored(toned, pictures, tones, 1 + (tones == asked).double())["ndcg_exponential@10"],
+        "classes": classes,
     }
-    return scores, (classes if cell.direction == "classes" else spec).tolist()
+    scores = {name: float(values.mean()) for name, values in by_query.items()}
+    return scores, ((classes if cell.direction == "classes" else spec) == 1).tolist()
 
 
-def _first_is(scores_QN: Tensor, right_Q: Tensor) -> Tensor:
-    """Return for each query whether its right answer scores above all others. Ties count against it."""
-    best_Q = scores_QN.gather(1, right_Q[:, None])
-    return (scores_QN >= best_Q).sum(dim=1) == 1
-
-
-def _average_precision(scores_QN: Tensor, relevant_QN: Tensor) -> float:
-    ranked = relevant_QN.gather(1, scores_QN.argsort(dim=1, descending=True, stable=True)).double()
-    precision = ranked.cumsum(dim=1) / torch.arange(1, ranked.shape[1] + 1)
-    return float(((precision * ranked).sum(dim=1) / ranked.sum(dim=1)).mean())
-
-
-def _ndcg(scores_QN: Tensor, grades_QN: Tensor, at: int = 10) -> float:
-    discount = 1 / torch.arange(2, at + 2).double().log2()
-    gained = grades_QN.gather(1, scores_QN.argsort(dim=1, descending=True, stable=True)[:, :at])
-    best = grades_QN.sort(dim=1, descending=True).values[:, :at]
-    return float((((2**gained - 1) * discount).sum(dim=1) / ((2**best - 1) * discount).sum(dim=1)).mean())
+def _scored(queries: Tensor, candidates: Tensor, right_QR: Tensor, grade_QR: Tensor | None = None) -> dict[str, Any]:
+    """Return the metrics of each query, as evaluations have them, of the rows of its right answers."""
+    num_queries, num_right = right_QR.shape
+    grades = torch.ones(right_QR.shape, dtype=torch.float64) if grade_QR is None else grade_QR
+    query_P = np.repeat(np.arange(num_queries), num_right)
+    relevant = Relevant(query_P, right_QR.flatten().numpy(), grades.flatten().numpy(), num_queries)
+    ranked = rank_candidates(queries.numpy(), candidates.numpy(), relevant, num_top=1, device="cpu")
+    return metrics_by_query(relevant, ranked.rank, (1, 10, len(candidates)))
 
 
 def read_bed(folder: Path) -> Bed:
@@ -340,8 +333,3 @@ def read_bed(folder: Path) -> Bed:
             (folder / name).write_bytes(fetch_package(package))
         data.append((folder / name).read_bytes())
     return load_bed(*data)
-
-
-def with_temperature(cell: Cell, temperature: float) -> Cell:
-    """Return the cell with another temperature."""
-    return replace(cell, temperature=temperature)
