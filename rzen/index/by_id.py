@@ -20,6 +20,7 @@ from pipelines.errors import UserError
 from pipelines.items.types import ID
 from pipelines.storage.store import Store
 from rzen.evaluation.vectors import StoredArray, Vectors, as_stored, check_width
+from rzen.index.parts import VECTOR, vectors_of
 
 IDS, ROWS = ".ids", ".npy"
 _THREADS = 16
@@ -64,8 +65,13 @@ class VectorIndex:
         return self._width
 
     def missing(self, ids: Ids) -> npt.NDArray[np.bool_]:
-        """Return which of these ids have no vector."""
-        return ~np.isin(ids, self._ids)
+        """Return which of these ids have no vector, in their shape."""
+        if not len(self):
+            return np.ones(ids.shape, np.bool_)
+        # The known ids are sorted. `np.isin` would sort all of them again for the few ids of a batch.
+        nearest = np.minimum(np.searchsorted(self._ids, ids), len(self) - 1)
+        lacking: npt.NDArray[np.bool_] = self._ids[nearest] != ids
+        return lacking
 
     def load(self, ids: Ids, path: Path) -> Vectors:
         """Return the vectors of those of these ids that have one, in their order, memory-mapped in the new file `path`.
@@ -135,8 +141,7 @@ class VectorIndex:
         try:
             if path.endswith(ROWS):
                 return as_stored(np.load(data, allow_pickle=False))
-            column = pq.read_table(data, columns=["vector"])["vector"].combine_chunks()
-            return as_stored(column.flatten().to_numpy().reshape(len(column), -1))
+            return vectors_of(pq.read_table(data, columns=[VECTOR]))
         except (pa.ArrowException, KeyError, ValueError, EOFError, OSError) as error:
             raise UserError(f"{store.url}/{path}", f"cannot be read: {error}", "delete the file") from error
 

@@ -30,10 +30,17 @@ def cache(tmp_path: Path) -> VectorCache:
 def test_vectors_come_in_the_order_that_is_asked_for(cache: VectorCache, tmp_path: Path) -> None:
     wanted = as_ids([IDS[4], IDS[6], IDS[0], IDS[5]])
     assert cache.missing(wanted).tolist() == [False, True, False, False]
+    assert cache.missing(wanted.reshape(2, 2)).tolist() == [[False, True], [False, False]]
     found = cache.load(wanted, tmp_path / "found.npy")
     assert found.ids.tolist() == as_ids([IDS[4], IDS[0], IDS[5]]).tolist()
     assert np.array_equal(found.rows, rows(4, 0, 5))
     assert len(cache.load(as_ids([IDS[6]]), tmp_path / "none.npy").rows) == 0
+
+
+def test_all_is_missing_where_there_is_nothing(tmp_path: Path) -> None:
+    empty = VectorCache(open_store(str(tmp_path / "empty")), WAY)
+    assert empty.missing(as_ids([IDS[0], IDS[6]])).tolist() == [True, True]
+    assert empty.missing(as_ids([])).tolist() == []
 
 
 def test_an_earlier_load_is_not_changed_by_the_next(cache: VectorCache, tmp_path: Path) -> None:
