@@ -155,9 +155,14 @@ def judged_candidates(rows: CandidateRows, top_k: int | None) -> npt.NDArray[np.
 
 def missing_of(units: Sequence[AnyUnit], missing: Keys) -> list[AnyUnit]:
     """Return the units with only those pairs whose keys are in `missing`. Empty ones are left out."""
+    if not units:
+        return []
+    # All keys at once: each look-up sorts `missing`.
+    is_missing = np.isin(np.concatenate([unit.keys for unit in units]), missing)
+    ends = np.cumsum([len(unit) for unit in units])
     found = []
-    for unit in units:
-        left = np.flatnonzero(np.isin(unit.keys, missing))
+    for unit, chosen in zip(units, np.split(is_missing, ends[:-1]), strict=True):
+        left = np.flatnonzero(chosen)
         if len(left):
             found.append(unit.only(left))
     return found
