@@ -6,11 +6,9 @@ that was killed resumes, and two embedders that find the same candidate share it
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +21,7 @@ from jobs.evaluation.score import Problem, models_of, score_models
 from jobs.evaluation.specs import EvaluateSpec
 from jobs.judging.local import LocalJudge
 from jobs.judging.pairs import Keys, missing_of
+from jobs.judging.scores import Scores, scores_of
 from jobs.runtime.progress import Bars, say
 from pipelines.benchmarks.types import Dataset
 from pipelines.config import DataConfig
@@ -68,25 +67,23 @@ class ShortlistScorer:
 
     def shortlists(self, scored: ByModel) -> Iterator[tuple[str, Shortlist]]:
         """Yield model and shortlist of each scored dataset, dataset by dataset. Errors are those of `rerank`."""
-        parts: dict[tuple[str, str], list[npt.NDArray[np.float32]]] = {}
-        with Bars() as bars, tempfile.TemporaryDirectory(prefix="rzen-pairs-", dir=self._spec.scratch) as scratch:
+        parts: dict[tuple[str, str], list[Scores]] = {}
+        with Bars() as bars:
             total = sum(_num_pairs(one, self._settings.top_k) for some in scored.values() for one in some.values())
             show = _Progress(bars, total, self.judge.name)
             for window in _windows(_pieces(scored, self._settings.top_k)):
-                self._score(window, show)
-                for piece in window:
+                for piece, keys_QK in zip(window, self._score(window, show), strict=True):
                     found = parts.setdefault((piece.model, piece.name), [])
-                    found.append(self._log_odds(piece, Path(scratch)))
+                    found.append(scores_of(self._cache, keys_QK, self._spec.scratch))
                     if sum(map(len, found)) == len(piece.scores.dataset.queries):
                         log_odds = np.concatenate(parts.pop((piece.model, piece.name)))
                         if self._is_whole(piece, log_odds):
                             yield piece.model, Shortlist(piece.scores, log_odds)
 
-    def _score(self, window: Sequence[_Piece], show: _Progress) -> None:
-        """Score the pairs of a window that have no score yet."""
+    def _score(self, window: Sequence[_Piece], show: _Progress) -> list[Keys]:
+        """Score the pairs of a window that have no score yet. Return the keys of each piece."""
         named: dict[str, tuple[Item, Item]] = {}
-        for piece in window:
-            piece.keys(self._settings.instructions, named)
+        by_piece = [piece.keys(self._settings.instructions, named) for piece in window]
         keys = np.array(sorted(named), dtype="S32")
         missing = keys[self._cache.missing(keys)]
         if len(missing):
@@ -97,17 +94,9 @@ class ShortlistScorer:
             for reason, count in sorted(reasons.items()):
                 say(f"  without a score: {reason} {count:,}", "yellow")
         show.finish(sum(piece.num_pairs for piece in window))
+        return by_piece
 
-    def _log_odds(self, piece: _Piece, scratch: Path) -> npt.NDArray[np.float32]:
-        """Return z of a piece, `[q, K]`, NaN where there is no candidate or no score."""
-        keys_QK = piece.keys(self._settings.instructions)
-        scored_QK = (keys_QK != b"") & ~self._cache.missing(keys_QK)
-        log_odds = np.full(keys_QK.shape, np.nan, np.float32)
-        if scored_QK.any():
-            log_odds[scored_QK] = self._cache.load(keys_QK[scored_QK], scratch / "log_odds.npy").rows[:, 0]
-        return log_odds
-
-    def _is_whole(self, piece: _Piece, log_odds: npt.NDArray[np.float32]) -> bool:
+    def _is_whole(self, piece: _Piece, log_odds: Scores) -> bool:
         """Return whether each pair of a dataset has a finite score. Without it the order is another."""
         num_pairs = _num_pairs(piece.scores, piece.top_k)
         lacking = num_pairs - int(np.isfinite(log_odds).sum())
@@ -163,7 +152,7 @@ class _Piece:
     def _rows(self) -> npt.NDArray[np.int64]:
         return self.scores.ranked.rows[self.first : self.last, : self.top_k]
 
-    def keys(self, instructions: bool, named: dict[str, tuple[Item, Item]] | None = None) -> Keys:
+    def keys(self, instructions: bool, named: dict[str, tuple[Item, Item]]) -> Keys:
         """Return the key of each pair, `[q, K]`, empty where there is no candidate. `named` gets their items."""
         rows_QK = self._rows
         items = self.scores.dataset.pick(row for row in np.unique(rows_QK).tolist() if row != NONE)
@@ -173,8 +162,7 @@ class _Piece:
             document = items[int(rows_QK[query, row])]
             key = pair_key(asked, document)
             keys_QK[query, row] = key
-            if named is not None:
-                named.setdefault(key, (asked, document))
+            named.setdefault(key, (asked, document))
         return keys_QK
 
 

@@ -24,7 +24,7 @@ from jobs.judging.endpoint import RemoteJudge
 from jobs.judging.inputs import InputPlaces
 from jobs.judging.local import LocalJudge, Work
 from jobs.judging.pairs import Int64Array, Keys, PartPairs, Unit, judged_candidates, missing_of, pairs_of
-from jobs.judging.scores import KeptScores, Scores, repeated_queries
+from jobs.judging.scores import KeptScores, repeated_queries
 from jobs.judging.specs import JudgeSpec
 from jobs.runtime.cluster import ray_cluster
 from jobs.runtime.lease import Lease, hold_output
@@ -211,12 +211,9 @@ class _Job:
         self._bars.update("judge", self._seen, self._total, unit="pairs")
 
     def _with_scores(self, part: _Part, kept: KeptScores) -> CandidateRows:
-        ids, scores = kept.load(part.cache, part.pairs.keys)
-        rows = replace(
-            part.rows,
-            teacher=_looked_up(ids, scores, part.pairs.candidate_keys),
-            positive_teacher=_looked_up(ids, scores, part.pairs.positive_keys),
-        )
+        keys = part.pairs.candidate_keys, part.pairs.positive_keys
+        teacher, positive_teacher = np.split(kept.scores(part.cache, np.concatenate(keys)), [len(keys[0])])
+        rows = replace(part.rows, teacher=teacher, positive_teacher=positive_teacher)
         self.counts.add(rows, self.spec.top_k)
         return rows
 
@@ -239,13 +236,3 @@ class _Job:
             "reasons": dict(self.reasons),
             "fingerprint": published.fingerprint,
         }
-
-
-def _looked_up(ids: Keys, scores: Scores, keys: Keys) -> Scores:
-    """Return the score of each key, NaN where there is none. `ids` are sorted."""
-    found = np.full(len(keys), np.nan, np.float32)
-    if len(ids):
-        places = np.minimum(np.searchsorted(ids, keys), len(ids) - 1)
-        known = ids[places] == keys
-        found[known] = scores[places[known]]
-    return found

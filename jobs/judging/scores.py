@@ -49,17 +49,15 @@ class KeptScores:
             cache.refresh()
             new = keys[self._common.missing(keys) & ~cache.missing(keys)]
             if len(new):
-                ids, scores = _load(cache, new)
-                write_part(self._common.store, [id.decode() for id in ids.tolist()], scores[:, None])
+                write_part(self._common.store, [key.decode() for key in new.tolist()], scores_of(cache, new)[:, None])
         self._common.refresh()
 
-    def load(self, cache: VectorCache, keys: Keys) -> tuple[Keys, Scores]:
-        """Return those of a shard's keys that have a score, sorted, and the scores. Equal pairs have equal ones."""
-        common, some = _load(self._common, keys)
-        own, others = _load(cache, keys[self._common.missing(keys)])
-        ids = np.concatenate([common, own])
-        order = np.argsort(ids)
-        return ids[order], np.concatenate([some, others])[order]
+    def scores(self, cache: VectorCache, keys: Keys) -> Scores:
+        """Return the scores of a shard's keys, NaN where there is none. Equal pairs have equal ones."""
+        found = scores_of(self._common, keys)
+        others = self._common.missing(keys)
+        found[others] = scores_of(cache, keys[others])
+        return found
 
 
 def repeated_queries(shards: Iterable[ListedShard], listings: Store, *, instructions: bool) -> Int64Array:
@@ -73,8 +71,14 @@ def repeated_queries(shards: Iterable[ListedShard], listings: Store, *, instruct
     return several
 
 
-def _load(cache: VectorCache, keys: Keys) -> tuple[Keys, Scores]:
-    with tempfile.TemporaryDirectory(prefix="rzen-scores-") as scratch:
-        kept = cache.load(keys, Path(scratch) / "scores.npy")
-        scores = np.array(kept.rows[:, 0]) if len(kept.ids) else np.empty(0, np.float32)
-    return kept.ids, scores
+def scores_of(cache: VectorCache, keys: Keys, scratch: str | None = None) -> Scores:
+    """Return the score of each key, in the shape of `keys`. It is NaN where there is none, such as for an empty key.
+
+    `scratch` is a folder for temporary files.
+    """
+    scores = np.full(keys.shape, np.nan, np.float32)
+    known = ~cache.missing(keys)
+    if known.any():
+        with tempfile.TemporaryDirectory(prefix="rzen-scores-", dir=scratch) as folder:
+            scores[known] = cache.load(keys[known], Path(folder) / "scores.npy").rows[:, 0]
+    return scores
