@@ -20,7 +20,7 @@ from jobs.evaluation.item_pairs import ItemPlaces, asked_item, pair_key, units_o
 from jobs.evaluation.score import Problem, models_of, score_models
 from jobs.evaluation.specs import EvaluateSpec
 from jobs.judging.local import LocalJudge
-from jobs.judging.pairs import Keys, missing_of
+from jobs.judging.pairs import PAIRS_AT_ONCE, Keys, missing_of, windows
 from jobs.judging.scores import Scores, scores_of
 from jobs.runtime.progress import Bars, say
 from pipelines.benchmarks.types import Dataset
@@ -33,8 +33,6 @@ from rzen.evaluation.dataset_scores import DatasetScores
 from rzen.evaluation.reranking import RerankedScores, Shortlist, WeightChoice, choose_weight, score_reranked
 from rzen.evaluation.vectors import NONE
 
-PAIRS_AT_ONCE = 200_000
-"""Pairs of one Ray job. More would cost the driver too much memory, fewer would load the model more often."""
 ByModel = Mapping[str, Mapping[str, DatasetScores]]
 """Model -> dataset -> its scores."""
 Choices = dict[str, dict[str, WeightChoice]]
@@ -71,7 +69,7 @@ class ShortlistScorer:
         with Bars() as bars:
             total = sum(_num_pairs(one, self._settings.top_k) for some in scored.values() for one in some.values())
             show = _Progress(bars, total, self.judge.name)
-            for window in _windows(_pieces(scored, self._settings.top_k)):
+            for window in windows(_pieces(scored, self._settings.top_k), lambda piece: piece.num_pairs, PAIRS_AT_ONCE):
                 for piece, keys_QK in zip(window, self._score(window, show), strict=True):
                     found = parts.setdefault((piece.model, piece.name), [])
                     found.append(scores_of(self._cache, keys_QK, self._spec.scratch))
@@ -176,19 +174,6 @@ def _pieces(scored: ByModel, top_k: int) -> Iterator[_Piece]:
         for first in range(0, num_queries, step):
             for model, one in mine.items():
                 yield _Piece(model, name, one, first, min(first + step, len(one.dataset.queries)), top_k)
-
-
-def _windows(pieces: Iterator[_Piece]) -> Iterator[list[_Piece]]:
-    window: list[_Piece] = []
-    room = PAIRS_AT_ONCE
-    for piece in pieces:
-        if window and piece.num_pairs > room:
-            yield window
-            window, room = [], PAIRS_AT_ONCE
-        window.append(piece)
-        room -= piece.num_pairs
-    if window:
-        yield window
 
 
 def _num_pairs(scores: DatasetScores, top_k: int) -> int:

@@ -23,7 +23,17 @@ from jobs.embedding.vectors import VectorCache
 from jobs.judging.endpoint import RemoteJudge
 from jobs.judging.inputs import InputPlaces
 from jobs.judging.local import LocalJudge, Work
-from jobs.judging.pairs import Int64Array, Keys, PartPairs, Unit, judged_candidates, missing_of, pairs_of
+from jobs.judging.pairs import (
+    PAIRS_AT_ONCE,
+    Int64Array,
+    Keys,
+    PartPairs,
+    Unit,
+    judged_candidates,
+    missing_of,
+    pairs_of,
+    windows,
+)
 from jobs.judging.scores import KeptScores, repeated_queries
 from jobs.judging.specs import JudgeSpec
 from jobs.runtime.cluster import ray_cluster
@@ -39,8 +49,6 @@ from pipelines.storage.location import open_store, resolve_endpoint
 from pipelines.storage.store import Store
 
 SCORES, LISTINGS = "scores", "listings"
-_PAIRS_AT_ONCE = 200_000
-"""Pairs of the parts that are judged by one Ray job. More would cost the driver too much memory."""
 
 
 class Judge(Protocol):
@@ -167,27 +175,24 @@ class _Job:
         self, shards: dict[Place, ListedShard], done: dict[Place, PartInfo], kept: KeptScores
     ) -> Iterator[list[_Part]]:
         """Yield the parts that are not done, as many at a time as memory allows."""
-        window: list[_Part] = []
-        room = _PAIRS_AT_ONCE
-        listings = self.store.child(LISTINGS)
+        num_pairs = {
+            (source, number): self._num_pairs(part)
+            for source, number, part in iter_parts(self.table.manifest)
+            if (source, number) not in done
+        }
+        if not num_pairs:
+            return
+        by_shard = shards.values() if self._on_cluster else ()
         instructions = self.spec.data.instructions
-        repeated: Int64Array | None = None
-        for source, number, info in iter_parts(self.table.manifest):
-            if (source, number) in done:
-                continue
-            if repeated is None:
-                by_shard = shards.values() if self._on_cluster else ()
-                repeated = repeated_queries(by_shard, listings, instructions=instructions)
-            if window and self._num_pairs(info) > room:
-                yield window
-                window, room = [], _PAIRS_AT_ONCE
-            shard, rows = shards[source, number], self.table.rows(source, number)
-            samples = list(read_listing(shard, listings))
-            pairs = pairs_of(rows, samples, shard, self.table.manifest, self.spec.top_k, instructions, repeated)
-            window.append(_Part((source, number), rows, pairs, kept.cache_of(shard)))
-            room -= self._num_pairs(info)
-        if window:
-            yield window
+        repeated = repeated_queries(by_shard, self.store.child(LISTINGS), instructions=instructions)
+        for places in windows(num_pairs, num_pairs.__getitem__, PAIRS_AT_ONCE):
+            yield [self._part(place, shards[place], repeated, kept) for place in places]
+
+    def _part(self, place: Place, shard: ListedShard, repeated: Int64Array, kept: KeptScores) -> _Part:
+        rows, samples = self.table.rows(*place), list(read_listing(shard, self.store.child(LISTINGS)))
+        instructions = self.spec.data.instructions
+        pairs = pairs_of(rows, samples, shard, self.table.manifest, self.spec.top_k, instructions, repeated)
+        return _Part(place, rows, pairs, kept.cache_of(shard))
 
     def _judge_window(self, window: list[_Part], judge: Judge, kept: KeptScores) -> None:
         repeated = [(part.cache, part.pairs.repeated) for part in window]

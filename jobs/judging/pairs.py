@@ -6,7 +6,7 @@ A unit is decoded and judged together. Pairs that share the input which is deare
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self, TypeVar
 
@@ -26,6 +26,8 @@ OWN = -1
 _QUERY_DIGITS = 32  # of the hash of a query's text and media, in the keys of its pairs
 MAX_PAIRS = 1024
 """Pairs of a unit, at most."""
+PAIRS_AT_ONCE = 200_000
+"""Pairs of one Ray job. More would cost the driver too much memory, fewer would load the model more often."""
 _COST_OF: dict[Modality, int] = {
     "text": 1,
     "image": COSTS["image"],
@@ -54,6 +56,7 @@ class PairUnit(Protocol):
 
 
 AnyUnit = TypeVar("AnyUnit", bound=PairUnit)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +169,21 @@ def missing_of(units: Sequence[AnyUnit], missing: Keys) -> list[AnyUnit]:
         if len(left):
             found.append(unit.only(left))
     return found
+
+
+def windows(some: Iterable[T], num_pairs: Callable[[T], int], most: int) -> Iterator[list[T]]:
+    """Yield what has pairs in order, with at most `most` pairs at a time, or a single one that has more."""
+    window: list[T] = []
+    room = most
+    for one in some:
+        needed = num_pairs(one)
+        if window and needed > room:
+            yield window
+            window, room = [], most
+        window.append(one)
+        room -= needed
+    if window:
+        yield window
 
 
 def compact(pairs: Int64Array) -> tuple[Int64Array, Int64Array, Int64Array]:

@@ -138,7 +138,7 @@ def test_equal_pairs_of_several_shards_are_judged_once(
     monkeypatch.setitem(CANDIDATES, ("red", 17), [3, 2, 23, 7])
     asked = (9, 17)
     make_table(tmp_path, equal_queries=asked)
-    monkeypatch.setattr(judge, "_PAIRS_AT_ONCE", 40)  # a shard at a time, and then all at once
+    monkeypatch.setattr(judge, "PAIRS_AT_ONCE", 40)  # a shard at a time, and then all at once
     spec = spec_of(tmp_path, tmp_path / "out", by_model(model))
     result = judge.run(spec)
     bad = result["reasons"]["unsupported_format"]
@@ -148,7 +148,7 @@ def test_equal_pairs_of_several_shards_are_judged_once(
     assert scores["red", 17][1][:3] == [scores["red", 1][1][1], scores["red", 1][1][0], scores["red", 9][1][2]]
     assert judge.run(spec)["judged"] == bad
 
-    monkeypatch.setattr(judge, "_PAIRS_AT_ONCE", 10**6)
+    monkeypatch.setattr(judge, "PAIRS_AT_ONCE", 10**6)
     at_once = judge.run(spec_of(tmp_path, tmp_path / "at_once", by_model(model)))
     assert at_once["judged"] == result["judged"]
     assert table_files(tmp_path / "at_once") == table_files(tmp_path / "out")
@@ -168,7 +168,7 @@ def test_scores_of_one_shard_serve_another_that_comes_later(
     """A query was in one shard when its pairs were judged. Now a second shard has it, too."""
     monkeypatch.setitem(CANDIDATES, ("red", 9), [2, 8, 24])  # red 1 has 2, 21 and 8
     make_table(tmp_path, equal_queries=(9,))
-    monkeypatch.setattr(judge, "_PAIRS_AT_ONCE", 40)  # a shard at a time
+    monkeypatch.setattr(judge, "PAIRS_AT_ONCE", 40)  # a shard at a time
     spec = spec_of(tmp_path, tmp_path / "out", by_model(model))
     with monkeypatch.context() as patch:
         patch.setattr(judge, "repeated_queries", lambda *_, **__: np.zeros(0, np.int64))
