@@ -11,7 +11,6 @@ import json
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -29,6 +28,7 @@ from pipelines.candidates.write import PartWriter, Place, publish_table
 from pipelines.config import DataConfig
 from pipelines.errors import UserError
 from pipelines.samples import Rejected
+from pipelines.storage.ahead import read_ahead
 from pipelines.storage.location import open_store
 from pipelines.storage.store import Store
 
@@ -198,7 +198,4 @@ def _each_part(
 ) -> Iterator[T]:
     """Yield what a function returns for the rows of each part, and its number, in order. A few are read ahead."""
     wanted = range(len(table.manifest.parts[source])) if numbers is None else numbers
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for start in range(0, len(wanted), _THREADS):
-            some = wanted[start : start + _THREADS]
-            yield from pool.map(lambda number: function(table.rows(source, number), number), some)
+    return read_ahead(lambda number: function(table.rows(source, number), number), wanted, _THREADS)

@@ -26,6 +26,7 @@ from pipelines.candidates.types import KIND, CandidateRows, PartInfo
 from pipelines.candidates.write import PartWriter, Place, WrittenPart, publish_table
 from pipelines.errors import UserError
 from pipelines.feed.reader import Reader
+from pipelines.storage.ahead import read_ahead
 from pipelines.storage.location import open_store
 from pipelines.storage.store import Store
 from rzen.report.selection import Counts, SelectionReport, SelectionRow, histogram, render_selection
@@ -135,9 +136,7 @@ class _SourceSelector:
 
         if any((self._source, number) not in written for number in range(len(self._parts))):
             _ = self._positives  # once, before the threads ask for it
-        with ThreadPoolExecutor(_THREADS) as pool:
-            for start in range(0, len(self._parts), _THREADS):
-                yield from pool.map(make, range(start, min(start + _THREADS, len(self._parts))))
+        yield from read_ahead(make, range(len(self)), _THREADS)
 
     def __len__(self) -> int:
         return len(self._parts)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -13,6 +12,7 @@ from pipelines.curate.features import FAMILIES, Family, FeatureSettings, Inputs,
 from pipelines.curate.leakage import EvaluationInputs
 from pipelines.curate.samples import Samples
 from pipelines.curate.tables import MediaTable, TextTable
+from pipelines.storage.ahead import read_ahead
 from pipelines.storage.store import Store
 
 _READERS = 16
@@ -59,7 +59,4 @@ def _groups(inputs: Iterable[Inputs]) -> Iterator[list[Inputs]]:
 
 def _read(family: Family, inputs: Sequence[Inputs], settings: FeatureSettings, cache: Store) -> Iterator[pa.Table]:
     """Yield the features of each of the inputs in order. A few are read ahead."""
-    read = partial(read_features, family, settings=settings, cache=cache)
-    with ThreadPoolExecutor(_READERS) as pool:
-        for start in range(0, len(inputs), _READERS):
-            yield from pool.map(read, inputs[start : start + _READERS])
+    return read_ahead(partial(read_features, family, settings=settings, cache=cache), inputs, _READERS)

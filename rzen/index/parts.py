@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from pipelines.errors import UserError
+from pipelines.storage.ahead import read_ahead
 from pipelines.storage.store import LocalStore, Store
 from rzen.evaluation.vectors import StoredArray, as_stored
 
@@ -39,10 +39,7 @@ class Parts:
 
     def read_all(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """Yield the columns of all parts in order, a few parts at a time in memory."""
-        with ThreadPoolExecutor(_THREADS) as pool:
-            for first in range(0, len(self.paths), _THREADS):
-                numbers = range(first, min(first + _THREADS, len(self.paths)))
-                yield from pool.map(lambda number: self.read(number, columns), numbers)
+        return read_ahead(lambda number: self.read(number, columns), range(len(self.paths)), _THREADS)
 
     def schema(self) -> pa.Schema:
         """Return the columns of the rows. Raises `UserError` if there are none."""

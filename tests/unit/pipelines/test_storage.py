@@ -33,6 +33,7 @@ from botocore.exceptions import (
 
 from jobs.runtime.local_s3 import free_port
 from pipelines.errors import UserError
+from pipelines.storage.ahead import read_ahead
 from pipelines.storage.faults import PATIENCE, Attempts, brief_patience, note_answer, remedy_of
 from pipelines.storage.location import localize, open_store
 from pipelines.storage.ranged import open_binary
@@ -544,6 +545,19 @@ def test_a_file_size_limit_is_reported(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_files_are_read_ahead_in_order_a_few_at_a_time() -> None:
+    started: list[int] = []
+
+    def read(number: int) -> int:
+        started.append(number)
+        return number**2
+
+    for number, square in enumerate(read_ahead(read, range(7), 3)):
+        assert square == number**2
+        assert len(started) <= number // 3 * 3 + 3
+    assert sorted(started) == list(range(7))
 
 
 def test_localize_takes_local_paths_as_they_are(tmp_path: Path) -> None:
