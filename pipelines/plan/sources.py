@@ -16,6 +16,8 @@ from pipelines.plan.types import Int64Array, Row, SourceTable
 from pipelines.plan.weights import table_of_epoch
 
 _FEW = 0.01  # a share of the samples that is left out without a note
+_OPTIONAL = ("clustered", "clusters", "dropped", "weighted", "weights")
+"""Columns of a table, without which its fingerprint is that of versions of rzen that knew none."""
 _EPOCHS_KEPT = 3  # tasks run ahead, and look back for reserves
 
 
@@ -36,13 +38,13 @@ class PlanSource:
         self.run_length = mixture.run_length
         self._tables, self._mixture, self._seed = dict(tables), mixture, seed
         self._epochs: dict[int, _Members] = {}  # of sources with weights, the last few; else one for all epochs
-        subsets = self._members(0).subsets
-        self.sizes = tuple(subset.size for subset in subsets)  # the same in every epoch
-        self.num_samples = sum(self.sizes)
         self.num_stored = sum(table.num_samples for table in tables.values())
         self.num_dropped = sum(len(table.dropped) for table in tables.values())
         self.num_weighted = sum(len(table.weighted) for table in tables.values())
         self.num_drawn = sum(table.num_drawn for table in tables.values())
+        self.num_kept = sum(table.num_kept for table in tables.values())
+        self.sizes = tuple(subset.size for subset in self._members(0).subsets)  # the same in every epoch
+        self.num_samples = sum(self.sizes)
         self.tables_fingerprint = _fingerprint(tables)
         if not self.num_weighted:
             self._tables = {}  # a plan is sent to every task
@@ -97,11 +99,10 @@ class PlanSource:
             lines.append(f"{self.num_dropped} of {self.num_stored} samples are dropped by candidate tables")
         if self.num_weighted:
             lines.append(f"{self.num_weighted} samples have a weight, and each epoch takes {self.num_drawn} of them")
-        num_kept = self.num_stored - self.num_dropped - self.num_weighted + self.num_drawn
-        if self.num_samples < num_kept:
+        if self.num_samples < self.num_kept:
             same = "" if self.num_weighted else ", the same in every epoch"
             lines.append(
-                f"{self.num_samples} of {num_kept} samples are used{same}: data.mixture.max_samples_per_source"
+                f"{self.num_samples} of {self.num_kept} samples are used{same}: data.mixture.max_samples_per_source"
             )
         if left > _FEW * self.num_samples:
             lines.append(
@@ -111,7 +112,7 @@ class PlanSource:
 
     def _members(self, epoch: int) -> _Members:
         """Return the samples that an epoch takes."""
-        key = epoch if any(len(table.weighted) for table in self._tables.values()) else 0
+        key = epoch if self.num_weighted else 0
         if key not in self._epochs:
             tables = [table_of_epoch(table, name, self._seed, key) for name, table in self._tables.items()]
             subsets = [
@@ -140,13 +141,7 @@ def _fingerprint(tables: Mapping[str, SourceTable]) -> str:
         digest.update(f"{name} {table.num_samples} ".encode())
         for array in (table.duplicates, table.targets, table.queries):
             digest.update(np.ascontiguousarray(array).tobytes())
-        for kind in (
-            "clustered",
-            "clusters",
-            "dropped",
-            "weighted",
-            "weights",
-        ):  # a table without them has the hash that it had before
+        for kind in _OPTIONAL:
             if len(array := getattr(table, kind)):
                 digest.update(f" {kind} {len(array)} ".encode() + np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()[:16]
