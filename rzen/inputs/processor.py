@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,22 @@ class EncodedBatch:
     def split(self) -> list[EncodedBatch]:
         """Return each input as a batch of its own, as views."""
         return [self.slice(index, index + 1) for index in range(len(self))]
+
+    def without_patches(self) -> EncodedBatch:
+        """Return the same tokens, whose visuals have no patches: the model gets those another way."""
+        return replace(self, patches=self.patches[:0], patch_frames=np.zeros_like(self.patch_frames))
+
+    def visuals(self) -> list[EncodedBatch]:
+        """Return each visual as an input without tokens, as views."""
+        num_visuals = len(self.grids)
+        bare = replace(
+            self,
+            input_ids=self.input_ids[:0],
+            instruction=self.instruction[:0],
+            lengths=np.zeros(num_visuals, np.int32),
+            visual_counts=np.ones(num_visuals, np.int32),
+        )
+        return bare.split()
 
 
 def _span(counts: npt.NDArray[Any], groups: slice) -> slice:

@@ -38,6 +38,15 @@ class JointBatch:
     def __len__(self) -> int:
         return len(self.sequences)
 
+    @classmethod
+    def concat(cls, batches: Sequence[JointBatch]) -> JointBatch:
+        """Return all pairs in order, with each medium once. At least one batch is needed."""
+        media: dict[MediumKey, EncodedBatch] = {}
+        for batch in batches:
+            media |= batch.media
+        sequences = EncodedBatch.concat([batch.sequences for batch in batches])
+        return cls(sequences, tuple(key for batch in batches for key in batch.shown), media)
+
     def take(self, pairs: Sequence[int] | npt.NDArray[np.int64]) -> JointBatch:
         """Return some pairs, at least one, with the media that they show."""
         shown = self.shown_by(pairs)
@@ -46,9 +55,12 @@ class JointBatch:
 
     def shown_by(self, pairs: Sequence[int] | npt.NDArray[np.int64]) -> tuple[MediumKey, ...]:
         """Return the medium of each visual of some pairs."""
-        ends = np.cumsum(self.sequences.visual_counts)
-        starts = ends - self.sequences.visual_counts
-        return tuple(key for pair in pairs for key in self.shown[starts[pair] : ends[pair]])
+        ends, counts = self._visual_ends, self.sequences.visual_counts
+        return tuple(key for pair in pairs for key in self.shown[ends[pair] - counts[pair] : ends[pair]])
+
+    @cached_property
+    def _visual_ends(self) -> npt.NDArray[np.int64]:
+        return np.cumsum(self.sequences.visual_counts)
 
 
 @dataclass(frozen=True)
@@ -122,8 +134,7 @@ class JointEncoder:
         parts = PAIR_TEMPLATES[self.prompt.template].parts(query.given, document.given)
         visuals = [*query.visuals, *document.visuals]
         ids = self._ids(parts, visuals)
-        batch = self.processor.pack(ids, [False] * len(ids), visuals)
-        return replace(batch, patches=batch.patches[:0], patch_frames=np.zeros_like(batch.patch_frames))
+        return self.processor.pack(ids, [False] * len(ids), visuals).without_patches()
 
     def _ids(self, parts: Sequence[Part], visuals: Sequence[VisionInput]) -> list[int]:
         """Return the tokens of a question. A stretch without special tokens is tokenized as a whole, as in the library.

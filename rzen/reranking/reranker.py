@@ -146,12 +146,10 @@ class _FeatureCache:
         self._model, self._batch, self._chunk_tokens = model, batch, chunk_tokens
         self._patches_per_token = layout.merge_patches**2
         self._kept: OrderedDict[MediumKey, MediumFeatures] = OrderedDict()
-        self._ends = np.cumsum(batch.sequences.visual_counts)
 
     def of(self, pairs: range) -> list[list[MediumFeatures]]:
         """Return the features of the visuals of each pair."""
-        counts = self._batch.sequences.visual_counts
-        shown = [self._batch.shown[self._ends[pair] - counts[pair] : self._ends[pair]] for pair in pairs]
+        shown = [self._batch.shown_by([pair]) for pair in pairs]
         needed = dict.fromkeys(key for keys in shown for key in keys)
         self._read([key for key in needed if key not in self._kept])
         for key in needed:

@@ -24,7 +24,7 @@ from rzen.embedding.embedder import Embedder, load
 from rzen.embedding.shared import share
 from rzen.inputs.processor import EncodedBatch
 from rzen.model.checkpoints import checkpoint_sha256
-from rzen.reranking.encoder import JointBatch, MediumKey
+from rzen.reranking.encoder import JointBatch
 from rzen.reranking.reranker import Reranker, load_reranker
 from rzen.serving.types import RequestError, Vectors
 
@@ -149,7 +149,8 @@ class Served:
     def score(self, pairs: Sequence[EncodedPair]) -> list[float | Exception]:
         """Return the probability of each pair, and an error for one that is not finite."""
         assert self.reranker is not None
-        scores = self.reranker.probabilities(_joined(pairs)).tolist()
+        batch = JointBatch.concat([pair.batch.take([pair.number]) for pair in pairs])
+        scores = self.reranker.probabilities(batch).tolist()
         return [one if np.isfinite(one) else ArithmeticError("the score is not finite") for one in scores]
 
     def close(self) -> None:
@@ -157,17 +158,6 @@ class Served:
         self.decoders.close()
         self.query_decoders.close()
         self.pair_decoders.close()
-
-
-def _joined(pairs: Sequence[EncodedPair]) -> JointBatch:
-    shown: list[MediumKey] = []
-    for pair in pairs:
-        counts = pair.batch.sequences.visual_counts
-        end = int(counts[: pair.number + 1].sum())
-        shown += pair.batch.shown[end - int(counts[pair.number]) : end]
-    sequences = [pair.batch.sequences.slice(pair.number, pair.number + 1) for pair in pairs]
-    media = {key: medium for pair in pairs for key, medium in pair.batch.media.items()}
-    return JointBatch(EncodedBatch.concat(sequences), tuple(shown), media)
 
 
 def load_served(place: Place, media: MediaConfig, chunk_tokens: int) -> Served:

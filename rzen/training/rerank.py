@@ -9,7 +9,7 @@ Shapes: B queries, P pairs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -202,7 +202,7 @@ class RerankLearner(Learner):
 
     def _with_blanks(self, joint: JointBatch | None, pairs: Indices) -> JointBatch:
         some = [joint.take(pairs)] if joint is not None and len(pairs) else []
-        return _joined([*some, *(_as_pairs(blank) for blank in self.blanks)])
+        return JointBatch.concat([*some, *(_as_pairs(blank) for blank in self.blanks)])
 
 
 def loss_of(
@@ -262,29 +262,5 @@ def _cost(lengths: npt.NDArray[np.int32], packed: bool) -> int:
 
 def _as_pairs(inputs: EncodedBatch) -> JointBatch:
     """Return inputs with visuals as pairs that show the same. Each visual is a medium of its own."""
-    bare = replace(inputs, patches=inputs.patches[:0], patch_frames=np.zeros_like(inputs.patch_frames))
-    sizes = inputs.grids.prod(axis=1) * inputs.patch_frames
-    ends = np.cumsum(sizes)
-    media = {
-        _BLANK + bytes([number >> 8 & 255, number & 255]): EncodedBatch(
-            input_ids=inputs.input_ids[:0],
-            instruction=inputs.instruction[:0],
-            lengths=np.zeros(1, np.int32),
-            visual_counts=np.ones(1, np.int32),
-            patches=inputs.patches[ends[number] - sizes[number] : ends[number]],
-            patch_frames=inputs.patch_frames[number : number + 1],
-            grids=inputs.grids[number : number + 1],
-            grid_kinds=inputs.grid_kinds[number : number + 1],
-            grid_seconds=inputs.grid_seconds[number : number + 1],
-        )
-        for number in range(len(sizes))
-    }
-    return JointBatch(bare, tuple(media), media)
-
-
-def _joined(batches: Sequence[JointBatch]) -> JointBatch:
-    media: dict[bytes, EncodedBatch] = {}
-    for batch in batches:
-        media |= batch.media
-    sequences = EncodedBatch.concat([batch.sequences for batch in batches])
-    return JointBatch(sequences, tuple(key for batch in batches for key in batch.shown), media)
+    media = {_BLANK + number.to_bytes(4): visual for number, visual in enumerate(inputs.visuals())}
+    return JointBatch(inputs.without_patches(), tuple(media), media)
