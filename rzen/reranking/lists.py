@@ -8,9 +8,9 @@ Shapes: B queries, P pairs of all queries.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from pipelines.samples import DecodedInput, DecodedSample
 from rzen.reranking.encoder import EncodedSide, JointBatch, JointEncoder
 
 Int64Array = npt.NDArray[np.int64]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -150,11 +151,11 @@ class ListEncoder:
         rows: list[tuple[int, int, bool]] = []
         start = 0
         for group in groups:
-            queries = {some.asked: number for number, some in reversed(list(enumerate(group)))}
-            targets = {some.contents[0]: number for number, some in reversed(list(enumerate(group)))}
+            queries = _first_places(some.asked for some in group)
+            targets = _first_places(some.contents[0] for some in group)
             answers = {(some.asked, some.contents[0]) for some in group}
-            for asked, query in sorted(queries.items(), key=lambda item: item[1]):
-                for content, target in sorted(targets.items(), key=lambda item: item[1]):
+            for asked, query in queries.items():
+                for content, target in targets.items():
                     is_relevant = (asked, content) in answers
                     if is_relevant or content != asked[0]:
                         rows.append((start + query, start + target, is_relevant))
@@ -165,10 +166,17 @@ class ListEncoder:
         return CrossedGroups(joint, pairs, np.array([row[2] for row in rows], np.bool_))
 
 
+def _first_places(values: Iterable[T]) -> dict[T, int]:
+    """Return each value once, in order, with the number of its first place."""
+    places: dict[T, int] = {}
+    for number, value in enumerate(values):
+        places.setdefault(value, number)
+    return places
+
+
 def _without_duplicates(some: EncodedList) -> EncodedList:
     """Return the list with each content once. The first is kept, so that no negative equals the positive."""
-    first = {content: number for number, content in reversed(list(enumerate(some.contents)))}
-    kept = sorted(first.values())
+    kept = _first_places(some.contents).values()
     if len(kept) == len(some.contents):
         return some
     return replace(
