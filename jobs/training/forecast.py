@@ -22,7 +22,7 @@ from pipelines.errors import UserError
 from pipelines.feed.reader import Reader
 from pipelines.plan.plan import Plan
 from pipelines.storage.location import exists, open_store
-from rzen.config import ObjectiveConfig
+from rzen.config import ObjectiveConfig, prompt_setting
 
 _NOT_COUNTED = 3  # first steps of a run, which are slower
 
@@ -211,6 +211,6 @@ class Forecaster:
         found.chunk_tokens = memory.chunk_tokens
         if limit_bytes is not None and memory.worker.total > limit_bytes:
             problem = f"a worker needs {memory.worker.total / GIB:.1f} GiB, more than {limit_bytes / GIB:.1f} GiB"
-            prompt = "model.prompt" if isinstance(spec.objective, ObjectiveConfig) else "objective.prompt"
-            fix = f"lower cluster.chunk_tokens or {prompt}.max_visual_tokens, or set model.gradient_checkpointing"
+            visual_tokens = f"{prompt_setting(spec.objective)}.max_visual_tokens"
+            fix = f"lower cluster.chunk_tokens or {visual_tokens}, or set model.gradient_checkpointing"
             raise UserError(spec.name, problem, fix)

@@ -22,6 +22,7 @@ from rzen.config import (
     PromptConfig,
     RerankerIdentity,
     identity_of,
+    prompt_setting,
 )
 
 
@@ -93,10 +94,9 @@ class TrainSpec(JobConfig):
 
     def _check_frames(self) -> None:
         groups, tokens = -(-self.data.media.frames // 2), self.prompt.max_visual_tokens
-        place = "model" if isinstance(self.objective, ObjectiveConfig) else "objective"
         if groups > tokens and self.prompt.template != "rzen_release":
             problem = f"data.media.frames={self.data.media.frames} need {groups} tokens of a video at least"
-            raise ValueError(f"{problem}, above {place}.prompt.max_visual_tokens={tokens}")
+            raise ValueError(f"{problem}, above {prompt_setting(self.objective)}.max_visual_tokens={tokens}")
 
     def _check_rerank(self) -> None:
         if not self.data.negatives_per_sample:

@@ -36,6 +36,7 @@ from rzen.config.rerank import (
     RerankerIdentity,
     RerankObjectiveConfig,
     identity_of,
+    prompt_setting,
 )
 from rzen.config.soup import (
     DareSoup,
@@ -85,4 +86,5 @@ __all__ = [
     "TinyBackbone",
     "WeightedSoup",
     "identity_of",
+    "prompt_setting",
 ]

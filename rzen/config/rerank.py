@@ -96,6 +96,11 @@ AnyObjectiveConfig = Annotated[
 """What is trained: an embedder (`kind: contrastive`, the default) or a re-ranker (`kind: rerank`)."""
 
 
+def prompt_setting(objective: AnyObjectiveConfig) -> str:
+    """Return the setting that decides the prompt: that of an embedder, or that of a re-ranker."""
+    return "objective.prompt" if isinstance(objective, RerankObjectiveConfig) else "model.prompt"
+
+
 def identity_of(model: ModelIdentity, objective: AnyObjectiveConfig) -> ModelIdentity | RerankerIdentity:
     """Return what a trained model is saved with: prompt and readout of an embedder, or the prompt of a re-ranker."""
     if isinstance(objective, RerankObjectiveConfig):

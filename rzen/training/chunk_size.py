@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from pipelines.errors import UserError
-from rzen.config import AnyObjectiveConfig, ModelConfig, ObjectiveConfig, OptimConfig
+from rzen.config import AnyObjectiveConfig, ModelConfig, OptimConfig, prompt_setting
 from rzen.model.activations import ChunkInputs, read_config
 from rzen.training.learner import Learner
 from rzen.training.memory import MemoryModel, WorkerShare, loss_bytes
@@ -68,8 +68,7 @@ def settle_chunk(
         dist.all_reduce(count, dist.ReduceOp.MIN)
     if not int(count):
         problem = f"not even one input of {auto.longest:,} tokens fits"
-        prompt = "model.prompt" if isinstance(objective, ObjectiveConfig) else "objective.prompt"
-        fix = f"lower {prompt}.max_visual_tokens, or use larger GPUs"
+        fix = f"lower {prompt_setting(objective)}.max_visual_tokens, or use larger GPUs"
         raise UserError("cluster.chunk_tokens=auto", problem, fix)
     return int(count) * auto.longest
 
