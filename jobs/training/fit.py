@@ -78,7 +78,7 @@ def prepare(spec: TrainSpec, leases: HeldLeases) -> Prepared | None:
     teacher = Teacher.of(spec)
     warnings = reader.warnings(plan) + (teacher.check(reader, plan) if teacher else [])
     run = Run(spec)
-    data = data_of(spec, reader, plan)
+    data = data_of(spec, reader, plan, teacher)
     if run.state(data) is not False:
         leases.hold_output(run.store, KIND, "trains")
     if not run.begin(data):

@@ -110,6 +110,7 @@ class Forecaster:
         self._spec = spec
         self._made = made
         self._reader = Reader(spec.data)
+        self._teacher: Teacher | None = None
         self.found = RunForecast(
             spec.name, spec.cluster.workers, spec.global_batch, spec.cluster.chunk_tokens, spec.steps
         )
@@ -139,7 +140,7 @@ class Forecaster:
     def _compare_with_earlier_run(self, plan: Plan) -> None:
         run = Run(self._spec)
         if run.store.exists(SPEC):  # otherwise the weights need not be read
-            run.state(data_of(self._spec, self._reader, plan))
+            run.state(data_of(self._spec, self._reader, plan, self._teacher))
 
     @contextmanager
     def _collected(self) -> Iterator[None]:
@@ -189,6 +190,7 @@ class Forecaster:
             return
         if plan is not None and (teacher := Teacher.of(self._spec)):
             teacher.check(self._reader, plan)
+            self._teacher = teacher
 
     def _memory(self, plan: Plan | None, limit_bytes: int | None) -> None:
         from rzen.objective.loss import Objective

@@ -64,12 +64,15 @@ def check_lists(spec: TrainSpec, reader: Reader, plan: Plan) -> None:
             raise UserError(f"source {source}", problem, f"run a job of kind mine, and name its table; or {fix}")
 
 
-def data_of(spec: TrainSpec, reader: Reader, plan: Plan) -> dict[str, Any]:
-    """Return what makes two runs the same, next to their settings: data, batches and first weights. Plain JSON."""
+def data_of(spec: TrainSpec, reader: Reader, plan: Plan, teacher: Teacher | None) -> dict[str, Any]:
+    """Return what makes two runs the same, next to their settings: data, batches and first weights. Plain JSON.
+
+    `teacher` is what the run learns from, and not looked up again: a newer version may be live by now.
+    """
     found: dict[str, Any] = {"data": reader.fingerprints(plan), "weights": weights_of(spec)}
     if tables := reader.table_fingerprints():
         found["tables"] = tables
-    if teacher := Teacher.of(spec):
+    if teacher is not None:
         found["teacher_vectors"] = teacher.version
     return found | plan.describe()
 

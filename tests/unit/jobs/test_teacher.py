@@ -166,19 +166,20 @@ def test_the_content_of_the_vectors_is_part_of_the_run_and_their_place_is_not(fo
     spec = train_spec(folder)
     reader = Reader(spec.data)
     plan = plan_of(spec, reader)
-    assert Run(spec).begin(data_of(spec, reader, plan))
+    assert Run(spec).begin(data_of(spec, reader, plan, Teacher.of(spec)))
     moved = train_spec(folder, data={"root": str(folder / "data"), "teacher_vectors": str(tmp_path / "moved")})
     with pytest.MonkeyPatch.context() as monkeypatch:
         without_ray(monkeypatch)
         embed.run(embed_spec(folder, out=str(tmp_path / "moved")))
-        assert data_of(moved, reader, plan) == data_of(spec, reader, plan)
-        assert Run(moved).begin(data_of(moved, reader, plan))
+        assert data_of(moved, reader, plan, Teacher.of(moved)) == data_of(spec, reader, plan, Teacher.of(spec))
+        assert Run(moved).begin(data_of(moved, reader, plan, Teacher.of(moved)))
         before = teacher_of(folder, data=moved.data.model_dump())
         embed.run(
             embed_spec(folder, out=str(tmp_path / "moved"), data={"root": str(folder / "data"), "instructions": False})
         )
     with pytest.raises(UserError, match=r"holds a run with other settings: plan\.teacher_vectors"):
-        Run(moved).begin(data_of(moved, reader, plan))
+        Run(moved).begin(data_of(moved, reader, plan, Teacher.of(moved)))
+    assert data_of(moved, reader, plan, before)["teacher_vectors"] == before.version  # not that which is live now
     some = as_ids([query_id(sample) for sample, _ in reader.raw("blue", [0])])[:, None]
     kept = before.vectors(some)  # an earlier version is kept
     assert abs(kept - teacher_of(folder, data=moved.data.model_dump()).vectors(some)).max() > 1e-4
