@@ -51,7 +51,12 @@ def _is_listwise(spec: TrainSpec) -> bool:
     return isinstance(spec.objective, RerankObjectiveConfig) and spec.objective.loss == "listwise"
 
 
-def _has_no_teacher_temperature(spec: TrainSpec) -> bool:
+def _compares_scores(spec: TrainSpec) -> bool:
+    teacher = spec.objective.distillation if isinstance(spec.objective, ObjectiveConfig) else None
+    return teacher is not None and teacher.loss == "margin_mse"
+
+
+def _compares_cosines(spec: TrainSpec) -> bool:
     teacher = spec.objective.embedding_distillation if isinstance(spec.objective, ObjectiveConfig) else None
     return teacher is not None and teacher.loss == "mse"
 
@@ -94,8 +99,13 @@ NO_EFFECT = (
         "objective.embedding_distillation is not set",
     ),
     NoEffect(
+        "objective.distillation.teacher_temperature",
+        _compares_scores,
+        "loss: margin_mse has no temperatures",
+    ),
+    NoEffect(
         "objective.embedding_distillation.teacher_temperature",
-        _has_no_teacher_temperature,
+        _compares_cosines,
         "loss: mse has no temperatures",
     ),
     NoEffect("objective.temperature.lr_scale", _fixed, "temperature.learnable is false"),

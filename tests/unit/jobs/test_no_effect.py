@@ -132,14 +132,17 @@ def loss_of(spec: TrainSpec) -> Any:
     """The losses of all steps, of queries with mined negatives as far as the data loader brings them."""
     torch.manual_seed(0)
     queries, targets, mined = (unit_vectors(torch.randn(size, 6) + 2) for size in (4, 4, 8))
-    brought = Mined(mined, torch.arange(8) % 4)
+    scores = torch.linspace(0.1, 0.9, 8)
+    brought = Mined(mined, torch.arange(8) % 4, scores)
     if not spec.objective.of_task("t").mined.shared:
         places = torch.arange(8).view(2, 4).T
-        brought = Mined(mined[places], brought.owners[places])
+        brought = Mined(mined[places], brought.owners[places], scores[places])
     objective = Objective(spec.objective, ["t"])
     teacher = TeacherVectors(targets, queries) if spec.data.teacher_vectors else None
     mined = brought if spec.data.negatives_per_sample else None
-    batch = Batch(queries, targets, "t", all_queries=queries, mined=mined, teacher_vectors=teacher)
+    batch = Batch(
+        queries, targets, "t", all_queries=queries, mined=mined, teacher_scores=scores[:4], teacher_vectors=teacher
+    )
     return [objective(batch, step)[0].item() for step in range(spec.steps or 40)]
 
 
@@ -196,6 +199,7 @@ def source(kind: type) -> str:
 
 LORA, MINED, TEMPERATURE = "model.lora", "objective.mined", "objective.temperature"
 STEPS20 = ("steps=20",)
+CANDIDATES = ("data.candidates=c", "data.negatives_per_sample=2")
 POINTWISE = ("objective={kind: rerank}", "data.negatives_per_sample=2")
 LISTWISE = ("objective={kind: rerank, loss: listwise}", "data.negatives_per_sample=2")
 TRAINING = [
@@ -286,6 +290,15 @@ TRAINING = [
         "data.teacher_vectors=v",
         (),
         ("objective.embedding_distillation={}", "data.teacher_vectors=w"),
+    ),
+    Case(
+        "train",
+        "objective.distillation.teacher_temperature",
+        "margin_mse has no temperatures",
+        "objective.distillation.teacher_temperature=0.3",
+        ("objective.distillation.loss=margin_mse", *CANDIDATES),
+        ("objective.distillation.loss=kl", *CANDIDATES),
+        loss_of,
     ),
     Case(
         "train",
