@@ -34,14 +34,16 @@ def decoded(input: Input) -> DecodedInput:
     return DecodedInput(text=input.text, instruction=input.instruction, visuals=visuals)
 
 
-def trained_adapter(base: str, folder: Path, identity: ModelIdentity) -> Path:
+def trained_adapter(
+    base: str, folder: Path, identity: ModelIdentity, seed: int = 0, *, rank: int = 3, std: float = 0.05
+) -> Path:
     """An adapter whose B is not zero, as after training."""
-    model = add_lora(load_backbone(base, tiny_model(base)), LoraConfig(rank=3), 0)
-    generator = torch.Generator().manual_seed(0)
+    model = add_lora(load_backbone(base, tiny_model(base)), LoraConfig(rank=rank), seed)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
-                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+                parameter += std * torch.randn(parameter.shape, generator=generator)
     save_adapter(model, folder, identity=identity, base=base, base_sha256=checkpoint_sha256(Path(base)))
     return folder
 

@@ -40,6 +40,7 @@ from rzen.model.locate import local_folder
 from rzen.model.lora import add_lora, load_adapter, save_adapter
 from rzen.model.vision import use_fast_vision
 from rzen.soup.make import make_soup
+from tests.export.make import trained_adapter
 from tests.tiny import PROMPT, TEXTS, TINY, mixed_inputs, tiny_checkpoint, tiny_model
 
 IDENTITY = ModelIdentity(prompt=PROMPT)
@@ -51,18 +52,6 @@ UMARVEL = ReadoutConfig(direction="bidirectional", pooling="mean")
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny_checkpoint(tmp_path_factory.mktemp("base"))
-
-
-def trained_adapter(base: str, folder: Path, seed: int = 0) -> Path:
-    """An adapter whose B is not zero, as after training."""
-    model = add_lora(load_backbone(base, tiny_model(base)), LoraConfig(rank=3), seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-    save_adapter(model, folder, identity=IDENTITY, base=base, base_sha256=checkpoint_sha256(Path(base)))
-    return folder
 
 
 def unmerged_vectors(base: str, adapter: Path | None) -> Tensor:
@@ -79,7 +68,7 @@ def exported_vectors(model_dir: Path) -> Tensor:
 
 
 def test_the_exported_model_gives_the_vectors_of_base_and_adapter(base: str, tmp_path: Path) -> None:
-    adapter = trained_adapter(base, tmp_path / "adapter")
+    adapter = trained_adapter(base, tmp_path / "adapter", IDENTITY)
     export_model(base, adapter, tmp_path / "model", IDENTITY, FP32)
     expected = unmerged_vectors(base, adapter)
     torch.testing.assert_close(exported_vectors(tmp_path / "model"), expected, atol=1e-5, rtol=0)
@@ -87,7 +76,7 @@ def test_the_exported_model_gives_the_vectors_of_base_and_adapter(base: str, tmp
 
 
 def test_the_exported_model_is_an_ordinary_checkpoint(base: str, tmp_path: Path) -> None:
-    adapter = trained_adapter(base, tmp_path / "adapter")
+    adapter = trained_adapter(base, tmp_path / "adapter", IDENTITY)
     export_model(base, adapter, tmp_path / "model", IDENTITY, FP32)
     model_dir = str(tmp_path / "model")
     processor = Processor(model_dir, PROMPT)
@@ -102,7 +91,7 @@ def test_the_exported_model_is_an_ordinary_checkpoint(base: str, tmp_path: Path)
 
 
 def test_weights_are_merged_in_fp32_and_rounded_once(base: str, tmp_path: Path) -> None:
-    adapter = trained_adapter(base, tmp_path / "adapter")
+    adapter = trained_adapter(base, tmp_path / "adapter", IDENTITY)
     export_model(base, adapter, tmp_path / "exact", IDENTITY, FP32)
     export_model(base, adapter, tmp_path / "model", IDENTITY, BF16)
     exact, rounded = (load_file(tmp_path / name / "model.safetensors") for name in ("exact", "model"))
@@ -127,7 +116,7 @@ def test_an_export_without_adapter_keeps_the_base(base: str, tmp_path: Path) -> 
 
 
 def test_a_soup_of_one_adapter_twice_exports_as_the_adapter(base: str, tmp_path: Path) -> None:
-    adapter = trained_adapter(base, tmp_path / "adapter")
+    adapter = trained_adapter(base, tmp_path / "adapter", IDENTITY)
     make_soup({"a": adapter, "b": adapter}, tmp_path / "soup", MeanSoup(weights={"a": 0.3, "b": 0.7}))
     export_model(base, tmp_path / "soup", tmp_path / "model", IDENTITY, FP32)
     expected = unmerged_vectors(base, adapter)
@@ -135,7 +124,7 @@ def test_a_soup_of_one_adapter_twice_exports_as_the_adapter(base: str, tmp_path:
 
 
 def test_identity_holds_prompt_readout_and_descent(base: str, tmp_path: Path) -> None:
-    adapter = trained_adapter(base, tmp_path / "adapter")
+    adapter = trained_adapter(base, tmp_path / "adapter", IDENTITY)
     export_model(base, adapter, tmp_path / "model", IDENTITY, FP32)
     identity = json.loads((tmp_path / "model/rzen.json").read_text())
     assert identity["prompt"] == {
@@ -162,7 +151,7 @@ def test_an_exported_model_is_read_as_it_was_trained(base: str, tmp_path: Path) 
 
 
 def test_a_model_from_before_the_readout_could_be_chosen_is_read_as_ever(base: str, tmp_path: Path) -> None:
-    adapter = trained_adapter(base, tmp_path / "adapter")
+    adapter = trained_adapter(base, tmp_path / "adapter", IDENTITY)
     export_model(base, adapter, tmp_path / "model", IDENTITY, FP32)
     now = exported_vectors(tmp_path / "model")
     for folder in (adapter, tmp_path / "model"):
@@ -176,7 +165,7 @@ def test_a_model_from_before_the_readout_could_be_chosen_is_read_as_ever(base: s
 
 
 def test_wrong_exports_are_the_users_errors(base: str, tmp_path: Path) -> None:
-    adapter = trained_adapter(base, tmp_path / "adapter")
+    adapter = trained_adapter(base, tmp_path / "adapter", IDENTITY)
     other = tiny_checkpoint(tmp_path / "other", TinyBackbone(vocabulary=640, seed=1))
     with pytest.raises(UserError, match=r"rzen.json prompt: the adapter was trained with"):
         export_model(base, adapter, tmp_path / "model", ModelIdentity(), FP32)
@@ -191,7 +180,7 @@ def test_wrong_exports_are_the_users_errors(base: str, tmp_path: Path) -> None:
 
 
 def test_formats_that_cannot_hold_a_model_are_refused(base: str, tmp_path: Path) -> None:
-    adapter, out = trained_adapter(base, tmp_path / "adapter"), tmp_path / "model"
+    adapter, out = trained_adapter(base, tmp_path / "adapter", IDENTITY), tmp_path / "model"
     with pytest.raises(UserError, match=r"format=adapter: there is no adapter"):
         export_model(base, None, out, IDENTITY, ExportOptions(format="adapter"))
     release = ExportOptions(format="rzen_release")
@@ -301,7 +290,9 @@ def test_widths_of_an_export_are_those_of_its_training(
 def test_a_card_tells_recipe_data_scores_and_limits(base: str, tmp_path: Path) -> None:
     """Through the job, which finds them."""
     runs = tmp_path / "runs"
-    adapters = [trained_adapter(base, runs / name / "adapter", seed) for seed, name in enumerate(("first", "second"))]
+    adapters = [
+        trained_adapter(base, runs / name / "adapter", IDENTITY, seed) for seed, name in enumerate(("first", "second"))
+    ]
     recipe = {
         "spec": {
             "global_batch": 48,
@@ -404,7 +395,7 @@ def test_a_card_tells_recipe_data_scores_and_limits(base: str, tmp_path: Path) -
 @pytest.mark.parametrize("format", ["model", "adapter"])
 def test_the_code_of_a_card_runs(base: str, format: Format, tmp_path: Path) -> None:
     """All blocks, one after the other. Without torchvision, rzen's processors stand in."""
-    adapter = trained_adapter(base, tmp_path / "adapter", 0)
+    adapter = trained_adapter(base, tmp_path / "adapter", IDENTITY)
     export_model(base, adapter, tmp_path / "out", IDENTITY, replace(FP32, format=format))
     blocks = re.findall(r"```python\n(.*?)```", (tmp_path / "out/README.md").read_text(), re.DOTALL)
     assert len(blocks) == {"model": 3, "adapter": 1}[format]

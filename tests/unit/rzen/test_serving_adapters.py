@@ -12,35 +12,24 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 import rzen
 from pipelines.errors import UserError
-from rzen.config import LoraConfig, ModelIdentity, PromptConfig, ReadoutConfig
+from rzen.config import ModelIdentity, PromptConfig, ReadoutConfig
 from rzen.embedding.shared import share
 from rzen.export.export import ExportOptions, export_model
-from rzen.model.backbone import load_backbone
-from rzen.model.checkpoints import checkpoint_sha256
-from rzen.model.lora import add_lora, save_adapter
 from rzen.serving.engine import Engine, EngineSettings
 from rzen.serving.served import Place
+from tests.export.make import trained_adapter
 from tests.serving import NAME, http_server
-from tests.tiny import TEXTS, tiny_checkpoint, tiny_model
+from tests.tiny import TEXTS, tiny_checkpoint
 
 CLOSE = 1e-6
 IDENTITY = ModelIdentity(prompt=PromptConfig(max_visual_tokens=16))
 
 
 def trained(base: str, folder: Path, seed: int, identity: ModelIdentity = IDENTITY) -> str:
-    """An adapter whose B is not zero, as after training."""
-    model = add_lora(load_backbone(base, tiny_model(base)), LoraConfig(rank=2 + seed), seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    save_adapter(model, folder, identity=identity, base=base, base_sha256=checkpoint_sha256(Path(base)))
-    return str(folder)
+    return str(trained_adapter(base, folder, identity, seed, rank=2 + seed, std=0.1))
 
 
 @pytest.fixture(scope="module")
