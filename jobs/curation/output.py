@@ -116,8 +116,7 @@ def _write_drops(samples: Samples, verdicts: Verdicts, store: Store) -> dict[str
 
 def _plan(samples: Samples, verdicts: Verdicts) -> dict[str, PlanRows]:
     plan = {}
-    for place, source in enumerate(samples.sources):
-        mine = slice(int(samples.starts[place]), int(samples.starts[place + 1]))
+    for source, mine in samples.slices.items():
         keep = verdicts.keep[mine]
         plan[source] = PlanRows.of(keep, np.full(len(keep), NO_CLUSTER), weight=verdicts.weight[mine])
     return plan

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -50,6 +51,12 @@ class Samples:
     def source_of(self) -> Ints:
         """Return the place of each sample's source, `[N]`."""
         return np.repeat(np.arange(len(self.sources)), np.diff(self.starts))
+
+    @property
+    def slices(self) -> dict[str, slice]:
+        """Return source -> its samples."""
+        starts = self.starts.tolist()
+        return {name: slice(*bounds) for name, bounds in zip(self.sources, pairwise(starts), strict=True)}
 
     def place(self, sample: int) -> tuple[str, int]:
         """Return the source of a sample, and its index there."""
@@ -103,8 +110,7 @@ class Verdicts:
     def weighted(self, samples: Samples) -> dict[str, Weighted]:
         """Return source -> samples with a weight, and the sum of their weights. Sources without any are left out."""
         found = {}
-        for place, source in enumerate(samples.sources):
-            mine = slice(int(samples.starts[place]), int(samples.starts[place + 1]))
+        for source, mine in samples.slices.items():
             weights = self.weight[mine][self.keep[mine] & (self.weight[mine] < 1)]
             if len(weights):
                 found[source] = Weighted(len(weights), round(float(weights.sum(dtype=np.float64)), 3))
