@@ -11,7 +11,6 @@ does what is missing, and gives the same numbers.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -28,6 +27,7 @@ from matplotlib.axes import Axes
 from rzen.evaluation.figures import COLORS, FAINT, INK, plot_panels
 from tests.benchmarks.evidence_bed import NUM_EMOJI, TUNING, Bed, Cell, read_bed, train
 from tests.benchmarks.machine import describe_machine
+from tests.benchmarks.runs import RunFile, percent, points, table
 from tests.benchmarks.turns import say, show
 
 OUT = Path("runs/evidence")
@@ -178,27 +178,17 @@ def do(
     out: Path, wanted: Sequence[tuple[Cell, int]], *, only_read: bool = False
 ) -> dict[tuple[str, int], dict[str, Any]]:
     """Do what is missing. Return all runs by cell and seed. Exits if a run is missing, and `only_read`."""
-    path = out / "runs.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    whole = [json.loads(line) for line in lines if line.endswith("\n")]  # a killed command leaves half a line
-    runs = {(run["cell"], run["seed"]): run for run in whole}
-    missing = [(cell, seed) for cell, seed in wanted if (cell.key(), seed) not in runs]
-    say(f"{len(wanted)} runs, {len(missing)} to do")
-    if missing and only_read:
-        raise SystemExit(f"{path}: {len(missing)} of {len(wanted)} runs are missing; leave out --report to do them")
+    file = RunFile(out / "runs.jsonl")
+    missing = file.missing({(cell.key(), seed): (cell, seed) for cell, seed in wanted}, only_read=only_read)
     if missing:
         _bed(out / "packages")  # fetched before several processes ask for it
-        path.write_text("".join(json.dumps(run) + "\n" for run in whole))
-        with ProcessPoolExecutor(os.cpu_count()) as pool, path.open("a") as file:
+        with ProcessPoolExecutor(os.cpu_count()) as pool:
             waiting = [pool.submit(_run, out / "packages", cell, seed) for cell, seed in missing]
             for count, future in enumerate(as_completed(waiting), 1):
-                run = future.result()
-                runs[run["cell"], run["seed"]] = run
-                file.write(json.dumps(run) + "\n")
-                file.flush()
+                file.add(future.result())
                 if count % 50 == 0:
                     say(f"{count} of {len(missing)}")
-    return runs
+    return file.runs
 
 
 def _hits(run: Mapping[str, Any]) -> np.ndarray[Any, Any]:
@@ -252,27 +242,6 @@ class Results:
         return replace(core()[place], temperature=self.best[place] if tuned else PUBLISHED)
 
 
-def _points(found: tuple[float, float, float] | None) -> str:
-    if found is None:
-        return ""
-    mean, low, high = (100 * value for value in found)
-    text = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
-    return f"**{text}**" if low > 0 or high < 0 else text
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f}"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [
-        f"| {' | '.join(head)} |",
-        f"|---|{'---:|' * (len(head) - 1)}",
-        *(f"| {' | '.join(row)} |" for row in rows),
-        "",
-    ]
-
-
 def report(results: Results) -> str:
     """Return the report in Markdown."""
     widths = [
@@ -323,10 +292,10 @@ def report(results: Results) -> str:
             "",
             "Points of hit@1 with 95% intervals, paired, over seeds and queries (bootstrap). Bold: 0 is outside.",
             "",
-            *_table(
+            *table(
                 ["contrast", *BEDS],
                 [
-                    [contrast.title, *(_points(results.contrast(contrast, bed, tuned)) for bed in BEDS)]
+                    [contrast.title, *(points(results.contrast(contrast, bed, tuned)) for bed in BEDS)]
                     for contrast in CONTRASTS
                 ],
             ),
@@ -339,9 +308,9 @@ def report(results: Results) -> str:
             for bed in BEDS:
                 first = replace(core()[bed, "nothing", alpha], temperature=temperature)
                 second = replace(core()[bed, "nothing", alpha], temperature=PUBLISHED)
-                row.append(_points(interval(results.hits(first) - results.hits(second))))
+                row.append(points(interval(results.hits(first) - results.hits(second))))
             rows.append(row)
-    lines += _table(["without ids and rule", *BEDS], rows)
+    lines += table(["without ids and rule", *BEDS], rows)
     lines += ["## Scores", ""]
     rows = []
     for (bed, arm, alpha), cell in core().items():
@@ -351,10 +320,10 @@ def report(results: Results) -> str:
         rows.append(
             [
                 f"{bed}: {arm}, alpha {alpha:g}",
-                _percent(results.score(cell, main)),
-                f"{_percent(results.score(tuned, main))} ({results.best[place]})",
-                *(_percent(results.score(cell, name)) for name in ("map", "ndcg")),
-                *(_percent(results.mean(cell, name)) for name in ("found", "lost")),
+                percent(results.score(cell, main)),
+                f"{percent(results.score(tuned, main))} ({results.best[place]})",
+                *(percent(results.score(cell, name)) for name in ("map", "ndcg")),
+                *(percent(results.mean(cell, name)) for name in ("found", "lost")),
             ]
         )
     head = ["cell", "hit@1 at .02", "at the best", "mAP", "nDCG@10", "false negatives found", "hard negatives lost"]
@@ -362,7 +331,7 @@ def report(results: Results) -> str:
         "In percent. mAP: the name alone asks for all five pictures. nDCG: the right tone counts 3, the others 1. The"
         " last two: what the rule dropped in the last 50 steps.",
         "",
-        *_table(head, rows),
+        *table(head, rows),
         "## Further settings",
         "",
         f"Changes to ids + rule with alpha {ALPHA:g} at temperature {PUBLISHED}; batches see as many pairs.",
@@ -374,14 +343,14 @@ def report(results: Results) -> str:
         for bed in EXTRA_BEDS:
             cell = extras()[bed, name]
             full = core()[bed, "ids + rule", ALPHA]
-            row.append(_points(interval(results.hits(cell) - results.hits(full))))
+            row.append(points(interval(results.hits(cell) - results.hits(full))))
             final = results.mean(cell, "temperature")
             row.append(f"{final:.3f}")
         rows.append(row)
     head = ["change"]
     for bed in EXTRA_BEDS:
         head += [bed, "last temperature"]
-    lines += _table(head, rows)
+    lines += table(head, rows)
     lines += [
         "## What is not shown",
         "",
