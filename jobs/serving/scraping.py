@@ -6,6 +6,8 @@ import re
 import urllib.request
 from collections.abc import Iterable
 
+from rzen.serving.types import RequestError
+
 _OURS = re.compile(r"ray_(?:rzen_serve|serve)_\w+")
 _TIMEOUT_S = 3.0
 
@@ -13,7 +15,7 @@ _TIMEOUT_S = 3.0
 def scrape() -> str:
     """Return the metrics of the server and of Ray Serve, from all nodes, in the text format of Prometheus.
 
-    A node that does not answer is left out.
+    A node that does not answer is left out. Raises `RequestError` 503 if none answers.
     """
     import ray
 
@@ -27,6 +29,8 @@ def scrape() -> str:
                 texts.append(answer.read().decode())
         except OSError:
             continue
+    if not texts:
+        raise RequestError(503, f"no node gave its metrics within {_TIMEOUT_S:g} s", retry_after_s=_TIMEOUT_S)
     return merged(texts)
 
 

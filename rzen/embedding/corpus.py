@@ -162,11 +162,8 @@ class Corpus:
         """
         if not title or not isinstance(self.index, ExactIndex):
             return None
-        named = (*self.conditions, Condition("title", "=", (title,)))
-        (rows,) = self.index.search(query_D[None], 1, named)
-        if not rows:
-            return None
-        return _hit(1 + self.index.num_above(query_D, rows[0]["score"], self.conditions), rows[0])
+        found = self.index.best_of(query_D, [Condition("title", "=", (title,))], self.conditions)
+        return found and _hit(*found)
 
     def examples(self, count: int) -> list[Row]:
         """Return a few targets, spread over the corpus: those with a caption, if there are any."""

@@ -60,14 +60,29 @@ class ExactIndex:
                 best[number] = _merged(best[number], block, rows, scores_N, k)
         return best
 
-    def num_above(self, query_D: FloatArray, score: float, conditions: Sequence[Condition] = ()) -> int:
-        """Return how many rows that fulfill the conditions have a higher score than this."""
-        kept, start, count = self.chosen(conditions), 0, 0
+    def best_of(
+        self, query_D: FloatArray, wanted: Sequence[Condition], conditions: Sequence[Condition] = ()
+    ) -> tuple[int, Row] | None:
+        """Return the best row that fulfills `wanted` too, and its rank among those that fulfill `conditions`.
+
+        None if no row does. Equal scores share the first of their ranks.
+        """
+        asked, kept = self.chosen((*conditions, *wanted)), self.chosen(conditions)
+        above: list[FloatArray] = []
+        best: list[Row] = []
+        start = 0
         for block in self._blocks():
+            here = slice(start, start + len(block.vectors))
+            start += len(block.vectors)
+            check_width(block.vectors, len(query_D), self.parts.place)
+            # Every comparison is of scores of one product. Another one has other last bits.
             scores_N = (query_D[None] @ block.vectors.T)[0]
-            count += int((scores_N[kept[start : start + len(scores_N)]] > score).sum())
-            start += len(scores_N)
-        return count
+            above.append(scores_N[kept[here]])
+            if len(rows := np.flatnonzero(asked[here])):
+                best = _merged(best, block, rows, scores_N[rows], 1)
+        if not best:
+            return None
+        return 1 + int(sum((scores_N > best[0]["score"]).sum() for scores_N in above)), best[0]
 
     def chosen(self, conditions: Sequence[Condition] = ()) -> _Kept:
         """Return which rows may be found: those that fulfill the conditions, of equal targets the first."""

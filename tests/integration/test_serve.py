@@ -233,8 +233,8 @@ def test_the_dashboard_asks_for_what_the_server_exports(server: Server) -> None:
         return {name for name in names if f"\n{name}{{" not in text}
 
     wait_for(lambda: not missing())
-    version = server.version()
-    assert re.search(rf'^ray_rzen_serve_version{{.*version="{version}".*}} 1', server.ask("/metrics")[1].decode(), re.M)
+    version = rf'^ray_rzen_serve_version{{.*version="{server.version()}".*}} 1'
+    wait_for(lambda: bool(re.search(version, server.ask("/metrics")[1].decode(), re.MULTILINE)))
 
 
 def test_metrics_of_nodes_are_merged() -> None:

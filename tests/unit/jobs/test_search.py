@@ -283,7 +283,10 @@ def test_the_target_of_a_caption_is_framed_with_its_rank_even_behind_the_hits(
     ranks = {}
     for title in titles:
         everything = model.search("vectors", title, top_k=len(titles))
-        ranks[title] = [hit.title for hit in everything].index(title) + 1
+        (answer,) = (hit for hit in everything if hit.title == title)
+        # How many questions are embedded together decides the last bits, and so the rank among nearly equal scores.
+        if sum(abs(hit.score - answer.score) < 1e-5 for hit in everything) == 1:
+            ranks[title] = answer.rank
     near, far = min(ranks, key=ranks.__getitem__), max(ranks, key=ranks.__getitem__)
     assert ranks[near] <= 4 < ranks[far], "of a model that knows nothing"
     search.run(spec([near, far, WORDS], html="hits.html"))

@@ -165,6 +165,17 @@ def test_more_hits_than_targets_give_all_targets(built: dict[IndexKind, CorpusIn
     assert len(rows) == 270 * COUNT
 
 
+def test_the_best_row_of_some_has_its_rank_among_all(store: Store) -> None:
+    index = exact.ExactIndex(Parts(store, [f"parts/{number}.parquet" for number in range(COUNT)]))
+    among = parse_conditions(["source=s1", "modality=image"])
+    for query in queries(5):
+        (rows,) = index.search(query[None], 5000, among)
+        for row in rows[::7]:
+            found = index.best_of(query, parse_conditions([f"origin={row['origin']}"]), among)
+            assert found == (1 + rows.index(row), row | {"score": pytest.approx(row["score"], abs=1e-6)})
+    assert index.best_of(queries(1)[0], parse_conditions(["source=s0"]), among) is None
+
+
 def test_a_corpus_that_is_larger_than_the_memory_is_read_in_blocks(store: Store) -> None:
     parts = Parts(store, [f"parts/{number}.parquet" for number in range(COUNT)])
     kept, read = exact.ExactIndex(parts), exact.ExactIndex(parts, memory_bytes=100_000)
