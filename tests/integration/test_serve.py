@@ -191,24 +191,6 @@ def test_a_replaced_model_is_used_without_an_error(server: Server, expected: dic
     wait_for(lambda: server.version() == before)
 
 
-def test_a_killed_replica_loses_no_request(server: Server, expected: dict[str, np.ndarray]) -> None:
-    import ray
-
-    def pid() -> int:
-        actors = ray.util.list_named_actors(all_namespaces=True)
-        (name,) = [actor for actor in actors if "ModelReplica" in actor["name"]]
-        handle = ray.get_actor(name["name"], name["namespace"])
-        found: int = ray.get(handle.__ray_call__.remote(lambda self: os.getpid()))
-        return found
-
-    def change() -> None:
-        os.kill(pid(), signal.SIGKILL)
-        time.sleep(1)
-        wait_for(lambda: server.ask("/readyz")[0] == 200)
-
-    assert under_load(server, expected, change) == {"a"}
-
-
 def test_metrics_are_those_of_the_server(server: Server) -> None:
     def counted() -> float:
         text = server.ask("/metrics")[1].decode()
@@ -235,6 +217,25 @@ def test_the_dashboard_asks_for_what_the_server_exports(server: Server) -> None:
     wait_for(lambda: not missing())
     version = rf'^ray_rzen_serve_version{{.*version="{server.version()}".*}} 1'
     wait_for(lambda: bool(re.search(version, server.ask("/metrics")[1].decode(), re.MULTILINE)))
+
+
+# After the tests of metrics: those of a killed replica end, and a new one has only what happened to it.
+def test_a_killed_replica_loses_no_request(server: Server, expected: dict[str, np.ndarray]) -> None:
+    import ray
+
+    def pid() -> int:
+        actors = ray.util.list_named_actors(all_namespaces=True)
+        (name,) = [actor for actor in actors if "ModelReplica" in actor["name"]]
+        handle = ray.get_actor(name["name"], name["namespace"])
+        found: int = ray.get(handle.__ray_call__.remote(lambda self: os.getpid()))
+        return found
+
+    def change() -> None:
+        os.kill(pid(), signal.SIGKILL)
+        time.sleep(1)
+        wait_for(lambda: server.ask("/readyz")[0] == 200)
+
+    assert under_load(server, expected, change) == {"a"}
 
 
 def test_metrics_of_nodes_are_merged() -> None:
