@@ -31,6 +31,7 @@ from ray.data.block import BlockMetadata
 from pipelines.config import FeedConfig
 from pipelines.errors import UserError
 from pipelines.feed.batch import FeedBatch, ResumePoint
+from pipelines.feed.pacing import PacedRounds
 from pipelines.feed.reader import Reader
 from pipelines.media.cache import PixelCache, cache_folder, own
 from pipelines.plan.plan import Plan
@@ -96,6 +97,7 @@ class PlannedFeed(ray.train.DataConfig):  # type: ignore[misc]
         context.max_errored_blocks = 0
         context.target_max_block_size = 1  # every row is its own block, and so its own task
         context.execution_options.preserve_order = True
+        context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, PacedRounds]
         cache = self._config.cache and (self._cache_folder, self._config.cache.max_bytes)
         job = cloudpickle.dumps((self._plan, self._reader, cache))
         with ray.data.DataContext.current(context):

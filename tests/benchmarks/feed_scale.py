@@ -25,8 +25,11 @@ RANKS = (2, 8, 64)
 SAMPLES = 128  # of a task, as in `FeedConfig`
 PAYLOAD_BYTES = 4096  # of a task
 SECONDS = 6.0
+SLOW_BYTES, SLOW_S, FILL_S = 4 << 20, 0.5, 15.0
+"""Of the run whose ranks are slow: bytes of a task, seconds of a step, and seconds until the object store is full."""
 DECODERS = 500  # CPUs that are asked for
 PER_CPU_S = 450  # images that one of them decodes in a second, from the table of files on disk
+PROCESSES = ("coordinator", "tasks", "raylet and GCS", "ranks")
 _STORE_MB = 500
 _STEPS = 1_000_000
 
@@ -46,25 +49,29 @@ class FakePlan:
         assert world_size == self.world_size
 
 
+@dataclass(frozen=True)
 class FakeReader:
     """Gives batches of zeros."""
 
+    num_bytes: int
+
     def batch(self, plan: FakePlan, step: int, rank: int, world_size: int) -> FeedBatch:
         block = FeedBlock("images", "text_image", 0, SAMPLES)
-        return FeedBatch(step, rank, (block,), np.zeros(PAYLOAD_BYTES, np.uint8), ())
+        return FeedBatch(step, rank, (block,), np.zeros(self.num_bytes, np.uint8), ())
 
 
 def _start() -> ResumePoint:
     return ResumePoint(0)
 
 
-def measure(ranks: int) -> dict[str, float]:
-    """Tasks a second of all ranks together, and CPU milliseconds a task by process."""
+def measure(question: tuple[int, bool]) -> dict[str, float]:
+    """Tasks a second of all ranks, and CPU milliseconds a second by process, for (number of ranks, are they slow)."""
     from pipelines.config import FeedConfig
     from pipelines.feed.feed import PlannedFeed, batches, start_reading
 
+    ranks, are_slow = question
     plan: Any = FakePlan(ranks)
-    reader: Any = FakeReader()
+    reader: Any = FakeReader(SLOW_BYTES if are_slow else PAYLOAD_BYTES)
     shards = PlannedFeed(plan, reader, _start, FeedConfig(samples_per_task=SAMPLES)).shards(ranks)
     taken = [0] * ranks
     stop = threading.Event()
@@ -73,7 +80,7 @@ def measure(ranks: int) -> dict[str, float]:
         with closing(batches(start_reading(shards[rank]), plan, rank=rank, world_size=ranks)) as fed:
             for _ in fed:
                 taken[rank] += 1
-                if stop.is_set():
+                if stop.wait(SLOW_S if are_slow else 0):
                     return
 
     threads = [threading.Thread(target=consume, args=(rank,)) for rank in range(ranks)]
@@ -81,7 +88,7 @@ def measure(ranks: int) -> dict[str, float]:
         thread.start()
     while min(taken) < 2:
         time.sleep(0.05)
-    time.sleep(2.0)
+    time.sleep(FILL_S if are_slow else 2.0)
     before, cpu_before, begun_s = sum(taken), _cpu_s(), time.monotonic()
     time.sleep(SECONDS)
     count, cpu_after, elapsed_s = sum(taken) - before, _cpu_s(), time.monotonic() - begun_s
@@ -89,7 +96,7 @@ def measure(ranks: int) -> dict[str, float]:
     stop.set()
     for thread in threads:
         thread.join()
-    spent = {name: 1000 * (cpu_after[name] - cpu_before.get(name, 0.0)) / count for name in cpu_after}
+    spent = {name: 1000 * (cpu_after[name] - cpu_before.get(name, 0.0)) / elapsed_s for name in cpu_after}
     return {"per_s": count / elapsed_s, "uneven": uneven} | spent
 
 
@@ -105,7 +112,7 @@ def _cpu_s() -> dict[str, float]:
         fields = text[text.rindex(")") + 2 :].split()
         ticks = int(fields[11]) + int(fields[12])
         stats[int(path.parent.name)] = int(fields[1]), ticks / os.sysconf("SC_CLK_TCK"), command
-    found = dict.fromkeys(("coordinator", "tasks", "raylet and GCS", "ranks"), 0.0)
+    found = dict.fromkeys(PROCESSES, 0.0)
     for number, (_, cpu_s, command) in stats.items():
         if not _descends(number, stats):
             continue
@@ -132,14 +139,16 @@ def section() -> list[str]:
     lines = []
     with Host("tests.benchmarks.feed_scale", **variables) as host:
         for ranks in RANKS:
-            found = host.ask(ranks)
+            found = host.ask((ranks, False))
             say(f"{ranks} ranks: {found}")
+            found |= {name: found[name] / found["per_s"] for name in PROCESSES}
             limit = 1000 / found["coordinator"]
             lines.append(
                 f"| {ranks} | {found['per_s']:.0f} | {found['uneven']:.0f} | {found['coordinator']:.2f}"
                 f" | {found['raylet and GCS']:.2f} | {found['tasks']:.2f} | {found['ranks']:.2f} | {limit:.0f}"
                 f" | {limit * SAMPLES:,.0f} |"
             )
+        slow = {name: ms / 1000 for name, ms in host.ask((2, True)).items()}
     needed = DECODERS * PER_CPU_S
     return [
         f"Tasks of {SAMPLES} samples that decode nothing and return {PAYLOAD_BYTES // 1024} KB. The coordinator is one"
@@ -151,6 +160,9 @@ def section() -> list[str]:
         " | tasks | all ranks | coordinator's limit, tasks/s | samples/s |",
         "|---|---|---|---|---|---|---|---|---|",
         *lines,
+        "",
+        f"Two ranks that take {SLOW_S:g} s for a step, with tasks of {SLOW_BYTES >> 20} MB and a full object store: the"
+        f" coordinator takes {slow['coordinator']:.2f} of a core, and raylet and GCS {slow['raylet and GCS']:.2f}.",
     ]
 
 
