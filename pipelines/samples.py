@@ -199,10 +199,46 @@ class Rejected:
 
 
 @dataclass(frozen=True, slots=True)
+class TimeRange:
+    """A segment of a video: what a player shows from `start_s` until `end_s`, in seconds from the first frame."""
+
+    start_s: float
+    end_s: float
+
+    def __str__(self) -> str:
+        """Return the range as players write it, such as `1:30-2:00`."""
+        return f"{clock_time(self.start_s)}-{clock_time(self.end_s)}"
+
+
+def clock_time(seconds: float) -> str:
+    """Return a time as players write it: `1:30`, `1:00:05`, `0:02.5`."""
+    whole_ms = round(seconds * 1000)
+    minutes, ms = divmod(whole_ms, 60_000)
+    hours, minutes = divmod(minutes, 60)
+    text = f"{hours}:{minutes:02}" if hours else str(minutes)
+    rest = f".{ms % 1000:03}".rstrip("0") if ms % 1000 else ""
+    return f"{text}:{ms // 1000:02}{rest}"
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """A file that a browser plays. What was asked for begins `start_s` after its first frame, and ends at `end_s`.
+
+    A copy begins with a key frame, which may come some seconds earlier.
+    """
+
+    data: bytes
+    media_type: str
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Visual:
     """Decoded pixels. `frames` is uint8 RGB `[T, H, W, 3]`; T is 1 for images and document pages.
 
-    `times_s` says when each frame of a video is shown, in seconds from its start. It is empty if that is unknown.
+    `times_s` says when each frame of a video is shown, in seconds from its start, or from the start of the segment that
+    it is. It is empty if that is unknown.
     """
 
     kind: MediaKind

@@ -29,7 +29,11 @@ def run_here(works: Sequence[GroupWork], settings: IngestSettings) -> Iterator[t
 
 
 def embed_here(
-    items: Iterable[Item], models: Models, workers: Workers, on_progress: Callable[[int, int], None]
+    items: Iterable[Item],
+    models: Models,
+    workers: Workers,
+    on_progress: Callable[[int, int], None],
+    on_long_videos: Callable[[int], None] = lambda count: None,
 ) -> list[BadItems]:
     """As `jobs.embedding.engine.embed_items`, for one model."""
     ((settings, vectors),) = models
@@ -40,6 +44,7 @@ def embed_here(
             if missing := _missing(unit, vectors):
                 row = actor(_prepare({"model": 0, "items": pickle.dumps(missing)}, [settings]))
                 bad |= pickle.loads(row["bad"])
+                on_long_videos(row["num_long_videos"])
         vectors.refresh()
     return [bad]
 

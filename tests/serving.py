@@ -6,21 +6,23 @@ import asyncio
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import uvicorn
 
 from jobs.runtime.local_s3 import free_port
 from jobs.serving.targets import Targets, thumbnail
+from pipelines.samples import Clip, TimeRange
 from rzen.serving.engine import Engine
 from rzen.serving.gateway import GatewaySettings, build_app
 from rzen.serving.guards import ApiKeys
 from rzen.serving.types import Answered, EmbedRequest, Found, RequestError, Scored, ScoreRequest, SearchRequest
 
 NAME = "tiny"
+T = TypeVar("T")
 
 
 class Local:
@@ -40,16 +42,22 @@ class Local:
     async def score(self, request: ScoreRequest) -> Scored:
         return await self.engine.score(request)
 
-    async def picture(self, split: str, source: str, index: int) -> bytes:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._drawn, split, source, index)
-
-    def _drawn(self, split: str, source: str, index: int) -> bytes:
-        assert self.engine.served.corpus is not None
-        self._targets = self._targets or Targets(self.engine.served.corpus.manifest)
-        target = self._targets.read(split, source, index)
+    async def picture(self, split: str, source: str, index: int, segment: TimeRange | None) -> bytes:
+        target = await self._in_thread(lambda targets: targets.read(split, source, index, segment))
         if target is None or not target.frames:
             raise RequestError(404, "there is no such picture")
         return thumbnail(target.frames)
+
+    async def clip(self, split: str, source: str, index: int, segment: TimeRange | None) -> Clip:
+        clip = await self._in_thread(lambda targets: targets.clip(split, source, index, segment))
+        if clip is None:
+            raise RequestError(404, "there is no such clip")
+        return clip
+
+    async def _in_thread(self, show: Callable[[Targets], T]) -> T:
+        assert self.engine.served.corpus is not None
+        self._targets = self._targets or Targets(self.engine.served.corpus.manifest)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, show, self._targets)
 
     async def check(self) -> None:
         await self.engine.check()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from PIL import Image
 from reportlab.pdfgen.canvas import Canvas
 
 import rzen
+from jobs.cli import main
 from jobs.runtime.records import as_json
 from pipelines.config import DataConfig, MediaConfig
 from pipelines.feed.reader import Reader
@@ -25,6 +28,7 @@ from pipelines.shards.manifest import Manifest, SourceInfo, publish_manifest
 from pipelines.shards.write import write_shard
 from pipelines.storage.location import open_store
 from rzen.embedding.corpus import MANIFEST
+from tests.inline import without_ray
 
 MEDIA = MediaConfig(frames=4)
 _MODALITIES = {"image": "image", "document": "page", "video": "video"}
@@ -58,6 +62,20 @@ def clip(number: int) -> bytes:
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return sink.getvalue()
+
+
+def scenes(colors: Sequence[tuple[int, int, int]], scene_s: float, form: str = "mp4", codec: str = "libx264") -> bytes:
+    """A video of one color after the other, each shown for a time, at ten frames a second."""
+    sink = io.BytesIO()
+    with av.open(sink, "w", format=form) as container:
+        stream = container.add_stream(codec, rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for color in colors:
+            frame = np.full((48, 64, 3), color, np.uint8)
+            for _ in range(round(10 * scene_s)):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
     return sink.getvalue()
 
@@ -135,6 +153,13 @@ def embed_corpus(model: rzen.Embedder, data: DataConfig, out: Path, **changes: A
     }
     content |= changes
     (out / MANIFEST).write_bytes(as_json({key: value for key, value in content.items() if value is not None}))
+
+
+def embed_folder(model: Path, media: Path, out: Path, *options: str) -> None:
+    """Write the vectors of a folder of files with `rzen embed`, without Ray."""
+    with pytest.MonkeyPatch.context() as patch:
+        without_ray(patch)
+        assert main(["embed", str(model), str(media), str(out), "--set", "data.media.frames=4", *options]) == 0
 
 
 def manifest_of(out: Path) -> dict[str, Any]:

@@ -115,6 +115,13 @@ def embed(
         Index | None,
         typer.Option(help="what searches the vectors (default: auto, which is LanceDB above 200,000 vectors)"),
     ] = None,
+    segment_seconds: Annotated[
+        float | None,
+        typer.Option(help="find moments: divide longer videos into segments, such as 30 (default: one vector a video)"),
+    ] = None,
+    segment_overlap_seconds: Annotated[
+        float | None, typer.Option(help="seconds that two adjacent segments share (default: 0)")
+    ] = None,
     changes: Changes = None,
     as_json: ResultAsJson = False,
 ) -> None:
@@ -131,6 +138,8 @@ def embed(
     else:
         settings |= {"data.root": f"{out.rstrip('/')}/data", "splits": ["train", "held_out", "uncaptioned"]}
         settings |= _table_settings(targets, media, text, title) if is_table(targets) else {"input": targets}
+    given = {"segment_seconds": segment_seconds, "segment_overlap_seconds": segment_overlap_seconds}
+    settings |= {key: value for key, value in given.items() if value is not None}
     if index is not None:
         settings["index"] = index.value
     run_file(EMBED_SPEC, changes, settings | gpus_here(), as_json=as_json)

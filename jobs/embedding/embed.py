@@ -15,24 +15,17 @@ kept stay.
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from jobs.embedding.engine import BadItems, check_workers, embed_items
+from jobs.embedding.engine import LONG_VIDEO_S, check_workers, embed_items
 from jobs.embedding.listings import list_shards, samples_of
+from jobs.embedding.parts import FOLDERS, RANGE, PartWriter, asks, make_parts
+from jobs.embedding.segments import TargetSegments
 from jobs.embedding.settings import settings_of_job
 from jobs.embedding.specs import EmbedSpec
 from jobs.embedding.targets import ingest_targets
@@ -42,56 +35,21 @@ from jobs.runtime.cluster import ray_cluster
 from jobs.runtime.lease import Lease, hold_output
 from jobs.runtime.progress import Bars, say
 from pipelines.items.listing import ListedShard, row_item
-from pipelines.items.types import Item, Role, as_ids
-from pipelines.samples import Modality, Rejected, Sample
+from pipelines.items.types import Item, Role
+from pipelines.samples import Rejected, clock_time
 from pipelines.storage.location import open_store
 from pipelines.storage.store import Store
 from rzen.embedding.corpus import VectorsFile, all_parts, read_vectors_file
-from rzen.evaluation.vectors import FloatArray
 from rzen.index.build import build_index, default_kind
-from rzen.index.by_id import Ids, VectorIndex, ids_path
+from rzen.index.by_id import ids_path
 from rzen.index.parts import Parts
 
 KIND = "vectors"
-PARTS, QUERIES, LISTINGS, UNFINISHED = "parts", "queries", "listings", "unfinished"
-_OURS = re.compile(rf"({PARTS}|{QUERIES})/.+-\d{{9}}-[0-9a-f]{{16}}\.(parquet|ids)|{LISTINGS}/[0-9a-f]{{32}}\.parquet")
-_FOLDERS: dict[Role, str] = {"positive": PARTS, "query": QUERIES}
-_ROWS_AT_ONCE = 500_000  # of new parts: their vectors lie in a temporary file, the rest in memory
-
-
-@dataclass(frozen=True, slots=True)
-class PartRow:
-    """A row of a part, but for its vector; `id` is that of the vector.
-
-    `modality` and `title` are those of the input. The other columns are those of its sample.
-    """
-
-    id: str
-    split: str
-    source: str
-    index: int
-    modality: Modality
-    title: str
-    origin: str
-    target_sha256: str
-
-
-@dataclass(slots=True)
-class Part:
-    """Adjacent targets or queries of a source, and how many were skipped, by reason."""
-
-    role: Role
-    split: str
-    source: str
-    start: int
-    rows: list[PartRow] = field(default_factory=list)
-    skipped: Counter[str] = field(default_factory=Counter)
-
-    def path(self, config: str) -> str:
-        """Return the place of its rows, which names all that is in them but the last bits of the vectors."""
-        content = json.dumps([config, [asdict(row) for row in self.rows]], ensure_ascii=False)
-        digest = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-        return f"{_FOLDERS[self.role]}/{self.split}-{self.source}-{self.start:09d}-{digest}.parquet"
+LISTINGS, UNFINISHED = "listings", "unfinished"
+_OURS = re.compile(
+    rf"({'|'.join(FOLDERS.values())})/.+-\d{{9}}-[0-9a-f]{{16}}\.(parquet|ids)|{LISTINGS}/[0-9a-f]{{32}}\.parquet"
+)
+_MOST_NAMED = 5  # segments that were skipped, in the lines at the end
 
 
 def run(spec: EmbedSpec) -> dict[str, Any]:
@@ -107,6 +65,7 @@ def run(spec: EmbedSpec) -> dict[str, Any]:
 def _run(spec: EmbedSpec, store: Store, lease: Lease) -> dict[str, Any]:
     listings = store.child(LISTINGS)
     settings = settings_of_job("embed", spec, spec.model, spec.splits)
+    segments = TargetSegments.of_job(spec, settings, listings)
     config = config_digest(settings.config)
     old = _live_version(store)
     old_parts = all_parts(old) if old and old["config"] == config else []
@@ -119,26 +78,37 @@ def _run(spec: EmbedSpec, store: Store, lease: Lease) -> dict[str, Any]:
         inputs, unit = ("pairs", "inputs") if spec.queries else ("targets", "targets")
         made_by = f"model {spec.model}, {spec.actors} actor(s)"
         say(f"  {num_samples:,} {inputs} of {spec.data.root}, {made_by} -> {store.url}")
-        on_progress = partial(bars.update, "embed", unit=unit)
-        (bad,) = embed_items(_items(shards, listings, roles), [(settings, vectors)], spec, on_progress)
-    writer = _PartWriter(store, vectors, config)
+        segments.measure(shards, spec.cpus_per_task, partial(bars.update, "video lengths", unit="shards"))
+        long_videos: Counter[str] = Counter()
+        (bad,) = embed_items(
+            _items(shards, listings, roles, segments),
+            [(settings, vectors)],
+            spec,
+            partial(bars.update, "embed", unit=unit),
+            on_long_videos=lambda count: long_videos.update(whole=count),
+        )
+    writer = PartWriter(store, vectors, config)
     for role in roles:
-        for part in _parts(shards, listings, role, bad, spec.samples_per_part):
+        for part in make_parts(shards, listings, role, segments, bad, spec.samples_per_part):
             writer.add(part)
     writer.flush()
     num_embedded = writer.count_missing(store, old_parts)
-    num_vectors = num_samples - writer.skipped["positive"].total()
+    num_vectors = writer.num_rows["positive"]
     version = version_of(config, [path for paths in writer.paths.values() for path in paths])
     kind = default_kind(num_vectors) if spec.index == "auto" else spec.index
     parts = Parts(store, sorted(writer.paths["positive"]))
     if kind != "exact":
         say(f"  index: {kind} of {num_vectors:,} vectors")
+    entry = segments.entry(writer.divided)
+    # Rows of a corpus with segments have two columns more, for which a table needs another schema.
+    index_config = config if entry is None else config_digest({"config": config, "columns": list(RANGE)})
     content = {
         "parts": parts.paths,
         "num_vectors": num_vectors,
         "num_embedded": num_embedded,
         "skipped": dict(writer.skipped["positive"]),
         **({"query_parts": sorted(writer.paths["query"])} if spec.queries else {}),
+        **({"segments": entry} if entry is not None else {}),
         "model": _absolute(spec.model),
         "config": config,
         "made_by": {name: settings.config[name] for name in ("base", "adapter", "identity")},
@@ -147,24 +117,51 @@ def _run(spec: EmbedSpec, store: Store, lease: Lease) -> dict[str, Any]:
         "fingerprints": settings.fingerprints,
         "version": version,
         "previous": previous_of(old, version, spec.keep_versions),
-        "index": build_index(kind, parts, config, version, old.get("index") if old else None),
+        "index": build_index(kind, parts, index_config, version, old.get("index") if old else None),
     }
     kept = commit(store, content, lease)
+    kept_listings = [*(shard.path for shard in shards), *segments.paths]
     kept_parts = {part for one in kept for part in all_parts(one)}
-    _delete_all_but(store, [*kept_parts, *(f"{LISTINGS}/{shard.path}" for shard in shards)])
+    _delete_all_but(store, [*kept_parts, *(f"{LISTINGS}/{path}" for path in kept_listings)])
     delete_old(store, kept)
     say(f"  {num_embedded:,} {unit} went through the model; the others had their vector")
     for role in roles:
         for reason, count in writer.skipped[role].items():
             say(f"  skipped{' queries' if role == 'query' else ''}: {reason} {count:,}", "yellow")
+    _report_segments(spec, old, writer, long_videos.total() if entry is None else 0)
     return {
         "outputs": [spec.out],
         "vectors": content["num_vectors"],
         "embedded": num_embedded,
         "skipped": dict(writer.skipped["positive"]),
+        **({"segments": entry} if entry is not None else {}),
         "version": version,
         "index": kind,
     }
+
+
+def _report_segments(spec: EmbedSpec, old: VectorsFile | None, writer: PartWriter, num_long_videos: int) -> None:
+    """Say what was divided, which segments were skipped, and that a video could have been divided."""
+    before = old.get("segments") if old else None
+    if before is not None and before["seconds"] != spec.segment_seconds:
+        now = "one vector a video" if spec.segment_seconds is None else f"segments of {spec.segment_seconds:g} s"
+        say(f"  segments of {before['seconds']:g} s were replaced by {now}", "yellow")
+    if spec.segment_seconds is not None:
+        segments = writer.divided["segments"]
+        say(f"  {_videos(writer.divided['videos'])} longer than {spec.segment_seconds:g} s: {segments:,} segments")
+    for text in writer.bad_segments[:_MOST_NAMED]:
+        say(f"  skipped segment: {text}", "yellow")
+    if (others := len(writer.bad_segments) - _MOST_NAMED) > 0:
+        say(f"  and {others:,} more segments", "yellow")
+    if num_long_videos:
+        say(
+            f"  {_videos(num_long_videos)} longer than {clock_time(LONG_VIDEO_S)} and got one vector. To find moments"
+            " in videos, embed again with --segment-seconds 30 (in a spec: segment_seconds: 30)"
+        )
+
+
+def _videos(count: int) -> str:
+    return "1 video is" if count == 1 else f"{count:,} videos are"
 
 
 def _absolute(url: str) -> str:
@@ -180,111 +177,24 @@ def _live_version(store: Store) -> VectorsFile | None:
         return None
 
 
-def _items(shards: Iterable[ListedShard], listings: Store, roles: Sequence[Role]) -> Iterator[Item]:
+def _items(
+    shards: Iterable[ListedShard], listings: Store, roles: Sequence[Role], segments: TargetSegments
+) -> Iterator[Item]:
     for shard, index, sample in samples_of(shards, listings):
-        if not isinstance(sample, Rejected):
-            for role in roles:
-                if role == "positive" or _asks(sample):
-                    yield row_item(shard, index, sample, role)
-
-
-def _asks(sample: Sample) -> bool:
-    """Return whether the sample has a query. An uncaptioned medium has none."""
-    return bool(sample.query.text or sample.query.media)
-
-
-def _parts(
-    shards: Sequence[ListedShard], listings: Store, role: Role, bad: BadItems, samples_per_part: int
-) -> Iterator[Part]:
-    part: Part | None = None
-    for shard, index, sample in samples_of(shards, listings):
-        start = index - index % samples_per_part
-        if part is None or (part.split, part.source, part.start) != (shard.split, shard.source, start):
-            if part is not None:
-                yield part
-            part = Part(role, shard.split, shard.source, start)
         if isinstance(sample, Rejected):
-            part.skipped[sample.reason] += 1
             continue
-        if role == "query" and not _asks(sample):
-            continue
-        item = row_item(shard, index, sample, role)
-        if item.id in bad:
-            part.skipped[bad[item.id].reason] += 1
-            continue
-        row = PartRow(
-            id=item.id,
-            split=shard.split,
-            source=shard.source,
-            index=index,
-            modality=item.input.modality,
-            title=item.input.text if role == "query" or not item.input.media else sample.query.text,
-            origin=sample.origin,
-            target_sha256=sample.target_sha256,
-        )
-        part.rows.append(row)
-    if part is not None:
-        yield part
-
-
-class _PartWriter:
-    """Writes the parts that are not there yet, many at a time, so that stored vectors are read in bulk."""
-
-    def __init__(self, store: Store, vectors: VectorIndex, config: str) -> None:
-        self._store, self._vectors, self._config = store, vectors, config
-        self._there = {path for folder in _FOLDERS.values() for path in store.list(folder)}
-        self._waiting: list[tuple[str, Part]] = []
-        self._ids: list[Ids] = []
-        self.paths: dict[Role, list[str]] = {"positive": [], "query": []}
-        self.skipped: dict[Role, Counter[str]] = {"positive": Counter(), "query": Counter()}
-
-    def add(self, part: Part) -> None:
-        """Take the next part; one of which nothing is left has no file."""
-        self.skipped[part.role] += part.skipped
-        if not part.rows:
-            return
-        path = part.path(self._config)
-        self.paths[part.role].append(path)
-        self._ids.append(as_ids(row.id for row in part.rows))
-        # The ids are written last: a part is whole if they are there.
-        if ids_path(path) not in self._there or path not in self._there:
-            self._waiting.append((path, part))
-        if sum(len(part.rows) for _, part in self._waiting) >= _ROWS_AT_ONCE:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write the parts that wait."""
-        waiting, self._waiting = self._waiting, []
-        wanted = [row.id for _, part in waiting for row in part.rows]
-        if not wanted:
-            return
-        ids = np.unique(as_ids(wanted))
-        with tempfile.TemporaryDirectory(prefix="rzen-vectors-") as scratch:
-            loaded = self._vectors.load(ids, Path(scratch) / "vectors.npy")
-            for path, part in waiting:
-                mine = as_ids(row.id for row in part.rows)
-                self._write(path, part, mine, loaded.rows[np.searchsorted(ids, mine)])
-
-    def _write(self, path: str, part: Part, ids: Ids, vectors_ND: FloatArray) -> None:
-        rows = [asdict(row) | {"vector": vector} for row, vector in zip(part.rows, vectors_ND, strict=True)]
-        for row in rows:
-            del row["id"]
-        sink = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(rows), sink, compression="zstd")
-        self._store.write(path, sink.getvalue())
-        self._store.write(ids_path(path), ids.tobytes())
-
-    def count_missing(self, store: Store, parts: Sequence[str]) -> int:
-        """Return how many distinct vectors of the new parts are not in these."""
-        old = VectorIndex()
-        old.add(store, parts)
-        return int(old.missing(np.unique(np.concatenate([as_ids([]), *self._ids]))).sum())
+        for role in roles:
+            if role == "query" and asks(sample):
+                yield row_item(shard, index, sample, role)
+            elif role == "positive" and not isinstance(found := segments.of(shard, index, sample), Rejected):
+                for segment in found:
+                    yield row_item(shard, index, sample, role, segment)
 
 
 def _delete_all_but(store: Store, kept: Iterable[str]) -> None:
     wanted = set(kept)
     wanted |= {ids_path(path) for path in wanted}
-    for folder in (*_FOLDERS.values(), LISTINGS):
+    for folder in (*FOLDERS.values(), LISTINGS):
         for path in store.list(folder):
             if path not in wanted and _OURS.fullmatch(path):
                 store.delete(path)

@@ -36,17 +36,24 @@ if TYPE_CHECKING:
     from rzen.embedding.embedder import Embedder
 
 Models = Sequence[tuple[EmbedderSettings, VectorCache]]
+LONG_VIDEO_S = 60.0
+"""Longer videos are worth being divided into segments."""
 _APART = 0.999
 BadItems = dict[str, Rejected]
 """Id -> why the item cannot be embedded."""
 
 
 def embed_items(
-    items: Iterable[Item], models: Models, workers: Workers, on_progress: Callable[[int, int], None]
+    items: Iterable[Item],
+    models: Models,
+    workers: Workers,
+    on_progress: Callable[[int, int], None],
+    on_long_videos: Callable[[int], None] = lambda count: None,
 ) -> list[BadItems]:
     """Embed with each model what its store lacks. Return the bad items of each model.
 
-    `on_progress` gets (done, all), counted over all models.
+    `on_progress` gets (done, all), counted over all models. `on_long_videos` gets the number of items with a
+    video of more than `LONG_VIDEO_S`, several times.
     """
     bad: list[BadItems] = [{} for _ in models]
     total = 0
@@ -62,6 +69,7 @@ def embed_items(
         on_progress(done, total)
         for row in _rows(work, models, workers) if work else ():
             bad[int(row["model"])] |= pickle.loads(row["bad"])
+            on_long_videos(int(row["num_long_videos"]))
             done += int(row["num_items"])
             on_progress(done, total)
         for _, vectors in models:
@@ -122,22 +130,32 @@ def through_actors(
 
 
 def _prepare(row: dict[str, Any], settings: Sequence[EmbedderSettings]) -> dict[str, Any]:
-    """A unit, pickled: `good` is id -> token ids and patches of one input, `bad` is id -> why there are none."""
+    """A unit, pickled: `good` is id -> token ids and patches of one input, `bad` is id -> why there are none.
+
+    `num_long_videos` counts items with a video of more than `LONG_VIDEO_S`.
+    """
     some = settings[int(row["model"])]
     decoder = _decoder(some)
     processor = _processor(some.model.base, some.identity.prompt, some.endpoint)
     good: dict[str, EncodedBatch] = {}
     bad: BadItems = {}
+    num_long_videos = 0
     items: list[Item] = pickle.loads(row["items"])
     for item, decoded in zip(items, decoder.inputs(items), strict=True):
         if isinstance(decoded, Rejected):
             bad[item.id] = decoded
             continue
+        num_long_videos += any(one.times_s and one.times_s[-1] > LONG_VIDEO_S for one in decoded.visuals)
         try:
             good[item.id] = processor.encode([decoded if some.model.instructions else replace(decoded, instruction="")])
         except BadMedia as error:
             bad[item.id] = Rejected(item.name, error.reason, error.detail)
-    return {"model": row["model"], "good": pickle.dumps(good), "bad": pickle.dumps(bad)}
+    return {
+        "model": row["model"],
+        "good": pickle.dumps(good),
+        "bad": pickle.dumps(bad),
+        "num_long_videos": num_long_videos,
+    }
 
 
 @cache
@@ -188,7 +206,8 @@ class EmbedItems:
         if good:
             vectors = self._embedder(number).embed_encoded(list(good.values()))
             write_part(self._stores[number], list(good), vectors)
-        return {"model": number, "num_items": len(good) + len(pickle.loads(row["bad"])), "bad": row["bad"]}
+        num_items = len(good) + len(pickle.loads(row["bad"]))
+        return {"model": number, "num_items": num_items, "bad": row["bad"], "num_long_videos": row["num_long_videos"]}
 
     def _embedder(self, number: int) -> Embedder:
         if self._loaded is None or self._loaded[0] != number:

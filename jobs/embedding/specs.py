@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from jobs.spec.job import JobConfig, Named
 from jobs.spec.kinds import Kind
@@ -52,6 +52,12 @@ class EmbedSpec(Workers, JobConfig):
     queries: bool = False
     """`true` embeds the queries, too, each with its instruction: what `data.teacher_vectors` of a training run needs.
     They are stored apart from the targets, and no search finds them."""
+    segment_seconds: Annotated[float, Field(ge=1)] | None = None
+    """Divide longer videos into segments of this many seconds, each with a vector, `start_s` and `end_s`, so that a
+    search finds the moment. 30 suits lectures and films, 10 sports and short scenes. A last segment of less than half
+    is part of the one before. `null` makes one vector of a video, as training data need it."""
+    segment_overlap_seconds: Annotated[float, Field(ge=0)] = 0.0
+    """Seconds by which a segment begins before the end of the one before, at most half of `segment_seconds`."""
     out: str
     """Directory or s3:// URL of the vectors (Parquet) and `vectors.json`. A second run embeds only what is new."""
     endpoint: str | None = None
@@ -66,10 +72,26 @@ class EmbedSpec(Workers, JobConfig):
     keep_versions: NonNegativeInt = 1
     """Earlier versions that stay readable, with the files and indices that they need."""
 
+    @model_validator(mode="after")
+    def _segments_fit(self) -> EmbedSpec:
+        if self.segment_seconds is None:
+            return self
+        if self.segment_overlap_seconds > self.segment_seconds / 2:
+            found = f"{self.segment_overlap_seconds:g} is more than half of segment_seconds={self.segment_seconds:g}"
+            raise ValueError(f"segment_overlap_seconds={found}; use at most {self.segment_seconds / 2:g}")
+        if self.queries:
+            problem = "a training run learns from vectors of whole targets; leave out one of the two"
+            raise ValueError(f"queries and segment_seconds are both set: {problem}")
+        return self
+
 
 def gpus_of_actors(spec: Workers, named: Sequence[JobConfig]) -> float:
     """Return how many GPUs a job that embeds can use at once."""
     return spec.actors * spec.gpus_per_actor
+
+
+def _is_whole(spec: EmbedSpec) -> bool:
+    return spec.segment_seconds is None
 
 
 def _always(spec: EmbedSpec) -> bool:
@@ -85,6 +107,7 @@ EMBED = Kind(
     gpus=gpus_of_actors,
     no_effect=(
         NoEffect("data.split", _always, "`splits` decides"),
+        NoEffect("segment_overlap_seconds", _is_whole, "without `segment_seconds`, videos are not divided"),
         NoEffect("data.mixture", _always, "every target is embedded"),
         NoEffect("data.negatives_per_sample", _always, "targets only are embedded"),
         NoEffect("data.max_bad_fraction", _always, "bad targets are skipped and counted"),

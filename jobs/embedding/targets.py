@@ -5,6 +5,7 @@ from __future__ import annotations
 from jobs.data.ingest import run as run_ingest
 from jobs.data.specs import IngestSpec
 from jobs.embedding.specs import EmbedSpec
+from jobs.runtime.progress import say
 
 
 def ingest_targets(spec: EmbedSpec) -> dict[str, int]:
@@ -22,4 +23,7 @@ def ingest_targets(spec: EmbedSpec) -> dict[str, int]:
         )
     )
     skipped: dict[str, int] = result["rejected"]
+    if count := skipped.get("too_long_video"):
+        limit = f"longer than {spec.data.media.max_video_s:g} s"
+        say(f"  {count:,} videos left out, {limit}: --set data.media.max_video_s=14400 takes four hours")
     return skipped

@@ -18,7 +18,15 @@ from pipelines.media.files import KINDS, split_page
 from pipelines.samples import DecodedInput
 from pipelines.storage.location import open_store
 from pipelines.stored_json import read_json
-from rzen.embedding.corpus import MANIFEST, Corpus, CorpusHit, VectorsFile, read_corpus, read_manifest
+from rzen.embedding.corpus import (
+    MANIFEST,
+    Corpus,
+    CorpusHit,
+    VectorsFile,
+    range_of,
+    read_corpus,
+    read_manifest,
+)
 from rzen.embedding.embedder import Embedder, load
 from rzen.embedding.inputs import Embeddable, is_file, shown_as
 from rzen.embedding.tasks import NamedTask, modalities_of, read_tasks, task_of
@@ -94,8 +102,8 @@ def _chosen(corpus: Corpus, targets: Targets) -> list[Query]:
     for row in corpus.examples(_NUM_QUERIES):
         if row["title"]:
             chosen.append((row["title"], {"text": row["title"]}))
-        elif target := targets.read(row["split"], row["source"], row["index"]):
-            chosen.append((row["origin"], target))
+        elif target := targets.read(row["split"], row["source"], row["index"], range_of(row)):
+            chosen.append((" ".join(map(str, filter(None, (row["origin"], range_of(row))))), target))
     if not chosen:
         raise UserError(corpus.url, "has no captions, and its media cannot be read", "name queries")
     return list(dict(chosen).items())
@@ -139,8 +147,8 @@ def _decoded(
 
 def _hits(found: Sequence[CorpusHit], answer: CorpusHit | None, targets: Targets | None) -> list[Hit]:
     """Return the hits, and last the `answer`, the target of the query's own caption, where it is not among them."""
-    places = [(hit.split, hit.source, hit.index) for hit in found]
-    right = answer and (answer.split, answer.source, answer.index)
+    places = [hit.target for hit in found]
+    right = answer and answer.target
     shown = [*found, answer] if answer and right not in places else found
     return [
         Hit(
@@ -148,9 +156,9 @@ def _hits(found: Sequence[CorpusHit], answer: CorpusHit | None, targets: Targets
             hit.score,
             hit.modality,
             hit.title,
-            hit.origin,
+            hit.place(),
             targets.pictures(hit) if targets else [],
-            relevant=(hit.split, hit.source, hit.index) == right,
+            relevant=hit.target == right,
         )
         for hit in shown
     ]

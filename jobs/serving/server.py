@@ -23,6 +23,7 @@ from ray.util.metrics import Counter, Gauge, Histogram
 from jobs.serving.pairs import find_place
 from jobs.serving.scraping import scrape
 from jobs.serving.specs import ServeSpec
+from pipelines.samples import Clip, TimeRange
 from rzen.serving.guards import ApiKeys
 from rzen.serving.types import EmbedRequest, Limits, RequestError, ScoreRequest, SearchRequest
 
@@ -109,28 +110,30 @@ class ModelReplica:
         """Return a `Scored` or a `RequestError`."""
         return await _returned(self._engine.score(request))
 
-    async def picture(self, split: str, source: str, index: int) -> Any:
+    async def picture(self, split: str, source: str, index: int, segment: TimeRange | None) -> Any:
         """Return a WebP of a target of the corpus, or a `RequestError`."""
-        return await _returned(self._picture(split, source, index))
+        return await _returned(self._shown(_picture, split, source, index, segment))
 
-    async def _picture(self, split: str, source: str, index: int) -> bytes:
+    async def clip(self, split: str, source: str, index: int, segment: TimeRange | None) -> Any:
+        """Return a `Clip` of a video of the corpus, or a `RequestError`."""
+        return await _returned(self._shown(_clip, split, source, index, segment))
+
+    async def _shown(self, show: Callable[..., Any], split: str, source: str, *place: Any) -> Any:
+        """Return what `show` makes of a target. Raises `RequestError` 404 where there is none."""
         corpus = self._engine.served.corpus
-        if corpus is not None:
+        if corpus is not None and split in corpus.manifest.get("fingerprints", {}):  # it becomes part of a path
             loop = asyncio.get_running_loop()
-            picture = await loop.run_in_executor(self._picture_thread, self._drawn, corpus, split, source, index)
-            if picture is not None:
-                return picture
-        raise RequestError(404, "there is no such picture", reason="no_picture")
+            shown = await loop.run_in_executor(self._picture_thread, self._show, show, corpus, split, source, *place)
+            if shown is not None:
+                return shown
+        raise RequestError(404, "there is no such picture or clip", reason="no_picture")
 
-    def _drawn(self, corpus: Any, split: str, source: str, index: int) -> bytes | None:
-        from jobs.serving.targets import Targets, thumbnail
+    def _show(self, show: Callable[..., Any], corpus: Any, *place: Any) -> Any:
+        from jobs.serving.targets import Targets
 
-        if split not in corpus.manifest.get("fingerprints", {}):  # it becomes part of a path
-            return None
         if self._targets is None or self._targets[0] != corpus.key:
             self._targets = (corpus.key, Targets(corpus.manifest))
-        target = self._targets[1].read(split, source, index)
-        return thumbnail(target.frames) if target is not None and target.frames else None
+        return show(self._targets[1], *place)
 
     async def check(self) -> Any:
         """Return None or a `RequestError`."""
@@ -160,6 +163,18 @@ class ModelReplica:
         self._report()
         if self._engine.may_be_broken:
             await self._engine.check()
+
+
+def _picture(targets: Any, split: str, source: str, index: int, segment: TimeRange | None) -> bytes | None:
+    from jobs.serving.targets import thumbnail
+
+    target = targets.read(split, source, index, segment)
+    return thumbnail(target.frames) if target is not None and target.frames else None
+
+
+def _clip(targets: Any, split: str, source: str, index: int, segment: TimeRange | None) -> Clip | None:
+    clip: Clip | None = targets.clip(split, source, index, segment)
+    return clip
 
 
 async def _returned(answer: Awaitable[T]) -> T | RequestError:
@@ -226,9 +241,13 @@ class _Replicas:
     async def score(self, request: ScoreRequest) -> Any:
         return await self._ask("score", request)
 
-    async def picture(self, split: str, source: str, index: int) -> bytes:
-        picture: bytes = await self._ask("picture", split, source, index)
+    async def picture(self, split: str, source: str, index: int, segment: TimeRange | None) -> bytes:
+        picture: bytes = await self._ask("picture", split, source, index, segment)
         return picture
+
+    async def clip(self, split: str, source: str, index: int, segment: TimeRange | None) -> Clip:
+        clip: Clip = await self._ask("clip", split, source, index, segment)
+        return clip
 
     async def check(self) -> None:
         await self._ask("check")

@@ -106,7 +106,8 @@ class SearchSpec(JobConfig):
     """Modalities that may be found. `null`: that of `task`, else all."""
     filters: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
     """Conditions for all hits: a column, an operator (`=`, `!=`, `<`, `<=`, `>`, `>=`) and values, such as
-    `source=photos,scans`. Columns are split, source, index, modality, title, origin and target_sha256."""
+    `source=photos,scans`. Columns are split, source, index, modality, title, origin and target_sha256, and
+    start_s and end_s if videos were divided into segments."""
     version: str | None = None
     """Earlier version of the vectors that is kept: a name in their folder `versions`. `null`: the live one."""
     top_k: PositiveInt = 12

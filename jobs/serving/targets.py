@@ -8,10 +8,10 @@ from PIL import Image
 
 from jobs.runtime.progress import say
 from pipelines.config import DataConfig
-from pipelines.errors import UserError
+from pipelines.errors import BadMedia, UserError
 from pipelines.feed.reader import Reader
 from pipelines.redaction import has_hidden
-from pipelines.samples import DecodedInput, Rejected, UInt8Array
+from pipelines.samples import Clip, DecodedInput, Rejected, TimeRange, UInt8Array
 from rzen.embedding.corpus import CorpusHit, VectorsFile
 
 _THUMBNAIL_PX = 480
@@ -34,23 +34,52 @@ class Targets:
 
     def pictures(self, hit: CorpusHit) -> list[UInt8Array]:
         """Return the target's frames; none for a text, or where the file has become unreadable."""
-        target = None if hit.modality == "text" else self.read(hit.split, hit.source, hit.index)
+        target = None if hit.modality == "text" else self.read(*hit.target, hit.segment)
         return target.frames if target else []
 
-    def read(self, split: str, source: str, index: int) -> DecodedInput | None:
-        """Return a target, None for one that the data do not have, or where its file has become unreadable."""
+    def read(self, split: str, source: str, index: int, segment: TimeRange | None = None) -> DecodedInput | None:
+        """Return a target, or a segment of a video.
+
+        None for one that the data do not have, or where its file has become unreadable.
+        """
+        reader = self._reader(split, source, index)
+        if reader is None:
+            return None
+        try:
+            if segment is None:
+                (target,) = reader.inputs(source, [(index, "positive")])
+            else:
+                (target,) = reader.segments(source, index, [segment])
+        except UserError as error:
+            self._give_up(split, error)
+            return None
+        return None if isinstance(target, Rejected) else target
+
+    def clip(self, split: str, source: str, index: int, segment: TimeRange | None) -> Clip | None:
+        """Return a video, or a segment of it, as a file that a browser plays. None where there is none."""
+        reader = self._reader(split, source, index)
+        try:
+            return None if reader is None else reader.clip(source, index, segment)
+        except BadMedia:
+            return None
+        except UserError as error:
+            self._give_up(split, error)
+            return None
+
+    def _reader(self, split: str, source: str, index: int) -> Reader | None:
+        """Return what reads a target, None if the data do not have it."""
         try:
             if split not in self._readers:
                 self._readers[split] = self._checked(self._data.model_copy(update={"split": split}))
             reader = self._readers[split]
-            if reader is None or index not in range(reader.sizes().get(source, 0)):
-                return None
-            (target,) = reader.inputs(source, [(index, "positive")])
+            return None if reader is None or index not in range(reader.sizes().get(source, 0)) else reader
         except UserError as error:
-            say(f"  hits of {split} have no pictures: {error}", "yellow")
-            self._readers[split] = None
+            self._give_up(split, error)
             return None
-        return None if isinstance(target, Rejected) else target
+
+    def _give_up(self, split: str, error: UserError) -> None:
+        say(f"  hits of {split} have no pictures: {error}", "yellow")
+        self._readers[split] = None
 
     def _checked(self, data: DataConfig) -> Reader:
         """Return a reader of the data that was embedded. Raises `UserError` for other data."""

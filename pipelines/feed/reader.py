@@ -28,7 +28,7 @@ from pipelines.media.decode import Decoder
 from pipelines.plan.plan import Plan
 from pipelines.plan.sources import PlanSource
 from pipelines.plan.types import Row, SourceTable
-from pipelines.samples import DecodedInput, DecodedSample, Input, Members, Rejected, Sample
+from pipelines.samples import Clip, DecodedInput, DecodedSample, Input, Members, Rejected, Sample, TimeRange
 from pipelines.shards.duplicates import source_table
 from pipelines.shards.index import content_sha256
 from pipelines.shards.manifest import FORMAT_VERSION, Manifest, SourceInfo, is_stored, read_manifest, source_info
@@ -184,6 +184,43 @@ class Reader:
                     yield getattr(self._decode(_only(item, role)), role)
                 except BadMedia as error:
                     yield self._rejected(row, error)
+
+    def segments(self, source: str, index: int, segments: Sequence[TimeRange]) -> Iterator[DecodedInput | Rejected]:
+        """Yield each segment of a target that is a video, in the order of their starts, with one request for all.
+
+        The text of the target goes with each of them. `Rejected` stands for one that cannot be decoded.
+        """
+        ((row, item),) = self._rows.read([(source, index)])
+        try:
+            sample, data = _video_of(item)
+            instruction = sample.target_instruction if self.data.instructions else ""
+            for segment, found in zip(segments, self._decoder.segments(data, segments), strict=True):
+                if isinstance(found, BadMedia):
+                    yield Rejected(f"{self._rows.origin(row)} {segment}", found.reason, found.detail)
+                else:
+                    yield DecodedInput(sample.positive.text, (found,), instruction)
+        except BadMedia as error:
+            yield from [self._rejected(row, error)] * len(segments)
+
+    def clip(self, source: str, index: int, segment: TimeRange | None) -> Clip | None:
+        """Return a target that is a video, or a segment of it, as a file that a browser plays.
+
+        None if the target is no video or cannot be cut. Raises `BadMedia`.
+        """
+        ((_, item),) = self._rows.read([(source, index)])
+        if isinstance(item, BadMedia):
+            raise item
+        if [media.kind for media in item[0].positive.media] != ["video"]:
+            return None
+        return self._decoder.clip(_video_of(item)[1], segment)
+
+    def video_lengths(self, source: str, indices: Iterable[int]) -> Iterator[float | Rejected]:
+        """Yield the length in seconds of each target that is a video, in order, without decoding it."""
+        for row, item in self._rows.read((source, index) for index in indices):
+            try:
+                yield self._decoder.video_length(_video_of(item)[1])
+            except BadMedia as error:
+                yield self._rejected(row, error)
 
     def samples(self, source: str, indices: Iterable[int]) -> Iterator[DecodedSample | Rejected]:
         """Yield decoded samples in the order given, with `Rejected` for each bad one."""
@@ -347,6 +384,17 @@ class _GoodRow:
     row: Row
     sample: Sample
     encoded: Any
+
+
+def _video_of(item: StoredSample) -> tuple[Sample, bytes]:
+    """Return a sample and the bytes of its target's video. Raises `BadMedia`: what the row is, missing_member."""
+    if isinstance(item, BadMedia):
+        raise item
+    sample, members = item
+    (medium,) = sample.positive.media
+    if medium.member not in members:
+        raise BadMedia("missing_member", medium.member)
+    return sample, members[medium.member]
 
 
 def _only(item: StoredSample, role: Role) -> StoredSample:

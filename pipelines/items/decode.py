@@ -80,9 +80,18 @@ class ItemDecoder:
             if self._fingerprints.get(split, reader.fingerprint) != reader.fingerprint:
                 raise UserError(f"{data.root} {split}", "was replaced while it was read", "run the job again")
             self._readers[split] = reader
-        rows = [(item.row.index, item.row.role) for item in items if item.row is not None]
-        for item, found in zip(items, self._readers[split].inputs(source, rows), strict=True):
-            yield found if isinstance(found, Rejected) else replace(found, instruction=item.instruction)
+        for index, group in groupby(items, key=_divided_row):
+            members = list(group)
+            for item, found in zip(members, self._read(self._readers[split], source, index, members), strict=True):
+                yield found if isinstance(found, Rejected) else replace(found, instruction=item.instruction)
+
+    def _read(
+        self, reader: Reader, source: str, index: int | None, items: list[Item]
+    ) -> Iterator[DecodedInput | Rejected]:
+        """Yield rows of a source, or the segments of the video in row `index`."""
+        if index is None:
+            return reader.inputs(source, [(item.row.index, item.row.role) for item in items if item.row is not None])
+        return reader.segments(source, index, [item.segment for item in items if item.segment is not None])
 
     def _visual(self, media: Media, ref: FileRef) -> Visual:
         try:
@@ -102,6 +111,11 @@ class ItemDecoder:
             shapes = {f"{frame.shape[1]} x {frame.shape[0]}" for frame in frames}
             raise BadMedia("unequal_frames", f"frames of {', '.join(sorted(shapes)) or 'no picture'}")
         return np.stack(frames)
+
+
+def _divided_row(item: Item) -> int | None:
+    """Return the row of a video of which the item is a segment."""
+    return item.row.index if item.row is not None and item.segment is not None else None
 
 
 def _place(item: Item) -> tuple[str, str] | None:

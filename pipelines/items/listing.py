@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 from pipelines.config import DataConfig
 from pipelines.errors import UserError
 from pipelines.feed.reader import Reader
-from pipelines.items.types import Item, Role, ShardRow, content_id, query_id, target_id
-from pipelines.samples import Rejected, Sample
+from pipelines.items.types import Item, Role, ShardRow, content_id, query_id, segment_sha256, target_id
+from pipelines.samples import Rejected, Sample, TimeRange
 from pipelines.storage.store import Store
 
 _VERSION = 2  # of what a listing holds
@@ -89,8 +89,8 @@ def read_listing(shard: ListedShard, store: Store) -> Iterator[Sample | Rejected
         raise UserError(f"{store.url}/{shard.path}", f"cannot be read: {error}", "delete the file") from error
 
 
-def row_item(shard: ListedShard, index: int, sample: Sample, role: Role) -> Item:
-    """Return one input of a sample as an item.
+def row_item(shard: ListedShard, index: int, sample: Sample, role: Role, segment: TimeRange | None = None) -> Item:
+    """Return one input of a sample as an item, or a segment of its target.
 
     Inputs of equal content and instruction have one id as targets and one as queries, wherever they are.
     """
@@ -99,5 +99,8 @@ def row_item(shard: ListedShard, index: int, sample: Sample, role: Role) -> Item
     if role == "query":
         content = sample.query_sha256[:_CONTENT_DIGITS]
         return Item(query_id(sample), name, sample.query, content, sample.instruction, row=row)
+    if segment is not None:
+        sample = replace(sample, target_sha256=segment_sha256(sample.target_sha256, segment))
+        name = f"{name} {segment}"
     content = sample.target_sha256[:_CONTENT_DIGITS]
-    return Item(target_id(sample), name, sample.positive, content, sample.target_instruction, row=row)
+    return Item(target_id(sample), name, sample.positive, content, sample.target_instruction, row=row, segment=segment)

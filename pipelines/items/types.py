@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.samples import FileRef, Input, Sample
+from pipelines.samples import FileRef, Input, Sample, TimeRange
 
 Role = Literal["query", "positive"]
 ID = "S32"
@@ -36,7 +36,8 @@ class Item:
 
     The media of `input` are in `files` (by member; a folder for a video of frames) or, where `row` is given, in a
     shard. `name` is what people and result files call it. `content` are 32 hex digits of text and media only: equal for
-    a query and a candidate that show the same, whatever their instructions.
+    a query and a candidate that show the same, whatever their instructions. `segment` is the part of a video that is
+    embedded, None for all of it.
     """
 
     id: str
@@ -46,6 +47,7 @@ class Item:
     instruction: str = ""
     files: dict[str, FileRef] = field(default_factory=dict)
     row: ShardRow | None = None
+    segment: TimeRange | None = None
 
     @property
     def modality(self) -> str:
@@ -70,6 +72,12 @@ def target_id(sample: Sample) -> str:
     """Return the id of a sample's target, as `query_id` does that of its query."""
     kinds = [media.kind for media in sample.positive.media]
     return content_id(["target", sample.target_sha256, kinds, sample.target_instruction])
+
+
+def segment_sha256(target_sha256: str, segment: TimeRange) -> str:
+    """Return 64 hex digits for the content of a segment: a function of the video's content and the range."""
+    text = f"{target_sha256} {segment.start_s:.3f} {segment.end_s:.3f}"
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def as_ids(ids: Iterable[str]) -> npt.NDArray[np.bytes_]:

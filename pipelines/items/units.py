@@ -12,7 +12,7 @@ WINDOW_ITEMS = 250_000
 UNIT_COST = 1024
 COSTS: dict[MediaKind, int] = {"image": 16, "document": 16, "video": 64}
 """A unit is 1024 texts, 64 images or 16 videos: about ten seconds of work, and at most 0.5 GB of patches."""
-_SortKey = tuple[int, str, str, int, str]
+_SortKey = tuple[int, str, str, int, str, float]
 
 
 def units(items: Sequence[Item]) -> list[list[Item]]:
@@ -56,5 +56,6 @@ def sort_key(item: Item) -> _SortKey:
     """Return the order in which items are decoded: like ones next to each other, rows of shards by position."""
     row = item.row
     if row is None:
-        return (item_cost(item), item.modality, "", len(item.input.text), item.id)
-    return (item_cost(item), row.split, row.source, row.index, row.role)
+        return (item_cost(item), item.modality, "", len(item.input.text), item.id, 0.0)
+    start_s = item.segment.start_s if item.segment else 0.0
+    return (item_cost(item), row.split, row.source, row.index, row.role, start_s)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from pipelines.config import MediaConfig
 from pipelines.errors import BadMedia
@@ -14,8 +14,12 @@ from pipelines.media.documents import extract_page, num_pages, render_page
 from pipelines.media.images import decode_image
 from pipelines.media.materialized import is_page_image
 from pipelines.media.sandbox import Sandbox
+from pipelines.media.video_clip import cut_video
+from pipelines.media.video_segments import each_segment, video_length
 from pipelines.media.videos import decode_video
-from pipelines.samples import DecodedInput, DecodedSample, Input, MediaKind, Sample, Visual
+from pipelines.samples import Clip, DecodedInput, DecodedSample, Input, MediaKind, Sample, TimeRange, Visual
+
+Result = TypeVar("Result")
 
 
 def decode_pixels(kind: MediaKind, data: bytes, config: MediaConfig) -> Pixels:
@@ -85,6 +89,33 @@ class Decoder:
         frames, times_s = self._cached.decode(kind, data, page, pixels) if self._cached else pixels()
         return Visual(kind, frames, tuple(times_s))
 
+    def segments(self, data: bytes, segments: Sequence[TimeRange]) -> Iterator[Visual | BadMedia]:
+        """Yield the frames of each segment of a video in order, or why it has none.
+
+        Segments come in the order of their starts. Raises `BadMedia` (too_many_bytes).
+        """
+        _check_bytes(data, self._config)
+        call = self._sandbox.call if self._in_sandbox("video", data) else _call
+        for found in each_segment(call, data, segments, self._config):
+            yield found if isinstance(found, BadMedia) else Visual("video", found[0], tuple(found[1]))
+
+    def video_length(self, data: bytes) -> float:
+        """Return the length of a video in seconds. Raises `BadMedia` as `decode_video` does."""
+        _check_bytes(data, self._config)
+        call = self._sandbox.call if self._in_sandbox("video", data) else _call
+        length_s: float = call(video_length, data, self._config)
+        return length_s
+
+    def clip(self, data: bytes, segment: TimeRange | None) -> Clip | None:
+        """Return a segment of a video as a file that a browser plays, None if it cannot be cut out.
+
+        `segment` None is the whole video. Raises `BadMedia` as `decode_video` does.
+        """
+        _check_bytes(data, self._config)
+        call = self._sandbox.call if self._in_sandbox("video", data) else _call
+        found = call(cut_video, data, segment, self._config)
+        return None if found is None else Clip(found[0].tobytes(), **found[1])
+
     def num_pages(self, data: bytes) -> int:
         """Return the number of pages of a document, and 1 for the stored image of a page. Raises `BadMedia`."""
         _check_bytes(data, self._config)
@@ -113,7 +144,7 @@ class Decoder:
         self.close()
 
 
-def _call(function: Callable[..., Pixels], *args: Any) -> Pixels:
+def _call(function: Callable[..., Result], *args: Any) -> Result:
     return function(*args)
 
 

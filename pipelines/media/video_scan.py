@@ -35,6 +35,7 @@ class Scan:
     first, and `end_s` when the last one ends (None: unknown). `keys` are the key frames, increasing. `pts` and `keys`
     are in units of the stream. `frame_s` is the mean time between frames. The clock of a joined video (`is_joined`)
     starts again within the file, so that no seek is possible. `decord_trap` names what decord 0.6 decodes wrongly.
+    `length_s` is `end_s`, or by the number of frames where no times are stored.
     """
 
     pts: list[int]
@@ -44,6 +45,7 @@ class Scan:
     frame_s: float
     is_joined: bool
     decord_trap: str
+    length_s: float
 
     def times_s(self, num_frames: int) -> npt.NDArray[np.float64]:
         """Return when each frame is shown: evenly spaced, unless the container has a time for each frame."""
@@ -219,7 +221,8 @@ class _Clock:
         is_joined = len(segments) > 1
         trap = self._trap or ("its clock starts again" if is_joined else trap)
         if not self._is_timed:
-            return Scan([], [], None, sorted(self._keys), self.frame_s, is_joined, trap or "no presentation times")
+            trap, length_s = trap or "no presentation times", self._num_frames * self.frame_s
+            return Scan([], [], None, sorted(self._keys), self.frame_s, is_joined, trap, length_s)
         pts: list[int] = []
         shown_s: list[float] = []
         end_s = 0.0
@@ -233,7 +236,7 @@ class _Clock:
             end_s = shown_s[-1] + last_s
         if segments and not is_joined:
             end_s = max(end_s, _declared_end_s(container, stream, pts[0] * self._tick_s, shown_s[-1]))
-        return Scan(pts, shown_s, end_s, sorted(self._keys), self.frame_s, is_joined, trap)
+        return Scan(pts, shown_s, end_s, sorted(self._keys), self.frame_s, is_joined, trap, end_s)
 
 
 def _declared_end_s(container: Any, stream: Any, start_s: float, last_s: float) -> float:

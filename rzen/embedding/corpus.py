@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NotRequired
@@ -14,10 +15,10 @@ from typing import Any, NotRequired
 import numpy as np
 from typing_extensions import TypedDict
 
-from pipelines.config import DataConfig, NonNegativeInt
+from pipelines.config import DataConfig, NonNegativeInt, PositiveFloat
 from pipelines.errors import UserError
 from pipelines.instructions import INSTRUCTIONS
-from pipelines.samples import MODALITIES, DecodedInput, MediaKind, Modality
+from pipelines.samples import MODALITIES, DecodedInput, MediaKind, Modality, TimeRange
 from pipelines.storage.location import open_store
 from pipelines.storage.store import Store
 from pipelines.stored_json import parse_json, stored_file
@@ -29,7 +30,7 @@ from rzen.index.build import open_index
 from rzen.index.exact import ExactIndex
 from rzen.index.filters import Condition, parse_conditions
 from rzen.index.parts import VECTOR, Parts
-from rzen.index.types import CorpusIndex, IndexEntry, Row
+from rzen.index.types import KEY, CorpusIndex, IndexEntry, Row, TargetPlace
 from rzen.model.checkpoints import MadeBy
 
 MANIFEST = "vectors.json"
@@ -40,6 +41,20 @@ _TASKS: dict[MediaKind, str] = {"image": "text_image", "document": "text_page", 
 
 _COLUMNS = ("score", "modality", "title", "origin", "split", "source", "index")
 _PARTS_OF_EXAMPLES = 16
+_PART = re.compile(r"parts/(?P<place>.+)-(?P<start>\d{9})-[0-9a-f]{16}\.parquet")
+_MS = 0.001
+_MOST_HITS = 1000
+_MORE = 4  # times the hits, until they are of enough targets
+
+
+@stored_file
+class SegmentsEntry(TypedDict):
+    """How long videos were divided, and into how many segments. Segments begin `overlap_s` before the last one ends."""
+
+    seconds: PositiveFloat
+    overlap_s: float
+    num_videos: NonNegativeInt
+    num_segments: NonNegativeInt
 
 
 @stored_file
@@ -49,6 +64,8 @@ class VectorsFile(TypedDict):
     parts: list[str]
     query_parts: NotRequired[list[str]]
     """Parts of the vectors of queries, which no search finds. A student learns from them."""
+    segments: NotRequired[SegmentsEntry]
+    """Segments of videos. Without it, each video has one vector, and rows have no `start_s` and `end_s`."""
     num_vectors: NonNegativeInt
     model: str
     config: str
@@ -71,6 +88,7 @@ class CorpusHit:
 
     `rank` counts from 1, `score` is the cosine with the query. `title` is the caption, or the text itself for a text.
     `origin` is the file (and page or line in it). The target is number `index` of `source` in the dataset's `split`.
+    `start_s` and `end_s` are those of a segment of a video, None for a whole target.
     """
 
     rank: int
@@ -81,6 +99,22 @@ class CorpusHit:
     split: str
     source: str
     index: int
+    start_s: float | None = None
+    end_s: float | None = None
+
+    @property
+    def segment(self) -> TimeRange | None:
+        """Return the part of the video that the hit is, None for a whole target."""
+        return range_of({"start_s": self.start_s, "end_s": self.end_s})
+
+    @property
+    def target(self) -> tuple[str, str, int]:
+        """Return the place of the target in the dataset: equal for the segments of a video."""
+        return self.split, self.source, self.index
+
+    def place(self) -> str:
+        """Return file and time, such as `lecture.mp4 12:30-13:00`."""
+        return self.origin if self.segment is None else f"{self.origin} {self.segment}"
 
 
 @dataclass(frozen=True)
@@ -155,6 +189,54 @@ class Corpus:
             raise UserError("filters", f"{self.url} holds no target with {wanted}", "ask for others")
         return [[_hit(rank, row) for rank, row in enumerate(rows, start=1)] for rows in found]
 
+    def nearest_targets(
+        self, query_D: FloatArray, k: int, filters: Sequence[str] | Mapping[str, Any] = ()
+    ) -> list[list[CorpusHit]]:
+        """Return the k best targets as lists of hits, best first: of a video, its best segments, else the target alone.
+
+        A search of `_MOST_HITS` segments ends, even if it found fewer than k targets.
+        """
+        count = k
+        while True:
+            (hits,) = self.nearest(query_D[None], count, filters)
+            groups: dict[tuple[str, str, int], list[CorpusHit]] = {}
+            for hit in hits:
+                groups.setdefault(hit.target, []).append(hit)
+            if len(groups) >= k or len(hits) < count or count >= max(k, _MOST_HITS):
+                return list(groups.values())[:k]
+            count = min(_MORE * count, max(k, _MOST_HITS))
+
+    def find_row(self, target: TargetPlace) -> Row | None:
+        """Return content (`target_sha256`) and vector of a target or segment, None where there is none."""
+        import pyarrow.compute as pc
+
+        place = ["split", "source", "index"]
+        same = pc.field("split") == target.split
+        same &= (pc.field("source") == target.source) & (pc.field("index") == target.index)
+        if "start_s" in self.parts.schema().names:
+            place.append("start_s")
+            same &= pc.is_null(pc.field("start_s")) if target.start_s is None else _equal_s(target.start_s)
+        elif target.start_s is not None:
+            return None
+        for number in self._parts_of(target):
+            found = self.parts.read(number, [KEY, VECTOR, *place]).filter(same)
+            if len(found):
+                row: Row = found.select([KEY, VECTOR]).slice(0, 1).to_pylist()[0]
+                return row
+        return None
+
+    def _parts_of(self, target: TargetPlace) -> list[int]:
+        """Return the parts that may hold a target, by their names: all of them if these do not say."""
+        named = [_PART.fullmatch(path) for path in self.parts.paths]
+        if not all(named):
+            return list(range(len(named)))
+        starts = [
+            (int(found["start"]), number)
+            for number, found in enumerate(named)
+            if found and found["place"] == f"{target.split}-{target.source}" and int(found["start"]) <= target.index
+        ]
+        return [max(starts)[1]] if starts else []
+
     def titled(self, title: str, query_D: FloatArray) -> CorpusHit | None:
         """Return the target with this caption that is nearest to the query, with its rank among all.
 
@@ -186,6 +268,12 @@ class Corpus:
         if not query.visuals:
             return INSTRUCTIONS["text_image"][0]
         return INSTRUCTIONS["image_text_image"][0] if query.text else INSTRUCTIONS[_TASKS[query.visuals[0].kind]][1]
+
+
+def range_of(row: Row) -> TimeRange | None:
+    """Return the part of a video that a row is, None for a whole target."""
+    start_s, end_s = row.get("start_s"), row.get("end_s")
+    return None if start_s is None or end_s is None else TimeRange(start_s, end_s)
 
 
 def all_parts(manifest: VectorsFile) -> list[str]:
@@ -258,8 +346,14 @@ def _parsed(store: Store, data: bytes) -> VectorsFile:
     return parse_json(data, f"{store.url}/{MANIFEST}", VectorsFile, "run the job embed again")
 
 
+def _equal_s(seconds: float) -> Any:
+    import pyarrow.compute as pc
+
+    return pc.less(pc.abs(pc.subtract(pc.field("start_s"), seconds)), _MS / 2)
+
+
 def _hit(rank: int, row: Row) -> CorpusHit:
-    return CorpusHit(rank, **{name: row[name] for name in _COLUMNS})
+    return CorpusHit(rank, **{name: row[name] for name in _COLUMNS}, start_s=row.get("start_s"), end_s=row.get("end_s"))
 
 
 def _has_instruction(query: Embeddable) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NotRequired, Protocol, get_args
 
 from typing_extensions import TypedDict
@@ -34,6 +35,16 @@ class IndexEntry(TypedDict):
     version: NotRequired[NonNegativeInt]
     trained_rows: NotRequired[NonNegativeInt]
     """Rows on which the table's index was trained, 0 for a table that is scanned."""
+
+
+@dataclass(frozen=True, slots=True)
+class TargetPlace:
+    """A target: number `index` of `source` in a split of the dataset. Of a video, the segment from `start_s` on."""
+
+    split: str
+    source: str
+    index: int
+    start_s: float | None = None
 
 
 class CorpusIndex(Protocol):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -22,7 +22,9 @@ from pipelines.errors import UserError
 from pipelines.samples import DecodedInput
 from rzen.embedding.corpus import Corpus, CorpusHit
 from rzen.embedding.tasks import modalities_of
-from rzen.index.filters import parse_conditions
+from rzen.index.filters import Condition, parse_conditions
+from rzen.index.parts import VECTOR
+from rzen.index.types import KEY, TargetPlace
 from rzen.reranking.encoder import JointBatch
 from rzen.serving.canary import Outcomes, Trial
 from rzen.serving.dialects.formats import cut_vectors
@@ -220,21 +222,22 @@ class Engine:
             raise RequestError(
                 404, "there is no corpus of this model; start the server with --corpus", reason="no_corpus"
             )
-        answered = await self._embed(served, (request.query,), request.wish, served.query_decoders, True, corpus)
         modalities = request.modalities or modalities_of(served.embedder.tasks.get(request.wish.task or "")) or ()
-
         chosen = {"modality": list(modalities), "source": list(request.sources)}
         filters = {column: values for column, values in chosen.items() if values}
-
-        def nearest() -> list[CorpusHit]:
-            conditions = (*corpus.conditions, *parse_conditions(request.filters))
-            return replace(corpus, conditions=conditions).nearest(answered.vectors, request.top_k, filters)[0]
-
+        query: Vectors | TargetPlace
+        if request.query is None:
+            assert request.like is not None
+            query = request.like
+        else:
+            answered = await self._embed(served, (request.query,), request.wish, served.query_decoders, True, corpus)
+            query = answered.vectors[0]
+        loop = asyncio.get_running_loop()
         try:
-            hits = await asyncio.get_running_loop().run_in_executor(self._threads, nearest)
+            hits = await loop.run_in_executor(self._threads, _find, corpus, query, request, filters)
         except UserError as error:
             raise RequestError(400, str(error), "filters", reason="bad_filter") from error
-        return Found([asdict(hit) for hit in hits], served.version)
+        return Found(hits, served.version)
 
     async def _score_request(self, served: Served, request: ScoreRequest) -> Scored:
         if served.reranker is None:
@@ -303,6 +306,34 @@ class Engine:
             for task in tasks:
                 task.cancel()
             raise
+
+
+def _find(
+    corpus: Corpus, query: Vectors | TargetPlace, request: SearchRequest, filters: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Return the hits of a vector, or of a target of the corpus, which is then not among them.
+
+    Raises `UserError` for conditions that do not fit, and `RequestError` 404 for a target that is not there.
+    """
+    further = parse_conditions(request.filters)
+    if isinstance(query, TargetPlace):
+        row = corpus.find_row(query)
+        if row is None:
+            raise RequestError(404, "the corpus does not have the target that like names", "like", reason="no_target")
+        query, further = np.array(row[VECTOR], np.float32), (*further, Condition(KEY, "!=", (row[KEY],)))
+    searched = replace(corpus, conditions=(*corpus.conditions, *further))
+    if not request.grouped:
+        (hits,) = searched.nearest(query[None], request.top_k, filters)
+        return [asdict(hit) for hit in hits]
+    groups = searched.nearest_targets(query, request.top_k, filters)
+    return [
+        asdict(best) | {"rank": rank, "moments": [_moment(hit) for hit in others]}
+        for rank, (best, *others) in enumerate(groups, start=1)
+    ]
+
+
+def _moment(hit: CorpusHit) -> dict[str, Any]:
+    return {"rank": hit.rank, "score": hit.score, "start_s": hit.start_s, "end_s": hit.end_s}
 
 
 def _all_or_error(results: Sequence[Any]) -> list[Any]:

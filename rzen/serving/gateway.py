@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from pipelines.samples import Clip, TimeRange
 from rzen.serving.dialects.routes import PAIR_ROUTES, ROUTES, Dialect, PairDialect, dialect_of
 from rzen.serving.dialects.searching import parse_search, search_answer
 from rzen.serving.fetching import fetch_media
@@ -24,10 +26,13 @@ from rzen.serving.types import Answered, EmbedRequest, Found, Limits, RequestErr
 _JSON_TYPES = ("application/json", "text/json")
 _VERSION = "x-rzen-version"
 """Header of an answer: the version of the model, or of model and corpus, that gave it."""
+_START_S, _END_S = "x-rzen-start-s", "x-rzen-end-s"
+"""Headers of a clip: where in it the segment begins and ends."""
+_KEPT = {"Cache-Control": "private, max-age=3600"}
 _FETCHES = 4
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self';"
-    " img-src 'self' blob: data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
+    " img-src 'self' blob: data:; media-src blob:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
@@ -47,8 +52,11 @@ class Backend(Protocol):
     async def score(self, request: ScoreRequest) -> Scored:
         """Return the scores of pairs."""
 
-    async def picture(self, split: str, source: str, index: int) -> bytes:
-        """Return a WebP of a target of the corpus."""
+    async def picture(self, split: str, source: str, index: int, segment: TimeRange | None) -> bytes:
+        """Return a WebP of a target of the corpus, or of a segment of a video."""
+
+    async def clip(self, split: str, source: str, index: int, segment: TimeRange | None) -> Clip:
+        """Return a video of the corpus, or a segment of it, as a file that a browser plays."""
 
     async def check(self) -> None:
         """Raise `RequestError` 503 unless requests would be answered rightly now."""
@@ -90,6 +98,7 @@ def build_app(
             *(Route(path, handler, methods=["POST"]) for path, handler in paths.items()),
             *(Route(path, file, methods=["GET"]) for path, file in page.items()),
             Route("/v1/pictures/{split}/{source}/{index:int}", routes.picture, methods=["GET"]),
+            Route("/v1/clips/{split}/{source}/{index:int}", routes.clip, methods=["GET"]),
             Route("/v1/models", routes.models, methods=["GET"]),
             Route("/v1/models/{name:path}", routes.model, methods=["GET"]),
             Route("/healthz", routes.health, methods=["GET"]),
@@ -139,14 +148,22 @@ class _Routes:
     async def search(self, request: Request) -> Response:
         asked = parse_search(await _body(request), self._settings.limits)
         self._check_name(asked.model)
-        (query,) = await self._fetched((asked.query,))
-        found = await self._backend.search(replace(asked, query=query))
+        if asked.query is not None:
+            (query,) = await self._fetched((asked.query,))
+            asked = replace(asked, query=query)
+        found = await self._backend.search(asked)
         return _json(search_answer(found.hits, self._settings.name, found.version), found.version)
 
     async def picture(self, request: Request) -> Response:
         path = request.path_params
-        data = await self._backend.picture(path["split"], path["source"], path["index"])
-        return Response(data, media_type="image/webp", headers={"Cache-Control": "private, max-age=3600"})
+        data = await self._backend.picture(path["split"], path["source"], path["index"], _segment(request))
+        return Response(data, media_type="image/webp", headers=_KEPT)
+
+    async def clip(self, request: Request) -> Response:
+        path = request.path_params
+        clip = await self._backend.clip(path["split"], path["source"], path["index"], _segment(request))
+        place = {_START_S: f"{clip.start_s:.3f}", _END_S: f"{clip.end_s:.3f}"}
+        return Response(clip.data, media_type=clip.media_type, headers=_KEPT | place)
 
     async def models(self, request: Request) -> Response:
         described = await self._described()
@@ -194,6 +211,20 @@ class _Routes:
         loop = asyncio.get_running_loop()
         settings = self._settings
         return await loop.run_in_executor(self._fetches, fetch_media, inputs, settings.allow_urls, settings.limits)
+
+
+def _segment(request: Request) -> TimeRange | None:
+    """Return the part of a video that an address asks for, None for all of it. Raises `RequestError` 400."""
+    given = [request.query_params.get(name) for name in ("start_s", "end_s")]
+    if given == [None, None]:
+        return None
+    try:
+        start_s, end_s = (float(value or "nan") for value in given)
+    except ValueError:
+        start_s = end_s = math.nan
+    if not 0 <= start_s < end_s < math.inf:
+        raise RequestError(400, "start_s and end_s are not a range of seconds", "start_s")
+    return TimeRange(start_s, end_s)
 
 
 def _page_file(name: str, kind: str) -> Callable[[Request], Awaitable[Response]]:

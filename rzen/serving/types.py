@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.samples import MediaKind, Modality
+from rzen.index.types import TargetPlace
 
 Vectors = npt.NDArray[np.float32]
 Role = Literal["query", "target"]
@@ -151,9 +152,12 @@ class EmbedRequest:
 
 @dataclass(frozen=True, slots=True)
 class SearchRequest:
-    """A request for the best targets of a corpus."""
+    """A request for the best targets of a corpus: those that fit a query, or those like a target of it.
 
-    query: ServedInput
+    `grouped` counts a video once, with its best segment first and others as further moments.
+    """
+
+    query: ServedInput | None
     model: str | None = None
     wish: Wish = Wish()
     top_k: int = 10
@@ -161,6 +165,9 @@ class SearchRequest:
     sources: tuple[str, ...] = ()
     filters: tuple[str, ...] = ()
     """Further conditions on columns of the corpus, such as `source=photos`, as `rzen search` takes them."""
+    like: TargetPlace | None = None
+    """Target that is the query. It is not among the hits."""
+    grouped: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +203,10 @@ class Answered:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Hits of a query, with the fields of `CorpusHit`, and the version of the model and the corpus that found them."""
+    """Hits of a query, with the fields of `CorpusHit`, and the version of the model and the corpus that found them.
+
+    With `grouped`, a hit has its further `moments`: rank, score, start_s and end_s of other segments.
+    """
 
     hits: list[dict[str, Any]]
     version: str

@@ -107,7 +107,7 @@ def indexed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Output:
 
 @pytest.fixture
 def embedded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Output:
-    def embed_items(items: Any, models: Any, spec: Any, on_progress: Any) -> Any:
+    def embed_items(items: Any, models: Any, spec: Any, on_progress: Any, **more: Any) -> Any:
         ids = [item.id for item in items]
         write_part(models[0][1].store, ids, np.ones((len(ids), 4), dtype=np.float32))
         models[0][1].refresh()

@@ -16,6 +16,8 @@ import pytest
 
 import rzen
 from jobs.cli import main
+from jobs.data import ingest
+from jobs.data.specs import IngestSpec
 from jobs.embedding import embed
 from jobs.embedding.engine import embed_items
 from jobs.embedding.specs import EmbedSpec
@@ -28,6 +30,7 @@ from rzen.embedding.corpus import MANIFEST
 from tests.data import publish
 from tests.kills import run_until_a_part_is_stored
 from tests.tiny import tiny_export
+from tests.vectors import scenes
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 COLUMNS = ["split", "source", "index", "modality", "title", "origin", "target_sha256", "vector"]
@@ -187,7 +190,7 @@ def test_a_run_that_stopped_half_way_resumes_to_the_same_bytes(
 ) -> None:
     make_data(tmp_path, bad=BAD)
 
-    def stopped(items: Any, models: Any, workers: Any, on_progress: Any) -> Any:
+    def stopped(items: Any, models: Any, workers: Any, on_progress: Any, **more: Any) -> Any:
         def stop(done: int, total: int) -> None:
             if done:
                 raise Stop
@@ -217,3 +220,35 @@ def test_a_killed_run_resumes_to_the_same_bytes(whole: Path, tmp_path: Path, mod
     assert list((tmp_path / "vectors").glob("unfinished/*/*.ids"))
     embed.run(spec)
     assert vector_files(tmp_path) == vector_files(whole)
+
+
+def test_long_videos_are_measured_on_the_cluster_and_their_segments_embedded_by_any_number_of_actors(
+    tmp_path: Path, model: str, ray_cluster: None
+) -> None:
+    for actors in (1, 2):
+        folder = tmp_path / str(actors)
+        (folder / "films").mkdir(parents=True)
+        for number in range(3):  # a shard each
+            colors = [(number * 100, 0, 250 - one * 50) for one in range(4)]
+            (folder / f"films/{number}.mp4").write_bytes(scenes(colors, 1))
+        ingest.run(
+            IngestSpec(
+                kind="ingest",
+                input=str(folder / "films"),
+                out=str(folder / "data"),
+                samples_per_shard=1,
+                held_out_fraction=0.0,
+                keep_uncaptioned=True,
+            )
+        )
+        spec = spec_of(folder, model, splits=["uncaptioned"], segment_seconds=2.0, actors=actors, samples_per_part=2)
+        result = embed.run(spec)
+        assert result["segments"] == {"seconds": 2.0, "overlap_s": 0.0, "num_videos": 3, "num_segments": 6}
+        assert (result["vectors"], result["embedded"]) == (6, 6)
+        assert len([name for name in files(folder) if name.startswith("listings/")]) == 2 * 3
+        assert embed.run(spec)["embedded"] == 0
+    one, two = (
+        {name: data for name, data in files(tmp_path / number).items() if name.startswith("parts/")} for number in "12"
+    )
+    assert one == two
+    assert len(one) == 2 * 3  # the segments of a video stay in one part

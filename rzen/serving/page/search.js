@@ -5,6 +5,7 @@ const KINDS = { image: "image", video: "video", application: "document" };
 const TOP_K = 24;
 const $ = (id) => document.getElementById(id);
 let file = null; // {kind, uri, name} of the file that is asked with
+let like = null; // {split, source, index, start_s, name} of the hit that is asked with
 let latest = 0; // number of the last search, because answers may overtake each other
 
 for (const modality of MODALITIES) {
@@ -30,7 +31,7 @@ async function search() {
   const text = $("query").value.trim();
   const modalities = boxes().filter((box) => box.checked).map((box) => box.value);
   remember(text, modalities);
-  if (!text && !file) {
+  if (!text && !file && !like) {
     $("hits").replaceChildren();
     $("status").textContent = "";
     return;
@@ -38,10 +39,12 @@ async function search() {
   const number = ++latest;
   const query = file ? { [file.kind]: file.uri, ...(file.kind === "document" ? { page: 0 } : {}) } : {};
   if (text) query.text = text;
+  const { name: _, ...target } = like || {};
+  const asked = like ? { like: target } : { query };
   $("status").textContent = "Searching";
   const began = performance.now();
   try {
-    const body = JSON.stringify({ query, top_k: TOP_K, modalities });
+    const body = JSON.stringify({ ...asked, top_k: TOP_K, modalities, group: true });
     const answer = await fetch("/v1/search", { method: "POST", headers: headers(), body });
     const content = await answer.json();
     if (number !== latest) return;
@@ -68,21 +71,115 @@ function card(hit, next) {
   title.textContent = hit.title || hit.origin;
   facts.className = "facts";
   const margin = next ? `, ${(hit.score - next.score).toFixed(3)} before the next` : "";
-  facts.textContent = `${hit.rank}. ${hit.modality}, ${hit.score.toFixed(3)}${margin}. ${hit.origin}`;
+  facts.textContent = `${hit.rank}. ${hit.modality}, ${hit.score.toFixed(3)}${margin}. ${place(hit)}`;
   if (hit.modality !== "text") picture(item, hit);
-  item.append(title, facts);
+  item.append(title, facts, actions(item, hit));
   return item;
 }
 
-async function picture(item, hit) {
+// Buttons of a hit: play it, look for others like it, and play further moments of the same video.
+function actions(item, hit) {
+  const bar = document.createElement("div");
+  bar.className = "actions";
+  if (hit.modality === "video") bar.append(button("Play", () => play(item, hit, hit)));
+  bar.append(button("More like this", () => ask(hit)));
+  if (hit.moments.length) {
+    const also = document.createElement("span");
+    also.textContent = "Also at";
+    bar.append(also);
+  }
+  for (const moment of hit.moments) {
+    const one = button(time(moment.start_s), () => play(item, hit, moment));
+    one.title = `${range(moment)}, ${moment.score.toFixed(3)}`;
+    bar.append(one);
+  }
+  return bar;
+}
+
+function button(label, act) {
+  const made = document.createElement("button");
+  made.type = "button";
+  made.textContent = label;
+  made.addEventListener("click", act);
+  return made;
+}
+
+// A time as players write it: 1:30, 1:00:05, 0:02.5.
+function time(seconds) {
+  const ms = Math.round(seconds * 1000);
+  const minutes = Math.floor(ms / 60000);
+  const text = minutes < 60 ? `${minutes}` : `${Math.floor(minutes / 60)}:${`${minutes % 60}`.padStart(2, "0")}`;
+  const rest = ms % 1000 ? `.${`${ms % 1000}`.padStart(3, "0")}`.replace(/0+$/, "") : "";
+  return `${text}:${`${Math.floor((ms % 60000) / 1000)}`.padStart(2, "0")}${rest}`;
+}
+
+function range(hit) {
+  return `${time(hit.start_s)}-${time(hit.end_s)}`;
+}
+
+function place(hit) {
+  return hit.end_s == null ? hit.origin : `${hit.origin} ${range(hit)}`;
+}
+
+// The address of a hit below a route, for one moment of it.
+function address(route, hit, moment) {
   const path = [hit.split, hit.source, hit.index].map(encodeURIComponent).join("/");
-  const answer = await fetch(`/v1/pictures/${path}`, { headers: headers() });
-  if (!answer.ok) return;
+  const asked = moment.end_s == null ? "" : `?start_s=${moment.start_s}&end_s=${moment.end_s}`;
+  return `${route}/${path}${asked}`;
+}
+
+async function picture(item, hit) {
+  const answer = await fetch(address("/v1/pictures", hit, hit), { headers: headers() });
+  if (!answer.ok || item.querySelector("video")) return;
   const image = document.createElement("img");
   image.alt = hit.title || hit.origin;
   image.src = URL.createObjectURL(await answer.blob());
   image.addEventListener("load", () => URL.revokeObjectURL(image.src));
   item.prepend(image);
+}
+
+// Play one moment instead of the picture. The clip begins at a key frame, so that the moment is a fragment of it.
+async function play(item, hit, moment) {
+  const answer = await fetch(address("/v1/clips", hit, moment), { headers: headers() });
+  if (!answer.ok) {
+    $("status").textContent = `${place(hit)} cannot be played here.`;
+    return;
+  }
+  const [start, end] = ["x-rzen-start-s", "x-rzen-end-s"].map((name) => answer.headers.get(name));
+  const video = document.createElement("video");
+  const uri = URL.createObjectURL(await answer.blob());
+  video.controls = true;
+  video.title = place({ ...hit, ...moment });
+  video.addEventListener("error", () => {
+    $("status").textContent = `This browser cannot play ${hit.origin}.`;
+  });
+  video.src = `${uri}#t=${start},${end}`;
+  const before = item.querySelector("video");
+  if (before) URL.revokeObjectURL(before.src.split("#")[0]);
+  (before || item.querySelector("img"))?.remove();
+  item.prepend(video);
+  video.play().catch(() => {});
+}
+
+// Ask with a hit: what is near it in the corpus.
+function ask(hit) {
+  forget();
+  $("query").value = "";
+  const { split, source, index, start_s } = hit;
+  like = { split, source, index, ...(start_s == null ? {} : { start_s }), name: place(hit) };
+  show(document.createTextNode(`Like ${like.name}`));
+  scrollTo(0, 0);
+  search();
+}
+
+function forget() {
+  file = like = null;
+  $("chosen").hidden = true;
+}
+
+function show(node) {
+  $("shown").replaceChildren(node);
+  $("chosen").hidden = false;
 }
 
 function choose(given) {
@@ -93,12 +190,12 @@ function choose(given) {
   }
   const reader = new FileReader();
   reader.addEventListener("load", () => {
+    forget();
     file = { kind, uri: reader.result, name: given.name };
     const shown = kind === "image" ? new Image() : document.createElement("span");
     if (kind === "image") shown.src = reader.result;
     else shown.textContent = given.name;
-    $("shown").replaceChildren(shown);
-    $("chosen").hidden = false;
+    show(shown);
     search();
   });
   reader.readAsDataURL(given);
@@ -108,6 +205,7 @@ function remember(text, modalities) {
   const words = new URLSearchParams();
   if (text) words.set("q", text);
   for (const modality of modalities) words.append("show", modality);
+  if (like) words.set("like", JSON.stringify(like));
   history.replaceState(null, "", words.size ? `#${words}` : location.pathname);
 }
 
@@ -115,17 +213,23 @@ function recall() {
   const words = new URLSearchParams(location.hash.slice(1));
   $("query").value = words.get("q") || "";
   for (const box of boxes()) box.checked = words.getAll("show").includes(box.value);
+  const given = words.get("like");
+  if (like) forget();
+  if (given) {
+    like = JSON.parse(given);
+    show(document.createTextNode(`Like ${like.name}`));
+  }
   search();
 }
 
 $("form").addEventListener("submit", (event) => {
   event.preventDefault();
+  if (like) forget(); // words begin another search
   search();
 });
 $("file").addEventListener("change", () => choose($("file").files[0]));
 $("remove").addEventListener("click", () => {
-  file = null;
-  $("chosen").hidden = true;
+  forget();
   search();
 });
 $("key").addEventListener("change", () => {
