@@ -5,6 +5,7 @@
 * `{out}/report.json`, `{out}/report.html`: counts by reason and source, settings, examples with pictures.
 * `{cache}/`: what was computed of each shard, kept by its content.
 
+Nothing is done if the output is there, of the same samples, rules, evaluation sets and model.
 Tasks of Ray compute the features of shards, each once. The rules run in the job's own process.
 """
 
@@ -17,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from jobs.curation.evaluation_sets import EvaluationSet, find_evaluation_sets
-from jobs.curation.output import publish_drops
+from jobs.curation.output import finished_report, publish_drops, result_of
 from jobs.curation.specs import CurateSpec
 from jobs.curation.vectors import SampleVectors, model_settings
 from jobs.embedding.engine import check_workers
+from jobs.embedding.settings import EmbedderSettings
 from jobs.embedding.vectors import config_digest
 from jobs.runtime.cluster import ray_cluster
 from jobs.runtime.lease import Lease, hold_output
@@ -29,9 +31,11 @@ from pipelines.candidates.types import KIND
 from pipelines.config import DataConfig
 from pipelines.curate.exact import find_exact
 from pipelines.curate.features import (
+    FAMILIES,
     Family,
     FeatureSettings,
     Inputs,
+    ShardInputs,
     missing_features,
     shard_inputs,
     write_features,
@@ -44,11 +48,13 @@ from pipelines.curate.samples import Samples, Verdicts
 from pipelines.curate.semantic import find_misaligned, find_semantic
 from pipelines.curate.settings import CurationRules, LeakageRule
 from pipelines.errors import UserError
+from pipelines.feed.reader import Reader
 from pipelines.ingest.tasks import run_tasks
+from pipelines.items.types import content_id
 from pipelines.storage.location import open_store, resolve_endpoint
 from pipelines.storage.store import Store
 
-_BOTH: tuple[Family, ...] = ("texts", "media")
+_VERSION = 1  # of what a job writes for equal samples, rules and evaluation sets
 
 
 def run(spec: CurateSpec) -> dict[str, Any]:
@@ -69,19 +75,48 @@ def _run(spec: CurateSpec, store: Store, lease: Lease) -> dict[str, Any]:
     rules = spec.rules
     sets = find_evaluation_sets(rules.leakage, data) if rules.leakage else []
     settings = _feature_settings(rules, data)
+    embedder = model_settings(spec) if rules.needs_model else None
+    job = _job_id(spec, inputs, sets, settings, embedder)
+    if (report := finished_report(store, job)) is not None:
+        say(f"  {store.url} is up to date: nothing to curate")
+        return result_of(spec, report, store)
     say(f"  {sum(map(len, inputs)) // 2:,} samples of {data.root} {data.split} -> {store.url}")
     for some in sets:
         say(f"  compared with {some.name}: {some.num_inputs:,} inputs")
     with ray_cluster(), Bars() as bars, tempfile.TemporaryDirectory(prefix="rzen-curate-") as scratch:
-        families: tuple[Family, ...] = _BOTH if rules.needs_media else ("texts",)
+        families: tuple[Family, ...] = FAMILIES if rules.needs_media else ("texts",)
         compute = partial(_compute, settings=settings, cache=cache, cpus_per_task=spec.cpus_per_task, bars=bars)
         compute("features", inputs, families)
-        compute("evaluation sets", [some for one in sets for some in one.inputs], _BOTH)
+        compute("evaluation sets", [some for one in sets for some in one.inputs], FAMILIES)
         samples = load_samples(inputs, families, settings, cache)
-        judge = _Judge(spec, samples, settings, cache, Path(scratch), bars)
-        verdicts = judge.verdicts(sets)
-    made_from = {"model": judge.model} if judge.model else {}
-    return publish_drops(spec, samples, verdicts, sets, settings, store, made_from, lease.check)
+        verdicts = _Judge(spec, samples, settings, embedder, cache, Path(scratch), bars).verdicts(sets)
+    made_from = {"model": config_digest(embedder.config)} if embedder else {}
+    return publish_drops(spec, samples, verdicts, sets, settings, store, job, made_from, lease.check)
+
+
+def _job_id(
+    spec: CurateSpec,
+    inputs: Sequence[ShardInputs],
+    sets: Sequence[EvaluationSet],
+    settings: FeatureSettings,
+    embedder: EmbedderSettings | None,
+) -> str:
+    """Return what identifies all that decides the output of a job."""
+    reader = Reader(spec.data)
+    sources = dict.fromkeys(some.shard.source for some in inputs)
+    return content_id(
+        {
+            "version": _VERSION,
+            "root": spec.data.root,
+            "split": spec.data.split,
+            "sources": [[name, reader.source(name).fingerprint] for name in sources],
+            "features": [settings.path(family, "") for family in FAMILIES],
+            "sets": [[one.name, [some.digest for some in one.inputs]] for one in sets],
+            "model": embedder.config if embedder else None,
+            "rules": spec.rules.model_dump(mode="json"),
+            "num_examples": spec.num_examples,
+        }
+    )
 
 
 def _feature_settings(rules: CurationRules, data: DataConfig) -> FeatureSettings:
@@ -115,12 +150,18 @@ class _Judge:
     """Applies the rules of a job in their order."""
 
     def __init__(
-        self, spec: CurateSpec, samples: Samples, settings: FeatureSettings, cache: Store, scratch: Path, bars: Bars
+        self,
+        spec: CurateSpec,
+        samples: Samples,
+        settings: FeatureSettings,
+        embedder: EmbedderSettings | None,
+        cache: Store,
+        scratch: Path,
+        bars: Bars,
     ) -> None:
-        self._spec, self._samples, self._settings = spec, samples, settings
+        self._spec, self._samples, self._settings, self._embedder = spec, samples, settings, embedder
         self._cache, self._scratch, self._bars = cache, scratch, bars
         self._verdicts = Verdicts.of(len(samples))
-        self.model: str | None = None
 
     def verdicts(self, sets: Sequence[EvaluationSet]) -> Verdicts:
         """Return what becomes of each sample."""
@@ -136,16 +177,14 @@ class _Judge:
             datasets = [(one.name, one.inputs) for one in sets]
             evaluation = partial(load_evaluation, datasets, self._settings, self._cache)
             verdicts.add(find_leaks(samples, verdicts.keep, evaluation, rules.leakage))
-        if rules.needs_model:
-            self._by_vectors()
+        if self._embedder:
+            self._by_vectors(self._embedder)
         return verdicts
 
-    def _by_vectors(self) -> None:
+    def _by_vectors(self, embedder: EmbedderSettings) -> None:
         rules, samples, verdicts = self._spec.rules, self._samples, self._verdicts
         check_workers(self._spec)
-        settings = model_settings(self._spec)
-        self.model = config_digest(settings.config)
-        vectors = SampleVectors(self._spec, settings, self._cache, self._scratch, self._bars)
+        vectors = SampleVectors(self._spec, embedder, self._cache, self._scratch, self._bars)
         if rules.alignment:
             # A low grade says that the pair does not fit: that is what the model should learn.
             graded = samples.texts.graded.reshape(-1, 2)[:, 0]
@@ -153,7 +192,7 @@ class _Judge:
             verdicts.add(find_misaligned(samples, verdicts.keep, cosines, rules.alignment))
         if rules.semantic:
             targets = vectors.targets(verdicts.keep)
-            drops, verdicts.weight = find_semantic(
+            drops, verdicts.weight, verdicts.full_clusters = find_semantic(
                 samples, verdicts.keep, targets, rules.semantic, rules.within, rules.seed
             )
             verdicts.add(drops)

@@ -1,4 +1,4 @@
-"""Samples that were left out, with pictures, next to what they resemble."""
+"""Samples that were left out, next to what they resemble, and targets of full clusters, with pictures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipelines.errors import BadMedia
 from pipelines.feed.reader import Reader
 from pipelines.items.decode import ItemDecoder
 from pipelines.samples import DecodedInput, DecodedSample, Rejected
-from rzen.report.curation import DropExample
+from rzen.report.curation import ClusterExample, DropExample
 from rzen.report.hits import Hit
 
 _MAX_CHARS = 300
@@ -34,6 +34,18 @@ def drop_examples(
     return found
 
 
+def cluster_examples(
+    spec: CurateSpec, samples: Samples, verdicts: Verdicts, settings: FeatureSettings
+) -> list[ClusterExample]:
+    """Return the largest full clusters, each with some of its targets."""
+    largest = sorted(verdicts.full_clusters, key=lambda some: -some.num_samples)[: spec.num_examples]
+    pictures = _Pictures(spec, samples, settings)
+    return [
+        ClusterExample(some.num_samples, some.sources, some.weight, [pictures.target(one) for one in some.examples])
+        for some in largest
+    ]
+
+
 class _Pictures:
     """Decodes what the report shows."""
 
@@ -50,6 +62,10 @@ class _Pictures:
         if isinstance(drop.like, int):
             return shown + self._sample(self._reader, *self._samples.place(drop.like), "kept")
         return shown + (self._evaluation(*drop.like) if drop.like else [])
+
+    def target(self, sample: int) -> Hit:
+        """Return the target of a sample, or why it cannot be shown."""
+        return self._sample(self._reader, *self._samples.place(sample), self._samples.name(sample))[-1]
 
     def _sample(self, reader: Reader, source: str, index: int, what: str) -> list[Hit]:
         (found,) = reader.samples(source, [index])

@@ -4,7 +4,8 @@
     {out}/scores/                            scores by content of query, document and judge, kept for the next job
     {out}/listings/                          what the shards hold
 
-Parts are made one after the other, so that the job needs the memory of a few of them.
+Parts are made one after the other, so that the job needs the memory of a few of them. Nothing is done if the table is
+there, of the same candidates and judge.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from jobs.runtime.cluster import ray_cluster
 from jobs.runtime.lease import Lease, hold_output
 from jobs.runtime.progress import Bars, say
 from pipelines.candidates.files import parse_part, read_checked
-from pipelines.candidates.table import CandidateTable, check_other, open_table
+from pipelines.candidates.table import CandidateTable, check_other, finished_table, open_table
 from pipelines.candidates.types import KIND, CandidateRows, PartInfo, TableData, iter_parts
 from pipelines.candidates.write import PartWriter, Place, publish_table
 from pipelines.items.listing import ListedShard, read_listing
@@ -109,6 +110,7 @@ class _Job:
     judged: int = 0
 
     def run(self) -> dict[str, Any]:
+        self.table.check_candidates()
         spec, manifest = self.spec, self.table.manifest
         changes = {"split": manifest.data.split, "endpoint": resolve_endpoint(spec.data.endpoint)}
         data = spec.data.model_copy(update=changes)
@@ -117,6 +119,13 @@ class _Job:
         judge = self._judge(places)
         identity = {"table": self.table.fingerprint, "judge": judge.config, "top_k": spec.top_k}
         writer = PartWriter.of(self.store, identity)
+        finished = finished_table(self.store, writer.job)
+        if finished is not None and self._has_scores():
+            say(f"  {self.store.url} is up to date: nothing to judge")
+            self.counts = _Counts(**finished.manifest.counts["pairs"])
+            if self.counts.without_score:
+                say(f"  {self.counts.without_score:,} of its pairs have no score", "yellow")
+            return self._result(finished)
         with ray_cluster() if self._on_cluster else nullcontext(), Bars() as bars:
             if self._on_cluster:
                 check_workers(spec)
@@ -134,7 +143,7 @@ class _Job:
                 self._judge_window(window, judge, kept)
                 for one in window:
                     done[one.place] = writer.write(*one.place, self._with_scores(one, kept))
-        return self._publish(judge, identity, done)
+        return self._publish(judge, writer.job, done)
 
     @property
     def _on_cluster(self) -> bool:
@@ -222,22 +231,29 @@ class _Job:
         self.counts.add(rows, self.spec.top_k)
         return rows
 
-    def _publish(self, judge: Judge, identity: dict[str, Any], done: dict[Place, PartInfo]) -> dict[str, Any]:
+    def _has_scores(self) -> bool:
+        """Return whether scores are kept. Who deletes them asks for new ones."""
+        return bool(self.store.child(SCORES).list())
+
+    def _publish(self, judge: Judge, job: str, done: dict[Place, PartInfo]) -> dict[str, Any]:
         manifest = self.table.manifest
         parts = {
             source: tuple(done[source, number] for number in range(len(old))) for source, old in manifest.parts.items()
         }
         settings = {"judge": judge.config, "top_k": self.spec.top_k}
-        new = self.table.derived("judge", parts, settings, {"pairs": asdict(self.counts)})
+        new = self.table.derived("judge", job, parts, settings, {"pairs": asdict(self.counts)})
         data = TableData(self.spec.data.root, manifest.data.split, manifest.data.sources)
         published = publish_table(self.store, replace(new, data=data), before_publish=self.lease.check)
         say(f"  {self.judged:,} pairs were judged; the others had their score")
         for reason, count in sorted(self.reasons.items()):
             say(f"  without a score: {reason} {count:,}", "yellow")
+        return self._result(published)
+
+    def _result(self, table: CandidateTable) -> dict[str, Any]:
         return {
             "outputs": [self.spec.out],
             "judged": self.judged,
             **asdict(self.counts),
             "reasons": dict(self.reasons),
-            "fingerprint": published.fingerprint,
+            "fingerprint": table.fingerprint,
         }

@@ -1,7 +1,8 @@
 """Job of kind `cluster`: samples that are hard negatives of each other get a common cluster, which shares a batch.
 
 The new table has the candidates of the old one. It is written to another folder. A job that was killed resumes: the
-clusters of a source are kept, and its parts are written once.
+clusters of a source are kept, and its parts are written once. Nothing is done if the table is there, of the same
+candidates and settings.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ from jobs.runtime.cluster import ray_cluster
 from jobs.runtime.lease import Lease, hold_output
 from jobs.runtime.progress import Bars, say
 from pipelines.candidates.clusters import Preferences, group_clusters, kept_weight, partition, preferred_pairs
-from pipelines.candidates.table import CandidateTable, check_other, open_table
+from pipelines.candidates.table import CandidateTable, check_other, finished_table, open_table
 from pipelines.candidates.types import KIND, NO_CLUSTER, BoolArray, CandidateRows, Int64Array, PartInfo
 from pipelines.candidates.write import PartWriter, Place, publish_table
 from pipelines.config import DataConfig
 from pipelines.errors import UserError
 from pipelines.samples import Rejected
+from pipelines.shards.manifest import read_manifest
 from pipelines.storage.ahead import read_ahead
 from pipelines.storage.location import open_store
 from pipelines.storage.store import Store
@@ -47,11 +49,15 @@ def run(spec: ClusterSpec) -> dict[str, Any]:
 
 
 def _run(table: CandidateTable, spec: ClusterSpec, store: Store, lease: Lease) -> dict[str, Any]:
+    table.check_candidates()
     manifest = table.manifest
     settings = spec.model_dump(
         mode="json", include={"method", "first_rank", "num_ranks", "cluster_size", "seed", "origin"}
     )
     writer = PartWriter.of(store, {"version": _VERSION, "table": table.fingerprint, "settings": settings})
+    if (finished := finished_table(store, writer.job)) is not None:
+        say(f"  {store.url} is up to date: nothing to cluster")
+        return _result(spec, finished)
     counts: dict[str, Any] = {}
     parts: dict[str, list[PartInfo]] = {}
     total = sum(part.num_samples for some in manifest.parts.values() for part in some)
@@ -65,13 +71,17 @@ def _run(table: CandidateTable, spec: ClusterSpec, store: Store, lease: Lease) -
             done += sum(part.num_samples for part in old)
             bars.update("cluster", done, total)
     _check_clusters(table, spec, counts)
-    new = table.derived("cluster", parts, settings, counts)
-    published = publish_table(store, new, before_publish=lease.check)
+    new = table.derived("cluster", writer.job, parts, settings, counts)
+    return _result(spec, publish_table(store, new, before_publish=lease.check))
+
+
+def _result(spec: ClusterSpec, table: CandidateTable) -> dict[str, Any]:
+    counts = table.manifest.counts
     for source, some in counts.items():
         kept = "" if "kept_weight" not in some else f"; they keep {some['kept_weight']:.0%} of the preferences"
         say(f"  {source}: {some['clusters']:,} clusters of {some['samples']:,} samples{kept}")
     say(f"  to train with it: data: {{candidates: {spec.out}}}")
-    return {"outputs": [spec.out], "fingerprint": published.fingerprint, "counts": counts}
+    return {"outputs": [spec.out], "fingerprint": table.fingerprint, "counts": counts}
 
 
 def _check_clusters(table: CandidateTable, spec: ClusterSpec, counts: dict[str, Any]) -> None:
@@ -158,6 +168,7 @@ def _origins(table: CandidateTable, spec: ClusterSpec, store: Store) -> dict[str
     """Return the group of each sample of each source: what `origin` matches in its origin, else nothing."""
     known = table.manifest.data
     data = DataConfig(root=spec.root or known.root, endpoint=spec.endpoint)
+    table.check_data(read_manifest(open_store(data.root, data.endpoint), known.split))
     listings = store.child(LISTINGS)
     with ray_cluster():
         shards = list_shards(data, [known.split], listings, 1.0, [*known.sources])

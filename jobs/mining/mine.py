@@ -31,12 +31,11 @@ from jobs.mining.specs import MineSpec, PoolConfig, SelectSpec
 from jobs.runtime.cluster import ray_cluster, ray_data
 from jobs.runtime.lease import Lease, hold_output
 from jobs.runtime.progress import Bars, say
-from pipelines.candidates.table import CandidateTable, open_table, read_table
+from pipelines.candidates.table import JOB, CandidateTable, finished_table, open_table
 from pipelines.candidates.types import KIND, CandidateManifest, PartInfo, TableData
 from pipelines.candidates.types import Pool as PoolInfo
 from pipelines.candidates.write import PartWriter, Place, publish_table
 from pipelines.config import DataConfig
-from pipelines.errors import UserError
 from pipelines.feed.reader import Reader
 from pipelines.items.listing import ListedShard
 from pipelines.storage.location import open_store
@@ -135,8 +134,8 @@ def _run(spec: MineSpec, store: Store, lease: Lease) -> dict[str, Any]:
     config = next(iter(settings.values())).config
     identity = _identity(mining, config)
     writer = PartWriter.of(store, identity)
-    if (table := _finished(store, writer.job)) is not None:
-        say(f"  {store.url} is mined already")
+    if (table := finished_table(store, writer.job)) is not None:
+        say(f"  {store.url} is up to date: nothing to mine")
         return _result(spec, table)
     listings = store.child(LISTINGS)
     cache = open_store(spec.vectors, spec.endpoint) if spec.vectors else store.child(VECTORS)
@@ -181,16 +180,6 @@ def _identity(mining: Mining, config: dict[str, Any]) -> dict[str, Any]:
         "search": spec.search if spec.search == "exact" else spec.ivf.model_dump(),
         "owners": spec.owners,
     }
-
-
-def _finished(store: Store, job: str) -> CandidateTable | None:
-    """Return the table that is there, if this very job has made it."""
-    try:
-        table = read_table(store)
-    except UserError:  # none, or a damaged one, which is replaced
-        return None
-    is_whole = set(store.list("parts")) >= {part.path for parts in table.manifest.parts.values() for part in parts}
-    return table if table.manifest.made_from.get("job") == job and is_whole else None
 
 
 def _say_plan(mining: Mining, store: Store) -> None:
@@ -317,7 +306,7 @@ def _manifest(
         ),
         parts=parts,
         settings={name: identity[name] for name in ("own", "depth", "search", "owners")} | {"model": spec.model},
-        made_from={"model": config_digest(config), "job": writer.job},
+        made_from={"model": config_digest(config), JOB: writer.job},
         counts=counts | ({"ivf_recall": recalls} if recalls else {}),
     )
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -150,6 +151,22 @@ class ClusterSpec(JobConfig):
         return value
 
 
+def _without_effect(place: str, selection: Callable[[Any], SelectionConfig | None]) -> tuple[NoEffect, ...]:
+    """Return the settings of a selection at `place` that change nothing. `selection` takes it out of a spec."""
+    return (
+        NoEffect(
+            f"{place}.seed",
+            lambda spec: (found := selection(spec)) is not None and found.choice != "random",
+            f"{place}.choice is not random",
+        ),
+        NoEffect(
+            f"{place}.low_rank",
+            lambda spec: (found := selection(spec)) is not None and found.modality != "mm_embed",
+            f"{place}.modality is not mm_embed",
+        ),
+    )
+
+
 MINE = Kind(
     name="mine",
     spec=MineSpec,
@@ -162,6 +179,7 @@ MINE = Kind(
         NoEffect("data.negatives_per_sample", lambda spec: True, "queries and targets are embedded"),
         NoEffect("data.max_bad_fraction", lambda spec: True, "bad samples get no candidates and are counted"),
         NoEffect("ivf", lambda spec: spec.search == "exact", "search: exact compares with every candidate"),
+        *_without_effect("select", lambda spec: spec.select),
     ),
 )
 SELECT = Kind(
@@ -171,6 +189,7 @@ SELECT = Kind(
     reads={"table": "candidate table", "root": "dataset"},
     makes={"out": "candidate table of the chosen negatives, and report.html"},
     gpus=no_gpus,
+    no_effect=_without_effect("selection", lambda spec: spec.selection),
 )
 CLUSTER = Kind(
     name="cluster",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipelines.config import Config, NonNegativeInt, PositiveInt
 
@@ -76,3 +76,12 @@ class SelectionConfig(Config):
     """Seed of `choice: random`."""
     teacher: TeacherConfig | None = None
     """Mix of both scores that becomes the teacher's. Needs a table with judge scores. `null` keeps the judge scores."""
+
+    @model_validator(mode="after")
+    def _leaves_something(self) -> SelectionConfig:
+        if self.last_rank is not None and self.last_rank < self.first_rank:
+            raise ValueError(f"last_rank={self.last_rank} is below first_rank={self.first_rank}: no candidate is left")
+        if self.min_negatives > self.negatives_per_sample:
+            rule = f"negatives_per_sample={self.negatives_per_sample}"
+            raise ValueError(f"min_negatives={self.min_negatives} is above {rule}: no sample is kept")
+        return self

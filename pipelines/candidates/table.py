@@ -10,12 +10,15 @@ from pipelines.candidates.files import parse_part, parse_plan, read_checked
 from pipelines.candidates.types import (
     FORMAT_VERSION,
     MANIFEST,
+    PARTS,
+    PLAN,
     CandidateManifest,
     CandidateRows,
     PartInfo,
     PlanRows,
     Stage,
     fingerprint_of,
+    iter_parts,
 )
 from pipelines.errors import UserError
 from pipelines.shards.manifest import Manifest
@@ -23,6 +26,8 @@ from pipelines.storage.location import open_store
 from pipelines.storage.store import Store
 from pipelines.stored_json import parse_json
 
+JOB = "job"
+"""Key of `made_from`: what identifies the job that made the table (`PartWriter.job`)."""
 _FIX = "run the job again that wrote it"
 _SHOWN = 12  # of a fingerprint, in an error
 
@@ -52,17 +57,27 @@ class CandidateTable:
                 problem = f"is of another version of {source}: {fingerprint[:_SHOWN]}, the data have {found[:_SHOWN]}"
                 raise UserError(self.store.url, problem, "mine again")
 
+    def check_candidates(self, fix: str = "name a table that mine, judge, select or cluster wrote") -> None:
+        """Raise `UserError` for a table of drops only."""
+        if not self.manifest.parts:
+            raise UserError(self.store.url, f"lists no candidates: {self.manifest.stage} wrote it", fix)
+
     def derived(
-        self, stage: Stage, parts: Mapping[str, Sequence[PartInfo]], settings: dict[str, Any], counts: dict[str, Any]
+        self,
+        stage: Stage,
+        job: str,
+        parts: Mapping[str, Sequence[PartInfo]],
+        settings: dict[str, Any],
+        counts: dict[str, Any],
     ) -> CandidateManifest:
-        """Return the manifest of a table with other parts that a later stage makes of this one."""
+        """Return the manifest of a table with other parts that `job` makes of this one in a later stage."""
         manifest = self.manifest
         return replace(
             manifest,
             stage=stage,
             parts={source: tuple(some) for source, some in parts.items()},
             settings=settings,
-            made_from=manifest.made_from | {manifest.stage: self.fingerprint},
+            made_from=manifest.made_from | {manifest.stage: self.fingerprint, JOB: job},
             counts=counts,
         )
 
@@ -101,6 +116,19 @@ def read_table(store: Store) -> CandidateTable:
         problem = f"format version {manifest.format_version}, this program reads {FORMAT_VERSION}"
         raise UserError(place, problem, "mine again")
     return CandidateTable(store, manifest, fingerprint_of(data))
+
+
+def finished_table(store: Store, job: str) -> CandidateTable | None:
+    """Return the table that is there, if this very job has made it and no file is gone."""
+    try:
+        table = read_table(store)
+    except UserError:  # none, or a damaged one, which is replaced
+        return None
+    if table.manifest.made_from.get(JOB) != job:
+        return None
+    named = {part.path for _, _, part in iter_parts(table.manifest)}
+    named |= {info.path for info in table.manifest.plan.values()}
+    return table if named <= {path for folder in (PARTS, PLAN) for path in store.list(folder)} else None
 
 
 def check_other(out: str, table: str, endpoint: str | None, use: str) -> None:

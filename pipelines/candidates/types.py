@@ -20,6 +20,8 @@ FORMAT_VERSION = 1
 KIND = "candidates"
 """What the mark of a table's folder says."""
 MANIFEST = "candidates.json"
+PARTS, PLAN = "parts", "plan"
+"""Folders of a table."""
 Stage = Literal["mine", "judge", "select", "cluster", "curate"]
 NO_CLUSTER = -1
 UNKNOWN = -1

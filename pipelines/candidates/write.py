@@ -25,6 +25,8 @@ from pipelines.candidates.files import parse_part, part_bytes, plan_bytes, read_
 from pipelines.candidates.table import CandidateTable
 from pipelines.candidates.types import (
     MANIFEST,
+    PARTS,
+    PLAN,
     CandidateManifest,
     CandidateRows,
     PartInfo,
@@ -35,7 +37,7 @@ from pipelines.candidates.types import (
 from pipelines.storage.store import Store
 from pipelines.stored_json import parse_json
 
-PARTS, PLAN, UNFINISHED, KEPT = "parts", "plan", "unfinished", "kept"
+UNFINISHED, KEPT = "unfinished", "kept"
 DIGEST_CHARS = 12
 _OURS = re.compile(rf"({PARTS}/.+-\d{{6}}|{PLAN}/.+)-[0-9a-f]{{{DIGEST_CHARS}}}\.parquet")
 _THREADS = 16

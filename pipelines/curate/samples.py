@@ -84,16 +84,26 @@ class Weighted(NamedTuple):
     total: float
 
 
+class FullCluster(NamedTuple):
+    """A cluster with too many samples of these sources. Each has the same weight. `examples` are some of them."""
+
+    num_samples: int
+    weight: float
+    sources: tuple[str, ...]
+    examples: tuple[int, ...]
+
+
 @dataclass(slots=True)
 class Verdicts:
     """What has become of N samples so far. Each has the first reason for which it is left out.
 
-    `weight` `[N]` is the share of the epochs that take a sample that is kept.
+    `weight` `[N]` is the share of the epochs that take a sample that is kept. `full_clusters` say why.
     """
 
     keep: Bools
     weight: npt.NDArray[np.float32]
     drops: list[Drop] = field(default_factory=list)
+    full_clusters: list[FullCluster] = field(default_factory=list)
 
     @classmethod
     def of(cls, num_samples: int) -> Verdicts:
@@ -107,14 +117,21 @@ class Verdicts:
                 self.keep[drop.sample] = False
                 self.drops.append(drop)
 
-    def weighted(self, samples: Samples) -> dict[str, Weighted]:
-        """Return source -> samples with a weight, and the sum of their weights. Sources without any are left out."""
+    def weights(self, samples: Samples) -> dict[str, npt.NDArray[np.float32]]:
+        """Return source -> the weights of its samples that have one below 1. Sources without any are left out."""
         found = {}
         for source, mine in samples.slices.items():
             weights = self.weight[mine][self.keep[mine] & (self.weight[mine] < 1)]
             if len(weights):
-                found[source] = Weighted(len(weights), round(float(weights.sum(dtype=np.float64)), 3))
+                found[source] = weights
         return found
+
+    def weighted(self, samples: Samples) -> dict[str, Weighted]:
+        """Return source -> samples with a weight, and the sum of their weights. Sources without any are left out."""
+        return {
+            source: Weighted(len(weights), round(float(weights.sum(dtype=np.float64)), 3))
+            for source, weights in self.weights(samples).items()
+        }
 
     def counts(self, samples: Samples) -> dict[str, dict[str, int]]:
         """Return reason -> source -> number of samples, by the order of the rules and sources."""

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from pipelines.curate.extras import import_extra
 from pipelines.curate.hamming import Ints
-from pipelines.curate.samples import Drop, Samples, positions
+from pipelines.curate.samples import Drop, FullCluster, Samples, positions
 from pipelines.curate.settings import AlignmentRule, SemanticRule
 from pipelines.curate.tables import Bools
 
@@ -22,6 +22,7 @@ MISALIGNED, DUPLICATE, FULL = "misaligned", "semantic_duplicate", "full_cluster"
 FloatArray = npt.NDArray[np.float32]
 _ITERATIONS = 20
 _POINTS_PER_CENTER = 256  # k-means learns from at most so many: more change little
+_EXAMPLES = 6  # of a full cluster
 _ROWS = 4096  # of a block of cosines: 64 MB at most
 
 
@@ -40,15 +41,17 @@ def find_misaligned(samples: Samples, keep: Bools, cosines_N: FloatArray, rule: 
 
 def find_semantic(
     samples: Samples, keep: Bools, vectors_ND: FloatArray, rule: SemanticRule, within: str, seed: int
-) -> tuple[list[Drop], FloatArray]:
+) -> tuple[list[Drop], FloatArray, list[FullCluster]]:
     """Return semantic duplicates and the samples that are too many in a cluster, and the weight of each sample `[N]`.
 
-    `vectors_ND` are unit vectors of the targets. Samples whose vector is zero stay.
+    The last are the clusters whose samples have a weight. `vectors_ND` are unit vectors of the targets. Samples whose
+    vector is zero stay.
     """
     weight_N = np.ones(len(keep), np.float32)
     known = keep & (np.einsum("nd,nd->n", vectors_ND, vectors_ND) > 0)
     source_of = samples.source_of if within == "source" else np.zeros(len(samples), np.int64)
     drops: list[Drop] = []
+    clusters: list[FullCluster] = []
     for source in np.unique(source_of[known]):
         members = positions(known & (source_of == source))
         num_clusters = max(1, round(len(members) / rule.cluster_samples))
@@ -61,9 +64,10 @@ def find_semantic(
                 continue
             if rule.full_clusters == "weigh":
                 weight_N[left] = rule.max_per_cluster / len(left)
+                clusters.append(_full_cluster(samples, left, rule.max_per_cluster))
             else:
                 drops += _too_many(samples, left, rule.max_per_cluster, seed)
-    return drops, weight_N
+    return drops, weight_N, clusters
 
 
 def cluster_vectors(vectors_ND: FloatArray, num_clusters: int, seed: int) -> tuple[Ints, FloatArray]:
@@ -99,6 +103,14 @@ def _duplicates(
             drops.append(samples.duplicate(int(members[place]), other, DUPLICATE, float(cosine[place])))
             stays[place] = False
     return drops, members[stays]
+
+
+def _full_cluster(samples: Samples, members: Ints, most: int) -> FullCluster:
+    """Return a cluster with some of its members, evenly from first to last. They are in order of centrality."""
+    of_sources = np.unique(np.searchsorted(samples.starts, members, side="right") - 1)
+    sources = tuple(samples.sources[place] for place in of_sources)
+    places = np.linspace(0, len(members) - 1, min(_EXAMPLES, len(members)), dtype=int)
+    return FullCluster(len(members), most / len(members), sources, tuple(members[places].tolist()))
 
 
 def _too_many(samples: Samples, members: Ints, most: int, seed: int) -> list[Drop]:

@@ -349,7 +349,11 @@ class Reader:
 
     @cached_property
     def _candidate_table(self) -> CandidateTable | None:
-        return self._open_table(self.data.candidates) if self.data.candidates else None
+        if not self.data.candidates:
+            return None
+        table = self._open_table(self.data.candidates)
+        table.check_candidates("name it in data.curation")
+        return table
 
     @cached_property
     def _curation(self) -> list[CandidateTable]:

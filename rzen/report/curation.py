@@ -1,13 +1,16 @@
-"""The page of a curation: what each rule left out of each source, with examples."""
+"""The page of a curation: what each rule left out of each source, weights, and examples."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 from rich.table import Table
 from rich.text import Text
 
+from rzen.report.histograms import count_bins, histogram_svg
 from rzen.report.hits import Hit
 from rzen.report.render import make_card, render_html
 from rzen.report.thumbnails import ThumbnailPool
@@ -43,9 +46,30 @@ class DropExample:
     inputs: Sequence[Hit]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class SourceWeights:
+    """The weights below 1 of a source: `[P]`, above 0. An epoch takes `per_epoch` of these samples."""
+
+    weights: npt.NDArray[np.float32]
+    per_epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterExample:
+    """A full cluster: its size, sources and weight, and what some of its targets show."""
+
+    num_samples: int
+    sources: Sequence[str]
+    weight: float
+    targets: Sequence[Hit]
+
+
 @dataclass(frozen=True, slots=True)
 class CurationReport:
-    """What the page shows. `samples` are those of each source, `dropped` is reason -> source -> number."""
+    """What the page shows. `samples` are those of each source, `dropped` is reason -> source -> number.
+
+    `num_clusters` are full, and `clusters` some of them.
+    """
 
     title: str
     samples: Mapping[str, int]
@@ -53,6 +77,9 @@ class CurationReport:
     compared_with: Mapping[str, int]
     examples: Mapping[str, Sequence[DropExample]]
     facts: Mapping[str, str]
+    weights: Mapping[str, SourceWeights] = field(default_factory=dict)
+    num_clusters: int = 0
+    clusters: Sequence[ClusterExample] = ()
 
 
 def render_curation(report: CurationReport) -> bytes:
@@ -62,32 +89,61 @@ def render_curation(report: CurationReport) -> bytes:
         reason: [(example, [make_card(hit, pool) for hit in example.inputs]) for example in some]
         for reason, some in report.examples.items()
     }
+    clusters = [(some, [make_card(hit, pool) for hit in some.targets]) for some in report.clusters]
+    weights = {name: _weights_row(some) for name, some in report.weights.items()}
+    plots = {
+        f"Weights, {name}": histogram_svg(
+            {"samples with a weight": count_bins(some.weights, (0.0, 1.0))},
+            (0.0, 1.0),
+            "weight: share of the epochs that take a sample",
+            "histogram of weights",
+        )
+        for name, some in report.weights.items()
+    }
     return render_html(
         "curation.html.jinja",
         title=report.title,
         sections={
             "counts": report.samples,
+            "weights": weights,
             "compared": report.compared_with,
             "examples": examples,
+            "plots": plots,
             "settings": report.facts,
         },
         report=report,
         reasons=REASONS,
         examples=examples,
-        plots={},
+        weights=weights,
+        clusters=clusters,
+        plots=plots,
         facts=report.facts,
         pool=pool,
     )
 
 
-def counts_table(report: CurationReport) -> Table:
-    """Return the counts as a table for `rich.console.Console.print`: a row a reason, a column a source."""
+def _weights_row(some: SourceWeights) -> dict[str, float]:
+    lowest, median, highest = np.quantile(some.weights, [0, 0.5, 1]).tolist()
+    return {
+        "samples": len(some.weights),
+        "per_epoch": some.per_epoch,
+        "lowest": lowest,
+        "median": median,
+        "highest": highest,
+    }
+
+
+def counts_table(samples: Mapping[str, int], dropped: Mapping[str, Mapping[str, int]]) -> Table:
+    """Return the counts as a table for `rich.console.Console.print`: a row a reason, a column a source.
+
+    `samples` are those of each source, `dropped` is reason -> source -> number.
+    """
     table = Table(box=None, pad_edge=False)
     table.add_column("left out for")
-    sources = [name for name in report.samples if any(name in some for some in report.dropped.values())]
+    sources = [name for name in samples if any(name in some for some in dropped.values())]
     for name in [*sources, "all"]:
         table.add_column(Text(name), justify="right")
-    for reason, found in report.dropped.items():
+    for reason, found in dropped.items():
         counts = [found.get(name, 0) for name in sources]
         table.add_row(reason, *(f"{count:,}" for count in [*counts, sum(found.values())]))
     return table

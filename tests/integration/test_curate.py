@@ -108,6 +108,25 @@ def test_the_report_shows_examples(whole: Path) -> None:
     assert page.count('<image id="thumbnail-') >= 9
 
 
+def test_the_same_command_does_nothing_and_other_examples_are_another_report(
+    whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec, out = spec_of(whole, "twice"), whole / "twice"
+    first = curate.run(spec)
+    before = files(out)
+    with monkeypatch.context() as patch:
+        patch.setattr(curate, "load_samples", None)
+        assert curate.run(spec) == first
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"{out} is up to date: nothing to curate left out for pictures texts all exact_pair 1 1 2" in shown
+    assert files(out) == before
+    curate.run(spec.model_copy(update={"num_examples": 0}))
+    assert {name for name, data in files(out).items() if data != before[name]} == {"report.html", "report.json"}
+    (out / "report.html").unlink()
+    assert curate.run(spec) == first
+    assert files(out) == before
+
+
 def test_one_task_at_a_time_gives_the_same_bytes(whole: Path) -> None:
     expected = files(whole / "out")
     curate.run(spec_of(whole, "alone", cache=str(whole / "alone-cache"), cpus_per_task=4.0))
@@ -202,6 +221,11 @@ def test_rules_that_need_a_model(whole: Path, tmp_path: Path) -> None:
     assert weighted["dropped"] == {"bad_media": 1}
     assert {name: one["samples"] for name, one in weighted["weighted"].items()} == {"pictures": 102, "texts": 31}
     assert all(one["total"] == pytest.approx(20, abs=1e-3) for one in weighted["weighted"].values())
+    page = (whole / "weighted/report.html").read_text()
+    assert "2 of 2 full clusters" in page
+    for text in ("Weights, pictures", "Weights, texts", "102 samples of <bdi>pictures</bdi>, weight 0.196"):
+        assert text in page
+    assert curate.run(spec_of(whole, "weighted", model=str(tmp_path / "model"), rules=some)) == weighted
     data = DataConfig(root=str(whole / "data"), curation=[str(whole / "weighted")])
     table = Reader(data).tables()["texts"]
     assert (len(table.weighted), table.num_kept) == (31, 20)

@@ -67,7 +67,7 @@ def test_samples_that_prefer_each_other_share_a_cluster(mined: Path, tmp_path: P
     assert table.plan_rows("red").cluster.tolist() == expected
     assert table.plan_rows("red").keep.tolist() == [number != 4 for number in range(COUNT)]
     assert table.rows("red", 1).candidate.tolist() == before.rows("red", 1).candidate.tolist()
-    assert table.manifest.made_from == {"mine": before.fingerprint}
+    assert table.manifest.made_from["mine"] == before.fingerprint
     again = cluster.run(spec_of(mined, tmp_path / "again"))
     assert again["fingerprint"] == result["fingerprint"]
 
@@ -89,6 +89,22 @@ def test_a_killed_job_resumes_with_the_parts_that_are_missing_and_cuts_no_graph_
     assert sorted(written) == [0, 0, 1, 1, 2, 2]  # another seed takes nothing over
 
 
+def test_the_same_command_on_a_finished_table_clusters_nothing(
+    mined: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = cluster.run(spec_of(mined, tmp_path / "out"))
+    written = killed_at(monkeypatch, shard=-1)
+    with monkeypatch.context() as patch:
+        patch.setattr(cluster, "partition", None)
+        assert cluster.run(spec_of(mined, tmp_path / "out")) == first
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"{tmp_path / 'out'} is up to date: nothing to cluster red: 2 clusters of 19 samples" in shown
+    assert written == []
+    other = cluster.run(spec_of(mined, tmp_path / "out", cluster_size=5))
+    assert other["counts"]["red"]["clusters"] == 4
+    assert sorted(written) == [0, 1, 2]
+
+
 def test_clusters_that_were_kept_and_damaged_are_named(
     mined: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,6 +123,12 @@ def test_samples_of_one_origin_share_a_cluster(mined: Path, tmp_path: Path, monk
     assert clusters(tmp_path / "out") == [-1] * COUNT  # each is one of its kind
     cluster.run(spec_of(mined, tmp_path / "tens", method="origin", origin=r"^(1).\.png"))
     assert clusters(tmp_path / "tens") == [-1] * 10 + [0] * 10
+
+
+def test_origins_of_other_data_are_refused(mined: Path, tmp_path: Path) -> None:
+    publish(open_store(str(tmp_path / "data")), {"red": ("text_image", COUNT + 1)})
+    with pytest.raises(UserError, match="is of another version of red"):
+        cluster.run(spec_of(mined, tmp_path / "out", method="origin", root=str(tmp_path / "data")))
 
 
 def test_a_source_without_candidates_has_no_clusters_and_is_named(

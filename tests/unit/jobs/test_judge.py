@@ -98,7 +98,7 @@ def test_every_pair_has_its_score_alone(folder: Path, whole: Path, model: str) -
 def test_the_table_says_what_it_was_made_of(folder: Path, whole: Path, model: str) -> None:
     before, after = open_table(str(folder / "table")), open_table(str(whole))
     assert after.manifest.stage == "judge"
-    assert after.manifest.made_from == {"mine": before.fingerprint}
+    assert after.manifest.made_from["mine"] == before.fingerprint
     assert (after.manifest.pools, after.manifest.plan) == (before.manifest.pools, before.manifest.plan)
     assert after.manifest.settings["judge"]["prompt"]["template"] == "qwen3_reranker"
     for ordinal in range(3):
@@ -107,10 +107,32 @@ def test_the_table_says_what_it_was_made_of(folder: Path, whole: Path, model: st
             assert np.array_equal(getattr(old, name), getattr(new, name), equal_nan=name == "recall")
 
 
-def test_a_second_run_judges_nothing(folder: Path, whole: Path, model: str) -> None:
-    before = table_files(whole)
-    assert judge.run(spec_of(folder, whole, by_model(model)))["judged"] == 4  # those that cannot be read
-    assert table_files(whole) == before
+def test_a_second_run_does_nothing(
+    folder: Path,
+    whole: Path,
+    model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    before = table_files(out)
+    spec = spec_of(folder, out, by_model(model))
+    with monkeypatch.context() as patch:
+        patch.setattr(judge, "list_shards", None)
+        result = judge.run(spec)
+    assert (result["judged"], result["scored"], result["without_score"]) == (0, 19 + 10 + 19 * 3 + 3 - 4, 4)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"{out} is up to date: nothing to judge 4 of its pairs have no score" in shown
+    assert table_files(out) == before
+    part = next(iter((out / "parts").iterdir()))
+    part.unlink()
+    assert judge.run(spec)["judged"] == 4  # those that cannot be read; scores are kept
+    assert table_files(out) == before
+    shutil.rmtree(out / "scores")  # as for another model that answers under the name
+    assert judge.run(spec)["judged"] > 60
+    assert table_files(out) == before
 
 
 def test_other_orders_and_a_stopped_job_write_the_same_bytes(
@@ -146,6 +168,7 @@ def test_equal_pairs_of_several_shards_are_judged_once(
     scores = scores_of(tmp_path / "out")
     assert scores["red", 1][1][:2] == [scores["red", 9][1][0], scores["red", 9][1][1]]
     assert scores["red", 17][1][:3] == [scores["red", 1][1][1], scores["red", 1][1][0], scores["red", 9][1][2]]
+    (tmp_path / "out" / MANIFEST).unlink()
     assert judge.run(spec)["judged"] == bad
 
     monkeypatch.setattr(judge, "PAIRS_AT_ONCE", 10**6)
@@ -177,6 +200,7 @@ def test_scores_of_one_shard_serve_another_that_comes_later(
     assert apart["judged"] == len(distinct_pairs((9,))) + 2 + bad
     second = next(one for one in shards_of(Reader(spec.data)) if (one.source, one.start) == ("red", 8))
     shutil.rmtree(tmp_path / "out" / "scores" / second.digest)
+    (tmp_path / "out" / MANIFEST).unlink()
     later = judge.run(spec)
     assert later["judged"] == 8 + 8 * 3 - 4 - 2 + bad - 1  # of its 8 samples, one is dropped; two pairs are known
 
@@ -192,7 +216,7 @@ def test_a_table_in_an_object_store_has_the_same_bytes(
     local = table_files(whole)
     assert {name: store.read(name) for name in local} == local
     assert first["fingerprint"] == open_table(str(whole)).fingerprint
-    assert judge.run(spec)["judged"] == 4  # those that cannot be read
+    assert judge.run(spec)["judged"] == 0
 
 
 def test_the_first_candidates_only(folder: Path, whole: Path, model: str, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 
 from jobs.mining import select
+from jobs.mining.selection_report import PAGE, REPORT
 from jobs.mining.specs import SelectSpec
 from pipelines.candidates.table import CandidateTable, open_table
 from pipelines.candidates.types import MANIFEST, CandidateManifest, CandidateRows, Pool, TableData
@@ -79,7 +82,7 @@ def test_the_table_has_the_chosen_negatives_and_drops(mined: Path, tmp_path: Pat
 
 def test_the_report_shows_rules_and_pictures_of_examples(mined: Path, tmp_path: Path) -> None:
     select.run(spec_of(mined, str(tmp_path / "out"), num_examples=7))
-    html = (tmp_path / "out" / select.REPORT).read_text()
+    html = (tmp_path / "out" / PAGE).read_text()
     assert html.count("<article>") == 7
     assert "left out: margin" in html
     assert html.count('class="hit relevant"') == 7
@@ -93,7 +96,7 @@ def test_a_table_without_its_data_is_chosen_from_and_its_report_has_no_examples(
 ) -> None:
     select.run(spec_of(mined, str(tmp_path / "out"), root=str(tmp_path / "gone")))
     assert "the report has no examples" in capsys.readouterr().out
-    assert "<article>" not in (tmp_path / "out" / select.REPORT).read_text()
+    assert "<article>" not in (tmp_path / "out" / PAGE).read_text()
     assert len(negatives(open_table(str(tmp_path / "out")))) == COUNT
 
 
@@ -106,7 +109,7 @@ def test_the_same_settings_write_the_same_bytes_on_a_disk_and_in_an_object_store
     remote = select.run(spec_of(mined, "s3://selected/out", selection=rules, endpoint=s3_endpoint, num_examples=0))
     assert local["fingerprint"] == again["fingerprint"] == remote["fingerprint"]
     assert (tmp_path / "out" / MANIFEST).read_bytes() == (tmp_path / "again" / MANIFEST).read_bytes()
-    assert (tmp_path / "out" / select.REPORT).read_bytes() == (tmp_path / "again" / select.REPORT).read_bytes()
+    assert (tmp_path / "out" / PAGE).read_bytes() == (tmp_path / "again" / PAGE).read_bytes()
 
 
 def test_a_killed_job_resumes_with_the_parts_that_are_missing(
@@ -125,10 +128,54 @@ def test_a_killed_job_resumes_with_the_parts_that_are_missing(
     assert sorted(written) == [0, 1, 2]
     assert selects.pop(0) == 8  # the missing part; the others only for the report's examples
     assert len(selects) == 3
-    assert (tmp_path / "out" / select.REPORT).read_bytes() == (tmp_path / "whole" / select.REPORT).read_bytes()
+    assert (tmp_path / "out" / PAGE).read_bytes() == (tmp_path / "whole" / PAGE).read_bytes()
     assert not (tmp_path / "out" / "unfinished").exists()
     select.run(other)
     assert sorted(written) == [0, 0, 1, 1, 2, 2]  # other rules take nothing over
+
+
+def test_the_same_command_on_a_finished_table_chooses_nothing(
+    mined: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    spec = spec_of(mined, str(out), num_examples=7)
+    first = select.run(spec)
+    before = {path: path.read_bytes() for path in out.rglob("*.*")}
+    times = {path: path.stat().st_mtime_ns for path in before}
+    written, selects = killed_at(monkeypatch, shard=-1), counted(monkeypatch)
+    capsys.readouterr()
+    assert select.run(spec) == first
+    assert f"{out} is up to date: nothing to select" in capsys.readouterr().out
+    assert (written, selects) == ([], [])
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+
+    more = spec.model_copy(update={"num_examples": 9})  # which the report shows, and the table does not have
+    assert select.run(more) == first
+    assert written == []
+    assert (out / PAGE).read_text().count("<article>") == 9
+    assert {path for path in before if path.read_bytes() != before[path]} == {out / PAGE, out / REPORT}
+    assert select.run(spec) == first
+    assert {path: path.read_bytes() for path in before} == before
+
+    (part,) = out.glob("parts/red-000001-*")
+    part.unlink()
+    assert select.run(spec) == first
+    assert sorted(written) == [0, 1, 2]
+    assert part.read_bytes() == before[part]
+
+
+def test_a_report_without_examples_is_drawn_again(mined: Path, tmp_path: Path) -> None:
+    """The dataset was out of reach at first, at the place where the table says that it is."""
+    table, data = tmp_path / "mined", tmp_path / "data"
+    shutil.copytree(mined / "mined", table)
+    manifest = table / MANIFEST
+    manifest.write_text(manifest.read_text().replace(str(mined / "data"), str(data)))
+    spec = spec_of(tmp_path, str(tmp_path / "out"))
+    first = select.run(spec)
+    assert "<article>" not in (tmp_path / "out" / PAGE).read_text()
+    shutil.copytree(mined / "data", data)
+    assert select.run(spec) == first
+    assert (tmp_path / "out" / PAGE).read_text().count("<article>") == 19  # all but the sample without negatives
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -147,6 +194,13 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_a_source_may_have_rules_of_its_own(mined: Path, tmp_path: Path) -> None:
     select.run(spec_of(mined, str(tmp_path / "out"), sources={"red": {"negatives_per_sample": 1, "first_rank": 6}}))
     assert negatives(open_table(str(tmp_path / "out")))[0] == [6]
+    page = (tmp_path / "out" / PAGE).read_text()
+    facts = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", page))
+    assert {name: value for name, value in facts.items() if name.startswith("red: ")} == {
+        "red: first_rank": "6",
+        "red: negatives_per_sample": "1",
+    }
+    assert (facts["negatives.margin"], facts["first_rank"]) == ("0.05", "1")
     with pytest.raises(UserError, match=r"sources.blue: is no source of .*/mined; its sources: red"):
         select.run(spec_of(mined, str(tmp_path / "other"), sources={"blue": {}}))
 
@@ -162,6 +216,25 @@ def test_rules_without_their_scores_are_refused(mined: Path, tmp_path: Path, rul
     with pytest.raises(UserError, match=message):
         select.run(spec_of(mined, str(tmp_path / "out"), selection={"negatives": rules}))
     assert not (tmp_path / "out" / MANIFEST).exists()
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"first_rank": 5, "last_rank": 4}, "last_rank=4 is below first_rank=5: no candidate is left"),
+        ({"min_negatives": 6}, "min_negatives=6 is above negatives_per_sample=5: no sample is kept"),
+    ],
+)
+def test_rules_that_leave_nothing_are_refused(mined: Path, tmp_path: Path, rules: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        spec_of(mined, str(tmp_path / "out"), selection=rules)
+
+
+def test_a_table_of_drops_has_nothing_to_choose(mined: Path, tmp_path: Path) -> None:
+    data = open_table(str(mined / "mined")).manifest.data
+    publish_table(LocalStore(tmp_path / "mined"), CandidateManifest("curate", data))
+    with pytest.raises(UserError, match=r"/mined: lists no candidates: curate wrote it; name a table that mine"):
+        select.run(spec_of(tmp_path, str(tmp_path / "out")))
 
 
 def test_a_table_is_not_replaced_by_what_is_chosen_from_it(mined: Path) -> None:

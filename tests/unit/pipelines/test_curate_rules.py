@@ -272,7 +272,7 @@ def test_semantic_duplicates_are_those_of_the_paper(tmp_path: Path) -> None:
     keep = everything(samples)
     rule = SemanticRule(cosine=0.95, cluster_samples=100)
     for kept, sign in (("farthest", 1), ("nearest", -1)):
-        drops, _ = find_semantic(samples, keep, vectors, rule.model_copy(update={"keep": kept}), "all", seed=0)
+        drops, _, _ = find_semantic(samples, keep, vectors, rule.model_copy(update={"keep": kept}), "all", seed=0)
         known = np.flatnonzero(vectors.any(axis=1))
         center = unit(vectors[known].mean(axis=0, keepdims=True))[0]  # one cluster: k-means has converged at once
         order = known[np.argsort(sign * (vectors[known] @ center), kind="stable")]
@@ -281,9 +281,9 @@ def test_semantic_duplicates_are_those_of_the_paper(tmp_path: Path) -> None:
         assert {drop.sample for drop in drops} == expected
         assert len(expected) == 9
     full = SemanticRule(cosine=None, max_per_cluster=7, cluster_samples=100)
-    capped, _ = find_semantic(samples, keep, vectors, full, "all", 0)
+    capped, _, _ = find_semantic(samples, keep, vectors, full, "all", 0)
     assert len(capped) == 59 - 7
-    other, _ = find_semantic(samples, keep, vectors, full, "all", 1)
+    other, _, _ = find_semantic(samples, keep, vectors, full, "all", 1)
     assert {drop.sample for drop in capped} != {drop.sample for drop in other}
 
 
@@ -294,10 +294,14 @@ def test_samples_of_full_clusters_have_a_weight_instead(tmp_path: Path) -> None:
     vectors[3] = 0  # without a vector
     verdicts = Verdicts.of(30)
     rule = SemanticRule(cosine=None, max_per_cluster=10, cluster_samples=100, full_clusters="weigh")
-    drops, verdicts.weight = find_semantic(samples, verdicts.keep, vectors, rule, "source", 0)
+    drops, verdicts.weight, verdicts.full_clusters = find_semantic(samples, verdicts.keep, vectors, rule, "source", 0)
     assert drops == []
     assert verdicts.weight.tolist() == pytest.approx([1.0 if n == 3 else 10 / 19 for n in range(20)] + [1.0] * 10)
     assert verdicts.weighted(samples) == {"a": (19, 10.0)}
+    (cluster,) = verdicts.full_clusters
+    assert cluster[:3] == (19, 10 / 19, ("a",))
+    assert len(set(cluster.examples)) == 6
+    assert set(cluster.examples) < {*range(20)} - {3}
 
 
 def test_the_first_reason_counts(tmp_path: Path) -> None:

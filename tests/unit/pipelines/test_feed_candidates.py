@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from pipelines.candidates.table import open_table
+from pipelines.candidates.types import CandidateManifest, TableData
 from pipelines.candidates.write import publish_table
 from pipelines.config import DataConfig, MixtureConfig
 from pipelines.errors import UserError
@@ -195,6 +196,15 @@ def test_a_table_of_other_data_is_refused(tmp_path: Path) -> None:
         UserError, match=r"table: is of another version of cars: \w{12}, the data have \w{12}; mine again"
     ):
         reader_of(tmp_path).tables()
+
+
+def test_a_table_of_drops_is_no_table_of_candidates(tmp_path: Path) -> None:
+    manifest = publish(open_store(str(tmp_path / "data")), SOURCES)
+    sources = {name: info.fingerprint for name, info in manifest.sources.items()}
+    publish_table(open_store(str(tmp_path / "drops")), CandidateManifest("curate", TableData("", "train", sources)))
+    data = DataConfig(root=str(tmp_path / "data"), candidates=str(tmp_path / "drops"))
+    with pytest.raises(UserError, match=r"/drops: lists no candidates: curate wrote it; name it in data\.curation"):
+        Reader(data).tables()
 
 
 def test_a_table_with_other_pools_is_refused(tmp_path: Path) -> None:

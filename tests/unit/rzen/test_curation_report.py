@@ -8,7 +8,15 @@ import numpy as np
 from rich.console import Console
 
 from pipelines.curate import exact, filters, leakage, near, semantic
-from rzen.report.curation import REASONS, CurationReport, DropExample, counts_table, render_curation
+from rzen.report.curation import (
+    REASONS,
+    ClusterExample,
+    CurationReport,
+    DropExample,
+    SourceWeights,
+    counts_table,
+    render_curation,
+)
 from rzen.report.hits import Hit
 
 EVIL = "<script>alert(1)</script>"
@@ -42,9 +50,28 @@ def test_equal_reports_are_equal_bytes() -> None:
     assert render_curation(replace(REPORT, dropped={}, examples={}, compared_with={}))
 
 
+def test_weights_have_a_table_a_plot_for_each_source_and_their_clusters() -> None:
+    weights = np.array([0.1] * 30 + [0.25] * 1000 + [0.5] * 10, np.float32)
+    cluster = ClusterExample(1200, ["a", EVIL], 0.1, [Hit(0, None, "image", EVIL, EVIL, [PICTURE])])
+    report = replace(
+        REPORT, weights={"a": SourceWeights(weights, 258), EVIL: SourceWeights(weights[:5], 0)}, clusters=[cluster]
+    )
+    page = render_curation(replace(report, num_clusters=40)).decode()
+    (table,) = re.findall(r'<table aria-labelledby="weights-title">.*?</table>', page, re.DOTALL)
+    rows = [re.findall(r"<td>(.*?)</td>", row) for row in table.split("<tr>")[2:]]
+    assert rows == [["1,200", "1,040", "258", "0.1", "0.25", "0.5"], ["30", "5", "0", "0.1", "0.1", "0.1"]]
+    assert page.count("<figure>") == 2
+    assert "Weights, a" in page
+    assert "1 of 40 full clusters" in page
+    assert "1,200 samples of <bdi>a</bdi>, <bdi>&lt;script&gt;" in page
+    assert "<script" not in page
+    assert 'href="#weights"' in page
+    assert 'id="weights"' not in render_curation(REPORT).decode()
+
+
 def test_the_terminal_shows_sources_with_drops() -> None:
     console = Console(width=120, color_system=None, file=io.StringIO())
-    console.print(counts_table(REPORT))
+    console.print(counts_table(REPORT.samples, REPORT.dropped))
     lines = [line.split() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
     assert lines == [
         ["left", "out", "for", "a", EVIL, "all"],
