@@ -119,8 +119,8 @@ class MixtureConfig(Config):
     resample: ResampleConfig | None = None
     """Change the weights during the run, by the losses so far. The run records the changes."""
     merge_small: bool = False
-    """Sources with fewer samples than a global batch: `false` rejects them, `true` merges them into one source named
-    `small`, with a smaller batch if necessary. For folders of a few files."""
+    """Sources with fewer samples than a batch, after drops and weights: `false` rejects them, `true` merges them into
+    one source named `small`, with a smaller batch if necessary. For folders of a few files."""
 
 
 class DataConfig(Config):

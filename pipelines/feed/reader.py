@@ -94,13 +94,21 @@ class Reader:
         tables = {}
         for name, source in self._manifest.sources.items():
             if name in wanted:
-                # Sources that are drawn together may hold duplicates of each other's targets.
-                merged = name in grouped or (mixture.merge_small and source.num_samples < _SMALL)
-                table = source_table(self._store, self.data.split, name, source, merged=merged)
-                tables[name] = with_plan_rows(table, name, self._candidate_table, self._curation)
+                tables[name] = self._table(name, source, is_grouped=name in grouped)
             else:
                 tables[name] = SourceTable(source.num_samples)
         return tables
+
+    def _table(self, name: str, source: SourceInfo, *, is_grouped: bool) -> SourceTable:
+        tables = self._candidate_table, self._curation
+
+        def is_small() -> bool:
+            return with_plan_rows(SourceTable(source.num_samples), name, *tables).num_kept < _SMALL
+
+        # Sources that are drawn together may hold duplicates of each other's targets.
+        merged = is_grouped or (self.data.mixture.merge_small and is_small())
+        table = source_table(self._store, self.data.split, name, source, merged=merged)
+        return with_plan_rows(table, name, *tables)
 
     def fingerprints(self, plan: Plan) -> dict[str, str]:
         """Return the SHA-256 of each source that a plan draws from: equal for byte-identical data."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from pipelines.config import MixtureConfig
 from pipelines.errors import UserError
@@ -13,6 +13,7 @@ from pipelines.plan.types import SourceTable
 
 SMALL = "small"
 """Name of the source that `merge_small` makes."""
+_NAMED = 5  # sources of an error
 
 
 def build_plan(
@@ -57,12 +58,7 @@ def _resolve_sources(
         sources[name] = merge(name, members, block, global_batch // block)
     small = [name for name, source in sources.items() if source.num_samples < source.batch]
     if small and not mixture.merge_small:
-        raise UserError(
-            "global_batch",
-            f"source {small[0]!r} has {sources[small[0]].num_samples} samples, fewer than one batch of"
-            f" {sources[small[0]].batch}",
-            "lower global_batch, leave the source out of data.mixture.weights, or set data.mixture.merge_small: true",
-        )
+        raise _too_small([sources[name] for name in small])
     total = sum(sources[name].num_samples for name in small)
     members = [member for name in small for member in sources.pop(name).members]
     if total >= 2:  # one sample has nothing to be contrasted with
@@ -70,6 +66,39 @@ def _resolve_sources(
     if not sources:
         raise UserError("data.root", f"{total} training samples are not enough to contrast", "add at least two pairs")
     return tuple(sources.values())
+
+
+def _too_small(sources: Sequence[PlanSource]) -> UserError:
+    """Return the error for sources that do not fill a batch, with what each has lost on the way."""
+    first, *others = sources
+    problem = (
+        f"source {first.name!r} has {first.num_samples} samples{_lost(first)}, fewer than one batch of {first.batch}"
+    )
+    if others:
+        named = ", ".join(f"{source.name} with {source.num_samples}{_lost(source)}" for source in others[:_NAMED])
+        more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
+        problem += f"; the same holds for {named}{more}"
+    ways = [
+        "lower global_batch",
+        "set a smaller data.mixture.blocks for it",
+        "leave the source out of data.mixture.weights",
+        "set data.mixture.merge_small: true",
+    ]
+    if any(source.num_dropped or source.num_weighted for source in sources):
+        ways.append("leave out less by data.curation and data.candidates")
+    return UserError("global_batch", problem, f"{', '.join(ways[:-1])}, or {ways[-1]}")
+
+
+def _lost(source: PlanSource) -> str:
+    """Return why a source has fewer samples than are stored."""
+    reasons = []
+    if source.num_dropped:
+        reasons.append(f"tables drop {source.num_dropped}")
+    if source.num_weighted:
+        reasons.append(f"an epoch takes {source.num_drawn} of {source.num_weighted} with a weight")
+    if source.num_samples < source.num_kept:
+        reasons.append(f"data.mixture.max_samples_per_source leaves {source.num_samples} of {source.num_kept}")
+    return f" of {source.num_stored} ({', '.join(reasons)})" if reasons else ""
 
 
 def _members_of_sources(tables: Mapping[str, SourceTable], mixture: MixtureConfig) -> dict[str, list[str]]:

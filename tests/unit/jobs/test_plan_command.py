@@ -9,17 +9,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 from jobs.cli import main
 from jobs.spec.load import check, override, read_document
+from jobs.training import launch
 from jobs.training.memory import chunk_of
 from jobs.training.runs import METRICS, Run, to_lines
 from jobs.training.specs import TrainSpec
 from jobs.training.start import plan_of
+from pipelines.candidates.types import CandidateManifest, PlanRows, TableData
+from pipelines.candidates.write import publish_table
 from pipelines.feed.reader import Reader
-from pipelines.shards.manifest import Manifest, publish_manifest
+from pipelines.shards.manifest import Manifest, publish_manifest, read_manifest
 from pipelines.storage.location import open_store
 from rzen.training.chunk_size import AutoChunk
 from tests.benchmarks import synthetic
@@ -115,6 +119,21 @@ def test_a_mistake_is_reported_before_anything_starts(
     assert main(["plan", "stage.yaml", "--set", change]) == 1
     err = capsys.readouterr().err
     assert MISTAKES[change] in err
+
+
+def test_a_source_that_drops_make_too_small_is_reported_before_ray_starts(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "_launch", None)  # which starts Ray
+    fingerprint = read_manifest(open_store("data"), "train").sources["few"].fingerprint
+    table = CandidateManifest("curate", TableData("data", "train", {"few": fingerprint}))
+    publish_table(open_store("drops"), table, {"few": PlanRows.of(np.arange(8) >= 5, np.full(8, -1))})
+    lost = "error: global_batch: source 'few' has 3 samples of 8 (tables drop 5), fewer than one batch of 4; lower"
+    for command in ("plan", "run"):
+        assert main([command, "stage.yaml", "--set", "data.curation=[drops]"]) == 1
+        assert lost in capsys.readouterr().err
+    assert main(["plan", "stage.yaml", "--set", "data.curation=[drops]", "--set", "global_batch=2"]) == 0
+    assert re.search(r"few +3 samples", capsys.readouterr().out)
 
 
 def test_all_mistakes_are_reported_at_once(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

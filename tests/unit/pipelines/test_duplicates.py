@@ -9,8 +9,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from pipelines.candidates.types import CandidateManifest, PlanRows, TableData
+from pipelines.candidates.write import publish_table
 from pipelines.config import DataConfig, MixtureConfig
 from pipelines.errors import UserError
+from pipelines.feed import reader as reader_module
 from pipelines.feed.reader import Reader
 from pipelines.plan.build import build_plan
 from pipelines.samples import DecodedSample
@@ -60,6 +63,21 @@ def test_equal_queries_are_named_and_kept_apart(tmp_path: Path) -> None:
     merged = reader_of(store, merge_small=True).tables()["cars"]
     assert len(merged.queries) == 24
     assert np.array_equal(merged.queries[table.duplicates], table.queries)
+
+
+def test_a_source_that_drops_make_small_is_read_as_one_that_is_merged(
+    store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader_module, "_SMALL", 10)
+    fingerprint = read_manifest(store, "train").sources["cars"].fingerprint
+    data = TableData(str(store.root), "train", {"cars": fingerprint})
+    rows = PlanRows.of(np.arange(24) >= 20, np.full(24, -1))
+    publish_table(LocalStore(tmp_path / "drops"), CandidateManifest("curate", data), {"cars": rows})
+    reader = reader_of(store, merge_small=True)
+    assert len(reader.tables()["cars"].duplicates) == 5
+    dropped = Reader(reader.data.model_copy(update={"curation": [str(tmp_path / "drops")]}))
+    assert len(dropped.tables()["cars"].duplicates) == 24
+    assert len(dropped.tables()["dogs"].duplicates) == 0
 
 
 def as_format_2(store: LocalStore) -> None:

@@ -202,6 +202,32 @@ def test_small_sources_are_merged_when_asked() -> None:
     assert [batch.blocks[0].epoch for batch in small] == list(range(len(small)))
 
 
+def test_a_source_that_is_too_small_says_what_it_has_lost() -> None:
+    def table(num_samples: int, dropped: int, weighted: int = 0) -> SourceTable:
+        names = np.arange(weighted) + dropped
+        return SourceTable(num_samples, dropped=np.arange(dropped), weighted=names, weights=np.full(weighted, 0.25))
+
+    found = {"a": table(90, 0), "b": table(20, 17), "c": table(20, 2, 16), "d": table(7, 0)}
+    ways = (
+        "lower global_batch, set a smaller data.mixture.blocks for it, leave the source out of data.mixture.weights,"
+        " set data.mixture.merge_small: true, or leave out less by data.curation and data.candidates"
+    )
+    with pytest.raises(UserError) as error:
+        build_plan(found, MixtureConfig(), global_batch=8)
+    assert str(error.value) == (
+        "global_batch: source 'b' has 3 samples of 20 (tables drop 17), fewer than one batch of 8; the same holds for"
+        " c with 6 of 20 (tables drop 2, an epoch takes 4 of 16 with a weight), d with 7; " + ways
+    )
+    with pytest.raises(
+        UserError, match=r"has 5 samples of 90 \(data.mixture.max_samples_per_source leaves 5 of 90\), f"
+    ):
+        build_plan({"a": table(90, 0)}, MixtureConfig(max_samples_per_source=5), global_batch=8)
+    blocks = build_plan(found, MixtureConfig(blocks={"b": 2, "c": 4, "d": 4}), global_batch=8)
+    assert {source.name: source.batch for source in blocks.sources} == {"a": 8, "b": 2, "c": 4, "d": 4}
+    merged = build_plan(found, MixtureConfig(merge_small=True), global_batch=8)
+    assert {source.name: source.num_samples for source in merged.sources} == {"a": 90, SMALL: 16}
+
+
 def test_what_cannot_be_planned_is_reported() -> None:
     with pytest.raises(UserError, match=r"data\.mixture\.weights: unknown source 'x'; the data has a, b"):
         build_plan(tables({"b": 9, "a": 9}), MixtureConfig(weights={"a": 1.0, "x": 1.0}), global_batch=4)
@@ -489,7 +515,7 @@ def test_dropped_samples_are_not_used_and_reported() -> None:
     assert {i for step in range(few.num_steps) for at in range(16) for _, i in few.reserves(step, at, 9)} <= {
         index for _, index in all_rows(few)
     }
-    with pytest.raises(UserError, match="source 'a' has 994 samples, fewer than one batch of 1000"):
+    with pytest.raises(UserError, match=r"source 'a' has 994 samples of 1000 \(tables drop 6\), fewer than"):
         build_plan({"a": table}, MixtureConfig(), global_batch=1000)
 
 
