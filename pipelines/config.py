@@ -116,6 +116,10 @@ class MixtureConfig(Config):
     run_length: PositiveInt = 16
     """Adjacent samples of a shard that stay together when an epoch is permuted: one range request for each run. Ingest
     shuffles samples globally, so that adjacent samples have nothing in common. Our choice."""
+    positives: Literal["all", "one"] = "all"
+    """What an epoch takes of a query with several positives, which are samples with an equal query in a source. `all`
+    takes each of them. `one` draws one, and others in later epochs, so that each query counts once (M-BEIR, MM-Embed).
+    """
     resample: ResampleConfig | None = None
     """Change the weights during the run, by the losses so far. The run records the changes."""
     merge_small: bool = False

@@ -28,6 +28,7 @@ from pipelines.media.decode import Decoder
 from pipelines.plan.plan import Plan
 from pipelines.plan.sources import PlanSource
 from pipelines.plan.types import Row, SourceTable
+from pipelines.plan.weights import one_of_each_query
 from pipelines.samples import Clip, DecodedInput, DecodedSample, Input, Members, Rejected, Sample, TimeRange
 from pipelines.shards.duplicates import source_table
 from pipelines.shards.index import content_sha256
@@ -108,7 +109,14 @@ class Reader:
         # Sources that are drawn together may hold duplicates of each other's targets.
         merged = is_grouped or (self.data.mixture.merge_small and is_small())
         table = source_table(self._store, self.data.split, name, source, merged=merged)
-        return with_plan_rows(table, name, *tables)
+        table = with_plan_rows(table, name, *tables)
+        if self.data.mixture.positives == "all":
+            return table
+        if len(table.queries) < len(table.duplicates):
+            problem = "says which samples to draw from by their queries, whose hashes these data do not have"
+            fix = "run the ingest or index job again, or set it to all"
+            raise UserError("data.mixture.positives", problem, fix)
+        return one_of_each_query(table)
 
     def fingerprints(self, plan: Plan) -> dict[str, str]:
         """Return the SHA-256 of each source that a plan draws from: equal for byte-identical data."""

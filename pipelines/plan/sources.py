@@ -16,7 +16,7 @@ from pipelines.plan.types import Int64Array, Row, SourceTable
 from pipelines.plan.weights import table_of_epoch
 
 _FEW = 0.01  # a share of the samples that is left out without a note
-_OPTIONAL = ("clustered", "clusters", "dropped", "weighted", "weights")
+_OPTIONAL = ("clustered", "clusters", "dropped", "weighted", "weights", "alternatives")
 """Columns of a table, without which its fingerprint is that of versions of rzen that knew none."""
 _EPOCHS_KEPT = 3  # tasks run ahead, and look back for reserves
 
@@ -42,6 +42,7 @@ class PlanSource:
         self.num_dropped = sum(len(table.dropped) for table in tables.values())
         self.num_weighted = sum(len(table.weighted) for table in tables.values())
         self.num_drawn = sum(table.num_drawn for table in tables.values())
+        self.num_alternatives = sum(int((table.alternatives >= 0).sum()) for table in tables.values())
         self.num_kept = sum(table.num_kept for table in tables.values())
         self.sizes = tuple(subset.size for subset in self._members(0).subsets)  # the same in every epoch
         self.num_samples = sum(self.sizes)
@@ -99,6 +100,8 @@ class PlanSource:
             lines.append(f"{self.num_dropped} of {self.num_stored} samples are dropped by candidate tables")
         if self.num_weighted:
             lines.append(f"{self.num_weighted} samples have a weight, and each epoch takes {self.num_drawn} of them")
+        if self.num_alternatives:
+            lines.append(f"{self.num_alternatives} of these share their query, and each epoch takes one of a query")
         if self.num_samples < self.num_kept:
             same = "" if self.num_weighted else ", the same in every epoch"
             lines.append(

@@ -29,7 +29,8 @@ class SourceTable:
     unknown. `clustered` `[K]` are the samples, ascending, that have to share a batch with others, such as clips of one
     video. `clusters` `[K]` are equal, and at least 0, for those of one cluster. `dropped` are the samples, ascending,
     that no batch takes. `weighted` `[P]` are kept samples, ascending, that an epoch takes with the probability in
-    `weights` `[P]`, above 0 and below 1.
+    `weights` `[P]`, above 0 and below 1. An epoch takes at most one of those with equal `alternatives` `[P]`, at least
+    0. Others have -1. The array is empty if there are none.
     """
 
     num_samples: int
@@ -41,6 +42,7 @@ class SourceTable:
     dropped: Int64Array = field(default_factory=lambda: NO_SAMPLES)
     weighted: Int64Array = field(default_factory=lambda: NO_SAMPLES)
     weights: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    alternatives: Int64Array = field(default_factory=lambda: NO_SAMPLES)
 
     @property
     def num_drawn(self) -> int:

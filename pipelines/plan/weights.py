@@ -3,6 +3,8 @@
 A weight is the probability that an epoch takes the sample. Every epoch takes the same number of them, the sum of the
 weights rounded down. So all epochs have equally many batches. This is systematic sampling: samples in a random order
 fill stretches of a line, each as long as its weight. Those at the places u, u + 1, u + 2, ... are taken.
+
+Alternatives, such as the positives of one query, share a stretch. If it is taken, their weights draw one of them.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.plan.subset import seed_of_name
-from pipelines.plan.types import NO_SAMPLES, WEIGHT_STREAM, SourceTable
+from pipelines.plan.types import NO_SAMPLES, WEIGHT_STREAM, Int64Array, SourceTable
+
+_ROUNDING = 1e-9  # of a sum of weights
 
 
 def table_of_epoch(table: SourceTable, name: str, seed: int, epoch: int) -> SourceTable:
@@ -21,9 +25,32 @@ def table_of_epoch(table: SourceTable, name: str, seed: int, epoch: int) -> Sour
     if not len(table.weighted):
         return table
     rng = np.random.default_rng([seed, WEIGHT_STREAM, seed_of_name(name), epoch])
-    left_out = table.weighted[~draw(table.weights, table.num_drawn, rng)]
-    dropped = np.union1d(table.dropped, left_out)
-    return replace(table, dropped=dropped, weighted=NO_SAMPLES, weights=np.zeros(0))
+    if len(table.alternatives):
+        taken = draw_alternatives(table.weights, table.alternatives, table.num_drawn, rng)
+    else:
+        taken = draw(table.weights, table.num_drawn, rng)
+    dropped = np.union1d(table.dropped, table.weighted[~taken])
+    return replace(table, dropped=dropped, weighted=NO_SAMPLES, weights=np.zeros(0), alternatives=NO_SAMPLES)
+
+
+def one_of_each_query(table: SourceTable) -> SourceTable:
+    """Return the table with samples of an equal query as alternatives: an epoch takes one of them.
+
+    Their weights are divided by their number. So a query is taken in all epochs, or in the mean of their own weights.
+    """
+    is_kept = ~np.isin(table.duplicates, table.dropped)
+    samples, queries = table.duplicates[is_kept], table.queries[is_kept]
+    _, group, counts = np.unique(queries, return_inverse=True, return_counts=True)
+    is_shared = counts[group] > 1
+    samples, group = samples[is_shared], group[is_shared]
+    weighted = np.union1d(table.weighted, samples)
+    weights = np.ones(len(weighted))
+    weights[np.searchsorted(weighted, table.weighted)] = table.weights
+    alternatives = np.full(len(weighted), -1)
+    places = np.searchsorted(weighted, samples)
+    alternatives[places] = group
+    weights[places] /= counts[group]
+    return replace(table, weighted=weighted, weights=weights, alternatives=alternatives if len(samples) else NO_SAMPLES)
 
 
 def draw(weights: npt.NDArray[np.float64], count: int, rng: np.random.Generator) -> npt.NDArray[np.bool_]:
@@ -38,4 +65,26 @@ def draw(weights: npt.NDArray[np.float64], count: int, rng: np.random.Generator)
     ends[-1] = count  # without rounding, so that the count is exact
     passed = np.floor(ends + rng.random())
     taken[order] = np.diff(passed, prepend=0.0) > 0
+    return taken
+
+
+def draw_alternatives(
+    weights: npt.NDArray[np.float64], alternatives: Int64Array, count: int, rng: np.random.Generator
+) -> npt.NDArray[np.bool_]:
+    """Return which samples are taken, exactly `count`, and at most one of those with an equal number above -1.
+
+    The weights of alternatives have a sum of at most 1. Each sample is taken as `draw` says.
+    """
+    alone = alternatives < 0
+    group = np.where(alone, alternatives.max(initial=-1) + 1 + np.arange(len(weights)), alternatives)
+    _, group = np.unique(group, return_inverse=True)
+    totals = np.bincount(group, weights).astype(np.float64)
+    totals[np.abs(totals - 1) < _ROUNDING] = 1.0  # a third, three times
+    with np.errstate(divide="ignore"):
+        race = -np.log(rng.random(len(weights))) / weights  # the first one is each with its share of the weights
+    order = np.lexsort((race, group))
+    is_first = np.ones(len(weights), np.bool_)
+    is_first[1:] = group[order][1:] != group[order][:-1]
+    taken = np.zeros(len(weights), np.bool_)
+    taken[order[is_first]] = draw(totals, count, rng)
     return taken

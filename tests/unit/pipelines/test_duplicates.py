@@ -117,6 +117,8 @@ def test_a_dataset_of_format_2_is_read_in_place(store: LocalStore) -> None:
         assert [text.split(": ")[0].split(" has ")[1] for text in reader.warnings(plan)] == [
             "format 2, without hashes of queries"
         ]
+    with pytest.raises(UserError, match=r"data.mixture.positives: says which samples .* run the ingest or index job"):
+        reader_of(store, positives="one").tables()
     (sample,) = reader.samples("cars", [3])  # the objective gets ids all the same
     assert isinstance(sample, DecodedSample)
     assert sample.sample.query_sha256 == hashlib.sha256(hashlib.sha256(b"cars 3").digest()).hexdigest()

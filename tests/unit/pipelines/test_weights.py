@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from pipelines.feed.reader import Reader
 from pipelines.plan.build import build_plan
 from pipelines.plan.plan import Plan
 from pipelines.plan.types import SourceTable
-from pipelines.plan.weights import draw
+from pipelines.plan.weights import draw, draw_alternatives, one_of_each_query
 from pipelines.storage.location import open_store
 from tests.data import publish
 
@@ -81,6 +82,97 @@ def test_ranks_together_have_the_batches_of_one_process_in_any_order_of_asking()
         epoch = {index for some in rows[step // 3 * 3 : step // 3 * 3 + 3] for _, index in some}
         assert not reserves & taken
         assert len(reserves - epoch) <= 7  # of 31 samples of an epoch, seven are in no batch
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 5), st.floats(1e-3, 1.0)), min_size=1, max_size=20), st.integers(0, 2**31))
+def test_of_alternatives_one_at_most_is_taken_and_the_number_is_exact(
+    groups: list[tuple[int, float]], seed: int
+) -> None:
+    sizes, totals = np.array([size for size, _ in groups]), np.array([total for _, total in groups])
+    totals[::2] = 1.0
+    weights = np.repeat(totals / sizes, sizes)
+    numbers = np.where(sizes > 1, np.arange(len(sizes)), -1)
+    count = int(totals.sum() + 1e-6)
+    taken = draw_alternatives(weights, np.repeat(numbers, sizes), count, np.random.default_rng(seed))
+    assert taken.sum() == count
+    group = np.repeat(np.arange(len(sizes)), sizes)
+    assert np.bincount(group[taken], minlength=len(sizes)).max() <= 1
+
+
+def test_an_alternative_is_taken_as_often_as_its_weight_says() -> None:
+    weights = np.array([0.1, 0.2, 0.3, 1 / 3, 1 / 3, 1 / 3, 0.4])  # groups of 0.6, 1 and 0.4
+    groups = np.array([4, 4, 4, 7, 7, 7, -1])
+    draws = np.stack([draw_alternatives(weights, groups, 2, np.random.default_rng(seed)) for seed in range(4000)])
+    deviation = np.sqrt(weights * (1 - weights) / len(draws))
+    assert (np.abs(draws.mean(axis=0) - weights) < 4.5 * deviation).all()
+    assert (draws[:, 3:6].sum(axis=1) == 1).all()
+
+
+QUERIES = np.array([0, 0, 0, 1, 1, 2, 3, 3])
+"""Of samples 10 to 17. That of 15 has no other sample. 16 is dropped, so that 17 is alone, too."""
+
+
+def several_positives(**changes: np.ndarray) -> SourceTable:
+    table = SourceTable(
+        20,
+        np.arange(10, 18),
+        np.arange(8),
+        QUERIES,
+        dropped=np.array([16]),
+        **changes,  # type: ignore[arg-type]
+    )
+    return one_of_each_query(table)
+
+
+def test_an_epoch_takes_one_positive_of_each_query() -> None:
+    table = several_positives()
+    assert table.weighted.tolist() == [10, 11, 12, 13, 14]
+    assert table.weights == pytest.approx([1 / 3] * 3 + [0.5] * 2)
+    assert table.num_kept == 16  # 19 less two of a query and one of another
+    plan = build_plan({"a": table}, MixtureConfig(run_length=2), global_batch=4, steps=240, seed=1)
+    assert "5 of these share their query, and each epoch takes one of a query" in " ".join(plan.summary())
+    seen = epochs(plan, 4)
+    for samples in seen:
+        assert len(set(samples)) == 16
+        assert len({10, 11, 12} & set(samples)) == len({13, 14} & set(samples)) == 1
+        assert {*range(10), 15, 17, 18, 19} < set(samples)
+    for number, share in zip(range(10, 15), (1 / 3, 1 / 3, 1 / 3, 1 / 2, 1 / 2), strict=True):
+        count = sum(number in samples for samples in seen)
+        assert abs(count - 60 * share) < 4 * np.sqrt(60 * share * (1 - share))
+    pickled = pickle.loads(pickle.dumps(plan))
+    halves = [plan.batch(101, rank, 2).rows for rank in range(2)]
+    assert halves[0] + halves[1] == pickled.batch(101).rows
+
+
+def test_positives_of_one_query_may_have_weights_and_drops() -> None:
+    table = several_positives(weighted=np.array([0, 11, 13, 14]), weights=np.array([0.5, 0.5, 0.4, 0.2]))
+    assert table.weighted.tolist() == [0, 10, 11, 12, 13, 14]
+    assert table.weights == pytest.approx([0.5, 1 / 3, 1 / 6, 1 / 3, 0.2, 0.1])
+    assert table.alternatives.tolist() == [-1, 0, 0, 0, 1, 1]
+    assert table.num_drawn == 1  # of 1.63
+    assert (
+        len(
+            {
+                build_plan({"a": some}, MixtureConfig(), global_batch=4).fingerprint()
+                for some in (table, several_positives(), replace(table, alternatives=np.full(6, -1)), SourceTable(20))
+            }
+        )
+        == 4
+    )
+    none = one_of_each_query(SourceTable(20, np.array([3, 4]), np.array([7, 7]), np.array([1, 2])))
+    assert (len(none.weighted), len(none.alternatives), none.num_kept) == (0, 0, 20)
+
+
+def test_a_mixture_asks_for_one_positive(tmp_path: Path) -> None:
+    publish(open_store(str(tmp_path)), {"red": ("text_image", 24)}, equal_queries={"red": [1, 6, 20]})
+    mixture = MixtureConfig(positives="one", run_length=2)
+    reader = Reader(DataConfig(root=str(tmp_path), mixture=mixture))
+    plan = build_plan(reader.tables(), mixture, global_batch=11, epochs=6)
+    assert plan.sources[0].num_samples == 22
+    taken = [set(samples) & {1, 6, 20} for samples in epochs(plan, 2)]
+    assert [len(some) for some in taken] == [1] * 6
+    assert len({*map(frozenset, taken)}) > 1
 
 
 def test_weights_are_part_of_the_fingerprint() -> None:
