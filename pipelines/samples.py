@@ -9,6 +9,7 @@ Everything here is plain data: no Ray, no torch, and no import from other module
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Annotated, Literal
@@ -16,6 +17,7 @@ from typing import Annotated, Literal
 import numpy as np
 import numpy.typing as npt
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict
 
 MediaKind = Literal["image", "video", "document"]
 SOURCE_PATTERN = r"^[^./\\\s\x00-\x1f\x7f-\x9f][^/\\\x00-\x1f\x7f-\x9f]{0,199}$"
@@ -66,7 +68,8 @@ class Sample:
     """One training or evaluation pair.
 
     `source` is the dataset, and a global batch is drawn from one. Each `task` has its own temperature. `instruction`
-    is put before the query and `target_instruction` before the targets, in stages with instructions. `target_sha256`
+    is put before the query and `target_instruction` before the targets, in stages with instructions.
+    `instruction_variants` say the same in other words. Training draws one wording in each epoch. `target_sha256`
     identifies the content of the positive (text and bytes), and `query_sha256` that of the query. So duplicates and
     right answers are not scored as negatives. `relevance` is a finite number: how well the positive
     answers the query, in datasets that grade their pairs (STS has 0 to 5). Only its order counts. `origin` says where
@@ -85,6 +88,12 @@ class Sample:
     query_sha256: str = ""
     origin: str = ""
     relevance: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    instruction_variants: tuple[str, ...] = ()
+
+    @property
+    def instructions(self) -> tuple[str, ...]:
+        """Return the instruction, then its variants."""
+        return (self.instruction, *self.instruction_variants)
 
     def inputs(self) -> tuple[Input, ...]:
         """Return the query, the positive, then the negatives."""
@@ -93,7 +102,7 @@ class Sample:
     def to_json(self) -> bytes:
         """Return UTF-8 JSON with sorted keys: equal samples give equal bytes.
 
-        A missing relevance is left out, and so is a missing `query_sha256`.
+        Left out are a missing relevance or `query_sha256`, and variants of the instruction where there are none.
         """
         fields = {name: getattr(self, name) for name in self.__slots__}  # faster than `asdict`, which copies texts
         fields |= {"query": _as_json(self.query), "positive": _as_json(self.positive)}
@@ -102,6 +111,8 @@ class Sample:
             del fields["relevance"]
         if not self.query_sha256:
             del fields["query_sha256"]
+        if not self.instruction_variants:
+            del fields["instruction_variants"]
         return _encode(fields).encode()
 
     @classmethod
@@ -114,6 +125,19 @@ class Sample:
             key = ".".join(map(str, first["loc"]))
             raise ValueError(f"not a sample: {key}: {first['msg']}".replace(": :", ":")) from error
         return sample
+
+
+class InstructionFields(TypedDict):
+    """The fields of `Sample` that hold an instruction in several wordings."""
+
+    instruction: str
+    instruction_variants: tuple[str, ...]
+
+
+def instruction_fields(wordings: Iterable[str]) -> InstructionFields:
+    """Return the fields for an instruction in several wordings, the main one first, each once."""
+    first, *others = dict.fromkeys(filter(None, wordings)) or [""]
+    return {"instruction": first, "instruction_variants": tuple(others)}
 
 
 def _as_json(part: Input) -> dict[str, object]:
@@ -270,3 +294,9 @@ class DecodedSample:
     negatives: tuple[DecodedInput, ...] = ()
     negative_sha256: tuple[str, ...] = ()
     """Content of each negative, as `Sample.target_sha256`; filled by whoever read their bytes."""
+
+    @property
+    def instruction(self) -> str:
+        """Return the instruction of the query, the same for all of its wordings. Empty without instructions."""
+        asked = self.query.instruction
+        return self.sample.instruction if asked in self.sample.instruction_variants else asked

@@ -27,7 +27,8 @@ from pipelines.media.cache import PixelCache
 from pipelines.media.decode import Decoder
 from pipelines.plan.plan import Plan
 from pipelines.plan.sources import PlanSource
-from pipelines.plan.types import Row, SourceTable
+from pipelines.plan.subset import seed_of_name
+from pipelines.plan.types import INSTRUCTION_STREAM, Row, SourceTable
 from pipelines.plan.weights import one_of_each_query
 from pipelines.samples import Clip, DecodedInput, DecodedSample, Input, Members, Rejected, Sample, TimeRange
 from pipelines.shards.duplicates import source_table
@@ -261,13 +262,14 @@ class Reader:
         rejected: list[Rejected] = []
         good: list[_GoodRow] = []
         counts = self._cache_counts()
-        for position, (row, item) in zip(positions.tolist(), self._rows.read(share.rows), strict=True):
+        epochs = [block.epoch for block in share.blocks for _ in block.rows]
+        read = zip(positions.tolist(), epochs, self._rows.read(share.rows), strict=True)
+        for position, epoch, (row, item) in read:
             try:
-                good.append(self._encode(row, item))
+                good.append(self._encode(row, item, plan.seed, epoch))
             except BadMedia as error:
                 rejected.append(self._rejected(row, error))
-                good.append(self._replacement(plan, step, position, rejected))
-        epochs = [block.epoch for block in share.blocks for _ in block.rows]
+                good.append(self._replacement(plan, step, position, epoch, rejected))
         encoded, bad_candidates, num_candidates = self._with_candidates(good, epochs, plan.seed)
         batch = self._encoder.collate(encoded)
         tasks = {source.name: self._batch_task(source) for source in plan.sources}
@@ -316,11 +318,11 @@ class Reader:
     def _cache_counts(self) -> tuple[int, int]:
         return (self._cache.num_hits, self._cache.num_misses) if self._cache else (0, 0)
 
-    def _replacement(self, plan: Plan, step: int, position: int, rejected: list[Rejected]) -> _GoodRow:
+    def _replacement(self, plan: Plan, step: int, position: int, epoch: int, rejected: list[Rejected]) -> _GoodRow:
         """Return the first good reserve, encoded. The bad ones before it are added to `rejected`."""
         for row, item in self._rows.read(plan.reserves(step, position, MAX_RESERVES)):
             try:
-                return self._encode(row, item)
+                return self._encode(row, item, plan.seed, epoch)
             except BadMedia as error:
                 rejected.append(self._rejected(row, error))
         last = rejected[-1]
@@ -331,8 +333,11 @@ class Reader:
             "replace its files, or leave the source out of data.mixture.weights",
         )
 
-    def _encode(self, row: Row, item: StoredSample) -> _GoodRow:
+    def _encode(self, row: Row, item: StoredSample, seed: int, epoch: int) -> _GoodRow:
         decoded = self._decode(item)
+        if decoded.sample.instruction_variants and decoded.query.instruction:
+            wording = _drawn_wording(decoded.sample, row, seed, epoch)
+            decoded = replace(decoded, query=replace(decoded.query, instruction=wording))
         return _GoodRow(row, decoded.sample, self._encoder.sample(decoded))
 
     def _decode(self, item: StoredSample) -> DecodedSample:
@@ -415,6 +420,13 @@ def _video_of(item: StoredSample) -> tuple[Sample, bytes]:
     if medium.member not in members:
         raise BadMedia("missing_member", medium.member)
     return sample, members[medium.member]
+
+
+def _drawn_wording(sample: Sample, row: Row, seed: int, epoch: int) -> str:
+    """Return one wording of the instruction. It depends on the sample, the seed and the epoch only."""
+    source, index = row
+    rng = np.random.default_rng([seed, epoch, INSTRUCTION_STREAM, seed_of_name(source), index])
+    return sample.instructions[rng.integers(len(sample.instructions))]
 
 
 def _only(item: StoredSample, role: Role) -> StoredSample:

@@ -2,6 +2,7 @@
 
 `<|image_1|>` is put before the text of an input with an image. With more than one negative, texts and paths of
 negatives are written as Python lists, as mmE5 has them. Further columns hold what MMEB lacks: instructions, relevance.
+Instructions in several wordings are lists.
 """
 
 from __future__ import annotations
@@ -22,9 +23,7 @@ IMAGES = "images"
 """Folder of the zips, and the first part of all paths of media."""
 _MARK = "<|image_1|>"
 _TEXTS = ("qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "neg_image_path")
-_SCHEMA = pa.schema(
-    [(name, pa.string()) for name in (*_TEXTS, "instruction", "target_instruction")] + [("relevance", pa.float64())]
-)
+_FURTHER = (("target_instruction", pa.string()), ("relevance", pa.float64()))
 _ROWS_PER_GROUP = 1000
 
 
@@ -42,17 +41,18 @@ class Mmeb:
         table, archive = f"{place}.parquet", f"{IMAGES}/{place}.zip"
         for path in (table, archive):
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        schema = _schema(shape)
         with (
             zipfile.ZipFile(folder / archive, "w", zipfile.ZIP_STORED, strict_timestamps=False) as images,
-            pq.ParquetWriter(folder / table, _SCHEMA) as writer,
+            pq.ParquetWriter(folder / table, schema) as writer,
         ):
             rows: list[dict[str, Any]] = []
             for row in _rows(place, samples, shape, images):
                 rows.append(row)
                 if len(rows) == _ROWS_PER_GROUP:
-                    writer.write_table(pa.Table.from_pylist(rows, _SCHEMA))
+                    writer.write_table(pa.Table.from_pylist(rows, schema))
                     rows = []
-            writer.write_table(pa.Table.from_pylist(rows, _SCHEMA))
+            writer.write_table(pa.Table.from_pylist(rows, schema))
             num_images = len(images.namelist())
         if num_images:
             return [table, archive]
@@ -72,6 +72,11 @@ class Mmeb:
         if shape.num_graded:
             found["relevance"] = "relevance"
         return found
+
+
+def _schema(shape: SourceShape) -> pa.Schema:
+    instruction = pa.list_(pa.string()) if shape.has_variants else pa.string()
+    return pa.schema([*((name, pa.string()) for name in _TEXTS), ("instruction", instruction), *_FURTHER])
 
 
 def _rows(place: str, samples: Samples, shape: SourceShape, images: zipfile.ZipFile) -> Iterator[dict[str, Any]]:
@@ -95,7 +100,7 @@ def _rows(place: str, samples: Samples, shape: SourceShape, images: zipfile.ZipF
             texts, paths = negatives[0] if negatives else ("", "")
         yield {
             **dict(zip(_TEXTS, (*query, *positive, texts, paths), strict=True)),
-            "instruction": sample.instruction,
+            "instruction": list(sample.instructions) if shape.has_variants else sample.instruction,
             "target_instruction": sample.target_instruction,
             "relevance": sample.relevance,
         }

@@ -64,8 +64,10 @@ class SourceShape:
     """Whether another sample has fewer than `max_negatives`."""
     num_graded: int = 0
     instructions: frozenset[str] = field(default_factory=frozenset)
-    """The instruction of all queries, or some of several."""
+    """The instruction of all queries, or some of several, or of its wordings."""
     target_instructions: frozenset[str] = field(default_factory=frozenset)
+    has_variants: bool = False
+    """Whether a sample has its instruction in several wordings."""
 
     @classmethod
     def of(cls, sample: Sample) -> SourceShape:
@@ -76,8 +78,9 @@ class SourceShape:
             reduce(InputShape.__add__, map(InputShape.of, sample.negatives), InputShape()),
             len(sample.negatives),
             num_graded=int(sample.relevance is not None),
-            instructions=frozenset([sample.instruction]),
+            instructions=frozenset(sample.instructions),
             target_instructions=frozenset([sample.target_instruction]),
+            has_variants=bool(sample.instruction_variants),
         )
 
     def __add__(self, other: SourceShape) -> SourceShape:
@@ -92,6 +95,7 @@ class SourceShape:
             self.num_graded + other.num_graded,
             _some(self.instructions | other.instructions),
             _some(self.target_instructions | other.target_instructions),
+            self.has_variants or other.has_variants,
         )
 
     @property

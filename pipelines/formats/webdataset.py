@@ -72,7 +72,8 @@ def _is_simple(shape: SourceShape) -> bool:
 
 def _members(sample: Sample, members: Members, shape: SourceShape) -> list[tuple[str, bytes]]:
     content: dict[str, Any] = {"source": sample.source, "task": sample.task, "origin": sample.origin}
-    content |= {"instruction": sample.instruction, "target_instruction": sample.target_instruction}
+    instruction = list(sample.instructions) if sample.instruction_variants else sample.instruction
+    content |= {"instruction": instruction, "target_instruction": sample.target_instruction}
     content |= {"query": sample.query.text, "positive": sample.positive.text}
     if sample.negatives:
         texts = [negative.text for negative in sample.negatives]

@@ -15,6 +15,7 @@ Int64Array = npt.NDArray[np.int64]
 # Each kind of random choice has its own stream of the seed, so that a change of one does not move the others. The
 # numbers are part of every plan: other numbers give other batches.
 LANE_STREAM, EPOCH_STREAM, RESERVE_STREAM, SUBSET_STREAM, SOURCE_STREAM, CANDIDATE_STREAM, WEIGHT_STREAM = range(7)
+INSTRUCTION_STREAM = 7
 
 NO_SAMPLES: Int64Array = np.zeros(0, np.int64)
 _ROUNDING = 1e-6  # of a sum of weights: ten tenths are one sample

@@ -17,7 +17,7 @@ from pydantic import AfterValidator, Field, model_validator
 from pipelines.config import Config
 from pipelines.errors import BadMedia
 from pipelines.media.files import KINDS
-from pipelines.samples import Input, Media, MediaKind, Sample
+from pipelines.samples import Input, Media, MediaKind, Sample, instruction_fields
 from pipelines.shards.tars import Buffer, Group
 from pipelines.texts import MAX_TEXT_BYTES, decode_text
 
@@ -89,8 +89,9 @@ class SourceMapping(Config):
     """Where the positive comes from."""
     negatives: list[InputMapping] = Field(default_factory=list)
     """Mined negatives. A field may hold a list of texts. Negatives that a sample lacks are left out."""
-    instruction: str | FromMember = ""
-    """Put before the query, in stages with instructions. `{member: json:prompt}` reads it from each sample."""
+    instruction: str | Annotated[list[str], Field(min_length=1)] | FromMember = ""
+    """Put before the query, in stages with instructions. `{member: json:prompt}` reads it from each sample. A list has
+    several wordings: training draws one in each epoch, and everything else takes the first."""
     target_instruction: str | FromMember = ""
     """Put before the targets, in stages with instructions."""
     relevance: TextSelector | None = Field(default=None, exclude_if=lambda selector: selector is None)
@@ -100,7 +101,7 @@ class SourceMapping(Config):
     def selection(self) -> dict[str, Any]:
         """Return the fields that decide which samples are usable and what their targets are, as an index needs them."""
         instructions = {"instruction", "target_instruction"}
-        constant = {name for name in instructions if isinstance(getattr(self, name), str)}
+        constant = {name for name in instructions if not isinstance(getattr(self, name), FromMember)}
         return self.model_dump(include={"query", "positive", "negatives", "relevance", *instructions} - constant)
 
 
@@ -131,7 +132,7 @@ class SampleMapper:
             query=_input(mapping.query, members),
             positive=_input(mapping.positive, members),
             negatives=tuple(found for negative in mapping.negatives for found in _negatives(negative, members)),
-            instruction=_instruction(mapping.instruction, members),
+            **instruction_fields(_wordings(mapping.instruction, members)),
             target_instruction=_instruction(mapping.target_instruction, members),
             origin=origin,
             relevance=_number(mapping.relevance, members) if mapping.relevance else None,
@@ -162,6 +163,15 @@ def _negatives(mapping: InputMapping, members: Mapping[str, bytes]) -> list[Inpu
         if error.reason in ("missing_member", "missing_field"):
             return []
         raise
+
+
+def _wordings(instruction: str | list[str] | FromMember, members: Mapping[str, bytes]) -> list[str]:
+    """Return all wordings of an instruction, the main one first."""
+    if isinstance(instruction, list):
+        return instruction
+    if isinstance(instruction, FromMember) and isinstance(found := _found(instruction.member, members), list):
+        return [_text(text, instruction.member) for text in found or [None]]
+    return [_instruction(instruction, members)]
 
 
 def _instruction(instruction: str | FromMember, members: Mapping[str, bytes]) -> str:

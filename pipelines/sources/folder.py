@@ -46,6 +46,7 @@ from pipelines.samples import (
     Rejected,
     Sample,
     Split,
+    instruction_fields,
 )
 from pipelines.sources.passages import choose_passages
 from pipelines.sources.tree import FolderTree, list_folder
@@ -68,13 +69,14 @@ class _Line(Config):
     positive: str | None = None
     source: Annotated[str, Field(pattern=SOURCE_PATTERN)] | None = None
     task: str | None = None
-    instruction: str | None = None
+    instruction: str | list[str] | None = None
     relevance: FiniteFloat | None = None
     split: Split | None = None
 
 
 _UNCAPTIONED = ("no_caption", "empty_caption", "no_text_layer")
-_OPTIONS = {"source", "task", "instruction", "relevance"}  # fields of the sample; `split` is the raw sample's
+_OPTIONS = {"source", "task", "relevance"}  # fields of the sample
+_OTHERS = {"instruction", "split"}
 _FORMS = (
     {"file", "caption"},
     {"file", "caption", "page"},
@@ -268,7 +270,7 @@ def _parse(line: bytes) -> _Line:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise BadMedia("bad_json", ": ".join([*map(str, first["loc"]), first["msg"]])) from error
-    fields = {field for field, value in parsed if value is not None} - _OPTIONS - {"split"}
+    fields = {field for field, value in parsed if value is not None} - _OPTIONS - _OTHERS
     if fields not in _FORMS:
         forms = " or ".join("+".join(sorted(form)) for form in _FORMS)
         raise BadMedia("bad_json", f"has {'+'.join(sorted(fields)) or 'nothing'}, needs {forms}")
@@ -294,6 +296,8 @@ def _listed(tree: FolderTree, folder: str, line: _Line, origin: str, captioned: 
         files: dict[str, Reference] = {query.member: query_ref, target.member: target_ref}
         pair = _sample("image_text_image", Input(texts[0], (query,)), Input(media=(target,)), files, file)
     options = {name: getattr(line, name) for name in _OPTIONS if getattr(line, name) is not None}
+    if line.instruction is not None:
+        options |= instruction_fields([line.instruction] if isinstance(line.instruction, str) else line.instruction)
     return replace(pair, sample=replace(pair.sample, **options), split=line.split)
 
 

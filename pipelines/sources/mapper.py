@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from pipelines.errors import BadMedia
 from pipelines.instructions import INSTRUCTIONS
-from pipelines.samples import Input, Media, RawSample, Reference, Rejected, Sample
+from pipelines.samples import Input, Media, RawSample, Reference, Rejected, Sample, instruction_fields
 from pipelines.sources.mbeir_prompts import MbeirPrompts
 from pipelines.sources.media_roots import MediaRoots
 from pipelines.sources.placeholders import strip_placeholders
@@ -67,7 +67,7 @@ class RowMapper:
                     query=_input(query, "q", files),
                     positive=_input(positive, "p", files),
                     negatives=tuple(_input(part, "n", files) for part in negatives),
-                    instruction=self._instruction(row, query, positive),
+                    **instruction_fields(self._instructions(row, query, positive)),
                     target_instruction=self._target_instruction(row),
                     origin=row.origin,
                     relevance=relevance,
@@ -91,13 +91,20 @@ class RowMapper:
             raise BadMedia("empty_text", f"split_by: {self.config.split_by}")
         return f"{self.source}-{_UNNAMED.sub('-', value).strip('-')[:100]}"
 
-    def _instruction(self, row: Row, query: Part, positive: Part) -> str:
+    def _instructions(self, row: Row, query: Part, positive: Part) -> Sequence[str]:
+        """Return all wordings of the instruction, the main one first."""
         found = self.config.instruction
+        if found is None:
+            return INSTRUCTIONS.get(self.config.task or "", ("", ""))[:1]
         if isinstance(found, FromPrompts):
             assert self.prompts, "the table was opened"
             cell = find("qid", row)
-            return self.prompts.prompt("" if cell is None else str(cell.value), query, positive, self.seed)
-        return _constant(found, row) if found is not None else INSTRUCTIONS.get(self.config.task or "", ("", ""))[0]
+            return self.prompts.wordings("" if cell is None else str(cell.value), query, positive, self.seed)
+        if isinstance(found, FromColumn):
+            cell = find(found.column, row)
+            cells = cell.elements() if cell is not None and cell.is_list else [cell]
+            return [text_of(one, found.column) for one in cells]
+        return [found] if isinstance(found, str) else found
 
     def _target_instruction(self, row: Row) -> str:
         found = self.config.target_instruction
@@ -182,8 +189,8 @@ def _input(part: Part, slot: str, files: dict[str, Reference]) -> Input:
     return Input(part.text, tuple(media))
 
 
-def _constant(found: str | FromColumn | FromPrompts, row: Row) -> str:
-    return text_of(find(found.column, row), found.column) if isinstance(found, FromColumn) else str(found)
+def _constant(found: str | FromColumn, row: Row) -> str:
+    return text_of(find(found.column, row), found.column) if isinstance(found, FromColumn) else found
 
 
 def _equal(found: object, value: Value) -> bool:

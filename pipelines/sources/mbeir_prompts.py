@@ -1,4 +1,4 @@
-"""M-BEIR's prompts: one of several for each dataset, modality of the query and modality of the candidate."""
+"""M-BEIR's prompts: several for each dataset, modality of the query and modality of the candidate."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ class MbeirPrompts:
     url: str
     endpoint: str | None
 
-    def prompt(self, qid: str, query: Part, positive: Part, seed: int) -> str:
-        """Return a prompt for a row, drawn by the seed and the id. Raises `BadMedia`: no_prompt."""
+    def wordings(self, qid: str, query: Part, positive: Part, seed: int) -> list[str]:
+        """Return the prompts for a row, from one on that the seed and the id draw. Raises `BadMedia`: no_prompt."""
         key = (qid.partition(":")[0], _modality(query), _modality(positive))
         found = _prompts(self.url, self.endpoint).get(key)
         if not found:
             raise BadMedia("no_prompt", f"dataset {key[0]!r}, {key[1]} to {key[2]}")
-        return found[draw(seed, "prompt", qid) % len(found)]
+        first = draw(seed, "prompt", qid) % len(found)
+        return found[first:] + found[:first]
 
     def check(self) -> None:
         """Raise `UserError` for a file that is missing or damaged."""

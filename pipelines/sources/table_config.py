@@ -74,7 +74,7 @@ class FromColumn(Config):
 
 
 class FromPrompts(Config):
-    """A prompt that is drawn by the dataset and the modalities of a row, as in M-BEIR."""
+    """Prompts by the dataset and the modalities of a row, as in M-BEIR. They are wordings of one instruction."""
 
     mbeir: str
     """M-BEIR's file `instructions/query_instructions.tsv`: path or URL."""
@@ -103,9 +103,10 @@ class TableSource(Config):
     """Where the positive comes from."""
     negatives: list[Side] | None = None
     """Where mined negatives come from. Those that a row lacks are left out."""
-    instruction: str | FromColumn | FromPrompts | None = None
-    """Put before the query, in stages with instructions. `{column: prompt}` reads it from each row. `null`: that of the
-    task, where rzen knows it."""
+    instruction: str | Annotated[list[str], Field(min_length=1)] | FromColumn | FromPrompts | None = None
+    """Put before the query, in stages with instructions. `{column: prompt}` reads it from each row. A list, in the spec
+    or in the column, has several wordings: training draws one in each epoch, and everything else takes the first.
+    `null`: that of the task, where rzen knows it."""
     target_instruction: str | FromColumn | None = None
     """Put before the targets, in stages with instructions. `null`: that of the task, where rzen knows it."""
     task: Annotated[str, Field(min_length=1)] | None = None

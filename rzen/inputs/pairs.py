@@ -32,7 +32,7 @@ class EncodedPairs:
     query_ids: npt.NDArray[np.int64]
     """[B], the same of `query_sha256`: equal to that of a target that shows the same."""
     instruction_ids: npt.NDArray[np.int64]
-    """[B], equal for queries that are asked with equal instructions."""
+    """[B], equal for queries that are asked with equal instructions, in whichever of their wordings."""
     negatives: EncodedBatch | None
     """Mined negatives, those of query 0 first. None if there are none at all."""
     negative_counts: npt.NDArray[np.int64]
@@ -108,7 +108,7 @@ class PairEncoder:
                 place, "has negatives without negative_sha256", "read it with `pipelines.feed.reader.Reader`"
             )
         negatives = decoded.negatives if sample.relevance is None else ()
-        instruction_sha256 = hashlib.sha256(decoded.query.instruction.encode()).hexdigest()
+        instruction_sha256 = hashlib.sha256(decoded.instruction.encode()).hexdigest()
         return EncodedPairs(
             queries=self.processor.encode([decoded.query]),
             targets=self.processor.encode([decoded.positive]),

@@ -116,7 +116,7 @@ class ListEncoder:
             raise UserError(place, "has no hashes of its contents", "ingest its source again")
         contents = (sample.target_sha256, *decoded.negative_sha256)
         sides = [self.joint.side(target) for target in (decoded.positive, *decoded.negatives)]
-        asked = (sample.query_sha256, decoded.query.instruction)
+        asked = (sample.query_sha256, decoded.instruction)
         return _without_duplicates(EncodedList(place, self.joint.side(decoded.query), asked, tuple(sides), contents))
 
     def candidate(self, decoded: DecodedInput) -> EncodedSide:

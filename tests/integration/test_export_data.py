@@ -33,7 +33,7 @@ from tests.integration.test_ingest import write_pdf, write_video
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 PER_SHARD = 3
 ALIKE = ("clips", "composed", "graded", "pages", "plain")
-"""Sources whose samples are all alike. The others are `mixed` and `several`."""
+"""Sources whose samples are all alike. The others are `mixed`, `worded` and `several`."""
 
 
 def png(red: int) -> bytes:
@@ -88,6 +88,7 @@ def samples(folder: Path) -> dict[str, list[tuple[Sample, Members]]]:
             make("mixed", 2, {"p0.png": png(2), "n10.png": png(3)}, n0="a text", n1="both"),
             make("mixed", 3, {}, p="nothing but text"),
         ],
+        "worded": [make("worded", n, {"p0.png": png(n + 60)}, instruction_variants=("See:", "Get:")) for n in range(4)],
         "several": [make("several", n, {"q0.png": png(n), "q1.png": png(n + 50), "p0.png": png(8)}) for n in range(4)],
     }
 
@@ -116,7 +117,7 @@ def content(root: str, split: Split = "train", endpoint: str | None = None) -> C
 
     return Counter(
         json.dumps(
-            [source, sample.task, sample.instruction, sample.target_instruction, sample.relevance]
+            [source, sample.task, sample.instructions, sample.target_instruction, sample.relevance]
             + [plain(given, members) for given in sample.inputs()]
         )
         for source, size in reader.sizes().items()
@@ -147,8 +148,8 @@ def of(found: Counter[str], sources: tuple[str, ...]) -> Counter[str]:
 @pytest.mark.parametrize(
     ("name", "sources"),
     [
-        ("webdataset", ALIKE),
-        ("mmeb", (*ALIKE, "mixed")),
+        ("webdataset", (*ALIKE, "worded")),
+        ("mmeb", (*ALIKE, "mixed", "worded")),
         ("sentence_transformers", (*ALIKE, "several")),
     ],
 )
@@ -209,6 +210,7 @@ def test_other_readers_find_pictures_and_texts(data: Path, tmp_path: Path) -> No
         ("webdataset", "mixed", "source mixed: has text in 3 and media in 2 of 4 query.*use the format mmeb"),
         ("mmeb", "several", "source several: has 2 media in the query"),
         ("sentence_transformers", "mixed", "source mixed: has samples with fewer negatives"),
+        ("sentence_transformers", "worded", "source worded: has several instructions"),
         ("mmeb", "gone", "has no source 'gone': its sources: clips, composed"),
     ],
 )

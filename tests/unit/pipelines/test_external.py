@@ -282,6 +282,18 @@ def test_a_mapping_reads_query_positive_negatives_and_instructions() -> None:
     with pytest.raises(BadMedia, match=r"missing_field: json:prompt"):
         SampleMapper("edits", mapping).sample("k", members | {"json": b'{"edit": {"text": "x"}}'})
 
+    def wordings(mapping: SourceMapping, prompt: object) -> tuple[str, ...]:
+        data = json.dumps(facts | {"prompt": prompt}).encode()
+        return SampleMapper("edits", mapping).sample("k", members | {"json": data}).instructions
+
+    assert wordings(mapping, ["Find.", " Look.", "Find."]) == ("Find.", "Look.")
+    constant = mapping.model_copy(update={"instruction": ["A", "B"]})
+    assert wordings(constant, 5) == ("A", "B")
+    assert constant.selection() == mapping.model_copy(update={"instruction": ""}).selection()
+    for bad, reason in (([], "empty_text"), (["Find.", 5], "not_text"), ([""], "empty_text")):
+        with pytest.raises(BadMedia, match=reason):
+            wordings(mapping, bad)
+
 
 GRADED = {"query": {"text": "txt"}, "positive": {"text": "json:other"}, "relevance": "json:score | cls"}
 

@@ -74,7 +74,7 @@ def test_a_list_names_media_relative_to_its_own_folder(tmp_path):
         {"file": "a.jpg", "caption": "one"},
         "",
         {"file": "../top.mp4", "caption": "two", "source": "mine", "task": "t", "instruction": "Look:"},
-        {"file": "./deep/../deep/d.pdf", "page": 3, "caption": "three"},
+        {"file": "./deep/../deep/d.pdf", "page": 3, "caption": "three", "instruction": ["Look:", "See:", "Look:"]},
         {"file": "deep/d.pdf", "caption": "four"},
     )
     media = {"s/a.jpg": b"x", "top.mp4": b"x", "s/deep/d.pdf": b"x"}
@@ -88,7 +88,8 @@ def test_a_list_names_media_relative_to_its_own_folder(tmp_path):
     ]
     assert samples[2].files == {"p0.pdf": FileRef(str(tmp_path / "s/deep/d.pdf"), 3)}
     mine = samples[1].sample
-    assert (mine.source, mine.task, mine.instruction) == ("mine", "t", "Look:")
+    assert (mine.source, mine.task, mine.instructions) == ("mine", "t", ("Look:",))
+    assert samples[2].sample.instructions == ("Look:", "See:")
     assert mine.target_instruction == "Understand the content of the provided video clip."
 
 

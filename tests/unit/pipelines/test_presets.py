@@ -1,6 +1,7 @@
 """Presets on miniatures in the real layouts: each is recognized, and every row is a sample or counted."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -253,8 +254,9 @@ def folder(tmp_path: Path) -> Path:
     ]
     write_table(tmp_path / "pool.jsonl", pool)
     write_table(tmp_path / "corpus.jsonl", [{"docid": "d1", "text": "words"}, {"docid": "d2", "image": "images/c.jpg"}])
-    header = "query_modality\tcand_modality\tdataset\tdataset_id\tprompt_1\tprompt_2\n"
-    (tmp_path / "prompts.tsv").write_text(f"{header}image,text\timage\tCIRR\t7\tFind a picture.\t\n")
+    header = "query_modality\tcand_modality\tdataset\tdataset_id\tprompt_1\tprompt_2\tprompt_3\n"
+    prompts = "\t".join(["Find a picture.", "", "Search."])
+    (tmp_path / "prompts.tsv").write_text(f"{header}image,text\timage\tCIRR\t7\t{prompts}\n")
     return tmp_path
 
 
@@ -301,12 +303,21 @@ def test_the_instruction_comes_from_where_the_layout_has_it(folder: Path) -> Non
         return {(raw.sample.instruction, raw.sample.target_instruction) for raw in samples}
 
     assert instructions("mmeb") == {("", "")}  # inside of `qry`
-    assert instructions("mbeir") == {("Find a picture.", "")}
+    assert instructions("mbeir") < {("Find a picture.", ""), ("Search.", "")}
     assert instructions("flag_embedding") == {("Find:", "")}
     assert instructions("ms_swift") == {("Match:", "")}
     assert instructions("pixelprose") == {
         ("Find an image that matches the given caption:", "Understand the content of the provided image.")
     }
+
+
+def test_prompts_of_mbeir_are_wordings_of_one_instruction(folder: Path) -> None:
+    case = CASES["mbeir"]
+    rows = [case.rows[0] | {"qid": f"7:{number}"} for number in range(40)]
+    samples, _ = read(write_table(folder / case.file, rows), **settings_of(case, folder))
+    found = Counter(raw.sample.instructions for raw in samples)
+    assert set(found) == {("Find a picture.", "Search."), ("Search.", "Find a picture.")}
+    assert min(found.values()) > 8
 
 
 def test_sources_of_visrag_are_named_by_their_values(folder: Path) -> None:

@@ -5,7 +5,9 @@ import itertools
 import pickle
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +21,13 @@ from pipelines.plan.build import build_plan
 from pipelines.plan.plan import Plan
 from pipelines.plan.types import SourceTable
 from pipelines.samples import DecodedSample, Input, Rejected
+from pipelines.shards.duplicates import with_duplicates
 from pipelines.shards.index import content_sha256, read_shard_index
+from pipelines.shards.manifest import Manifest, SourceInfo, publish_manifest
 from pipelines.storage.location import open_store
 from pipelines.storage.publish import MARK
 from pipelines.storage.store import LocalStore
-from tests.data import SAMPLES_PER_SHARD, ColourEncoder, make_sample, publish
+from tests.data import SAMPLES_PER_SHARD, ColourEncoder, make_sample, publish, store_shard
 
 CARS = {"cars": ("t2i", 20)}
 
@@ -101,6 +105,44 @@ def test_instructions_are_read_or_left_out(tmp_path: Path) -> None:
         (item,) = reader.samples("cars", [3])
         assert isinstance(item, DecodedSample)
         assert item.query.instruction == instruction
+
+
+def test_training_draws_a_wording_of_the_instruction_in_each_epoch(tmp_path: Path) -> None:
+    wordings = ("Find the colour.", "Which colour?", "Look for it.")
+    store = open_store(str(tmp_path))
+    samples = []
+    for number in range(16):
+        sample, members = make_sample("cars", "t2i", number, False, number)
+        samples.append((replace(sample, instruction_variants=wordings[1:]), members))
+    shards = tuple(store_shard(store, "train", "cars", n, samples[8 * n : 8 * n + 8]) for n in range(2))
+    publish_manifest(store, with_duplicates(store, Manifest("train", {"cars": SourceInfo("t2i", 16, shards)})))
+    reader = Reader(DataConfig(root=str(tmp_path), mixture=MixtureConfig(run_length=2)))
+
+    def drawn(seed: int, world_size: int = 1) -> list[dict[str, str]]:
+        """Key -> wording, for each epoch."""
+        some = build_plan(reader.tables(), reader.data.mixture, global_batch=16, epochs=30, seed=seed)
+        batches = [
+            [item for rank in range(world_size) for item in reader.batch(some, step, rank, world_size).batch]
+            for step in range(some.num_steps)
+        ]
+        assert all(item.instruction == wordings[0] for batch in batches for item in batch)
+        return [{item.sample.key: item.query.instruction for item in batch} for batch in batches]
+
+    found = drawn(4)
+    assert drawn(4, world_size=4) == found != drawn(5)
+    counts = Counter(wording for epoch in found for wording in epoch.values())
+    assert set(counts) == set(wordings)
+    num_rows = 30 * 16
+    assert all(abs(count - num_rows / 3) < 4 * np.sqrt(num_rows * 2 / 9) for count in counts.values())
+    of_one = [epoch["00000005"] for epoch in found]
+    assert len(set(of_one)) == 3
+    assert {len(set(epoch.values())) for epoch in found[:5]} == {3}
+
+    (item,) = reader.samples("cars", [5])
+    assert isinstance(item, DecodedSample)
+    assert item.query.instruction == item.instruction == wordings[0]  # evaluation, mining and embedding take the first
+    silent = Reader(reader.data.model_copy(update={"instructions": False}))
+    assert {one.query.instruction for one in silent.batch(plan_for(silent, 16), 0, 0, 1).batch} == {""}
 
 
 @pytest.mark.parametrize(("most", "texts"), [(0, []), (1, ["not cars"]), (5, ["not cars", "nor this"])])

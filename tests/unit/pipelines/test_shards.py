@@ -14,7 +14,7 @@ import ray.data
 import webdataset
 
 from pipelines.errors import BadMedia, UserError
-from pipelines.samples import Input, Media, Members, Sample
+from pipelines.samples import Input, Media, Members, Sample, instruction_fields
 from pipelines.shards import write
 from pipelines.shards.index import content_sha256, read_shard_index
 from pipelines.shards.manifest import (
@@ -54,6 +54,14 @@ def test_a_sample_without_relevance_has_the_bytes_it_always_had() -> None:
     graded = replace(sample, relevance=0.1 + 0.2)
     assert json.loads(graded.to_json()) == json.loads(sample.to_json()) | {"relevance": 0.1 + 0.2}
     assert Sample.from_json(graded.to_json()) == graded
+
+
+def test_wordings_of_an_instruction_are_stored_where_there_are_several() -> None:
+    worded = Sample("k", "s", "t", Input("q"), Input("p"), **instruction_fields(["", "Find:", "Get:", "Find:"]))
+    assert worded.instructions == ("Find:", "Get:")
+    assert json.loads(worded.to_json())["instruction_variants"] == ["Get:"]
+    assert Sample.from_json(worded.to_json()) == worded
+    assert instruction_fields([]) == {"instruction": "", "instruction_variants": ()}
 
 
 def make_split(root: Path, counts: tuple[int, ...] = (5, 3)) -> tuple[Store, Manifest]:

@@ -396,6 +396,18 @@ def test_instructions_relevance_and_splits(tmp_path):
     assert samples[0].sample.instruction == "Find a text that matches the given query:"
 
 
+def test_an_instruction_may_have_several_wordings(tmp_path):
+    rows = [{"title": "t", "answer": "a", "prompts": prompts} for prompts in (["Find:", "Get:", "Find:"], [], "See:")]
+    table = write_table(tmp_path / "t.jsonl", rows)
+    samples, refused = read(table, instruction={"column": "prompts?"}, **PAIR)
+    assert refused == []
+    assert [raw.sample.instructions for raw in samples] == [("Find:", "Get:"), ("",), ("See:",)]
+    samples, _ = read(table, instruction=["Find:", "Get:"], **PAIR)
+    assert {raw.sample.instructions for raw in samples} == {("Find:", "Get:")}
+    with pytest.raises(ValueError, match="instruction"):
+        read(table, instruction=[], **PAIR)
+
+
 def test_a_pool_is_joined_by_id(tmp_path):
     write_pictures(tmp_path, "a.jpg")
     corpus = [
