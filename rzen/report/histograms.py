@@ -22,8 +22,13 @@ def count_bins(values: npt.NDArray[np.float32], limits: tuple[float, float]) -> 
     return np.histogram(np.clip(known, *limits), NUM_BINS, limits)[0].astype(np.int64)
 
 
-def histogram_svg(kinds: Mapping[str, Counts], limits: tuple[float, float], xlabel: str, title: str) -> str:
-    """Draw the share of each bin as steps, a color for each kind. `title` is for readers who cannot see the plot."""
+def histogram_svg(
+    kinds: Mapping[str, Counts], limits: tuple[float, float], xlabel: str, title: str, *, cropped: bool = False
+) -> str:
+    """Draw the share of each bin as steps, a color for each kind. `title` is for readers who cannot see the plot.
+
+    A cropped plot ends where the bins are empty.
+    """
     edges = np.linspace(*limits, NUM_BINS + 1)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6, 2.4), layout="constrained")
@@ -31,8 +36,8 @@ def histogram_svg(kinds: Mapping[str, Counts], limits: tuple[float, float], xlab
         for (kind, counts), color in zip(kinds.items(), COLORS, strict=False):
             axes.stairs(counts / max(1, counts.sum()), edges, color=color, label=kind, linewidth=1.4)
         filled = np.flatnonzero(np.sum([*kinds.values()], axis=0))
-        if len(filled):
-            axes.set_xlim(edges[filled[0]], edges[filled[-1] + 1])
+        is_cropped = cropped and len(filled) > 0
+        axes.set_xlim(*((edges[filled[0]], edges[filled[-1] + 1]) if is_cropped else limits))
         axes.set_xlabel(xlabel)
         axes.set_ylabel("share")
         axes.legend(frameon=False)

@@ -56,7 +56,7 @@ def render_selection(report: SelectionReport) -> bytes:
         for search in report.examples
     ]
     plots = {
-        f"Cosines with the query, {source}": histogram_svg(some, RANGE, "cosine", "histograms of cosines")
+        f"Cosines with the query, {source}": histogram_svg(some, RANGE, "cosine", "histograms of cosines", cropped=True)
         for source, some in report.histograms.items()
     }
     return render_html(
