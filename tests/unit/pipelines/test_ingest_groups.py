@@ -17,12 +17,14 @@ import pytest
 import pipelines.ingest.groups
 import pipelines.ingest.job
 import pipelines.shards.duplicates
-from pipelines.config import MediaConfig
+from pipelines.config import DataConfig, MediaConfig, MixtureConfig
 from pipelines.errors import UserError
+from pipelines.feed.reader import Reader
 from pipelines.ingest.groups import ListedTable, form_groups, list_table
 from pipelines.ingest.ingest import ingest
 from pipelines.ingest.report import IngestReport
 from pipelines.ingest.settings import IngestSettings
+from pipelines.plan.build import build_plan
 from pipelines.samples import Input, RawSample, Sample
 from pipelines.shards.manifest import read_manifest
 from pipelines.shards.verify import verify
@@ -104,6 +106,28 @@ def queries(out: Store) -> Counter[str]:
 
 def all_pairs(*numbers: int, rows: int = 4) -> Counter[str]:
     return Counter(f"question {number} {n}" for number in numbers for n in range(rows))
+
+
+def test_several_positives_and_wordings_reach_the_batches(tmp_path: Path) -> None:
+    """A table with lists, ingested: each epoch asks every question once, in one of its wordings, with one answer."""
+    rows = [{"q": f"question {n}", "p": [f"answer {n} {k}" for k in range(1 + n % 3)]} for n in range(12)]
+    write_table(tmp_path / "t/a.parquet", rows)
+    settings = {"positive": {"text": "p", "choose": "each"}, "instruction": ["Find:", "Look up:"]}
+    out = folder_store(tmp_path / "out")
+    run(out, texts(tmp_path / "t", **settings), held_out_fraction=0.0)
+    mixture = MixtureConfig(positives="one", run_length=2)
+    reader = Reader(DataConfig(root=str(tmp_path / "out"), mixture=mixture))
+    assert sum(reader.sizes().values()) == 24
+    plan = build_plan(reader.tables(), mixture, global_batch=12, epochs=40, seed=1)
+    assert plan.num_steps == 40
+    asked: Counter[tuple[str, str, str]] = Counter()
+    for step in range(plan.num_steps):
+        batch = reader.batch(plan, step, 0, 1).batch
+        assert sorted(one.query.text for one in batch) == sorted(row["q"] for row in rows)
+        asked.update((one.query.text, one.positive.text, one.query.instruction) for one in batch)
+    assert set(asked) == {
+        (row["q"], answer, words) for row in rows for answer in row["p"] for words in ("Find:", "Look up:")
+    }
 
 
 def test_a_table_of_many_units_becomes_shards_with_the_names_of_their_groups(tmp_path: Path) -> None:
