@@ -11,6 +11,7 @@ from jobs.mining.specs import SelectSpec
 from pipelines.candidates.selection import Selected
 from pipelines.candidates.table import CandidateTable
 from pipelines.candidates.types import CandidateRows
+from pipelines.errors import UserError
 from pipelines.feed.reader import Reader, Role
 from pipelines.samples import MODALITIES, DecodedInput, Modality, Rejected
 from rzen.report.hits import Hit, Search
@@ -41,6 +42,7 @@ class _Readers:
         self._table, self._spec = table, spec
         self._own = spec.root or table.manifest.data.root
         self._readers: dict[tuple[str, str], Reader] = {}
+        self._checked: set[int] = set()
 
     def sample(self, source: str, index: int, role: Role) -> DecodedInput | Rejected:
         """Return an input of a sample of the data."""
@@ -50,13 +52,22 @@ class _Readers:
         """Return the target that is a candidate."""
         pools, indices = self._table.manifest.locate(np.array([number]))
         pool = self._table.manifest.pools[int(pools[0])]
-        return self._input(pool.root or self._own, pool.split, pool.source, int(indices[0]), "positive")
+        root = pool.root or self._own
+        if int(pools[0]) not in self._checked:
+            if self._reader(root, pool.split).source(pool.source).fingerprint != pool.fingerprint:
+                problem = f"takes candidates from another version of {pool.source} in {root}"
+                raise UserError(self._table.store.url, problem, "mine again")
+            self._checked.add(int(pools[0]))
+        return self._input(root, pool.split, pool.source, int(indices[0]), "positive")
 
     def _input(self, root: str, split: str, source: str, index: int, role: Role) -> DecodedInput | Rejected:
+        (found,) = self._reader(root, split).inputs(source, [(index, role)])
+        return found
+
+    def _reader(self, root: str, split: str) -> Reader:
         if (root, split) not in self._readers:
             self._readers[root, split] = Reader(self._spec.data_of(root, split))
-        (found,) = self._readers[root, split].inputs(source, [(index, role)])
-        return found
+        return self._readers[root, split]
 
 
 def _search(readers: _Readers, source: str, index: int, row: int, rows: CandidateRows, selected: Selected) -> Search:

@@ -23,6 +23,8 @@ from pipelines.candidates.types import CandidateRows
 from pipelines.errors import UserError
 from pipelines.feed.reader import Reader
 from pipelines.redaction import redacted
+from pipelines.shards.manifest import read_manifest
+from pipelines.storage.location import open_store
 from pipelines.storage.store import Store
 from pipelines.stored_json import parse_json
 from rzen.report.histograms import Counts
@@ -114,11 +116,12 @@ def write_report(
     examples: Iterable[Example],
     num_parts: int,
 ) -> None:
-    """Draw the report, with examples from `num_parts` parts. Without the data, it has none."""
+    """Draw the report, with examples from `num_parts` parts. Without the data, or with other data, it has none."""
     shown = Shown.of(table, spec)
     split = table.manifest.data.split
     tasks, searches = dict.fromkeys(found, ""), []
     try:
+        table.check_data(read_manifest(open_store(shown.root, spec.endpoint), split))
         reader = Reader(spec.data_of(shown.root, split))
         tasks = {source: reader.task_of(source) for source in found}
         searches = [*example_searches(table, spec, examples, num_parts)]

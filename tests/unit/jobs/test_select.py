@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,24 @@ def test_a_table_without_its_data_is_chosen_from_and_its_report_has_no_examples(
     assert "the report has no examples" in capsys.readouterr().out
     assert "<article>" not in (tmp_path / "out" / PAGE).read_text()
     assert len(negatives(open_table(str(tmp_path / "out")))) == COUNT
+
+
+def test_other_data_than_those_of_the_table_are_no_examples(
+    mined: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = str(tmp_path / "data")
+    publish(open_store(other), {"red": ("text_image", COUNT)}, duplicates={"red": [4]})
+    before = open_table(str(mined / "mined")).manifest
+    shutil.copytree(mined / "mined", tmp_path / "mined")
+    moved = replace(before, pools=(replace(before.pools[0], root=other),))
+    publish_table(LocalStore(tmp_path / "mined"), moved)
+    specs = [spec_of(mined, str(tmp_path / "out"), root=other), spec_of(tmp_path, str(tmp_path / "of pool"))]
+    for spec, problem in zip(specs, ("is of another version of red", "another version of red in"), strict=True):
+        select.run(spec)
+        shown = " ".join(capsys.readouterr().out.split())
+        assert "the report has no examples: " in shown
+        assert problem in shown
+        assert "<article>" not in (Path(spec.out) / PAGE).read_text()
 
 
 def test_the_same_settings_write_the_same_bytes_on_a_disk_and_in_an_object_store(
