@@ -31,7 +31,9 @@ if TYPE_CHECKING:  # models are loaded without pyarrow
 
 _FILES = _FAISS, _VECTORS, _ROWS = "index.faiss", "vectors.npy", "rows.arrow"
 _FACTORY: dict[IndexKind, str] = {"faiss_sq8": "SQ8", "faiss_rabitq": "RaBitQ"}
-_PROBED = {"faiss_sq8": 1 / 16, "faiss_rabitq": 1 / 8}
+_PROBED = (
+    2 / 5
+)  # share of the lists that a query reads: recall of 0.98 on vectors with much noise (benchmarks/index.md)
 _LEAST_PROBES = 16
 _PER_LIST = 64  # vectors on which a list is trained, at most
 _RESCORED = 200  # candidates of a query, at least; ten times k where that is more
@@ -171,7 +173,7 @@ class ResidentIndex:
         return found
 
     def _probes(self) -> int:
-        return max(_LEAST_PROBES, round(_PROBED[self.kind] * int(self.index.nlist)))
+        return max(_LEAST_PROBES, round(_PROBED * int(self.index.nlist)))
 
     def _parameters(self, probes: int, rows_N: npt.NDArray[np.int64] | None) -> Any:
         faiss = _faiss()
