@@ -344,8 +344,15 @@ def run(chain: Chain, name: str) -> Run:
     begun_s = time.process_time()
     found = _score_reranker(chain) if name == "reranker" else _score(chain, name)
     cpu_s = round(time.process_time() - begun_s, 1)
-    losses = [round(float(np.mean(some)), 4) for some in np.array_split(chain.trained(name)[1], FIFTHS)]
-    return {"cell": cell_of(chain.setting, name), "seed": chain.seed, "cpu_s": cpu_s, "losses": losses, **found}
+    losses = chain.trained(name)[1]
+    parts = np.array_split(losses, min(FIFTHS, len(losses)))
+    return {
+        "cell": cell_of(chain.setting, name),
+        "seed": chain.seed,
+        "cpu_s": cpu_s,
+        "losses": [round(float(part.mean()), 4) for part in parts],
+        **found,
+    }
 
 
 def cell_of(setting: Setting, name: str) -> str:
