@@ -80,6 +80,17 @@ def scenes(colors: Sequence[tuple[int, int, int]], scene_s: float, form: str = "
     return sink.getvalue()
 
 
+def damaged(data: bytes, start_s: float, end_s: float) -> bytes:
+    """A video of which nothing that is shown in a range can be decoded, if every frame is a key frame."""
+    changed = bytearray(data)
+    with av.open(io.BytesIO(data)) as container:
+        for packet in container.demux(video=0):
+            if packet.pts is not None and start_s <= float(packet.pts * packet.time_base) < end_s:
+                start = data.find(bytes(packet), packet.pos)
+                changed[start + 2 : start + packet.size] = bytes(packet.size - 2)  # its header stays
+    return bytes(changed)
+
+
 def publish_mixed(root: Path, count: int) -> dict[str, bytes]:
     """Write the split `train` with `count` targets of each modality. Return origin -> file."""
     makers = {"png": picture, "pdf": document, "mp4": clip}

@@ -3,6 +3,7 @@
 const MODALITIES = ["image", "page", "video", "text"];
 const KINDS = { image: "image", video: "video", application: "document" };
 const TOP_K = 24;
+const MOMENTS = 8; // of a video, in addition to the best one
 const $ = (id) => document.getElementById(id);
 let file = null; // {kind, uri, name} of the file that is asked with
 let like = null; // {split, source, index, start_s, name} of the hit that is asked with
@@ -88,7 +89,7 @@ function actions(item, hit) {
     also.textContent = "Also at";
     bar.append(also);
   }
-  for (const moment of hit.moments) {
+  for (const moment of hit.moments.slice(0, MOMENTS)) {
     const one = button(time(moment.start_s), () => play(item, hit, moment));
     one.title = `${range(moment)}, ${moment.score.toFixed(3)}`;
     bar.append(one);

@@ -19,7 +19,7 @@ from rzen.embedding.corpus import MANIFEST, CorpusHit, read_corpus
 from rzen.index.types import TargetPlace
 from tests.inline import embed_here, without_ray
 from tests.tiny import tiny_export
-from tests.vectors import clip, picture, scenes
+from tests.vectors import clip, damaged, picture, scenes
 
 RED, GREEN, BLUE, YELLOW, CYAN = (250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 0), (0, 250, 250)
 COLORS = [RED, GREEN, BLUE, YELLOW, CYAN]
@@ -173,6 +173,19 @@ def test_long_videos_that_were_embedded_whole_are_named_with_the_option(
     assert "got one vector" not in told
     _, told = run(capsys, model, tmp_path / "media", "--set", "data.media.max_video_s=61.0")
     assert "1 videos left out, longer than 61 s: --set data.media.max_video_s=14400 takes four hours" in told
+
+
+def test_a_segment_that_cannot_be_decoded_is_named_and_the_others_stay(
+    tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "media").mkdir()
+    (tmp_path / "media/film.mkv").write_bytes(damaged(scenes(COLORS, 2, "matroska", "ffv1"), 4.4, 5.8))
+    result, told = run(capsys, model, tmp_path / "media", "--segment-seconds", "2")
+    assert (result["vectors"], result["skipped"]) == (4, {"corrupt_video": 1})
+    assert result["segments"] == {"seconds": 2, "overlap_s": 0, "num_videos": 1, "num_segments": 4}
+    assert "skipped segment: film.mkv 0:04-0:06: corrupt_video" in told
+    found = hits(capsys, tmp_path / "vectors")
+    assert {hit["start_s"] for hit in found} == {0, 2, 6, 8}
 
 
 def test_settings_that_do_not_fit_are_refused(model: str, media: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,7 @@ from pipelines.media.decode import Decoder
 from pipelines.media.video_clip import cut_video
 from pipelines.media.video_segments import decode_segments, each_segment, video_length
 from pipelines.samples import Input, Media, Sample, TimeRange, UInt8Array, Visual, clock_time
-from tests.vectors import scenes
+from tests.vectors import damaged, scenes
 
 MEDIA = MediaConfig(frames=4)
 RED, GREEN, BLUE, YELLOW, CYAN = (250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 0), (0, 250, 250)
@@ -161,15 +161,17 @@ def test_a_segment_that_ends_the_child_costs_no_other() -> None:
 
 
 def test_damage_costs_the_segments_that_show_it() -> None:
-    data = bytearray(scenes(COLORS, 2, "mpegts", "mpeg2video"))
-    with av.open(io.BytesIO(data)) as container:
-        starts = [packet.pos for packet in container.demux(video=0) if packet.is_keyframe and packet.pos is not None]
-    data[starts[2] + 188 : starts[3] - 188] = bytes(starts[3] - starts[2] - 2 * 188)
-    with Decoder(MEDIA) as decoder:
-        found = list(decoder.segments(bytes(data), ranges(0, 2, 4, 6, 8, 10)))
-    good = [color(one.frames) for one in found if isinstance(one, Visual)]
-    assert good[:2] == COLORS[:2]
-    assert good[-2:] == COLORS[-2:]
+    data = damaged(scenes(COLORS, 2, "matroska", "ffv1"), 4.4, 5.8)
+    for wanted in (ranges(0, 2, 4, 6, 8, 10), ranges(4, 6), ranges(4, 6, 8)):
+        with Decoder(MEDIA) as decoder:
+            found = list(decoder.segments(data, wanted))
+        for segment, one in zip(wanted, found, strict=True):
+            if segment.start_s == 4:
+                assert isinstance(one, BadMedia)
+                assert one.reason == "corrupt_video"
+            else:
+                assert isinstance(one, Visual)
+                assert color(one.frames) == COLORS[round(segment.start_s / 2)]
     with Decoder(MEDIA) as decoder, pytest.raises(BadMedia, match="truncated_video"):
         decoder.video_length(scenes(COLORS, 2, "matroska")[:1200])
 
