@@ -1,0 +1,250 @@
+"""The report of a corpus of the evidence, and what it has in common with that of the first corpus."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from matplotlib.axes import Axes
+
+from rzen.evaluation.figures import COLORS, FAINT, INK, plot_panels
+from tests.benchmarks.evidence_bed import TUNING
+from tests.benchmarks.evidence_cells import (
+    ALPHA,
+    CONTRASTS,
+    EMOJI,
+    PUBLISHED,
+    SEEDS,
+    TEMPERATURES,
+    TUNING_SEEDS,
+    Results,
+)
+from tests.benchmarks.evidence_runs import interval, percent, points, table
+from tests.benchmarks.machine import describe_machine
+
+FIRST = Path(__file__).with_name("evidence.md")
+"""Report of the first corpus."""
+_INTERVAL = re.compile(r"([+-][\d.]+) \[([+-][\d.]+), ([+-][\d.]+)\]")
+
+
+def report(results: Results, name: str) -> str:
+    """Return the report in Markdown. `name` is that of its plot."""
+    title = "what hardness weights and false-negative elimination do"
+    if results.corpus is not EMOJI:
+        title += f", on {name.rpartition('_')[2]}"
+    lines = [
+        f"# Evidence: {title}",
+        "",
+        *_head(results),
+        *([] if results.corpus is EMOJI else _carried(results)),
+        *_contrasts(results, name),
+        *_temperatures(results),
+        *_scores(results),
+        *(_extras(results) if results.corpus.extra_data else []),
+        "## What is not shown",
+        "",
+        "* One corpus and one small learner from random weights. A pretrained model may differ.",
+        "* Bold marks one contrast at a time: of 100 contrasts without an effect, five are bold by chance.",
+        "* The best temperatures come from two seeds, and from a grid of four values.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _head(results: Results) -> list[str]:
+    corpus = results.corpus
+    widths = [
+        (high - low) / 2
+        for data in corpus.contents
+        for contrast in CONTRASTS[:3]
+        if (found := results.contrast(contrast, data, tuned=False))
+        for _, low, high in [found]
+    ]
+    used = [run for (_, seed), run in results.runs.items() if seed < results.seeds or seed >= TUNING]
+    cpu_s = sum(run["cpu_s"] for run in used)
+    return [
+        "**Question.** Does each of the recipe's two headline terms help, alone and together, and what is the reason?",
+        "",
+        f"**Design.** {corpus.design}",
+        "",
+        f"**Registered before the first run of a test seed:** {len(corpus.core())} cells at temperature {PUBLISHED} and"
+        f" at the best of {', '.join(map(str, TEMPERATURES))} on seeds {TUNING_SEEDS[0]} and {TUNING_SEEDS[1]}, which"
+        f" ask for other {corpus.variants} than the tests; {len(CONTRASTS)} contrasts; {len(corpus.extras())} further"
+        f" cells; seeds 0 to {SEEDS - 1}. This report has {results.seeds} of these seeds. A seed draws the held-out"
+        f" {corpus.variants}, the {corpus.queries}, the weights and the order.",
+        "",
+        f"**Power.** With {results.seeds} seeds of {corpus.num_items} queries, the 95% intervals of the first three"
+        f" contrasts reach {100 * min(widths):.1f} to {100 * max(widths):.1f} points to each side. Smaller effects are"
+        " not seen.",
+        "",
+        f"{describe_machine()}. {len(used):,} runs, {cpu_s / 60:.0f} CPU minutes.",
+        "",
+        "| data | content |",
+        "|---|---|",
+        *(f"| {data} | {text} |" for data, text in corpus.contents.items()),
+        "",
+        "| arm | what the objective knows |",
+        "|---|---|",
+        "| nothing | nothing: InfoNCE |",
+        "| ids | ids of contents: equal contents and other answers of equal queries are no negatives |",
+        "| rule | negatives with a cosine above .95 to the positive are dropped, after 100 steps, at most half |",
+        "| oracle | which negatives are false |",
+        "",
+    ]
+
+
+def _contrasts(results: Results, name: str) -> list[str]:
+    lines = []
+    for tuned in (False, True):
+        where = "each arm at its own best temperature" if tuned else f"temperature {PUBLISHED}, as published"
+        rows = [
+            [contrast.title, *(points(results.contrast(contrast, data, tuned)) for data in results.corpus.contents)]
+            for contrast in CONTRASTS
+        ]
+        lines += [
+            f"## Contrasts: {where}",
+            "",
+            "Points of hit@1 with 95% intervals, paired, over seeds and queries (bootstrap). Bold: 0 is outside.",
+            "",
+            *table(["contrast", *results.corpus.contents], rows),
+        ]
+    return [*lines, f"![contrasts at the published temperature]({name}.svg)", ""]
+
+
+def _temperature_rows(results: Results) -> Iterator[list[str]]:
+    for alpha in (0.0, ALPHA):
+        for temperature in TEMPERATURES[1:3]:
+            found = [points(results.temperature(data, alpha, temperature)) for data in results.corpus.contents]
+            yield [f"{temperature} instead of {PUBLISHED}, alpha {alpha:g}", *found]
+
+
+def _temperatures(results: Results) -> list[str]:
+    head = ["without ids and rule", *results.corpus.contents]
+    return ["## Temperature", "", *table(head, list(_temperature_rows(results)))]
+
+
+def _scores(results: Results) -> list[str]:
+    rows = []
+    for (data, arm, alpha), cell in results.corpus.core().items():
+        place = (data, arm, alpha)
+        tuned = results.cell(*place, tuned=True)
+        main = "classes" if data == "duplicates" else "spec"
+        rows.append(
+            [
+                f"{data}: {arm}, alpha {alpha:g}",
+                percent(results.score(cell, main)),
+                f"{percent(results.score(tuned, main))} ({results.best[place]})",
+                *(percent(results.score(cell, name)) for name in ("map", "ndcg")),
+                *(percent(results.mean(cell, name)) for name in ("found", "lost")),
+            ]
+        )
+    head = ["cell", "hit@1 at .02", "at the best", "mAP", "nDCG@10", "false negatives found", "hard negatives lost"]
+    text = f"In percent. {results.corpus.graded} The last two: what the rule dropped in the last 50 steps."
+    return ["## Scores", "", text, "", *table(head, rows)]
+
+
+def _extras(results: Results) -> list[str]:
+    corpus, rows = results.corpus, []
+    for name in dict.fromkeys(name for _, name in corpus.extras()):
+        row = [name]
+        for data in corpus.extra_data:
+            cell, full = corpus.extras()[data, name], corpus.core()[data, "ids + rule", ALPHA]
+            row.append(points(interval(results.hits(cell) - results.hits(full))))
+            row.append(f"{results.mean(cell, 'temperature'):.3f}")
+        rows.append(row)
+    return [
+        "## Further settings",
+        "",
+        f"Changes to ids + rule with alpha {ALPHA:g} at temperature {PUBLISHED}; batches see as many pairs.",
+        "",
+        *table(["change", *(text for data in corpus.extra_data for text in (data, "last temperature"))], rows),
+    ]
+
+
+def _carried(results: Results) -> list[str]:
+    """Return each effect on the first corpus next to that on this one, and whether it carries over."""
+    first, rows = read_tables(FIRST.read_text("utf-8")), []
+    here = [
+        *(
+            (contrast.title, data, tuned, points(results.contrast(contrast, data, tuned)))
+            for tuned in (False, True)
+            for contrast in CONTRASTS
+            for data in results.corpus.contents
+        ),
+        *(
+            (row[0], data, False, text)
+            for row in _temperature_rows(results)
+            for data, text in zip(results.corpus.contents, row[1:], strict=True)
+        ),
+    ]
+    for title, data, tuned, text in here:
+        where = "best" if tuned else "published"
+        if text and (there := first.get((where, title, data))):
+            rows.append([title, data, where, there, text, verdict(there, text)])
+    counts = {name: sum(row[-1] == name for row in rows) for name in VERDICTS}
+    return [
+        "## Which findings carry over",
+        "",
+        f"{len(rows)} effects that both corpora have. " + " ".join(f"{name}: {counts[name]}." for name in VERDICTS),
+        "",
+        *table(["effect", "data", "temperature", "first corpus", "this corpus", "verdict"], rows),
+        *(f"* {name}: {text}." for name, text in VERDICTS.items()),
+        "",
+    ]
+
+
+VERDICTS = {
+    "carries over": "both intervals exclude 0, on the same side",
+    "reverses": "both intervals exclude 0, on opposite sides",
+    "first only": "the first excludes 0, and this one does not",
+    "here only": "this one excludes 0, and the first does not",
+    "not shown": "neither excludes 0",
+}
+"""Verdict -> when it is given. Registered before the first run of a test seed."""
+
+
+def verdict(first: str, second: str) -> str:
+    """Return whether an effect of the first corpus carries over to the second, from their intervals."""
+    signs = []
+    for text in (first, second):
+        found = _INTERVAL.search(text)
+        assert found is not None, text
+        _, low, high = map(float, found.groups())
+        signs.append((low > 0) - (high < 0))
+    if all(signs):
+        return "carries over" if signs[0] == signs[1] else "reverses"
+    return "first only" if signs[0] else "here only" if signs[1] else "not shown"
+
+
+def read_tables(text: str) -> dict[tuple[str, str, str], str]:
+    """Read a report: (`published` or `best` temperatures, effect, data) -> points with their interval."""
+    found: dict[tuple[str, str, str], str] = {}
+    where, head = "published", [""]
+    for line in text.splitlines():
+        if line.startswith("## "):
+            where, head = "best" if "best temperature" in line else "published", [""]
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith(("| contrast", "| without ids")):
+            head = cells
+        elif line.startswith("| ") and len(head) > 1:
+            found |= {(where, cells[0], data): cell for data, cell in zip(head[1:], cells[1:], strict=True) if cell}
+    return found
+
+
+def plot(results: Results) -> str:
+    """Return a forest plot of the contrasts at the published temperature, as SVG."""
+
+    def draw(axes: Axes, data: str) -> None:
+        axes.axvline(0, color=FAINT)
+        for height, contrast in enumerate(CONTRASTS):
+            if found := results.contrast(contrast, data, tuned=False):
+                mean, low, high = (100 * value for value in found)
+                axes.plot([low, high], [height, height], color=COLORS[0])
+                axes.plot([mean], [height], "o", color=COLORS[0], markersize=4)
+        axes.set_title(data, loc="left", fontsize=9, color=INK)
+
+    titles = [contrast.title for contrast in CONTRASTS]
+    label = "points of hit@1, with 95% intervals"
+    title = f"Contrasts at temperature {PUBLISHED} in {label}"
+    return plot_panels(list(results.corpus.contents), titles, draw, title, label)
