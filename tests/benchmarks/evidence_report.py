@@ -17,7 +17,6 @@ from tests.benchmarks.evidence_cells import (
     PUBLISHED,
     SEEDS,
     TEMPERATURES,
-    TUNING_SEEDS,
     Results,
 )
 from tests.benchmarks.evidence_runs import interval, percent, points, table
@@ -46,7 +45,7 @@ def report(results: Results, name: str) -> str:
         "",
         "* One corpus and one small learner from random weights. A pretrained model may differ.",
         "* Bold marks one contrast at a time: of 100 contrasts without an effect, five are bold by chance.",
-        "* The best temperatures come from two seeds, and from a grid of four values.",
+        "* The best temperatures come from the seeds above 99, and from a grid of four values.",
         "",
     ]
     return "\n".join(lines)
@@ -69,8 +68,8 @@ def _head(results: Results) -> list[str]:
         f"**Design.** {corpus.design}",
         "",
         f"**Registered before the first run of a test seed:** {len(corpus.core())} cells at temperature {PUBLISHED} and"
-        f" at the best of {', '.join(map(str, TEMPERATURES))} on seeds {TUNING_SEEDS[0]} and {TUNING_SEEDS[1]}, which"
-        f" ask for other {corpus.variants} than the tests; {len(CONTRASTS)} contrasts; {len(corpus.extras())} further"
+        f" at the best of {', '.join(map(str, TEMPERATURES))} on seeds"
+        f" {' and '.join(map(str, corpus.tuning_seeds))}, which ask for other {corpus.variants} than the tests; {len(CONTRASTS)} contrasts; {len(corpus.extras())} further"
         f" cells; seeds 0 to {SEEDS - 1}. This report has {results.seeds} of these seeds. A seed draws the held-out"
         f" {corpus.variants}, the {corpus.queries}, the weights and the order.",
         "",
