@@ -62,10 +62,17 @@ class Corpus:
     """What a seed draws."""
     graded: str
     """How mAP and nDCG ask."""
-    tuning_seeds: Sequence[int]
-    """Seeds that choose temperatures."""
+    tuning_seeds: Sequence[int] = ()
+    """Seeds that choose the best temperature of each cell."""
+    second: float = 0.0
+    """Temperature next to the published one, where no seeds choose it."""
     extra_data: Sequence[str] = ()
     """Data on which further settings are tried."""
+
+    @property
+    def higher(self) -> Sequence[float]:
+        """Temperatures that are compared with the published one, without ids and rule."""
+        return TEMPERATURES[1:3] if self.tuning_seeds else (self.second,)
 
     def core(self) -> dict[tuple[str, str, float], Cell]:
         """Return (data, arm, alpha) -> the cell, at the published temperature."""
@@ -75,6 +82,15 @@ class Corpus:
             for arm in arms
             for alpha in (0.0, ALPHA)
         }
+
+    def contrasts(self) -> list[Contrast]:
+        """Return the contrasts whose cells some of the data have."""
+        cells = self.core()
+        return [
+            contrast
+            for contrast in CONTRASTS
+            if any(all((data, *part) in cells for part in contrast.parts) for data in self.contents)
+        ]
 
     def extras(self) -> dict[tuple[str, str], Cell]:
         """Return (data, change) -> the cell."""
@@ -129,15 +145,15 @@ STAMPS = Corpus(
         "false": "50% of the queries do not name the language",
         "duplicates": "names ask for pictures, which are in the batch four times",
     },
-    {  # ids see all of `hard` and of `duplicates`
-        "hard": ("nothing", "ids", "rule"),
-        "false": tuple(ARMS),
+    {  # ids see all of `duplicates`
+        "hard": ("nothing", "rule"),
+        "false": ("nothing", "ids", "rule", "oracle"),
         "duplicates": ("nothing", "ids", "rule"),
     },
     variants="languages",
     queries="queries",
     graded="mAP: the picture alone asks for its names. nDCG: the right language counts 3, the others 1.",
-    tuning_seeds=(TUNING,),
+    second=0.1,
 )
 CORPORA = {"emoji": EMOJI, "stamps": STAMPS}
 
@@ -174,6 +190,8 @@ CONTRASTS = (
 
 def best_temperatures(corpus: Corpus, runs: Runs) -> dict[tuple[str, str, float], float]:
     """Return the temperature of each cell with the most hits on the tuning seeds. The lower one wins a tie."""
+    if not corpus.tuning_seeds:
+        return dict.fromkeys(corpus.core(), corpus.second)
     found = {}
     for place, cell in corpus.core().items():
         right = {
@@ -201,7 +219,7 @@ def to_test(corpus: Corpus, best: Mapping[tuple[str, str, float], float], seeds:
     """Return the runs that test, seed by seed."""
     cells: dict[str, Cell] = {}
     for place, cell in corpus.core().items():
-        temperatures = {PUBLISHED, best[place]} | (set(TEMPERATURES[:3]) if place[1] == "nothing" else set())
+        temperatures = {PUBLISHED, best[place]} | set(corpus.higher if place[1] == "nothing" else ())
         for temperature in sorted(temperatures):
             some = replace(cell, temperature=temperature)
             cells[some.key()] = some

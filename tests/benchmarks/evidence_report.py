@@ -12,11 +12,11 @@ from rzen.evaluation.figures import COLORS, FAINT, INK, plot_panels
 from tests.benchmarks.evidence_bed import TUNING
 from tests.benchmarks.evidence_cells import (
     ALPHA,
-    CONTRASTS,
     EMOJI,
     PUBLISHED,
     SEEDS,
     TEMPERATURES,
+    Corpus,
     Results,
 )
 from tests.benchmarks.evidence_runs import interval, percent, points, table
@@ -24,11 +24,17 @@ from tests.benchmarks.machine import describe_machine
 
 FIRST = Path(__file__).with_name("evidence.md")
 """Report of the first corpus."""
+FURTHER = [
+    "[evidence_stamps.md](evidence_stamps.md) has the same on a second corpus, and what carries over."
+    " [evidence_training.md](evidence_training.md) has mined negatives, batches of look-alikes and soups.",
+    "",
+]
 _INTERVAL = re.compile(r"([+-][\d.]+) \[([+-][\d.]+), ([+-][\d.]+)\]")
 
 
 def report(results: Results, name: str) -> str:
     """Return the report in Markdown. `name` is that of its plot."""
+    tuned = bool(results.corpus.tuning_seeds)
     title = "what hardness weights and false-negative elimination do"
     if results.corpus is not EMOJI:
         title += f", on {name.rpartition('_')[2]}"
@@ -36,7 +42,7 @@ def report(results: Results, name: str) -> str:
         f"# Evidence: {title}",
         "",
         *_head(results),
-        *([] if results.corpus is EMOJI else _carried(results)),
+        *(FURTHER if results.corpus is EMOJI else _carried(results)),
         *_contrasts(results, name),
         *_temperatures(results),
         *_scores(results),
@@ -45,7 +51,7 @@ def report(results: Results, name: str) -> str:
         "",
         "* One corpus and one small learner from random weights. A pretrained model may differ.",
         "* Bold marks one contrast at a time: of 100 contrasts without an effect, five are bold by chance.",
-        "* The best temperatures come from the seeds above 99, and from a grid of four values.",
+        *(["* The best temperatures come from two seeds, and from a grid of four values."] if tuned else []),
         "",
     ]
     return "\n".join(lines)
@@ -56,7 +62,7 @@ def _head(results: Results) -> list[str]:
     widths = [
         (high - low) / 2
         for data in corpus.contents
-        for contrast in CONTRASTS[:3]
+        for contrast in corpus.contrasts()[:3]
         if (found := results.contrast(contrast, data, tuned=False))
         for _, low, high in [found]
     ]
@@ -68,10 +74,9 @@ def _head(results: Results) -> list[str]:
         f"**Design.** {corpus.design}",
         "",
         f"**Registered before the first run of a test seed:** {len(corpus.core())} cells at temperature {PUBLISHED} and"
-        f" at the best of {', '.join(map(str, TEMPERATURES))} on seeds"
-        f" {' and '.join(map(str, corpus.tuning_seeds))}, which ask for other {corpus.variants} than the tests; {len(CONTRASTS)} contrasts; {len(corpus.extras())} further"
-        f" cells; seeds 0 to {SEEDS - 1}. This report has {results.seeds} of these seeds. A seed draws the held-out"
-        f" {corpus.variants}, the {corpus.queries}, the weights and the order.",
+        f" at {_choice(corpus)}; {len(corpus.contrasts())} contrasts; {len(corpus.extras())} further cells; seeds 0 to"
+        f" {SEEDS - 1}. This report has {results.seeds} of these seeds. A seed draws the held-out {corpus.variants},"
+        f" the {corpus.queries}, the weights and the order.",
         "",
         f"**Power.** With {results.seeds} seeds of {corpus.num_items} queries, the 95% intervals of the first three"
         f" contrasts reach {100 * min(widths):.1f} to {100 * max(widths):.1f} points to each side. Smaller effects are"
@@ -93,13 +98,25 @@ def _head(results: Results) -> list[str]:
     ]
 
 
+def _choice(corpus: Corpus) -> str:
+    if not corpus.tuning_seeds:
+        return f"{corpus.second}, which was the best for most cells of the first corpus"
+    best = f"the best of {', '.join(map(str, TEMPERATURES))}"
+    seeds = " and ".join(map(str, corpus.tuning_seeds))
+    return f"{best} on seeds {seeds}, which ask for other {corpus.variants} than the tests"
+
+
+def _second(corpus: Corpus) -> str:
+    return "each arm at its own best temperature" if corpus.tuning_seeds else f"temperature {corpus.second}"
+
+
 def _contrasts(results: Results, name: str) -> list[str]:
     lines = []
     for tuned in (False, True):
-        where = "each arm at its own best temperature" if tuned else f"temperature {PUBLISHED}, as published"
+        where = _second(results.corpus) if tuned else f"temperature {PUBLISHED}, as published"
         rows = [
             [contrast.title, *(points(results.contrast(contrast, data, tuned)) for data in results.corpus.contents)]
-            for contrast in CONTRASTS
+            for contrast in results.corpus.contrasts()
         ]
         lines += [
             f"## Contrasts: {where}",
@@ -113,7 +130,7 @@ def _contrasts(results: Results, name: str) -> list[str]:
 
 def _temperature_rows(results: Results) -> Iterator[list[str]]:
     for alpha in (0.0, ALPHA):
-        for temperature in TEMPERATURES[1:3]:
+        for temperature in results.corpus.higher:
             found = [points(results.temperature(data, alpha, temperature)) for data in results.corpus.contents]
             yield [f"{temperature} instead of {PUBLISHED}, alpha {alpha:g}", *found]
 
@@ -133,12 +150,14 @@ def _scores(results: Results) -> list[str]:
             [
                 f"{data}: {arm}, alpha {alpha:g}",
                 percent(results.score(cell, main)),
-                f"{percent(results.score(tuned, main))} ({results.best[place]})",
+                percent(results.score(tuned, main))
+                + (f" ({results.best[place]})" if results.corpus.tuning_seeds else ""),
                 *(percent(results.score(cell, name)) for name in ("map", "ndcg")),
                 *(percent(results.mean(cell, name)) for name in ("found", "lost")),
             ]
         )
-    head = ["cell", "hit@1 at .02", "at the best", "mAP", "nDCG@10", "false negatives found", "hard negatives lost"]
+    second = "at the best" if results.corpus.tuning_seeds else f"at {results.corpus.second:g}"
+    head = ["cell", "hit@1 at .02", second, "mAP", "nDCG@10", "false negatives found", "hard negatives lost"]
     text = f"In percent. {results.corpus.graded} The last two: what the rule dropped in the last 50 steps."
     return ["## Scores", "", text, "", *table(head, rows)]
 
@@ -168,7 +187,7 @@ def _carried(results: Results) -> list[str]:
         *(
             (contrast.title, data, tuned, points(results.contrast(contrast, data, tuned)))
             for tuned in (False, True)
-            for contrast in CONTRASTS
+            for contrast in results.corpus.contrasts()
             for data in results.corpus.contents
         ),
         *(
@@ -179,8 +198,9 @@ def _carried(results: Results) -> list[str]:
     ]
     for title, data, tuned, text in here:
         where = "best" if tuned else "published"
+        shown = (f"best, {results.corpus.second}" if tuned else str(PUBLISHED)) if " instead of " not in title else ""
         if text and (there := first.get((where, title, data))):
-            rows.append([title, data, where, there, text, verdict(there, text)])
+            rows.append([title, data, shown, there, text, verdict(there, text)])
     counts = {name: sum(row[-1] == name for row in rows) for name in VERDICTS}
     return [
         "## Which findings carry over",
@@ -236,14 +256,14 @@ def plot(results: Results) -> str:
 
     def draw(axes: Axes, data: str) -> None:
         axes.axvline(0, color=FAINT)
-        for height, contrast in enumerate(CONTRASTS):
+        for height, contrast in enumerate(results.corpus.contrasts()):
             if found := results.contrast(contrast, data, tuned=False):
                 mean, low, high = (100 * value for value in found)
                 axes.plot([low, high], [height, height], color=COLORS[0])
                 axes.plot([mean], [height], "o", color=COLORS[0], markersize=4)
         axes.set_title(data, loc="left", fontsize=9, color=INK)
 
-    titles = [contrast.title for contrast in CONTRASTS]
+    titles = [contrast.title for contrast in results.corpus.contrasts()]
     label = "points of hit@1, with 95% intervals"
     title = f"Contrasts at temperature {PUBLISHED} in {label}"
     return plot_panels(list(results.corpus.contents), titles, draw, title, label)

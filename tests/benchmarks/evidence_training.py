@@ -31,8 +31,10 @@ from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.turns import say, show
 
 OUT = Path("runs/evidence")
-DATA = ("hard", "false")
-TEMPERATURES = (0.02, 0.1)
+COLUMNS = (("hard", 0.02), ("hard", 0.1), ("false", 0.1))
+"""Data and temperature of the runs with mined negatives."""
+WEIGHTED = COLUMNS[0]
+"""Where hardness weights are tried."""
 MINED, MARGIN, DEPTH = 4, 0.05, 100
 PARENTS = 3
 START_TEMPERATURE = 0.05
@@ -86,9 +88,9 @@ def mined_cell(data: str, batches: str, mining: str, temperature: float) -> Cell
     return MinedCell(**asdict(plain), margin=MARGIN if mining == "rule" else None)
 
 
-def soup_cells(data: str) -> dict[str, SoupCell]:
+def soup_cells() -> dict[str, SoupCell]:
     """Return kind of soup -> the cell."""
-    plain = asdict(replace(CELLS[data], ids=True, temperature=START_TEMPERATURE))
+    plain = asdict(replace(CELLS["hard"], ids=True, temperature=START_TEMPERATURE))
     return {
         "three orders": SoupCell(**plain),
         "three temperatures": SoupCell(**plain, temperatures=(0.02, START_TEMPERATURE, 0.1)),
@@ -100,18 +102,17 @@ def cells() -> list[Cell]:
     """Return all cells that are registered."""
     mined = [
         mined_cell(data, batches, mining, temperature)
-        for data in DATA
+        for data, temperature in COLUMNS
         for batches in BATCHES
         for mining in ("none", "top", "rule")
-        for temperature in TEMPERATURES
     ]
-    weighted = [_weighted(data, batches) for data in DATA for batches in BATCHES]
-    return [*mined, *weighted, *(cell for data in DATA for cell in soup_cells(data).values())]
+    return [*mined, *map(_weighted, BATCHES), *soup_cells().values()]
 
 
-def _weighted(data: str, batches: str) -> Cell:
-    """Return a cell with hardness weights and without mined negatives, at the lower temperature."""
-    return replace(mined_cell(data, batches, "none", TEMPERATURES[0]), alpha=ALPHA)
+def _weighted(batches: str) -> Cell:
+    """Return a cell with hardness weights and without mined negatives."""
+    data, temperature = WEIGHTED
+    return replace(mined_cell(data, batches, "none", temperature), alpha=ALPHA)
 
 
 def train_any(bed: Bed, cell: Cell, seed: int) -> Outcome:
@@ -217,7 +218,6 @@ class Results:
         return interval(self.hits(first) - self.hits(second))
 
 
-COLUMNS = [(data, temperature) for data in DATA for temperature in TEMPERATURES]
 Way = tuple[str, str]
 """Batches, and how negatives are mined."""
 MINING: dict[str, tuple[Way, Way]] = {
@@ -244,8 +244,8 @@ def _mining_rows(results: Results) -> Iterator[list[str]]:
         row = [f"{batches}{' batches' if batches == 'random' else ''}: hardness weights"]
         for data, temperature in COLUMNS:
             plain = mined_cell(data, batches, "none", temperature)
-            is_registered = temperature == TEMPERATURES[0]
-            row.append(points(results.minus(_weighted(data, batches), plain)) if is_registered else "")
+            is_tried = (data, temperature) == WEIGHTED
+            row.append(points(results.minus(_weighted(batches), plain)) if is_tried else "")
         yield row
 
 
@@ -259,25 +259,16 @@ def _best_parent(hits_PSE: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return hits_PSE[best_S, np.arange(len(best_S))]
 
 
-PARENT = {"the mean of its parents": _mean_parent, "the best parent of each seed": _best_parent}
+PARENT = {"minus the mean of its parents": _mean_parent, "minus the best parent of each seed": _best_parent}
 """What a soup is compared with -> its hits, of those of the parents."""
 
 
 def _soup_rows(results: Results) -> Iterator[list[str]]:
-    for name in soup_cells(DATA[0]):
-        for against, of in PARENT.items():
-            row = [f"{name}: instead of {against}"]
-            for data in DATA:
-                cell = soup_cells(data)[name]
-                row.append(points(interval(results.hits(cell) - of(results.parents(cell)))))
-            yield row
-
-
-def _soup_scores(results: Results) -> Iterator[list[str]]:
-    for data in DATA:
-        for name, cell in soup_cells(data).items():
-            parents = results.parents(cell).mean(axis=(1, 2))
-            yield [f"{data}: {name}", *map(percent, parents), percent(float(results.hits(cell).mean()))]
+    for name, cell in soup_cells().items():
+        soup, parents = results.hits(cell), results.parents(cell)
+        against = [points(interval(soup - of(parents))) for of in PARENT.values()]
+        shares = [*parents.mean(axis=(1, 2)), soup.mean()]
+        yield [name, *against, *(percent(float(share)) for share in shares)]
 
 
 def _mining_scores(results: Results) -> Iterator[list[str]]:
@@ -309,12 +300,9 @@ def report(results: Results) -> str:
         *table([*scores, "mined a sample, rule", "of them false, rule"], list(_mining_scores(results))),
         "## Soups",
         "",
-        "The best parent of each seed is known after the test only.",
+        "Points, then hit@1 in percent. The best parent of each seed is known after the test only.",
         "",
-        *table(["soup", *DATA], list(_soup_rows(results))),
-        "In percent.",
-        "",
-        *table(["data: soup", "parent 1", "parent 2", "parent 3", "soup"], list(_soup_scores(results))),
+        *table(["soup", *PARENT, "parent 1", "parent 2", "parent 3", "soup"], list(_soup_rows(results))),
         "## What is not shown",
         "",
         "* One corpus and one small learner from random weights. A pretrained model may differ.",
@@ -347,12 +335,12 @@ def _head(results: Results) -> list[str]:
         f" are left out. The first {MINED} are negatives of all queries of a batch for the other 200 steps. The rule"
         " leaves out candidates that score more than 95% of the positive (NV-Retriever).",
         "",
-        "**Soups** are means of three parents with equal weights. The parents have 200 steps in common, at"
+        "**Soups** are means of three parents with equal weights, on `hard`. The parents have 200 steps in common, at"
         f" temperature {START_TEMPERATURE}, and 200 of their own in three orders of the data. One kind also has the"
         " temperatures .02, .05 and .1. A control has no common start. The learning rate is constant.",
         "",
         f"**Registered before the first run:** {len(cells())} cells, {len(MINING) + len(BATCHES)} contrasts of mining,"
-        f" {len(soup_cells(DATA[0])) * len(PARENT)} of soups, seeds 0 to {SEEDS - 1}. No setting was chosen by its"
+        f" {len(soup_cells()) * len(PARENT)} of soups, seeds 0 to {SEEDS - 1}. No setting was chosen by its"
         f" score. This report has {results.seeds} of these seeds.",
         "",
         f"**Power.** With {results.seeds} seeds of {EMOJI.num_items} queries, the 95% intervals of mining in `hard` at"
@@ -373,7 +361,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="do no runs")
     parser.add_argument("--write", action="store_true", help="write evidence_training.md next to this file")
     arguments = parser.parse_args()
-    say("registered: " + "; ".join([*MINING, *soup_cells(DATA[0])]))
+    say("registered: " + "; ".join([*MINING, *soup_cells()]))
     wanted = [(cell, seed) for seed in range(arguments.seeds) for cell in cells()]
     work = Work(EMOJI.read, arguments.out / "packages", train_any)
     out = arguments.out / "training"

@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import normalize
 
 from rzen.evaluation.ablation import paired_interval
-from tests.benchmarks import evidence_training
+from tests.benchmarks import evidence_runs, evidence_training
 from tests.benchmarks.evidence_bed import (
     TUNING,
     VARIANTS,
@@ -22,8 +22,18 @@ from tests.benchmarks.evidence_bed import (
     held_out_variants,
     train,
 )
-from tests.benchmarks.evidence_cells import CONTRASTS, CORPORA, EMOJI
-from tests.benchmarks.evidence_report import read_tables, verdict
+from tests.benchmarks.evidence_cells import (
+    CONTRASTS,
+    CORPORA,
+    EMOJI,
+    SEEDS,
+    TEMPERATURES,
+    Results,
+    best_temperatures,
+    to_test,
+    to_tune,
+)
+from tests.benchmarks.evidence_report import read_tables, report, verdict
 from tests.benchmarks.evidence_runs import Work, do, hits, interval
 from tests.benchmarks.evidence_training import MinedCell, SoupCell, mean_of, mine, train_any
 
@@ -93,9 +103,9 @@ def test_the_interval_is_that_of_students_t_where_only_seeds_differ() -> None:
 @pytest.mark.parametrize("name", CORPORA)
 def test_all_contrasts_are_of_cells_that_run(name: str) -> None:
     cells = CORPORA[name].core()
-    for contrast in CONTRASTS:
+    assert CORPORA[name].contrasts()[:3] == list(CONTRASTS[:3])
+    for contrast in CORPORA[name].contrasts():
         assert sum(contrast.parts.values()) == 0
-        assert any(all((data, *part) in cells for part in contrast.parts) for data in CORPORA[name].contents)
     assert len({cell.key() for cell in cells.values()}) == len(cells)
 
 
@@ -219,3 +229,37 @@ def test_the_tables_of_a_report_are_read() -> None:
     assert found["best", "rule alone", "duplicates"] == "-0.4 [-1.6, +0.6]"
     assert ("best", "truth over ids", "hard") not in found
     assert found["published", "0.1 instead of 0.02, alpha 9", "false"] == "**+10.7 [+6.2, +15.2]**"
+
+
+@pytest.mark.parametrize("name", CORPORA)
+def test_a_report_says_what_was_registered(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evidence_runs, "_DRAWS", 20)
+    corpus = CORPORA[name]
+    run = {"hits": "ff" * 100, "cpu_s": 1.0, "found": None, "lost": None, "temperature": 0.02}
+    run["scores"] = dict.fromkeys(("spec", "map", "ndcg", "classes"), 1.0)
+    best = dict.fromkeys(corpus.core(), 0.1)
+    tested = {(cell.key(), seed): run for cell, seed in to_test(corpus, best, 2)}
+    lines = report(Results(corpus, tested, best, 2), f"evidence_{name}").splitlines()
+    assert "| hardness alone |" + " +0.0 [+0.0, +0.0] |" * len(corpus.contents) in lines
+    assert f"{len(tested)} runs, {len(tested) / 60:.0f} CPU minutes." in "\n".join(lines)
+    written = Path(__file__).with_name("evidence.md" if name == "emoji" else f"evidence_{name}.md").read_text("utf-8")
+    for line in lines:
+        if line.startswith(("# ", "## ", "**Question", "**Design", "* ")):
+            assert line in written
+        if line.startswith("**Registered"):
+            assert line.replace("has 2 of", f"has {SEEDS} of") in written
+
+
+def test_best_temperatures_are_those_of_most_hits_on_other_seeds() -> None:
+    some = {"hits": "f0" + "00" * 37}
+    right = {
+        (replace(cell, temperature=temperature).key(), seed): {"hits": "ff" * 38}
+        if temperature in (0.05, 0.2)
+        else some
+        for cell in EMOJI.core().values()
+        for temperature in TEMPERATURES
+        for seed in EMOJI.tuning_seeds
+    }
+    assert set(best_temperatures(EMOJI, right).values()) == {0.05}  # the lower one of two
+    assert {key for key, _ in right} == {cell.key() for cell, _ in to_tune(EMOJI)}
+    assert all(seed >= TUNING for _, seed in to_tune(EMOJI))
