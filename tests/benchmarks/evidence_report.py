@@ -1,10 +1,8 @@
-"""The report of a corpus of the evidence, and what it has in common with that of the first corpus."""
+"""The report of a corpus of the evidence, and its plot."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from pathlib import Path
 
 from matplotlib.axes import Axes
 
@@ -19,17 +17,15 @@ from tests.benchmarks.evidence_cells import (
     Corpus,
     Results,
 )
+from tests.benchmarks.evidence_comparison import compare
 from tests.benchmarks.evidence_runs import interval, percent, points, table
 from tests.benchmarks.machine import describe_machine
 
-FIRST = Path(__file__).with_name("evidence.md")
-"""Report of the first corpus."""
 FURTHER = [
     "[evidence_stamps.md](evidence_stamps.md) has the same on a second corpus, and what carries over."
     " [evidence_training.md](evidence_training.md) has mined negatives, batches of look-alikes and soups.",
     "",
 ]
-_INTERVAL = re.compile(r"([+-][\d.]+) \[([+-][\d.]+), ([+-][\d.]+)\]")
 
 
 def report(results: Results, name: str) -> str:
@@ -42,7 +38,7 @@ def report(results: Results, name: str) -> str:
         f"# Evidence: {title}",
         "",
         *_head(results),
-        *(FURTHER if results.corpus is EMOJI else _carried(results)),
+        *(FURTHER if results.corpus is EMOJI else compare(results)),
         *_contrasts(results, name),
         *_temperatures(results),
         *_scores(results),
@@ -178,77 +174,6 @@ def _extras(results: Results) -> list[str]:
         "",
         *table(["change", *(text for data in corpus.extra_data for text in (data, "last temperature"))], rows),
     ]
-
-
-def _carried(results: Results) -> list[str]:
-    """Return each effect on the first corpus next to that on this one, and whether it carries over."""
-    first, rows = read_tables(FIRST.read_text("utf-8")), []
-    here = [
-        *(
-            (contrast.title, data, tuned, points(results.contrast(contrast, data, tuned)))
-            for tuned in (False, True)
-            for contrast in results.corpus.contrasts()
-            for data in results.corpus.contents
-        ),
-        *(
-            (row[0], data, False, text)
-            for row in _temperature_rows(results)
-            for data, text in zip(results.corpus.contents, row[1:], strict=True)
-        ),
-    ]
-    for title, data, tuned, text in here:
-        where = "best" if tuned else "published"
-        shown = (f"best, {results.corpus.second}" if tuned else str(PUBLISHED)) if " instead of " not in title else ""
-        if text and (there := first.get((where, title, data))):
-            rows.append([title, data, shown, there, text, verdict(there, text)])
-    counts = {name: sum(row[-1] == name for row in rows) for name in VERDICTS}
-    return [
-        "## Which findings carry over",
-        "",
-        f"{len(rows)} effects that both corpora have. " + " ".join(f"{name}: {counts[name]}." for name in VERDICTS),
-        "",
-        *table(["effect", "data", "temperature", "first corpus", "this corpus", "verdict"], rows),
-        *(f"* {name}: {text}." for name, text in VERDICTS.items()),
-        "",
-    ]
-
-
-VERDICTS = {
-    "carries over": "both intervals exclude 0, on the same side",
-    "reverses": "both intervals exclude 0, on opposite sides",
-    "first only": "the first excludes 0, and this one does not",
-    "here only": "this one excludes 0, and the first does not",
-    "not shown": "neither excludes 0",
-}
-"""Verdict -> when it is given. Registered before the first run of a test seed."""
-
-
-def verdict(first: str, second: str) -> str:
-    """Return whether an effect of the first corpus carries over to the second, from their intervals."""
-    signs = []
-    for text in (first, second):
-        found = _INTERVAL.search(text)
-        assert found is not None, text
-        _, low, high = map(float, found.groups())
-        signs.append((low > 0) - (high < 0))
-    if all(signs):
-        return "carries over" if signs[0] == signs[1] else "reverses"
-    return "first only" if signs[0] else "here only" if signs[1] else "not shown"
-
-
-def read_tables(text: str) -> dict[tuple[str, str, str], str]:
-    """Read a report: (`published` or `best` temperatures, effect, data) -> points with their interval."""
-    found: dict[tuple[str, str, str], str] = {}
-    where, head = "published", [""]
-    for line in text.splitlines():
-        if line.startswith("## "):
-            where, head = "best" if "best temperature" in line else "published", [""]
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if line.startswith(("| contrast", "| without ids")):
-            head = cells
-        elif line.startswith("| ") and len(head) > 1:
-            found |= {(where, cells[0], data): cell for data, cell in zip(head[1:], cells[1:], strict=True) if cell}
-    return found
 
 
 def plot(results: Results) -> str:
