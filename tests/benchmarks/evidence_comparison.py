@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.benchmarks.evidence_cells import ALPHA, PUBLISHED, Results
-from tests.benchmarks.evidence_runs import points, table
+from tests.benchmarks.runs import points, table
 
 FIRST = Path(__file__).with_name("evidence.md")
 """Report of the first corpus."""

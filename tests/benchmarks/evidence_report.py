@@ -18,8 +18,9 @@ from tests.benchmarks.evidence_cells import (
     Results,
 )
 from tests.benchmarks.evidence_comparison import compare
-from tests.benchmarks.evidence_runs import interval, percent, points, table
+from tests.benchmarks.evidence_runs import interval
 from tests.benchmarks.machine import describe_machine
+from tests.benchmarks.runs import percent, points, table
 
 FURTHER = [
     "[evidence_stamps.md](evidence_stamps.md) has the same on a second corpus, and what carries over."

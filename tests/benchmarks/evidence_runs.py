@@ -5,7 +5,6 @@ A repeated command does what is missing, and gives the same numbers.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -18,9 +17,9 @@ import numpy as np
 import torch
 
 from tests.benchmarks.evidence_bed import Bed, Cell, Outcome
+from tests.benchmarks.runs import RunFile
 from tests.benchmarks.turns import say
 
-RUNS = "runs.jsonl"
 _DRAWS = 4000
 
 Read = Callable[[Path], Bed]
@@ -69,26 +68,15 @@ def do(
     only_read: bool = False,
 ) -> Runs:
     """Do what is missing. Return all runs by cell and seed. Exits if a run is missing, and `only_read`."""
-    path = out / RUNS
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    whole = [json.loads(line) for line in lines if line.endswith("\n")]  # a killed command leaves half a line
-    runs = {(run["cell"], run["seed"]): run for run in whole}
-    missing = [(cell, seed) for cell, seed in wanted if (cell.key(), seed) not in runs]
-    say(f"{len(wanted)} runs, {len(missing)} to do")
-    if missing and only_read:
-        raise SystemExit(f"{path}: {len(missing)} of {len(wanted)} runs are missing; leave out --report to do them")
+    file = RunFile(out / "runs.jsonl")
+    missing = file.missing({(cell.key(), seed): (cell, seed) for cell, seed in wanted}, only_read=only_read)
     if missing:
         _bed(work.read, work.folder)  # fetched before several processes ask for it
-        out.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(run) + "\n" for run in whole))
-        with path.open("a") as file:
-            for count, run in enumerate(_runs(work, missing, processes), 1):
-                runs[run["cell"], run["seed"]] = run
-                file.write(json.dumps(run) + "\n")
-                file.flush()
-                if count % 50 == 0:
-                    say(f"{count} of {len(missing)}")
-    return runs
+        for count, run in enumerate(_runs(work, missing, processes), 1):
+            file.add(run)
+            if count % 50 == 0:
+                say(f"{count} of {len(missing)}")
+    return file.runs
 
 
 def _runs(work: Work, missing: Sequence[tuple[Cell, int]], processes: int) -> Iterator[dict[str, Any]]:
@@ -116,27 +104,3 @@ def interval(values_SQ: np.ndarray[Any, Any]) -> Found:
     means = ((seeds @ values_SQ) * queries).sum(axis=1)
     low, high = np.quantile(means, (0.025, 0.975))
     return float(values_SQ.mean()), float(low), float(high)
-
-
-def points(found: Found | None) -> str:
-    """Return a difference in points with its interval, bold where 0 is outside. None is empty."""
-    if found is None:
-        return ""
-    mean, low, high = (100 * value for value in found)
-    text = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
-    return f"**{text}**" if low > 0 or high < 0 else text
-
-
-def percent(value: float | None) -> str:
-    """Return a share in percent. None is empty."""
-    return "" if value is None else f"{100 * value:.1f}"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the lines of a table in Markdown."""
-    return [
-        f"| {' | '.join(head)} |",
-        f"|---|{'---:|' * (len(head) - 1)}",
-        *(f"| {' | '.join(row)} |" for row in rows),
-        "",
-    ]

@@ -26,8 +26,9 @@ from pipelines.candidates.selection import PositiveScores, select
 from pipelines.candidates.types import CandidateRows
 from tests.benchmarks.evidence_bed import VARIANTS, Bed, Cell, Outcome, Run, train
 from tests.benchmarks.evidence_cells import ALPHA, CELLS, EMOJI, SEEDS
-from tests.benchmarks.evidence_runs import Found, Runs, Work, do, hits, interval, percent, points, table
+from tests.benchmarks.evidence_runs import Found, Runs, Work, do, hits, interval
 from tests.benchmarks.machine import describe_machine
+from tests.benchmarks.runs import percent, points, table
 from tests.benchmarks.turns import say, show
 
 OUT = Path("runs/evidence")
