@@ -54,6 +54,14 @@ class MinedCell(Cell):
 
 
 @dataclass(frozen=True)
+class DrawnCell(MinedCell):
+    """A control: as many negatives at the same step, drawn among all that are trained on."""
+
+    drawn: bool = True
+    """Whether they are drawn instead of mined."""
+
+
+@dataclass(frozen=True)
 class MinedOutcome(Outcome):
     """What a run with mined negatives scores."""
 
@@ -82,10 +90,12 @@ class SoupOutcome(Outcome):
 
 
 def mined_cell(data: str, batches: str, mining: str, temperature: float) -> Cell:
-    """Return the cell of a way to mine: `none`, `top` or `rule`."""
+    """Return the cell of a way to mine: `none`, `top`, `rule` or `drawn`."""
     plain = replace(CELLS[data], ids=True, tones=BATCHES[batches], temperature=temperature)
     if mining == "none":
         return plain
+    if mining == "drawn":
+        return DrawnCell(**asdict(plain))
     return MinedCell(**asdict(plain), margin=MARGIN if mining == "rule" else None)
 
 
@@ -105,7 +115,7 @@ def cells() -> list[Cell]:
         mined_cell(data, batches, mining, temperature)
         for data, temperature in COLUMNS
         for batches in BATCHES
-        for mining in ("none", "top", "rule")
+        for mining in ("none", "top", "rule", "drawn")
     ]
     return [*mined, *map(_weighted, BATCHES), *soup_cells().values()]
 
@@ -126,7 +136,7 @@ def train_any(bed: Bed, cell: Cell, seed: int) -> Outcome:
 def _train_mined(bed: Bed, cell: MinedCell, seed: int) -> MinedOutcome:
     run = Run(bed, cell, seed)
     run.advance(cell.steps // 2)
-    run.mined_TK, is_right_TK = mine(run, cell.mined, cell.margin)
+    run.mined_TK, is_right_TK = mine(run, cell.mined, cell.margin, isinstance(cell, DrawnCell))
     run.advance(cell.steps - run.step)
     is_there_TK, num_samples = run.mined_TK >= 0, (VARIANTS - 1) * bed.num_items
     mined = int(is_there_TK.sum())
@@ -134,9 +144,10 @@ def _train_mined(bed: Bed, cell: MinedCell, seed: int) -> MinedOutcome:
 
 
 @torch.no_grad()
-def mine(run: Run, count: int, margin: float | None) -> tuple[Tensor, Tensor]:
+def mine(run: Run, count: int, margin: float | None, drawn: bool = False) -> tuple[Tensor, Tensor]:
     """Return the contents that the model scores highest for the sample of each target, `[5 E, K]`, -1 for none.
 
+    With `drawn`, a generator scores them instead.
     Also returns which of them are right answers, `[5 E, K]`. Candidates are what is trained on, without the known
     answers of the query: targets of samples that ask the same.
     """
@@ -153,6 +164,8 @@ def mine(run: Run, count: int, margin: float | None) -> tuple[Tensor, Tensor]:
     no_candidate_SC[:, content_S] = False
     same_s, other_s = (asked_S[:, None] == asked_S).nonzero(as_tuple=True)
     no_candidate_SC[same_s, content_S[other_s]] = True
+    if drawn:
+        scores_SC = torch.rand(scores_SC.shape, generator=torch.Generator().manual_seed(count))
     top = scores_SC.masked_fill(no_candidate_SC, -torch.inf).topk(DEPTH, dim=1)
     rows = CandidateRows.of(
         list(map(str, sample_S.tolist())),
@@ -224,9 +237,13 @@ Way = tuple[str, str]
 MINING: dict[str, tuple[Way, Way]] = {
     "clusters instead of random batches": (("clusters", "none"), ("random", "none")),
     "random batches: mined": (("random", "top"), ("random", "none")),
+    "random batches: drawn": (("random", "drawn"), ("random", "none")),
+    "random batches: mined instead of drawn": (("random", "top"), ("random", "drawn")),
     "random batches: mined, with the rule": (("random", "rule"), ("random", "none")),
     "random batches: the rule on the mined": (("random", "rule"), ("random", "top")),
     "clusters: mined": (("clusters", "top"), ("clusters", "none")),
+    "clusters: drawn": (("clusters", "drawn"), ("clusters", "none")),
+    "clusters: mined instead of drawn": (("clusters", "top"), ("clusters", "drawn")),
     "clusters: mined, with the rule": (("clusters", "rule"), ("clusters", "none")),
     "clusters: the rule on the mined": (("clusters", "rule"), ("clusters", "top")),
     "mined in random batches instead of clusters": (("random", "top"), ("clusters", "none")),
@@ -275,7 +292,9 @@ def _soup_rows(results: Results) -> Iterator[list[str]]:
 def _mining_scores(results: Results) -> Iterator[list[str]]:
     for data, temperature in COLUMNS:
         for batches in BATCHES:
-            of_way = {mining: mined_cell(data, batches, mining, temperature) for mining in ("none", "top", "rule")}
+            of_way = {
+                mining: mined_cell(data, batches, mining, temperature) for mining in ("none", "drawn", "top", "rule")
+            }
             row = [f"{data}, {batches}, {temperature}"]
             row += [percent(float(results.hits(cell).mean())) for cell in of_way.values()]
             for mining in ("top", "rule"):
@@ -287,7 +306,15 @@ def _mining_scores(results: Results) -> Iterator[list[str]]:
 def report(results: Results) -> str:
     """Return the report in Markdown."""
     head = ["contrast", *(f"{data}, {temperature}" for data, temperature in COLUMNS)]
-    scores = ["data, batches, temperature", "none", "mined", "with the rule", "mined a sample", "of them false"]
+    scores = [
+        "data, batches, temperature",
+        "none",
+        "drawn",
+        "mined",
+        "with the rule",
+        "mined a sample",
+        "of them false",
+    ]
     lines = [
         *_head(results),
         "## Mined negatives and batches",
@@ -334,7 +361,8 @@ def _head(results: Results) -> list[str]:
         "",
         "**Mined negatives.** After 200 steps, the model ranks all trained pictures for each caption. Known answers"
         f" are left out. The first {MINED} are negatives of all queries of a batch for the other 200 steps. The rule"
-        " leaves out candidates that score more than 95% of the positive (NV-Retriever).",
+        " leaves out candidates that score more than 95% of the positive (NV-Retriever). A control draws as many"
+        " among all trained pictures.",
         "",
         "**Soups** are means of three parents with equal weights, on `hard`. The parents have 200 steps in common, at"
         f" temperature {START_TEMPERATURE}, and 200 of their own in three orders of the data. One kind also has the"
@@ -342,7 +370,8 @@ def _head(results: Results) -> list[str]:
         "",
         f"**Registered before the first run:** {len(cells())} cells, {len(MINING) + len(BATCHES)} contrasts of mining,"
         f" {len(soup_cells()) * len(PARENT)} of soups, seeds 0 to {SEEDS - 1}. No setting was chosen by its"
-        f" score. This report has {results.seeds} of these seeds.",
+        " score. The control and its four contrasts were added after seeds 0 and 1 of the other cells, before its own"
+        f" first run. This report has {results.seeds} of these seeds.",
         "",
         f"**Power.** With {results.seeds} seeds of {EMOJI.num_items} queries, the 95% intervals of mining in `hard` at"
         f" .02 reach {100 * min(widths):.1f} to {100 * max(widths):.1f} points to each side. Smaller effects are not"
