@@ -1,12 +1,12 @@
 """What hardness weights and false-negative elimination do, apart and together, where the truth is known.
 
-    python -m tests.benchmarks.evidence --write      about 30 CPU minutes; writes evidence.md, evidence.svg
-    python -m tests.benchmarks.evidence --corpus stamps --write         20 more; writes evidence_stamps.md and .svg
+    python -m tests.benchmarks.evidence --write      about 30 CPU minutes; writes evidence.md and .svg
+    python -m tests.benchmarks.evidence --corpus stamps --write      10 more; writes evidence_stamps.md and .svg
     python -m tests.benchmarks.evidence --seeds 2 --report      the report of what is there
 
 The cells, the seeds and the contrasts of `evidence_cells` were fixed before the first run of a test seed, and are
-printed with the result. Each run is a line of runs.jsonl: a repeated command
-does what is missing, and gives the same numbers.
+printed with the result. Each run is a line of runs.jsonl: a repeated command does what is missing, and gives the same
+numbers.
 """
 
 from __future__ import annotations

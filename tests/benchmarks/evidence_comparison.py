@@ -47,7 +47,9 @@ def compare(results: Results) -> list[str]:
     return [
         "## Which findings carry over",
         "",
-        f"Both corpora have {len(effects)} effects: {', '.join(counts)}. The verdicts were registered with the cells.",
+        f"Both corpora have {len(effects)} effects: {', '.join(counts)}. The verdicts were registered with the cells."
+        f" `best, {results.corpus.second:g}` is the best temperature of each arm on the first corpus, and"
+        f" {results.corpus.second:g} on this one.",
         "",
         *(f"* {name}: {text}." for name, text in VERDICTS.items()),
         "",

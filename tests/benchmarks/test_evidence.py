@@ -159,9 +159,10 @@ def trained(bed: Bed, cell: Cell) -> Run:
     return run
 
 
-def test_mined_negatives_are_trained_targets_without_the_known_answers(bed: Bed) -> None:
+@pytest.mark.parametrize("drawn", [False, True])
+def test_mined_negatives_are_trained_targets_without_the_known_answers(bed: Bed, drawn: bool) -> None:
     run = trained(bed, Cell(untoned=0.5, ids=True))
-    mined_TK, is_right_TK = mine(run, 6, None)
+    mined_TK, is_right_TK = mine(run, 6, None, drawn)
     held = torch.arange(ITEMS) * VARIANTS + torch.from_numpy(run.held)
     assert (mined_TK[held] == -1).all()  # no sample
     assert not torch.isin(mined_TK, held).any()
@@ -172,6 +173,20 @@ def test_mined_negatives_are_trained_targets_without_the_known_answers(bed: Bed)
         right = {row} if is_toned[row] else set(range(5 * item, 5 * item + 5))
         assert is_right_TK[row].tolist() == [content in right for content in mined_TK[row].tolist()]
     assert is_right_TK.any()
+
+
+def test_mined_negatives_score_higher_than_drawn_ones(bed: Bed) -> None:
+    run = trained(bed, Cell(ids=True))
+    with torch.no_grad():
+        queries, targets = run.towers.queries(bed.queries), run.towers.targets(bed.targets)
+    row = torch.arange(VARIANTS * ITEMS)
+    scores_TC = queries[6 * (row // VARIANTS) + row % VARIANTS] @ targets.T
+    mined, drawn = (mine(run, 4, None, drawn)[0] for drawn in (False, True))
+    is_sample = mined[:, 0] >= 0
+    assert ((drawn[:, 0] >= 0) == is_sample).all()
+    of_mined, of_drawn = (scores_TC[is_sample].gather(1, found[is_sample]) for found in (mined, drawn))
+    assert (of_mined.min(dim=1).values >= of_drawn.max(dim=1).values - 1e-6).float().mean() > 0.5
+    assert of_mined.mean() > of_drawn.mean() + 0.1
 
 
 def test_the_rule_leaves_out_candidates_near_the_positive(bed: Bed) -> None:
