@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,6 @@ VERDICTS = {
     "not shown": "neither excludes 0",
 }
 """Verdict -> when it is given. Registered before the first run of a test seed."""
-_INTERVAL = re.compile(r"[+-][\d.]+ \[([+-][\d.]+), ([+-][\d.]+)\]")
 
 
 @dataclass(frozen=True)
@@ -87,13 +85,8 @@ def _effects(results: Results) -> Iterator[Effect]:
 
 
 def verdict(first: str, here: str) -> str:
-    """Return whether an effect carries over, from the points with their interval that both reports have."""
-    signs = []
-    for text in (first, here):
-        found = _INTERVAL.search(text)
-        assert found is not None, text
-        low, high = map(float, found.groups())
-        signs.append((low > 0) - (high < 0))
+    """Return whether an effect carries over, from the points of both reports, bold where 0 is outside."""
+    signs = [text[2] if text.startswith("**") else "" for text in (first, here)]
     if all(signs):
         return "carries over" if signs[0] == signs[1] else "reverses"
     if any(signs):

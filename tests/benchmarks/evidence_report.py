@@ -65,15 +65,16 @@ def _head(results: Results) -> list[str]:
     ]
     used = [run for (_, seed), run in results.runs.items() if seed < results.seeds or seed >= TUNING]
     cpu_s = sum(run["cpu_s"] for run in used)
+    further = f" {len(corpus.extras())} further cells;" if corpus.extras() else ""
     return [
         "**Question.** Does each of the recipe's two headline terms help, alone and together, and what is the reason?",
         "",
         f"**Design.** {corpus.design}",
         "",
         f"**Registered before the first run of a test seed:** {len(corpus.core())} cells at temperature {PUBLISHED} and"
-        f" at {_choice(corpus)}; {len(corpus.contrasts())} contrasts; {len(corpus.extras())} further cells; seeds 0 to"
-        f" {SEEDS - 1}. This report has {results.seeds} of these seeds. A seed draws the held-out {corpus.variants},"
-        f" the {corpus.queries}, the weights and the order.",
+        f" at {_choice(corpus)}; {len(corpus.contrasts())} contrasts;{further} seeds 0 to {SEEDS - 1}. This report has"
+        f" {results.seeds} of these seeds. A seed draws the held-out {corpus.variants}, the {corpus.queries}, the"
+        " weights and the order.",
         "",
         f"**Power.** With {results.seeds} seeds of {corpus.num_items} queries, the 95% intervals of the first three"
         f" contrasts reach {100 * min(widths):.1f} to {100 * max(widths):.1f} points to each side. Smaller effects are"

@@ -236,6 +236,7 @@ def test_a_verdict_compares_two_intervals() -> None:
     assert verdict(up, up) == verdict(down, down) == "carries over"
     assert (verdict(up, down), verdict(up, open_)) == ("reverses", "first only")
     assert (verdict(open_, down), verdict(open_, open_)) == ("here only", "not shown")
+    assert verdict(up, "**+1.8 [+0.0, +3.6]**") == "carries over"  # rounded: 0 is outside
 
 
 def test_the_tables_of_a_report_are_read() -> None:
