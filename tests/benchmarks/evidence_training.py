@@ -335,7 +335,7 @@ def report(results: Results) -> str:
         "",
         "* One corpus and one small learner from random weights. A pretrained model may differ.",
         "* Bold marks one contrast at a time: of 100 contrasts without an effect, five are bold by chance.",
-        "* A batch with 512 drawn pictures has half of all that are trained on. A large corpus leaves more to mining.",
+        "* A batch with 512 drawn negatives has about 40% of all trained pictures. A large corpus leaves more to mining.",
         "* Negatives are mined once. Soups have equal weights.",
         "",
     ]
@@ -363,7 +363,7 @@ def _head(results: Results) -> list[str]:
         "**Mined negatives.** After 200 steps, the model ranks all trained pictures for each caption. Known answers"
         f" are left out. The first {MINED} are negatives of all queries of a batch for the other 200 steps. The rule"
         " leaves out candidates that score more than 95% of the positive (NV-Retriever). A control draws as many"
-        f" among all trained pictures. A query then has {128 * (1 + MINED) - 1} negatives instead of 127.",
+        f" among all trained pictures. A query then has up to {128 * (1 + MINED) - 1} negatives instead of 127.",
         "",
         "**Soups** are means of three parents with equal weights, on `hard`. The parents have 200 steps in common, at"
         f" temperature {START_TEMPERATURE}, and 200 of their own in three orders of the data. One kind also has the"
