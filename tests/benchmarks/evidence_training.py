@@ -335,7 +335,7 @@ def report(results: Results) -> str:
         "",
         "* One corpus and one small learner from random weights. A pretrained model may differ.",
         "* Bold marks one contrast at a time: of 100 contrasts without an effect, five are bold by chance.",
-        "* A batch with 512 drawn negatives has about 40% of all trained pictures. A large corpus leaves more to mining.",
+        "* A batch with 512 drawn negatives has 40% of all trained pictures. A large corpus leaves more to mining.",
         "* Negatives are mined once. Soups have equal weights.",
         "",
     ]
