@@ -101,6 +101,8 @@ def _print_memory(run: RunForecast, parts: dict[str, int]) -> None:
         f"  memory of a worker {_size(parts['total'])}: {chunks}, inputs of up to {run.largest_input_tokens:,} tokens"
     )
     for part, title in _PARTS.items():
+        if part == "loss" and not parts[part]:  # of a re-ranker: one number a pair
+            continue
         print_text(f"    {title:<{_TITLE_WIDTH}} {_size(parts[part]):>10}")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from dataclasses import dataclass, replace
 from functools import cache
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,24 @@ from rzen.model.vision import use_fast_vision
 
 @dataclass(frozen=True)
 class ChunkInputs:
-    """Equal inputs that are embedded together."""
+    """Equal inputs that are read together: those of an embedder, or pairs of a re-ranker."""
 
     count: int
     tokens: int
     """Tokens of one input, visual tokens included."""
     visual_tokens: int
-    """Tokens of its image, page or video; 0 for text."""
+    """Tokens of its image, page or video; 0 for text. Of a pair, those of both."""
+    list_pairs: int = 0
+    """Pairs of a query, which are next to each other. 0: no pairs."""
+    query_visual_tokens: int = 0
+    """Of the visual tokens of a pair, those of its query. The tower reads them once for a list."""
+    whole_lists: bool = False
+    """Whether pairs of a query are always read together."""
+
+    @property
+    def smallest(self) -> int:
+        """Inputs that are read together at least."""
+        return self.list_pairs if self.whole_lists else 1
 
     @property
     def num_tokens(self) -> int:
@@ -42,8 +54,31 @@ class ChunkInputs:
         return self.count * self.tokens
 
     def within(self, num_tokens: int) -> ChunkInputs:
-        """Return a chunk of `num_tokens` tokens that is full of such inputs, one at least."""
-        return replace(self, count=max(1, num_tokens // self.tokens))
+        """Return a chunk of `num_tokens` tokens that is full of such inputs, one at least, or one whole list."""
+        units = max(1, num_tokens // (self.tokens * self.smallest))
+        return replace(self, count=units * self.smallest)
+
+    @property
+    def media_tokens(self) -> list[int]:
+        """Tokens of each image, page or video that the tower reads. Pairs have those of the queries first."""
+        if not self.list_pairs:
+            return [self.visual_tokens] * self.count if self.visual_tokens else []
+        queries = [self.query_visual_tokens] * ceil(self.count / self.list_pairs)
+        return [tokens for tokens in (*queries, *[self._target_tokens] * self.count) if tokens]
+
+    @property
+    def shown(self) -> list[int]:
+        """Numbers of the media in the order of their places in the pairs."""
+        numbers = []
+        num_queries = ceil(self.count / self.list_pairs) if self.query_visual_tokens else 0
+        for pair in range(self.count):
+            numbers += [pair // self.list_pairs] if self.query_visual_tokens else []
+            numbers += [num_queries + pair] if self._target_tokens else []
+        return numbers
+
+    @property
+    def _target_tokens(self) -> int:
+        return self.visual_tokens - self.query_visual_tokens
 
 
 @dataclass(frozen=True)
@@ -145,7 +180,7 @@ def count_pass(backbone: nn.Module, inputs: ChunkInputs) -> PassBytes:
 
 
 def _embed(backbone: nn.Module, inputs: ChunkInputs) -> Tensor:
-    """Return the pooled vectors: what `EmbeddingModel` does, on tensors without content."""
+    """Return the pooled vectors: what `EmbeddingModel` does, or `ScoringModel`, on tensors without content."""
     language = part_of(backbone, "language_model")
     meta = torch.device("meta")
     shape = (inputs.count, inputs.tokens)
@@ -153,7 +188,12 @@ def _embed(backbone: nn.Module, inputs: ChunkInputs) -> Tensor:
     visuals: dict[str, Tensor] = {}  # pixels, held until the end, as by the caller of a real backbone
     if inputs.visual_tokens:
         visuals = _visuals(backbone, inputs)
-        features: Tensor = part_of(backbone, "visual")(**visuals).pooler_output
+        tower = part_of(backbone, "visual")
+        if inputs.list_pairs:
+            features = _features_of_pairs(tower, visuals, inputs)
+            visuals = {}  # the scorer holds no pixels
+        else:
+            features = tower(**visuals).pooler_output
         is_visual = torch.zeros((*shape, 1), dtype=torch.bool, device=meta)
         embedded = embedded.masked_scatter(is_visual, features)
     hidden: Tensor = language(
@@ -165,12 +205,20 @@ def _embed(backbone: nn.Module, inputs: ChunkInputs) -> Tensor:
     return hidden[:, -1].clone().float()  # not a view, which would keep all of it
 
 
+def _features_of_pairs(tower: nn.Module, visuals: dict[str, Tensor], inputs: ChunkInputs) -> Tensor:
+    """Return the features of all visuals in the order of their tokens. What several pairs show is read once."""
+    is_trained = any(weight.requires_grad for weight in tower.parameters())
+    with torch.set_grad_enabled(is_trained):
+        media = tower(**visuals).pooler_output.split(inputs.media_tokens)
+    return torch.cat([media[number] for number in inputs.shown])
+
+
 def _visuals(backbone: nn.Module, inputs: ChunkInputs) -> dict[str, Tensor]:
-    """Return the arguments of the vision tower for one visual in each input."""
+    """Return the arguments of the vision tower for the media of a chunk."""
     visual, meta = part_of(backbone, "visual"), torch.device("meta")
     config = visual.config
     edge = config.spatial_merge_size
-    grids = torch.tensor([[1, edge, edge * inputs.visual_tokens]] * inputs.count)  # on the CPU, because it is read
+    grids = torch.tensor([[1, edge, edge * tokens] for tokens in inputs.media_tokens])  # on the CPU
     num_patches = int(grids.prod(dim=1).sum())
     patch_values = config.in_channels * config.temporal_patch_size * config.patch_size**2
     visuals = {"hidden_states": torch.zeros(num_patches, patch_values, device=meta), "grid_thw": grids}

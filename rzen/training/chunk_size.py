@@ -35,8 +35,8 @@ class AutoChunk:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest input."""
-        return max(inputs.tokens for share in self.shares for inputs in share.inputs)
+        """Tokens of the longest input, or of the longest list that is never divided."""
+        return max(inputs.tokens * inputs.smallest for share in self.shares for inputs in share.inputs)
 
     @property
     def most(self) -> int:

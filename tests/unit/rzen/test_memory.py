@@ -9,9 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from pipelines.samples import DecodedInput, Visual
-from rzen.config import BackboneFamily, ModelConfig, ObjectiveConfig, OptimConfig, PromptConfig, TinyBackbone
+from rzen.config import (
+    BackboneFamily,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    PairPromptConfig,
+    PromptConfig,
+    RerankObjectiveConfig,
+    TinyBackbone,
+)
 from rzen.inputs.processor import EncodedBatch, Processor, VisionLayout
 from rzen.model.activations import AllocationTracker, ChunkInputs, count_pass, meta_backbone, read_config
 from rzen.model.backbone import load_backbone
@@ -19,6 +29,8 @@ from rzen.model.embedding_model import EmbeddingModel
 from rzen.model.lora import add_lora
 from rzen.objective.batch import Batch
 from rzen.objective.loss import Objective
+from rzen.reranking.encoder import JointEncoder
+from rzen.reranking.lists import EncodedList, ListEncoder, RerankBatch
 from rzen.training import memory
 from rzen.training.build import build_learner
 from rzen.training.memory import MemoryModel, WorkerShare, loss_bytes
@@ -87,6 +99,75 @@ def test_activations_are_those_that_torch_allocates(
         if not checkpointing:  # whose inputs torch keeps in another place
             num_bytes = sum(storage.nbytes() for storage in saved.values())
             assert found.kept == pytest.approx(num_bytes, rel=0.03), (count, visual_tokens)
+
+
+def lists_of(folder: str, query_tokens: int, target_tokens: int) -> RerankBatch:
+    """Three queries with four targets each. All have a text, and an image of so many tokens: 0 is none."""
+    prompt = PairPromptConfig(template="lamra", min_visual_tokens=1, max_visual_tokens=60)
+    encoder, edge = ListEncoder(JointEncoder(folder, prompt)), VisionLayout.read(folder).factor_px
+
+    def side(tokens: int, color: int) -> Any:
+        pixels = np.full((1, edge, edge * tokens, 3), color, np.uint8)
+        return encoder.joint.side(DecodedInput("a red circle " * 5, (Visual("image", pixels),) if tokens else ()))
+
+    return encoder.collate(
+        [
+            EncodedList(
+                f"s/{number}",
+                side(query_tokens, number),
+                (str(number), ""),
+                tuple(side(target_tokens, 50 + 10 * number + target) for target in range(4)),
+                tuple(f"{number} {target}" for target in range(4)),
+            )
+            for number in range(3)
+        ]
+    )
+
+
+@pytest.mark.parametrize(("query_tokens", "target_tokens"), [(0, 0), (0, 30), (30, 0), (30, 20)])
+@pytest.mark.parametrize(
+    ("tune", "scope", "checkpointing", "loss"),
+    [
+        ("full", "all", False, "bce"),
+        ("lora", "all", True, "listwise"),
+        ("lora", "language_model", False, "listwise"),
+        ("lora", "language_model", True, "bce"),
+    ],
+)
+def test_activations_of_a_re_ranker_are_those_of_its_parts(
+    tune: str, scope: str, checkpointing: bool, loss: str, query_tokens: int, target_tokens: int, tmp_path: Path
+) -> None:
+    """Pairs of a list share the image of their query, and a tower that is not trained keeps nothing."""
+    folder = tiny_checkpoint(tmp_path, TinyBackbone(vocabulary=640, layers=2))
+    config = AutoConfig.from_pretrained(folder)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+    settings = {"backbone": folder, "dtype": "float32", "tune": tune, "gradient_checkpointing": checkpointing}
+    model = ModelConfig.model_validate(settings | {"lora": {"rank": 4, "scope": scope}})
+    objective = RerankObjectiveConfig.model_validate({"kind": "rerank", "loss": loss, "prompt": {"template": "lamra"}})
+    batch, planner = lists_of(folder, query_tokens, target_tokens), MemoryModel(read_config(folder), model)
+    tokens = int(batch.joint.sequences.lengths.max())
+    visual_tokens = query_tokens + target_tokens
+    inputs = ChunkInputs(12, tokens, visual_tokens, 4, query_tokens, whole_lists=loss == "listwise")
+    for chunk_tokens in (None, 4 * tokens):
+        stage = replace(stage_of(folder), model=model, objective=objective, chunk_tokens=chunk_tokens)
+        learner = build_learner(stage, folder, None, TASKS).train()
+        with AllocationTracker(learner) as tracker:
+            outputs = []  # as training keeps them
+            for part in learner.parts(batch):
+                value, output = learner(part, [("t", 3)], 0)
+                value.backward()
+                outputs.append(output)
+        assert planner.activations([inputs], chunk_tokens) == pytest.approx(tracker.peak, rel=0.05), chunk_tokens
+
+
+def test_chunks_of_whole_lists_hold_at_least_one() -> None:
+    pairs = ChunkInputs(12, 100, 30, list_pairs=4, query_visual_tokens=10)
+    lists = replace(pairs, whole_lists=True)
+    assert [pairs.within(tokens).count for tokens in (1, 100, 950)] == [1, 1, 9]
+    assert [lists.within(tokens).count for tokens in (1, 400, 950)] == [4, 4, 8]
+    assert pairs.within(500).media_tokens == [10, 10, 20, 20, 20, 20, 20]
+    assert pairs.within(500).shown == [0, 2, 0, 3, 0, 4, 0, 5, 1, 6]
+    assert loss_bytes(WorkerShare(1, 3, (pairs,), 3, 1), RerankObjectiveConfig(kind="rerank"), 64) == 0
 
 
 def test_checkpointing_and_chunks_bound_the_activations(tmp_path: Path) -> None:
