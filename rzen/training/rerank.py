@@ -124,7 +124,8 @@ class RerankLearner(Learner):
         if not self.reads_media_once:
             return self.scorer.score(part.joint)
         new = {key: medium for key, medium in part.joint.media.items() if key not in part.features}
-        part.features.update(zip(new, self.scorer.features(list(new.values())), strict=True))
+        with torch.no_grad():  # gradient checkpointing of adapters would give the tower a graph, for one part only
+            part.features.update(zip(new, self.scorer.features(list(new.values())), strict=True))
         z_P: Tensor = self.scorer(part.joint.sequences, [part.features[key] for key in part.joint.shown])
         for key in part.features.keys() - part.needed_later:
             del part.features[key]

@@ -220,9 +220,10 @@ def test_a_list_does_not_depend_on_its_batch_mates(checkpoint: Path) -> None:
     assert differ(together, sums) < 1e-5
 
 
-def frozen_tower(checkpoint: Path, chunk_tokens: int | None) -> RerankLearner:
+def frozen_tower(checkpoint: Path, chunk_tokens: int | None, *, recomputed: bool = False) -> RerankLearner:
     """An adapter on the language model only. Its B is not zero, so that all of it has gradients."""
-    model = tiny_model(str(checkpoint)).model_copy(update={"lora": LoraConfig(rank=2, scope="language_model")})
+    changes = {"lora": LoraConfig(rank=2, scope="language_model"), "gradient_checkpointing": recomputed}
+    model = tiny_model(str(checkpoint)).model_copy(update=changes)
     stage = replace(stage_of(checkpoint, objective_of(), chunk_tokens), model=model)
     learner = build_learner(stage, str(checkpoint), None, ["t"])
     assert isinstance(learner, RerankLearner)
@@ -234,9 +235,12 @@ def frozen_tower(checkpoint: Path, chunk_tokens: int | None) -> RerankLearner:
     return learner.train()
 
 
-def test_a_frozen_tower_reads_each_medium_once(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_a_frozen_tower_reads_each_medium_once(
+    checkpoint: Path, recomputed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     batch = batch_of(checkpoint)
-    learners = [frozen_tower(checkpoint, chunk_tokens) for chunk_tokens in (None, 1, 420)]
+    learners = [frozen_tower(checkpoint, chunk_tokens, recomputed=recomputed) for chunk_tokens in (None, 1, 420)]
     assert all(learner.reads_media_once for learner in learners)
     learners[0].reads_media_once = False
     (_, expected), *others = [step_of(learner, batch) for learner in learners]
