@@ -59,9 +59,6 @@ def run(spec: EvaluateSpec) -> dict[str, Any]:
     Return the places of the outputs, the `rows` of the split, and suite -> model -> dataset -> scores before and after
     re-ranking.
     """
-    for data in (spec.data, spec.rerank.tune if spec.rerank else None):
-        if data is not None:
-            Reader(data).sizes()  # refuses a missing dataset before anything is made
     _check_weights(spec)
     cache = open_store(spec.cache, endpoint_of(spec))
     cache.ensure_bucket()
@@ -70,6 +67,7 @@ def run(spec: EvaluateSpec) -> dict[str, Any]:
     reranked: dict[str, dict[str, Any]] = {}
     with hold_output(open_store(spec.out), "evaluation", "evaluates") as lease, ray_cluster():
         check_workers(spec)
+        choices: Choices | None = None
         for bundle in _bundles(spec, cache):
             models = models_of(spec, bundle, dict.fromkeys(spec.models, cache))
             found = _score_suites(spec, bundle, models)
@@ -77,7 +75,10 @@ def run(spec: EvaluateSpec) -> dict[str, Any]:
             if spec.rerank is not None:
                 scorer = ShortlistScorer(spec, bundle, models, cache)
                 reranker = [scorer.judge.config["base"], scorer.judge.config["adapter"]]
-                reranked |= _rerank(spec, bundle, scorer, cache, found)
+                if choices is None:  # the first bundle is that of `data`
+                    tasks = [row.name for row, _ in bundle.entries] if bundle.data is not None else []
+                    choices = choose_weights(spec, tasks, cache, cache.child(LISTINGS))
+                reranked |= _rerank(scorer, choices, found)
             lease.check()
             configs = {some.name: some.config for some, _ in models}
             for suite, results in found.items():
@@ -133,16 +134,9 @@ def _score_suites(spec: EvaluateSpec, bundle: Bundle, models: Models) -> dict[st
 
 
 def _rerank(
-    spec: EvaluateSpec,
-    bundle: Bundle,
-    scorer: ShortlistScorer,
-    cache: Store,
-    found: Mapping[str, Mapping[str, SuiteResults]],
+    scorer: ShortlistScorer, choices: Choices, found: Mapping[str, Mapping[str, SuiteResults]]
 ) -> dict[str, dict[str, Any]]:
     """Re-rank what was scored, and keep it with the results. Return suite -> model -> dataset -> scores, as JSON."""
-    choices: Choices = {}
-    if bundle.data is not None:
-        choices = choose_weights(spec, [row.name for row, _ in bundle.entries], cache, cache.child(LISTINGS))
     for results in found.values():
         scored = {model: some.scored for model, some in results.items()}
         for model, reranked in scorer.rerank(scored, choices).items():
@@ -154,11 +148,21 @@ def _rerank(
 
 
 def _check_weights(spec: EvaluateSpec) -> None:
-    """Raise `UserError` for a weight of a task or dataset that the spec does not score."""
+    """Raise `UserError` for a weight of a task or dataset that the spec does not score, given or to be chosen."""
     if spec.rerank is None:
         return
     suites = check_datasets({suite: Path(root) for suite, root in spec.suites.items()})
     known = {*spec.custom, *(one.row.name for one in suites)}
+    for name in sorted(set(spec.rerank.tune_tasks) - known):
+        fix = f"use one of {', '.join(sorted(known)) or 'those of suites and custom, which are empty'}"
+        raise UserError(f"rerank.tune_tasks.{name}", "is no dataset of suites or custom", fix)
+    if tune := spec.rerank.tune:
+        reader = Reader(tune)
+        there = {reader.task_of(source) for source in reader.sizes()}
+        for name, task in spec.rerank.tune_tasks.items():
+            if task not in there:
+                problem = f"is no task of {tune.root} {tune.split}"
+                raise UserError(f"rerank.tune_tasks.{name}={task}", problem, f"use one of {', '.join(sorted(there))}")
     if spec.data is not None:
         reader = Reader(spec.data)
         known |= {reader.task_of(source) for source in reader.sizes()}

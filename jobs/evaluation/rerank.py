@@ -53,14 +53,17 @@ class ShortlistScorer:
     def rerank(self, scored: ByModel, choices: Choices) -> dict[str, dict[str, RerankedScores]]:
         """Return model -> dataset -> scores before and after re-ranking. Needs Ray.
 
-        `choices` are the weights that were chosen. Those that the spec gives come before them. A dataset of files with
-        a pair that cannot be scored is reported and left out. For a split it is a `UserError`.
+        `choices` are the weights that were chosen by task, of which a dataset of files has that of `tune_tasks`. Those
+        that the spec gives come before them. A dataset of files with a pair that cannot be scored is reported and left
+        out. For a split it is a `UserError`.
         """
+        is_split = self._bundle.data is not None
         given = {name: WeightChoice(weight, "given") for name, weight in self._settings.weights.items()}
         found: dict[str, dict[str, RerankedScores]] = {model: {} for model in scored}
         for model, shortlist in self.shortlists(scored):
             name = shortlist.scores.dataset.row.name
-            found[model][name] = score_reranked(shortlist, given.get(name) or choices.get(model, {}).get(name))
+            task = name if is_split else self._settings.tune_tasks.get(name, "")
+            found[model][name] = score_reranked(shortlist, given.get(name) or choices.get(model, {}).get(task))
         return found
 
     def shortlists(self, scored: ByModel) -> Iterator[tuple[str, Shortlist]]:
@@ -183,15 +186,16 @@ def _num_pairs(scores: DatasetScores, top_k: int) -> int:
 def choose_weights(spec: EvaluateSpec, tasks: Sequence[str], cache: Store, listings: Store) -> Choices:
     """Return w of each model and task, chosen on the split `rerank.tune`. Needs Ray.
 
-    Tasks that the split has no samples of, or that the spec gives a weight for, are left out.
+    `tasks` are those of `data`. Those of `tune_tasks` are added. Tasks that the split has no samples of, or that only
+    tasks and datasets with a given weight need, are left out.
     """
     settings = spec.rerank
     assert settings is not None
-    assert spec.data is not None
     if settings.tune is None:
         return {}
-    data = settings.tune.model_copy(update={"media": spec.data.media})
-    wanted = [task for task in tasks if task not in settings.weights]
+    data = settings.tune.model_copy(update={"media": spec.data.media if spec.data else spec.media})
+    needed = {**{task: task for task in tasks}, **settings.tune_tasks}
+    wanted = [*dict.fromkeys(task for name, task in needed.items() if name not in settings.weights)]
     if not wanted:
         return {}
     tune = spec.model_copy(update={"tasks": None, "data": data, "instruction_sensitivity": False})

@@ -29,8 +29,11 @@ class RerankConfig(Config):
     tasks other weights, because re-ranking makes some of them worse."""
     tune: DataConfig | None = None
     """Split on which w is chosen for each task of `data` that `weights` does not name, by the metric that counts. It
-    must be data that neither model was trained on, and not `data` itself. It is decoded as `data` is. `null`: only
-    `weights` are used."""
+    must be data that neither model was trained on, and not `data` itself. It is decoded as `data` is, or else by
+    `media`. `null`: only `weights` are used."""
+    tune_tasks: dict[str, str] = Field(default_factory=dict)
+    """Dataset of the suites or of `custom` -> task of `tune` whose w it takes. Choose on training data that were held
+    out, and never on the datasets themselves."""
     tune_queries: PositiveInt = 500
     """Queries of each task of `tune` that w is chosen on, at most."""
     instructions: bool = True
@@ -98,6 +101,8 @@ class EvaluateSpec(Workers, ModelIdentity, JobConfig):
             raise ValueError(f"baseline names {self.baseline!r}, which is none of {', '.join(self.models)}")
         if unknown := sorted(set(self.submission) - set(self.models)):
             raise ValueError(f"submission names {unknown[0]!r}, which is none of {', '.join(self.models)}")
+        if self.rerank and self.rerank.tune_tasks and self.rerank.tune is None:
+            raise ValueError("rerank.tune_tasks names tasks of rerank.tune, which is not set")
         tune = self.rerank.tune if self.rerank else None
         if tune and self.data and (tune.root.rstrip("/"), tune.split) == (self.data.root.rstrip("/"), self.data.split):
             raise ValueError(
@@ -131,6 +136,12 @@ EVALUATE = Kind(
         "custom": "custom datasets",
     },
     makes={"out": "scores, leaderboard files, HTML report", "cache": "vectors"},
+    inputs=lambda spec: {
+        "models": "embedder",
+        "rerank.model": "checkpoint",
+        "rerank.tune": "dataset",
+        "data": "dataset",
+    },
     gpus=gpus_of_actors,
     no_effect=(
         NoEffect("datasets", lambda spec: not spec.suites, "suites is empty"),
@@ -144,11 +155,12 @@ EVALUATE = Kind(
         NoEffect("data.instructions", _has_data, "`instructions` of each model decides"),
         NoEffect(
             "rerank.tune",
-            lambda spec: spec.data is None,
-            "data is not set: give suites and custom datasets their weights",
+            lambda spec: spec.data is None and not (spec.rerank and spec.rerank.tune_tasks),
+            "data is not set, and tune_tasks gives no dataset of a suite a task",
         ),
         NoEffect("rerank.tune_queries", lambda spec: not _tunes(spec), "rerank.tune is not set"),
-        NoEffect("rerank.tune.media", _tunes, "`data.media` decides"),
+        NoEffect("rerank.tune.media", _tunes, "`data.media` decides, or `media` without `data`"),
+        NoEffect("rerank.tune_tasks", lambda spec: not (spec.suites or spec.custom), "suites and custom are empty"),
         NoEffect("rerank.tune.mixture", _tunes, "queries of the split are scored"),
         NoEffect("rerank.tune.negatives_per_sample", _tunes, "mined negatives are not scored"),
         NoEffect("rerank.tune.max_bad_fraction", _tunes, "a bad sample is an error"),

@@ -159,6 +159,43 @@ def test_weights_are_chosen_on_the_other_split_or_given(whole: Path) -> None:
     assert found["text_page"]["metric"] == "ndcg_linear@5"
 
 
+def test_a_custom_dataset_takes_the_weight_of_a_task(
+    root: Path, whole: Path, models: tuple[str, str], tmp_path: Path
+) -> None:
+    chosen = reranked(whole)["text_image"]["weight"]
+    rerank = tuned(root)["rerank"] | {"weights": {}, "tune_tasks": {"mine": "text_image"}}
+    custom = {"mine": str(root / "mine"), "other": str(root / "mine")}
+    spec = spec_of(root, tmp_path, models, data=None, custom=custom, rerank=rerank)
+    (found,) = evaluate.run(spec)["rerank"].values()
+    assert found["tiny"]["mine"]["weight"] == chosen
+    assert set(found["tiny"]["mine"]) >= {"before", "reranked", "fused", "ceiling"}
+    assert found["tiny"]["other"]["weight"] is None
+    assert "fused" not in found["tiny"]["other"]
+    with_data = spec_of(root, tmp_path / "both", models, custom=custom, rerank=rerank | {"weights": {"mine": 0.5}})
+    both = evaluate.run(with_data)["rerank"]
+    assert both["held_out"]["tiny"]["text_image"]["weight"] == chosen
+    (files,) = (some for suite, some in both.items() if suite != "held_out")
+    assert (files["tiny"]["mine"]["weight"]["weight"], files["tiny"]["mine"]["weight"]["source"]) == (0.5, "given")
+
+
+@pytest.mark.parametrize(
+    ("tasks", "problem"),
+    [
+        ({"nobody": "text_image"}, r"^rerank.tune_tasks.nobody: is no dataset of suites or custom; use one of mine"),
+        ({"mine": "text_page"}, r"^rerank.tune_tasks.mine=text_page: is no task of .* train; use one of text_image"),
+    ],
+)
+def test_a_task_that_weights_are_not_chosen_for_is_refused(
+    root: Path, models: tuple[str, str], tmp_path: Path, tasks: dict[str, str], problem: str
+) -> None:
+    rerank = tuned(root)["rerank"] | {"weights": {}, "tune_tasks": tasks}
+    with pytest.raises(UserError, match=problem):
+        evaluate.run(spec_of(root, tmp_path, models, data=None, custom={"mine": str(root / "mine")}, rerank=rerank))
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match=r"rerank.tune_tasks names tasks of rerank.tune, which is not set"):
+        spec_of(root, tmp_path, models, rerank={"tune_tasks": tasks})
+
+
 def test_files_tables_and_the_report_show_it(whole: Path) -> None:
     out = whole / "out"
     assert json.loads((out / "held_out/tiny/rerank.json").read_text()) == reranked(whole)

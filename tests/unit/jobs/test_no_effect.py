@@ -399,6 +399,9 @@ OTHERS = [
         (RERANKED, "data=null", *SUITES),
         (RERANKED,),
     ),
+    Case(
+        "evaluate", "rerank.tune_tasks", "empty", f"{TUNED}_tasks={{a: b}}", (RERANKED, TUNE), (*SUITES, RERANKED, TUNE)
+    ),
     Case("evaluate", "rerank.tune_queries", "not set", "rerank.tune_queries=9", (RERANKED,), (RERANKED, TUNE)),
     Case("evaluate", "rerank.tune.media", "data.media", f"{TUNED}.media.frames=4", (RERANKED, TUNE), None),
     Case("evaluate", "rerank.tune.mixture", "scored", "rerank.tune.mixture.run_length=4", (RERANKED, TUNE), None),
