@@ -8,6 +8,7 @@ from typing import Any
 
 Node = Mapping[str, Any]
 """A part of a JSON Schema."""
+_MAX_NAMED = 12  # settings of a mapping
 _LIMITS = {
     "minimum": ">= {}",
     "exclusiveMinimum": "> {}",
@@ -61,6 +62,23 @@ def type_text(node: Node, schema: Node) -> str:
     return " or ".join(dict.fromkeys(_type_of(option, schema) for option in _options(node, schema)))
 
 
+def value_text(node: Node, schema: Node) -> str:
+    """Return what a value may be, as a part of a sentence: `a string or a mapping with base, adapter`."""
+    options = [*_options(node, schema)]
+    found = [_with_article(option, schema) for option in options if "properties" not in option]
+    if names := list(properties(node, schema)):  # of all mappings together
+        more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
+        found.append(f"a mapping with {', '.join(names[:_MAX_NAMED])}{more}")
+    return " or ".join(sorted(dict.fromkeys(found), key=lambda text: text == "null"))
+
+
+def _with_article(option: Node, schema: Node) -> str:
+    text = _type_of(option, schema)
+    if text == "null" or "enum" in option or "const" in option:
+        return text
+    return f"{'an' if text[0] in 'aeiou' else 'a'} {text}"
+
+
 def _options(node: Node, schema: Node) -> Iterator[Node]:
     """Yield the alternatives of a node, with references resolved."""
     if "$ref" in node:
@@ -84,5 +102,6 @@ def _type_of(option: Node, schema: Node) -> str:
         kind = "mapping"
     elif kind == "array" and isinstance(option.get("items"), dict):
         kind = f"list of {type_text(option['items'], schema)}"
-    limits = [form.format(option[limit]) for limit, form in _LIMITS.items() if limit in option]
+    forms = _LIMITS if option.get("type") != "object" else {"minLength": _LIMITS["minItems"]}
+    limits = [form.format(option[limit]) for limit, form in forms.items() if limit in option]
     return " ".join([kind, " and ".join(limits)]).strip()

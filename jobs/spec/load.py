@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from jobs.spec.fields import Node, alternative, inner, properties
+from jobs.spec.fields import Node, alternative, inner, properties, value_text
 from jobs.spec.job import JobConfig
 from jobs.spec.kinds import find_kind, kind_names
 from jobs.spec.nearest import did_you_mean, nearest
@@ -26,6 +26,8 @@ from pipelines.errors import UserError
 _MAX_PROBLEMS = 8
 _MAX_BASES = 16  # a file on a file on a file ...
 _MAX_SHOWN = 200  # letters of a value in an error
+_NO_MAPPING = ("model_type", "model_attributes_type", "dict_type")
+"""Problems of a value where a mapping is needed. pydantic's words for them name Python classes."""
 _BUILTIN = Path(__file__).resolve().parents[1]
 _files: ContextVar[list[Path] | None] = ContextVar("files", default=None)
 
@@ -182,7 +184,7 @@ def check(document: Document) -> JobConfig:
     except ValidationError as error:
         distinct = _distinct(error, document.data)
         # Explaining takes milliseconds each, and a file may have thousands of problems.
-        first, *rest = (_explain(document, model, key, problem) for key, problem in distinct[:_MAX_PROBLEMS])
+        first, *rest = (_explain(document, model, key, problems) for key, problems in distinct[:_MAX_PROBLEMS])
         more = [f"... and {len(distinct) - _MAX_PROBLEMS} more"] if len(distinct) > _MAX_PROBLEMS else []
         raise UserError(first.place, first.problem, "\n".join([first.fix, *map(str, rest), *more])) from error
     if declared.impossible and (unworkable := declared.impossible(spec)):
@@ -239,13 +241,16 @@ def _keys(data: Any, key: Key) -> Iterator[Key]:
             yield from _keys(value, (*key, part))
 
 
-def _distinct(error: ValidationError, data: Any) -> list[tuple[Key, Any]]:
-    """Return the problems by the key as it was written. A union reports every alternative: keep the intended one."""
-    problems: dict[Key, Any] = {}
+def _distinct(error: ValidationError, data: Any) -> list[tuple[Key, list[Any]]]:
+    """Return the problems by the key as it was written: of a union, one for each alternative.
+
+    An alternative with a problem inside of it is the intended one. The others are left out.
+    """
+    problems: dict[Key, list[Any]] = {}
     for problem in error.errors():
-        problems.setdefault(_written_key(data, problem), problem)
+        problems.setdefault(_written_key(data, problem), []).append(problem)
     inner = {key[:length] for key in problems for length in range(len(key))}  # keys with a problem inside of them
-    return [(key, some) for key, some in problems.items() if not (isinstance(some["input"], dict) and key in inner)]
+    return [(key, some) for key, some in problems.items() if not (isinstance(some[0]["input"], dict) and key in inner)]
 
 
 def _written_key(data: Any, problem: Any) -> Key:
@@ -261,8 +266,8 @@ def _written_key(data: Any, problem: Any) -> Key:
     return tuple(key)
 
 
-def _explain(document: Document, model: type[BaseModel], key: Key, problem: Any) -> UserError:
-    dotted = ".".join(key)
+def _explain(document: Document, model: type[BaseModel], key: Key, problems: Sequence[Any]) -> UserError:
+    problem, dotted = problems[0], ".".join(key)
     message = str(problem["msg"]).removeprefix("Value error, ")
     match problem["type"]:
         case "extra_forbidden":
@@ -273,8 +278,20 @@ def _explain(document: Document, model: type[BaseModel], key: Key, problem: Any)
         case "value_error":
             return UserError(document.place(key), f"{dotted + ': ' if dotted else ''}{message}", "change one of them")
     rule = message[0].lower() + message[1:]
+    is_name = "[key]" in problem["loc"]  # of an entry
+    if (len(problems) > 1 or problem["type"] in _NO_MAPPING) and not is_name:
+        rule = f"must be {_value_at(model, key)}"
     fix = f"rzen schema {document.data['kind']} documents it"
     return UserError(document.place(key), f"{dotted}={_shortened(repr(problem['input']))}: {rule}", fix)
+
+
+def _value_at(model: type[BaseModel], key: Key) -> str:
+    """Return what the setting at a key may be."""
+    schema: Node = model.model_json_schema()
+    here: Node | None = schema
+    for part in key:
+        here = inner(here, part, schema) if here else None
+    return value_text(here, schema) if here else "a mapping"
 
 
 def _fields(model: type[BaseModel], loc: Sequence[Any]) -> list[str]:

@@ -81,7 +81,7 @@ def test_an_variant_cannot_change_the_name_or_seed_of_its_runs(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ("seeds=1", "seeds=1: input should be greater than or equal to 2"),
+        ("seeds=1", "seeds=1: must be an integer >= 2 or a list of integer >= 0 with at least 2 entries"),
         ("seeds=[3]", "seeds=[3]"),
         ("seeds=[3, 3]", "seeds=[3, 3] names one twice"),
         ("baseline=plain", "baseline='plain' is not one of the variants: baseline, hardness"),

@@ -148,6 +148,35 @@ def test_every_mistake_gets_a_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("spec", "override_", "rule"),
+    [
+        ("evaluate_reranker", "rerank.model=nothere", "a mapping with base, adapter, prompt, dtype"),
+        (
+            "evaluate_reranker",
+            "rerank=[1]",
+            "a mapping with model, top_k, weights, tune, tune_queries, instructions or null",
+        ),
+        ("evaluate", "models.a=runs/model", "a mapping with base, adapter, instructions"),
+        ("evaluate", "custom=runs/mine", "a mapping of names to string"),
+        ("judge", "model=nothere", "a mapping with base, adapter, prompt, dtype or null"),
+        ("mine", "pools=some", '"own" or "all" or a list of mapping with at least 1 entries'),
+        ("stage1", "model.backbone=7", "a string or a mapping with family, hidden, layers, heads, vision_width,"),
+        ("stage1", "cluster.chunk_tokens=many", 'an integer >= 1 or "auto" or null'),
+        (
+            "soup",
+            "soups.uniform=mean",
+            "a mapping with weights, rank, method, evaluations, at_once, seed, density, signs",
+        ),
+    ],
+)
+def test_a_value_of_a_wrong_type_is_told_all_that_it_may_be(spec: str, override_: str, rule: str) -> None:
+    value = override_.partition("=")[2]
+    with pytest.raises(UserError) as caught:
+        check(override(read_document(f"jobs/{spec}.yaml"), [override_]))
+    assert f"={value if value in ('7', '[1]') else repr(value)}: must be {rule}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("override_", "expected"),
     [
         ("optim.lrr=1", "--set optim.lrr=1: optim.lrr is not a setting; did you mean 'lr'?"),
