@@ -12,6 +12,7 @@ COMMANDS = {
     "systemd-analyze is not installed": "apt-get install systemd",
     "kubernetes-validate is not installed": ".venv/bin/pip install -c requirements.lock -e '.[infra]'",
     "google-api-python-client is not installed": ".venv/bin/pip install -c requirements.lock -e '.[infra]'",
+    "qdrant-client is not installed": ".venv/bin/pip install -c requirements.lock -e '.[qdrant]'",
     "mteb is not installed": ".venv/bin/pip install -e '.[mteb]'",
     "RZEN_KUBERAY_CRDS names no folder": "export RZEN_KUBERAY_CRDS=kuberay/helm-chart/kuberay-operator/crds, in a clone"
     " of github.com/ray-project/kuberay at v1.7",

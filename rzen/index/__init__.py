@@ -1,1 +1,1 @@
-"""Indices over the vectors of a corpus: exact search, LanceDB tables on a disk or in a bucket, FAISS in memory."""
+"""Indices over the vectors of a corpus: exact, LanceDB on a disk or in a bucket, FAISS in memory, a Qdrant server."""

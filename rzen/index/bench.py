@@ -13,10 +13,11 @@ import numpy.typing as npt
 
 from pipelines.storage.store import LocalStore, Store
 from rzen.evaluation.vectors import StoredArray
-from rzen.index.build import build_index, open_index
+from rzen.index.build import build_index, delete_unused, open_index
 from rzen.index.exact import ExactIndex
+from rzen.index.kinds import IndexKind
 from rzen.index.parts import VECTOR, Parts, vectors_of
-from rzen.index.types import KEY, CorpusIndex, IndexEntry, IndexKind, Row
+from rzen.index.types import KEY, CorpusIndex, IndexEntry, Row
 
 _NAMES = "0" * 16  # of configuration and version: the folder is a temporary one
 _WARM_UP = 5  # queries that are not timed
@@ -40,8 +41,9 @@ class IndexScore:
     num_vectors: int
     recall: float
     """Mean share of the k nearest targets that are found."""
-    bytes: int
-    """Size of the index with its own fp32 vectors, without the Parquet files of the corpus."""
+    bytes: int | None
+    """Size of the index with its own fp32 vectors, without the Parquet files of the corpus. None for one on a
+    server."""
     build_s: float
     p50_ms: float
     p95_ms: float
@@ -57,7 +59,8 @@ def measure(
 ) -> Iterator[IndexScore]:
     """Yield the score of each kind. Queries are vectors of the corpus, and none counts as its own neighbor.
 
-    Indices are built in a temporary folder. Raises `UserError` for a library that is missing.
+    Indices are built in a temporary folder, and a collection of a server is deleted again. Raises `UserError` for a
+    library that is missing.
     """
     on_progress("exact search")
     truth = find_truth(parts, num_queries, k)
@@ -66,10 +69,14 @@ def measure(
         on_progress(kind)
         with tempfile.TemporaryDirectory(prefix="rzen-index-bench-") as scratch:
             store = LocalStore(Path(scratch))
-            entry, build_s = timed_build(kind, parts, store)
-            recall, times_ms = score(open_index(entry, parts, root=store), truth)
+            try:
+                entry, build_s = timed_build(kind, parts, store)
+                recall, times_ms = score(open_index(entry, parts, root=store), truth)
+                size = num_bytes(store) if kind != "qdrant" else None
+            finally:
+                delete_unused(store, [])  # what is on a server does not go with the folder
             p50_ms, p95_ms = np.percentile(times_ms, [50, 95]).tolist()
-            yield IndexScore(kind, num_vectors, recall, num_bytes(store), build_s, p50_ms, p95_ms)
+            yield IndexScore(kind, num_vectors, recall, size, build_s, p50_ms, p95_ms)
 
 
 def find_truth(parts: Parts, num_queries: int, k: int) -> Truth:

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from pipelines.errors import UserError
 from pipelines.storage.location import localize
 from pipelines.storage.store import Store
 from rzen.index.exact import ExactIndex
+from rzen.index.kinds import INDEX_KINDS, IndexKind
 from rzen.index.lance import LanceIndex, keep_versions, sync_table
 from rzen.index.parts import Parts
+from rzen.index.qdrant import QdrantIndex, drop_collection, keep_points, sync_collection
 from rzen.index.resident import ResidentIndex, build_resident
-from rzen.index.types import INDEX, LARGE, CorpusIndex, IndexEntry, IndexKind
+from rzen.index.types import INDEX, LARGE, CorpusIndex, IndexEntry
 from rzen.model.locate import cache_dir
 
-_OURS = re.compile(rf"{INDEX}/(lance|faiss_sq8|faiss_rabitq)-[0-9a-f]{{16}}")
+_log = logging.getLogger(__name__)
+_QDRANT = f"{INDEX}/qdrant-"
+_OURS = re.compile(rf"{INDEX}/({'|'.join(INDEX_KINDS)})-[0-9a-f]{{16}}")
 
 
 def default_kind(num_vectors: int) -> IndexKind:
@@ -41,9 +47,10 @@ def build_index(
     if kind == "exact" or not parts.paths:
         return None
     root = into or parts.store
-    if kind == "lance":
-        path = f"{INDEX}/lance-{config}"
-        return sync_table(parts, root.child(path), old if old and old["path"] == path else None)
+    if kind in ("lance", "qdrant"):
+        path = f"{INDEX}/{kind}-{config}"
+        sync = sync_table if kind == "lance" else sync_collection
+        return sync(parts, root.child(path), old if old and old["path"] == path else None)
     return build_resident(kind, parts, root.child(f"{INDEX}/{kind}-{version}"))
 
 
@@ -59,6 +66,8 @@ def open_index(
     folder = (root or parts.store).child(entry["path"])
     if entry["kind"] == "lance":
         return LanceIndex.open(folder, entry["version"], parts.place)
+    if entry["kind"] == "qdrant":
+        return QdrantIndex.open(folder, entry["version"], parts)
     try:
         local = localize(folder.url, cache_dir(), endpoint)
     except FileNotFoundError as error:
@@ -67,13 +76,29 @@ def open_index(
 
 
 def delete_unused(store: Store, kept: Iterable[IndexEntry]) -> None:
-    """Delete indices next to the vectors that none of these entries names."""
+    """Delete indices next to the vectors that none of these entries names.
+
+    What is on a Qdrant server that does not answer stays there until the next call.
+    """
     entries = list(kept)
     paths = {entry["path"] for entry in entries}
     there = {"/".join(path.split("/")[:2]) for path in store.list(INDEX)}
     for path in there - paths:
-        if _OURS.fullmatch(path):
+        if _OURS.fullmatch(path) and (not path.startswith(_QDRANT) or _answered(drop_collection, store.child(path))):
             store.delete_tree(path)
     for path in paths & there:
         if versions := sorted({entry["version"] for entry in entries if entry["path"] == path and "version" in entry}):
-            keep_versions(store.child(path), versions)
+            if path.startswith(_QDRANT):
+                _answered(keep_points, store.child(path), versions)
+            else:
+                keep_versions(store.child(path), versions)
+
+
+def _answered(change: Callable[..., None], *arguments: Any) -> bool:
+    """Change a collection. Return whether its server answered."""
+    try:
+        change(*arguments)
+    except UserError as error:
+        _log.warning("%s", error)
+        return False
+    return True

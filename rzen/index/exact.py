@@ -11,8 +11,9 @@ import numpy.typing as npt
 
 from rzen.evaluation.vectors import FloatArray, StoredArray, check_width
 from rzen.index.filters import Condition, check_conditions, expression
+from rzen.index.kinds import IndexKind
 from rzen.index.parts import VECTOR, Parts, vectors_of
-from rzen.index.types import KEY, IndexKind, Row
+from rzen.index.types import KEY, Row
 
 if TYPE_CHECKING:  # models are loaded without pyarrow
     import pyarrow as pa

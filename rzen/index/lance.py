@@ -19,8 +19,9 @@ from pipelines.errors import UserError
 from pipelines.storage.store import LocalStore, Store
 from rzen.evaluation.vectors import FloatArray
 from rzen.index.filters import Condition, check_conditions, sql
+from rzen.index.kinds import IndexKind
 from rzen.index.parts import VECTOR, Parts
-from rzen.index.types import INDEX, IndexEntry, IndexKind, Row, distinct
+from rzen.index.types import INDEX, IndexEntry, Row, distinct
 
 if TYPE_CHECKING:  # models are loaded without pyarrow
     import pyarrow as pa

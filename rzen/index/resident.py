@@ -23,8 +23,9 @@ from pipelines.errors import UserError
 from pipelines.storage.store import Store
 from rzen.evaluation.vectors import FloatArray, StoredArray, check_width
 from rzen.index.filters import Condition, check_conditions, expression
+from rzen.index.kinds import IndexKind
 from rzen.index.parts import VECTOR, Parts, vectors_of
-from rzen.index.types import IndexEntry, IndexKind, Row, distinct
+from rzen.index.types import IndexEntry, Row, distinct
 
 if TYPE_CHECKING:  # models are loaded without pyarrow
     import pyarrow as pa

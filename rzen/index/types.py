@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NotRequired, Protocol, get_args
+from typing import Any, NotRequired, Protocol
 
 from typing_extensions import TypedDict
 
@@ -12,10 +12,8 @@ from pipelines.config import NonNegativeInt
 from pipelines.stored_json import stored_file
 from rzen.evaluation.vectors import FloatArray
 from rzen.index.filters import Condition
+from rzen.index.kinds import IndexKind
 
-IndexKind = Literal["exact", "lance", "faiss_sq8", "faiss_rabitq"]
-"""`exact` compares with every vector. `lance` is a LanceDB table. The others are resident in memory."""
-INDEX_KINDS: tuple[IndexKind, ...] = get_args(IndexKind)
 LARGE = 200_000
 """Vectors above which a corpus gets a LanceDB table by default: exact search then takes 30 ms and more."""
 INDEX = "index"
@@ -28,7 +26,10 @@ Row = dict[str, Any]
 
 @stored_file
 class IndexEntry(TypedDict):
-    """An index of a version of the vectors: its kind and its folder. `version` is that of a LanceDB table."""
+    """An index of a version of the vectors: its kind and its folder.
+
+    `version` is that of a LanceDB table, or of a collection in Qdrant.
+    """
 
     kind: IndexKind
     path: str

@@ -103,7 +103,7 @@ def test_the_lock_holds_on_every_machine() -> None:
 def test_all_that_is_installed_is_in_the_lock() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = set(re.findall(r"/source\[([\w,]+)\]", FILE.read_text()))
-    assert extras == {"tracking,pymupdf,decord,mining,judge,curation,serve,index"}
+    assert extras == {"tracking,pymupdf,decord,mining,judge,curation,serve,index,qdrant"}
     optional = project["optional-dependencies"]
     wanted = [*project["dependencies"], *optional["tracking"], *optional["pymupdf"], *optional["decord"]]
     lock = {line.partition("==")[0] for line in (ROOT / "requirements.lock").read_text().splitlines()}

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +19,18 @@ import pytest
 from pipelines.errors import UserError
 from pipelines.storage.location import open_store
 from pipelines.storage.store import Store
-from rzen.index import exact, lance
+from rzen.index import exact, lance, qdrant
 from rzen.index.build import build_index, delete_unused, open_index
 from rzen.index.filters import Condition, parse_condition, parse_conditions, sql
+from rzen.index.kinds import INDEX_KINDS, IndexKind
 from rzen.index.parts import Parts
-from rzen.index.types import INDEX_KINDS, CorpusIndex, IndexEntry, IndexKind
+from rzen.index.types import CorpusIndex, IndexEntry
+from tests.qdrant_server import qdrant_server
 
 WIDTH, PER_PART, COUNT = 32, 300, 6
-CONFIG, KINDS = "c" * 16, INDEX_KINDS
+CONFIG = "c" * 16
+NO_CLIENT = pytest.mark.skipif(find_spec("qdrant_client") is None, reason="qdrant-client is not installed")
+KINDS = [pytest.param(kind, marks=NO_CLIENT) if kind == "qdrant" else kind for kind in INDEX_KINDS]
 
 
 @cache
@@ -71,17 +79,29 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exact, "_BLOCK_ROWS", 700)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def qdrant_url() -> Iterator[str | None]:
+    """URL of a Qdrant server; None where its client is not installed."""
+    url = os.environ.get("RZEN_TEST_QDRANT_URL")
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
+        if find_spec("qdrant_client"):
+            url = url or stack.enter_context(qdrant_server())
+            patch.setenv("QDRANT_URL", url)
+        yield url
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return open_store(str(tmp_path_factory.mktemp("vectors")))
 
 
 @pytest.fixture(scope="module")
-def built(store: Store) -> dict[IndexKind, CorpusIndex]:
+def built(store: Store, qdrant_url: str | None) -> dict[IndexKind, CorpusIndex]:
     parts = write(store, range(COUNT))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lance, "TRAINED_ROWS", 500)
-        return {kind: open_index(build(kind, parts, "a"), parts) for kind in KINDS}
+        kinds = [kind for kind in INDEX_KINDS if kind != "qdrant" or find_spec("qdrant_client")]
+        return {kind: open_index(build(kind, parts, "a"), parts) for kind in kinds}
 
 
 @cache
@@ -186,7 +206,7 @@ def test_a_corpus_that_is_larger_than_the_memory_is_read_in_blocks(store: Store)
 
 
 @pytest.mark.parametrize("place", ["disk", "bucket"])
-@pytest.mark.parametrize("kind", ["lance", "faiss_sq8"])
+@pytest.mark.parametrize("kind", ["lance", "faiss_sq8", pytest.param("qdrant", marks=NO_CLIENT)])
 def test_a_new_version_follows_the_parts_and_the_old_one_stays(
     tmp_path: Path, kind: IndexKind, place: str, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,6 +245,97 @@ def test_a_table_that_a_killed_job_left_half_way_is_finished(tmp_path: Path, mon
     assert recall(open_index(again, parts), 5, [], lambda row: True, range(4)) >= ENOUGH
     assert build("lance", parts, "b", again) == again, "nothing is written where nothing has changed"
     assert recall(open_index(old, parts), 5, [], lambda row: True, range(2)) == 1
+
+
+class KilledError(Exception):
+    pass
+
+
+@NO_CLIENT
+def test_a_collection_that_a_killed_job_left_half_way_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(str(tmp_path))
+    old_parts, new_parts = write(store, [0, 1, 2]), write(store, [1, 2, 3, 4])
+    old = build("qdrant", old_parts, "a")
+    before = open_index(old, old_parts).search(queries(), 5)
+    uploads: list[str] = []
+    upload = qdrant._Collection.upload
+
+    def counted(self: Any, table: Any, part: str, version: int) -> None:
+        if len(uploads) == 1:
+            upload(self, table.slice(0, 100), part, version)
+            raise KilledError
+        uploads.append(part)
+        upload(self, table, part, version)
+
+    monkeypatch.setattr(qdrant._Collection, "upload", counted)
+    with pytest.raises(KilledError):
+        build("qdrant", write(store, [2, 3, 5]), "b", old)  # parts 3, a third of 5; 0 and 1 are gone
+    assert uploads == ["parts/3.parquet"]
+    assert open_index(old, old_parts).search(queries(), 5) == before, "the old version is as it was"
+    monkeypatch.setattr(qdrant._Collection, "upload", upload)
+    new = build("qdrant", new_parts, "c", old)
+    assert recall(open_index(new, new_parts), 5, [], lambda row: True, [1, 2, 3, 4]) == 1
+    assert len(open_index(new, new_parts).search(queries(1), 5000)[0]) == 270 * 4
+    assert open_index(old, old_parts).search(queries(), 5) == before
+    assert build("qdrant", new_parts, "c", new) == new, "nothing is uploaded where nothing has changed"
+
+
+@NO_CLIENT
+def test_a_part_that_comes_back_is_in_both_versions(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    numbers = [[0, 1], [1], [0, 1]]
+    entries: list[IndexEntry] = []
+    for version, some in zip("abc", numbers, strict=True):
+        entries.append(build("qdrant", write(store, some), version, entries[-1] if entries else None))  # type: ignore[arg-type]
+    for entry, some in zip(entries, numbers, strict=True):
+        assert recall(open_index(entry, write(store, some)), 5, [], lambda row: True, some) == 1
+    delete_unused(store, entries[1:])
+    assert len(open_index(entries[0], write(store, [0, 1])).search(queries(1), 5000)[0]) == 270, "of part 1 only"
+    assert recall(open_index(entries[2], write(store, [0, 1])), 5, [], lambda row: True, [0, 1]) == 1
+
+
+@NO_CLIENT
+def test_an_index_that_is_not_used_any_more_is_deleted_on_the_server(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(str(tmp_path))
+    parts = write(store, [0])
+    entry = build("qdrant", parts, "a")
+    assert entry
+    monkeypatch.setattr(qdrant, "_PAUSE_S", 0.001)
+    with monkeypatch.context() as patch:
+        patch.setenv("QDRANT_URL", "http://127.0.0.1:1")
+        delete_unused(store, [])
+    assert "http://127.0.0.1:1: no Qdrant server answers" in caplog.text
+    open_index(entry, parts).search(queries(1), 1)
+    delete_unused(store, [])
+    assert store.list("index") == []
+    with pytest.raises(UserError, match="does not exist; run `rzen embed` again"):
+        open_index(entry, parts)
+
+
+@NO_CLIENT
+def test_a_qdrant_server_that_cannot_be_used_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store(str(tmp_path))
+    parts = write(store, [0])
+    monkeypatch.setattr(qdrant, "_PAUSE_S", 0.001)
+    with qdrant_server(api_key="right") as url:
+        monkeypatch.setenv("QDRANT_URL", url)
+        monkeypatch.setenv("QDRANT_API_KEY", "wrong")
+        with pytest.raises(UserError, match=rf"^{url}: refuses a request .*: 401 .*; check QDRANT_API_KEY"):
+            build("qdrant", parts, "a")
+        monkeypatch.setenv("QDRANT_API_KEY", "right")
+        index = open_index(build("qdrant", parts, "a"), parts)
+        monkeypatch.delenv("QDRANT_URL")  # the folder of the index names the server
+        assert open_index({"kind": "qdrant", "path": f"index/qdrant-{CONFIG}", "version": 1}, parts) is not None
+        with pytest.raises(UserError, match=r"^filter title: is no number, and Qdrant compares only numbers with <"):
+            index.search(queries(1), 1, parse_conditions(["title<b"]))
+    with pytest.raises(UserError, match=rf"^{url}: no Qdrant server answers: .*; start it, or set QDRANT_URL"):
+        index.search(queries(1), 1)
+    with pytest.raises(UserError, match=r"^index: qdrant: QDRANT_URL is not set; set it to the server"):
+        build("qdrant", write(open_store(str(tmp_path / "other")), [0]), "a")
 
 
 def test_conditions_are_read_and_written() -> None:
