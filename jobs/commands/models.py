@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,10 +13,18 @@ from jobs.commands.data import is_table, name_of, suggested
 from jobs.commands.options import AsJson, Changes, ResultAsJson, SpecPath, gpus_here, print_json, read_spec, run_file
 from jobs.commands.output import print_text
 from pipelines.errors import UserError
+from rzen.export.formats import FORMATS, ExportFormat
+from rzen.index.kinds import INDEX_KINDS
 
 BENCHMARK_SPEC, EMBED_SPEC = "jobs/benchmark.yaml", "jobs/embed.yaml"
 MINE_SPEC, JUDGE_SPEC = "jobs/mine.yaml", "jobs/judge.yaml"
 EXPORT_SPEC, SEARCH_SPEC, SERVE_SPEC = "jobs/export.yaml", "jobs/search.yaml", "jobs/serve.yaml"
+
+
+if TYPE_CHECKING:
+    Index = StrEnum
+else:  # Typer takes no list of `IndexKind`
+    Index = StrEnum("Index", {name: name for name in ("auto", *INDEX_KINDS)})
 
 
 class Modality(StrEnum):
@@ -68,11 +77,8 @@ def export(
         typer.Option(help="adapter merged into the base, or with --format adapter written with its model card"),
     ] = None,
     format: Annotated[
-        Literal["model", "adapter", "rzen_release"] | None,
-        typer.Option(
-            help="model: for transformers, sentence-transformers, vLLM and mteb; adapter: for PEFT;"
-            " rzen_release: for the script released with RzenEmbed (default: model)"
-        ),
+        ExportFormat | None,
+        typer.Option(help=f"{'; '.join(f'{name}: {text}' for name, text in FORMATS.items())} (default: model)"),
     ] = None,
     scores: Annotated[str | None, typer.Option(help="results.json of an evaluation, for the model card")] = None,
     changes: Changes = None,
@@ -82,16 +88,6 @@ def export(
     given = {"format": format, "scores": scores}
     settings: dict[str, Any] = {"model": {"base": base, "adapter": adapter}, "out": out}
     run_file(EXPORT_SPEC, changes, settings | {key: value for key, value in given.items() if value}, as_json=as_json)
-
-
-class Index(StrEnum):
-    """Kinds of index, as `rzen.index.types.IndexKind` names them."""
-
-    auto = "auto"
-    exact = "exact"
-    lance = "lance"
-    faiss_sq8 = "faiss_sq8"
-    faiss_rabitq = "faiss_rabitq"
 
 
 def embed(
@@ -167,7 +163,10 @@ def _table_settings(table: str, media: str | None, text: str | None, title: str 
 def index_bench(
     vectors: Annotated[str, typer.Argument(metavar="VECTORS", help="output of `rzen embed`")],
     kinds: Annotated[
-        list[Index] | None, typer.Option("--kind", help="kind of index (may be repeated; default: all)")
+        list[Index] | None,
+        typer.Option(
+            "--kind", help="kind of index (may be repeated; default: all, and qdrant only where QDRANT_URL is set)"
+        ),
     ] = None,
     num_queries: Annotated[int, typer.Option("--queries", min=1, help="vectors of the corpus that are searched")] = 200,
     k: Annotated[int, typer.Option(min=1, help="neighbors that must be found")] = 10,
@@ -185,9 +184,12 @@ def index_bench(
     from jobs.runtime.progress import console, say
     from rzen.embedding.corpus import read_corpus
     from rzen.index.bench import measure
-    from rzen.index.types import INDEX_KINDS
+    from rzen.index.kinds import INDEX_KINDS
 
-    wanted = [kind for kind in INDEX_KINDS if not kinds or kind in kinds or Index.auto in kinds]
+    if not kinds or "auto" in kinds:
+        wanted = [kind for kind in INDEX_KINDS if kind != "qdrant" or os.environ.get("QDRANT_URL")]
+    else:
+        wanted = [kind for kind in INDEX_KINDS if kind in kinds]
     tell = (lambda text: None) if as_json else (lambda text: say(f"  {text}", "dim"))
     scores = measure(read_corpus(vectors).parts, wanted, num_queries=num_queries, k=k, on_progress=tell)
     if as_json:
@@ -195,8 +197,13 @@ def index_bench(
         return
     table = Table("index", f"recall@{k}", "MB", "build s", "p50 ms", "p95 ms")
     for one in scores:
-        row = (one.recall, one.bytes / 1e6, one.build_s, one.p50_ms, one.p95_ms)
-        table.add_row(one.kind, *(f"{value:,.{digits}f}" for value, digits in zip(row, (3, 1, 1, 2, 2), strict=True)))
+        row = (one.recall, one.bytes, one.build_s, one.p50_ms, one.p95_ms)
+        forms = ((3, 1), (1, 1e6), (1, 1), (2, 1), (2, 1))
+        cells = [
+            "–" if value is None else f"{value / unit:,.{digits}f}"
+            for value, (digits, unit) in zip(row, forms, strict=True)
+        ]
+        table.add_row(one.kind, *cells)
     console.print(table)
 
 

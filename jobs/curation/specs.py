@@ -69,6 +69,7 @@ CURATE = Kind(
         "rules": "evaluation sets of `rules.leakage`",
     },
     makes={"out": "table of drops, HTML report", "cache": "hashes and vectors"},
+    inputs=lambda spec: {"data": "dataset", **({"model": "embedder"} if spec.rules.needs_model else {})},
     gpus=gpus_of_actors,
     no_effect=(
         NoEffect("model", _no_model, _NO_VECTORS),

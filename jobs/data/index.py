@@ -20,6 +20,8 @@ _EXAMPLE_BATCH = 256  # for the warning: the batch size of a later training run 
 
 def run(spec: IndexSpec) -> dict[str, Any]:
     """Index the shards and report what became of every sample."""
+    for source in spec.sources.values():  # refuses missing shards before anything is made
+        find_shards(source.urls, spec.endpoint)
     store = open_store(spec.out, spec.endpoint)
     say(f"  {', '.join(url for source in spec.sources.values() for url in source.urls)} -> {store.url}/{spec.split}")
     with hold_output(store, DATASET, "indexes") as lease, ray_cluster(), Bars() as bars:

@@ -191,6 +191,7 @@ INGEST = Kind(
     spec=IngestSpec,
     run="jobs.data.ingest:run",
     reads={"input": "folder of files", "sources": "tables"},
+    inputs=lambda spec: {"input": "folder"},
     makes={"out": "dataset: shards, indices, report, manifest"},
     fingerprint="jobs.data.ingest:fingerprint",
     gpus=no_gpus,
@@ -222,6 +223,7 @@ EXPORT_DATA = Kind(
     spec=ExportDataSpec,
     run="jobs.data.export_data:run",
     reads={"data": "dataset"},
+    inputs=lambda spec: {"data": "dataset"},
     makes={"out": "files of the format, report, spec that reads them back"},
     gpus=no_gpus,
 )

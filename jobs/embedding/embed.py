@@ -34,6 +34,7 @@ from jobs.embedding.versions import commit, delete_old, previous_of, version_of
 from jobs.runtime.cluster import ray_cluster
 from jobs.runtime.lease import Lease, hold_output
 from jobs.runtime.progress import Bars, say
+from pipelines.feed.reader import Reader
 from pipelines.items.listing import ListedShard, row_item
 from pipelines.items.types import Item, Role
 from pipelines.samples import Rejected, clock_time
@@ -54,6 +55,9 @@ _MOST_NAMED = 5  # segments that were skipped, in the lines at the end
 
 def run(spec: EmbedSpec) -> dict[str, Any]:
     """Embed the target of every sample that has no vector yet, and publish the vectors of all."""
+    if not (spec.input or spec.sources):
+        for split in spec.splits:  # refuses a missing dataset before anything is made
+            Reader(spec.data.model_copy(update={"split": split})).sizes()
     store = open_store(spec.out, spec.endpoint)
     with hold_output(store, KIND, "embeds") as lease, ray_cluster():
         check_workers(spec)

@@ -13,6 +13,7 @@ from jobs.spec.no_effect import NoEffect
 from pipelines.config import Config, DataConfig, NonNegativeInt, PositiveFloat, PositiveInt
 from pipelines.samples import StoredSplit
 from pipelines.sources.table_config import TableSource
+from rzen.index.kinds import IndexKind
 
 
 class Workers(Config):
@@ -66,9 +67,10 @@ class EmbedSpec(Workers, JobConfig):
     """Compute type; that of the export where not given."""
     samples_per_part: PositiveInt = 1024
     """Targets of one Parquet file, at most. A file is kept while its targets are the same."""
-    index: Literal["auto", "exact", "lance", "faiss_sq8", "faiss_rabitq"] = "auto"
+    index: IndexKind | Literal["auto"] = "auto"
     """What searches the vectors. `exact` compares with each vector. `lance` is a LanceDB table. `faiss_sq8` and
-    `faiss_rabitq` are resident in memory. `auto`: `lance` above 200,000 vectors, else `exact`."""
+    `faiss_rabitq` are resident in memory. `qdrant` is on the server that the variable QDRANT_URL names. `auto`:
+    `lance` above 200,000 vectors, else `exact`."""
     keep_versions: NonNegativeInt = 1
     """Earlier versions that stay readable, with the files and indices that they need."""
 
@@ -104,6 +106,7 @@ EMBED = Kind(
     run="jobs.embedding.embed:run",
     reads={"model": "exported model", "data": "dataset", "input": "folder of files", "sources": "tables"},
     makes={"out": "vectors as Parquet, their index, and vectors.json"},
+    inputs=lambda spec: {"model": "embedder", "input": "folder"},  # the job may make `data`
     gpus=gpus_of_actors,
     no_effect=(
         NoEffect("data.split", _always, "`splits` decides"),

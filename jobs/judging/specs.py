@@ -109,6 +109,7 @@ JUDGE = Kind(
     run="jobs.judging.judge:run",
     reads={"table": "candidate table", "data": "dataset", "model": "checkpoint with its language-model head"},
     makes={"out": "candidate table with the scores of a judge"},
+    inputs=lambda spec: {"table": "table", "data": "dataset", "model": "checkpoint"},
     gpus=_gpus,
     no_effect=(
         NoEffect("data.split", _always, "the table decides"),

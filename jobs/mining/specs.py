@@ -173,6 +173,7 @@ MINE = Kind(
     run="jobs.mining.mine:run",
     reads={"model": "exported model", "data": "dataset", "pools": "datasets"},
     makes={"out": "candidate table, and vectors by content"},
+    inputs=lambda spec: {"model": "embedder", "data": "dataset"},
     gpus=gpus_of_actors,
     no_effect=(
         NoEffect("data.mixture", lambda spec: True, "`sources` decides"),
@@ -188,6 +189,7 @@ SELECT = Kind(
     run="jobs.mining.select:run",
     reads={"table": "candidate table", "root": "dataset"},
     makes={"out": "candidate table of the chosen negatives, and report.html"},
+    inputs=lambda spec: {"table": "table"},
     gpus=no_gpus,
     no_effect=_without_effect("selection", lambda spec: spec.selection),
 )
@@ -197,6 +199,7 @@ CLUSTER = Kind(
     run="jobs.mining.cluster:run",
     reads={"table": "candidate table", "root": "dataset"},
     makes={"out": "candidate table with clusters"},
+    inputs=lambda spec: {"table": "table"},
     gpus=no_gpus,
     no_effect=(
         *(

@@ -28,9 +28,15 @@ def named_specs(spec: JobConfig, document: Document) -> list[JobConfig]:
 
 
 def run_spec(spec: JobConfig, document: Document) -> dict[str, Any]:
-    """Run a checked spec in the handler of its kind. Return its result: `outputs` lists the places that it wrote."""
+    """Run a checked spec in the handler of its kind. Return its result: `outputs` lists the places that it wrote.
+
+    Raises `UserError` at once for models and data that do not exist.
+    """
+    from jobs.runtime.inputs import check_inputs  # checking a spec needs none of it
+
     set_environment()
     kind = find_kind(spec.kind)
+    check_inputs(spec)
     _log.info("kind %s: %s", kind.name, kind.run)
     with without_garbage_collection():
         handler = pkgutil.resolve_name(kind.run)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from jobs.runtime.progress import console, say
@@ -27,7 +27,6 @@ from rzen.embedding.corpus import (
     read_corpus,
     read_manifest,
 )
-from rzen.embedding.embedder import Embedder, load
 from rzen.embedding.inputs import Embeddable, is_file, shown_as
 from rzen.embedding.tasks import NamedTask, modalities_of, read_tasks, task_of
 from rzen.evaluation.results import ResultsFile, plot_losses, plot_scores
@@ -35,6 +34,9 @@ from rzen.model.locate import checkpoint_folder
 from rzen.report.hits import Hit, Search, terminal_hits
 from rzen.report.render import check_replaceable
 from rzen.report.write import write_page
+
+if TYPE_CHECKING:
+    from rzen.embedding.embedder import Embedder
 
 _NUM_QUERIES = 4
 _RUNS = Path("runs")
@@ -59,6 +61,8 @@ def run(spec: SearchSpec) -> dict[str, Any]:
     targets = Targets(corpus.manifest)
     # Before the model is loaded, because that takes long.
     queries = _chosen(corpus, targets) if spec.queries is None else _checked(spec.queries, spec.text)
+    from rzen.embedding.embedder import load  # torch is not imported for a mistake in the settings
+
     embedder = load(corpus.manifest["model"], dtype=corpus.manifest["dtype"], endpoint=spec.endpoint)
     corpus.check_made_by(embedder.made_by, f"what is there now ({embedder.base})")
     asked = _decoded(corpus, [query for _, query in queries], instruction, spec.endpoint, embedder)

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import os
+import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jobs.runtime.cluster import ray_cluster
+from jobs.runtime.inputs import errors_of
 from jobs.runtime.progress import say
+from jobs.serving.pairs import read_pair
 from jobs.serving.specs import ServeSpec
 from pipelines.errors import UserError
-from pipelines.storage.location import resolve_endpoint
+from pipelines.storage.location import open_store, resolve_endpoint
 from rzen.serving.guards import ApiKeys
 
 APP = "rzen"
 _PLACE = ("registry", "model", "adapter", "adapters", "corpus", "reranker", "endpoint", "dtype", "dimensions")
+_CLASS = re.compile(r"^(?:ray::\S+ )?(?:\w+\.)*UserError: ")
+"""What Python puts before the message of an error that its user can fix."""
 _POLL_S = 0.2
 _START_S = 900.0
 _WATCH_S = 2.0
@@ -24,6 +30,9 @@ _WATCH_S = 2.0
 def run(spec: ServeSpec) -> dict[str, Any]:
     """Start the server or change the one that runs. Return at once with `detach`, else when it is interrupted."""
     keys = ApiKeys(spec.api_keys)  # a mistake in the file is reported here
+    if spec.registry is not None and not spec.registry.startswith("$"):
+        with errors_of("registry", spec.registry):
+            read_pair(open_store(spec.registry, spec.endpoint))
     if spec.detach and not os.environ.get("RAY_ADDRESS"):
         raise UserError("detach", "needs a cluster that stays", "set RAY_ADDRESS, or leave detach out")
     try:
@@ -117,11 +126,15 @@ def _wait_until_it_runs() -> None:
 
 
 def _reason(app: Any) -> str:
-    """Return the last line that says something, of the deployments first."""
-    messages = [deployment.message for deployment in app.deployments.values()] + [app.message]
-    lines: list[str] = [line.strip() for message in messages for line in message.splitlines() if line.strip()]
+    """Return why an application of Ray Serve did not start, by its deployments first."""
+    return plain_reason([deployment.message for deployment in app.deployments.values()] + [app.message])
+
+
+def plain_reason(messages: Sequence[str]) -> str:
+    """Return the last line of messages that names an error, else the last line that says something."""
+    lines = [line.strip() for message in messages for line in message.splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line]
-    return (errors or lines or ["no reason is known"])[-1]
+    return _CLASS.sub("", (errors or lines or ["no reason is known"])[-1])
 
 
 def _wait() -> None:

@@ -8,12 +8,13 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from jobs.spec.job import JobConfig, Name, Named
-from jobs.spec.kinds import Kind, no_gpus
+from jobs.spec.kinds import InputType, Kind, no_gpus
 from jobs.spec.model import ModelRef
 from jobs.spec.no_effect import NoEffect
 from pipelines.config import DataConfig, MediaConfig, PositiveFloat, PositiveInt
 from pipelines.samples import Modality
 from rzen.config import ModelIdentity, PairPromptConfig, PromptConfig, ReadoutConfig
+from rzen.export.formats import ExportFormat
 from rzen.serving.canary import CanaryConfig
 
 
@@ -30,7 +31,7 @@ class ExportSpec(ModelIdentity, JobConfig):
     """Readout of a model whose files do not record how its vectors are made."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the stored weights. Base and adapter are added in fp32 and rounded once. An adapter keeps its type."""
-    format: Literal["model", "adapter", "rzen_release", "reranker"] = "model"
+    format: ExportFormat = "model"
     """`model`: base and adapter merged, for AutoModel, sentence-transformers, vLLM and mteb. `adapter`: for PEFT.
     `rzen_release`: merged, for the script released with RzenEmbed, which reads Qwen2-VL with the prompt `rzen_release`
     and positions `1d` only. `reranker`: a re-ranker, merged, with its language-model head, for
@@ -216,6 +217,19 @@ def _impossible_server(spec: ServeSpec) -> str | None:
     return f"host={spec.host} lets other machines ask without a key: set api_keys, or anonymous: true"
 
 
+def _inputs_of_server(spec: ServeSpec) -> dict[str, InputType]:
+    """Return what the driver can look at: on a cluster, replicas have other folders, and variables in URLs."""
+    types: dict[str, InputType] = {"model": "embedder", "adapter": "adapter", "corpus": "vectors"}
+    types |= {"reranker": "checkpoint", **{f"adapters.{name}": "adapter" for name in spec.adapters}}
+    places = {key: spec.adapters[key.partition(".")[2]] if "." in key else getattr(spec, key) for key in types}
+    elsewhere = "RAY_ADDRESS" in os.environ
+    return {
+        key: type_
+        for key, type_ in types.items()
+        if (place := places[key]) and not place.startswith("$") and not (elsewhere and "://" not in place)
+    }
+
+
 def is_loopback(host: str) -> bool:
     """Return whether only this machine reaches an address."""
     return host == "localhost" or host == "::1" or host.startswith("127.")
@@ -227,6 +241,7 @@ EXPORT = Kind(
     run="jobs.serving.export:run",
     reads={"model": "checkpoint and adapter", "scores": "scores for the model card"},
     makes={"out": "model for other libraries, with a model card"},
+    inputs=lambda spec: {"model": "checkpoint"},
     gpus=no_gpus,
     no_effect=(
         NoEffect("frames", lambda spec: spec.format in ("adapter", "rzen_release"), "the format has no video settings"),
@@ -245,6 +260,7 @@ CHECK = Kind(
     run="jobs.serving.check:run",
     reads={"model": "exported model", "data": "dataset"},
     makes={"out": "differences of the vectors"},
+    inputs=lambda spec: {"model": "embedder", "data": "dataset"},
     local="needs sentence-transformers, which images do not have",
     resumes=False,
     no_effect=(
@@ -259,6 +275,7 @@ SEARCH = Kind(
     run="jobs.serving.search:run",
     reads={"vectors": "vectors of a corpus", "results": "scores", "curves": "metrics of training runs"},
     makes={"html": "HTML report"},
+    inputs=lambda spec: {"vectors": "vectors"},
     local="writes a local report",
     resumes=False,
     no_effect=(
@@ -278,6 +295,7 @@ SERVE = Kind(
         "reranker": "re-ranker",
     },
     makes={},
+    inputs=_inputs_of_server,
     local="runs until it is stopped, and a RayJob ends: it has a RayService",
     resumes=False,
     impossible=_impossible_server,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, Literal
 
 from jobs.spec.job import JobConfig
 from jobs.spec.nearest import did_you_mean
@@ -47,6 +47,8 @@ _BUILT_IN = {
     "serve": "jobs.serving.specs:SERVE",
     "pipeline": "jobs.workflows.specs:PIPELINE",
 }
+InputType = Literal["embedder", "checkpoint", "adapter", "dataset", "vectors", "table", "folder"]
+"""What a setting must name. An `embedder` is a checkpoint that makes vectors, which a re-ranker does not."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,9 @@ class Kind:
     """Setting -> what the job reads there."""
     makes: Mapping[str, str]
     """Setting -> what the job writes there."""
+    inputs: Callable[[Any], Mapping[str, InputType]] | None = None
+    """Function of a checked spec: setting -> what must exist there when the job starts. The job is refused otherwise,
+    before it connects to Ray. Settings that are null, and what the job itself makes, are left out."""
     named: str | None = None
     """Function `named(spec, document)`: the checked specs of the files that a spec names, with the changes to them."""
     fingerprint: str | None = None

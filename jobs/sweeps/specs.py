@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from jobs.spec.job import FileChanges, JobConfig, Name, Named
-from jobs.spec.kinds import Kind, gpus_of, no_gpus
+from jobs.spec.kinds import InputType, Kind, gpus_of, no_gpus
 from jobs.spec.model import ModelRef
 from jobs.spec.no_effect import NoEffect
 from pipelines.config import NonNegativeInt, PositiveInt
@@ -180,6 +180,15 @@ def _always(spec: JobConfig) -> bool:
     return True
 
 
+def _models_of_soup(spec: SoupSpec) -> dict[str, InputType]:
+    """Return the adapters, or the full models. The base of adapters may be anywhere, unless scores need it."""
+    is_scored = spec.evaluate or spec.probe
+    bases: dict[str, InputType] = {} if spec.base is None else {"base": "checkpoint"}
+    if is_scored or next(iter(spec.models.values())).adapter is None:
+        return bases | {"models": "checkpoint"}
+    return bases | {f"models.{name}.adapter": "adapter" for name in spec.models}
+
+
 def _nothing_to_choose(spec: SoupsConfig) -> bool:
     return all(soup.method not in ("greedy", "searched") for soup in spec.soups.values())
 
@@ -207,6 +216,7 @@ SOUP = Kind(
     spec=SoupSpec,
     run="jobs.sweeps.soup:run",
     reads={"models": "adapters or models", "evaluate": "spec of the scores", "probe": "spec of the choice"},
+    inputs=_models_of_soup,
     makes=_SOUPS,
     named="jobs.sweeps.soup:named",
     gpus=no_gpus,

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from math import ceil
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.utils import logging
-
+from jobs.runtime.inputs import errors_of
 from jobs.training.runs import Run
 from jobs.training.specs import TrainSpec
 from pipelines.errors import BadMedia, UserError
@@ -18,11 +14,10 @@ from pipelines.feed.reader import Reader
 from pipelines.plan.plan import Plan
 from pipelines.plan.sources import PlanSource
 from pipelines.samples import Input
-from pipelines.storage.location import open_store, resolve_endpoint
-from pipelines.storage.publish import read_published
+from pipelines.storage.location import resolve_endpoint
 from rzen.config import ObjectiveConfig, PairPromptConfig, PromptConfig, TinyBackbone
 from rzen.inputs.prompts import TEMPLATES
-from rzen.model.checkpoints import HUB_NAME, MODEL_CONFIG, checkpoint_dir, weight_files
+from rzen.model.locate import config_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -48,29 +43,9 @@ def read_backbone_config(spec: TrainSpec) -> PreTrainedConfig:
     backbone = spec.model.backbone
     if isinstance(backbone, TinyBackbone):
         return read_config(backbone)
-    with tempfile.TemporaryDirectory(prefix="rzen-config-") as scratch:
-        if "://" in backbone:
-            store = open_store(backbone, resolve_endpoint(spec.run.endpoint))
-            try:
-                Path(scratch, MODEL_CONFIG).write_bytes(read_published(store, MODEL_CONFIG))
-            except FileNotFoundError as error:
-                fix = "check the URL, or run the job that writes it first"
-                raise UserError(f"model.backbone={backbone}", f"has no {MODEL_CONFIG}", fix) from error
-        elif HUB_NAME.fullmatch(backbone) and not Path(backbone).is_dir():
-            _download_config(backbone, scratch)
-        else:
-            weight_files(checkpoint_dir(backbone))  # refuses a folder without
-            return read_config(backbone)
-        return read_config(str(checkpoint_dir(scratch)))
-
-
-def _download_config(name: str, folder: str) -> None:
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # it warns of every attempt
-    try:
-        hf_hub_download(name, MODEL_CONFIG, local_dir=folder)
-    except (OSError, ValueError) as error:
-        fix = "check the name and the connection, or name a directory"
-        raise UserError(f"model.backbone={name}", "is no directory, and the hub does not give it", fix) from error
+    endpoint = resolve_endpoint(spec.run.endpoint)
+    with errors_of("model.backbone", backbone), config_folder(backbone, endpoint) as folder:
+        return read_config(str(folder))
 
 
 @dataclass(frozen=True)
@@ -134,12 +109,14 @@ def shares_of(spec: TrainSpec, reader: Reader, plan: Plan | None) -> list[Worker
     shares = []
     for query, target in sorted(shapes):
         if not isinstance(spec.objective, ObjectiveConfig):
-            # A list that is never divided counts as one long input.
-            together = 1 + negatives if spec.objective.loss == "listwise" else 1
-            tokens, visual_tokens = (
-                together * (of_query + of_target) for of_query, of_target in zip(query, target, strict=True)
+            joint = ChunkInputs(
+                count=pairs * (1 + negatives),
+                tokens=query[0] + target[0],
+                visual_tokens=query[1] + target[1],
+                list_pairs=1 + negatives,
+                query_visual_tokens=query[1],
+                whole_lists=spec.objective.loss == "listwise",
             )
-            joint = ChunkInputs(pairs * (1 + negatives) // together, tokens, visual_tokens)
             shares.append(WorkerShare(spec.cluster.workers, pairs, (joint,), negatives, num_tasks))
             continue
         inputs = [ChunkInputs(pairs, *query), ChunkInputs(pairs, *target)]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs.runtime.inputs import errors_of
 from jobs.runtime.progress import say
 from jobs.runtime.records import differences
 from jobs.training.specs import TrainSpec
@@ -21,14 +23,12 @@ from rzen.config import ModelIdentity, ObjectiveConfig, RerankerIdentity, Temper
 from rzen.families import FAMILIES, read_family
 from rzen.inputs.processor import VisionLayout
 from rzen.model.checkpoints import (
-    HUB_NAME,
     check_base,
-    checkpoint_dir,
     checkpoint_sha256,
     read_identity,
     read_pair_prompt,
 )
-from rzen.model.locate import local_folder
+from rzen.model.locate import config_folder, local_folder
 
 if TYPE_CHECKING:
     from rzen.training.init_adapter import InitAdapter
@@ -78,15 +78,20 @@ def data_of(spec: TrainSpec, reader: Reader, plan: Plan, teacher: Teacher | None
 
 
 def check_backbone(spec: TrainSpec) -> None:
-    """Raise `UserError` for a backbone that is missing or cannot be read as asked."""
+    """Raise `UserError` for a backbone that is missing or cannot be read as asked.
+
+    Workers of a cluster may reach a bucket or a hub that this process does not reach. There, they check it.
+    """
     backbone = spec.model.backbone
-    family = None
     if isinstance(backbone, TinyBackbone):
         family = FAMILIES[backbone.family]
-    elif "://" not in backbone and not HUB_NAME.fullmatch(backbone):
-        family = read_family(checkpoint_dir(backbone))
-    if family is not None:  # otherwise the workers check it
-        family.check(spec.model.readout, spec.model.packing)
+    elif Path(backbone).is_dir() or "RAY_ADDRESS" not in os.environ:
+        endpoint = resolve_endpoint(spec.run.endpoint)
+        with errors_of("model.backbone", backbone), config_folder(backbone, endpoint) as folder:
+            family = read_family(folder)
+    else:
+        return
+    family.check(spec.model.readout, spec.model.packing)
 
 
 def with_init_adapter(spec: TrainSpec) -> tuple[TrainSpec, InitAdapter | None]:

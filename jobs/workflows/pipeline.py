@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from typing_extensions import TypedDict
 
 from jobs.runtime.cluster import ray_cluster
 from jobs.runtime.dispatch import named_specs, raw_input, run_spec
+from jobs.runtime.inputs import check_inputs
 from jobs.runtime.lease import hold_output
 from jobs.runtime.progress import duration, say
 from jobs.runtime.records import as_json
@@ -55,6 +57,8 @@ def run(spec: PipelineSpec, document: Document) -> dict[str, Any]:
     """Run the jobs that are not done, all with one connection to Ray."""
     jobs = resolve_jobs(spec, document)
     state = open_store(str(substitute(spec.state, spec.vars, "state")), spec.endpoint)
+    if (first := _first_to_do(jobs, state, spec.endpoint)) is not None:
+        check_inputs(first)  # before Ray starts, and before `state` is made
     started_s = time.monotonic()
     key = ""
     outputs: list[str] = []
@@ -77,6 +81,18 @@ def run(spec: PipelineSpec, document: Document) -> dict[str, Any]:
             say(f"  done in {duration(elapsed_s)}", "dim")
     say(f"{spec.name} complete in {duration(time.monotonic() - started_s)}", "bold")
     return {"outputs": outputs}
+
+
+def _first_to_do(
+    jobs: Mapping[str, tuple[JobConfig, Document]], state: Store, endpoint: str | None
+) -> JobConfig | None:
+    """Return the first job that was not done before. None if all were."""
+    key = ""
+    for name, (job, source) in jobs.items():
+        key = _key(job, source, key)
+        if not _is_done(state, name, key, endpoint):
+            return job
+    return None
 
 
 @stored_file

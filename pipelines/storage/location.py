@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from pipelines.errors import BadMedia, UserError
-from pipelines.storage.publish import LEASE, MARK, present_version, published, read_mark
+from pipelines.storage.publish import LEASE, MARK, present_version, published, read_mark, read_published
 from pipelines.storage.store import PARTIAL, LocalStore, Store, disk_errors
 from pipelines.storage.urls import READ_ONLY_SCHEMES, STORE_SCHEMES, is_local, local_path, scheme_of
 
@@ -59,6 +59,14 @@ def read_object(url: str, max_bytes: int, endpoint: str | None = None) -> bytes:
         return store.read_range(path, 0, num_bytes)
     except FileNotFoundError as error:
         raise BadMedia("missing_file") from error
+
+
+def read_present(url: str, path: str, endpoint: str | None = None) -> bytes:
+    """Return the bytes of a file below a path or URL, in the present version of that output.
+
+    Raises `FileNotFoundError`.
+    """
+    return read_published(open_store(url, endpoint), path)
 
 
 def exists(url: str, endpoint: str | None = None) -> bool:

@@ -7,13 +7,13 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from rich.console import Console
 
 from jobs.cli import main
-from jobs.commands import models, new
+from jobs.commands import data, models, new
 from jobs.commands.options import as_changes, read_spec
 from jobs.data.specs import IndexSpec
 from jobs.runtime import progress, stop_jobs
@@ -21,8 +21,12 @@ from jobs.runtime.local_s3 import free_port
 from jobs.runtime.progress import Bars, Progress, RunTable, duration
 from jobs.spec.kinds import kind_names
 from jobs.workflows.registry import Registry
+from pipelines import samples
 from pipelines.errors import UserError
+from pipelines.formats.format import FormatName
 from pipelines.storage.location import open_store
+from rzen.export.formats import FORMATS, ExportFormat
+from rzen.index.kinds import INDEX_KINDS
 from tests.data import publish
 from tests.paths import ROOT
 from tests.specs import evaluate
@@ -43,6 +47,18 @@ def test_help_teaches_the_road(capsys: pytest.CaptureFixture[str]) -> None:
         "--set",
     ):
         assert word in out
+
+
+def test_choices_of_options_are_those_of_the_registries(capsys: pytest.CaptureFixture[str]) -> None:
+    assert [*data.Split] == [*get_args(samples.Split)]
+    assert [*data.DataFormat] == [*get_args(FormatName)]
+    assert {*models.Modality} == {*samples.MODALITIES}
+    assert [*models.Index] == ["auto", *INDEX_KINDS]
+    assert [*FORMATS] == [*get_args(ExportFormat)]
+    assert main(["export", "--help"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "--format <model|adapter|rzen_release|reranker>" in out
+    assert "reranker: of a re-ranker, for transformers" in out
 
 
 @pytest.mark.parametrize(("arguments", "listed"), [([], "validate"), (["registry"], "rollback")])

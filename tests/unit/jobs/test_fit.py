@@ -31,7 +31,7 @@ def spec(backbone: Any, **model: Any) -> TrainSpec:
     ],
 )
 def test_what_a_family_cannot_do_is_refused_before_workers_start(
-    tmp_path: Path, model: dict[str, Any], problem: str
+    tmp_path: Path, model: dict[str, Any], problem: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     local = tiny_checkpoint(tmp_path, TinyBackbone(**TINY.model_dump() | {"family": "qwen3_5"}))
     for backbone in ({"family": "qwen3_5"}, local):
@@ -39,4 +39,8 @@ def test_what_a_family_cannot_do_is_refused_before_workers_start(
             check_backbone(spec(backbone, **model))
         check_backbone(spec(backbone))
     check_backbone(spec({"family": "qwen3_vl"}, **model))
-    check_backbone(spec("Qwen/Qwen3.5-0.8B", **model))  # on the hub: the workers check it
+    missing = spec("rzen/no-such-model", **model)
+    with pytest.raises(UserError, match=r"^model.backbone=rzen/no-such-model: is no directory, and the hub does not"):
+        check_backbone(missing)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    check_backbone(missing)  # workers of a cluster may have it
