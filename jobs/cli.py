@@ -10,7 +10,6 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, Literal
 
@@ -72,16 +71,8 @@ class _Commands(CommandGroup):
         except OSError as error:
             if error.errno is None:
                 raise
-            print_error(f"error: {_described(error)}")
+            print_error(f"error: {error.filename or 'operating system'}: {error.strerror}")
         raise typer.Exit(1)
-
-
-def _described(error: OSError) -> str:
-    """Return place and problem of what the operating system refuses."""
-    if isinstance(error, NotADirectoryError) and error.filename:
-        path = Path(error.filename)
-        return f"{next((parent for parent in path.parents if parent.is_file()), path)}: is a file; name a folder"
-    return f"{error.filename or 'operating system'}: {error.strerror}"
 
 
 # Plain help, without boxes: it is read in logs and pagers, and its examples keep their lines.

@@ -191,7 +191,6 @@ INGEST = Kind(
     spec=IngestSpec,
     run="jobs.data.ingest:run",
     reads={"input": "folder of files", "sources": "tables"},
-    inputs=lambda spec: {"input": "folder"},
     makes={"out": "dataset: shards, indices, report, manifest"},
     fingerprint="jobs.data.ingest:fingerprint",
     gpus=no_gpus,

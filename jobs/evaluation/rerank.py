@@ -53,9 +53,9 @@ class ShortlistScorer:
     def rerank(self, scored: ByModel, choices: Choices) -> dict[str, dict[str, RerankedScores]]:
         """Return model -> dataset -> scores before and after re-ranking. Needs Ray.
 
-        `choices` are the weights that were chosen by task, of which a dataset of files has that of `tune_tasks`. Those
-        that the spec gives come before them. A dataset of files with a pair that cannot be scored is reported and left
-        out. For a split it is a `UserError`.
+        `choices` are the weights that were chosen by task. A dataset of files has that of its task in `tune_tasks`.
+        Weights that the spec gives come first. A dataset of files with a pair that cannot be scored is reported and
+        left out. For a split it is a `UserError`.
         """
         is_split = self._bundle.data is not None
         given = {name: WeightChoice(weight, "given") for name, weight in self._settings.weights.items()}

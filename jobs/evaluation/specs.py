@@ -137,10 +137,10 @@ EVALUATE = Kind(
     },
     makes={"out": "scores, leaderboard files, HTML report", "cache": "vectors"},
     inputs=lambda spec: {
+        "data": "dataset",
+        "rerank.tune": "dataset",
         "models": "embedder",
         "rerank.model": "checkpoint",
-        "rerank.tune": "dataset",
-        "data": "dataset",
     },
     gpus=gpus_of_actors,
     no_effect=(

@@ -155,6 +155,10 @@ def disk_errors(place: str | Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (None, errno.ENOENT):  # without a number it is an error of the network
             raise
+        if isinstance(error, NotADirectoryError):
+            path = Path(place)
+            file = next((one for one in (path, *path.parents) if one.is_file()), path)
+            raise UserError(str(file), "is a file", "name a folder") from error
         raise UserError(str(place), error.strerror or str(error), OF_DISKS.get(error.errno, "")) from error
 
 

@@ -39,7 +39,7 @@ class ChunkInputs:
     list_pairs: int = 0
     """Pairs of a query, which are next to each other. 0: no pairs."""
     query_visual_tokens: int = 0
-    """Of the visual tokens of a pair, those of its query. The tower reads them once for a list."""
+    """Visual tokens of the query of a pair. The tower reads them once for a list."""
     whole_lists: bool = False
     """Whether pairs of a query are always read together."""
 

@@ -135,7 +135,7 @@ def _download_configs(name: str, folder: Path) -> None:
             # Downloads of a hub that cannot be reached are tried for 20 s. This asks once.
             HfApi().model_info(name, timeout=_HUB_TIMEOUT_S)
             cached = hf_hub_download(name, MODEL_CONFIG)
-        except (*_http_errors(), ValueError) as error:
+        except _hub_errors() as error:
             fix = "check the name and the connection, or name a directory"
             raise UserError(name, "is no directory, and the hub does not give it", fix) from error
     (folder / MODEL_CONFIG).write_bytes(Path(cached).read_bytes())
@@ -143,8 +143,8 @@ def _download_configs(name: str, folder: Path) -> None:
         (folder / IDENTITY).write_bytes(said.read_bytes())
 
 
-def _http_errors() -> tuple[type[Exception], ...]:
-    """Return the errors of the HTTP library that huggingface_hub uses, and `OSError`."""
+def _hub_errors() -> tuple[type[Exception], ...]:
+    """Return what huggingface_hub raises: errors of its HTTP library, `OSError` and `ValueError`."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    return cast(tuple[type[Exception], ...], HfHubHTTPError.__bases__)
+    return (*cast(tuple[type[Exception], ...], HfHubHTTPError.__bases__), ValueError)

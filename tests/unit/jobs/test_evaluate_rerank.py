@@ -166,13 +166,13 @@ def test_a_custom_dataset_takes_the_weight_of_a_task(
     rerank = tuned(root)["rerank"] | {"weights": {}, "tune_tasks": {"mine": "text_image"}}
     custom = {"mine": str(root / "mine"), "other": str(root / "mine")}
     spec = spec_of(root, tmp_path, models, data=None, custom=custom, rerank=rerank)
-    (found,) = evaluate.run(spec)["rerank"].values()
+    (found,) = json.loads(json.dumps(evaluate.run(spec)["rerank"])).values()
     assert found["tiny"]["mine"]["weight"] == chosen
     assert set(found["tiny"]["mine"]) >= {"before", "reranked", "fused", "ceiling"}
     assert found["tiny"]["other"]["weight"] is None
     assert "fused" not in found["tiny"]["other"]
     with_data = spec_of(root, tmp_path / "both", models, custom=custom, rerank=rerank | {"weights": {"mine": 0.5}})
-    both = evaluate.run(with_data)["rerank"]
+    both = json.loads(json.dumps(evaluate.run(with_data)["rerank"]))
     assert both["held_out"]["tiny"]["text_image"]["weight"] == chosen
     (files,) = (some for suite, some in both.items() if suite != "held_out")
     assert (files["tiny"]["mine"]["weight"]["weight"], files["tiny"]["mine"]["weight"]["source"]) == (0.5, "given")

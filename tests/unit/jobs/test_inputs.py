@@ -23,6 +23,7 @@ from tests.tiny import tiny_export
 NO_MODEL = "is neither a directory nor a hub name; name an existing checkpoint directory"
 NO_MANIFEST = "train/manifest.json: there is no such manifest; run a job of kind ingest or index that writes here"
 NO_TABLE = "candidates.json: there is no such table; run a job of kind mine, judge, select, cluster or curate"
+DATA = ["data.root=data", "data.split=train"]
 NO_FOLDER = "does not exist; name the directory of an adapter, or run the job that writes it first"
 NO_ADAPTER = "has no adapter_config.json; name the directory of an adapter"
 
@@ -76,20 +77,21 @@ def there(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("select", ["table=file"], "table=file: is a file; name a folder"),
         ("cluster", ["table=empty"], f"table=empty: {{root}}/empty/{NO_TABLE}"),
         ("curate", ["data.root=empty"], f"data.root=empty: {{root}}/empty/{NO_MANIFEST}"),
-        ("evaluate", ["models.before.base=nothere"], f"models.before.base=nothere: {NO_MODEL}"),
+        ("evaluate", ["data.root=file"], "data.root=file: is a file; name a folder"),
+        ("evaluate", [*DATA, "models.before.base=nothere"], f"models.before.base=nothere: {NO_MODEL}"),
         (
             "evaluate_reranker",
-            ["models.soup.base=model", "models.soup.adapter=empty"],
+            [*DATA, "rerank.tune=null", "models.soup={base: model, adapter: empty}"],
             f"models.soup.adapter=empty: {NO_ADAPTER}",
         ),
         (
             "evaluate_reranker",
-            ["models.soup={base: model, adapter: adapter}", "rerank.model={base: nothere}"],
+            [*DATA, "rerank.tune=null", "models.soup={base: model, adapter: adapter}", "rerank.model={base: nothere}"],
             f"rerank.model.base=nothere: {NO_MODEL}",
         ),
         (
             "evaluate_reranker",
-            ["models.soup={base: model, adapter: adapter}", "rerank.model={base: reranker, adapter: adapter}"],
+            DATA,
             "rerank.tune.root=runs/validation: {root}/runs/validation/held_out/manifest.json: there is no such",
         ),
         ("export", ["model.base=nothere"], f"model.base=nothere: {NO_MODEL}"),
@@ -100,7 +102,6 @@ def there(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ["data=nothere"],
             "data=nothere: does not exist; name the output of `rzen ingest` or `rzen index`",
         ),
-        ("ingest", ["input=file"], "input=file: is a file; name a folder"),
         (
             "search",
             ["vectors=nothere"],

@@ -154,7 +154,7 @@ def test_every_mistake_gets_a_line(tmp_path: Path) -> None:
         (
             "evaluate_reranker",
             "rerank=[1]",
-            "a mapping with model, top_k, weights, tune, tune_queries, instructions or null",
+            "a mapping with model, top_k, weights, tune, tune_tasks, tune_queries,",
         ),
         ("evaluate", "models.a=runs/model", "a mapping with base, adapter, instructions"),
         ("evaluate", "custom=runs/mine", "a mapping of names to string"),
