@@ -8,9 +8,9 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
-NOT_FOR_MODELS = ("scipy",)
+_NOT_FOR_MODELS = ("scipy",)
 """Imported by transformers if installed, for losses of object detectors: 0.3 s of CPU in each worker and actor."""
 
 NOT_FOR_SAVING = ("deepspeed",)
@@ -47,3 +47,14 @@ def without_modules(*names: str) -> Iterator[None]:
     finally:
         for name in hidden:
             del sys.modules[name]
+
+
+@contextmanager
+def importing_models() -> Iterator[None]:
+    """Import transformers and what stands on it in the block, cheaply.
+
+    transformers asks once whether a module is installed. So modules are hidden only from its first import.
+    """
+    is_first = "transformers" not in sys.modules
+    with without_garbage_collection(), without_modules(*_NOT_FOR_MODELS) if is_first else nullcontext():
+        yield

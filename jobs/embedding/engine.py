@@ -23,7 +23,7 @@ from jobs.embedding.vectors import VectorCache, write_part
 from jobs.runtime.cluster import Resources, check_size, ray_data
 from pipelines.config import FeedConfig
 from pipelines.errors import BadMedia
-from pipelines.imports import NOT_FOR_MODELS, without_garbage_collection, without_modules
+from pipelines.imports import importing_models
 from pipelines.items.decode import ItemDecoder
 from pipelines.items.types import Item, as_ids
 from pipelines.items.units import windows
@@ -165,7 +165,7 @@ def _processor(base: str, prompt: PromptConfig, endpoint: str | None) -> Process
 
 
 def _load(some: EmbedderSettings) -> Embedder:
-    with without_garbage_collection(), without_modules(*NOT_FOR_MODELS):
+    with importing_models():
         from rzen.embedding.embedder import load  # torch is for the actors, not for the tasks that decode
 
     model = some.model

@@ -24,7 +24,7 @@ from jobs.judging.pairs import PairUnit
 from jobs.judging.specs import ModelJudge
 from jobs.runtime.revision import versions
 from pipelines.errors import BadMedia
-from pipelines.imports import NOT_FOR_MODELS, without_garbage_collection, without_modules
+from pipelines.imports import importing_models
 from pipelines.samples import DecodedInput, Rejected
 from rzen.config import PairPromptConfig
 from rzen.model.checkpoints import checkpoint_sha256, stored_dtype, trained_pair_prompt
@@ -163,7 +163,7 @@ class ScorePairs:
 
 
 def _load(judge: LocalJudge) -> Reranker:
-    with without_garbage_collection(), without_modules(*NOT_FOR_MODELS):
+    with importing_models():
         from rzen.reranking.reranker import load_reranker  # torch is for the actors, not for the tasks that decode
 
     model = judge.judge

@@ -33,7 +33,7 @@ from jobs.training.worker import train_worker
 from pipelines.errors import UserError
 from pipelines.feed.batch import ResumePoint
 from pipelines.feed.reader import Reader
-from pipelines.imports import NOT_FOR_MODELS, without_garbage_collection, without_modules
+from pipelines.imports import importing_models
 from pipelines.plan.plan import Plan
 from pipelines.plan.resample import next_mixture_change
 from pipelines.redaction import redact_text
@@ -102,7 +102,7 @@ def build_backbone(prepared: Prepared) -> None:
     if not isinstance(config, TinyBackbone) or is_published(run.store.child(BACKBONE)):
         return
     reader = Reader(run.spec.data)
-    with without_garbage_collection(), without_modules(*NOT_FOR_MODELS):
+    with importing_models():
         from rzen.export.export import write_identity
         from rzen.model.backbone import build_tiny
 

@@ -20,7 +20,7 @@ from jobs.training.process_group import process_group
 from jobs.training.runs import BEST, RESULTS, samples_seen
 from jobs.training.tracking import Tracker
 from pipelines.feed.feed import RESUME, SHARD, batches, start_reading
-from pipelines.imports import NOT_FOR_MODELS, without_garbage_collection, without_modules
+from pipelines.imports import importing_models
 from pipelines.storage.faults import report_outages
 from pipelines.storage.publish import publish_folder
 from rzen.model.locate import checkpoint_folder, local_folder
@@ -37,7 +37,7 @@ def train_worker(config: dict[str, Any]) -> None:
     run, plan, spec = prepared.run, prepared.plan, prepared.run.spec
     # Decoding starts first: it needs as long as the imports and the model.
     blocks = start_reading(ray.train.get_dataset_shard(SHARD), spec.feed.prefetch_tasks)
-    with without_garbage_collection(), without_modules(*NOT_FOR_MODELS):
+    with importing_models():
         from rzen.training.held_out import HeldOut
         from rzen.training.telemetry import HELD_OUT, HELD_OUT_METRIC, REJECTED, RUN_METRICS, metrics_of
         from rzen.training.worker import Stage, train_stage

@@ -17,7 +17,7 @@ from typing_extensions import TypedDict
 from jobs.runtime.cluster import ray_cluster
 from jobs.runtime.dispatch import named_specs, raw_input, run_spec
 from jobs.runtime.inputs import check_inputs
-from jobs.runtime.lease import hold_output
+from jobs.runtime.lease import Lease, hold_output
 from jobs.runtime.progress import duration, say
 from jobs.runtime.records import as_json
 from jobs.spec.job import JobConfig
@@ -27,6 +27,7 @@ from pipelines.errors import UserError
 from pipelines.storage.location import exists, open_store
 from pipelines.storage.publish import LEASE, MARK
 from pipelines.storage.store import Store
+from pipelines.storage.urls import is_local
 from pipelines.stored_json import parse_json, stored_file
 
 
@@ -53,39 +54,48 @@ def named(spec: PipelineSpec, document: Document) -> list[JobConfig]:
     return [one for job, source in jobs for one in (job, *named_specs(job, source))]
 
 
+_Jobs = Mapping[str, tuple[JobConfig, Document]]
+
+
 def run(spec: PipelineSpec, document: Document) -> dict[str, Any]:
     """Run the jobs that are not done, all with one connection to Ray."""
     jobs = resolve_jobs(spec, document)
     state = open_store(str(substitute(spec.state, spec.vars, "state")), spec.endpoint)
+    if not is_local(state.url):
+        state.ensure_bucket()  # whether a job was done is looked up in it
     if (first := _first_to_do(jobs, state, spec.endpoint)) is not None:
         check_inputs(first)  # before Ray starts, and before `state` is made
     started_s = time.monotonic()
-    key = ""
-    outputs: list[str] = []
     with hold_output(state, "pipeline", "runs a pipeline") as lease, ray_cluster():
-        for number, (name, (job, source)) in enumerate(jobs.items(), start=1):
-            key = _key(job, source, key)
-            title = f"[{number}/{len(jobs)}] {name} ({job.kind})"
-            if _is_done(state, name, key, spec.endpoint):
-                say(f"{title}: done before", "dim")
-                continue
-            say(title, "bold")
-            begun_s = time.monotonic()
-            state.delete(_record(name))
-            result = run_spec(job, source)
-            outputs = result["outputs"]
-            elapsed_s = round(time.monotonic() - begun_s, 1)
-            record = {"key": key, "elapsed_s": elapsed_s, "result": result}
-            lease.check()
-            state.write(_record(name), as_json(record))
-            say(f"  done in {duration(elapsed_s)}", "dim")
+        outputs = _run_jobs(jobs, state, spec.endpoint, lease)
     say(f"{spec.name} complete in {duration(time.monotonic() - started_s)}", "bold")
     return {"outputs": outputs}
 
 
-def _first_to_do(
-    jobs: Mapping[str, tuple[JobConfig, Document]], state: Store, endpoint: str | None
-) -> JobConfig | None:
+def _run_jobs(jobs: _Jobs, state: Store, endpoint: str | None, lease: Lease) -> list[str]:
+    """Run the jobs that are not done, one after the other. Return the outputs of the last one that was run."""
+    key = ""
+    outputs: list[str] = []
+    for number, (name, (job, source)) in enumerate(jobs.items(), start=1):
+        key = _key(job, source, key)
+        title = f"[{number}/{len(jobs)}] {name} ({job.kind})"
+        if _is_done(state, name, key, endpoint):
+            say(f"{title}: done before", "dim")
+            continue
+        say(title, "bold")
+        begun_s = time.monotonic()
+        state.delete(_record(name))
+        result = run_spec(job, source)
+        outputs = result["outputs"]
+        elapsed_s = round(time.monotonic() - begun_s, 1)
+        record = {"key": key, "elapsed_s": elapsed_s, "result": result}
+        lease.check()
+        state.write(_record(name), as_json(record))
+        say(f"  done in {duration(elapsed_s)}", "dim")
+    return outputs
+
+
+def _first_to_do(jobs: _Jobs, state: Store, endpoint: str | None) -> JobConfig | None:
     """Return the first job that was not done before. None if all were."""
     key = ""
     for name, (job, source) in jobs.items():

@@ -31,6 +31,19 @@ def test_a_hidden_module_cannot_be_imported_and_can_afterwards(monkeypatch: pyte
     assert sys.modules["colorsys"] is module
 
 
+@pytest.mark.parametrize("first", ["", "import transformers.utils as u; u.is_scipy_available()"])
+def test_models_are_imported_whoever_imported_transformers_before(first: str) -> None:
+    code = f"""
+import sys
+{first}
+from pipelines.imports import importing_models
+with importing_models():
+    from transformers import PreTrainedModel
+assert ("scipy" in sys.modules) == {bool(first)}
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_the_renderer_of_documents_loads_no_networks() -> None:
     code = """
 import sys
