@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import ray.data
@@ -37,19 +37,38 @@ def list_shards(
         shards += [shard for shard in found if sources is None or shard.source in sources]
     kept = set(store.list())
     lacking = [shard for shard in shards if shard.path not in kept]
-    if not on_cluster or len(lacking) <= _FEW:  # sooner read than a task is started
-        for shard in lacking:
-            write_listing(data, shard, store)
-    else:
-        data = data.model_copy(update={"endpoint": resolve_endpoint(data.endpoint)})
-        rows = [{"number": number} for number in range(len(lacking))]
-        with ray_data():
-            listed = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-                _list, fn_args=(data, lacking, store), num_cpus=cpus_per_task
-            )
-            for _ in listed.iter_rows():
-                pass
+    few = len(lacking) if not on_cluster else _FEW
+    for _ in each_shard(write_listing, data, lacking, store, cpus_per_task, few=few):
+        pass
     return shards
+
+
+def each_shard(
+    read: Callable[[DataConfig, ListedShard, Store], None],
+    data: DataConfig,
+    shards: Sequence[ListedShard],
+    store: Store,
+    cpus_per_task: float,
+    *,
+    few: int,
+) -> Iterator[object]:
+    """Call `read` for each shard, and yield after each. Needs Ray for more than `few` shards.
+
+    So few are sooner read by this process than a task is started.
+    """
+    if len(shards) <= few:
+        for shard in shards:
+            read(data, shard, store)
+            yield shard
+        return
+    data = data.model_copy(update={"endpoint": resolve_endpoint(data.endpoint)})
+    rows = [{"number": number} for number in range(len(shards))]
+    with ray_data():
+        yield from (
+            ray.data.from_items(rows, override_num_blocks=len(rows))
+            .map(_read, fn_args=(read, data, shards, store), num_cpus=cpus_per_task)
+            .iter_rows()
+        )
 
 
 def samples_of(shards: Iterable[ListedShard], store: Store) -> Iterator[tuple[ListedShard, int, Sample | Rejected]]:
@@ -59,6 +78,12 @@ def samples_of(shards: Iterable[ListedShard], store: Store) -> Iterator[tuple[Li
             yield shard, index, sample
 
 
-def _list(row: dict[str, Any], data: DataConfig, shards: list[ListedShard], store: Store) -> dict[str, Any]:
-    write_listing(data, shards[int(row["number"])], store)
+def _read(
+    row: dict[str, Any],
+    read: Callable[[DataConfig, ListedShard, Store], None],
+    data: DataConfig,
+    shards: Sequence[ListedShard],
+    store: Store,
+) -> dict[str, Any]:
+    read(data, shards[int(row["number"])], store)
     return row

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
-import ray.data
-
+from jobs.embedding.listings import each_shard
 from jobs.embedding.settings import EmbedderSettings
 from jobs.embedding.specs import EmbedSpec
-from jobs.runtime.cluster import ray_data
 from pipelines.config import DataConfig
 from pipelines.items.listing import ListedShard
 from pipelines.items.segments import (
@@ -53,27 +50,15 @@ class TargetSegments:
         """Read the lengths of the videos of all shards that are not known yet. `on_progress` gets (done, all)."""
         if self.segmentation is None:
             return
-        shards = [shard for shard in shards if has_videos(shard, self._listings)]
-        self.paths = [lengths_path(self._data, shard) for shard in shards]
+        paths = {lengths_path(self._data, shard): shard for shard in shards}
         kept = set(self._listings.list())
-        lacking = [shard for shard, path in zip(shards, self.paths, strict=True) if path not in kept]
-        for done, _ in enumerate(self._write(lacking, cpus_per_task), start=1):
+        lacking = {
+            path: shard for path, shard in paths.items() if path not in kept and has_videos(shard, self._listings)
+        }
+        self.paths = [path for path in paths if path in kept or path in lacking]
+        read = each_shard(write_lengths, self._data, [*lacking.values()], self._listings, cpus_per_task, few=1)
+        for done, _ in enumerate(read, start=1):
             on_progress(done, len(lacking))
-
-    def _write(self, shards: list[ListedShard], cpus_per_task: float) -> Iterator[Any]:
-        """Write the lengths of shards, and yield something after each."""
-        if len(shards) <= 1:  # sooner read than a task is started
-            for shard in shards:
-                write_lengths(self._data, shard, self._listings)
-                yield shard
-            return
-        rows = [{"number": number} for number in range(len(shards))]
-        with ray_data():
-            yield from (
-                ray.data.from_items(rows, override_num_blocks=len(rows))
-                .map(_measure, fn_args=(self._data, shards, self._listings), num_cpus=cpus_per_task)
-                .iter_rows()
-            )
 
     def of(self, shard: ListedShard, index: int, sample: Sample) -> Sequence[TimeRange | None] | Rejected:
         """Return the segments of a target, `WHOLE` for one that is not divided, or why its video has no length."""
@@ -97,8 +82,3 @@ class TargetSegments:
             "num_videos": counts["videos"],
             "num_segments": counts["segments"],
         }
-
-
-def _measure(row: dict[str, Any], data: DataConfig, shards: list[ListedShard], listings: Store) -> dict[str, Any]:
-    write_lengths(data, shards[int(row["number"])], listings)
-    return row
