@@ -102,15 +102,10 @@ class Reader:
         return tables
 
     def _table(self, name: str, source: SourceInfo, *, is_grouped: bool) -> SourceTable:
-        tables = self._candidate_table, self._curation
-
-        def is_small() -> bool:
-            return with_plan_rows(SourceTable(source.num_samples), name, *tables).num_kept < _SMALL
-
         # Sources that are drawn together may hold duplicates of each other's targets.
-        merged = is_grouped or (self.data.mixture.merge_small and is_small())
+        merged = is_grouped or (self.data.mixture.merge_small and self._is_small(name, source))
         table = source_table(self._store, self.data.split, name, source, merged=merged)
-        table = with_plan_rows(table, name, *tables)
+        table = self._with_plan_rows(table, name)
         if self.data.mixture.positives == "all":
             return table
         if len(table.queries) < len(table.duplicates):
@@ -118,6 +113,14 @@ class Reader:
             fix = "run the ingest or index job again, or set it to all"
             raise UserError("data.mixture.positives", problem, fix)
         return one_of_each_query(table)
+
+    def _is_small(self, name: str, source: SourceInfo) -> bool:
+        """Return whether few samples of a source are left by the tables."""
+        num_samples = source.num_samples
+        return num_samples < _SMALL or self._with_plan_rows(SourceTable(num_samples), name).num_kept < _SMALL
+
+    def _with_plan_rows(self, table: SourceTable, name: str) -> SourceTable:
+        return with_plan_rows(table, name, self._candidate_table, self._curation)
 
     def fingerprints(self, plan: Plan) -> dict[str, str]:
         """Return the SHA-256 of each source that a plan draws from: equal for byte-identical data."""

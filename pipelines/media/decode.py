@@ -84,8 +84,7 @@ class Decoder:
     def member(self, kind: MediaKind, data: bytes, page: int | None = None) -> Visual:
         """Decode as `decode_member` does. A sandbox adds its own reasons. `page` is that of a document, from zero."""
         _check_bytes(data, self._config)
-        decode = self._sandbox.call if self._in_sandbox(kind, data) else _call
-        pixels = partial(decode, decode_page, kind, data, page, self._config)
+        pixels = partial(self._caller(kind, data), decode_page, kind, data, page, self._config)
         frames, times_s = self._cached.decode(kind, data, page, pixels) if self._cached else pixels()
         return Visual(kind, frames, tuple(times_s))
 
@@ -95,15 +94,13 @@ class Decoder:
         Segments come in the order of their starts. Raises `BadMedia` (too_many_bytes).
         """
         _check_bytes(data, self._config)
-        call = self._sandbox.call if self._in_sandbox("video", data) else _call
-        for found in each_segment(call, data, segments, self._config):
+        for found in each_segment(self._caller("video", data), data, segments, self._config):
             yield found if isinstance(found, BadMedia) else Visual("video", found[0], tuple(found[1]))
 
     def video_length(self, data: bytes) -> float:
         """Return the length of a video in seconds. Raises `BadMedia` as `decode_video` does."""
         _check_bytes(data, self._config)
-        call = self._sandbox.call if self._in_sandbox("video", data) else _call
-        length_s: float = call(video_length, data, self._config)
+        length_s: float = self._caller("video", data)(video_length, data, self._config)
         return length_s
 
     def clip(self, data: bytes, segment: TimeRange | None) -> Clip | None:
@@ -112,8 +109,7 @@ class Decoder:
         `segment` None is the whole video. Raises `BadMedia` as `decode_video` does.
         """
         _check_bytes(data, self._config)
-        call = self._sandbox.call if self._in_sandbox("video", data) else _call
-        found = call(cut_video, data, segment, self._config)
+        found = self._caller("video", data)(cut_video, data, segment, self._config)
         return None if found is None else Clip(found[0].tobytes(), **found[1])
 
     def num_pages(self, data: bytes) -> int:
@@ -122,6 +118,10 @@ class Decoder:
         if is_page_image(data):
             return 1
         return num_pages(data, self._config) if self._trusted else self._sandbox.call(num_pages, data, self._config)
+
+    def _caller(self, kind: MediaKind, data: bytes) -> Callable[..., Any]:
+        """Return what calls a function on a file: in the sandbox, or in this process."""
+        return self._sandbox.call if self._in_sandbox(kind, data) else _call
 
     def _in_sandbox(self, kind: MediaKind, data: bytes) -> bool:
         if self._isolated or (kind == "video" and self._config.video_backend == "decord"):
