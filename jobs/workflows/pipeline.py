@@ -63,23 +63,29 @@ def run(spec: PipelineSpec, document: Document) -> dict[str, Any]:
     state = open_store(str(substitute(spec.state, spec.vars, "state")), spec.endpoint)
     if not is_local(state.url):
         state.ensure_bucket()  # whether a job was done is looked up in it
-    if (first := _first_to_do(jobs, state, spec.endpoint)) is not None:
-        check_inputs(first)  # before Ray starts, and before `state` is made
+    num_done, key = _done_before(jobs, state, spec.endpoint)
+    for job, _ in [*jobs.values()][num_done : num_done + 1]:
+        check_inputs(job)  # before Ray starts, and before `state` is made
     started_s = time.monotonic()
     with hold_output(state, "pipeline", "runs a pipeline") as lease, ray_cluster():
-        outputs = _run_jobs(jobs, state, spec.endpoint, lease)
+        outputs = _run_jobs(jobs, num_done, key, state, spec.endpoint, lease)
     say(f"{spec.name} complete in {duration(time.monotonic() - started_s)}", "bold")
     return {"outputs": outputs}
 
 
-def _run_jobs(jobs: _Jobs, state: Store, endpoint: str | None, lease: Lease) -> list[str]:
-    """Run the jobs that are not done, one after the other. Return the outputs of the last one that was run."""
-    key = ""
+def _run_jobs(jobs: _Jobs, num_done: int, key: str, state: Store, endpoint: str | None, lease: Lease) -> list[str]:
+    """Run the jobs that are not done, one after the other. Return the outputs of the last one that was run.
+
+    The first `num_done` are done. `key` is that of the last of them.
+    """
     outputs: list[str] = []
     for number, (name, (job, source)) in enumerate(jobs.items(), start=1):
-        key = _key(job, source, key)
         title = f"[{number}/{len(jobs)}] {name} ({job.kind})"
-        if _is_done(state, name, key, endpoint):
+        is_done = number <= num_done
+        if not is_done:
+            key = _key(job, source, key)
+            is_done = _is_done(state, name, key, endpoint)
+        if is_done:
             say(f"{title}: done before", "dim")
             continue
         say(title, "bold")
@@ -95,14 +101,15 @@ def _run_jobs(jobs: _Jobs, state: Store, endpoint: str | None, lease: Lease) -> 
     return outputs
 
 
-def _first_to_do(jobs: _Jobs, state: Store, endpoint: str | None) -> JobConfig | None:
-    """Return the first job that was not done before. None if all were."""
+def _done_before(jobs: _Jobs, state: Store, endpoint: str | None) -> tuple[int, str]:
+    """Return how many jobs from the first one on were done before, and the key of the last of them."""
     key = ""
-    for name, (job, source) in jobs.items():
-        key = _key(job, source, key)
-        if not _is_done(state, name, key, endpoint):
-            return job
-    return None
+    for number, (name, (job, source)) in enumerate(jobs.items()):
+        key_of_job = _key(job, source, key)
+        if not _is_done(state, name, key_of_job, endpoint):
+            return number, key
+        key = key_of_job
+    return len(jobs), key
 
 
 @stored_file
