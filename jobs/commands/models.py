@@ -14,7 +14,7 @@ from jobs.commands.options import AsJson, Changes, ResultAsJson, SpecPath, gpus_
 from jobs.commands.output import print_text
 from pipelines.errors import UserError
 from rzen.export.formats import FORMATS, ExportFormat
-from rzen.index.kinds import INDEX_KINDS
+from rzen.index.kinds import INDEX_KINDS, LOCAL_KINDS
 
 BENCHMARK_SPEC, EMBED_SPEC = "jobs/benchmark.yaml", "jobs/embed.yaml"
 MINE_SPEC, JUDGE_SPEC = "jobs/mine.yaml", "jobs/judge.yaml"
@@ -184,12 +184,12 @@ def index_bench(
     from jobs.runtime.progress import console, say
     from rzen.embedding.corpus import read_corpus
     from rzen.index.bench import measure
-    from rzen.index.kinds import INDEX_KINDS
+    from rzen.index.qdrant import URL
 
     if not kinds or "auto" in kinds:
-        wanted = [kind for kind in INDEX_KINDS if kind != "qdrant" or os.environ.get("QDRANT_URL")]
+        wanted = INDEX_KINDS if os.environ.get(URL) else LOCAL_KINDS
     else:
-        wanted = [kind for kind in INDEX_KINDS if kind in kinds]
+        wanted = tuple(kind for kind in INDEX_KINDS if kind in kinds)
     tell = (lambda text: None) if as_json else (lambda text: say(f"  {text}", "dim"))
     scores = measure(read_corpus(vectors).parts, wanted, num_queries=num_queries, k=k, on_progress=tell)
     if as_json:

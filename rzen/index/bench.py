@@ -15,7 +15,7 @@ from pipelines.storage.store import LocalStore, Store
 from rzen.evaluation.vectors import StoredArray
 from rzen.index.build import build_index, delete_unused, open_index
 from rzen.index.exact import ExactIndex
-from rzen.index.kinds import IndexKind
+from rzen.index.kinds import LOCAL_KINDS, IndexKind
 from rzen.index.parts import VECTOR, Parts, vectors_of
 from rzen.index.types import KEY, CorpusIndex, IndexEntry, Row
 
@@ -72,7 +72,7 @@ def measure(
             try:
                 entry, build_s = timed_build(kind, parts, store)
                 recall, times_ms = score(open_index(entry, parts, root=store), truth)
-                size = num_bytes(store) if kind != "qdrant" else None
+                size = num_bytes(store) if kind in LOCAL_KINDS else None
             finally:
                 delete_unused(store, [])  # what is on a server does not go with the folder
             p50_ms, p95_ms = np.percentile(times_ms, [50, 95]).tolist()

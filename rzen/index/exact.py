@@ -68,7 +68,10 @@ class ExactIndex:
 
         None if no row does. Equal scores share the first of their ranks.
         """
-        asked, kept = self.chosen((*conditions, *wanted)), self.chosen(conditions)
+        kept = self.chosen(conditions)
+        both = check_conditions((*conditions, *wanted), self.parts.schema(), self.parts.place)
+        found, num_rows = self._fulfilling(both)
+        asked = _mask(found["row"].to_numpy(), num_rows)
         above: list[FloatArray] = []
         best: list[Row] = []
         start = 0
@@ -93,17 +96,20 @@ class ExactIndex:
         return self._chosen[1]
 
     def _choose(self, conditions: tuple[Condition, ...]) -> _Kept:
+        found, num_rows = self._fulfilling(conditions)
+        _, first = np.unique(found[KEY].to_numpy(zero_copy_only=False), return_index=True)
+        return _mask(found["row"].to_numpy()[first], num_rows)
+
+    def _fulfilling(self, conditions: tuple[Condition, ...]) -> tuple[pa.Table, int]:
+        """Return key and number (`row`) of the rows that fulfill checked conditions, and the number of all rows."""
         import pyarrow as pa
 
         columns = list(dict.fromkeys([KEY, *(one.column for one in conditions)]))
         held = [block.rows.select(columns) for block in self._kept] if self._kept else self.parts.read_all(columns)
         tables = list(held)
         table = pa.concat_tables(tables).append_column("row", pa.array(np.arange(sum(map(len, tables)))))
-        found = table if (where := expression(conditions)) is None else table.filter(where)
-        _, first = np.unique(found[KEY].to_numpy(zero_copy_only=False), return_index=True)
-        kept = np.zeros(len(table), dtype=bool)
-        kept[found["row"].to_numpy()[first]] = True
-        return kept
+        where = expression(conditions)
+        return (table if where is None else table.filter(where)), len(table)
 
     def _blocks(self) -> Iterator[_Block]:
         """Yield all rows in order, from memory if they fit."""
@@ -127,6 +133,12 @@ class ExactIndex:
                 waiting = []
         if waiting:
             yield _block(waiting)
+
+
+def _mask(rows: npt.NDArray[np.int64], num_rows: int) -> _Kept:
+    found = np.zeros(num_rows, dtype=bool)
+    found[rows] = True
+    return found
 
 
 def _block(tables: list[pa.Table]) -> _Block:

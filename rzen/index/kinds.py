@@ -8,3 +8,5 @@ IndexKind = Literal["exact", "lance", "faiss_sq8", "faiss_rabitq", "qdrant"]
 """`exact` compares with every vector. `lance` is a LanceDB table, and `qdrant` a collection of a Qdrant server. The
 others are resident in memory."""
 INDEX_KINDS: tuple[IndexKind, ...] = get_args(IndexKind)
+LOCAL_KINDS = tuple(kind for kind in INDEX_KINDS if kind != "qdrant")
+"""Kinds that need no server. Their files are next to the vectors."""

@@ -32,9 +32,8 @@ if TYPE_CHECKING:  # models are loaded without pyarrow
 
 _FILES = _FAISS, _VECTORS, _ROWS = "index.faiss", "vectors.npy", "rows.arrow"
 _FACTORY: dict[IndexKind, str] = {"faiss_sq8": "SQ8", "faiss_rabitq": "RaBitQ"}
-_PROBED = (
-    2 / 5
-)  # share of the lists that a query reads: recall of 0.98 on vectors with much noise (benchmarks/index.md)
+# Share of the lists that a query reads: a recall of 0.98 on vectors with much noise (tests/benchmarks/index.md).
+_PROBED = 2 / 5
 _LEAST_PROBES = 16
 _PER_LIST = 64  # vectors on which a list is trained, at most
 _RESCORED = 200  # candidates of a query, at least; ten times k where that is more

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from pipelines.storage.store import LocalStore
 from rzen.index.bench import find_truth, num_bytes, score, timed_build
 from rzen.index.build import open_index
-from rzen.index.kinds import INDEX_KINDS, IndexKind
+from rzen.index.kinds import INDEX_KINDS, LOCAL_KINDS, IndexKind
 from rzen.index.parts import Parts
 from tests.benchmarks.machine import describe_machine
 
@@ -103,9 +103,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=1_000_000)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--queries", type=int, default=200)
-    parser.add_argument(
-        "--kinds", nargs="+", default=[kind for kind in INDEX_KINDS if kind != "qdrant"], choices=INDEX_KINDS
-    )
+    parser.add_argument("--kinds", nargs="+", default=LOCAL_KINDS, choices=INDEX_KINDS)
     parser.add_argument("--write", action="store_true", help="write index.md")
     arguments = parser.parse_args()
     found = measure(arguments.count, arguments.width, arguments.queries, arguments.kinds)
