@@ -226,9 +226,8 @@ class Engine:
         chosen = {"modality": list(modalities), "source": list(request.sources)}
         filters = {column: values for column, values in chosen.items() if values}
         query: Vectors | TargetPlace
-        if request.query is None:
-            assert request.like is not None
-            query = request.like
+        if isinstance(request.query, TargetPlace):
+            query = request.query
         else:
             answered = await self._embed(served, (request.query,), request.wish, served.query_decoders, True, corpus)
             query = answered.vectors[0]

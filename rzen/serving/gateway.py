@@ -21,7 +21,17 @@ from rzen.serving.dialects.routes import PAIR_ROUTES, ROUTES, Dialect, PairDiale
 from rzen.serving.dialects.searching import parse_search, search_answer
 from rzen.serving.fetching import fetch_media
 from rzen.serving.guards import PAGE, REQUEST_ID, ApiKeys, App, Guards
-from rzen.serving.types import Answered, EmbedRequest, Found, Limits, RequestError, Scored, ScoreRequest, SearchRequest
+from rzen.serving.types import (
+    Answered,
+    EmbedRequest,
+    Found,
+    Limits,
+    RequestError,
+    Scored,
+    ScoreRequest,
+    SearchRequest,
+    ServedInput,
+)
 
 _JSON_TYPES = ("application/json", "text/json")
 _VERSION = "x-rzen-version"
@@ -148,7 +158,7 @@ class _Routes:
     async def search(self, request: Request) -> Response:
         asked = parse_search(await _body(request), self._settings.limits)
         self._check_name(asked.model)
-        if asked.query is not None:
+        if isinstance(asked.query, ServedInput):
             (query,) = await self._fetched((asked.query,))
             asked = replace(asked, query=query)
         found = await self._backend.search(asked)

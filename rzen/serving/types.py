@@ -157,7 +157,8 @@ class SearchRequest:
     `grouped` counts a video once, with its best segment first and others as further moments.
     """
 
-    query: ServedInput | None
+    query: ServedInput | TargetPlace
+    """What to search for. A target is not among the hits."""
     model: str | None = None
     wish: Wish = Wish()
     top_k: int = 10
@@ -165,8 +166,6 @@ class SearchRequest:
     sources: tuple[str, ...] = ()
     filters: tuple[str, ...] = ()
     """Further conditions on columns of the corpus, such as `source=photos`, as `rzen search` takes them."""
-    like: TargetPlace | None = None
-    """Target that is the query. It is not among the hits."""
     grouped: bool = False
 
 

@@ -25,10 +25,10 @@ def parse_search(body: Any, limits: Limits) -> SearchRequest:
     like = _target(given)
     if like is not None and "query" in given:
         raise RequestError(400, "query and like are both given; use one of them", "like")
-    asked: ServedInput | None
+    asked: ServedInput | TargetPlace
     match given.get("query"):
         case None if like is not None:
-            asked = None
+            asked = like
         case dict() as query:
             asked = named_input(query, "query", 0, limits)
         case list() as parts:
@@ -45,7 +45,7 @@ def parse_search(body: Any, limits: Limits) -> SearchRequest:
     name, wish = text(given, "model"), read_wish(given)
     grouped = flag(given, "group", False)
     sources, filters = words(given, "sources"), words(given, "filters")
-    return SearchRequest(asked, name, wish, top_k, kinds, sources, filters, like, grouped)
+    return SearchRequest(asked, name, wish, top_k, kinds, sources, filters, grouped)
 
 
 def _target(given: Body) -> TargetPlace | None:
