@@ -209,7 +209,7 @@ class _Changes:
     """What makes the next version of a collection out of the one `before`, 0 for none."""
 
     def __init__(self, collection: _Collection, before: int, wanted: set[str]) -> None:
-        self._collection, self._before, self._wanted = collection, before, wanted
+        self._collection, self._before = collection, before
         there = set(collection.parts(points_of(before)))
         self.gone, self.new = sorted(there - wanted), sorted(wanted - there)
 

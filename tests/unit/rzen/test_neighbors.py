@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rzen.neighbors import exact
 from rzen.neighbors.exact import NONE, Excluded, FloatArray, Neighbors, merge, nearest, pair_scores
 from rzen.neighbors.inverted_lists import InvertedLists, recall
 
@@ -74,14 +73,18 @@ def test_more_ties_at_the_cut_than_the_second_scoring_takes_are_in_order() -> No
     assert found.rows.tolist() == [[0, 1, 2, 3, 4], [200, 201, 202, 203, 204]]
 
 
-def test_blocks_without_a_better_vector_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("order", ["as drawn", "best first", "best last"])
+def test_the_order_of_the_vectors_changes_nothing_but_their_rows(order: str) -> None:
     rng = np.random.default_rng(0)
-    queries, vectors = unit(rng, 6, 8), unit(rng, 500, 8)
-    expected = nearest(queries, vectors, 3, block_rows=500)
-    monkeypatch.setattr(exact, "_MANY", 10**6)  # always picks
-    assert np.array_equal(nearest(queries, vectors, 3, block_rows=64).rows, expected.rows)
-    monkeypatch.setattr(exact, "_MANY", 0)  # always sorts
-    assert np.array_equal(nearest(queries, vectors, 3, block_rows=64).rows, expected.rows)
+    queries, vectors = unit(rng, 6, 8), unit(rng, 3000, 8)
+    if order != "as drawn":  # of the first query: a block has no better one, or all are better
+        ascending = np.argsort(vectors @ queries[0])
+        vectors = vectors[ascending[::-1] if order == "best first" else ascending]
+    expected = brute_force(queries, vectors, 3)
+    for block_rows in (16, 64, 3000):
+        found = nearest(queries, vectors, 3, block_rows=block_rows, query_rows=4)
+        assert np.array_equal(found.rows, expected.rows)
+        assert np.array_equal(found.scores, expected.scores)
 
 
 def test_a_score_is_that_of_the_pair_alone() -> None:
