@@ -30,7 +30,7 @@ _BUILT_IN = {
     "index": "jobs.data.specs:INDEX",
     "export_data": "jobs.data.specs:EXPORT_DATA",
     "curate": "jobs.curation.specs:CURATE",
-    "train": "jobs.training.specs:TRAIN",
+    "train": "jobs.training.kind:TRAIN",
     "finetunes": "jobs.sweeps.specs:FINETUNES",
     "soup": "jobs.sweeps.specs:SOUP",
     "ablation": "jobs.sweeps.specs:ABLATION",

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from jobs.runtime.progress import duration
 from jobs.runtime.records import leaves
 from jobs.runtime.revision import revision, versions
+from jobs.training.kind import TRAIN
 from jobs.training.listing import summarize
 from jobs.training.page import REFRESH_S
 from jobs.training.runs import METRICS, PAGE, Run, read_rows
-from jobs.training.specs import TRAIN
 from pipelines.redaction import redacted
 from pipelines.storage.store import Store
 from rzen.report.scores import task_label

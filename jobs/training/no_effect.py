@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from jobs.spec.no_effect import NoEffect
+from jobs.training.specs import TrainSpec
 from rzen.config import ObjectiveConfig, RerankObjectiveConfig
-
-if TYPE_CHECKING:
-    from jobs.training.specs import TrainSpec
 
 
 def _never_drops(spec: TrainSpec) -> bool:

@@ -19,10 +19,10 @@ from jobs.runtime.records import changes
 from jobs.spec.load import check, read_document
 from jobs.training.encoder import backbone_url
 from jobs.training.held_out import HeldOutSamples
+from jobs.training.kind import TRAIN
 from jobs.training.listing import RunSummary, summarize
 from jobs.training.page_samples import answers, training_samples
 from jobs.training.runs import LOG, METRICS, PAGE, TENSORBOARD, Run, read_held_out, read_rows, read_spec
-from jobs.training.specs import TRAIN
 from pipelines.redaction import redacted
 from pipelines.storage.faults import brief_patience
 from rzen.config import ObjectiveConfig

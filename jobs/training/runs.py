@@ -42,7 +42,8 @@ from typing_extensions import TypedDict
 
 from jobs.runtime.records import as_json, differences
 from jobs.runtime.revision import revision, versions
-from jobs.training.specs import TRAIN, TrainSpec
+from jobs.training.kind import TRAIN
+from jobs.training.specs import TrainSpec
 from pipelines.config import PositiveInt
 from pipelines.errors import UserError
 from pipelines.feed.batch import ResumePoint

@@ -39,8 +39,9 @@ def train_worker(config: dict[str, Any]) -> None:
     blocks = start_reading(ray.train.get_dataset_shard(SHARD), spec.feed.prefetch_tasks)
     with importing_models():
         from rzen.training.held_out import HeldOut
+        from rzen.training.stage import Stage
         from rzen.training.telemetry import HELD_OUT, HELD_OUT_METRIC, REJECTED, RUN_METRICS, metrics_of
-        from rzen.training.worker import Stage, train_stage
+        from rzen.training.worker import train_stage
 
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipelines.errors import UserError
 from rzen.config import RerankObjectiveConfig
@@ -21,11 +21,9 @@ from rzen.training.chunk_size import AutoChunk
 from rzen.training.init_adapter import read_init_adapter
 from rzen.training.learner import Learner
 from rzen.training.rerank import RerankLearner
+from rzen.training.stage import Stage
 from rzen.training.step import EmbeddingLearner
 from rzen.training.temperatures import carried_temperatures
-
-if TYPE_CHECKING:
-    from rzen.training.worker import Stage
 
 
 def build_learner(stage: Stage, backbone_dir: str, init_adapter: Path | None, tasks: Sequence[str]) -> Learner:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -17,11 +17,9 @@ from rzen.inputs.processor import EncodedBatch
 from rzen.model.activations import ChunkInputs
 from rzen.model.embedding_model import SequenceModel
 from rzen.objective.loss import Objective
+from rzen.training.held_out import HeldOutShare
+from rzen.training.held_out_scores import SourceScore
 from rzen.training.zero_grads import with_zero_grads_for_unused
-
-if TYPE_CHECKING:
-    from rzen.training.held_out import HeldOutShare
-    from rzen.training.held_out_scores import SourceScore
 
 Blocks = Sequence[tuple[str, int]]
 """Task and number of own samples of each block of a batch, in their order."""

@@ -21,14 +21,14 @@ from rzen.config import RerankObjectiveConfig
 from rzen.families import part_of
 from rzen.inputs.processor import EncodedBatch
 from rzen.model.activations import ChunkInputs
-from rzen.model.chunks import Indices, padding_fraction
+from rzen.model.chunks import Indices, chunks_of, padding_fraction
 from rzen.reranking.encoder import JointBatch, MediumKey
-from rzen.reranking.lists import RerankBatch
+from rzen.reranking.lists import CrossedGroups, RerankBatch
 from rzen.reranking.loss import listwise_loss, pair_weights, pointwise_loss
 from rzen.reranking.model import MediumFeatures, ScoringModel
 from rzen.training import rerank_held_out
 from rzen.training.example import example_batch
-from rzen.training.held_out import HeldOutShare
+from rzen.training.held_out import CHUNK_TOKENS, HeldOutShare
 from rzen.training.held_out_scores import SourceScore
 from rzen.training.learner import Blocks, Learner
 from rzen.training.lockstep import align_chunk_counts, dummy_input
@@ -158,7 +158,15 @@ class RerankLearner(Learner):
 
     def score(self, shares: Mapping[str, HeldOutShare]) -> dict[str, SourceScore]:
         """Rank the targets of small groups for each of their queries (`rzen.training.rerank_held_out`)."""
-        return rerank_held_out.score(self, shares)
+        return rerank_held_out.score(self._held_out_log_odds, shares)
+
+    @torch.no_grad()
+    def _held_out_log_odds(self, groups: CrossedGroups | None) -> npt.NDArray[np.float32]:
+        if groups is None:
+            return self.log_odds(None, []).numpy()
+        lengths = groups.joint.sequences.lengths
+        chunks = chunks_of(lengths, self.chunk_tokens or CHUNK_TOKENS, packed=self.scorer.packs)
+        return self.log_odds(groups.joint, chunks).numpy()
 
     def log_odds(self, joint: JointBatch | None, chunks: Sequence[Indices]) -> Tensor:
         """Return z of all pairs in their order, fp32 on the CPU. None: there are none on this rank.

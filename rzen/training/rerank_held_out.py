@@ -8,49 +8,35 @@ Shapes: P pairs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import numpy.typing as npt
-import torch
-import torch.distributed as dist
 
-from rzen.model.chunks import chunks_of
 from rzen.reranking.lists import CrossedGroups
-from rzen.training.held_out import CHUNK_TOKENS, HeldOutShare
+from rzen.training.held_out import HeldOutShare, gathered
 from rzen.training.held_out_scores import SourceScore
 
-if TYPE_CHECKING:
-    from rzen.training.rerank import RerankLearner
-
+LogOdds = Callable[[CrossedGroups | None], npt.NDArray[np.float32]]
+"""Returns z of all pairs of some groups in order, fp32 `[P]`. None: there are none on this rank. A collective."""
 Ranked = dict[int, tuple[int, int, int]]
 """Row of a query -> rank of its first relevant target, row of the first target, number of targets."""
 
 
-def score(learner: RerankLearner, shares: Mapping[str, HeldOutShare]) -> dict[str, SourceScore]:
+def score(log_odds: LogOdds, shares: Mapping[str, HeldOutShare]) -> dict[str, SourceScore]:
     """Return the score of each source that has samples. Ranks other than 0 return nothing. A collective."""
-    own = {source: _rank_groups(learner, share) for source, share in shares.items()}
-    parts: list[dict[str, Ranked]] = [own]
-    if dist.is_initialized():
-        parts = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(parts, own)
-        if dist.get_rank() != 0:
-            return {}
+    parts = gathered({source: _rank_groups(log_odds, share) for source, share in shares.items()})
     joined = {source: {row: one for part in parts for row, one in part[source].items()} for source in shares}
     return {source: _summary(ranked) for source, ranked in joined.items() if ranked}
 
 
-@torch.no_grad()
-def _rank_groups(learner: RerankLearner, share: HeldOutShare) -> Ranked:
+def _rank_groups(log_odds: LogOdds, share: HeldOutShare) -> Ranked:
     groups: CrossedGroups | None = share.samples
+    z_P = log_odds(groups)  # in ZeRO stage 3, all ranks call the model equally often
     if groups is None:
-        learner.log_odds(None, [])  # in ZeRO stage 3, all ranks call the model equally often
         return {}
-    lengths = groups.joint.sequences.lengths
-    chunks = chunks_of(lengths, learner.chunk_tokens or CHUNK_TOKENS, packed=learner.scorer.packs)
     # A score that is not finite would tie with nothing.
-    z_P = np.nan_to_num(learner.log_odds(groups.joint, chunks).numpy(), nan=-np.inf, posinf=-np.inf, neginf=-np.inf)
+    z_P = np.nan_to_num(z_P, nan=-np.inf, posinf=-np.inf, neginf=-np.inf)
     ranked: Ranked = {}
     for query in np.unique(groups.pairs[:, 0]).tolist():
         places = np.flatnonzero(groups.pairs[:, 0] == query)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -15,9 +16,10 @@ from rzen.model.activations import ChunkInputs
 from rzen.model.chunks import Indices, chunks_of, embed, padding_fraction
 from rzen.model.embedding_model import EmbeddingModel
 from rzen.objective.loss import Objective
-from rzen.training import held_out
+from rzen.training import embedding_held_out
 from rzen.training.contrasted import OwnVectors, contrasted_batches
 from rzen.training.example import example_batch
+from rzen.training.held_out import CHUNK_TOKENS, HeldOutShare
 from rzen.training.held_out_scores import SourceScore
 from rzen.training.learner import Blocks, Learner
 from rzen.training.lockstep import align_chunk_counts, dummy_input
@@ -85,9 +87,19 @@ class EmbeddingLearner(Learner):
         (stats,) = outputs
         return stats
 
-    def score(self, shares: Mapping[str, held_out.HeldOutShare]) -> dict[str, SourceScore]:
-        """Search the queries of each source among its targets (`rzen.training.held_out`)."""
-        return held_out.score(self, shares)
+    def score(self, shares: Mapping[str, HeldOutShare]) -> dict[str, SourceScore]:
+        """Search the queries of each source among its targets (`rzen.training.embedding_held_out`)."""
+        return embedding_held_out.score(self._held_out_vectors, shares, device=str(self.embedder.image_mean.device))
+
+    @torch.no_grad()
+    def _held_out_vectors(self, batches: Sequence[EncodedBatch]) -> npt.NDArray[np.float32]:
+        if not batches and not self.blanks:
+            return np.zeros((0, 0), np.float32)
+        lengths = np.concatenate([np.zeros(0, np.int32), *(batch.lengths for batch in batches)])
+        inputs = [single for batch in batches for single in batch.split()]
+        chunks = chunks_of(lengths, self.chunk_tokens or CHUNK_TOKENS, packed=self.embedder.packs)
+        vectors: npt.NDArray[np.float32] = self.embed(inputs, chunks).float().cpu().numpy()
+        return vectors
 
     def not_finite(self, batch: EncodedPairs) -> list[str]:
         """Return the keys of the pairs that have a vector which is not finite."""

@@ -13,7 +13,6 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -24,13 +23,7 @@ from torch import Tensor
 
 from pipelines.imports import without_garbage_collection, without_modules
 from rzen.config import (
-    AnyObjectiveConfig,
-    ModelConfig,
-    ModelIdentity,
-    OptimConfig,
-    RerankerIdentity,
     RerankObjectiveConfig,
-    identity_of,
 )
 from rzen.export.export import write_model
 from rzen.model.checkpoints import checkpoint_dir, checkpoint_sha256
@@ -48,37 +41,9 @@ from rzen.training.held_out_scores import HeldOutRow
 from rzen.training.learner import Learner
 from rzen.training.memory import BUCKET_ELEMENTS, WHOLE_ELEMENTS
 from rzen.training.optim import build_optimizer, lr_at, set_lr
+from rzen.training.stage import Stage
 from rzen.training.telemetry import Row, step_row
 from rzen.training.temperatures import use_fp32_temperatures
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Everything that decides the weights, except the data and the number of workers."""
-
-    model: ModelConfig
-    objective: AnyObjectiveConfig
-    optim: OptimConfig
-    num_steps: int
-    seed: int
-    """Seed of new adapters and of dropout."""
-    checkpoint_every_steps: int
-    plan_fingerprint: str
-    """Fingerprint of the batches. A checkpoint of another plan is refused."""
-    chunk_tokens: int | AutoChunk | None = None
-    """Tokens of a chunk for gradient caching (`rzen.model.chunks`). Decides memory and time, not the weights. Found
-    before the first step where it is an `AutoChunk`."""
-    stop: int | None = None
-    """Pause with a checkpoint after this many steps. A model is written only after the last step. None: no pause."""
-    run: str = ""
-    """Id of the run, for its checkpoints."""
-    settings_sha256: str = ""
-    """Hash of the settings and data that decide the weights, for its checkpoints."""
-
-    @property
-    def identity(self) -> ModelIdentity | RerankerIdentity:
-        """What decides the vectors, or the scores, of the trained model next to its weights."""
-        return identity_of(self.model, self.objective)
 
 
 def train_stage(

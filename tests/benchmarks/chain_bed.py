@@ -50,8 +50,9 @@ from rzen.training.build import build_learner
 from rzen.training.learner import Learner
 from rzen.training.optim import build_optimizer, lr_at, set_lr
 from rzen.training.rerank import RerankLearner
+from rzen.training.stage import Stage
 from rzen.training.step import EmbeddingLearner
-from rzen.training.worker import Stage, ensure_process_group, seed_step
+from rzen.training.worker import ensure_process_group, seed_step
 
 TASK = "scenes"
 SIDE_PX = 56

@@ -39,7 +39,8 @@ from rzen.inputs.pairs import EncodedPairs
 from rzen.model.backbone import build_tiny
 from rzen.training.build import build_learner
 from rzen.training.optim import build_optimizer, lr_at, set_lr
-from rzen.training.worker import Stage, seed_step, train_stage
+from rzen.training.stage import Stage
+from rzen.training.worker import seed_step, train_stage
 from tests.benchmarks import synthetic
 from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.turns import answer, say, show, spread

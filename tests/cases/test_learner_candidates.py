@@ -24,8 +24,9 @@ from pipelines.storage.location import open_store
 from rzen.config import LoraConfig, MinedConfig, ObjectiveConfig, OptimConfig
 from rzen.inputs.pairs import PairEncoder
 from rzen.inputs.processor import Processor
+from rzen.training.stage import Stage
 from rzen.training.telemetry import Row
-from rzen.training.worker import Stage, train_stage
+from rzen.training.worker import train_stage
 from tests.data import publish, publish_candidates
 from tests.gloo import run_workers
 from tests.integration.test_training import Folders

@@ -36,8 +36,9 @@ from rzen.reranking.encoder import JointEncoder
 from rzen.reranking.lists import EncodedList, ListEncoder, RerankBatch
 from rzen.training.build import build_learner
 from rzen.training.held_out import HeldOut
+from rzen.training.stage import Stage
 from rzen.training.telemetry import metrics_of
-from rzen.training.worker import Stage, train_stage
+from rzen.training.worker import train_stage
 from tests.data import publish, publish_candidates
 from tests.gloo import run_workers
 from tests.integration.test_training import Folders

@@ -37,7 +37,8 @@ from rzen.model.lora import add_lora, save_adapter
 from rzen.soup.make import make_soup
 from rzen.training import checkpoint
 from rzen.training.build import build_learner
-from rzen.training.worker import Stage, build_engine, save_model, update
+from rzen.training.stage import Stage
+from rzen.training.worker import build_engine, save_model, update
 from tests.adapters import adapter
 from tests.data import publish
 from tests.gloo import run_workers

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jobs.training.specs import TRAIN
+from jobs.training.kind import TRAIN
 from pipelines.config import DataConfig, MediaConfig
 from pipelines.errors import BadMedia
 from pipelines.feed.reader import Reader

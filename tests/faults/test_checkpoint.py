@@ -22,7 +22,8 @@ from rzen.inputs.processor import Processor
 from rzen.model.checkpoints import file_sha256
 from rzen.training import checkpoint
 from rzen.training.build import build_learner
-from rzen.training.worker import Stage, build_engine, train_stage
+from rzen.training.stage import Stage
+from rzen.training.worker import build_engine, train_stage
 from tests.gloo import run_workers
 from tests.integration.test_training import Batch, Folders, batches
 from tests.tiny import PROMPT, tiny_checkpoint, tiny_model

@@ -18,7 +18,8 @@ from pipelines.errors import UserError
 from rzen.config import LoraConfig, ObjectiveConfig, OptimConfig, TinyBackbone
 from rzen.inputs.processor import EncodedBatch, Processor
 from rzen.model.embedding_model import EmbeddingModel
-from rzen.training.worker import Stage, train_stage
+from rzen.training.stage import Stage
+from rzen.training.worker import train_stage
 from tests.gloo import run_workers
 from tests.integration.test_training import GLOBAL_BATCH, Batch, Folders, batches
 from tests.tiny import PROMPT, small_pieces, tiny_checkpoint, tiny_model

@@ -26,8 +26,9 @@ from rzen.inputs.pairs import EncodedPairs, PairEncoder
 from rzen.inputs.processor import Processor
 from rzen.training.build import build_learner
 from rzen.training.held_out import HeldOut, HeldOutShare
+from rzen.training.stage import Stage
 from rzen.training.telemetry import metrics_of
-from rzen.training.worker import Stage, train_stage
+from rzen.training.worker import train_stage
 from tests.gloo import run_processes, run_workers
 from tests.tiny import PROMPT, TEXTS, noise, small_pieces, tiny_checkpoint, tiny_model
 

@@ -16,7 +16,8 @@ from rzen.inputs.processor import Processor
 from rzen.training import checkpoint
 from rzen.training.build import build_learner
 from rzen.training.optim import build_optimizer, lr_at, set_lr
-from rzen.training.worker import Stage, build_engine, update
+from rzen.training.stage import Stage
+from rzen.training.worker import build_engine, update
 from tests.gloo import run_workers
 from tests.parity.test_training_step import pairs_by_rank
 from tests.tiny import PROMPT, small_pieces, tiny_checkpoint, tiny_model

@@ -25,7 +25,8 @@ from rzen.reranking.reranker import load_reranker
 from rzen.training.build import build_learner
 from rzen.training.chunk_size import run_example
 from rzen.training.rerank import RerankLearner, list_chunks
-from rzen.training.worker import Stage, ensure_process_group, save_model
+from rzen.training.stage import Stage
+from rzen.training.worker import ensure_process_group, save_model
 from tests.parity.test_reranker import DOCUMENTS, QUERIES, library_arguments, small_prompt
 from tests.tiny import TEXTS, TINY, tiny_model
 

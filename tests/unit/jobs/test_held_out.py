@@ -83,6 +83,6 @@ def test_without_a_held_out_split_there_are_no_scores(tmp_path: Path, changes: d
 
 
 def test_scores_are_no_part_of_what_makes_two_runs_different() -> None:
-    from jobs.training.specs import TRAIN
+    from jobs.training.kind import TRAIN
 
     assert "eval" not in TRAIN.science(spec_of(Path("x")).model_dump(mode="json"))

@@ -29,7 +29,7 @@ from rzen.reranking.loss import pair_weights
 from rzen.training import rerank
 from rzen.training.build import build_learner
 from rzen.training.optim import lr_at, parameter_groups
-from rzen.training.worker import Stage
+from rzen.training.stage import Stage
 from rzen.vectors import unit_vectors
 from tests.paths import ROOT
 from tests.tiny import TINY, tiny_checkpoint
