@@ -41,7 +41,7 @@ from pipelines.samples import Rejected, clock_time
 from pipelines.storage.location import open_store
 from pipelines.storage.store import Store
 from rzen.embedding.corpus import VectorsFile, all_parts, read_vectors_file
-from rzen.index.build import build_index, default_kind
+from rzen.index.build import build_index, check_index, default_kind
 from rzen.index.by_id import ids_path
 from rzen.index.parts import Parts
 
@@ -59,6 +59,9 @@ def run(spec: EmbedSpec) -> dict[str, Any]:
         for split in spec.splits:  # refuses a missing dataset before anything is made
             Reader(spec.data.model_copy(update={"split": split})).sizes()
     store = open_store(spec.out, spec.endpoint)
+    if spec.index != "auto":
+        old = _live_version(store)
+        check_index(spec.index, store, old.get("index") if old else None)
     with hold_output(store, KIND, "embeds") as lease, ray_cluster():
         check_workers(spec)
         unusable = ingest_targets(spec) if spec.input or spec.sources else {}

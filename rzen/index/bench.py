@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from pipelines.storage.store import LocalStore, Store
 from rzen.evaluation.vectors import StoredArray
-from rzen.index.build import build_index, delete_unused, open_index
+from rzen.index.build import build_index, check_index, delete_unused, open_index
 from rzen.index.exact import ExactIndex
 from rzen.index.kinds import LOCAL_KINDS, IndexKind
 from rzen.index.parts import VECTOR, Parts, vectors_of
@@ -60,8 +60,10 @@ def measure(
     """Yield the score of each kind. Queries are vectors of the corpus, and none counts as its own neighbor.
 
     Indices are built in a temporary folder, and a collection of a server is deleted again. Raises `UserError` for a
-    library that is missing.
+    library or a server that is missing, before it measures anything.
     """
+    for kind in kinds:
+        check_index(kind, parts.store)
     on_progress("exact search")
     truth = find_truth(parts, num_queries, k)
     num_vectors = sum(len(table) for table in parts.read_all([KEY]))

@@ -13,10 +13,10 @@ from pipelines.storage.location import localize
 from pipelines.storage.store import Store
 from rzen.index.exact import ExactIndex
 from rzen.index.kinds import INDEX_KINDS, IndexKind
-from rzen.index.lance import LanceIndex, keep_versions, sync_table
+from rzen.index.lance import LanceIndex, import_lancedb, keep_versions, sync_table
 from rzen.index.parts import Parts
-from rzen.index.qdrant import QdrantIndex, drop_collection, keep_points, sync_collection
-from rzen.index.resident import ResidentIndex, build_resident
+from rzen.index.qdrant import QdrantIndex, check_server, drop_collection, keep_points, sync_collection
+from rzen.index.resident import ResidentIndex, build_resident, import_faiss
 from rzen.index.types import INDEX, LARGE, CorpusIndex, IndexEntry
 from rzen.model.locate import cache_dir
 
@@ -28,6 +28,19 @@ _OURS = re.compile(rf"{INDEX}/({'|'.join(INDEX_KINDS)})-[0-9a-f]{{16}}")
 def default_kind(num_vectors: int) -> IndexKind:
     """Return the kind of index for a corpus: exact search if it is small, else LanceDB where it is installed."""
     return "lance" if num_vectors > LARGE and importlib.util.find_spec("lancedb") else "exact"
+
+
+def check_index(kind: IndexKind, store: Store, old: IndexEntry | None = None) -> None:
+    """Raise `UserError` for a library or a server that the kind needs and that is not there.
+
+    `old` is the entry of the last version of the vectors in `store`.
+    """
+    if kind == "lance":
+        import_lancedb()
+    elif kind == "qdrant":
+        check_server(store.child(old["path"]) if old and old["kind"] == kind else None)
+    elif kind != "exact":
+        import_faiss()
 
 
 def build_index(

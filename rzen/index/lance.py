@@ -174,7 +174,7 @@ def _open(database: Any) -> Any:
 
 
 def _connect(folder: Store) -> Any:
-    lancedb = _lancedb()
+    lancedb = import_lancedb()
     if isinstance(folder, LocalStore):
         return lancedb.connect(folder.url)
     options = None
@@ -183,7 +183,8 @@ def _connect(folder: Store) -> Any:
     return lancedb.connect(folder.url, storage_options=options)
 
 
-def _lancedb() -> ModuleType:
+def import_lancedb() -> ModuleType:
+    """Return LanceDB. Raises `UserError` if it is not installed."""
     try:
         import lancedb
     except ImportError as error:

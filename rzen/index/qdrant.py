@@ -59,6 +59,19 @@ class CollectionFile(TypedDict):
     collection: str
 
 
+def check_server(folder: Store | None) -> None:
+    """Raise `UserError` for what `sync_collection` refuses before its first row. `folder` is that of the last index."""
+    _Collection(_url_for(folder), "").ask(lambda client: client.get_collections())
+
+
+def _url_for(folder: Store | None) -> str:
+    marked = _read_marker(folder) if folder is not None else None
+    url = os.environ.get(URL) or (marked["url"] if marked else None)
+    if not url:
+        raise UserError("index: qdrant", f"{URL} is not set", f"set it to the server, as in {URL}=http://qdrant:6333")
+    return url
+
+
 def sync_collection(parts: Parts, folder: Store, old: IndexEntry | None) -> IndexEntry:
     """Give the collection of `folder` the rows of these parts, and return its entry.
 
@@ -66,10 +79,7 @@ def sync_collection(parts: Parts, folder: Store, old: IndexEntry | None) -> Inde
     without the client of Qdrant, without a URL, and for a server that does not answer.
     """
     entry: IndexEntry = {"kind": "qdrant", "path": f"{INDEX}/{folder.url.rpartition('/')[2]}"}
-    marked = _read_marker(folder)
-    url = os.environ.get(URL) or (marked["url"] if marked else None)
-    if not url:
-        raise UserError("index: qdrant", f"{URL} is not set", f"set it to the server, as in {URL}=http://qdrant:6333")
+    url = _url_for(folder)
     name = f"rzen-{hashlib.sha256(folder.url.encode()).hexdigest()[:32]}"
     collection = _Collection(url, name)
     is_new = not collection.ask(lambda client: client.collection_exists(name))

@@ -47,7 +47,7 @@ def build_resident(kind: IndexKind, parts: Parts, folder: Store) -> IndexEntry:
     Memory is that of the index and of the vectors that it is trained on. Raises `UserError` without FAISS.
     """
     entry: IndexEntry = {"kind": kind, "path": f"index/{folder.url.rpartition('/')[2]}"}
-    faiss = _faiss()
+    faiss = import_faiss()
     if set(_FILES) <= set(folder.list()):
         return entry
     with tempfile.TemporaryDirectory(prefix="rzen-index-") as scratch:
@@ -109,7 +109,7 @@ class ResidentIndex:
         """Open the files of `build_resident` in a local folder. Raises `UserError` if they are damaged."""
         import pyarrow as pa
 
-        faiss = _faiss()
+        faiss = import_faiss()
         try:
             index = faiss.read_index(str(folder / _FAISS))
             vectors = np.load(folder / _VECTORS, mmap_mode="r", allow_pickle=False)
@@ -176,7 +176,7 @@ class ResidentIndex:
         return max(_LEAST_PROBES, round(_PROBED * int(self.index.nlist)))
 
     def _parameters(self, probes: int, rows_N: npt.NDArray[np.int64] | None) -> Any:
-        faiss = _faiss()
+        faiss = import_faiss()
         make = faiss.IVFRaBitQSearchParameters if self.kind == "faiss_rabitq" else faiss.SearchParametersIVF
         probes = min(self.index.nlist, probes)
         if rows_N is None:
@@ -186,7 +186,8 @@ class ResidentIndex:
         return make(nprobe=probes, sel=faiss.IDSelectorBitmap(np.packbits(mask, bitorder="little")))
 
 
-def _faiss() -> ModuleType:
+def import_faiss() -> ModuleType:
+    """Return FAISS. Raises `UserError` if it is not installed."""
     try:
         import faiss
     except ImportError as error:

@@ -20,7 +20,8 @@ from pipelines.errors import UserError
 from pipelines.storage.location import open_store
 from pipelines.storage.store import Store
 from rzen.index import exact, lance, qdrant
-from rzen.index.build import build_index, delete_unused, open_index
+from rzen.index.bench import measure
+from rzen.index.build import build_index, check_index, delete_unused, open_index
 from rzen.index.filters import Condition, parse_condition, parse_conditions, sql
 from rzen.index.kinds import INDEX_KINDS, IndexKind
 from rzen.index.parts import Parts
@@ -332,10 +333,18 @@ def test_a_qdrant_server_that_cannot_be_used_is_named(tmp_path: Path, monkeypatc
         assert open_index({"kind": "qdrant", "path": f"index/qdrant-{CONFIG}", "version": 1}, parts) is not None
         with pytest.raises(UserError, match=r"^filter title: is no number, and Qdrant compares only numbers with <"):
             index.search(queries(1), 1, parse_conditions(["title<b"]))
+    entry: IndexEntry = {"kind": "qdrant", "path": f"index/qdrant-{CONFIG}"}
     with pytest.raises(UserError, match=rf"^{url}: no Qdrant server answers: .*; start it, or set QDRANT_URL"):
         index.search(queries(1), 1)
+    with pytest.raises(UserError, match=rf"^{url}: no Qdrant server answers"):
+        check_index("qdrant", store, entry)
+    other = write(open_store(str(tmp_path / "other")), [0])
     with pytest.raises(UserError, match=r"^index: qdrant: QDRANT_URL is not set; set it to the server"):
-        build("qdrant", write(open_store(str(tmp_path / "other")), [0]), "a")
+        build("qdrant", other, "a")
+    told: list[str] = []
+    with pytest.raises(UserError, match=r"^index: qdrant: QDRANT_URL is not set"):
+        list(measure(other, ["exact", "qdrant"], on_progress=told.append))
+    assert told == []
 
 
 def test_conditions_are_read_and_written() -> None:
