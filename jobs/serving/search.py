@@ -116,8 +116,12 @@ def _chosen(corpus: Corpus, targets: Targets) -> list[Query]:
 def _checked(queries: Sequence[str], text: str | None) -> list[Query]:
     """Return the queries with their names, files together with the text.
 
-    Raises `UserError` for one that looks like a file and does not exist, and for a text that no file goes with.
+    Raises `UserError` for one that looks like a file and does not exist, for a folder, and for a text that no file goes
+    with.
     """
+    for query in queries:
+        if _is_folder(query):
+            raise UserError(query, "is a folder", "name a file of it; for vectors, write --vectors before the folder")
     are_files = list(map(is_file, queries))
     if text is None:
         return [(shown_as(query), query) for query in queries]
@@ -125,6 +129,14 @@ def _checked(queries: Sequence[str], text: str | None) -> list[Query]:
         query = queries[are_files.index(False)]
         raise UserError("text", f"goes with files, and {shown_as(query)} is a text", "write both as one query")
     return [(f"{shown_as(query)} + {text}", _with_text(query, text)) for query in queries]
+
+
+def _is_folder(query: str) -> bool:
+    """Whether a query is a path of a folder, or the name of vectors. Another name of a folder may be a text."""
+    try:
+        return Path(query).is_dir() and ("/" in query or (Path(query) / MANIFEST).is_file())
+    except OSError:  # a text that is too long for a name
+        return False
 
 
 def _with_text(query: str, text: str) -> Embeddable:

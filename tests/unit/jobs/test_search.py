@@ -249,6 +249,8 @@ def test_conditions_limit_what_is_found(folder: Path, model: rzen.Embedder) -> N
         ("3.png#page=1", "3.png: is a image and has no page 1"),
         ("ftp://a/b.png", "has the scheme 'ftp'"),
         ("vectors/vectors.json", "is a file with the extension '.json'"),
+        ("vectors", "vectors: is a folder; name a file of it; for vectors, write --vectors before the folder"),
+        ("./vectors", "./vectors: is a folder"),
     ],
 )
 def test_what_looks_like_a_file_is_not_searched_as_words(
