@@ -19,7 +19,7 @@ from pipelines.storage.store import Store
 from pipelines.stored_json import parse_json, stored_file
 
 if TYPE_CHECKING:
-    from rzen.serving.served import Place
+    from rzen.serving.place import Place
 
 CHAMPION = "champion.json"
 STORE = "RZEN_STORE"
@@ -70,7 +70,7 @@ def find_place(settings: Mapping[str, Any]) -> Place:
 
     `$RZEN_STORE` at the start of a URL is the variable of this machine: no shell reads the settings of a RayService.
     """
-    from rzen.serving.served import Place
+    from rzen.serving.place import Place
 
     found: dict[str, Any] = {
         name: _in_store(value) if isinstance(value, str) else value for name, value in settings.items()

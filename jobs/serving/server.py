@@ -1,6 +1,7 @@
 """The server as an application of Ray Serve: gateways that read requests, and replicas that hold the model.
 
     client -> proxy of Ray -> gateway (keys, limits, parsing, URLs) -> replica (sandbox, queue, model)
+                                                                        replicas -> trials, if there is a canary
 
 The application is changed by a config, never by `serve.run`, which replaces every replica. Only the place of the model
 is in `user_config`: replicas load it in a thread, and answer meanwhile.
@@ -23,6 +24,7 @@ from ray.util.metrics import Counter, Gauge, Histogram
 from jobs.serving.pairs import find_place
 from jobs.serving.scraping import scrape
 from jobs.serving.specs import ServeSpec
+from jobs.serving.trials import RemoteTrials, TrialDeployment
 from pipelines.samples import Clip, TimeRange
 from rzen.serving.guards import ApiKeys
 from rzen.serving.types import EmbedRequest, Limits, RequestError, ScoreRequest, SearchRequest
@@ -48,7 +50,8 @@ def build(settings: dict[str, Any]) -> serve.Application:
         max_ongoing_requests=4 * spec.max_requests,
         max_queued_requests=spec.max_requests,
     )
-    return gateway.bind(settings, replica.bind(settings))
+    trials = None if spec.canary is None else _TRIALS.bind(spec.canary.model_dump(mode="json"))
+    return gateway.bind(settings, replica.bind(settings, trials))
 
 
 def _scale(spec: ServeSpec) -> dict[str, Any]:
@@ -62,7 +65,7 @@ def _scale(spec: ServeSpec) -> dict[str, Any]:
 class ModelReplica:
     """Holds the engine. It looks from time to time whether model or corpus were replaced, or others were promoted."""
 
-    def __init__(self, settings: dict[str, Any]) -> None:
+    def __init__(self, settings: dict[str, Any], trials: DeploymentHandle | None) -> None:
         from rzen.serving.engine import Engine, EngineSettings
         from rzen.serving.follower import Follower
 
@@ -71,7 +74,8 @@ class ModelReplica:
         threads = max(1, round(spec.cpus_per_replica))
         engine_settings = EngineSettings(spec.chunk_tokens, spec.max_waiting_tokens, threads, spec.media)
         self._engine = Engine(engine_settings, self._metrics.record, self._metrics.count_answer)
-        self._follower = Follower(self._engine, self._where, spec.canary, self._metrics.count_reload)
+        shared = None if trials is None else RemoteTrials(trials)
+        self._follower = Follower(self._engine, self._where, spec.canary, self._metrics.count_reload, shared)
         self._reload_s = spec.reload_s
         self._place: dict[str, Any] | None = None
         self._picture_thread = ThreadPoolExecutor(1, thread_name_prefix="picture")
@@ -318,6 +322,7 @@ _deployment: Any = partial(
     serve.deployment, max_surge_percent=100, health_check_period_s=5, graceful_shutdown_timeout_s=60
 )
 _MODEL_REPLICA = _deployment(name="ModelReplica")(ModelReplica)
+_TRIALS = _deployment(name="Trials", ray_actor_options={"num_cpus": 0})(TrialDeployment)
 _GATEWAY = _deployment(
     name="Gateway",
     ray_actor_options={"num_cpus": 0.2},

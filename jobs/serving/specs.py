@@ -153,7 +153,7 @@ class ServeSpec(JobConfig):
     """How often the server looks whether model or corpus were replaced. It then loads them while it answers. A pair
     that does not belong together is not used. `null` never looks."""
     canary: CanaryConfig | None = None
-    """Trial of a new model and corpus in each replica. `null` uses them at once."""
+    """Trial of a new model and corpus, which all replicas have together. `null` uses them at once."""
     host: str = "127.0.0.1"
     """Address to listen on. Others than loopback need keys, or `anonymous: true`."""
     port: Annotated[int, Field(ge=1, le=65535)] = 8000

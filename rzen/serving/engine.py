@@ -28,6 +28,7 @@ from rzen.index.types import KEY, TargetPlace
 from rzen.reranking.encoder import JointBatch
 from rzen.serving.canary import Outcomes, Trial
 from rzen.serving.dialects.formats import cut_vectors
+from rzen.serving.place import Place
 from rzen.serving.preparation import (
     PreparedInput,
     decode_input,
@@ -37,7 +38,7 @@ from rzen.serving.preparation import (
     total_usage,
 )
 from rzen.serving.queue import BatchStats, TokenQueue
-from rzen.serving.served import CANARY, Decoders, EncodedPair, Place, Served, load_served
+from rzen.serving.served import CANARY, Decoders, EncodedPair, Served, load_served
 from rzen.serving.types import (
     Answered,
     EmbedRequest,
@@ -189,7 +190,7 @@ class Engine:
         if self._tried is not None:
             tried, trial = self._tried
             is_tried = trial.takes_next()
-            served, outcomes = (tried, trial.new) if is_tried else (served, trial.old)
+            served, outcomes = (tried, trial.counts.new) if is_tried else (served, trial.counts.old)
         served = served.of(model)
         try:
             yield served

@@ -16,49 +16,19 @@ from typing_extensions import TypedDict
 from pipelines.config import MediaConfig
 from pipelines.errors import UserError
 from pipelines.media.decode import Decoder
-from pipelines.storage.location import open_store
 from pipelines.stored_json import read_json, stored_file
-from rzen.config import Dtype
-from rzen.embedding.corpus import MANIFEST, VERSIONS, Corpus, read_corpus
+from rzen.embedding.corpus import Corpus, read_corpus
 from rzen.embedding.embedder import Embedder, load
 from rzen.embedding.shared import share
 from rzen.inputs.processor import EncodedBatch
 from rzen.model.checkpoints import checkpoint_sha256
 from rzen.reranking.encoder import JointBatch
 from rzen.reranking.reranker import Reranker, load_reranker
+from rzen.serving.place import Place
 from rzen.serving.types import RequestError, Vectors
 
 CANARY = "a red circle left of a blue square"
 """Text whose vector is computed when a model is loaded, and compared when somebody asks whether the server is ready."""
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where model and corpus are, and how they are loaded."""
-
-    model: str
-    adapter: str | None = None
-    adapters: tuple[tuple[str, str], ...] = ()
-    """Name and URL of adapters that share the model, in addition to the model itself."""
-    corpus: str | None = None
-    corpus_version: str | None = None
-    """Version of the corpus. None takes the live one, and follows it."""
-    reranker: str | None = None
-    endpoint: str | None = None
-    dtype: Dtype | None = None
-    dimensions: tuple[int, ...] | None = None
-    """Widths that clients may ask for. None takes those that `config.json` names."""
-
-    def tag(self) -> str:
-        """Return what changes when model or corpus are replaced: the tags of their files, without reading them."""
-        parts = [repr(self)]
-        for url in filter(None, (self.model, self.adapter, self.reranker, *dict(self.adapters).values())):
-            if "://" in url or Path(url).expanduser().is_dir():  # a hub name does not change
-                parts.append(json.dumps(open_store(url, self.endpoint).tags()))
-        if self.corpus is not None:
-            path = MANIFEST if self.corpus_version is None else f"{VERSIONS}/{self.corpus_version}.json"
-            parts.append(open_store(self.corpus, self.endpoint).tag(path))
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 class Decoders:

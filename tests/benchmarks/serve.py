@@ -233,7 +233,8 @@ class _Exchange:
 
 def _version_at(model: Path) -> str:
     from pipelines.config import MediaConfig
-    from rzen.serving.served import Place, load_served
+    from rzen.serving.place import Place
+    from rzen.serving.served import load_served
 
     return load_served(Place(str(model)), MediaConfig(), CHUNK_TOKENS).version
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import threading
 import time
+import urllib.error
 import urllib.request
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,14 +80,15 @@ def promoted(tmp_path_factory: pytest.TempPathFactory) -> Promoted:
 
 
 class Load:
-    """Clients that search all the time. Every answer must be that of one pair."""
+    """Clients that search all the time. Every answer must be that of one pair, or the `planted` error."""
 
-    def __init__(self, url: str, expected: Hits) -> None:
-        self._url, self._expected = url, expected
+    def __init__(self, url: str, expected: Hits, planted: str | None = None) -> None:
+        self._url, self._expected, self._planted = url, expected, planted
         self._done = threading.Event()
         self.versions: dict[str, set[str]] = {}
         """Version in the header -> pairs whose hits it came with."""
         self.answers: list[str] = []
+        """The pair of each answer, or `error`."""
         self.clients: list[Future[None]] = []
 
     def ask(self, number: int) -> None:
@@ -92,8 +98,14 @@ class Load:
     def ask_once(self, number: int) -> None:
         body = json.dumps({"query": QUERIES[number], "top_k": TOP_K}).encode()
         request = urllib.request.Request(f"{self._url}/v1/search", body, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=60) as answer:  # raises for any status but 200
-            version, hits = answer.headers["x-rzen-version"], json.load(answer)["data"]
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:  # raises for any status but 200
+                version, hits = answer.headers["x-rzen-version"], json.load(answer)["data"]
+        except urllib.error.HTTPError as error:
+            if self._planted is None or json.load(error)["error"]["code"] != self._planted:
+                raise
+            self.answers.append("error")
+            return
         scores = np.array([hit["score"] for hit in hits])
         near = [name for name, rows in self._expected.items() if np.abs(rows[number] - scores).max() < CLOSE]
         assert len(near) == 1, "hits of no pair, or of a model and the corpus of another"
@@ -102,16 +114,36 @@ class Load:
 
     def wait_for(self, name: str, count: int = 12) -> None:
         """Wait until so many answers in a row are those of a pair. Raises the error of a client."""
+        self.wait_until(lambda: set(self.answers[-count:]) == {name} and len(self.answers) >= count)
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Wait until a condition holds. Raises the error of a client."""
         deadline_s = time.monotonic() + 90
-        while set(self.answers[-count:]) != {name} or len(self.answers) < count:
+        while not condition():
             for client in self.clients:
                 if client.done():
                     client.result()
-            assert time.monotonic() < deadline_s, self.answers[-count:]
+            assert time.monotonic() < deadline_s, self.answers[-12:]
             time.sleep(0.05)
 
     def stop(self) -> None:
         self._done.set()
+
+
+def server(promoted: Promoted, canary: dict[str, Any]) -> ServeSpec:
+    """Two replicas that follow the registry."""
+    return ServeSpec.model_validate(
+        {
+            "kind": "serve",
+            "registry": promoted.registry.store.url,
+            "port": free_port(),
+            "reload_s": 0.3,
+            "replicas": 2,
+            "cpus_per_replica": 0.5,
+            "canary": canary,
+            "media": MEDIA.model_dump(),
+        }
+    )
 
 
 def test_promotions_and_rollbacks_under_load_answer_with_one_pair(ray_cluster: None, promoted: Promoted) -> None:
@@ -119,16 +151,8 @@ def test_promotions_and_rollbacks_under_load_answer_with_one_pair(ray_cluster: N
 
     assert np.abs(promoted.expected["a"] - promoted.expected["b"]).max(axis=1).min() > 100 * CLOSE
     promoted.promote("a", promoted.pairs["a"])
-    spec = {
-        "kind": "serve",
-        "registry": promoted.registry.store.url,
-        "port": free_port(),
-        "reload_s": 0.3,
-        "cpus_per_replica": 0.5,
-        "canary": {"fraction": 0.5, "requests": 8, "timeout_s": 30},
-        "media": MEDIA.model_dump(),
-    }
-    load = Load(deploy(ServeSpec.model_validate(spec)), promoted.expected)
+    spec = server(promoted, {"fraction": 0.5, "requests": 8, "timeout_s": 30})
+    load = Load(deploy(spec), promoted.expected)
     with ThreadPoolExecutor(3) as pool:
         load.clients = [pool.submit(load.ask, number) for number in range(3)]
         try:
@@ -151,3 +175,64 @@ def test_promotions_and_rollbacks_under_load_answer_with_one_pair(ray_cluster: N
     for client in load.clients:
         client.result()
     assert sorted(map(sorted, load.versions.values())) == [["a"], ["b"]]
+
+
+def replicas() -> dict[str, Any]:
+    """The running model replicas, by name."""
+    import ray
+
+    actors = [actor for actor in ray.util.list_named_actors(all_namespaces=True) if "#ModelReplica#" in actor["name"]]
+    return {actor["name"]: ray.get_actor(actor["name"], actor["namespace"]) for actor in actors}
+
+
+def break_model(replica: Any, model: str) -> int:
+    """Let a model fail on every input, in one replica. Return its process id."""
+    import ray
+
+    def plant(actor: Any) -> int:
+        from rzen.serving.served import Served
+
+        embed = Served.embed
+
+        def embed_or_fail(served: Any, inputs: Any) -> Any:
+            if served.place.model == model:
+                return [ArithmeticError("planted") for _ in inputs]
+            return embed(served, inputs)
+
+        Served.embed = embed_or_fail  # type: ignore[method-assign]
+        return os.getpid()
+
+    pid: int = ray.get(replica.__ray_call__.remote(plant))
+    return pid
+
+
+def test_errors_of_one_replica_return_all_replicas_to_the_pair_before(ray_cluster: None, promoted: Promoted) -> None:
+    from ray import serve
+
+    promoted.promote("a", promoted.pairs["a"])
+    # Only errors end this trial: without the other replica's, the healthy one would go on with it.
+    spec = server(promoted, {"fraction": 0.5, "requests": 100_000, "timeout_s": 600})
+    load = Load(deploy(spec), promoted.expected, planted="model_error")
+    before = replicas()
+    assert len(before) == 2
+    name, broken = before.popitem()
+    pid = break_model(broken, promoted.pairs["b"]["model"])
+    with ThreadPoolExecutor(3) as pool:
+        load.clients = [pool.submit(load.ask, number) for number in range(3)]
+        try:
+            load.wait_for("a")
+            promoted.promote("b", promoted.pairs["b"])
+            load.wait_until(lambda: load.answers.count("error") >= 3)
+            load.wait_for("a", 60)
+            assert "b" in load.answers, "the healthy replica tried the pair, too"
+            os.kill(pid, signal.SIGKILL)
+            load.wait_until(lambda: len(replicas().keys() - {name}) == 2)  # another one has started
+            given_up = len(load.answers)
+            load.wait_until(lambda: len(load.answers) > given_up + 100)
+            assert set(load.answers[given_up:]) == {"a"}, "a replica that starts does not use what was given up"
+        finally:
+            load.stop()
+    serve.shutdown()
+    for client in load.clients:
+        client.result()
+    assert load.answers.count("error") < 12, "the trial ended soon after the third error"

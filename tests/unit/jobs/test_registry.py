@@ -18,7 +18,7 @@ from pipelines.storage.location import open_store
 from pipelines.storage.publish import publish_folder
 from pipelines.storage.store import Store
 from rzen.embedding.corpus import MANIFEST, VERSIONS
-from rzen.serving.served import Place
+from rzen.serving.place import Place
 
 
 @pytest.fixture(params=["local", "s3"])

@@ -19,7 +19,7 @@ from rzen.config import ModelIdentity, PromptConfig, ReadoutConfig
 from rzen.embedding.shared import share
 from rzen.export.export import ExportOptions, export_model
 from rzen.serving.engine import Engine, EngineSettings
-from rzen.serving.served import Place
+from rzen.serving.place import Place
 from tests.export.make import trained_adapter
 from tests.serving import NAME, http_server
 from tests.tiny import TEXTS, tiny_checkpoint

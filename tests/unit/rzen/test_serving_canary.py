@@ -18,10 +18,11 @@ from pipelines.errors import UserError
 from rzen.config import ModelIdentity, PromptConfig
 from rzen.export.export import ExportOptions, export_model
 from rzen.inputs.processor import EncodedBatch
-from rzen.serving.canary import CanaryConfig, Trial
+from rzen.serving.canary import CanaryConfig, Counts, Outcomes, Ruling, Trial, TrialCoordinator, Verdict
 from rzen.serving.engine import Engine, EngineSettings
 from rzen.serving.follower import Follower, held_out_score, read_held_out
-from rzen.serving.served import Place, Served
+from rzen.serving.place import Place, TaggedPlace
+from rzen.serving.served import Served
 from rzen.serving.types import EmbedRequest, RequestError, SearchRequest, ServedInput, Vectors
 from tests.tiny import TINY, tiny_checkpoint
 from tests.vectors import MEDIA, embed_corpus, publish_mixed
@@ -59,12 +60,94 @@ def test_the_new_pair_gets_its_share_of_any_requests_in_a_row() -> None:
     ],
 )
 def test_errors_decide_a_trial(old: tuple[int, int], new: tuple[int, int], waited_s: float, verdict: str) -> None:
-    clock = Clock()
-    trial = Trial(CanaryConfig(requests=100, timeout_s=60), clock)
-    trial.old.answered, trial.old.failed = old
-    trial.new.answered, trial.new.failed = new
+    trials, clock = coordinator()
+    begin(trials, "b")
     clock.now_s = waited_s
-    assert trial.verdict() == verdict
+    assert report(trials, "b", "one", old, new) == verdict
+
+
+A = TaggedPlace(Place("model"), "a")
+"""A pair that is trusted."""
+
+
+def coordinator() -> tuple[TrialCoordinator, Clock]:
+    clock = Clock()
+    trials = TrialCoordinator(CanaryConfig(requests=100, timeout_s=60), clock)
+    assert asyncio.run(trials.start(A)) == A
+    return trials, clock
+
+
+def at(tag: str) -> TaggedPlace:
+    return TaggedPlace(Place("model"), tag)
+
+
+def see(trials: TrialCoordinator, tag: str, known: Verdict = "wait", used: TaggedPlace = A) -> Verdict:
+    return asyncio.run(trials.see(at(tag), used, known))
+
+
+def begin(trials: TrialCoordinator, tag: str) -> None:
+    assert see(trials, tag) == "wait"
+    assert report(trials, tag, "one", (0, 0), (0, 0)) == "wait"
+
+
+def report(trials: TrialCoordinator, tag: str, replica: str, old: tuple[int, int], new: tuple[int, int]) -> str:
+    return ruling(trials, tag, replica, old, new).verdict
+
+
+def ruling(trials: TrialCoordinator, tag: str, replica: str, old: tuple[int, int], new: tuple[int, int]) -> Ruling:
+    return asyncio.run(trials.report(at(tag), replica, Counts(Outcomes(*old), Outcomes(*new))))
+
+
+def test_the_answers_of_all_replicas_decide_together() -> None:
+    trials, _ = coordinator()
+    begin(trials, "b")
+    assert report(trials, "b", "one", (500, 0), (60, 0)) == "wait"
+    heard = ruling(trials, "b", "two", (90, 0), (38, 1))
+    assert heard == Ruling("wait", Counts(Outcomes(500, 0), Outcomes(60, 0)))
+    assert report(trials, "b", "two", (90, 0), (39, 1)) == "adopt"  # 1 of 100
+    assert report(trials, "b", "one", (500, 0), (60, 9)) == "adopt"  # a decision stays
+    assert asyncio.run(trials.start(at("b"))).tag == "b"
+
+    trials, _ = coordinator()
+    begin(trials, "b")
+    assert report(trials, "b", "one", (500, 0), (60, 0)) == "wait"
+    assert report(trials, "b", "two", (90, 0), (0, 3)) == "give up"  # only one replica has seen errors
+    assert report(trials, "b", "one", (500, 0), (97, 0)) == "give up"
+    assert see(trials, "b") == "give up"  # of a replica that comes later
+    assert asyncio.run(trials.start(at("b"))) == A
+
+
+def test_a_pair_has_a_new_trial_when_it_comes_back() -> None:
+    trials, _ = coordinator()
+    begin(trials, "b")
+    asyncio.run(trials.give_up(at("b")))
+    assert see(trials, "b", known="give up") == "give up"
+    assert see(trials, "a") == "adopt"  # rolled back
+    assert report(trials, "b", "one", (9, 0), (9, 0)) == "moved"
+    assert see(trials, "b", known="give up") == "wait"
+    assert report(trials, "b", "one", (9, 0), (100, 0)) == "adopt"
+
+
+def test_replicas_tell_a_coordinator_that_starts_again_what_was_decided() -> None:
+    config = CanaryConfig(requests=100)
+    trials = TrialCoordinator(config)
+    assert see(trials, "b", known="give up") == "give up"
+    assert asyncio.run(trials.start(at("b"))) == A
+    trials = TrialCoordinator(config)
+    assert see(trials, "b", used=at("b")) == "adopt"
+    trials = TrialCoordinator(config)
+    assert report(trials, "b", "one", (9, 0), (60, 0)) == "wait"  # counts are those of the whole trial
+    assert report(trials, "b", "two", (9, 0), (40, 0)) == "adopt"
+
+
+def test_a_replica_pauses_the_new_pair_while_all_answers_are_too_bad() -> None:
+    trial = Trial(CanaryConfig(fraction=1))
+    trial.counts.new.failed = 2
+    assert trial.takes_next()
+    trial.others = Counts(new=Outcomes(0, 1))
+    assert not trial.takes_next()
+    trial.others = Counts(new=Outcomes(300, 1))
+    assert trial.takes_next()
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,12 +189,18 @@ def pair(root: Path, name: str) -> Place:
 class Following:
     """An engine that follows a place, which starts at the pair `a`."""
 
-    def __init__(self, root: Path, canary: CanaryConfig | None, kind: type[Engine] = Engine) -> None:
+    def __init__(
+        self,
+        root: Path,
+        canary: CanaryConfig | None,
+        kind: type[Engine] = Engine,
+        trials: TrialCoordinator | None = None,
+    ) -> None:
         self.answers: list[tuple[str, bool]] = []
         self.engine = kind(EngineSettings(media=MEDIA), on_answer=lambda *answer: self.answers.append(answer))
         self.place = pair(root, "a")
         self.outcomes: list[str] = []
-        self.follower = Follower(self.engine, lambda: self.place, canary, self.outcomes.append)
+        self.follower = Follower(self.engine, lambda: self.place, canary, self.outcomes.append, trials)
 
     async def move(self, place: Place) -> None:
         """Put another pair at the place, and ask until it has been exchanged or given up."""
@@ -173,6 +262,117 @@ def test_a_pair_that_fails_is_given_up_and_not_tried_again(root: Path, follow: C
 
     found = follow(test, CanaryConfig(fraction=0.5, requests=10), Breaking)
     assert (found.served, found.outcomes) == ("a", ["given_up"])
+
+
+def test_replicas_give_a_pair_up_together_and_later_ones_start_without_it(
+    root: Path, follow: Callable[..., Following]
+) -> None:
+    canary = CanaryConfig(fraction=0.5, requests=10_000)
+    trials = TrialCoordinator(canary)
+
+    async def test(healthy: Following) -> None:
+        broken, late = (Following(root, canary, kind, trials) for kind in (Breaking, Engine))
+        await broken.follower.start()
+        await asyncio.gather(healthy.move(pair(root, "b")), broken.move(pair(root, "b")))
+        assert all(ok for _, ok in healthy.answers)
+        assert len({version for version, _ in healthy.answers}) == 2  # it has tried the pair
+        assert (broken.served, broken.outcomes) == ("a", ["given_up"])
+        late.place = pair(root, "b")
+        await late.follower.start()
+        assert late.served == "a"
+        await late.follower.refresh()
+        assert (late.served, late.outcomes) == ("a", ["given_up"])
+        for one in (broken, late):
+            one.engine.close()
+
+    found = follow(test, canary, Engine, trials)
+    assert (found.served, found.outcomes) == ("a", ["given_up"])
+
+
+def test_a_replica_that_looks_later_takes_over_what_was_decided(root: Path, follow: Callable[..., Following]) -> None:
+    canary = CanaryConfig(fraction=0.5, requests=10)
+    trials = TrialCoordinator(canary)
+
+    async def test(first: Following) -> None:
+        late, failing = (Following(root, canary, Engine, trials) for _ in range(2))
+        await late.follower.start()
+        await failing.follower.start()
+        failing.place = Place(str(root / "b"), corpus=str(root / "vectors-a"))  # of another tag, and it does not fit
+        await failing.follower.refresh()
+        await first.move(pair(root, "b"))
+        await late.move(pair(root, "b"))
+        assert (late.served, late.outcomes) == ("b", ["ok"])
+        asked = [version == late.engine.served.version for version, _ in late.answers]
+        assert asked == sorted(asked), "it took the pair over without a trial"
+        failing.place = pair(root, "b")
+        await failing.follower.refresh()
+        assert (failing.served, failing.outcomes) == ("b", ["failed", "ok"])
+        for one in (late, failing):
+            one.engine.close()
+
+    found = follow(test, canary, Engine, trials)
+    assert (found.served, found.outcomes) == ("b", ["ok"])
+
+
+def test_a_pair_that_one_replica_could_not_load_is_loaded_once_others_adopt_it(
+    root: Path, follow: Callable[..., Following], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    canary = CanaryConfig(fraction=0.5, requests=10)
+    trials = TrialCoordinator(canary)
+
+    async def no_memory(place: Place) -> Served:
+        raise MemoryError("no memory for both")
+
+    async def test(one: Following) -> None:
+        other = Following(root, canary, Engine, trials)
+        await other.follower.start()
+        with monkeypatch.context() as full:
+            full.setattr(one.engine, "prepare", no_memory)
+            await one.move(pair(root, "b"))
+        await one.follower.refresh()  # not tried again before it is adopted
+        assert (one.served, one.outcomes) == ("a", ["failed"])
+        await other.move(pair(root, "b"))
+        await one.follower.refresh()
+        other.engine.close()
+
+    found = follow(test, canary, Engine, trials)
+    assert (found.served, found.outcomes) == ("b", ["failed", "ok"])
+
+
+class Unreachable(TrialCoordinator):
+    """Does not answer the first times that it is asked."""
+
+    asked = 0
+
+    def _fail(self) -> None:
+        self.asked += 1
+        if self.asked <= 3:
+            raise ConnectionError("planted")
+
+    async def start(self, found: TaggedPlace) -> TaggedPlace:
+        self._fail()
+        return await super().start(found)
+
+    async def see(self, found: TaggedPlace, used: TaggedPlace, known: Verdict) -> Verdict:
+        self._fail()
+        return await super().see(found, used, known)
+
+    async def report(self, found: TaggedPlace, replica: str, counts: Counts) -> Ruling:
+        assert self.asked >= 3, "nothing was adopted before"
+        self._fail()
+        return await super().report(found, replica, counts)
+
+
+def test_a_coordinator_that_does_not_answer_delays_a_decision(root: Path, follow: Callable[..., Following]) -> None:
+    canary = CanaryConfig(fraction=0.5, requests=10)
+    trials = Unreachable(canary)
+
+    async def test(following: Following) -> None:
+        await following.move(pair(root, "b"))
+
+    found = follow(test, canary, Engine, trials)
+    assert (found.served, found.outcomes) == ("b", ["ok"])
+    assert len({version for version, _ in found.answers}) == 2, "it had its trial"
 
 
 def held_out(root: Path, name: str, folder: Path) -> str:

@@ -32,7 +32,7 @@ from rzen.config import ModelIdentity, PromptConfig
 from rzen.export.export import ExportOptions, export_model
 from rzen.serving.engine import Engine, EngineSettings
 from rzen.serving.guards import ApiKeys
-from rzen.serving.served import Place
+from rzen.serving.place import Place
 from rzen.serving.types import EmbedRequest, ServedInput
 from tests.serving import NAME, http_server, send_raw
 from tests.tiny import TEXTS, TINY, tiny_checkpoint

@@ -19,7 +19,7 @@ from rzen.config import ModelIdentity, PromptConfig
 from rzen.export.export import ExportOptions, export_model
 from rzen.serving.engine import Engine, EngineSettings
 from rzen.serving.guards import ApiKeys
-from rzen.serving.served import Place
+from rzen.serving.place import Place
 from tests.chromium import CHROMIUM, PATIENCE_S, Page, browser
 from tests.serving import http_server
 from tests.tiny import tiny_checkpoint

@@ -18,7 +18,7 @@ import rzen
 from pipelines.media.decode import Decoder
 from pipelines.samples import TimeRange, Visual
 from rzen.serving.engine import Engine, EngineSettings
-from rzen.serving.served import Place
+from rzen.serving.place import Place
 from tests.serving import http_server
 from tests.tiny import tiny_export
 from tests.vectors import MEDIA, clip, embed_folder, picture, scenes
