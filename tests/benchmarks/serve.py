@@ -2,6 +2,7 @@
 
     python -m tests.benchmarks.serve --minutes 10 --write      writes serve.md
     python -m tests.benchmarks.serve --minutes 0.5 --clients 8   a glance
+    python -m tests.benchmarks.serve --peer FOLDER --write       next to infinity; see serve_peer.py
 
 Clients ask without a pause for the vectors of one to four items: texts of 5 to 400 words, and JPEGs of 60 to 900 pixels
 a side. Every twentieth request has a bad item, which must be refused with its index. After a third of the time the
@@ -43,9 +44,10 @@ from jobs.serving.serve import deploy
 from jobs.serving.specs import ServeSpec
 from rzen.export.export import ExportOptions, export_model
 from rzen.model.backbone import build_tiny
+from tests.benchmarks import serve_peer
 from tests.benchmarks.encode import BACKBONE, IDENTITY
 from tests.benchmarks.machine import describe_machine
-from tests.benchmarks.turns import say, show
+from tests.benchmarks.turns import say
 
 ITEMS, BAD_EVERY, CLOSE = 120, 20, 1e-5
 CHUNK_TOKENS = 4096
@@ -270,17 +272,36 @@ def _report(load: Load, whole_s: float, alone: tuple[float, float], clients: int
     return "\n".join(lines)
 
 
+def write_section(path: Path, report: str) -> None:
+    """Replace the part of a file that a report is: the comparison with the peer, or all before it."""
+    load, title, comparison = path.read_text(encoding="utf-8").partition(serve_peer.TITLE)
+    if report.startswith(serve_peer.TITLE):
+        title, comparison = "", report
+    else:
+        load = report
+    path.write_text(f"{load.rstrip()}\n\n{title}{comparison}".rstrip() + "\n", encoding="utf-8")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--clients", type=int, default=50)
     parser.add_argument("--replicas", type=int, default=1)
+    parser.add_argument("--peer", type=Path, help="folder with infinity_emb; compares the servers")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--requests", type=int, default=80)
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
-    set_environment()
+    is_right = True  # `serve_peer` raises for a vector that differs
     with tempfile.TemporaryDirectory(prefix="rzen-serve-") as folder:
-        report, is_right = measure(Path(folder), options.minutes, options.clients, options.replicas)
-    show(report, __file__, write=options.write)
+        if options.peer:
+            report = serve_peer.measure(Path(folder), options.peer.absolute(), options.turns, options.requests)
+        else:
+            set_environment()
+            report, is_right = measure(Path(folder), options.minutes, options.clients, options.replicas)
+    print(report)
+    if options.write:
+        write_section(Path(__file__).with_suffix(".md"), report)
     return 0 if is_right else 1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from rzen.model.chunks import Indices, chunks_of
 from rzen.model.embedding_model import EmbeddingModel
 from rzen.objective.loss import Objective
 from rzen.training.step import EmbeddingLearner
-from tests.benchmarks import contenders, demo, flops, padding, plain, rerank, soup, synthetic, vision
+from tests.benchmarks import contenders, demo, flops, padding, plain, rerank, serve, serve_peer, soup, synthetic, vision
 from tests.benchmarks.turns import ROOT
 
 TINY = synthetic.SHAPES["tiny"]
@@ -182,3 +183,24 @@ def test_a_feed_is_measured_between_its_warm_up_and_the_end_of_its_first_consume
     assert (found.samples, found.wall_s, found.cpu_s) == (7 * 32, 2.5, 5.0)
     with pytest.raises(RuntimeError, match=r"bare gave batches for 1\.0 s only"):
         contenders.result(run, first[0], [first[:3]])
+
+
+def test_each_report_of_the_server_replaces_its_own_section(tmp_path: Path) -> None:
+    path = tmp_path / "serve.md"
+    path.write_text("# Load\n\nold\n")
+    serve.write_section(path, f"{serve_peer.TITLE}\n\nfirst\n")
+    serve.write_section(path, "# Load\n\nnew\n")
+    assert path.read_text() == f"# Load\n\nnew\n\n{serve_peer.TITLE}\n\nfirst\n"
+    serve.write_section(path, f"{serve_peer.TITLE}\n\nsecond\n")
+    assert path.read_text() == f"# Load\n\nnew\n\n{serve_peer.TITLE}\n\nsecond\n"
+
+
+def test_cpu_seconds_of_a_server_are_those_of_all_its_processes() -> None:
+    burn = "import time\nwhile time.process_time() < 0.5: pass\nprint(flush=True)\ninput()"
+    command = ["sh", "-c", '"$0" -c "$1"; true', sys.executable, burn]  # a child of the process that is asked about
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdin is not None
+        process.stdout.readline()
+        assert 0.4 < serve_peer.cpu_seconds(process.pid) < 2
+        process.stdin.close()
