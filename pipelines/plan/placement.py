@@ -63,8 +63,11 @@ class ConstrainedSamples:
             return pack(self.target, self.query, self.cluster, num_batches, batch, rng)
         return deal(self.target, self.query, num_batches, batch, rng)
 
-    def notes(self, num_batches: int, batch: int) -> list[str]:
-        """Describe what no order of an epoch can meet."""
+    def notes(self, num_batches: int, batch: int, *, draws_positives: bool = False) -> list[str]:
+        """Describe what no order of an epoch can meet.
+
+        With `draws_positives`, equal numbers in `query` are those of queries that are linked by their positives.
+        """
         lines = []
         sizes = np.bincount(self.target[self.target >= 0])
         if crowded := int((sizes > num_batches).sum()):
@@ -73,7 +76,14 @@ class ConstrainedSamples:
                 f" ({num_batches}): some batches hold duplicates, which are not scored against each other"
             )
         sizes = np.bincount(self.query[self.query >= 0])
-        if crowded := int((sizes > num_batches).sum()):
+        crowded = int((sizes > num_batches).sum())
+        if crowded and draws_positives:
+            lines.append(
+                f"{crowded} sets of queries are linked by common positives and larger (up to {sizes.max()}) than an"
+                f" epoch has batches ({num_batches}): there, the target of a query may be another positive of a query"
+                " of its batch, and counts as a negative of it"
+            )
+        elif crowded:
             lines.append(
                 f"{crowded} queries come in more samples (up to {sizes.max()}) than an epoch has batches"
                 f" ({num_batches}): some batches hold a query twice, whose targets are no negatives of it"

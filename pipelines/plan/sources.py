@@ -111,7 +111,8 @@ class PlanSource:
             lines.append(
                 f"each epoch leaves out {left} of {self.num_samples} samples, others each time: no whole batch"
             )
-        return lines + self._members(0).constrained.notes(self.batches_per_epoch, self.batch)
+        constrained, draws_positives = self._members(0).constrained, self.num_alternatives > 0
+        return lines + constrained.notes(self.batches_per_epoch, self.batch, draws_positives=draws_positives)
 
     def _members(self, epoch: int) -> _Members:
         """Return the samples that an epoch takes."""

@@ -10,10 +10,12 @@ Alternatives, such as the positives of one query, share a stretch. If it is take
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from pipelines.plan.dealing import linked_sets
 from pipelines.plan.subset import seed_of_name
 from pipelines.plan.types import NO_SAMPLES, WEIGHT_STREAM, Int64Array, SourceTable
 
@@ -37,11 +39,15 @@ def one_of_each_query(table: SourceTable) -> SourceTable:
     """Return the table with samples of an equal query as alternatives: an epoch takes one of them.
 
     Their weights are divided by their number. So a query is taken in all epochs, or in the mean of their own weights.
+    A positive that an epoch does not take may be the target of another query. Queries that are linked in this way
+    become equal in `queries`, so that batches keep them apart.
     """
     is_kept = ~np.isin(table.duplicates, table.dropped)
     samples, queries = table.duplicates[is_kept], table.queries[is_kept]
     _, group, counts = np.unique(queries, return_inverse=True, return_counts=True)
     is_shared = counts[group] > 1
+    apart = table.queries.copy()
+    apart[is_kept] = _linked_queries(table.targets[is_kept], queries, group, is_shared)
     samples, group = samples[is_shared], group[is_shared]
     weighted = np.union1d(table.weighted, samples)
     weights = np.ones(len(weighted))
@@ -50,7 +56,29 @@ def one_of_each_query(table: SourceTable) -> SourceTable:
     places = np.searchsorted(weighted, samples)
     alternatives[places] = group
     weights[places] /= counts[group]
-    return replace(table, weighted=weighted, weights=weights, alternatives=alternatives if len(samples) else NO_SAMPLES)
+    alternatives = alternatives if len(samples) else NO_SAMPLES
+    return replace(table, queries=apart, weighted=weighted, weights=weights, alternatives=alternatives)
+
+
+def _linked_queries(
+    targets: npt.NDArray[np.integer[Any]],
+    queries: npt.NDArray[np.integer[Any]],
+    group: Int64Array,
+    is_shared: npt.NDArray[np.bool_],
+) -> npt.NDArray[np.integer[Any]]:
+    """Return the queries of samples, made equal in each set that targets and queries link.
+
+    `group` numbers the queries, and `is_shared` marks samples of queries with several positives. Sets without such a
+    query stay as they are: their equal targets are apart anyway.
+    """
+    if not is_shared.any():
+        return queries
+    linked = linked_sets(np.unique(targets, return_inverse=True)[1], group)
+    with_several = np.zeros(linked.max() + 1, np.bool_)
+    with_several[linked[is_shared]] = True
+    least = np.full(len(with_several), np.iinfo(queries.dtype).max, queries.dtype)
+    np.minimum.at(least, linked, queries)
+    return np.where(with_several[linked], least[linked], queries)
 
 
 def draw(weights: npt.NDArray[np.float64], count: int, rng: np.random.Generator) -> npt.NDArray[np.bool_]:

@@ -48,17 +48,29 @@ class RowMapper:
         except BadMedia as bad:
             yield Rejected(row.origin, bad.reason, bad.detail)
 
-    def _made(self, row: Row) -> Iterator[RawSample]:
+    def _made(self, row: Row) -> Iterator[RawSample | Rejected]:
         config = self.config
         assert config.positive is not None
         assert config.task is not None
         queries = self._parts(config.query, row, "query") if config.query else [Part()]
-        positives = self._parts(config.positive, row, "positive")
+        positives: list[Part] = []
+        for make in self._makers(config.positive, row, "positive"):
+            try:
+                positives.append(self._stripped(make(), "positive"))
+            except BadMedia as bad:  # the other positives of the row can be used
+                yield Rejected(row.origin, bad.reason, bad.detail)
         negatives = [part for side in config.negatives or () for part in self._parts(side, row, "negatives")]
+        negatives = [part for part in negatives if part not in positives]
         source = self._source(row)
         relevance = number_of(find(config.relevance, row), config.relevance) if config.relevance else None
+        target_instruction = self._target_instruction(row)
         for query in queries:
             for positive in positives:
+                try:
+                    instructions = self._instructions(row, query, positive)
+                except BadMedia as bad:  # prompts follow the modality of the positive
+                    yield Rejected(row.origin, bad.reason, bad.detail)
+                    continue
                 files: dict[str, Reference] = {}
                 sample = Sample(
                     key="",
@@ -67,8 +79,8 @@ class RowMapper:
                     query=_input(query, "q", files),
                     positive=_input(positive, "p", files),
                     negatives=tuple(_input(part, "n", files) for part in negatives),
-                    **instruction_fields(self._instructions(row, query, positive)),
-                    target_instruction=self._target_instruction(row),
+                    **instruction_fields(instructions),
+                    target_instruction=target_instruction,
                     origin=row.origin,
                     relevance=relevance,
                 )
@@ -111,17 +123,19 @@ class RowMapper:
         return _constant(found, row) if found is not None else INSTRUCTIONS.get(self.config.task or "", ("", ""))[1]
 
     def _parts(self, side: Side, row: Row, role: Role) -> list[Part]:
-        """Return what a side gives: one part for `one`, one for each element for `each`, the rest of lists in it."""
-        makers = self._of_pool(side, row) if side.id else self._of_columns(side, row, role)
-        if not makers:
-            if role == "negatives":
-                return []
-            raise BadMedia("missing_id", f"{role}: {side.id} is empty")
-        each = side.choose == "each" or (role == "negatives" and side.choose is None)
-        if not each:
-            makers = [makers[draw(self.seed, role, row.origin) % len(makers)]]
-        parts = [self._stripped(make(), role) for make in makers]
+        """Return the parts that a side gives, without empty negatives. Raises `BadMedia` for a bad one."""
+        parts = [self._stripped(make(), role) for make in self._makers(side, row, role)]
         return [part for part in parts if role != "negatives" or part.text or part.media]
+
+    def _makers(self, side: Side, row: Row, role: Role) -> list[Callable[[], Part]]:
+        """Return what makes each part of a side: one for `one`, one for each element for `each`."""
+        makers = self._of_pool(side, row) if side.id else self._of_columns(side, row, role)
+        if not makers and role != "negatives":
+            raise BadMedia("missing_id", f"{role}: {side.id} is empty")
+        choose = side.choose or ("one" if role == "query" else "each")
+        if choose == "one" and makers:
+            return [makers[draw(self.seed, role, row.origin) % len(makers)]]
+        return makers
 
     def _of_pool(self, side: Side, row: Row) -> list[Callable[[], Part]]:
         pool = self.pool

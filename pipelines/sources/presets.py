@@ -1,6 +1,7 @@
 """Layouts of published datasets: the columns by which each is recognized, and the settings that read it.
 
 The more special layout comes first. A preset with `looks` is recognized if these columns look so in the first rows.
+Rows keep all positives of their lists, each in a sample of its own. Only MegaPairs draws, one of its instructions.
 """
 
 from __future__ import annotations
@@ -63,11 +64,11 @@ def _pairs(query: str, positive: str, **more: Any) -> dict[str, Any]:
 def _ms_swift() -> dict[str, Any]:
     return {
         "query": {"text": f"messages{_LAST}", "media": "images?"},
-        "positive": {"text": f"positive_messages[0]{_LAST}?", "media": "positive_images[0]?"},
+        "positive": {"text": f"positive_messages[*]{_LAST}?", "media": "positive_images?", "choose": "each"},
         "negatives": [{"text": f"negative_messages[*]{_LAST}?", "media": "negative_images?"}],
         "instruction": {"column": "messages[role=system].content?"},
         "target_instruction": "",
-        "unless": {"label": 0},
+        "unless": {"label?": 0},
     }
 
 
@@ -102,7 +103,7 @@ PRESETS: tuple[Preset, ...] = (
         ("qid", "query_txt", "query_img_path", "pos_cand_list"),
         {
             "query": {"text": "query_txt?", "media": "query_img_path?"},
-            "positive": {"id": "pos_cand_list.did | pos_cand_list", "choose": "one"},
+            "positive": {"id": "pos_cand_list.did | pos_cand_list"},
             "negatives": [{"id": "neg_cand_list.did? | neg_cand_list?"}],
             "pool": {"id": "did", "text": "txt?", "media": "img_path?"},
             **_NONE,
@@ -196,11 +197,7 @@ PRESETS: tuple[Preset, ...] = (
         "flag_embedding",
         "FlagEmbedding: a query with lists of positives and negatives",
         ("query", "pos"),
-        {
-            **_pairs("query", "pos", negatives=[{"text": "neg?"}]),
-            "positive": {"text": "pos", "choose": "one"},
-            "instruction": {"column": "prompt?"},
-        },
+        _pairs("query", "pos", negatives=[{"text": "neg?"}], instruction={"column": "prompt?"}),
     ),
     Preset(
         "ms_swift",
@@ -214,7 +211,7 @@ PRESETS: tuple[Preset, ...] = (
         ("query_id", "positive_document_ids"),
         {
             "query": {"text": "query_text? | query?", "media": "query_image?"},
-            "positive": {"id": "positive_document_ids", "choose": "one"},
+            "positive": {"id": "positive_document_ids"},
             "negatives": [{"id": "negative_document_ids?"}],
             "pool": {"id": "docid", "text": "text?", "media": ["image?", "video?"]},
         },

@@ -29,7 +29,8 @@ class Side(Config):
     """Selector of an id, or of a list of ids, of rows of `pool`. It replaces `text` and `media`."""
     choose: Literal["one", "each"] | None = None
     """What a list gives: `one` element, drawn by the seed and the place of the row, or a sample for `each`. Lists of
-    text and media are then pairs. `null`: one of several texts, all media. A list of negatives gives one for each."""
+    text and media are then pairs. `null`: one of several query texts, a sample for each text or id of a positive, a
+    negative for each element. All media of a list are then in one query or positive."""
     parse: Literal["json", "python_list"] | None = None
     """How texts and paths are read that are lists written as a text. Nothing is evaluated."""
 

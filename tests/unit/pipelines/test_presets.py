@@ -85,12 +85,12 @@ CASES = {
         "query/train/mbeir_cirr_train.jsonl",
         [
             {"qid": "7:1", "query_txt": "greener", "query_img_path": "images/a.jpg", "query_modality": "image,text"}
-            | {"pos_cand_list": ["7:9"], "neg_cand_list": [{"did": "7:8"}]},
+            | {"pos_cand_list": ["7:9", "7:6", "7:5"], "neg_cand_list": [{"did": "7:8"}, {"did": "7:5"}]},
             {"qid": "7:2", "query_txt": None, "query_img_path": "images/a.jpg", "query_modality": "image"}
             | {"pos_cand_list": ["7:7"], "neg_cand_list": []},
         ],
-        [(("greener", 1), ("", 1), [("words", 0)])],
-        ["missing_id"],
+        [(("greener", 1), ("", 1), [("words", 0)])] * 2,  # the second positive is not in the pool
+        ["missing_id"] * 2,
         "image_text_image",
         {"pool": {"table": "pool.jsonl"}, "instruction": {"mbeir": "prompts.tsv"}},
     ),
@@ -185,10 +185,11 @@ CASES = {
     "flag_embedding": Case(
         "flag.jsonl",
         [
-            {"query": "q", "pos": ["p"], "neg": ["n1", "n2"], "pos_scores": [1.0], "prompt": "Find:", "type": "normal"},
+            {"query": "q", "pos": ["p", "o"], "neg": ["n1", "o", "n2"], "pos_scores": [1.0, 0.9], "prompt": "Find:"}
+            | {"type": "normal"},
             {"query": "q", "pos": [], "neg": []},
         ],
-        [(("q", 0), ("p", 0), [("n1", 0), ("n2", 0)])],
+        [(("q", 0), ("p", 0), [("n1", 0), ("n2", 0)]), (("q", 0), ("o", 0), [("n1", 0), ("n2", 0)])],
         ["empty_text"],
         "text_text",
     ),
@@ -198,24 +199,24 @@ CASES = {
             {
                 "messages": said(("system", "Match:"), ("user", "<image>A cat")),
                 "images": ["images/a.jpg"],
-                "positive_messages": [said(("user", "<image>Same cat"))],
-                "positive_images": [["images/b.jpg"]],
+                "positive_messages": [said(("user", "<image>Same cat")), said(("user", "Its name"))],
+                "positive_images": [["images/b.jpg"], []],
                 "negative_messages": [said(("user", "<image>A dog")), said(("user", "<image>A cow"))],
                 "negative_images": [["images/c.jpg"], ["images/a.jpg"]],
             },
             {"messages": said(("user", "x")), "positive_messages": [said(("user", "y"))], "label": 0.0},
         ],
-        [(("A cat", 1), ("Same cat", 1), [("A dog", 1), ("A cow", 1)])],
+        [(("A cat", 1), found, [("A dog", 1), ("A cow", 1)]) for found in (("Same cat", 1), ("Its name", 0))],
         ["not_selected"],
         "image_text_image_text",
     ),
     "tevatron": Case(
         "tevatron.jsonl",
         [
-            {"query_id": "1", "query_text": "q", "query_image": None, "positive_document_ids": ["d1"]}
+            {"query_id": "1", "query_text": "q", "query_image": None, "positive_document_ids": ["d1", "d3"]}
             | {"negative_document_ids": ["d2"]}
         ],
-        [(("q", 0), ("words", 0), [("", 1)])],
+        [(("q", 0), ("words", 0), [("", 1)]), (("q", 0), ("more words", 0), [("", 1)])],
         [],
         "text_text",
         {"pool": {"table": "corpus.jsonl"}},
@@ -251,9 +252,11 @@ def folder(tmp_path: Path) -> Path:
     pool = [
         {"did": "7:9", "txt": None, "img_path": "images/b.jpg", "modality": "image"},
         {"did": "7:8", "txt": "words", "img_path": None, "modality": "text"},
+        {"did": "7:5", "txt": None, "img_path": "images/c.jpg", "modality": "image"},
     ]
     write_table(tmp_path / "pool.jsonl", pool)
-    write_table(tmp_path / "corpus.jsonl", [{"docid": "d1", "text": "words"}, {"docid": "d2", "image": "images/c.jpg"}])
+    corpus = [{"docid": "d1", "text": "words"}, {"docid": "d2", "image": "images/c.jpg"}]
+    write_table(tmp_path / "corpus.jsonl", [*corpus, {"docid": "d3", "text": "more words"}])
     header = "query_modality\tcand_modality\tdataset\tdataset_id\tprompt_1\tprompt_2\tprompt_3\n"
     prompts = "\t".join(["Find a picture.", "", "Search."])
     (tmp_path / "prompts.tsv").write_text(f"{header}image,text\timage\tCIRR\t7\t{prompts}\n")
@@ -285,7 +288,7 @@ def test_every_row_of_a_published_layout_is_accounted_for(name: str, folder: Pat
         for query, positive, negatives in parts
     ] == case.samples
     assert [reason for _, reason in refused] == case.rejected
-    assert len(samples) + len(refused) == len(case.rows)
+    assert len({raw.sample.origin for raw in samples} | {origin for origin, _ in refused}) == len(case.rows)
     assert {raw.sample.task for raw in samples} == {case.task}
     for raw in samples:
         assert set(raw.files) == {media.member for part in raw.sample.inputs() for media in part.media}

@@ -431,7 +431,7 @@ def test_a_pool_is_joined_by_id(tmp_path):
     }
     samples, refused = read(write_table(tmp_path / "t.jsonl", rows), **settings)
     assert [(raw.sample.positive.text, len(raw.sample.positive.media)) for raw in samples] == [("one", 0), ("", 1)]
-    assert [part.text for part in samples[0].sample.negatives] == ["", "one"]
+    assert [part.text for part in samples[0].sample.negatives] == [""]  # "one" is its positive
     assert [item[1] for item in refused] == ["missing_id", "missing_id", "empty_text"]
     assert refused[0][0] == "t.jsonl:3"
 
