@@ -18,6 +18,7 @@ import pytest  # noqa: E402
 from jobs.runtime.local_s3 import CREDENTIALS, free_port, s3_server  # noqa: E402
 from pipelines.imports import without_garbage_collection, without_modules  # noqa: E402
 from tests import groups, skips  # noqa: E402
+from tests.ray_forks import fork_server, forked_workers  # noqa: E402
 
 # Every process that a test starts would compile the whole project again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -77,8 +78,16 @@ def ray_cluster() -> Iterator[None]:
     import ray.data
 
     folder = tempfile.mkdtemp(prefix="rz", dir="/tmp")  # sockets lie in it, and their paths must be short
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=512 << 20, _temp_dir=folder)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # or pages of it drown every failing test
-    yield
-    ray.shutdown()
+    with fork_server() as address:
+        with forked_workers(address):
+            ray.init(
+                num_cpus=4,
+                include_dashboard=False,
+                log_to_driver=False,
+                object_store_memory=512 << 20,
+                _temp_dir=folder,
+            )
+        logging.getLogger("ray.data").setLevel(logging.ERROR)  # or pages of it drown every failing test
+        yield
+        ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
