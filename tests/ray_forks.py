@@ -46,8 +46,14 @@ _RESTARTED = "jemalloc_bg_thd"  # pyarrow's allocator starts its thread again in
 
 
 @contextmanager
-def fork_server() -> Iterator[str]:
-    """Run the process that forks. The address is for `forked_workers`. It ends with the block, as does its Ray."""
+def fork_server() -> Iterator[str | None]:
+    """Run the process that forks. The address is for `forked_workers`. It ends with the block, as does its Ray.
+
+    None with `RZEN_TEST_RAY_WORKERS=own`: Ray then starts its workers itself.
+    """
+    if is_off():
+        yield None
+        return
     with tempfile.TemporaryDirectory(prefix="rzf", dir="/tmp") as folder:
         address = f"{folder}/socket"
         with socket.socket(socket.AF_UNIX) as listener:
@@ -67,11 +73,19 @@ def fork_server() -> Iterator[str]:
             server.communicate()
 
 
+def is_off() -> bool:
+    """Whether Ray starts its workers itself."""
+    return os.environ.get("RZEN_TEST_RAY_WORKERS") == "own"
+
+
 @contextmanager
-def forked_workers(address: str) -> Iterator[None]:
+def forked_workers(address: str | None) -> Iterator[None]:
     """Let a Ray that is started in the block have forks for workers, and no process that looks for log lines."""
     from ray._private.parameter import RayParams
 
+    if address is None:
+        yield
+        return
     # Its statistics of workers, every 5 s by default, are for a dashboard.
     environment = {ray_worker.SOCKET: address, "REPORTER_UPDATE_INTERVAL_MS": "60000"}
     chosen = functools.partialmethod(

@@ -9,7 +9,13 @@ import pytest
 import ray
 from ray._raylet import UniqueID
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+from tests.ray_forks import is_off
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.usefixtures("ray_cluster"),
+    pytest.mark.skipif(is_off(), reason="RZEN_TEST_RAY_WORKERS=own"),
+]
 
 
 @ray.remote(num_cpus=0)
