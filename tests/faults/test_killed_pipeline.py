@@ -27,6 +27,7 @@ import psutil
 import pytest
 
 from jobs.runtime.local_s3 import free_port
+from pipelines.storage.publish import LEASE, MARK
 from tests.paths import ROOT
 from tests.umarvel import STAGES, options
 
@@ -36,6 +37,7 @@ SEED = int(os.environ.get("RZEN_TEST_KILL_SEED", "11"))
 TRAINED = (*STAGES, "reranker")
 ALWAYS = ("hard", "mine", "judge", "distil")
 """Jobs in which the pipeline is killed with every seed: training, mining, judging, distillation."""
+OUTPUTS = {"mine": "negatives", "candidates": "candidates", "judge": "judged"}
 MORE = 1
 """Other jobs in which it is killed, which the seed chooses."""
 DIFFERS = ("store/runs/*/log.txt", "store/runs/*/index.html")
@@ -95,18 +97,18 @@ class Pipeline:
         """What the last command has printed."""
         return self._log.read_text(errors="replace")
 
-    def has_begun(self, job: str) -> bool:
-        """Return whether the last command has begun with a job that was not done."""
-        return f"] {job} (" in self.log
+    def num_stored(self, job: str) -> int:
+        """Return how many files a job has stored in its output."""
+        files = (path for path in (self.out / "store" / OUTPUTS[job]).rglob("*") if path.is_file())
+        return sum(path.name not in (MARK, LEASE) for path in files)
 
     def is_done(self, job: str) -> bool:
         """Return whether a job is recorded as finished."""
         return (self.out / f"store/jobs/{job}.json").exists()
 
-    def elapsed_s(self) -> dict[str, float]:
-        """Return how long each finished job took, in the order in which they ended."""
-        jobs = re.findall(r"^\[\d+/\d+\] (\w+) ", self.log, re.MULTILINE)
-        return {job: json.loads((self.out / f"store/jobs/{job}.json").read_text())["elapsed_s"] for job in jobs}
+    def jobs(self) -> list[str]:
+        """Return the jobs that the last command named, in order."""
+        return re.findall(r"^\[\d+/\d+\] (\w+) ", self.log, re.MULTILINE)
 
     def checkpoint_step(self, job: str) -> int:
         """Return the step of the last checkpoint of a training run. 0 without one."""
@@ -165,24 +167,22 @@ def test_a_pipeline_that_is_killed_in_many_jobs_ends_with_the_same_bytes(tmp_pat
     begun_s = time.monotonic()
     pipeline.finish()
     print(f"whole: {time.monotonic() - begun_s:.0f} s")
-    took_s = pipeline.elapsed_s()
-    jobs = [*took_s]
-    print(took_s)
+    jobs = pipeline.jobs()
     pipeline.out.rename(tmp_path / "whole")
 
     rng = random.Random(SEED)
-    chosen = {*ALWAYS, *rng.sample([job for job in jobs if job not in ALWAYS], MORE)}
+    chosen = {*ALWAYS, *rng.sample([job for job in jobs if job in {*TRAINED, *OUTPUTS} - {*ALWAYS}], MORE)}
     for job in (job for job in jobs if job in chosen):
+        delay_s = rng.uniform(0, 0.2)
         if job in TRAINED:
             step = rng.randrange(CHECKPOINT_STEPS, STEPS, CHECKPOINT_STEPS)
-            delay_s = rng.uniform(0, 0.3)
             pipeline.kill_when(lambda job=job, step=step: pipeline.checkpoint_step(job) >= step, delay_s)
             assert not (pipeline.out / f"store/runs/{job}/done.json").exists()
             print(f"killed {job} after the checkpoint of step {pipeline.checkpoint_step(job)}")
         else:
-            delay_s = rng.uniform(0.1, 0.8) * took_s[job]
-            pipeline.kill_when(lambda job=job: pipeline.has_begun(job), delay_s)
-            print(f"killed {job} after {delay_s:.1f} of {took_s[job]} s")
+            count = rng.randint(1, 2)
+            pipeline.kill_when(lambda job=job, count=count: pipeline.num_stored(job) >= count, delay_s)
+            print(f"killed {job} with {pipeline.num_stored(job)} files")
         assert not pipeline.is_done(job)
     pipeline.finish()
     print(f"both: {time.monotonic() - begun_s:.0f} s")
