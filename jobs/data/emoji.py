@@ -38,12 +38,12 @@ def run(spec: EmojiSpec) -> dict[str, Any]:
     ):
         check_replaceable(store, KIND)
         try:
-            emoji = read_emoji(fetch_package(PICTURES), fetch_package(NAMES), languages)
+            emoji, toned = read_emoji(fetch_package(PICTURES), fetch_package(NAMES), languages)
         except KeyError as error:
             fix = "name folders of the package, such as en, de or pt"
             raise UserError("emoji.languages", f"{error} is not in {NAMES.name}", fix) from error
-        counts = write_emoji(Path(scratch), emoji, spec.emoji)
+        counts = write_emoji(Path(scratch), emoji, toned, spec.emoji)
         lease.check()
         publish_folder(Path(scratch), store, KIND)
-    say(f"  {len(emoji):,} pictures in {spec.out}: " + ", ".join(f"{name} {n:,}" for name, n in counts.items()))
+    say(f"  {len(emoji):,} emoji in {spec.out}: " + ", ".join(f"{name} {n:,}" for name, n in counts.items()))
     return {"outputs": [spec.out], "samples": counts}

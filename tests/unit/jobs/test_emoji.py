@@ -8,6 +8,7 @@ import io
 import json
 import re
 import tarfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,18 @@ from jobs.cli import main
 from jobs.data import emoji as job
 from jobs.data import npm
 from jobs.data.npm import Package, fetch_package, registry
+from jobs.spec.load import read_document
 from pipelines.benchmarks.custom import read_custom
 from pipelines.config import MediaConfig
 from pipelines.errors import BadMedia, UserError
 from pipelines.samples import RawSample
 from pipelines.sources.folder import read_folder
+from tests.paths import ROOT
 
 COUNT = 20
+TONED = (*range(3, 11),)
+"""Emoji with a name and a picture in each of five skin tones."""
+TONE_NAMES = ("light", "medium-light", "medium", "medium-dark", "dark")
 NAMED = {"en": "cat {}", "de": "Katze {}", "pt": "gato {}", "nb": "katt {}"}
 
 
@@ -52,9 +58,26 @@ def code(number: int) -> str:
     return f"1f{600 + number}"
 
 
+def tone_code(number: int, tone: int) -> str:
+    return f"{code(number)}-1f3f{'bcdef'[tone]}-200d-2640"
+
+
+def skins(number: int, name: str) -> list[dict[str, Any]]:
+    return [
+        {"hexcode": tone_code(number, n).upper(), "label": f"{name}: {tone} skin tone", "tone": n + 1}
+        for n, tone in enumerate(TONE_NAMES)
+    ]
+
+
 def packages() -> tuple[bytes, bytes]:
-    """Pictures and names. Emoji 0 has skin tones, 1 has no keywords, 2 has one name everywhere, 19 has no picture."""
+    """Pictures and names.
+
+    Emoji 0 has one skin tone, 1 has no keywords, 2 has one name everywhere, 19 has no picture. Those of `TONED` have
+    five tones. 11 lacks the picture of one. 12 shows two people, so that it has pairs of tones as well.
+    """
     pictures = {f"assets/{code(n)}.webp": picture(n) for n in range(COUNT - 1)}
+    pictures |= {f"assets/{tone_code(n, tone)}.webp": picture(n + tone) for n in (*TONED, 11, 12) for tone in range(5)}
+    del pictures[f"assets/{tone_code(11, 4)}.webp"]
     pictures |= {f"assets/{code(0)}-1f3fb.webp": picture(0), "package.json": b"{}"}
     names = {}
     for language, form in NAMED.items():
@@ -66,6 +89,9 @@ def packages() -> tuple[bytes, bytes]:
                 "tags": [f"tag{n}", "pet"],
             }
             entries.append(entry if n != 1 else {key: entry[key] for key in ("hexcode", "label")})
+        for n in (*TONED, 11, 12):
+            entries[n]["skins"] = skins(n, form.format(n))
+        entries[12]["skins"][0]["tone"] = [1, 2]
         entries[0]["skins"] = [{"hexcode": f"{code(0)}-1F3FB".upper(), "label": "cat 0: light skin tone"}]
         names[f"{language}/data.json"] = json.dumps(entries).encode()
     return package(pictures), package(names)
@@ -122,7 +148,70 @@ def test_each_test_has_its_share_and_skin_tones_are_left_out(corpus: Path) -> No
     assert len(keywords.queries) == 3
     # Of 17 pictures in two languages, one may be named as in training.
     assert len(read_custom(corpus / "new_languages").queries) in (32, 34)
-    assert not list(corpus.rglob("*1f3fb*"))
+    assert not list(corpus.rglob("*1f3f*"))
+    assert not (corpus / "new_tones").exists()
+
+
+TONES = ("emoji.tones={held_out: 2, unnamed_fraction: 0.5}", "emoji.languages=[en, de]")
+
+
+@pytest.fixture
+def toned(corpus: Path, tmp_path: Path) -> Path:
+    """The corpus of the same packages with skin tones."""
+    made(tmp_path, *TONES)
+    return corpus
+
+
+def test_held_out_tones_are_never_trained_on_and_have_look_alikes_in_the_test(toned: Path) -> None:
+    rows = [row for row in trained(toned) if row.sample.source == "tones"]
+    new = {row.sample.origin for row in trained(toned) if (row.sample.source, row.split) == ("names", "held_out")}
+    families = [n for n in TONED if f"{code(n)}.webp" not in new]
+    assert 0 < len(families) < len(TONED)  # the draw of new pictures takes one, so that its tones are left out
+    tones = {split: {row.sample.origin for row in rows if row.split == split} for split in ("train", "held_out")}
+    assert len(tones["train"] | tones["held_out"]) == 5 * len(families)
+    assert tones["train"].isdisjoint(tones["held_out"])
+    for n in families:
+        folder = f"tones/{code(n)}/"
+        assert [sum(origin.startswith(folder) for origin in tones[split]) for split in tones] == [3, 2]
+    assert all(row.sample.query.text.endswith(" skin tone") for row in rows if row.split == "held_out")
+    assert [sum(row.split == split for row in rows) for split in tones] == [
+        2 * 3 * len(families),
+        2 * 2 * len(families),
+    ]
+    dataset = read_custom(toned / "new_tones")
+    asked = [next(iter(query.relevance)) for query in dataset.queries]
+    candidates = {item.id: item.input.media[0].member for item in dataset.candidates}
+    assert (len(asked), len(candidates)) == (4 * len(families), 5 * len(families))
+    drawn = [frozenset(str(origin)[-15] for origin in tones["held_out"] if code(n) in origin) for n in families]
+    assert len(set(drawn)) > 1  # each emoji draws its own
+
+
+def test_captions_without_a_tone_say_which_negatives_are_false(toned: Path) -> None:
+    rows = [row for row in trained(toned) if (row.sample.source, row.split) == ("tones", "train")]
+    unnamed = {row.sample.origin for row in rows if not row.sample.query.text.endswith(" skin tone")}
+    assert len(unnamed) == len(rows) // 2 // 2  # in two languages
+    for row in rows:
+        number = int(row.sample.origin.split("/")[1][2:]) - 600
+        names = {NAMED[language].format(number) for language in ("en", "de")}
+        tone = "bcdef".index(row.sample.origin.split("-1f3f")[1][0])
+        text = row.sample.query.text
+        # The folder says which pictures are right answers: all of it, or the one whose tone is named.
+        assert text.removesuffix(f": {TONE_NAMES[tone]} skin tone") in names
+        assert (text in names) == (row.sample.origin in unnamed)
+
+
+def test_clusters_of_the_shipped_ablation_are_the_trained_tones_of_an_emoji(toned: Path) -> None:
+    pattern = re.compile(read_document(ROOT / "jobs/ablation.yaml").data["jobs"]["cluster"]["set"]["origin"])
+    rows = [row.sample for row in trained(toned) if row.split == "train"]
+    clusters = Counter((found[1], row.source) for row in rows if (found := pattern.search(row.origin)))
+    assert {source for _, source in clusters} == {"tones"}
+    assert set(clusters.values()) == {3 * 2}
+
+
+def test_too_many_held_out_tones_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    change = ["--set", "emoji.tones={held_out: 5}"]
+    assert main(["run", "jobs/emoji_corpus.yaml", *change]) == 1
+    assert "emoji.tones.held_out=5: input should be less than or equal to 4" in capsys.readouterr().err
 
 
 def test_equal_settings_give_equal_files(corpus: Path, tmp_path: Path) -> None:
