@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Sequence
 from itertools import product
@@ -15,6 +16,8 @@ from jobs.spec.model import ModelRef
 from jobs.spec.no_effect import NoEffect
 from pipelines.config import NonNegativeInt, PositiveInt
 from rzen.config import MeanSoup, SoupConfig
+
+_ROUNDING = 1e-6  # thirds add up to 1 within this
 
 
 class SoupsConfig(JobConfig):
@@ -145,16 +148,23 @@ class AblationSpec(JobConfig):
     {variant}-s{seed}."""
     baseline: Name = "baseline"
     """Variant that the others are compared with."""
+    contrasts: Named[dict[Name, float]] = Field(default_factory=dict)
+    """Name of a contrast -> variant -> weight. The weights add up to 0: `{both: 1, rule: -1, hardness: -1, none: 1}` is
+    what two parts do together beyond what each does alone. The sum is taken within each seed."""
     seeds: Annotated[int, Field(ge=2)] | Annotated[list[NonNegativeInt], Field(min_length=2)] = 10
     """Seeds of each variant: a list, or how many from 0 on. Results from fewer than ten seeds are mostly noise."""
     evaluate: FileChanges
     """Spec of kind `evaluate` that scores every run. Its `models` and `out` are ignored."""
     max_parallel: PositiveInt = 8
     """Largest number of runs at the same time. Fewer run if the cluster has no room."""
+    question: str = ""
+    """What the ablation asks, printed at the head of the report."""
     notes: list[str] = Field(default=[])
     """Remarks on the setup, printed in the report."""
+    limits: list[str] = Field(default=[])
+    """What the ablation does not show, printed at the end of the report."""
     out: str
-    """Local folder of ablation.json, ablation.md, ablation.svg and index.html."""
+    """Local folder of ablation.json, ablation.md, ablation.svg, contrasts.svg, registered.json and index.html."""
 
     @model_validator(mode="after")
     def _comparable(self) -> AblationSpec:
@@ -162,6 +172,11 @@ class AblationSpec(JobConfig):
             raise ValueError(f"baseline={self.baseline!r} is not one of the variants: {', '.join(self.variants)}")
         if len(set(self.seed_list)) < len(self.seed_list):
             raise ValueError(f"seeds={self.seeds} names one twice")
+        for name, weights in self.contrasts.items():
+            if unknown := sorted(weights.keys() - self.variants.keys()):
+                raise ValueError(f"contrasts.{name} names {unknown[0]!r}, which is none of {', '.join(self.variants)}")
+            if abs(math.fsum(weights.values())) > _ROUNDING or not any(weights.values()):
+                raise ValueError(f"contrasts.{name}={weights} must have weights other than 0 that add up to 0")
         return self
 
     @property

@@ -65,6 +65,7 @@ set: {{objective: {{false_negatives: null}}}}
 variants:
   baseline: {{objective: {{hardness: null}}}}
   other: {{model: {{backbone: {{seed: 5}}}}}}
+contrasts: {{gain: {{other: 1, baseline: -1}}}}
 seeds: 2
 evaluate: {{spec: evaluate.yaml}}
 out: "{0}/out"
@@ -135,6 +136,11 @@ def test_every_variant_is_scored_with_every_seed(job: Path) -> None:
     page = (job / "out/ablation.md").read_text()
     assert "* 2 variants x 2 seeds (of 2 requested)" in page
     assert "workers computed 2 s in training steps only" in page
+    assert "* registered before the first run, 20" in page
+    assert "* gain: other - baseline" in page
+    gains = {some["task"]: some["difference"] for some in content["contrasts"]}
+    differences = {some["task"]: some["difference"] for some in content["effects"] if some["variant"] == "other"}
+    assert gains == pytest.approx(differences)
     html = (job / "out/index.html").read_text()
     assert all(f'<th scope="row">{name}</th>' in html for name in orders)
     assert {"model.backbone.seed", "objective.hardness"} <= set(re.findall(r"<code>([\w.]+)</code>", html))
@@ -159,12 +165,15 @@ def test_only_what_is_gone_is_done_again(job: Path, capsys: pytest.CaptureFixtur
     assert {path: path.stat().st_mtime_ns for path in kept} == changed_ns
     assert gone.exists()
     after = report(job)
-    assert (after["runs"], after["effects"]) == (before["runs"], before["effects"])
+    for part in ("runs", "effects", "contrasts"):
+        assert after[part] == before[part]
+    assert after["settings"]["registered"] == before["settings"]["registered"]
 
 
 def test_scores_of_another_evaluation_do_not_count(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", str(job / "ablation.yaml"), "--set", "evaluate.set.metrics=[mrr]"]) == 0
     out = capsys.readouterr().out
     assert (out.count("finished before"), out.count("4 models on")) == (4, 1)
+    assert report(job)["settings"]["registered"].endswith("; changed since: evaluate")
     own = [row for run in report(job)["runs"] for row in run["rows"] if row["pool"] == "task"]
     assert {row["metric"] for row in own} == {"mrr"}

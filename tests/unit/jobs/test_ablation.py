@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -16,16 +17,22 @@ from jobs.cli import main
 from jobs.evaluation.specs import EvaluateSpec
 from jobs.spec.load import check, override, read_document
 from jobs.sweeps.ablation import Finished, resolve, write_report
+from jobs.sweeps.registration import register
 from jobs.sweeps.specs import AblationSpec
 from jobs.training.specs import TrainSpec
 from pipelines.errors import UserError
+from pipelines.storage.location import open_store
 from rzen.evaluation.ablation import (
     MEAN,
+    Contrast,
     Effect,
     Scores,
+    contrast_table,
+    contrasts,
     difference_table,
     effects,
     paired_interval,
+    plot_contrasts,
     plot_effects,
     score_table,
 )
@@ -88,6 +95,12 @@ def test_an_variant_cannot_change_the_name_or_seed_of_its_runs(tmp_path: Path) -
         ("variants.hardness=null", "value should have at least 2 items after validation, not 1"),
         ("variants.same={objective: {hardness: null}}", "variant 'same' trains the same as variant 'baseline'"),
         ("variants.wrong={objective: {hardnes: null}}", "objective.hardnes is not a setting; did you mean 'hardness'?"),
+        ("contrasts.one={hardness: 1, plain: -1}", "contrasts.one names 'plain', which is none of baseline, hardness"),
+        (
+            "contrasts.one={hardness: 1}",
+            "contrasts.one={'hardness': 1.0} must have weights other than 0 that add up to 0",
+        ),
+        ("contrasts.one={hardness: 0, baseline: 0}", "must have weights other than 0 that add up to 0"),
         ("set.kind=evaluate", "name is not a setting"),
         ("evaluate.spec=stage.yaml", "models is not a setting"),
         ("evaluate.set.chunk_tokens=0", "chunk_tokens=0: input should be greater than or equal to 1"),
@@ -130,7 +143,7 @@ def test_shipped_variants_add_one_part_each_and_all_of_them() -> None:
 def test_a_pipeline_checks_the_variants_of_its_station(capsys: pytest.CaptureFixture[str]) -> None:
     job = ["validate", str(ROOT / "jobs/ablation.yaml"), "--set"]
     assert main([*job, "jobs.ablation.set.seeds=12"]) == 0
-    assert main([*job, "jobs.ablation.set.variants.hardness.objectiv=1"]) == 1
+    assert main([*job, "jobs.ablation.set.variants.alike.objectiv=1"]) == 1
     assert "objectiv is not a setting; did you mean 'objective'?" in capsys.readouterr().err
 
 
@@ -212,6 +225,98 @@ def test_runs_that_are_missing_are_not_passed_over(missing: dict[int, dict[str, 
         effects({**NOISY, "better": missing}, "baseline")
 
 
+# --- contrasts
+
+FACTORIAL: Scores = {
+    "none": {1: {"a": 0.30, "b": 0.5}, 2: {"a": 0.40, "b": 0.5}, 3: {"a": 0.20, "b": 0.5}},
+    "one": {1: {"a": 0.32, "b": 0.5}, 2: {"a": 0.41, "b": 0.5}, 3: {"a": 0.23, "b": 0.5}},
+    "two": {3: {"a": 0.21, "b": 0.5}, 1: {"a": 0.31, "b": 0.5}, 2: {"a": 0.43, "b": 0.5}},
+    "both": {1: {"a": 0.38, "b": 0.5}, 2: {"a": 0.48, "b": 0.5}, 3: {"a": 0.30, "b": 0.5}},
+}
+INTERACTION = {"both": 1.0, "one": -1.0, "two": -1.0, "none": 1.0}
+
+
+def unpaired_contrasts(scores: Scores, weights: Mapping[str, Mapping[str, float]]) -> list[Contrast]:
+    """Planted: an interval from the spread of each variant by itself."""
+    ((name, parts),) = weights.items()
+    values = {variant: [by_task["a"] for by_task in scores[variant].values()] for variant in parts}
+    mean = math.fsum(weight * statistics.fmean(values[variant]) for variant, weight in parts.items())
+    half = 4.303 * math.sqrt(math.fsum(statistics.variance(some) / len(some) for some in values.values()))
+    return [Contrast(name, "a", mean, mean - half, mean + half)]
+
+
+def without_signs(scores: Scores, weights: Mapping[str, Mapping[str, float]]) -> list[Contrast]:
+    """Planted: the last variant is subtracted from the first, and the others are not used."""
+    return contrasts(scores, {name: {"both": 1.0, "none": -1.0} for name in weights})
+
+
+def check_interaction(function: Callable[[Scores, Mapping[str, Mapping[str, float]]], Sequence[Contrast]]) -> None:
+    """Sums by seed 0.05, 0.04, 0.06: mean 0.05, deviation 0.01, half width 4.303 * 0.01 / sqrt(3) = 0.024843."""
+    first = function(FACTORIAL, {"interaction": INTERACTION})[0]
+    assert (first.name, first.task) == ("interaction", "a")
+    assert (first.difference, first.low, first.high) == pytest.approx((0.05, 0.025157, 0.074843), abs=1e-6)
+
+
+def test_an_interaction_is_summed_within_each_seed() -> None:
+    check_interaction(contrasts)
+
+
+@pytest.mark.parametrize("fault", [unpaired_contrasts, without_signs])
+def test_planted_contrasts_are_caught(
+    fault: Callable[[Scores, Mapping[str, Mapping[str, float]]], list[Contrast]],
+) -> None:
+    with pytest.raises(AssertionError):
+        check_interaction(fault)
+
+
+def test_one_variant_minus_the_baseline_is_the_difference_to_it() -> None:
+    found = contrasts(FACTORIAL, {"one": {"one": 1, "none": -1}})
+    expected = [some for some in effects(FACTORIAL, "none") if some.variant == "one"]
+    assert [some.task for some in found] == ["a", "b", MEAN]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours.difference, ours.low, ours.high) == pytest.approx((theirs.difference, theirs.low, theirs.high))
+
+
+def test_contrasts_need_the_runs_of_their_variants_only() -> None:
+    scores = {**FACTORIAL, "two": {1: {"a": 0.3, "b": 0.5}}}
+    assert len(contrasts(scores, {"one": {"one": 1, "none": -1}})) == 3
+    with pytest.raises(ValueError, match="two was not scored on the seeds and tasks of both"):
+        contrasts(scores, {"interaction": INTERACTION})
+
+
+def test_one_task_has_no_mean_of_tasks() -> None:
+    assert {some.task for some in effects(NOISY, "baseline")} == {"a"}
+
+
+# --- registration
+
+
+def registered(spec: AblationSpec, folder: Path, has_begun: bool) -> str:
+    return register(spec, open_store(str(folder)), has_begun)
+
+
+def test_a_report_says_what_was_registered_and_what_changed_since(tmp_path: Path) -> None:
+    def spec(*overrides: str) -> AblationSpec:
+        found = check(override(read_document(written(tmp_path)), overrides))
+        assert isinstance(found, AblationSpec)
+        return found
+
+    out = tmp_path / "out"
+    first = registered(spec("seeds=3"), out, has_begun=False)
+    assert re.fullmatch(r"registered before the first run, \d{4}-\d\d-\d\d \d\d:\d\d UTC", first)
+    assert registered(spec("seeds=[0, 1, 2]"), out, has_begun=True) == first
+    assert registered(spec("seeds=3", "notes=[a remark]", "max_parallel=1"), out, has_begun=True) == first
+    added = ("variants.third={steps: 9}", "contrasts.one={hardness: 1, baseline: -1}", "seeds=4")
+    changed = registered(spec(*added), out, has_begun=True)
+    assert changed == f"{first}; changed since: variants.third, contrasts.one, seeds"
+    removed = registered(spec("seeds=3", "variants.baseline={}"), out, has_begun=True)
+    assert removed == f"{first}; changed since: variants.baseline"
+    assert not registered(spec(*added), out, has_begun=False).endswith("seeds")  # nothing was trained yet
+    (out / "registered.json").unlink()
+    assert registered(spec(), out, has_begun=True) == "not registered before the first run"
+    assert not (out / "registered.json").exists()
+
+
 # --- the report
 
 FOUND = [
@@ -236,6 +341,21 @@ def test_tables_of_scores_and_differences() -> None:
     )
 
 
+def test_table_and_plot_of_contrasts() -> None:
+    found = [
+        Contrast("interaction", "text_image", 0.05, 0.025, 0.075),
+        Contrast("one", "text_image", 0.02, -0.01, 0.05),
+    ]
+    assert contrast_table(found) == (
+        "| contrast | Text → image |\n| --- | ---: |\n"
+        "| interaction | **+5.0 [+2.5, +7.5]** |\n| one | +2.0 [-1.0, +5.0] |\n"
+    )
+    svg = plot_contrasts(found)
+    assert "interaction" in svg
+    assert plot_contrasts(found) == svg
+    assert plot_contrasts([found[1], found[0]]) != svg
+
+
 def test_plot_is_svg_with_a_panel_for_each_task_and_the_same_every_time() -> None:
     svg = plot_effects(FOUND, "baseline")
     root = ElementTree.fromstring(svg)
@@ -246,7 +366,16 @@ def test_plot_is_svg_with_a_panel_for_each_task_and_the_same_every_time() -> Non
 
 
 def test_report_says_how_many_seeds_where_when_and_what_the_parts_did(tmp_path: Path) -> None:
-    document = override(read_document(written(tmp_path)), [f"out={tmp_path}/out", "seeds=[4, 9, 2]", "notes=[A toy.]"])
+    changes = [
+        f"out={tmp_path}/out",
+        "seeds=[4, 9, 2]",
+        "question=Does it help?",
+        "notes=[A toy.]",
+        "limits=[A model of any size.]",
+        "contrasts.gain={hardness: 1, baseline: -1}",
+        "contrasts.half={baseline: 0.5, hardness: -0.5}",
+    ]
+    document = override(read_document(written(tmp_path)), changes)
     spec = check(document)
     assert isinstance(spec, AblationSpec)
     steps = [
@@ -262,12 +391,21 @@ def test_report_says_how_many_seeds_where_when_and_what_the_parts_did(tmp_path: 
 
     finished = {("baseline", 4): run(0.1), ("hardness", 4): run(0.15), ("baseline", 9): run(0.2)}
     finished["hardness", 9] = run(0.25)
-    where = {"date": "2026-11-21", "revision": "abc", "hardware": "2 CPUs"}
+    where = {"date": "2026-11-21", "revision": "abc", "hardware": "2 CPUs", "registered": "registered at noon"}
     write_report(spec, finished, where)
     page = (tmp_path / "out/ablation.md").read_text()
     assert "* 2 variants x 2 seeds (of 3 requested), 2026-11-21, revision abc\n" in page
     assert "* 2 CPUs; workers computed 4,000 s in training steps" in page
-    assert "* text_image hit@1\n* A toy.\n" in page
+    assert page.startswith("# What the parts change\n\n**Question.** Does it help?\n\n* 2 variants")
+    assert (
+        "* text_image hit@1\n* registered at noon: variants baseline, hardness; 2 contrasts; seeds 4, 9, 2\n"
+        "* power: with 2 seeds, the intervals reach 0.0 to 0.0 points to each side; smaller effects are not seen\n"
+        "* A toy.\n"
+    ) in page
+    assert "* gain: hardness - baseline\n* half: 0.5 baseline - 0.5 hardness\n" in page
+    assert "| gain | **+5.0 [+5.0, +5.0]** |" in page
+    assert "There are 3 intervals" in page
+    assert page.endswith("## What is not shown\n\n* A model of any size.\n")
     assert "| hardness | **+5.0 [+5.0, +5.0]** |" in page
     assert "| baseline | 2.00 | 50.0 | 0.0500 |" in page
     assert "ndcg" not in page
@@ -276,4 +414,7 @@ def test_report_says_how_many_seeds_where_when_and_what_the_parts_did(tmp_path: 
     assert [(some["variant"], some["seed"]) for some in content["runs"]] == list(finished)
     assert (tmp_path / "out/ablation.svg").read_text() == plot_effects(
         [Effect(**some) for some in content["effects"]], "baseline"
+    )
+    assert (tmp_path / "out/contrasts.svg").read_text() == plot_contrasts(
+        [Contrast(**some) for some in content["contrasts"]]
     )
