@@ -309,7 +309,7 @@ def test_a_report_says_what_was_registered_and_what_changed_since(tmp_path: Path
     added = ("variants.third={steps: 9}", "contrasts.one={hardness: 1, baseline: -1}", "seeds=4")
     changed = registered(spec(*added), out, has_begun=True)
     assert changed == f"{first}; changed since: variants.third, contrasts.one, seeds"
-    removed = registered(spec("seeds=3", "variants.baseline={}"), out, has_begun=True)
+    removed = registered(spec("seeds=3", "variants.baseline.steps=9"), out, has_begun=True)
     assert removed == f"{first}; changed since: variants.baseline"
     assert not registered(spec(*added), out, has_begun=False).endswith("seeds")  # nothing was trained yet
     (out / "registered.json").unlink()
