@@ -37,7 +37,7 @@ _NAMES = re.compile(r"package/(?P<language>[a-z-]+)/data\.json")
 
 
 class TonesConfig(Config):
-    """Pictures of emoji in five skin tones, which look alike. Some tones of each emoji are never trained on."""
+    """Pictures of emoji in five skin tones. Some tones of each emoji are never trained on."""
 
     held_out: Annotated[int, Field(ge=0, le=4)] = 2
     """Tones of each emoji that are only tested, in the split `held_out` and in `new_tones`. With 1, no two pictures of
