@@ -5,8 +5,8 @@ only. Without it, the last bits of a product depend on its place in a block, and
 the neighbors among all vectors are the best of the neighbors among the parts, bit for bit, in whichever parts they are.
 Ties are in the order of the rows.
 
-In addition to its inputs, the memory is of the order of 5 query_rows block_rows + 4 D block_rows + 20 Q C bytes, for
-any number of vectors, which may be memory-mapped.
+Vectors may be memory-mapped. In addition to them, the memory is of the order of 5 query_rows block_rows +
+4 D block_rows + 20 Q C bytes, for any number of vectors.
 
 Shapes: Q queries, N vectors, D width, K neighbors, B and T rows of a block, C neighbors before the second scoring.
 """
