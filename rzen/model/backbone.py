@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,10 @@ from rzen.inputs.prompts import (
 from rzen.model.checkpoints import checkpoint_dir
 from rzen.model.vision import use_fast_vision
 
+# While transformers loads a model, it replaces methods of its classes. Two loads at once may leave them replaced, and
+# every later model then has tied weights without values.
+_LOADING = threading.Lock()
+
 SPECIAL_TOKENS = (END_OF_TEXT, IM_START, IM_END, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD)
 
 
@@ -45,15 +50,12 @@ def load_backbone(path_or_hub: str, model: ModelConfig) -> PreTrainedModel:
     """Return the bare model (vision tower and language model, no head), in `model.dtype` on the CPU, for evaluation.
 
     With `model.quantize` its linear layers hold 4 bits a weight. They are on the current GPU, which quantizes them.
-    Raises `UserError` as `checkpoint_dir` does, and where quantizing is impossible.
+    Threads load one after the other. Raises `UserError` as `checkpoint_dir` does, and where quantizing is impossible.
     """
     dtype = getattr(torch, model.dtype)
-    backbone = AutoModel.from_pretrained(
-        checkpoint_dir(path_or_hub),
-        dtype=dtype,
-        attn_implementation=model.attention,
-        **(_nf4(dtype) if model.quantize else {}),
-    )
+    folder, quantization = checkpoint_dir(path_or_hub), _nf4(dtype) if model.quantize else {}
+    with _LOADING:
+        backbone = AutoModel.from_pretrained(folder, dtype=dtype, attn_implementation=model.attention, **quantization)
     use_fast_vision(backbone)
     if model.gradient_checkpointing:
         # Non-reentrant checkpoints need no input that requires a gradient, so that adapters alone can be trained.

@@ -2,14 +2,19 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
+from transformers import AutoModel, PreTrainedModel
 
 from pipelines.errors import UserError
 from rzen.config import ModelConfig, ModelIdentity, PromptConfig, ReadoutConfig
+from rzen.model import backbone
 from rzen.model.backbone import load_backbone
 from rzen.model.checkpoints import read_identity
 from tests.tiny import tiny_checkpoint, tiny_model
@@ -35,6 +40,31 @@ def test_quantizing_without_what_it_needs_is_the_users_error(tmp_path: Path) -> 
     model = tiny_model(model_dir).model_copy(update={"quantize": "nf4"})
     with pytest.raises(UserError, match=r"model.quantize=nf4: is impossible here: .*; install the extra rzen\[qlora\]"):
         load_backbone(model_dir, model)
+
+
+def test_threads_load_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two loads of transformers at once leave its classes changed: later models have tied weights without values."""
+    model_dir = tiny_checkpoint(tmp_path)
+    loading: list[int] = []
+    most = []
+
+    class Watched(AutoModel):  # type: ignore[misc]
+        @classmethod
+        def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+            loading.append(1)
+            most.append(len(loading))
+            time.sleep(0.05)
+            found = super().from_pretrained(*args, **kwargs)
+            loading.pop()
+            return found
+
+    monkeypatch.setattr(backbone, "AutoModel", Watched)
+    tie = PreTrainedModel.tie_weights
+    with ThreadPoolExecutor(3) as threads:
+        models = list(threads.map(lambda _: load_backbone(model_dir, tiny_model(model_dir)), range(3)))
+    assert most == [1, 1, 1]
+    assert PreTrainedModel.tie_weights is tie
+    assert all(not parameter.is_meta for model in models for parameter in model.parameters())
 
 
 def test_an_identity_is_read_back_and_falls_back_to_the_default_where_nothing_is_said(tmp_path: Path) -> None:
