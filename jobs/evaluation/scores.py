@@ -61,7 +61,7 @@ def model_of(run: Run) -> Model:
 
 def evaluation(changes: FileChanges, document: Document, key: str) -> EvaluateSpec:
     """The spec that the entry `key` of `document` names, without models: those are known when they are trained."""
-    named = read_document(changes.spec, document.folder)
+    named = read_document(changes.spec, document.folder_of((key, "spec")))
     ours = {"models": {"run": {"base": "run"}}}
     bare = replace(named, data={name: value for name, value in named.data.items() if name != "models"})
     changed = bare.overlaid(changes.set, document.place_under(key, "set"))

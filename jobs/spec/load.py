@@ -40,6 +40,8 @@ class Document:
     name: str
     folder: Path
     places: dict[Key, str] = field(default_factory=dict)
+    base_folders: dict[Key, Path] = field(default_factory=dict)
+    """Folder of the file that wrote a key, for keys of a `base`."""
 
     def place(self, key: Key) -> str:
         """Return where a key was written, or the nearest key around it."""
@@ -47,6 +49,10 @@ class Document:
             if key[:length] in self.places:
                 return self.places[key[:length]]
         return self.name
+
+    def folder_of(self, key: Key) -> Path:
+        """Return the folder of the file that wrote a key. The file that its value names is relative to it."""
+        return self.base_folders.get(key, self.folder)
 
     def overlaid(self, changes: Mapping[str, Any], place: Callable[[Key], str]) -> Document:
         """Return a copy with `changes` on top. Mappings are merged key by key, everything else is replaced.
@@ -58,7 +64,12 @@ class Document:
         replaced = set(changed)
         kept = {key: where for key, where in self.places.items() if not _is_below(key, replaced)}
         new = {key: place(key) for top in changed for key in _keys(_at(merged, top), top)}
-        return Document(merged, self.name, self.folder, kept | new)
+        folders = {key: folder for key, folder in self.base_folders.items() if key in kept and key not in new}
+        return Document(merged, self.name, self.folder, kept | new, folders)
+
+    def as_base(self) -> Document:
+        """Return a copy that keeps the folder of each of its keys below a file of another folder."""
+        return replace(self, base_folders={key: self.folder_of(key) for key in self.places})
 
     def place_under(self, *around: str) -> Callable[[Key], str]:
         """Return a function for the places of keys within the part of this document at `around`."""
@@ -89,7 +100,7 @@ def read_document(path: str | Path, folder: Path | None = None, above: tuple[Pat
         raise UserError(document.place(("base",)), f"{path} is based on itself", "name another base")
     if len(above) >= _MAX_BASES:
         raise UserError(document.place(("base",)), f"is the base of {_MAX_BASES} others", "use fewer files")
-    below = read_document(base, document.folder, (*above, file.resolve()))
+    below = read_document(base, document.folder, (*above, file.resolve())).as_base()
     return replace(below.overlaid(document.data, document.place), name=document.name, folder=document.folder)
 
 

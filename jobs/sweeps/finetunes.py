@@ -59,7 +59,7 @@ def _place(where: str, key: Key) -> str:
 
 def stage_document(stage: str, changes: Mapping[str, Any], document: Document) -> Document:
     """Return what all runs start from: the stage with the changes that all of them share."""
-    return read_document(stage, document.folder).overlaid(changes, document.place_under("set"))
+    return read_document(stage, document.folder_of(("stage",))).overlaid(changes, document.place_under("set"))
 
 
 def check_train(document: Document) -> TrainSpec:

@@ -273,7 +273,7 @@ def _ref(lineage: Mapping[str, Any], url: str) -> ModelRef:
 
 def _embed_spec(changes: FileChanges, document: Document, places: Mapping[str, str | None]) -> EmbedSpec:
     """Return the checked spec of the corpus, with model and output of the job."""
-    named = read_document(changes.spec, document.folder)
+    named = read_document(changes.spec, document.folder_of(("corpus", "spec")))
     changed = named.overlaid(changes.set, document.place_under("corpus", "set"))
     embed = check(changed.overlaid(dict(places), document.place_under("corpus")))
     if not isinstance(embed, EmbedSpec):

@@ -10,6 +10,7 @@ import yaml
 from jobs.spec.load import check, override, read_document, substitute
 from jobs.sweeps.specs import FinetunesSpec
 from jobs.training.specs import TrainSpec
+from jobs.workflows.pipeline import resolve_jobs
 from pipelines.errors import UserError
 from rzen.config import TinyBackbone
 from tests.paths import ROOT
@@ -110,6 +111,22 @@ def test_base_is_merged_under_a_file_that_knows_where_its_own_lines_are(tmp_path
     assert (spec.name, spec.optim.lr, spec.optim.weight_decay) == ("above", 0.005, 0.1)
     wrong = written(tmp_path, "base: below.yaml\noptim:\n  lr: -1\n", "wrong.yaml")
     assert complaint(wrong).startswith(f"{wrong}:3: optim.lr=-1: input should be greater than 0")
+
+
+def test_files_that_a_base_names_are_beside_the_base(tmp_path: Path) -> None:
+    """The file on top of it may have the name of one of them, as `mine.yaml` on top of `jobs/ablation.yaml`."""
+    for folder in ("base", "own"):
+        (tmp_path / folder).mkdir()
+        for name in ("one", "two"):
+            text = f"kind: ingest\ninput: {folder}\nout: {name}\n"
+            (tmp_path / folder / f"{name}.yaml").write_text(text)
+    jobs = "jobs:\n  one: {spec: one.yaml}\n  two: {spec: two.yaml}\n"
+    (tmp_path / "base/all.yaml").write_text(f"kind: pipeline\nname: all\nstate: state\n{jobs}")
+    (tmp_path / "middle.yaml").write_text("base: base/all.yaml\n")
+    (tmp_path / "own/top.yaml").write_text("base: ../middle.yaml\njobs:\n  two: {spec: two.yaml}\n")
+    document = read_document(tmp_path / "own/top.yaml")
+    found = {name: job.model_dump()["input"] for name, (job, _) in resolve_jobs(check(document), document).items()}
+    assert found == {"one": "base", "two": "own"}
 
 
 def test_base_on_itself_is_refused(tmp_path: Path) -> None:
