@@ -14,6 +14,7 @@ COMMANDS = {
     "google-api-python-client is not installed": ".venv/bin/pip install -c requirements.lock -e '.[infra]'",
     "qdrant-client is not installed": ".venv/bin/pip install -c requirements.lock -e '.[qdrant]'",
     "mteb is not installed": ".venv/bin/pip install -e '.[mteb]'",
+    "RZEN_TEST_RAY_WORKERS=own": "unset RZEN_TEST_RAY_WORKERS",
     "RZEN_KUBERAY_CRDS names no folder": "export RZEN_KUBERAY_CRDS=kuberay/helm-chart/kuberay-operator/crds, in a clone"
     " of github.com/ray-project/kuberay at v1.7",
     "may not mount a small tmpfs here": "run the tests as root",
