@@ -113,7 +113,7 @@ def test_base_is_merged_under_a_file_that_knows_where_its_own_lines_are(tmp_path
     assert complaint(wrong).startswith(f"{wrong}:3: optim.lr=-1: input should be greater than 0")
 
 
-def test_files_that_a_base_names_are_beside_the_base(tmp_path: Path) -> None:
+def test_files_that_a_base_names_are_next_to_it(tmp_path: Path) -> None:
     """The file on top of it may have the name of one of them, as `mine.yaml` on top of `jobs/ablation.yaml`."""
     for folder in ("base", "own"):
         (tmp_path / folder).mkdir()
