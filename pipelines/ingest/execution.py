@@ -17,7 +17,7 @@ from pipelines.errors import UserError
 from pipelines.ingest.markers import Plan, WrittenBlock
 from pipelines.ingest.planning import BlockWork, GroupWork, TableWork
 from pipelines.ingest.settings import IngestSettings
-from pipelines.ingest.tasks import without_raising
+from pipelines.ingest.tasks import cancel, without_raising
 from pipelines.ingest.writing import write_block
 
 _SUBMITTED_PER_CPU = 2  # blocks whose tasks wait in Ray: enough that no CPU waits for the job
@@ -86,8 +86,7 @@ class _Tasks:
 
     def cancel(self) -> None:
         """End the tasks that still run."""
-        for reference in (*self._planning, *self._running):
-            ray.cancel(reference)
+        cancel([*self._planning, *self._running])
 
 
 def _value(result: Any) -> Any:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import ray
 
 from pipelines.errors import UserError
 
 _TASKS_PER_CPU = 4  # submitted at a time: a dataset may have a million shards
+_END_S = 60.0  # a task that does not end is in the middle of a file
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
@@ -17,7 +18,7 @@ Result = TypeVar("Result")
 def run_tasks(task: Callable[[Job], Result], jobs: Sequence[Job], cpus_per_task: float) -> Iterator[tuple[int, Result]]:
     """Yield what `task` returns for each job as soon as it is there, with the position of the job.
 
-    Raises the first `UserError` of a task. Tasks that still run are then cancelled.
+    Raises the first `UserError` of a task, when the others have been cancelled and have ended.
     """
     remote = ray.remote(num_cpus=cpus_per_task)(without_raising)
     waiting = iter(enumerate(jobs))
@@ -36,8 +37,17 @@ def run_tasks(task: Callable[[Job], Result], jobs: Sequence[Job], cpus_per_task:
                 raise outcome
             yield running.pop(ready), outcome
     finally:
-        for reference in running:
-            ray.cancel(reference)
+        cancel(running)
+
+
+def cancel(references: Iterable[Any]) -> None:
+    """Cancel tasks and generators, and wait for their ends: none may write to an output that its job has left."""
+    references = [*references]
+    for reference in references:
+        ray.cancel(reference)
+    ends = [one.completed() if isinstance(one, ray.ObjectRefGenerator) else one for one in references]
+    if ends:
+        ray.wait(ends, num_returns=len(ends), timeout=_END_S, fetch_local=False)
 
 
 def without_raising(task: Callable[[Job], Result], job: Job) -> Result | UserError:

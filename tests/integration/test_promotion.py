@@ -10,8 +10,9 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -177,12 +178,25 @@ def test_promotions_and_rollbacks_under_load_answer_with_one_pair(ray_cluster: N
     assert sorted(map(sorted, load.versions.values())) == [["a"], ["b"]]
 
 
+@pytest.fixture(autouse=True)
+def no_server_is_left() -> Iterator[None]:
+    """End the server of a test that failed, too: other modules start their own."""
+    yield
+    from ray import serve
+
+    serve.shutdown()
+
+
 def replicas() -> dict[str, Any]:
     """The running model replicas, by name."""
     import ray
 
-    actors = [actor for actor in ray.util.list_named_actors(all_namespaces=True) if "#ModelReplica#" in actor["name"]]
-    return {actor["name"]: ray.get_actor(actor["name"], actor["namespace"]) for actor in actors}
+    found = {}
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        if "#ModelReplica#" in actor["name"]:
+            with suppress(ValueError):  # it has ended since
+                found[actor["name"]] = ray.get_actor(actor["name"], actor["namespace"])
+    return found
 
 
 def break_model(replica: Any, model: str) -> int:
