@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 def run_tasks(task: Callable[[Job], Result], jobs: Sequence[Job], cpus_per_task: float) -> Iterator[tuple[int, Result]]:
     """Yield what `task` returns for each job as soon as it is there, with the position of the job.
 
-    Raises the first `UserError` of a task, when the others have been cancelled and have ended.
+    Raises the first `UserError` of a task. The others are then cancelled, and have ended.
     """
     remote = ray.remote(num_cpus=cpus_per_task)(without_raising)
     waiting = iter(enumerate(jobs))
@@ -41,7 +41,7 @@ def run_tasks(task: Callable[[Job], Result], jobs: Sequence[Job], cpus_per_task:
 
 
 def cancel(references: Iterable[Any]) -> None:
-    """Cancel tasks and generators, and wait for their ends: none may write to an output that its job has left."""
+    """Cancel tasks and generators, and wait for them. None may write to an output that its job has left."""
     references = [*references]
     for reference in references:
         ray.cancel(reference)
