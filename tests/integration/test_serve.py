@@ -151,7 +151,9 @@ def test_clients_get_the_vectors_of_the_model(server: Server, expected: dict[str
 
 def test_attacks_are_refused_and_the_server_still_answers(server: Server) -> None:
     assert server.ask(body={"input": "x"}, key="wrong")[0] == 401
-    assert server.ask(body={"input": "x" * (1 << 20)})[0] == 413
+    # Not the whole body: the server closes the connection, and a client that still sends may not read the answer.
+    begun = f"{HEAD}Content-Length: {(1 << 20) + 1}\r\n\r\n".encode() + b"x" * 1000
+    assert send_raw(server.url, begun).startswith(b"HTTP/1.1 413")
     assert send_raw(server.url, f"{HEAD}Content-Length: 10000000000\r\n\r\n".encode()).startswith(b"HTTP/1.1 413")
     chunk = b"20000\r\n" + b"x" * 0x20000 + b"\r\n"
     chunked = f"{HEAD}Transfer-Encoding: chunked\r\n\r\n".encode() + chunk * 9
