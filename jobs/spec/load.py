@@ -40,8 +40,8 @@ class Document:
     name: str
     folder: Path
     places: dict[Key, str] = field(default_factory=dict)
-    base_folders: dict[Key, Path] = field(default_factory=dict)
-    """Folder of the file that wrote a key, for keys of a `base`."""
+    folders: dict[Key, Path] = field(default_factory=dict)
+    """Folder of the file that wrote a key. All other keys are of a file in `folder`."""
 
     def place(self, key: Key) -> str:
         """Return where a key was written, or the nearest key around it."""
@@ -52,28 +52,31 @@ class Document:
 
     def folder_of(self, key: Key) -> Path:
         """Return the folder of the file that wrote a key. The file that its value names is relative to it."""
-        return self.base_folders.get(key, self.folder)
+        return self.folders.get(key, self.folder)
 
-    def overlaid(self, changes: Mapping[str, Any], place: Callable[[Key], str]) -> Document:
+    def overlaid(
+        self, changes: Mapping[str, Any], place: Callable[[Key], str], folder: Callable[[Key], Path] | None = None
+    ) -> Document:
         """Return a copy with `changes` on top. Mappings are merged key by key, everything else is replaced.
 
-        `place(key)` returns where the change of a key was written.
+        `place(key)` returns where the change of a key was written, and `folder(key)` the folder of that file, which is
+        that of this document by default.
         """
         changed: list[Key] = []
         merged = _merge(self.data, changes, (), changed)
         replaced = set(changed)
         kept = {key: where for key, where in self.places.items() if not _is_below(key, replaced)}
         new = {key: place(key) for top in changed for key in _keys(_at(merged, top), top)}
-        folders = {key: folder for key, folder in self.base_folders.items() if key in kept and key not in new}
+        folders = {key: self.folder_of(key) for key in kept} | {key: folder(key) for key in new if folder}
         return Document(merged, self.name, self.folder, kept | new, folders)
-
-    def as_base(self) -> Document:
-        """Return a copy that keeps the folder of each of its keys below a file of another folder."""
-        return replace(self, base_folders={key: self.folder_of(key) for key in self.places})
 
     def place_under(self, *around: str) -> Callable[[Key], str]:
         """Return a function for the places of keys within the part of this document at `around`."""
         return lambda key: self.place((*around, *key))
+
+    def folder_under(self, *around: str) -> Callable[[Key], Path]:
+        """Return a function for the folders of keys within the part of this document at `around`."""
+        return lambda key: self.folder_of((*around, *key))
 
 
 def read_document(path: str | Path, folder: Path | None = None, above: tuple[Path, ...] = ()) -> Document:
@@ -100,8 +103,9 @@ def read_document(path: str | Path, folder: Path | None = None, above: tuple[Pat
         raise UserError(document.place(("base",)), f"{path} is based on itself", "name another base")
     if len(above) >= _MAX_BASES:
         raise UserError(document.place(("base",)), f"is the base of {_MAX_BASES} others", "use fewer files")
-    below = read_document(base, document.folder, (*above, file.resolve())).as_base()
-    return replace(below.overlaid(document.data, document.place), name=document.name, folder=document.folder)
+    below = read_document(base, document.folder, (*above, file.resolve()))
+    merged = below.overlaid(document.data, document.place, document.folder_of)
+    return replace(merged, name=document.name, folder=document.folder)
 
 
 @contextmanager

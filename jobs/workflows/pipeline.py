@@ -40,7 +40,7 @@ def resolve_jobs(spec: PipelineSpec, document: Document) -> dict[str, tuple[JobC
             raise UserError(document.place(around), f"{name} is the name of another file in `state`", "rename the job")
         changes = substitute(job.set, spec.vars, document.place((*around, "set")))
         changed = read_document(job.spec, document.folder_of((*around, "spec"))).overlaid(
-            changes, document.place_under(*around, "set")
+            changes, document.place_under(*around, "set"), document.folder_under(*around, "set")
         )
         resolved = check(changed)
         if isinstance(resolved, PipelineSpec):

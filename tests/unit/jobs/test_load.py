@@ -10,7 +10,7 @@ import yaml
 from jobs.spec.load import check, override, read_document, substitute
 from jobs.sweeps.specs import FinetunesSpec
 from jobs.training.specs import TrainSpec
-from jobs.workflows.pipeline import resolve_jobs
+from jobs.workflows.pipeline import named, resolve_jobs
 from pipelines.errors import UserError
 from rzen.config import TinyBackbone
 from tests.paths import ROOT
@@ -127,6 +127,19 @@ def test_files_that_a_base_names_are_next_to_it(tmp_path: Path) -> None:
     document = read_document(tmp_path / "own/top.yaml")
     found = {name: job.model_dump()["input"] for name, (job, _) in resolve_jobs(check(document), document).items()}
     assert found == {"one": "base", "two": "own"}
+
+
+def test_files_that_a_pipeline_names_for_a_job_are_next_to_the_pipeline(tmp_path: Path) -> None:
+    """A pipeline may give a job of another folder a file of its own, with the name of a shipped one."""
+    (tmp_path / "mine.yaml").write_text("base: jobs/stage2.yaml\nseed: 7\n")
+    (tmp_path / "all.yaml").write_text(
+        "kind: pipeline\nname: all\nstate: state\n"
+        "jobs:\n  tunes: {spec: jobs/finetunes.yaml, set: {stage: mine.yaml, runs: {a: null}}}\n"
+    )
+    document = read_document(tmp_path / "all.yaml")
+    trained = [spec for spec in named(check(document), document) if isinstance(spec, TrainSpec)]
+    assert trained
+    assert {spec.seed for spec in trained} == {7}
 
 
 def test_base_on_itself_is_refused(tmp_path: Path) -> None:
