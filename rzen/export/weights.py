@@ -11,6 +11,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from pipelines.imports import NOT_FOR_SAVING, without_modules
 from rzen.config import Dtype
+from rzen.model.loading import LOADING
 
 COMPANIONS = (
     "*.txt",
@@ -30,12 +31,13 @@ def write_backbone(model: PreTrainedModel, base: Path, folder: Path, dtype: Dtyp
     embeddings, so that a library that makes one misses nothing.
     """
     config = type(model.config).from_dict(model.config.to_dict() | {"tie_word_embeddings": head is None})
-    with torch.device("meta"):
-        whole = AutoModelForImageTextToText.from_config(config)
-    whole.model = model.to(getattr(torch, dtype))
-    if head is not None:
-        whole.lm_head.weight = torch.nn.Parameter(head.to(getattr(torch, dtype)), requires_grad=False)
-    whole.tie_weights()
+    with LOADING:
+        with torch.device("meta"):
+            whole = AutoModelForImageTextToText.from_config(config)
+        whole.model = model.to(getattr(torch, dtype))
+        if head is not None:
+            whole.lm_head.weight = torch.nn.Parameter(head.to(getattr(torch, dtype)), requires_grad=False)
+        whole.tie_weights()
     with without_modules(*NOT_FOR_SAVING):
         whole.save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)  # it generates nothing

@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from rzen.config import ModelConfig, TinyBackbone
 from rzen.families import FAMILIES, part_of
 from rzen.model.backbone import SPECIAL_TOKENS
+from rzen.model.loading import LOADING
 from rzen.model.lora import add_lora
 from rzen.model.vision import use_fast_vision
 
@@ -160,7 +161,8 @@ def meta_backbone(config: PreTrainedConfig, model: ModelConfig) -> nn.Module:
     attention = "eager" if model.attention == "eager" else "sdpa"
     with torch.device("meta"):
         dtype = getattr(torch, model.dtype)
-        backbone: PreTrainedModel = AutoModel.from_config(config, dtype=dtype, attn_implementation=attention)
+        with LOADING:
+            backbone: PreTrainedModel = AutoModel.from_config(config, dtype=dtype, attn_implementation=attention)
         use_fast_vision(backbone)
         if model.gradient_checkpointing:
             backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -37,11 +36,8 @@ from rzen.inputs.prompts import (
     fixed_texts,
 )
 from rzen.model.checkpoints import checkpoint_dir
+from rzen.model.loading import LOADING
 from rzen.model.vision import use_fast_vision
-
-# While transformers loads a model, it replaces methods of its classes. Two loads at once may leave them replaced, and
-# every later model then has tied weights without values.
-_LOADING = threading.Lock()
 
 SPECIAL_TOKENS = (END_OF_TEXT, IM_START, IM_END, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD)
 
@@ -54,7 +50,7 @@ def load_backbone(path_or_hub: str, model: ModelConfig) -> PreTrainedModel:
     """
     dtype = getattr(torch, model.dtype)
     folder, quantization = checkpoint_dir(path_or_hub), _nf4(dtype) if model.quantize else {}
-    with _LOADING:
+    with LOADING:
         backbone = AutoModel.from_pretrained(folder, dtype=dtype, attn_implementation=model.attention, **quantization)
     use_fast_vision(backbone)
     if model.gradient_checkpointing:
@@ -86,7 +82,8 @@ def build_tiny(folder: Path, config: TinyBackbone, texts: Iterable[str]) -> None
     model_config = _tiny_config(config, tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = AutoModel.from_config(model_config)
+        with LOADING:
+            model = AutoModel.from_config(model_config)
     tokenizer.save_pretrained(folder)
     Qwen2VLImageProcessorPil(
         patch_size=family.patch_px, image_mean=list(family.image_mean), image_std=list(family.image_std)

@@ -20,6 +20,7 @@ from pipelines.errors import UserError
 from pipelines.stored_json import read_json
 from rzen.config import LoraConfig, LoraScope, ModelIdentity, RerankerIdentity
 from rzen.model.checkpoints import ADAPTER_CONFIG, IDENTITY, TEMPERATURES, write_json
+from rzen.model.loading import LOADING
 
 _VISUAL = r"(.*\.)?visual\..*"
 """Names of modules of the vision tower, which has the merger in it, in all families."""
@@ -39,7 +40,7 @@ def add_lora(backbone: PreTrainedModel, config: LoraConfig, seed: int) -> peft.P
         target_modules="all-linear",
         exclude_modules=_VISUAL if config.scope == "language_model" else None,
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), LOADING:
         torch.manual_seed(seed)
         return peft.get_peft_model(backbone, settings)
 
@@ -81,11 +82,12 @@ def load_adapter(
         if not (folder / file_name).is_file():
             raise UserError(str(folder), f"has no {file_name}", "name the directory of a PEFT adapter")
     try:
-        if isinstance(backbone, peft.PeftModel):
-            model = backbone
-            model.load_adapter(str(folder), name, is_trainable=trainable)
-        else:
-            model = peft.PeftModel.from_pretrained(backbone, str(folder), name, is_trainable=trainable)
+        with LOADING:
+            if isinstance(backbone, peft.PeftModel):
+                model = backbone
+                model.load_adapter(str(folder), name, is_trainable=trainable)
+            else:
+                model = peft.PeftModel.from_pretrained(backbone, str(folder), name, is_trainable=trainable)
     except (ValueError, RuntimeError) as error:
         first = " ".join(str(error).splitlines()[:2])  # torch lists every tensor
         raise UserError(str(folder), f"does not fit the backbone ({first})", "name the base of its training") from error

@@ -3,7 +3,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,15 @@ from pydantic import ValidationError
 from transformers import AutoModel, PreTrainedModel
 
 from pipelines.errors import UserError
-from rzen.config import ModelConfig, ModelIdentity, PromptConfig, ReadoutConfig
+from rzen.config import LoraConfig, ModelConfig, ModelIdentity, PromptConfig, ReadoutConfig
+from rzen.export.weights import write_backbone
 from rzen.model import backbone
-from rzen.model.backbone import load_backbone
+from rzen.model.activations import meta_backbone, read_config
+from rzen.model.backbone import build_tiny, load_backbone
 from rzen.model.checkpoints import read_identity
-from tests.tiny import tiny_checkpoint, tiny_model
+from rzen.model.loading import LOADING
+from rzen.model.lora import add_lora, load_adapter, save_adapter
+from tests.tiny import TINY, tiny_checkpoint, tiny_model
 
 
 @pytest.mark.parametrize(
@@ -65,6 +70,29 @@ def test_threads_load_one_after_the_other(tmp_path: Path, monkeypatch: pytest.Mo
     assert most == [1, 1, 1]
     assert PreTrainedModel.tie_weights is tie
     assert all(not parameter.is_meta for model in models for parameter in model.parameters())
+
+
+def test_whatever_makes_a_model_waits_for_a_load(tmp_path: Path) -> None:
+    model_dir = tiny_checkpoint(tmp_path / "base")
+    model = tiny_model(model_dir)
+    adapted = add_lora(load_backbone(model_dir, model), LoraConfig(rank=2), seed=0)
+    save_adapter(adapted, tmp_path / "adapter", identity=ModelIdentity(), base=model_dir, base_sha256="ab")
+    bare = [load_backbone(model_dir, model) for _ in range(3)]
+    (tmp_path / "written").mkdir()
+    calls: list[Callable[[], Any]] = [
+        lambda: load_backbone(model_dir, model),
+        lambda: load_adapter(bare[0], tmp_path / "adapter"),
+        lambda: add_lora(bare[1], LoraConfig(rank=2), seed=0),
+        lambda: write_backbone(bare[2], Path(model_dir), tmp_path / "written", "float32"),
+        lambda: meta_backbone(read_config(model_dir), model),
+        lambda: build_tiny(tmp_path / "tiny", TINY, ["a text"]),
+    ]
+    with ThreadPoolExecutor(len(calls)) as threads:
+        with LOADING:
+            made = [threads.submit(call) for call in calls]
+            assert not wait(made, timeout=1.0).done
+        for one in made:
+            one.result()
 
 
 def test_an_identity_is_read_back_and_falls_back_to_the_default_where_nothing_is_said(tmp_path: Path) -> None:
