@@ -64,7 +64,8 @@ def effects(scores: Scores, baseline: str) -> list[Effect]:
     """Every variant on every task, the mean of several tasks last. Raises `ValueError` where a run is missing."""
     table = _complete(scores, baseline)
     found = []
-    for task, seeds in _places(table[baseline]):
+    seeds = list(table[baseline])
+    for task in _tasks(table):
         for variant, by_seed in table.items():
             differences = [by_seed[seed][task] - table[baseline][seed][task] for seed in seeds]
             score = statistics.fmean(by_seed[seed][task] for seed in seeds)
@@ -80,7 +81,8 @@ def contrasts(scores: Scores, weights: Mapping[str, Mapping[str, float]]) -> lis
     found = []
     for name, parts in weights.items():
         table = _complete({variant: scores[variant] for variant in parts}, next(iter(parts)))
-        for task, seeds in _places(next(iter(table.values()))):
+        seeds = list(next(iter(table.values())))
+        for task in _tasks(table):
             sums = [
                 math.fsum(weight * table[variant][seed][task] for variant, weight in parts.items()) for seed in seeds
             ]
@@ -100,8 +102,8 @@ def _complete(scores: Scores, first: str) -> dict[str, dict[int, dict[str, float
     return table
 
 
-def _places(by_seed: Mapping[int, Mapping[str, float]]) -> list[tuple[str, list[int]]]:
-    return [(task, list(by_seed)) for task in next(iter(by_seed.values()))]
+def _tasks(table: Scores) -> list[str]:
+    return list(next(iter(next(iter(table.values())).values())))
 
 
 def paired_interval(differences: Sequence[float]) -> tuple[float, float, float]:
