@@ -22,7 +22,14 @@ from jobs.mining.specs import ClusterSpec
 from jobs.runtime.cluster import ray_cluster
 from jobs.runtime.lease import Lease, hold_output
 from jobs.runtime.progress import Bars, say
-from pipelines.candidates.clusters import Preferences, group_clusters, kept_weight, partition, preferred_pairs
+from pipelines.candidates.clusters import (
+    Preferences,
+    group_clusters,
+    import_metis,
+    kept_weight,
+    partition,
+    preferred_pairs,
+)
 from pipelines.candidates.table import CandidateTable, check_other, finished_table, open_table
 from pipelines.candidates.types import KIND, NO_CLUSTER, BoolArray, CandidateRows, Int64Array, PartInfo
 from pipelines.candidates.write import PartWriter, Place, publish_table
@@ -58,6 +65,8 @@ def _run(table: CandidateTable, spec: ClusterSpec, store: Store, lease: Lease) -
     if (finished := finished_table(store, writer.job)) is not None:
         say(f"  {store.url} is up to date: nothing to cluster")
         return _result(spec, finished)
+    if spec.method == "preferences":
+        import_metis()
     counts: dict[str, Any] = {}
     parts: dict[str, list[PartInfo]] = {}
     total = sum(part.num_samples for some in manifest.parts.values() for part in some)

@@ -40,6 +40,7 @@ from pipelines.feed.reader import Reader
 from pipelines.items.listing import ListedShard
 from pipelines.storage.location import open_store
 from pipelines.storage.store import Store
+from rzen.neighbors.inverted_lists import import_faiss
 
 VECTORS, LISTINGS, MINED = "vectors", "listings", "mined"
 _VERSION = 1  # of what a part holds for equal samples and vectors
@@ -137,6 +138,8 @@ def _run(spec: MineSpec, store: Store, lease: Lease) -> dict[str, Any]:
     if (table := finished_table(store, writer.job)) is not None:
         say(f"  {store.url} is up to date: nothing to mine")
         return _result(spec, table)
+    if spec.search == "ivf":
+        import_faiss()  # before hours of embedding
     listings = store.child(LISTINGS)
     cache = open_store(spec.vectors, spec.endpoint) if spec.vectors else store.child(VECTORS)
     cache.ensure_bucket()

@@ -74,7 +74,7 @@ def partition(edges: Preferences, keep: BoolArray, cluster_size: int, seed: int)
     target = np.searchsorted(nodes, np.concatenate([other, one]))
     order = np.lexsort((target, source))
     starts = np.concatenate([[0], np.cumsum(np.bincount(source, minlength=len(nodes)))])
-    metis = _metis()
+    metis = import_metis()
     _, parts = metis.part_graph(
         num_parts,
         xadj=starts.tolist(),
@@ -111,7 +111,8 @@ def _numbered(parts: Int64Array) -> Int64Array:
     return np.argsort(np.argsort(first))[number].astype(np.int64)
 
 
-def _metis() -> ModuleType:
+def import_metis() -> ModuleType:
+    """Return METIS. Raises `UserError` if it is not installed."""
     try:
         import pymetis
     except ImportError as error:

@@ -28,7 +28,7 @@ class InvertedLists:
     @classmethod
     def build(cls, vectors_ND: FloatArray, num_lists: int, seed: int) -> InvertedLists:
         """Cluster a sample of the vectors, and put all of them into lists."""
-        faiss = _faiss()
+        faiss = import_faiss()
         width = vectors_ND.shape[1]
         num_lists = max(1, min(num_lists, len(vectors_ND)))
         index = faiss.IndexIVFFlat(faiss.IndexFlatIP(width), width, num_lists, faiss.METRIC_INNER_PRODUCT)
@@ -45,11 +45,11 @@ class InvertedLists:
     @classmethod
     def from_bytes(cls, data: npt.NDArray[np.uint8]) -> InvertedLists:
         """Return a stored index."""
-        return cls(_faiss().deserialize_index(data))
+        return cls(import_faiss().deserialize_index(data))
 
     def to_bytes(self) -> npt.NDArray[np.uint8]:
         """Return the index as bytes."""
-        data: npt.NDArray[np.uint8] = _faiss().serialize_index(self._index)
+        data: npt.NDArray[np.uint8] = import_faiss().serialize_index(self._index)
         return data
 
     def nearest(
@@ -80,7 +80,8 @@ def recall(found: Neighbors, exact: Neighbors) -> float:
     return num_found / num_exact if num_exact else 1.0
 
 
-def _faiss() -> ModuleType:
+def import_faiss() -> ModuleType:
+    """Return FAISS. Raises `UserError` if it is not installed."""
     try:
         import faiss
     except ImportError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +15,12 @@ import pytest
 
 import rzen
 from jobs.cli import main
-from jobs.mining import mine, select
-from jobs.mining.specs import MineSpec, SelectSpec
+from jobs.mining import cluster, mine, select
+from jobs.mining.specs import ClusterSpec, MineSpec, SelectSpec
 from pipelines.candidates.table import CandidateTable, open_table
 from pipelines.candidates.types import MANIFEST
 from pipelines.config import DataConfig, MixtureConfig
+from pipelines.errors import UserError
 from pipelines.feed.reader import Reader
 from pipelines.plan.build import build_plan
 from pipelines.samples import DecodedSample, Input
@@ -26,6 +28,7 @@ from pipelines.shards.duplicates import with_duplicates
 from pipelines.shards.index import with_hashes
 from pipelines.shards.manifest import Manifest, SourceInfo, publish_manifest
 from pipelines.storage.location import open_store
+from pipelines.storage.publish import LEASE, MARK
 from tests.data import make_sample, publish, store_shard
 from tests.tiny import tiny_export
 
@@ -195,6 +198,20 @@ def test_one_pool_of_all_sources_by_inverted_lists_in_an_object_store(
     rows = table.rows("red", 0)
     assert not np.isnan(rows.owner).any()
     assert set(rows.candidate_modality.tolist()) == set(rows.modality.tolist()) == {0}
+
+
+def test_a_library_that_is_missing_is_told_before_anything_is_embedded(
+    whole: Path, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for library in ("faiss", "pymetis"):
+        monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(UserError, match=r"^search: ivf: needs faiss, which is not installed; pip install"):
+        mine.run(spec_of(whole, model, out=str(tmp_path / "mined"), search="ivf"))
+    clustering = ClusterSpec(kind="cluster", table=str(whole / "mined"), out=str(tmp_path / "clustered"))
+    with pytest.raises(UserError, match=r"^method: preferences: needs pymetis, which is not installed; pip install"):
+        cluster.run(clustering)
+    names = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert names <= {MARK, LEASE}, "no vectors, listings or clusters"
 
 
 def test_one_command_mines_and_selects(
