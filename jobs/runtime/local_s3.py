@@ -7,6 +7,7 @@ Docker. That server keeps nothing after the command.
 from __future__ import annotations
 
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from contextlib import contextmanager, suppress
 
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
 _START_S = 60
+_PORTS = range(20_000, 32_768)  # workers of Ray take those below
 
 
 @contextmanager
@@ -33,10 +35,16 @@ def s3_server() -> Iterator[str]:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a TCP port of 127.0.0.1 that nobody listens on.
+
+    Systems give other ports, from 32768 on, to outgoing connections and to programs that ask for any port. So nothing
+    takes this one before the program for which it is meant. Raise `RuntimeError` if all are taken.
+    """
+    for port in random.SystemRandom().sample(_PORTS, len(_PORTS)):
+        with suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError(f"no port from {_PORTS.start} to {_PORTS.stop - 1} is free")
 
 
 def _wait_for(port: int, server: subprocess.Popen[bytes]) -> None:

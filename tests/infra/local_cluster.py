@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 
 from jobs.runtime.local_s3 import free_port
@@ -32,6 +31,8 @@ class LocalCluster:
     prometheus: str
     grafana: str
     """URLs, whether these programs are installed or not."""
+    head: int
+    """The process that started the programs."""
 
 
 @contextmanager
@@ -45,14 +46,18 @@ def local_cluster(*options: str, programs: Path | None = None) -> Iterator[Local
     ports = {name: free_port() for name in ("port", "dashboard-port", "client-port", "prometheus-port", "grafana-port")}
     command = [sys.executable, "-m", "infra.local.up", f"--temp-dir={folder}", *options]
     command += [f"--{name}={port}" for name, port in ports.items()]
-    process = subprocess.Popen(command, cwd=ROOT, env=kept, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, env=kept, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         assert process.stdout is not None
-        told = "".join(takewhile(lambda line: "Ctrl-C" not in line, process.stdout))
+        told = ""
+        while "# Ctrl-C" not in told:
+            line = process.stdout.readline()
+            assert line, f"it has ended: {told}"
+            told += line
         exports = dict(re.findall(r"export (RAY_\w+)=(\S+)", told))
         assert exports["RAY_AUTH_MODE"] == "token"
         urls = [f"http://127.0.0.1:{ports[name]}" for name in ("prometheus-port", "grafana-port")]
-        yield LocalCluster(folder, kept | exports, *urls)
+        yield LocalCluster(folder, kept | exports, *urls, process.pid)
     finally:
         end(process)
         _remove(folder)

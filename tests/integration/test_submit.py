@@ -7,11 +7,8 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import signal
 import subprocess
-import sys
-import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -23,16 +20,14 @@ import psutil
 import pytest
 from ray.dashboard.modules.job.pydantic_models import JobDetails
 
-from jobs.runtime.local_s3 import free_port
 from pipelines.storage.location import open_store
 from tests.data import publish
-from tests.paths import ROOT
+from tests.infra.local_cluster import local_cluster
 from tests.plug_in import TICKS, write_plug_in
 from tests.specs import stage
 from tests.tcp_proxy import TcpProxy
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
-BIN = Path(sys.executable).parent
 HOOK = {"RAY_JOB_SUBMIT_HOOK": "jobs.hook.submit"}
 CORPUS = (
     '#!/usr/bin/env -S python -m jobs.run\nkind: corpus\nout: "{0}/corpus"\ncorpus: {{num_images: 4, num_composed: 0, '
@@ -90,29 +85,12 @@ class Cluster:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster() -> Iterator[Cluster]:
     """As `python -m infra.local.up` starts it, in the folder of the repository."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    kept["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # or one would be kept in the home folder
-    kept["PATH"] = os.pathsep.join([str(BIN), kept["PATH"]])
-    ports = {name: free_port() for name in ("port", "dashboard-port", "client-port", "prometheus-port")}
-    with tempfile.TemporaryDirectory(prefix="rz", dir="/tmp") as folder:
-        options = [f"--{name}={port}" for name, port in ports.items()]
-        command = [sys.executable, "-m", "infra.local.up", "--num-cpus=4", f"--temp-dir={folder}", *options]
-        process = subprocess.Popen(command, cwd=ROOT, env=kept, stdout=subprocess.PIPE, text=True)
-        try:
-            assert process.stdout is not None
-            told = ""
-            while "# Ctrl-C" not in told:
-                line = process.stdout.readline()
-                assert line
-                told += line
-            exports = dict(re.findall(r"(RAY_\w+)=(\S+)", told))
-            exports.pop("RAY_ADDRESS")  # a laptop knows the dashboard alone
-            yield Cluster(kept | exports, exports["RAY_API_SERVER_ADDRESS"], process.pid)
-        finally:
-            process.terminate()
-            process.wait(60)
+    with local_cluster("--num-cpus=4") as started:
+        environment = dict(started.environment)
+        environment.pop("RAY_ADDRESS")  # a laptop knows the dashboard alone
+        yield Cluster(environment, environment["RAY_API_SERVER_ADDRESS"], started.head)
 
 
 def test_the_literal_command_runs_a_spec_where_the_cluster_was_started(cluster: Cluster, tmp_path: Path) -> None:
@@ -318,7 +296,7 @@ def test_a_job_whose_process_is_lost_runs_again(cluster: Cluster, ticking: Path,
 @pytest.mark.long
 def test_a_stopped_job_leaves_a_checkpoint_and_goes_on(cluster: Cluster, tmp_path: Path) -> None:
     publish(open_store(str(tmp_path / "data")), {"red": ("text_image", 24)})
-    (tmp_path / "train.yaml").write_text(train(tmp_path, 600))
+    (tmp_path / "train.yaml").write_text(train(tmp_path, 3000))
     started = cluster.run("rzen", "submit", "train.yaml", "--no-wait", cwd=tmp_path)
     assert started.returncode == 0
     (job,) = re.findall(r"submitted (\S+)", started.stdout)
@@ -328,7 +306,7 @@ def test_a_stopped_job_leaves_a_checkpoint_and_goes_on(cluster: Cluster, tmp_pat
         assert time.monotonic() < deadline, cluster.run("ray", "job", "logs", job, cwd=tmp_path).stdout
         time.sleep(0.2)
     (listed,) = json.loads(cluster.run("rzen", "runs", "--json", cwd=tmp_path).stdout)
-    assert (listed["state"], listed["steps"]) == ("running", 600)
+    assert (listed["state"], listed["steps"]) == ("running", 3000)
     stopped = cluster.run("rzen", "stop", job, cwd=tmp_path)
     assert (stopped.returncode, stopped.stdout) == (0, f"{job} stopped\n"), stopped.stderr
     log = cluster.run("rzen", "logs", job, cwd=tmp_path).stdout
@@ -337,11 +315,11 @@ def test_a_stopped_job_leaves_a_checkpoint_and_goes_on(cluster: Cluster, tmp_pat
     assert listed["state"] == "interrupted"
     checkpoint = json.loads((run / "latest.json").read_text())["path"]  # the spec asks for none
     step = json.loads((run / checkpoint / "state.json").read_text())["step"]
-    assert 0 < step < 600
+    assert 0 < step < 3000
 
-    (tmp_path / "train.yaml").write_text(train(tmp_path, 600))
+    (tmp_path / "train.yaml").write_text(train(tmp_path, 3000))
     again = cluster.run("rzen", "submit", "train.yaml", cwd=tmp_path)
     assert again.returncode == 0, again.stdout + again.stderr
     assert f"resumes from step {step}" in again.stdout
     rows = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert rows == list(range(600))
+    assert rows == list(range(3000))
