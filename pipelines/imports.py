@@ -1,4 +1,4 @@
-"""Cheaper imports of large libraries. Every worker, actor and decoder of a job pays for them again.
+"""Imports of libraries that may be missing, and cheaper imports of large ones, which each process of a job pays again.
 
 The figures are of one core of a shared x86-64 machine (2026-11-29), with Python 3.11.
 """
@@ -6,15 +6,35 @@ The figures are of one core of a shared x86-64 machine (2026-11-29), with Python
 from __future__ import annotations
 
 import gc
+import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from pipelines.errors import UserError
 
 _NOT_FOR_MODELS = ("scipy",)
 """Imported by transformers if installed, for losses of object detectors: 0.3 s of CPU in each worker and actor."""
 
 NOT_FOR_SAVING = ("deepspeed",)
 """Imported by accelerate if installed, to see whether a model that is saved is one of its engines: 3 s of CPU."""
+
+
+def import_extra(module: str, extra: str, setting: str | None = None, instead: str | None = None) -> Any:
+    """Import a library that `pip install 'rzen[extra]'` installs. Raises `UserError` if it is not installed.
+
+    `setting` is what needs the library, and `instead` a setting that needs no extra. An `ImportError` for another
+    reason passes, such as that of a memory limit.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        name = module.partition(".")[0]
+        if error.name != name:
+            raise
+        fix = f"run `pip install 'rzen[{extra}]'`" + (f", or set {instead}" if instead else "")
+        raise UserError(setting or name, f"{name} is not installed", fix) from error
 
 
 @contextmanager

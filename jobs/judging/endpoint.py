@@ -28,6 +28,7 @@ from jobs.judging.local import Work
 from jobs.judging.specs import ApiJudge, JudgeSpec
 from jobs.runtime.progress import say
 from pipelines.errors import UserError
+from pipelines.imports import import_extra
 from pipelines.samples import DecodedInput, UInt8Array, Visual
 from pipelines.storage.store import Store
 from rzen.reranking.prompts import PAIR_TEMPLATES
@@ -310,11 +311,7 @@ def _picture(frame: UInt8Array, max_pixels: int) -> dict[str, Any]:
 
 
 def _import_openai() -> Any:
-    try:
-        import openai
-    except ImportError as error:
-        raise UserError("api", "needs the library openai", "install the extra rzen[judge]") from error
-    return openai
+    return import_extra("openai", "judge", "api")
 
 
 def _first_line(error: Exception) -> str:

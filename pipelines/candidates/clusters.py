@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
 from pipelines.candidates.selection import ranks
 from pipelines.candidates.types import NO_CLUSTER, BoolArray, CandidateManifest, CandidateRows, Int64Array
-from pipelines.errors import UserError
+from pipelines.imports import import_extra
 
 _UNBALANCED = 1  # in thousandths of a part's size: METIS keeps to it as far as whole samples can
 
@@ -111,12 +110,6 @@ def _numbered(parts: Int64Array) -> Int64Array:
     return np.argsort(np.argsort(first))[number].astype(np.int64)
 
 
-def import_metis() -> ModuleType:
+def import_metis() -> Any:
     """Return METIS. Raises `UserError` if it is not installed."""
-    try:
-        import pymetis
-    except ImportError as error:
-        fix = "pip install 'rzen[mining]'"
-        raise UserError("method: preferences", "needs pymetis, which is not installed", fix) from error
-    found: ModuleType = pymetis
-    return found
+    return import_extra("pymetis", "mining", "method: preferences")

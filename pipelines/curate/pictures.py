@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from pipelines.curate.extras import import_extra
+from pipelines.imports import import_extra
 from pipelines.samples import MediaKind, UInt8Array
 
 GRID = 16
@@ -30,7 +30,7 @@ class Picture:
 
 def picture_of(frame_HWC: UInt8Array) -> Picture:
     """Return what is compared of a frame, uint8 RGB `[H, W, 3]`."""
-    imagehash = import_extra("imagehash")
+    imagehash = import_extra("imagehash", "curation")
     image = Image.fromarray(frame_HWC)
     if (factor := max(image.size) // _LARGEST_PX) > 1:
         image = image.reduce(factor)

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.curate.extras import import_extra
 from pipelines.curate.hamming import Ints
 from pipelines.curate.samples import Drop, FullCluster, Samples, positions
 from pipelines.curate.settings import AlignmentRule, SemanticRule
 from pipelines.curate.tables import Bools
+from pipelines.imports import import_extra
 
 MISALIGNED, DUPLICATE, FULL = "misaligned", "semantic_duplicate", "full_cluster"
 FloatArray = npt.NDArray[np.float32]
@@ -72,7 +72,7 @@ def find_semantic(
 
 def cluster_vectors(vectors_ND: FloatArray, num_clusters: int, seed: int) -> tuple[Ints, FloatArray]:
     """Return the cluster of each unit vector, and its cosine with the center, by spherical k-means (FAISS)."""
-    faiss = import_extra("faiss")
+    faiss = import_extra("faiss", "curation")
     vectors = np.ascontiguousarray(vectors_ND, np.float32)
     kmeans = faiss.Kmeans(
         vectors.shape[1],

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from importlib.metadata import version
 from typing import Any
 
 from pipelines.config import MediaConfig
-from pipelines.errors import UserError
-from pipelines.imports import without_modules
+from pipelines.imports import import_extra, without_modules
 from pipelines.media.sandbox import exclude_from_cpu_limit
 from pipelines.samples import MediaKind
 
@@ -32,13 +30,7 @@ def import_optional(library: str, setting: str, instead: str) -> Any:
     """Import a library that a setting asks for. Raises `UserError` if it is not installed.
 
     `instead` is the value of the setting that needs no extra. The import does not count towards the CPU limit of a
-    sandbox. `ImportError` for other reasons, such as a memory limit, passes.
+    sandbox.
     """
-    try:
-        with exclude_from_cpu_limit(), without_modules(*_UNUSED.get(library, ())):
-            return importlib.import_module(library)
-    except ModuleNotFoundError as error:
-        if error.name != library:
-            raise
-        fix = f"run `pip install 'rzen[{library}]'`, or set {setting}: {instead}"
-        raise UserError(f"{setting}={library}", f"{library} is not installed", fix) from error
+    with exclude_from_cpu_limit(), without_modules(*_UNUSED.get(library, ())):
+        return import_extra(library, library, f"{setting}={library}", f"{setting}: {instead}")

@@ -10,12 +10,12 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pipelines.errors import UserError
+from pipelines.imports import import_extra
 from pipelines.storage.store import LocalStore, Store
 from rzen.evaluation.vectors import FloatArray
 from rzen.index.filters import Condition, check_conditions, sql
@@ -183,11 +183,6 @@ def _connect(folder: Store) -> Any:
     return lancedb.connect(folder.url, storage_options=options)
 
 
-def import_lancedb() -> ModuleType:
+def import_lancedb() -> Any:
     """Return LanceDB. Raises `UserError` if it is not installed."""
-    try:
-        import lancedb
-    except ImportError as error:
-        raise UserError("index: lance", "needs LanceDB, which is not installed", "install rzen[index]") from error
-    found: ModuleType = lancedb
-    return found
+    return import_extra("lancedb", "index", "index: lance")

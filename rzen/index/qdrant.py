@@ -23,6 +23,7 @@ import numpy as np
 from typing_extensions import TypedDict
 
 from pipelines.errors import UserError
+from pipelines.imports import import_extra
 from pipelines.storage.store import Store
 from pipelines.stored_json import parse_json, stored_file
 from rzen.evaluation.vectors import FloatArray
@@ -387,8 +388,4 @@ def _read_marker(folder: Store) -> CollectionFile | None:
 
 
 def _qdrant() -> Any:
-    try:
-        import qdrant_client
-    except ImportError as error:
-        raise UserError("index: qdrant", "needs the client of Qdrant", "install rzen[qdrant]") from error
-    return qdrant_client
+    return import_extra("qdrant_client", "qdrant", "index: qdrant")

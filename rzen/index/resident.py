@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.errors import UserError
+from pipelines.imports import import_extra
 from pipelines.storage.store import Store
 from rzen.evaluation.vectors import FloatArray, StoredArray, check_width
 from rzen.index.filters import Condition, check_conditions, expression
@@ -186,11 +187,6 @@ class ResidentIndex:
         return make(nprobe=probes, sel=faiss.IDSelectorBitmap(np.packbits(mask, bitorder="little")))
 
 
-def import_faiss() -> ModuleType:
+def import_faiss() -> Any:
     """Return FAISS. Raises `UserError` if it is not installed."""
-    try:
-        import faiss
-    except ImportError as error:
-        raise UserError("index: faiss", "needs FAISS, which is not installed", "install rzen[index]") from error
-    found: ModuleType = faiss
-    return found
+    return import_extra("faiss", "index", "index: faiss")

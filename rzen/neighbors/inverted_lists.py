@@ -6,13 +6,12 @@ vectors are looked at, so that the recall against exact search should be measure
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.errors import UserError
+from pipelines.imports import import_extra
 from rzen.neighbors.exact import NONE, NOTHING_EXCLUDED, SLACK, Excluded, FloatArray, IntArray, Neighbors, rescored
 
 _PER_LIST = 64  # vectors of each list that k-means sees; FAISS wants 39 to 256
@@ -80,12 +79,6 @@ def recall(found: Neighbors, exact: Neighbors) -> float:
     return num_found / num_exact if num_exact else 1.0
 
 
-def import_faiss() -> ModuleType:
+def import_faiss() -> Any:
     """Return FAISS. Raises `UserError` if it is not installed."""
-    try:
-        import faiss
-    except ImportError as error:
-        fix = "pip install 'rzen[mining]', or set search: exact"
-        raise UserError("search: ivf", "needs faiss, which is not installed", fix) from error
-    found: ModuleType = faiss
-    return found
+    return import_extra("faiss", "mining", "search: ivf", "search: exact")

@@ -205,10 +205,10 @@ def test_a_library_that_is_missing_is_told_before_anything_is_embedded(
 ) -> None:
     for library in ("faiss", "pymetis"):
         monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(UserError, match=r"^search: ivf: needs faiss, which is not installed; pip install"):
+    with pytest.raises(UserError, match=r"^search: ivf: faiss is not installed; run `pip install"):
         mine.run(spec_of(whole, model, out=str(tmp_path / "mined"), search="ivf"))
     clustering = ClusterSpec(kind="cluster", table=str(whole / "mined"), out=str(tmp_path / "clustered"))
-    with pytest.raises(UserError, match=r"^method: preferences: needs pymetis, which is not installed; pip install"):
+    with pytest.raises(UserError, match=r"^method: preferences: pymetis is not installed; run `pip install"):
         cluster.run(clustering)
     names = {path.name for path in tmp_path.rglob("*") if path.is_file()}
     assert names <= {MARK, LEASE}, "no vectors, listings or clusters"
