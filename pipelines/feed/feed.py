@@ -26,12 +26,16 @@ import pyarrow as pa
 import ray.data
 import ray.train
 from ray import cloudpickle
+from ray.data._internal.execution.backpressure_policy import (
+    ENABLED_BACKPRESSURE_POLICIES,
+    ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
+)
 from ray.data.block import BlockMetadata
 
 from pipelines.config import FeedConfig
 from pipelines.errors import UserError
 from pipelines.feed.batch import FeedBatch, ResumePoint
-from pipelines.feed.pacing import PacedRounds
+from pipelines.feed.pacing import FewRowsAhead, PacedRounds
 from pipelines.feed.reader import Reader
 from pipelines.media.cache import PixelCache, cache_folder, own
 from pipelines.plan.plan import Plan
@@ -98,6 +102,10 @@ class PlannedFeed(ray.train.DataConfig):  # type: ignore[misc]
         context.target_max_block_size = 1  # every row is its own block, and so its own task
         context.execution_options.preserve_order = True
         context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, PacedRounds]
+        context.op_resource_reservation_ratio = 0.0  # memory for the schedule, which takes none
+        # However large a task's batches are, one task may run. By default, none would until the schedule has ended.
+        context.object_store_memory_pressure_fraction = 1e-12  # of it in use
+        context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*ENABLED_BACKPRESSURE_POLICIES, FewRowsAhead])
         cache = self._config.cache and (self._cache_folder, self._config.cache.max_bytes)
         job = cloudpickle.dumps((self._plan, self._reader, cache))
         with ray.data.DataContext.current(context):

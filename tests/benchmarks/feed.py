@@ -37,7 +37,7 @@ from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.turns import ROOT, Host, say, show, spread
 
 NUM_SAMPLES = {"images": 2048, "pages": 512, "clips": 256}
-FEED = {"images": 128, "pages": 64, "clips": 32}  # samples of a task: some tenths of a second each
+FEED = {"images": 128, "pages": 32, "clips": 32}  # samples of a task: some tenths of a second each
 VERSIONS = ("ray", "torch", "webdataset", "pillow", "pymupdf", "av", "numpy")
 WAYS = {
     "bare": "bare loop",
@@ -64,7 +64,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--kinds", nargs="+", choices=files.KINDS, default=[*files.KINDS], help="of samples (all)")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=[*WAYS], help="to feed (all); bare always runs")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each way (5)")
-    parser.add_argument("--warm-s", type=float, default=1.5, help="seconds from the first batch on, not measured (1.5)")
+    parser.add_argument("--warm-s", type=float, default=3.0, help="seconds from the first batch on, not measured (3)")
     parser.add_argument("--measured-s", type=float, default=4.0, help="seconds that are measured after them (4)")
     parser.add_argument("--seed", type=int, default=0, help="of the files (0)")
     parser.add_argument(

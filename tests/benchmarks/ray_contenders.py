@@ -8,6 +8,7 @@ stages      one process: read, decode, encode, ship and receive, with the CPU of
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import tempfile
 import time
@@ -33,7 +34,8 @@ _STAGES = ("read", "decode", "encode", "ship, new memory", "ship, used memory", 
 
 @contextmanager
 def own_ray(object_store_bytes: int) -> Iterator[None]:
-    """Run a local Ray with two CPUs for the block."""
+    """Run a local Ray with two CPUs for the block. It keeps idle processes from one turn of a way to the next."""
+    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "120000")
     folder = tempfile.mkdtemp(prefix="rz", dir="/tmp")  # sockets lie in it, and their paths must be short
     ray.init(
         num_cpus=WORKERS,

@@ -4,14 +4,18 @@ import time
 import uuid
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import ray
+import ray.data
 import ray.train
+from ray.data import ExecutionOptions
 
 from pipelines.config import CacheConfig, DataConfig, FeedConfig, MixtureConfig
 from pipelines.errors import UserError
@@ -22,6 +26,7 @@ from pipelines.plan.build import build_plan
 from pipelines.plan.plan import Plan
 from pipelines.samples import DecodedSample
 from pipelines.storage.location import open_store
+from tests.benchmarks.feed_scale import FakePlan, FakeReader
 from tests.data import ColourEncoder, publish
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -237,3 +242,22 @@ def test_each_span_of_steps_is_a_task_of_its_own(tmp_path: Path) -> None:
 )
 def test_spans_grow_and_cover_every_step(start: int, stop: int, max_steps: int, spans: list[tuple[int, int]]) -> None:
     assert step_spans(start, stop, max_steps) == spans
+
+
+def test_batches_too_large_for_the_memory_do_not_wait_until_the_schedule_has_ended() -> None:
+    """Ray Data would first read all rows of the schedule, 200,000 here, and only then start one more task."""
+    context = ray.data.DataContext.get_current().copy()
+    context.execution_options.resource_limits = ExecutionOptions().resource_limits.copy(object_store_memory=8 << 20)
+    plan: Any = FakePlan(2, num_steps=100_000)
+    reader: Any = FakeReader(4 << 20)
+    with ray.data.DataContext.current(context):
+        shards = PlannedFeed(plan, reader, From(0), FeedConfig(samples_per_task=1)).shards(2)
+
+    def consume_few(rank: int) -> list[int]:
+        with closing(batches(start_reading(shards[rank]), plan, rank=rank, world_size=2)) as fed:
+            return [batch.step for batch in islice(fed, 12)]
+
+    begun_s = time.monotonic()
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(consume_few, range(2))) == [list(range(12))] * 2
+    assert time.monotonic() - begun_s < 60
