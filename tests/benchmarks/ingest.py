@@ -38,7 +38,7 @@ from tests.benchmarks.turns import answer, say, show, spread
 
 _FILE_ROWS = 1_000_000
 _GROUP_ROWS = 10_000
-_PICTURES, _PICTURES_OF_GROUP = 4000, 250
+_PICTURES, _PICTURES_OF_GROUP = 20_000, 250
 _UNCHECKED = ("webdataset ShardWriter", "MosaicML MDSWriter")
 
 
