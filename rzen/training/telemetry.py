@@ -110,7 +110,7 @@ def step_row(
         **means,
         "grad_norm": grad_norm,
         "lr": lr,
-        "skipped": int(skipped),
+        "skipped": float(skipped),
         "feed_wait_fraction": means["feed_wait_s"] / step_s,
         "samples_per_s": world_size * len(fed.batch) / step_s,
         "tokens": tokens,

@@ -319,8 +319,8 @@ def main() -> None:
         "--peers",
         metavar="FOLDER",
         help="packages of MDSWriter and img2dataset: pip install --no-deps --target FOLDER mosaicml-streaming"
-        " img2dataset albumentations albucore==0.0.24 simsimd stringzilla opencv-python-headless exifread fire termcolor"
-        " dataclasses_json marshmallow typing_inspect brotli zstd python-snappy cramjam catalogue xxhash",
+        " img2dataset albumentations albucore==0.0.24 simsimd stringzilla opencv-python-headless exifread fire"
+        " termcolor dataclasses_json marshmallow typing_inspect brotli zstd python-snappy cramjam catalogue xxhash",
     )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="rzen-ingest-") as folder:
