@@ -137,11 +137,12 @@ class MediaRoots:
 
         Raises `BadMedia`: missing_file, outside_folder, web_address, unreadable_file.
         """
-        path = self._path(value)
+        path, is_inside = self._path(value), False
         for url in self.urls:
             relative = path.removeprefix(f"{url}/")
             if posixpath.isabs(relative) or scheme_of(relative):
                 continue
+            is_inside = True
             relative = posixpath.normpath(relative)
             if relative == ".." or relative.startswith("../"):
                 raise BadMedia("outside_folder", value)
@@ -150,8 +151,8 @@ class MediaRoots:
                 return found
         if scheme_of(path) in WEB_SCHEMES:
             raise BadMedia("web_address", f"{value[:200]}: fetch it first, as with img2dataset")
-        if posixpath.isabs(path) or scheme_of(path):
-            raise BadMedia("outside_folder", f"{value[:200]} is in no media_root: rebase it")
+        if not is_inside:
+            raise BadMedia("outside_folder", f"{value[:200]} is in no media_root: name a folder above it, or rebase it")
         raise BadMedia("missing_file", value[:200])
 
     def _path(self, value: str) -> str:

@@ -75,11 +75,21 @@ def suggest_roots(
     if not paths:
         return {}
     folder = _folder_of(table)
+    if is_local(folder) and (root := _root_of_absolute(found)):
+        return {} if Path(root).is_relative_to(folder) else {"media_root": root}
     find = _best_on_disk if is_local(folder) else _best_in_store
     count, root, start = find(folder, paths, endpoint)
     if not count or (root == folder and not start):  # where media are looked for anyway
         return {}
     return {"media_root": root} | ({"rebase": {start: ""}} if start else {})
+
+
+def _root_of_absolute(paths: Sequence[str]) -> str | None:
+    """Return the folder that holds all files, if their paths are absolute and any of them is there. Else None."""
+    if not all(map(posixpath.isabs, paths)) or not any(Path(path).exists() for path in paths):
+        return None
+    root = posixpath.commonpath([posixpath.dirname(path) for path in paths])
+    return root if root.strip("/") else None
 
 
 def _folder_of(table: str) -> str:

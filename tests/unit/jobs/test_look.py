@@ -70,6 +70,24 @@ def test_columns_media_and_problems_are_counted(tmp_path: Path, capsys: pytest.C
     assert spec == found["spec"]
 
 
+def test_absolute_paths_are_read_from_the_folder_that_holds_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_pictures(tmp_path, "disk/a/0.png", "disk/b/1.png", "tables/img/2.png")
+    rows = [
+        {"title": f"a shoe {n}", "photo": f"{tmp_path}/disk/{name}.png"}
+        for n, name in enumerate(("a/0", "b/1", "gone"))
+    ]
+    found = look(capsys, write_table(tmp_path / "tables/products.csv", rows))
+    assert found["media"] == {"image": 2}
+    assert found["rejected"] == {"missing_file": 1}
+    source = found["spec"]["sources"]["mine"]
+    assert (source["media_root"], source.get("rebase")) == (f"{tmp_path}/disk", None)
+    inside = write_table(tmp_path / "tables/inside.csv", [{"title": "a", "photo": f"{tmp_path}/tables/img/2.png"}])
+    source = look(capsys, inside)["spec"]["sources"]["mine"]
+    assert "media_root" not in source, "it is where media are looked for anyway"
+
+
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.recognized and not case.settings])
 def test_a_published_layout_is_recognized_and_its_spec_reads_the_same(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
