@@ -285,7 +285,9 @@ def test_every_layout_is_looked_at_ingested_trained_on_and_evaluated(
     (tmp_path / "evaluate.yaml").write_text(yaml.safe_dump(scored))
     assert main(["run", str(tmp_path / "evaluate.yaml")]) == 0
     scores = json.loads((tmp_path / "scores/results.json").read_text())["rows"]
-    assert {row["task"] for row in scores} == {"text_image", "text_page", "text_video", "image_text_image", "text_text"}
+    tasks = {"text_image", "text_page", "text_video", "image_text_image", "text_text", "image_text_text"}
+    tasks |= {"page_text_text", "video_text", "video_text_text", "image_text_image_text"}
+    assert {row["task"] for row in scores} == tasks
     assert all(0 <= row["value"] <= 1 and row["num_queries"] >= 3 for row in scores)
     # The run itself scores each source, those with other tasks, too. Graded pairs have no right answer.
     last = json.loads((tmp_path / "runs/stage/held_out.jsonl").read_text().splitlines()[-1])
