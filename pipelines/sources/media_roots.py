@@ -19,7 +19,7 @@ from pipelines.sources.archives import check_archive, is_archive, list_archive
 from pipelines.sources.table_files import absolute
 from pipelines.storage.location import open_object, open_store
 from pipelines.storage.store import LocalStore
-from pipelines.storage.urls import WEB_SCHEMES, is_local, scheme_of
+from pipelines.storage.urls import WEB_SCHEMES, is_local, plain_path, scheme_of
 
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 _NUMBER = re.compile(r"(\d+)")
@@ -159,7 +159,7 @@ class MediaRoots:
         for start, replacement in self.rebase:
             if value.startswith(start):
                 return replacement + value[len(start) :]
-        return value
+        return plain_path(value)
 
 
 def media_roots(urls: Sequence[str], rebase: Mapping[str, str], **options: Any) -> MediaRoots:

@@ -22,7 +22,7 @@ from pipelines.sources.table_files import is_table
 from pipelines.sources.values import media_values
 from pipelines.storage.location import open_store
 from pipelines.storage.shard_urls import is_glob
-from pipelines.storage.urls import is_local, local_path
+from pipelines.storage.urls import is_local, local_path, plain_path
 
 _QUERY = re.compile(r"(?i)^(query|question|anchor|caption|title|text|prompt|instruction|sentence1|premise)")
 _TARGET = re.compile(r"(?i)^(pos|answer|response|target|document|passage|sentence2|hypothesis|description|label|class)")
@@ -84,8 +84,9 @@ def suggest_roots(
     return {"media_root": root} | ({"rebase": {start: ""}} if start else {})
 
 
-def _root_of_absolute(paths: Sequence[str]) -> str | None:
+def _root_of_absolute(values: Sequence[str]) -> str | None:
     """Return the folder that holds all files, if their paths are absolute and any of them is there. Else None."""
+    paths = [plain_path(value) for value in values]
     if not all(map(posixpath.isabs, paths)) or not any(Path(path).exists() for path in paths):
         return None
     root = posixpath.commonpath([posixpath.dirname(path) for path in paths])

@@ -27,3 +27,8 @@ def is_local(url: str) -> bool:
 def local_path(url: str) -> Path:
     """Return the path of a place on a local disk. `~` stands for the home folder, except in a file:// URL."""
     return Path(unquote(url.partition("://")[2])) if scheme_of(url) else Path(url).expanduser()
+
+
+def plain_path(value: str) -> str:
+    """Return the path that a file:// URL names, and any other text as it is."""
+    return str(local_path(value)) if scheme_of(value) == "file" else value

@@ -70,12 +70,13 @@ def test_columns_media_and_problems_are_counted(tmp_path: Path, capsys: pytest.C
     assert spec == found["spec"]
 
 
+@pytest.mark.parametrize("start", ["", "file://"])
 def test_absolute_paths_are_read_from_the_folder_that_holds_them(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    start: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_pictures(tmp_path, "disk/a/0.png", "disk/b/1.png", "tables/img/2.png")
     rows = [
-        {"title": f"a shoe {n}", "photo": f"{tmp_path}/disk/{name}.png"}
+        {"title": f"a shoe {n}", "photo": f"{start}{tmp_path}/disk/{name}.png"}
         for n, name in enumerate(("a/0", "b/1", "gone"))
     ]
     found = look(capsys, write_table(tmp_path / "tables/products.csv", rows))
@@ -83,7 +84,9 @@ def test_absolute_paths_are_read_from_the_folder_that_holds_them(
     assert found["rejected"] == {"missing_file": 1}
     source = found["spec"]["sources"]["mine"]
     assert (source["media_root"], source.get("rebase")) == (f"{tmp_path}/disk", None)
-    inside = write_table(tmp_path / "tables/inside.csv", [{"title": "a", "photo": f"{tmp_path}/tables/img/2.png"}])
+    inside = write_table(
+        tmp_path / "tables/inside.csv", [{"title": "a", "photo": f"{start}{tmp_path}/tables/img/2.png"}]
+    )
     source = look(capsys, inside)["spec"]["sources"]["mine"]
     assert "media_root" not in source, "it is where media are looked for anyway"
 
