@@ -21,7 +21,7 @@ NOT_FOR_SAVING = ("deepspeed",)
 """Imported by accelerate if installed, to see whether a model that is saved is one of its engines: 3 s of CPU."""
 
 
-def import_extra(module: str, extra: str, setting: str | None = None, instead: str | None = None) -> Any:
+def import_extra(module: str, extra: str, setting: str, instead: str | None = None) -> Any:
     """Import a library that `pip install 'rzen[extra]'` installs. Raises `UserError` if it is not installed.
 
     `setting` is what needs the library, and `instead` a setting that needs no extra. An `ImportError` for another
@@ -34,7 +34,7 @@ def import_extra(module: str, extra: str, setting: str | None = None, instead: s
         if error.name != name:
             raise
         fix = f"run `pip install 'rzen[{extra}]'`" + (f", or set {instead}" if instead else "")
-        raise UserError(setting or name, f"{name} is not installed", fix) from error
+        raise UserError(setting, f"{name} is not installed", fix) from error
 
 
 @contextmanager

@@ -30,7 +30,7 @@ class Picture:
 
 def picture_of(frame_HWC: UInt8Array) -> Picture:
     """Return what is compared of a frame, uint8 RGB `[H, W, 3]`."""
-    imagehash = import_extra("imagehash", "curation")
+    imagehash = import_extra("imagehash", "curation", "curate")
     image = Image.fromarray(frame_HWC)
     if (factor := max(image.size) // _LARGEST_PX) > 1:
         image = image.reduce(factor)

@@ -72,7 +72,7 @@ def find_semantic(
 
 def cluster_vectors(vectors_ND: FloatArray, num_clusters: int, seed: int) -> tuple[Ints, FloatArray]:
     """Return the cluster of each unit vector, and its cosine with the center, by spherical k-means (FAISS)."""
-    faiss = import_extra("faiss", "curation")
+    faiss = import_extra("faiss", "curation", "curate")
     vectors = np.ascontiguousarray(vectors_ND, np.float32)
     kmeans = faiss.Kmeans(
         vectors.shape[1],

@@ -53,7 +53,7 @@ def min_hashes(texts: Sequence[str]) -> MinHashes:
 
     The signature of two texts together is the smaller value of both in each place.
     """
-    rensa = import_extra("rensa", "curation")
+    rensa = import_extra("rensa", "curation", "curate")
     if not texts:
         return np.empty((0, NUM_PERMUTATIONS), np.uint32)
     tokens = [[piece.encode("utf-8", "surrogatepass") for piece in sorted(pieces(text))] for text in texts]
@@ -84,7 +84,7 @@ def language_of(text: str) -> tuple[str, float]:
 
 @cache
 def _detector() -> Callable[[str], tuple[str, float]]:
-    langid = import_extra("py3langid.langid", "curation")
+    langid = import_extra("py3langid.langid", "curation", "curate")
     identifier = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
     classify: Callable[[str], tuple[str, float]] = identifier.classify
     return classify

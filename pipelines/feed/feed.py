@@ -103,8 +103,9 @@ class PlannedFeed(ray.train.DataConfig):  # type: ignore[misc]
         context.execution_options.preserve_order = True
         context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, PacedRounds]
         context.op_resource_reservation_ratio = 0.0  # memory for the schedule, which takes none
-        # However large a task's batches are, one task may run. By default, none would until the schedule has ended.
-        context.object_store_memory_pressure_fraction = 1e-12  # of it in use
+        # With this share of the memory in use, which cannot be 0, one task may run however large its batches are. By
+        # default, none would run until the schedule has ended.
+        context.object_store_memory_pressure_fraction = 1e-12
         context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*ENABLED_BACKPRESSURE_POLICIES, FewRowsAhead])
         cache = self._config.cache and (self._cache_folder, self._config.cache.max_bytes)
         job = cloudpickle.dumps((self._plan, self._reader, cache))

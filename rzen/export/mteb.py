@@ -9,7 +9,7 @@ in a folder of the same name is scored again. Frames and instructions that are n
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import importlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from pipelines.config import MediaConfig
 from pipelines.errors import UserError
+from pipelines.imports import import_extra
 from pipelines.samples import DecodedInput, MediaKind, Visual
 from rzen.config import ModelIdentity
 from rzen.embedding import embedder
@@ -230,6 +231,5 @@ def _known_license(license: str | None) -> str | None:
 
 def load(model_dir: str, instructions: Mapping[str, str] | None = None, frames: int = FRAMES) -> MtebEncoder:
     """The encoder of an exported model. Raises `UserError` where mteb is not installed."""
-    if importlib.util.find_spec("mteb") is None:
-        raise UserError("mteb", "is not installed", "pip install rzen[mteb]")
+    import_extra("mteb", "mteb", "rzen.export.mteb")
     return MtebEncoder(model_dir, instructions=instructions, frames=frames)
