@@ -66,6 +66,9 @@ def set_environment() -> None:
     # Ray ends processes that were idle for a second, and new ones import everything again. This time bridges the pause
     # between two jobs, and that of the data loader when a trainer has enough batches.
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "20000")
+    # If the first processes take longer to start, Ray ends them, and whoever connects waits forever. Ray's 60 s are
+    # short for a first import on a busy machine.
+    os.environ.setdefault("RAY_worker_register_timeout_seconds", "600")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     # Threads and loops of their own are for code that blocks. The server's does not, and a request takes 10% less CPU.
     os.environ.setdefault("RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD", "0")
