@@ -5,6 +5,7 @@
 | `str` with a scheme and no white space | a URL: `https://`, `s3://`, `gs://`, `abfs://`, `hf://`, `file://` |
 | `str` with the extension of a medium that names a file | that file |
 | `str` that looks like such a file, which does not exist | an error |
+| `str` with a slash and no white space that names a folder | an error |
 | any other `str` | a text |
 | `pathlib.Path` | a file |
 | PIL image, uint8 RGB array `[H, W, 3]` | an image |
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -175,10 +176,12 @@ def is_file(given: str) -> bool:
     if _is_url(given):
         return True
     if not _EXTENSION.search(given):  # most texts need no look at the disk
+        if "/" in given and not re.search(r"\s", given) and _names(given, Path.is_dir):
+            raise UserError(shown_as(given), "is a folder", f"embed its files with `rzen embed`; {_AS_TEXT}")
         return False
     name, _ = split_page(given)
     is_media = Path(name).suffix.lower() in KINDS
-    if _exists(name):
+    if _names(name, Path.is_file):
         if not is_media:
             fix = f"files may have {' '.join(KINDS)}; {_AS_TEXT}"
             raise UserError(shown_as(given), f"is a file with the extension {Path(name).suffix!r}", fix)
@@ -193,9 +196,9 @@ def _is_url(given: str) -> bool:
     return is_one and not any(map(str.isspace, given))
 
 
-def _exists(name: str) -> bool:
+def _names(text: str, is_one: Callable[[Path], bool]) -> bool:
     try:
-        return Path(name).expanduser().is_file()
+        return is_one(Path(text).expanduser())
     except (OSError, RuntimeError, ValueError):  # a text that no file can have as its name
         return False
 

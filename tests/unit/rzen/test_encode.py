@@ -274,6 +274,13 @@ def test_texts_paths_and_urls_are_told_apart(files: Path, monkeypatch: pytest.Mo
             is_file(missing)
     with pytest.raises(UserError, match=r"notes.txt: is a file with the extension '.txt'; files may have .jpg"):
         is_file("notes.txt")
+    (files / "and").mkdir()
+    (files / "two words").mkdir()
+    for text in ("and", "and/or", "two words/", "see and/"):
+        assert not is_file(text), text
+    for folder in ("and/", "./and", str(files)):
+        with pytest.raises(UserError, match=r"is a folder; embed its files with `rzen embed`; for a text, add words"):
+            is_file(folder)
 
 
 def test_a_text_of_a_dict_is_never_a_file(model: rzen.Embedder, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
