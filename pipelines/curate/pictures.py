@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +9,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from pipelines.imports import import_extra
+from pipelines.media.images import open_image
 from pipelines.samples import MediaKind, UInt8Array
 
 GRID = 16
@@ -42,7 +42,7 @@ def picture_of(frame_HWC: UInt8Array) -> Picture:
 def stored_size(kind: MediaKind, data: bytes, frames_THWC: UInt8Array) -> tuple[int, int]:
     """Return width and height of a medium as it is stored, in pixels. Pages have no pixels, and their shape counts."""
     if kind == "image":
-        with Image.open(io.BytesIO(data)) as image:
+        with open_image(data) as image:
             return image.size
     return frames_THWC.shape[2], frames_THWC.shape[1]
 

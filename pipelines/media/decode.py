@@ -14,6 +14,7 @@ from pipelines.media.documents import extract_page, num_pages, render_page
 from pipelines.media.images import decode_image
 from pipelines.media.materialized import is_page_image
 from pipelines.media.sandbox import Sandbox
+from pipelines.media.signatures import is_heif
 from pipelines.media.video_clip import cut_video
 from pipelines.media.video_segments import each_segment, video_length
 from pipelines.media.videos import decode_video
@@ -62,9 +63,9 @@ def decode_sample(sample: Sample, members: dict[str, bytes], config: MediaConfig
 class Decoder:
     """Decodes for one worker: videos and documents in a sandbox, images and stored page images in this process.
 
-    PIL cannot run away on an image, because its size is limited before it is decoded. `trusted` says that the user made
-    the files: all are then decoded in this process, except by decord. `isolated` decodes images in the sandbox, too.
-    What `cache` has is not decoded.
+    PIL cannot run away on an image, because its size is limited before it is decoded. HEIF pictures are decoded as
+    videos are. `trusted` says that the user made the files: all are then decoded in this process, except by decord.
+    `isolated` decodes images in the sandbox, too. What `cache` has is not decoded.
     """
 
     def __init__(
@@ -126,7 +127,7 @@ class Decoder:
     def _in_sandbox(self, kind: MediaKind, data: bytes) -> bool:
         if self._isolated or (kind == "video" and self._config.video_backend == "decord"):
             return True
-        is_picture = kind == "image" or (kind == "document" and is_page_image(data))
+        is_picture = (kind == "image" and not is_heif(data)) or (kind == "document" and is_page_image(data))
         return not (is_picture or self._trusted)
 
     def sample(self, sample: Sample, members: dict[str, bytes], instructions: bool) -> DecodedSample:

@@ -10,7 +10,7 @@ from pipelines.errors import BadMedia, UserError
 from pipelines.samples import MediaKind
 
 _EXTENSIONS: dict[MediaKind, tuple[str, ...]] = {
-    "image": (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"),
+    "image": (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif"),
     "document": (".pdf",),
     "video": (
         *(".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".flv", ".ogv", ".wmv", ".asf"),

@@ -1,6 +1,7 @@
 """Still images: file bytes to uint8 RGB, in process.
 
-PIL decodes, because cv2 resamples and decodes differently from the image processors of the backbones.
+PIL decodes, because cv2 resamples and decodes differently from the image processors of the backbones. HEIF needs the
+extra `heif`, which adds it to PIL.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import io
 import math
 import struct
 import zlib
+from functools import cache
 
 import av
 import numpy as np
@@ -17,6 +19,8 @@ from PIL import AvifImagePlugin, Image, TiffImagePlugin, UnidentifiedImageError
 from pipelines.config import MediaConfig
 from pipelines.errors import BadMedia
 from pipelines.media.color import to_srgb
+from pipelines.media.sandbox import exclude_from_cpu_limit
+from pipelines.media.signatures import is_heif
 from pipelines.samples import UInt8Array
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
@@ -80,7 +84,7 @@ def decode_image(data: bytes, config: MediaConfig, target_pixels: int | None = N
     if not data:
         raise BadMedia("empty_file")
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with open_image(data) as image:
             check_size(image.width, image.height, config)
             if target_pixels is not None:
                 _draft(image, target_pixels)
@@ -91,10 +95,31 @@ def decode_image(data: bytes, config: MediaConfig, target_pixels: int | None = N
         raise BadMedia("too_many_pixels", str(error)) from error
     except UnidentifiedImageError as error:
         # PIL does not identify a file either when its first bytes are right and the rest of the header is missing.
-        known = data.startswith(_SIGNATURES) or data[4:12] in _AVIF
+        known = data.startswith(_SIGNATURES) or data[4:12] in _AVIF or is_heif(data)
         raise BadMedia("corrupt_image" if known else "unsupported_format", f"begins with {data[:8]!r}") from error
     except _DAMAGE as error:
         raise BadMedia("corrupt_image", str(error)) from error
+
+
+def open_image(data: bytes) -> Image.Image:
+    """Open an image file with PIL, which has then read its header. Raises what PIL raises, and `BadMedia` for HEIF.
+
+    Without the extra `heif`, that is unsupported_format.
+    """
+    return Image.open(io.BytesIO(data), formats=_heif() if is_heif(data) else FORMATS)
+
+
+@cache
+def _heif() -> tuple[str, ...]:
+    """Add HEIF to PIL."""
+    try:
+        with exclude_from_cpu_limit():
+            import pillow_heif
+    except ImportError as error:
+        raise BadMedia("unsupported_format", "a HEIF picture; run `pip install 'rzen[heif]'` to read it") from error
+    # Depth maps and thumbnails would be decoded, too.
+    pillow_heif.register_heif_opener(decode_threads=1, thumbnails=False, depth_images=False, aux_images=False)
+    return ("HEIF",)
 
 
 def opened_pixels(image: Image.Image, config: MediaConfig) -> UInt8Array:

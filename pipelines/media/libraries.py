@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 from pipelines.config import MediaConfig
@@ -17,13 +18,16 @@ _DISTRIBUTION = {"pyav": "av"}  # names of packages that differ from those of th
 
 
 def library_versions(config: MediaConfig) -> dict[MediaKind, str]:
-    """Return the library and version that decodes each kind of media, for the record of a job."""
-    libraries: dict[MediaKind, str] = {
-        "image": "pillow",
-        "video": config.video_backend,
-        "document": config.document_backend,
+    """Return the libraries and versions that decode each kind of media, for the record of a job."""
+    libraries: dict[MediaKind, list[str]] = {
+        "image": ["pillow", "pillow-heif"] if find_spec("pillow_heif") else ["pillow"],
+        "video": [config.video_backend],
+        "document": [config.document_backend],
     }
-    return {kind: f"{name} {version(_DISTRIBUTION.get(name, name))}" for kind, name in libraries.items()}
+    return {
+        kind: ", ".join(f"{name} {version(_DISTRIBUTION.get(name, name))}" for name in names)
+        for kind, names in libraries.items()
+    }
 
 
 def import_optional(library: str, setting: str, instead: str) -> Any:

@@ -9,7 +9,7 @@ REASONS: dict[str, str] = {
     "too_many_pixels": "an image or frame is larger than media.max_pixels",
     "extreme_aspect_ratio": "one edge is more than media.max_aspect_ratio times the other",
     # images
-    "unsupported_format": "its first bytes are those of no image format",
+    "unsupported_format": "its first bytes are those of no image format, or of HEIF without the extra `heif`",
     "corrupt_image": "it is damaged or ends too early",
     # videos
     "corrupt_video": "it is damaged, or is not a video container",

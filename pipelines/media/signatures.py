@@ -7,7 +7,9 @@ from pipelines.samples import MediaKind
 NUM_BYTES = 1024
 """First bytes of a file that decide."""
 _AVIF = (b"avif", b"avis")
-_HEIF = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")  # no decoder here
+_HEIF = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"hevm", b"hevs")
+_HEIF_OR_AVIF = (b"mif1", b"msf1")
+_MAX_BRANDS_BYTES = 256
 _TS_PACKET = 188
 _STARTS: tuple[tuple[bytes, MediaKind, str], ...] = (
     (b"\xff\xd8\xff", "image", ".jpg"),
@@ -32,7 +34,7 @@ def sniff(data: bytes) -> tuple[MediaKind, str] | None:
     if data[:4] == b"RIFF":
         return {b"WEBP": ("image", ".webp"), b"AVI ": ("video", ".avi")}.get(data[8:12])  # type: ignore[return-value]
     if data[4:8] == b"ftyp":
-        return _of_brand(data[8:12])
+        return _of_brand(data[8:12], is_heif(data))
     if data.startswith(b"\x1a\x45\xdf\xa3"):
         return "video", ".webm" if b"webm" in data[:64] else ".mkv"
     if b"%PDF-" in data[:NUM_BYTES]:
@@ -43,10 +45,21 @@ def sniff(data: bytes) -> tuple[MediaKind, str] | None:
     return None
 
 
-def _of_brand(brand: bytes) -> tuple[MediaKind, str] | None:
-    if brand in _HEIF:
-        return None
-    if brand in _AVIF:
+def is_heif(data: bytes) -> bool:
+    """Return whether a file begins as a HEIF picture, such as the photos of phones, and not as AVIF or a video."""
+    brand = data[8:12]
+    if data[4:8] != b"ftyp" or brand not in _HEIF + _HEIF_OR_AVIF:
+        return False
+    # A general brand leaves the codec to the brands that follow.
+    end = min(int.from_bytes(data[:4]), _MAX_BRANDS_BYTES)
+    others = {data[start : start + 4] for start in range(16, end, 4)}
+    return brand in _HEIF or not others.intersection(_AVIF)
+
+
+def _of_brand(brand: bytes, is_heif: bool) -> tuple[MediaKind, str]:
+    if is_heif:
+        return "image", ".heic"
+    if brand in _AVIF + _HEIF_OR_AVIF:
         return "image", ".avif"
     if brand.startswith(b"3g"):
         return "video", ".3gp"

@@ -308,11 +308,11 @@ def _bad_images() -> Iterator[CorpusFile]:
         "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(/etc/passwd) run\n",
         "pdf": one_page(),
         "zip": _zip(),
-        "heic": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200),
         "mp4": b"\0\0\0\x20ftypisom\0\0\x02\0isomiso2avc1mp41" + bytes(200),
     }
     for name, data in others.items():
         yield bad(f"{name}-really.jpg", data, "unsupported_format")
+    yield bad("heic-really.jpg", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200), "corrupt_image")
 
 
 def _scan_bomb() -> bytes:

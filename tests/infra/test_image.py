@@ -103,11 +103,11 @@ def test_the_lock_holds_on_every_machine() -> None:
 def test_all_that_is_installed_is_in_the_lock() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = set(re.findall(r"/source\[([\w,]+)\]", FILE.read_text()))
-    assert extras == {"tracking,pymupdf,decord,mining,judge,curation,serve,index,qdrant"}
+    assert extras == {"tracking,pymupdf,decord,heif,mining,judge,curation,serve,index,qdrant"}
     optional = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *optional["tracking"], *optional["pymupdf"], *optional["decord"]]
-    lock = {line.partition("==")[0] for line in (ROOT / "requirements.lock").read_text().splitlines()}
-    names = {re.match(r"[\w.-]+", requirement)[0].lower() for requirement in wanted}  # type: ignore[index]
+    extra = [requirement for name in ("tracking", "pymupdf", "decord", "heif") for requirement in optional[name]]
+    lock = {line.partition("==")[0].replace("_", "-") for line in (ROOT / "requirements.lock").read_text().splitlines()}
+    names = {re.match(r"[\w.-]+", requirement)[0].lower() for requirement in [*project["dependencies"], *extra]}  # type: ignore[index]
     assert names <= lock
 
 

@@ -195,7 +195,7 @@ PLANTED = {
 
 def test_media_without_a_caption_are_kept_if_asked_for(tmp_path):
     names = {"a/1 [x].jpg": b"x", "b.mp4": b"x", "c.jpg": b"x", "c.txt": " \n", "d.jpg": b"x", "d.txt": "a dog"}
-    root = write(tmp_path, names | {"e.pdf": pdf("", "a page with words"), "empty.png": b"", "x.heic": b"x"})
+    root = write(tmp_path, names | {"e.pdf": pdf("", "a page with words"), "empty.png": b"", "x.psd": b"x"})
     kept = list(read_folder(root, CONFIG, keep_uncaptioned=True))
     found = {row.sample.origin: (row.split, row.sample.query) for row in kept if isinstance(row, RawSample)}
     assert found == {
@@ -205,7 +205,7 @@ def test_media_without_a_caption_are_kept_if_asked_for(tmp_path):
     }
     assert [(row.origin, row.reason) for row in kept if isinstance(row, Rejected)] == [
         ("empty.png", "empty_file"),
-        ("x.heic", "unsupported_format"),
+        ("x.psd", "unsupported_format"),
     ]
     reasons = {row.origin: row.reason for row in read_folder(root, CONFIG) if isinstance(row, Rejected)}
     assert (reasons["a/1 [x].jpg"], reasons["c.jpg"]) == ("no_caption", "empty_caption")

@@ -1,4 +1,4 @@
-"""Everything works without the extras pymupdf and decord, and each record names the library that was used."""
+"""Everything works without the extras pymupdf, decord and heif, and each record names the library that was used."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from pipelines.synthetic.config import CorpusConfig
 from pipelines.synthetic.documents import all_pages, draw_document
 
 # None in sys.modules makes an import fail as if nothing were installed. Children of the sandbox run this file too.
-WITHOUT = "import sys\nsys.modules['pymupdf'] = sys.modules['decord'] = None\n"
+WITHOUT = "import sys\nsys.modules['pymupdf'] = sys.modules['decord'] = sys.modules['pillow_heif'] = None\n"
 
 CORPUS_TO_PIXELS = """
 import json, sys
