@@ -10,6 +10,7 @@ PIP_AUDIT := pip-audit==2.10.1
 STORE ?= local
 MEDIA ?=
 MODEL ?=
+TABLE ?=
 CORPUS ?= demo
 # Processes that run the tests: one with Ray's tests, the others with the rest. TEST_ARGS goes to pytest.
 WORKERS ?= logical
@@ -21,12 +22,15 @@ READY := $(VENV)/.ready
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
 # What `make demo` runs. Each spec has an output folder of its own below runs/.
-DEMO := $(if $(MEDIA),$(if $(MODEL),photos,folder),$(CORPUS))
+DEMO := $(if $(TABLE),table,$(if $(MEDIA),$(if $(MODEL),photos,folder),$(CORPUS)))
 # A name as a YAML text in quotes of the shell, whatever characters it has.
 quoted = $(subst ','\'',"$(subst ",\",$(subst \,\\,$(1)))")
-SET := $(if $(MEDIA),--set 'vars.media=$(call quoted,$(MEDIA))') $(if $(MODEL),--set 'vars.model=$(call quoted,$(MODEL))')
+SET := $(if $(TABLE),--set 'vars.table=$(call quoted,$(TABLE))') $(if $(MEDIA),--set 'vars.media=$(call quoted,$(MEDIA))') $(if $(MODEL),--set 'vars.model=$(call quoted,$(MODEL))')
 ifneq ($(MODEL),)
 $(if $(MEDIA),,$(error MODEL searches a folder: name it with MEDIA))
+endif
+ifneq ($(TABLE),)
+$(if $(MEDIA),$(error TABLE and MEDIA are two demos: name one of them))
 endif
 ifneq ($(STORE),local)
 SET += --set vars.store=$(if $(filter s3,$(STORE)),s3://rzen-$(DEMO),$(STORE))
@@ -48,7 +52,7 @@ $(READY): pyproject.toml requirements.lock
 	$(INSTALL) $(PIP_ARGS) -c requirements.lock -e '.[dev]'
 	@touch $@
 
-demo: setup ## run the whole pipeline on a synthetic corpus; CORPUS=emoji, MEDIA=folder [MODEL=model], STORE=s3 or s3://bucket/folder
+demo: setup ## run the whole pipeline on a synthetic corpus; CORPUS=emoji, TABLE=file, MEDIA=folder [MODEL=model], STORE=s3 or s3://bucket/folder
 	$(if $(filter s3,$(STORE)),$(BIN)/python -m jobs.runtime.local_s3) $(BIN)/rzen run jobs/$(DEMO).yaml $(SET)
 
 test: setup ## run the tests, except those that take minutes each

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from enum import StrEnum
 from functools import partial
@@ -12,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from jobs.commands.options import AsJson, Changes, ResultAsJson, gpus_here, print_json, run_file
-from jobs.commands.output import print_error, print_text
+from jobs.commands.output import print_text
 from jobs.spec.load import read_document
 from pipelines.errors import UserError
 
@@ -69,7 +68,7 @@ def ingest(
     """
     settings: dict[str, Any] = {"input": place, "out": out}
     if is_table(place):
-        settings |= {"input": None, "sources": {name_of(place): suggested(place)}}
+        settings |= {"input": None, "sources": {name_of(place): {"table": place}}}
     run_file(INGEST_SPEC, changes, settings, as_json=as_json)
 
 
@@ -91,22 +90,6 @@ def name_of(place: str) -> str:
     """Return a name of a source for a table: that of its file or folder."""
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", place.rstrip("/").rpartition("/")[2].partition(".")[0]).strip("-")
     return name or "table"
-
-
-def suggested(table: str) -> dict[str, Any]:
-    """Return the settings that read a table, and print them. Raises `UserError` if no row gives a sample."""
-    from jobs.runtime.progress import is_quiet
-    from pipelines.errors import UserError
-    from pipelines.sources.table_look import look_at
-
-    found = look_at(table, name=name_of(table), num_samples=0)
-    if not found.num_samples:
-        problem = found.problems[-1] if found.problems else "no row gives a sample"
-        raise UserError(table, problem, f"see `rzen look {table}`, and write the spec that it begins")
-    shown = json.dumps({key: value for key, value in found.settings.items() if key != "table"}, ensure_ascii=False)
-    if not is_quiet():
-        print_error(f"{table} is read with {shown}: see `rzen look {table}`")
-    return found.settings
 
 
 def index(

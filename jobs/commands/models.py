@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jobs.commands.data import is_table, name_of, suggested
+from jobs.commands.data import is_table, name_of
 from jobs.commands.options import AsJson, Changes, ResultAsJson, SpecPath, gpus_here, print_json, read_spec, run_file
 from jobs.commands.output import print_text
 from pipelines.errors import UserError
@@ -150,11 +150,9 @@ def _is_dataset(url: str) -> bool:
 
 
 def _table_settings(table: str, media: str | None, text: str | None, title: str | None) -> dict[str, Any]:
-    """Return the settings of a table: those of its columns, or without any those that `rzen look` suggests."""
-    if not (media or text):
-        return {"sources": {name_of(table): suggested(table)}}
     source: dict[str, Any] = {"table": table}
-    source["positive"] = {key: value for key, value in (("media", media), ("text", text)) if value}
+    if media or text:
+        source["positive"] = {key: value for key, value in (("media", media), ("text", text)) if value}
     if title:
         source["query"] = {"text": title}
     return {"sources": {name_of(table): source}}

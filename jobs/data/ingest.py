@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from pipelines.samples import RawSample, Rejected
 from pipelines.shards.manifest import DATASET
 from pipelines.sources.archives import is_archive
 from pipelines.sources.folder import LIST_NAME, caption_line, read_folder
-from pipelines.sources.table import LARGE_UNIT_BYTES, open_table
+from pipelines.sources.table import LARGE_UNIT_BYTES, TableReader, open_table
+from pipelines.sources.table_config import TableSource
 from pipelines.sources.table_files import absolute, find_table
 from pipelines.storage.location import open_object, open_store, resolve_endpoint
 from rzen.config import PromptConfig
@@ -69,27 +71,28 @@ def run(spec: IngestSpec) -> dict[str, Any]:
 
 def _open_tables(spec: IngestSpec) -> list[ListedTable]:
     """Return all tables. Everything that can be wrong with their settings is reported before a task starts."""
-    endpoint = resolve_endpoint(spec.endpoint)
-    tables = [
-        list_table(
-            open_table(
-                name,
-                source,
-                seed=spec.seed,
-                endpoint=endpoint,
-                follow_links=spec.follow_links,
-                keep_uncaptioned=spec.keep_uncaptioned,
-            )
-        )
-        for name, source in spec.sources.items()
-    ]
+    tables = [list_table(_open_table(name, source, spec)) for name, source in spec.sources.items()]
     for table in tables:
+        if table.reader.suggested:
+            shown = json.dumps(table.reader.suggested, ensure_ascii=False)
+            say(f"  {table.reader.name} is read with {shown}: see `rzen look {table.reader.files[0].url}`")
         largest = max((unit.num_bytes for unit in table.units if unit.file.format == "parquet"), default=0)
         if largest > LARGE_UNIT_BYTES:
             size = f"{largest / 1e6:,.0f} MB"
             text = f"{table.reader.name} has row groups of up to {size}, each read as a whole: write smaller ones"
             say(f"  {text} to save memory", "yellow")
     return tables
+
+
+def _open_table(name: str, source: TableSource, spec: IngestSpec) -> TableReader:
+    return open_table(
+        name,
+        source,
+        seed=spec.seed,
+        endpoint=resolve_endpoint(spec.endpoint),
+        follow_links=spec.follow_links,
+        keep_uncaptioned=spec.keep_uncaptioned,
+    )
 
 
 def _described(table: ListedTable) -> str:
@@ -113,7 +116,8 @@ def fingerprint(spec: IngestSpec) -> dict[str, str]:
     """
     found = {} if spec.input is None else open_store(spec.input).tags()
     endpoint = resolve_endpoint(spec.endpoint)
-    for name, source in spec.sources.items():
+    for name, given in spec.sources.items():
+        source = _open_table(name, given, spec).mapper.config  # with what it leaves to its columns
         pool = source.pool.table if source.pool else None
         for urls in (source.table, *([pool] if pool else [])):
             found |= {file.url: file.tag for file in find_table(urls, endpoint, f"sources.{name}.table")}

@@ -19,6 +19,8 @@ from pipelines.sources.presets import Preset, recognize
 from pipelines.sources.selectors import Row, find, parse_selector
 from pipelines.sources.table_config import TableSource, with_settings
 from pipelines.sources.table_files import is_table
+from pipelines.sources.table_rows import read_rows
+from pipelines.sources.units import Unit
 from pipelines.sources.values import media_values
 from pipelines.storage.location import open_store
 from pipelines.storage.shard_urls import is_glob
@@ -33,6 +35,8 @@ _MAX_ROOTS = 60
 _MAX_ARCHIVES = 20
 _MAX_LISTED = 20_000  # objects of a store: a folder may have millions
 _NUM_PATHS = 20
+_MAX_ROWS = 1000
+_NUM_SPREAD = 50
 _Found = tuple[int, str, str]
 """How many of the paths were found, the root, and what is removed from the start of paths."""
 
@@ -82,6 +86,21 @@ def suggest_roots(
     if not count or (root == folder and not start):  # where media are looked for anyway
         return {}
     return {"media_root": root} | ({"rebase": {start: ""}} if start else {})
+
+
+def spread_rows(units: Sequence[Unit], first: Sequence[Row], endpoint: str | None) -> list[Row]:
+    """Return 50 of the first 1,000 rows, evenly, as the first may lack media. Rows of bytes are the first ones."""
+    if any(_has_bytes(value) for row in first for value in row.values.values()):
+        return list(first)
+    found = (row for unit in units for row in read_rows(unit, None, endpoint) if isinstance(row, Row))
+    many = list(islice(found, _MAX_ROWS))
+    return many[:: max(1, len(many) // _NUM_SPREAD)]
+
+
+def _has_bytes(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_has_bytes, value.values()))
+    return any(map(_has_bytes, value)) if isinstance(value, list) else isinstance(value, bytes)
 
 
 def _root_of_absolute(values: Sequence[str]) -> str | None:

@@ -13,9 +13,10 @@ import difflib
 import heapq
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, islice
+from typing import Any
 
 from pipelines.config import MediaConfig
 from pipelines.errors import BadMedia, UserError
@@ -28,6 +29,7 @@ from pipelines.sources.pool import PoolReader
 from pipelines.sources.presets import choose_preset
 from pipelines.sources.references import ReferenceReader
 from pipelines.sources.selectors import Row, parse_selector
+from pipelines.sources.suggest import spread_rows, suggest_columns, suggest_roots
 from pipelines.sources.table_config import FromPrompts, TableSource, with_settings
 from pipelines.sources.table_files import TableFile, absolute, find_table
 from pipelines.sources.table_rows import list_columns, list_units, read_rows, wanted_columns
@@ -51,6 +53,8 @@ class TableReader:
     files: tuple[TableFile, ...]
     preset: str
     endpoint: str | None
+    suggested: Mapping[str, Any] = field(default_factory=dict)
+    """The settings that nobody wrote."""
 
     @property
     def name(self) -> str:
@@ -107,13 +111,17 @@ def open_table(
     files = tuple(find_table(config.table, endpoint, f"{place}.table"))
     columns = [column.name for column in list_columns(files[0], endpoint)]
     rows = _first_rows(files, endpoint)
+    suggested: Mapping[str, Any] = {}
+    if config.query is None and config.positive is None and config.preset is None:
+        suggested = _suggested(place, config, columns, rows, files, endpoint)
+        config = with_settings(suggested, config)
     preset, config = _with_preset(place, config, columns, rows, keep_uncaptioned)
     _check_columns(place, selectors_of(config), columns, files[0])
     roots = _roots(place, config.media_root, files, config, endpoint, follow_links)
     pool = _pool(place, config, files, roots, endpoint)
     prompts = _prompts(config, endpoint)
     mapper = RowMapper(name, config.model_copy(update={"task": config.task or _UNKNOWN}), roots, seed, pool, prompts)
-    reader = TableReader(mapper, files, preset, endpoint)
+    reader = TableReader(mapper, files, preset, endpoint, suggested)
     probe = _probe(reader)
     probe.check(place, roots)
     _check_stored(probe, place, endpoint)
@@ -127,12 +135,32 @@ def _first_rows(files: Iterable[TableFile], endpoint: str | None) -> list[Row]:
     return list(islice((row for row in found if isinstance(row, Row)), _PROBED_ROWS))
 
 
+def _suggested(
+    place: str,
+    config: TableSource,
+    columns: list[str],
+    rows: list[Row],
+    files: tuple[TableFile, ...],
+    endpoint: str | None,
+) -> dict[str, Any]:
+    """Return what reads a table, but for what its settings say: preset or columns, and where the media are."""
+    preset, settings = suggest_columns(columns, rows)
+    if not settings:
+        problem = f"no column says what is a query and what is a positive: there are {', '.join(columns)}"
+        fix = "write query: {text: COLUMN} and positive: {media: COLUMN}"
+        raise UserError(f"{place}.table={files[0].url}", problem, fix)
+    if config.media_root is None and not config.rebase:
+        table = config.table if isinstance(config.table, str) else config.table[0]
+        units = [unit for file in files for unit in list_units(file, endpoint)]
+        settings |= suggest_roots(settings, preset, table, spread_rows(units, rows, endpoint), endpoint)
+    return settings
+
+
 def _with_preset(
     place: str, config: TableSource, columns: list[str], rows: list[Row], keep_uncaptioned: bool
 ) -> tuple[str, TableSource]:
-    wanted = config.preset or ("auto" if config.query is None and config.positive is None else None)
-    if wanted:
-        preset = choose_preset(wanted, columns, rows, place)
+    if config.preset:
+        preset = choose_preset(config.preset, columns, rows, place)
         return preset.name, with_settings(preset.settings, config)
     if keep_uncaptioned and config.query is None and config.positive is not None:
         return "", config

@@ -92,7 +92,8 @@ class TableSource(Config):
     """Path, glob or URL of the files, a folder of them, or a list. A folder that `save_to_disk` wrote is one, too."""
     preset: str | None = None
     """Name of a known layout, or `auto` for the one that the columns show. Other settings replace those of the preset.
-    `null` is `auto` where neither query nor positive is given. `pipelines/sources/README.md` lists the presets."""
+    `null` where neither query nor positive is given: the settings that `rzen look` suggests.
+    `pipelines/sources/README.md` lists the presets."""
     media_root: Urls | None = None
     """Folder, URL, zip or tar in which paths of media are looked up, or a list that is tried in order. `null`:
     the folder of the table."""

@@ -19,7 +19,7 @@ from pipelines.samples import CellRef, RawSample, Reference, Rejected
 from pipelines.sources.presets import PRESETS
 from pipelines.sources.references import ReferenceReader
 from pipelines.sources.selectors import Row
-from pipelines.sources.suggest import suggest_columns, suggest_roots
+from pipelines.sources.suggest import spread_rows, suggest_columns, suggest_roots
 from pipelines.sources.table import LARGE_UNIT_BYTES, TableReader, open_table
 from pipelines.sources.table_config import TableSource
 from pipelines.sources.table_files import TableFile, find_table
@@ -87,7 +87,7 @@ def look_at(
     if media_root:
         settings["media_root"] = media_root
     elif layout is not None or not preset:
-        settings |= suggest_roots(settings, layout, table, _spread_rows(units, rows, endpoint), endpoint)
+        settings |= suggest_roots(settings, layout, table, spread_rows(units, rows, endpoint), endpoint)
     found.preset, found.about = (layout.name, layout.about) if layout else ("", "")
     found.settings = {"table": table, **settings}
     try:
@@ -122,21 +122,6 @@ def _described(
 def _first_rows(units: Sequence[Unit], endpoint: str | None) -> list[Row]:
     found = (row for unit in units for row in read_rows(unit, None, endpoint) if isinstance(row, Row))
     return list(islice(found, _FIRST_ROWS))
-
-
-def _spread_rows(units: Sequence[Unit], rows: Sequence[Row], endpoint: str | None) -> list[Row]:
-    """Return 50 of the first 1,000 rows, evenly, as the first may lack media. Rows of bytes are the first 50."""
-    if any(_has_bytes(value) for row in rows for value in row.values.values()):
-        return list(rows)
-    found = (row for unit in units for row in read_rows(unit, None, endpoint) if isinstance(row, Row))
-    many = list(islice(found, _MAX_ROWS))
-    return many[:: max(1, len(many) // _FIRST_ROWS)]
-
-
-def _has_bytes(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(map(_has_bytes, value.values()))
-    return any(map(_has_bytes, value)) if isinstance(value, list) else isinstance(value, bytes)
 
 
 def _example(name: str, rows: Sequence[Row]) -> str:

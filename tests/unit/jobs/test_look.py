@@ -240,17 +240,20 @@ def test_ingest_takes_a_table_with_the_settings_that_look_suggests(
     assert main(["ingest", table, "out", "--set", "seed=3"]) == 0
     assert (ran[0].input, ran[0].out, ran[0].seed) == (None, "out", 3)
     (name,) = ran[0].sources
-    source = ran[0].sources[name].model_dump(exclude_unset=True)
-    assert (name, source["query"], source["positive"]) == ("my-shop", {"text": "title"}, {"media": "photo"})
-    assert 'is read with {"query": {"text": "title"}' in capsys.readouterr().err
+    assert (name, ran[0].sources[name].model_dump(exclude_unset=True)) == ("my-shop", {"table": table})
+    assert open_table(name, ran[0].sources[name]).suggested == {
+        "query": {"text": "title"},
+        "positive": {"media": "photo"},
+    }
 
     write_table(tmp_path / "tables/t.jsonl", [{"anchor": "a", "positive": "b"}])
     assert main(["ingest", "tables", "out"]) == 0  # a folder of tables alone
-    assert ran[1].sources["tables"].preset == "anchor"
+    assert open_table("tables", ran[1].sources["tables"]).preset == "anchor"
     (tmp_path / "tables/b.jpg").write_bytes(picture(1))
     assert main(["ingest", "tables", "out"]) == 0  # notes of a camera next to its pictures
     assert (ran[2].input, ran[2].sources) == ("tables", {})
 
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
     assert main(["ingest", write_table(tmp_path / "n.jsonl", [{"number": 3}]), "out"]) == 1
-    assert "n.jsonl: no column says what is a query" in capsys.readouterr().err
-    assert len(ran) == 3
+    assert "n.jsonl: no column says what is a query and what is a positive: there are number" in capsys.readouterr().err

@@ -34,6 +34,8 @@ def demo(*variables: str) -> subprocess.CompletedProcess[str]:
         (["STORE=s3"], "demo", "s3://rzen-demo"),
         (["CORPUS=emoji"], "emoji", "runs/emoji/store"),
         ([f"MEDIA={ODD}"], "folder", "runs/folder/store"),
+        ([f"TABLE={ODD}"], "table", "runs/table/store"),
+        ([f"TABLE={ODD}", "STORE=s3"], "table", "s3://rzen-table"),
         ([f"MEDIA={ODD}", "STORE=s3"], "folder", "s3://rzen-folder"),
         ([f"MEDIA={ODD}", "MODEL=a model"], "photos", "runs/photos/store"),
         ([f"MEDIA={ODD}", "MODEL=a model", "STORE=s3://bucket/x"], "photos", "s3://bucket/x"),
@@ -49,10 +51,13 @@ def test_each_kind_of_demo_has_its_own_output(variables: list[str], spec: str, s
     assert isinstance(pipeline, PipelineSpec)
     assert pipeline.vars["store"] == stores
     assert pipeline.vars.get("media") == (ODD if spec in ("folder", "photos") else None)
+    assert pipeline.vars.get("table") == (ODD if spec == "table" else None)
     if spec == "photos":
         assert pipeline.vars["model"] == "a model"
     ingest, _ = resolve_jobs(pipeline, document)["ingest"]
     assert ingest.model_dump()["out"] == f"{stores}/data"
+    if spec == "table":
+        assert ingest.model_dump(exclude_unset=True)["sources"] == {"table": {"table": ODD}}
 
 
 def test_a_folder_with_any_sources_can_be_trained_on(tmp_path: Path) -> None:
@@ -66,3 +71,9 @@ def test_a_model_without_a_folder_is_an_error() -> None:
     done = demo("MODEL=a")
     assert done.returncode != 0
     assert "MODEL searches a folder: name it with MEDIA" in done.stderr
+
+
+def test_a_table_and_a_folder_are_two_demos() -> None:
+    done = demo("TABLE=a.csv", "MEDIA=b")
+    assert done.returncode != 0
+    assert "TABLE and MEDIA are two demos: name one of them" in done.stderr

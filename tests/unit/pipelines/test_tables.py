@@ -20,7 +20,7 @@ from pipelines.errors import BadMedia, UserError
 from pipelines.ingest import members
 from pipelines.ingest.blocks import pair_identity
 from pipelines.ingest.members import load_sample
-from pipelines.samples import ArchiveRef, CellRef, FileRef, FramesRef, Input, Media, RawSample
+from pipelines.samples import ArchiveRef, CellRef, FileRef, FramesRef, Input, Media, RawSample, Rejected
 from pipelines.sources import textual
 from pipelines.sources.mapper import RowMapper
 from pipelines.sources.media_roots import media_roots
@@ -534,6 +534,21 @@ def test_errors_before_any_task_say_place_value_rule_and_fix(tmp_path):
     assert "matches no file" in error(str(tmp_path / "*.csv"), **PAIR)
     assert "holds no table but a.jpg" in error(str(tmp_path / "images"), **PAIR)
     assert "names targets by id and has no pool" in error(table, query={"text": "title"}, positive={"id": "answer"})
+
+
+def test_without_columns_it_is_read_as_look_suggests(tmp_path):
+    write_pictures(tmp_path, "images/a.jpg")
+    table = write_table(tmp_path / "t.jsonl", [{"title": "t", "photo": "a.jpg", "n": n} for n in range(4)])
+    reader = opened(table, where={"n": [1, 2]})
+    written = {"query": {"text": "title"}, "positive": {"media": "photo"}, "media_root": str(tmp_path / "images")}
+    assert reader.suggested == written
+    assert [item.reason for item in reader.read_all() if isinstance(item, Rejected)] == ["not_selected"] * 2
+    # What was stored of the table is kept when the settings are written down.
+    explicit = opened(table, where={"n": [1, 2]}, **written)
+    assert explicit.suggested == {}
+    assert [reader.unit_id(unit) for unit in reader.units()] == [explicit.unit_id(unit) for unit in explicit.units()]
+    assert "media_root" not in opened(table, media_root=str(tmp_path / "images")).suggested
+    assert "t.jsonl: no column says what is a query" in error(write_table(tmp_path / "n/t.jsonl", [{"n": 1}]))
 
 
 def test_the_first_rows_may_lack_their_media_or_not_be_selected(tmp_path):
