@@ -140,7 +140,7 @@ def plot_losses(curves: Mapping[str, Sequence[tuple[int, float]]]) -> str:
 
 def plot_curves(curves: Mapping[str, Sequence[tuple[int, float]]], label: str, title: str) -> str:
     """A value over steps, one thin line per curve, its name at its end if there are several. SVG text, the same every
-    time. Values start at 0, and so does the axis.
+    time. The axis has 0 on it, and starts there if no value is negative.
 
     `curves` maps a name to its (step, value) pairs in order of steps; at least one curve, none of them empty. `title`
     is for readers who cannot see the plot.
@@ -148,9 +148,11 @@ def plot_curves(curves: Mapping[str, Sequence[tuple[int, float]]], label: str, t
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 3.2), layout="constrained")
         axes = figure.subplots()
+        lowest = min(value for curve in curves.values() for _, value in curve)
         for (steps, values), color in zip(_columns(curves), colors(len(curves)), strict=True):
             axes.plot(steps, values, color=color, marker="." if len(steps) < _MARKED else "")
-        axes.set_ylim(bottom=0)
+        low, high = axes.get_ylim()
+        axes.set_ylim(min(low, 0) if lowest < 0 else 0, max(high, 0))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("step")
         axes.set_title(label, loc="left", fontsize=9, color=QUIET)

@@ -4,13 +4,23 @@ import dataclasses
 import io
 import json
 import math
+import re
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 from rich.console import Console
 
-from rzen.evaluation.results import Result, markdown_table, plot_losses, plot_scores, terminal_table, write_results
+from rzen.evaluation.figures import COLORS
+from rzen.evaluation.results import (
+    Result,
+    markdown_table,
+    plot_curves,
+    plot_losses,
+    plot_scores,
+    terminal_table,
+    write_results,
+)
 
 
 def result(model: str, task: str, metric: str, value: float) -> Result:
@@ -97,3 +107,13 @@ def test_plots_differ_where_numbers_differ() -> None:
 def test_panels_wrap() -> None:
     rows = [result("m", f"task_{n}", "hit@1", n / 10) for n in range(6)]
     assert plot_scores(rows).count('<g id="axes_') == 6
+
+
+@pytest.mark.filterwarnings("error")  # axes that have no room
+@pytest.mark.parametrize("start", [-0.5, -0.2, 0.0, 0.3])
+def test_curves_rise_where_their_values_do(start: float) -> None:
+    curves = {name: [(step, start + (step + offset) / 100) for step in (1, 30)] for offset, name in enumerate("abc")}
+    drawn = plot_curves(curves, "cosine", "a title")
+    for color in COLORS[:3]:
+        first, last = (float(y) for y in re.findall(rf'<use [^>]* y="([\d.]+)" style="fill: {color.lower()}', drawn))
+        assert 0 < last < first - 20 < 230  # the origin is at the top
