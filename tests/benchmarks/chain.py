@@ -44,6 +44,9 @@ CONTRASTS = (
     Contrast("stored vectors next to the pairs", "vectors", "small"),
     Contrast("stored vectors only", "vectors_only", "small"),
     Contrast("large model over small", "large", "small"),
+    Contrast("large model over small, 600 steps", "large_long", "small_long"),
+    Contrast("stored vectors only, 600 steps", "vectors_long", "small_long"),
+    Contrast("small model, 600 steps, over large", "small_long", "large"),
     Contrast("more steps", "more", "small"),
     Contrast("mined negatives, one stage", "hard", "more"),
     Contrast("mined negatives, two stages", "hard_2", "more_2"),
@@ -68,6 +71,7 @@ PARTS = (
     ("large", "small", "vectors", "vectors_only"),
     ("more", "hard", "more_2", "hard_2", "any"),
     ("reranker", "distilled", "truth"),
+    ("large_long", "small_long", "vectors_long"),
 )
 """Models that are trained one after the other, of all seeds before the next part."""
 ORDERS = {"reranked": "hit", "teacher": "teacher", "ceiling": "ceiling"}
@@ -83,6 +87,8 @@ One seed (100), so that none of this is shown.
 * **Lists only.** With true lists of 8, `hard` fell from 24.6 to 6.4 at a rate of 1e-3, and to 18.4 at 3e-4. With the
   loss of the pairs next to it at 1e-3, it fell to 19.0. With lists of 16 at 1e-4, it was 26.2. A list has the hardest
   candidates only, and nothing keeps the others away.
+* **More steps.** In 600 steps, the small model had 59.8 and the large one 49.0. So three models of 600 steps were added
+  after the others were known.
 * **Re-ranker.** It started from a wide model of 500 steps, whose hit@1 was 51.7 on 120 queries. In 400 steps of 32
   lists of four, the share of lists with the answer first rose from 33% at step 50 to 75%, until the end. The order of
   the first 20 candidates had 26.7. Twice the rate, with random negatives in the first 100 of 300 steps, was no faster.
@@ -91,7 +97,8 @@ One seed (100), so that none of this is shown.
 ## What is not shown
 
 * Random backbones, without a vision-language model's ability to compare. A pretrained model may differ.
-* The students have not converged: their losses still fall.
+* A teacher that is better than its students after as many steps: the toy has none. With 8,000 scenes instead of 2,000,
+  the large model had 55.0 in 600 steps on seed 100. Students of the 2,000 had 51.0 alone, and 47.0 to 51.8 with its vectors.
 """
 
 

@@ -2,6 +2,7 @@
 
 large                                 contrastive loss, more steps: teacher of `vectors`, start of `reranker`
 small, vectors, vectors_only          half as wide; alone, and with the stored vectors of `large`
+large_long, small_long, vectors_long  the same in more steps; the vectors are those of `large_long`
 small -> more -> more_2               contrastive loss, as many steps as the others
 small -> hard -> hard_2               with mined negatives
 large -> reranker                     on the candidates of `small`
@@ -71,6 +72,8 @@ class Setting:
     lr: float = 3e-3
     large_steps: int = 250
     small_steps: int = 150
+    long_steps: int = 600
+    """Of the models that show what is left of a lead after more steps."""
     stage_steps: int = 50
     """Steps of each later stage of the small model."""
     stage_lr: float = 1e-3
@@ -128,7 +131,7 @@ class Chain:
     def learner(self, name: str) -> Any:
         """Return a trained model."""
         objective = self._reranking if name == "reranker" else self._contrastive()
-        hidden = self.setting.shape.hidden if name in ("large", "reranker") else self.setting.small
+        hidden = self.setting.shape.hidden if name in ("large", "large_long", "reranker") else self.setting.small
         return build(self.world, objective, hidden, self.trained(name)[0])
 
     def trained(self, name: str) -> Trained:
@@ -230,9 +233,9 @@ class Chain:
 
     # Training
 
-    def train_large(self) -> Trained:
+    def train_large(self, num_steps: int) -> Trained:
         learner = build(self.world, self._contrastive())
-        losses = train(learner, self.seed, self.setting.large_steps, self.setting.lr, self._pairs)
+        losses = train(learner, self.seed, num_steps, self.setting.lr, self._pairs)
         return weights(learner), losses
 
     def train_stage(
@@ -277,11 +280,11 @@ class Chain:
         losses = train(learner, self.seed, steps, lr, lambda step: self._rerank_lists(table, step))
         return weights(learner), losses
 
-    def train_small(self, contrastive_weight: float | None) -> Trained:
-        """Train the small model, with the vectors of `large` if a weight of the contrastive loss is given."""
+    def train_small(self, num_steps: int, teacher: str = "", contrastive_weight: float = 1.0) -> Trained:
+        """Train the small model, with the vectors of a teacher if one is named."""
         setting, batch_of, options = self.setting, self._pairs, {}
-        if contrastive_weight is not None:
-            queries, targets = vectors_of(self.learner("large"), self.world.train)
+        if teacher:
+            queries, targets = vectors_of(self.learner(teacher), self.world.train)
             both = np.stack([queries, targets], axis=1)
             options["embedding_distillation"] = EmbeddingDistillationConfig(
                 loss="kl", contrastive_weight=contrastive_weight, teacher_temperature=setting.vector_temperature
@@ -291,7 +294,7 @@ class Chain:
                 return replace(self._pairs(step), teacher_vectors=both[self.world.rows(step, setting.batch)])
 
         learner = build(self.world, self._contrastive(**options), setting.small)
-        losses = train(learner, self.seed, setting.small_steps, setting.lr, batch_of)
+        losses = train(learner, self.seed, num_steps, setting.lr, batch_of)
         return weights(learner), losses
 
     # Scores
@@ -316,10 +319,13 @@ def _truth(pairs: IntArray) -> FloatArray:
 
 
 TRAINED: Mapping[str, Callable[[Chain], Trained]] = {
-    "large": Chain.train_large,
-    "small": lambda chain: chain.train_small(None),
-    "vectors": lambda chain: chain.train_small(1.0),
-    "vectors_only": lambda chain: chain.train_small(0.0),
+    "large": lambda chain: chain.train_large(chain.setting.large_steps),
+    "small": lambda chain: chain.train_small(chain.setting.small_steps),
+    "vectors": lambda chain: chain.train_small(chain.setting.small_steps, "large"),
+    "vectors_only": lambda chain: chain.train_small(chain.setting.small_steps, "large", 0.0),
+    "large_long": lambda chain: chain.train_large(chain.setting.long_steps),
+    "small_long": lambda chain: chain.train_small(chain.setting.long_steps),
+    "vectors_long": lambda chain: chain.train_small(chain.setting.long_steps, "large_long", 0.0),
     "more": lambda chain: chain.train_more("small", 0),
     "more_2": lambda chain: chain.train_more("more", 1),
     "hard": lambda chain: chain.train_hard("small", 0, chain.setting.margin),

@@ -17,6 +17,7 @@ TINY = Setting(
     stage_steps=2,
     small=8,
     depth=6,
+    long_steps=3,
     shortlist=4,
     rerank_steps=2,
     rerank_batch=4,
