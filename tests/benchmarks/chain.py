@@ -98,7 +98,8 @@ One seed (100), so that none of this is shown.
 
 * Random backbones, without a vision-language model's ability to compare. A pretrained model may differ.
 * A teacher that is better than its students after as many steps: the toy has none. With 8,000 scenes instead of 2,000,
-  the large model had 55.0 in 600 steps on seed 100. Students of the 2,000 had 51.0 alone, and 47.0 to 51.8 with its vectors.
+  the large model had 55.0 in 600 steps on seed 100. Students of the 2,000 had 51.0 alone, and 47.0 to 51.8 with its
+  vectors.
 """
 
 
