@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 
 _NUM_QUERIES = 4
 _RUNS = Path("runs")
-Query = tuple[str, Embeddable]
-"""A query with its name for people."""
+Query = tuple[str, Embeddable, str]
+"""A query: its name for people, what is asked, and the title of its right answer, if there is one."""
 
 
 def run(spec: SearchSpec) -> dict[str, Any]:
@@ -65,19 +65,20 @@ def run(spec: SearchSpec) -> dict[str, Any]:
 
     embedder = load(corpus.manifest["model"], dtype=corpus.manifest["dtype"], endpoint=spec.endpoint)
     corpus.check_made_by(embedder.made_by, f"what is there now ({embedder.base})")
-    asked = _decoded(corpus, [query for _, query in queries], instruction, spec.endpoint, embedder)
+    asked = _decoded(corpus, [query for _, query, _ in queries], instruction, spec.endpoint, embedder)
     vectors = embedder.encode(asked)
     found = corpus.nearest(vectors, spec.top_k)
-    answers = [corpus.titled(name, vector) for (name, _), vector in zip(queries, vectors, strict=True)]
+    answers = [corpus.titled(title, vector) for (_, _, title), vector in zip(queries, vectors, strict=True)]
     pictures = targets if spec.html is not None else None
     searches = [
         Search(name, _hits(hits, answer, pictures), shown.frames)
-        for (name, _), hits, answer, shown in zip(queries, found, answers, asked, strict=True)
+        for (name, _, _), hits, answer, shown in zip(queries, found, answers, asked, strict=True)
     ]
     for search in searches:
         console.print(terminal_hits(search))
     listed = [
-        {"query": name, "hits": [asdict(hit) for hit in hits]} for (name, _), hits in zip(queries, found, strict=True)
+        {"query": name, "hits": [asdict(hit) for hit in hits]}
+        for (name, _, _), hits in zip(queries, found, strict=True)
     ]
     if spec.html is None:
         return {"outputs": [], "searches": listed}
@@ -98,19 +99,24 @@ def _last_vectors() -> str:
 
 
 def _chosen(corpus: Corpus, targets: Targets) -> list[Query]:
-    """Return captions of a few targets, spread over the corpus, or without captions the targets themselves.
+    """Return the queries of a few targets, spread over the corpus, or without queries the targets themselves.
 
     No caption is taken for a path.
     """
-    chosen: list[Query] = []
+    chosen: dict[str, Query] = {}
     for row in corpus.examples(_NUM_QUERIES):
-        if row["title"]:
-            chosen.append((row["title"], {"text": row["title"]}))
-        elif target := targets.read(row["split"], row["source"], row["index"], range_of(row)):
-            chosen.append((" ".join(map(str, filter(None, (row["origin"], range_of(row))))), target))
+        place, title = (row["split"], row["source"], row["index"]), row["title"]
+        # The title of a medium is its caption, and that of a text is the text itself.
+        if row["modality"] == "text" and (query := targets.query(*place)):
+            chosen[query.text or row["origin"]] = (query.text or row["origin"], query, title)
+        elif title:
+            chosen[title] = (title, {"text": title}, title)
+        elif target := targets.read(*place, range_of(row)):
+            name = " ".join(map(str, filter(None, (row["origin"], range_of(row)))))
+            chosen[name] = (name, target, "")
     if not chosen:
         raise UserError(corpus.url, "has no captions, and its media cannot be read", "name queries")
-    return list(dict(chosen).items())
+    return list(chosen.values())
 
 
 def _checked(queries: Sequence[str], text: str | None) -> list[Query]:
@@ -124,11 +130,11 @@ def _checked(queries: Sequence[str], text: str | None) -> list[Query]:
             raise UserError(query, "is a folder", "name a file of it; for vectors, write --vectors before the folder")
     are_files = list(map(is_file, queries))
     if text is None:
-        return [(shown_as(query), query) for query in queries]
+        return [(shown_as(query), query, shown_as(query)) for query in queries]
     if not all(are_files):
         query = queries[are_files.index(False)]
         raise UserError("text", f"goes with files, and {shown_as(query)} is a text", "write both as one query")
-    return [(f"{shown_as(query)} + {text}", _with_text(query, text)) for query in queries]
+    return [(f"{shown_as(query)} + {text}", _with_text(query, text), "") for query in queries]
 
 
 def _is_folder(query: str) -> bool:

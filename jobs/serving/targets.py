@@ -55,6 +55,18 @@ class Targets:
             return None
         return None if isinstance(target, Rejected) else target
 
+    def query(self, split: str, source: str, index: int) -> DecodedInput | None:
+        """Return the query of a target. None if it has none, or where it cannot be read."""
+        reader = self._reader(split, source, index)
+        if reader is None:
+            return None
+        try:
+            (query,) = reader.inputs(source, [(index, "query")])
+        except UserError as error:
+            self._give_up(split, error)
+            return None
+        return query if isinstance(query, DecodedInput) and (query.text or query.visuals) else None
+
     def clip(self, split: str, source: str, index: int, segment: TimeRange | None) -> Clip | None:
         """Return a video, or a segment of it, as a file that a browser plays. None where there is none."""
         reader = self._reader(split, source, index)

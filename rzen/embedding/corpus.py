@@ -248,7 +248,7 @@ class Corpus:
         return found and _hit(*found)
 
     def examples(self, count: int) -> list[Row]:
-        """Return a few targets, spread over the corpus: those with a caption, if there are any."""
+        """Return a few targets, spread over the corpus: those with a caption, and held-out ones, if there are any."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
@@ -258,6 +258,7 @@ class Corpus:
         kept = ExactIndex(some).chosen(self.conditions)
         table = pa.concat_tables(some.read_all(columns)).filter(pa.array(kept))
         table = table.filter(pc.not_equal(table["title"], "")) or table
+        table = table.filter(pc.equal(table["split"], "held_out")) or table
         chosen: list[Row] = table.take(np.linspace(0, len(table) - 1, min(count, len(table)), dtype=int)).to_pylist()
         return chosen
 

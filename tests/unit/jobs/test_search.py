@@ -272,10 +272,16 @@ def test_captions_of_the_corpus_are_words_even_if_they_name_files(
     rows = pq.read_table(part)
     pq.write_table(rows.set_column(rows.column_names.index("title"), "title", [["gone.png"] * len(rows)]), part)
     corpus = read_corpus("vectors")
-    assert search._chosen(corpus, search.Targets(corpus.manifest)) == [("gone.png", {"text": "gone.png"})]
+    chosen = search._chosen(corpus, search.Targets(corpus.manifest))
+    assert chosen[0] == ("gone.png", {"text": "gone.png"}, "gone.png")
+    # The title of a text is the text, and what asks for it is its own query.
+    assert [(name, asked.text, title) for name, asked, title in chosen[1:]] == [
+        ("caption 19", "caption 19", "gone.png")
+    ]
     shutil.copy(made[0] / "vectors/parts/a.parquet", part)
     search.run(spec(None))
-    assert capsys.readouterr().out.count("rank  score") == 4
+    told = capsys.readouterr().out
+    assert (told.count("rank  score"), told.count("(the right answer)")) == (4, 4)
 
 
 def test_the_target_of_a_caption_is_framed_with_its_rank_even_behind_the_hits(
