@@ -343,7 +343,9 @@ def test_sources_that_cannot_be_are_reported(tmp_path: Path) -> None:
         run([replace(raw, sample=replace(raw.sample, source="../x"))], out)
 
 
-def test_tables_of_several_layouts_and_a_folder_become_one_dataset(tmp_path: Path, s3_endpoint: str) -> None:
+def test_tables_of_several_layouts_and_a_folder_become_one_dataset(
+    tmp_path: Path, s3_endpoint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Bytes in Parquet, paths in a zip, texts in CSV, frames, and files with captions, in one job that is repeated."""
     pictures = [{"caption": f"cell {n}", "image": {"bytes": picture(n, "JPEG"), "path": "1.png"}} for n in range(6)]
     pictures.append({"caption": "damaged", "image": {"bytes": picture(6, "JPEG")[:300], "path": "1.jpg"}})
@@ -372,12 +374,7 @@ def test_tables_of_several_layouts_and_a_folder_become_one_dataset(tmp_path: Pat
         "held_out_fraction": 0.0,
         "samples_per_shard": 4,
         "sources": {
-            "cells": {
-                "table": cells,
-                "license": "CC BY 4.0",
-                "query": {"text": "caption"},
-                "positive": {"media": "image"},
-            },
+            "cells": {"table": cells, "license": "CC BY 4.0"},  # its columns say the rest
             "lines": {
                 "table": lines,
                 "media_root": str(tmp_path / "images.zip"),
@@ -396,6 +393,9 @@ def test_tables_of_several_layouts_and_a_folder_become_one_dataset(tmp_path: Pat
     }
     (tmp_path / "spec.yaml").write_text(json.dumps(spec))
     assert main(["run", str(tmp_path / "spec.yaml")]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert 'cells is read with {"query": {"text": "caption"}, "positive": {"media": "image"}}: see `rzen look' in told
+    assert "lines is read with" not in told
     out = open_store(str(tmp_path / "out"))
     report = json.loads(out.read("report.json"))
     assert report["accepted"]["train"] == {"cells": 6, "clips": 1, "lines": 3, "pairs": 3, "remote": 1, "text_image": 2}
