@@ -39,6 +39,7 @@ WITHOUT_CRDS = (
 _DEFAULT_CRDS = ROOT / "build" / "kuberay-crds"
 CRDS = os.environ.get("RZEN_KUBERAY_CRDS") or (str(_DEFAULT_CRDS) if _DEFAULT_CRDS.is_dir() else None)
 _FILES = {"RayCluster": "rayclusters.yaml", "RayJob": "rayjobs.yaml", "RayService": "rayservices.yaml"}
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, and not everywhere
 _START_RESOURCES = ("num-cpus", "num-gpus", "memory", "resources")
 _UNITS = {"Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 _OBJECT_STORE = 0.3  # of a node's memory; Ray's default
@@ -56,12 +57,12 @@ def build_overlay(name: str) -> list[Manifest]:
     """Return the documents of an overlay. Needs kubectl."""
     command = ["kubectl", "kustomize", str(FOLDER / "overlays" / name)]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return list(yaml.safe_load_all(text))
+    return list(yaml.load_all(text, _LOADER))
 
 
 def read(path: Path) -> list[Manifest]:
     """The documents of a file, without those that are not manifests."""
-    return [document for document in yaml.safe_load_all(path.read_text()) if document]
+    return [document for document in yaml.load_all(path.read_text(), _LOADER) if document]
 
 
 def schema_problems(manifest: Manifest) -> list[str]:
@@ -78,7 +79,7 @@ def schema_problems(manifest: Manifest) -> list[str]:
 def _schema(kind: str) -> Manifest:
     assert CRDS
     text = Path(CRDS, _FILES[kind]).read_text()
-    definition = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    definition = yaml.load(text, _LOADER)
     (version,) = [version for version in definition["spec"]["versions"] if version["storage"]]
     schema = _strict(version["schema"]["openAPIV3Schema"])
     schema["properties"]["metadata"] = {"type": "object"}  # the API server knows it by heart
