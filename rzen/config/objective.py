@@ -175,7 +175,8 @@ class ObjectiveConfig(Config):
     hardness: HardnessConfig | None = HardnessConfig()
     """Weights of in-batch negatives. `null`: all 1 (stage 1)."""
     false_negatives: FalseNegativeConfig | None = FalseNegativeConfig()
-    """False-negative elimination. `null` turns it off."""
+    """False-negative elimination. `null` turns it off. In our runs, it gains 2 to 3 points where half of the
+    look-alikes are right answers. It costs up to 6 where none is, at temperature 0.02 without hardness weights."""
     temperature: TemperatureConfig = TemperatureConfig()
     """One learnable temperature per task."""
     mined: MinedConfig = MinedConfig()
