@@ -250,6 +250,8 @@ class _Probe:
         fix = "see the settings with `rzen look`"
         if reason in ("missing_file", "outside_folder"):
             fix = f"correct media_root or rebase: media are looked for in {', '.join(roots.urls)}{roots.hint()}"
+        elif reason == "web_address":
+            fix = "then read the tars that it writes with `rzen index`"
         raise UserError(place, f"{problem} ({first.detail})", fix)
 
     def task(self, place: str) -> str:

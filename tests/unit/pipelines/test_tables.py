@@ -549,6 +549,9 @@ def test_without_columns_it_is_read_as_look_suggests(tmp_path):
     assert [reader.unit_id(unit) for unit in reader.units()] == [explicit.unit_id(unit) for unit in explicit.units()]
     assert "media_root" not in opened(table, media_root=str(tmp_path / "images")).suggested
     assert "t.jsonl: no column says what is a query" in error(write_table(tmp_path / "n/t.jsonl", [{"n": 1}]))
+    links = write_table(tmp_path / "links.csv", [{"title": "a mug", "photo": "https://shop.example/b.jpg"}])
+    told = "fetch it first, as with img2dataset); then read the tars that it writes with `rzen index`"
+    assert error(links).endswith(told)
 
 
 def test_the_first_rows_may_lack_their_media_or_not_be_selected(tmp_path):
