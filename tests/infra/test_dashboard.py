@@ -64,7 +64,8 @@ def submit(environment: dict[str, str], folder: Path, name: str) -> str:
     while (done := subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)).returncode:
         assert time.monotonic() < deadline_s, done.stdout + done.stderr
         time.sleep(1)
-    return done.stdout.split()[1]
+    (job,) = re.findall(r"submitted (\S+)", done.stdout)
+    return job
 
 
 def wait_for(path: Path, logs: Path) -> None:
