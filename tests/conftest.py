@@ -35,7 +35,8 @@ os.environ |= {
     "RAY_num_workers_soft_limit": "8",
     # Ray gives way to every other process by default, and its tests end last.
     "RAY_worker_niceness": "0",
-    "RAY_worker_register_timeout_seconds": "600",  # as jobs.runtime.cluster
+    # As jobs.runtime.cluster.
+    "RAY_worker_register_timeout_seconds": "600",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
 }

@@ -32,6 +32,7 @@ from jobs.runtime.local_s3 import free_port
 MONITORING = Path(__file__).resolve().parents[1] / "monitoring"
 RAY_DASHBOARD = "session_latest/metrics/grafana/dashboards/default_grafana_dashboard.json"
 _DISCOVERY = "prom_metrics_service_discovery.json"
+_START_TIMEOUT = "RAY_worker_register_timeout_seconds"
 _LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 _POLL_S = 0.2
 _GRACE_S = 20
@@ -102,6 +103,8 @@ def _environment(options: argparse.Namespace) -> dict[str, str]:
         # By default every Ray of a machine uses these two ports, and it gives no error if they are taken.
         "AUTOSCALER_METRIC_PORT": os.environ.get("AUTOSCALER_METRIC_PORT", str(free_port())),
         "DASHBOARD_METRIC_PORT": os.environ.get("DASHBOARD_METRIC_PORT", str(free_port())),
+        # As jobs.runtime.cluster: if the first processes take longer to start, whoever connects waits forever.
+        _START_TIMEOUT: os.environ.get(_START_TIMEOUT, "600"),
         "RAY_PROMETHEUS_HOST": f"http://127.0.0.1:{options.prometheus_port}",
     }
     if shutil.which("grafana"):
