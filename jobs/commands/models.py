@@ -151,10 +151,10 @@ def _is_dataset(url: str) -> bool:
 
 def _table_settings(table: str, media: str | None, text: str | None, title: str | None) -> dict[str, Any]:
     source: dict[str, Any] = {"table": table}
-    if media or text:
+    if media or text:  # without either, the columns say what is what
         source["positive"] = {key: value for key, value in (("media", media), ("text", text)) if value}
-    if title:
-        source["query"] = {"text": title}
+        if title:
+            source["query"] = {"text": title}
     return {"sources": {name_of(table): source}}
 
 

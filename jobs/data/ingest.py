@@ -21,7 +21,7 @@ from pipelines.sources.archives import is_archive
 from pipelines.sources.folder import LIST_NAME, caption_line, read_folder
 from pipelines.sources.table import LARGE_UNIT_BYTES, TableReader, open_table
 from pipelines.sources.table_config import TableSource
-from pipelines.sources.table_files import absolute, find_table
+from pipelines.sources.table_files import find_table
 from pipelines.storage.location import open_object, open_store, resolve_endpoint
 from rzen.config import PromptConfig
 from rzen.families import FAMILIES
@@ -116,13 +116,12 @@ def fingerprint(spec: IngestSpec) -> dict[str, str]:
     """
     found = {} if spec.input is None else open_store(spec.input).tags()
     endpoint = resolve_endpoint(spec.endpoint)
-    for name, given in spec.sources.items():
-        source = _open_table(name, given, spec).mapper.config  # with what it leaves to its columns
-        pool = source.pool.table if source.pool else None
-        for urls in (source.table, *([pool] if pool else [])):
-            found |= {file.url: file.tag for file in find_table(urls, endpoint, f"sources.{name}.table")}
-        roots = [source.media_root] if isinstance(source.media_root, str) else source.media_root or []
-        for url in filter(is_archive, map(absolute, roots)):
+    for name, source in spec.sources.items():
+        reader = _open_table(name, source, spec)
+        pool = reader.mapper.config.pool
+        targets = find_table(pool.table, endpoint, f"sources.{name}.pool.table") if pool and pool.table else []
+        found |= {file.url: file.tag for file in (*reader.files, *targets)}
+        for url in filter(is_archive, reader.mapper.roots.urls):
             store, path = open_object(url, endpoint)
             found[url] = store.tag(path) if store.exists(path) else ""
     return found

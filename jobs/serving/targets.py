@@ -9,7 +9,7 @@ from PIL import Image
 from jobs.runtime.progress import say
 from pipelines.config import DataConfig
 from pipelines.errors import BadMedia, UserError
-from pipelines.feed.reader import Reader
+from pipelines.feed.reader import Reader, Role
 from pipelines.redaction import has_hidden
 from pipelines.samples import Clip, DecodedInput, Rejected, TimeRange, UInt8Array
 from rzen.embedding.corpus import CorpusHit, VectorsFile
@@ -42,30 +42,12 @@ class Targets:
 
         None for one that the data do not have, or where its file has become unreadable.
         """
-        reader = self._reader(split, source, index)
-        if reader is None:
-            return None
-        try:
-            if segment is None:
-                (target,) = reader.inputs(source, [(index, "positive")])
-            else:
-                (target,) = reader.segments(source, index, [segment])
-        except UserError as error:
-            self._give_up(split, error)
-            return None
-        return None if isinstance(target, Rejected) else target
+        return self._input(split, source, index, "positive", segment)
 
     def query(self, split: str, source: str, index: int) -> DecodedInput | None:
         """Return the query of a target. None if it has none, or where it cannot be read."""
-        reader = self._reader(split, source, index)
-        if reader is None:
-            return None
-        try:
-            (query,) = reader.inputs(source, [(index, "query")])
-        except UserError as error:
-            self._give_up(split, error)
-            return None
-        return query if isinstance(query, DecodedInput) and (query.text or query.visuals) else None
+        query = self._input(split, source, index, "query")
+        return query if query and (query.text or query.visuals) else None
 
     def clip(self, split: str, source: str, index: int, segment: TimeRange | None) -> Clip | None:
         """Return a video, or a segment of it, as a file that a browser plays. None where there is none."""
@@ -77,6 +59,22 @@ class Targets:
         except UserError as error:
             self._give_up(split, error)
             return None
+
+    def _input(
+        self, split: str, source: str, index: int, role: Role, segment: TimeRange | None = None
+    ) -> DecodedInput | None:
+        reader = self._reader(split, source, index)
+        if reader is None:
+            return None
+        try:
+            if segment is None:
+                (found,) = reader.inputs(source, [(index, role)])
+            else:
+                (found,) = reader.segments(source, index, [segment])
+        except UserError as error:
+            self._give_up(split, error)
+            return None
+        return None if isinstance(found, Rejected) else found
 
     def _reader(self, split: str, source: str, index: int) -> Reader | None:
         """Return what reads a target, None if the data do not have it."""

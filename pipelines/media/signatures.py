@@ -33,8 +33,10 @@ def sniff(data: bytes) -> tuple[MediaKind, str] | None:
             return kind, extension
     if data[:4] == b"RIFF":
         return {b"WEBP": ("image", ".webp"), b"AVI ": ("video", ".avi")}.get(data[8:12])  # type: ignore[return-value]
+    if is_heif(data):
+        return "image", ".heic"
     if data[4:8] == b"ftyp":
-        return _of_brand(data[8:12], is_heif(data))
+        return _of_brand(data[8:12])
     if data.startswith(b"\x1a\x45\xdf\xa3"):
         return "video", ".webm" if b"webm" in data[:64] else ".mkv"
     if b"%PDF-" in data[:NUM_BYTES]:
@@ -56,9 +58,7 @@ def is_heif(data: bytes) -> bool:
     return brand in _HEIF or not others.intersection(_AVIF)
 
 
-def _of_brand(brand: bytes, is_heif: bool) -> tuple[MediaKind, str]:
-    if is_heif:
-        return "image", ".heic"
+def _of_brand(brand: bytes) -> tuple[MediaKind, str]:
     if brand in _AVIF + _HEIF_OR_AVIF:
         return "image", ".avif"
     if brand.startswith(b"3g"):

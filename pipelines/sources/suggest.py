@@ -68,13 +68,21 @@ def suggest_columns(columns: Sequence[str], rows: Sequence[Row]) -> tuple[Preset
 
 
 def suggest_roots(
-    settings: Mapping[str, Any], preset: Preset | None, table: str, rows: Sequence[Row], endpoint: str | None
+    settings: Mapping[str, Any],
+    preset: Preset | None,
+    table: str,
+    units: Sequence[Unit],
+    first: Sequence[Row],
+    endpoint: str | None,
 ) -> dict[str, Any]:
-    """Return `media_root`, and `rebase` for absolute paths. Both are left out where the media are found without."""
+    """Return `media_root`, and `rebase` for absolute paths. Both are left out where the media are found without.
+
+    `first` are the first rows of the units.
+    """
     written = {key: value for key, value in settings.items() if key != "preset"}
     config = with_settings(preset.settings if preset else {}, TableSource.model_validate({"table": table, **written}))
     selectors = [text for name, text in selectors_of(config).items() if ".media" in name]
-    found = list(_paths(selectors, rows))
+    found = list(_paths(selectors, _spread(units, first, endpoint)))
     paths = found[:: max(1, len(found) // _NUM_PATHS)]
     if not paths:
         return {}
@@ -88,7 +96,7 @@ def suggest_roots(
     return {"media_root": root} | ({"rebase": {start: ""}} if start else {})
 
 
-def spread_rows(units: Sequence[Unit], first: Sequence[Row], endpoint: str | None) -> list[Row]:
+def _spread(units: Sequence[Unit], first: Sequence[Row], endpoint: str | None) -> list[Row]:
     """Return 50 of the first 1,000 rows, evenly, as the first may lack media. Rows of bytes are the first ones."""
     if any(_has_bytes(value) for row in first for value in row.values.values()):
         return list(first)

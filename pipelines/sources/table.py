@@ -29,7 +29,7 @@ from pipelines.sources.pool import PoolReader
 from pipelines.sources.presets import choose_preset
 from pipelines.sources.references import ReferenceReader
 from pipelines.sources.selectors import Row, parse_selector
-from pipelines.sources.suggest import spread_rows, suggest_columns, suggest_roots
+from pipelines.sources.suggest import suggest_columns, suggest_roots
 from pipelines.sources.table_config import FromPrompts, TableSource, with_settings
 from pipelines.sources.table_files import TableFile, absolute, find_table
 from pipelines.sources.table_rows import list_columns, list_units, read_rows, wanted_columns
@@ -152,7 +152,7 @@ def _suggested(
     if config.media_root is None and not config.rebase:
         table = config.table if isinstance(config.table, str) else config.table[0]
         units = [unit for file in files for unit in list_units(file, endpoint)]
-        settings |= suggest_roots(settings, preset, table, spread_rows(units, rows, endpoint), endpoint)
+        settings |= suggest_roots(settings, preset, table, units, rows, endpoint)
     return settings
 
 

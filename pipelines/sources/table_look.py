@@ -19,7 +19,7 @@ from pipelines.samples import CellRef, RawSample, Reference, Rejected
 from pipelines.sources.presets import PRESETS
 from pipelines.sources.references import ReferenceReader
 from pipelines.sources.selectors import Row
-from pipelines.sources.suggest import spread_rows, suggest_columns, suggest_roots
+from pipelines.sources.suggest import suggest_columns, suggest_roots
 from pipelines.sources.table import LARGE_UNIT_BYTES, TableReader, open_table
 from pipelines.sources.table_config import TableSource
 from pipelines.sources.table_files import TableFile, find_table
@@ -87,7 +87,7 @@ def look_at(
     if media_root:
         settings["media_root"] = media_root
     elif layout is not None or not preset:
-        settings |= suggest_roots(settings, layout, table, spread_rows(units, rows, endpoint), endpoint)
+        settings |= suggest_roots(settings, layout, table, units, rows, endpoint)
     found.preset, found.about = (layout.name, layout.about) if layout else ("", "")
     found.settings = {"table": table, **settings}
     try:
