@@ -28,6 +28,7 @@ from pipelines.shards.manifest import Manifest, SourceInfo, publish_manifest
 from pipelines.shards.write import write_shard
 from pipelines.storage.location import open_store
 from rzen.embedding.corpus import MANIFEST
+from tests.encoders import CONSTANT
 from tests.inline import without_ray
 
 MEDIA = MediaConfig(frames=4)
@@ -70,7 +71,7 @@ def scenes(colors: Sequence[tuple[int, int, int]], scene_s: float, form: str = "
     """A video of one color after the other, each shown for a time, at ten frames a second."""
     sink = io.BytesIO()
     with av.open(sink, "w", format=form) as container:
-        stream = container.add_stream(codec, rate=10)
+        stream = container.add_stream(codec, rate=10, options=CONSTANT.get(codec, {}))
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         for color in colors:
             frame = np.full((48, 64, 3), color, np.uint8)

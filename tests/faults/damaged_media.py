@@ -31,7 +31,7 @@ from PIL import Image
 from pipelines.config import MediaConfig
 from pipelines.samples import MediaKind, UInt8Array
 from pipelines.sources.folder import KINDS
-from tests.encoders import scheduling_kept
+from tests.encoders import CONSTANT, scheduling_kept
 
 LIMITS = MediaConfig(
     frames=4,
@@ -383,9 +383,8 @@ def clip(
         av.open(file.name, "w", format=form, options=container_options or {}) as container,
     ):
         container.flags |= av.container.Flags.bitexact.value
-        # Equal bytes in every run: x264's macroblock tree reads memory that it has not written.
-        constant = {"mbtree": "0"} if codec == "libx264" else {}
-        stream: Any = container.add_stream(codec, rate=_RATE, options=constant | (codec_options or {}))
+        options = CONSTANT.get(codec, {}) | (codec_options or {})
+        stream: Any = container.add_stream(codec, rate=_RATE, options=options)
         stream.width, stream.height, stream.pix_fmt = *size, pix_fmt
         stream.codec_context.time_base = Fraction(1, 1000) if times else Fraction(1, _RATE)
         stream.codec_context.gop_size = gop

@@ -225,7 +225,6 @@ def test_a_killed_run_resumes_to_the_same_bytes(whole: Path, tmp_path: Path, mod
 def test_long_videos_are_measured_on_the_cluster_and_their_segments_embedded_by_any_number_of_actors(
     tmp_path: Path, model: str, ray_cluster: None
 ) -> None:
-    # Encoded once: libx264 does not give the same bytes each time, even with one thread.
     films = [scenes([(number * 100, 0, 250 - one * 50) for one in range(4)], 1) for number in range(3)]
     for actors in (1, 2):
         folder = tmp_path / str(actors)
